@@ -1,0 +1,40 @@
+"""What a run keeps on disk: Fisher factors, completion records, checkpoints, components and tables."""
+
+from __future__ import annotations
+
+from pipeline.store.checkpoint import Checkpoint, CheckpointStore, write_checkpoint_array
+from pipeline.store.component_store import StoredFactorization, open_factorization, write_factorization
+from pipeline.store.direction_store import DirectionStore
+from pipeline.store.errors import StoreError
+from pipeline.store.fisher_store import FisherStore
+from pipeline.store.layout import ShardPlan, inner_chunk_examples
+from pipeline.store.manifest import (
+    CompletionRecord,
+    ShardRecords,
+    checksum,
+    read_json,
+    write_json_atomically,
+)
+from pipeline.store.tables import SCHEMAS, read_table, write_table
+
+__all__ = [
+    "SCHEMAS",
+    "Checkpoint",
+    "CheckpointStore",
+    "CompletionRecord",
+    "DirectionStore",
+    "FisherStore",
+    "ShardPlan",
+    "ShardRecords",
+    "StoreError",
+    "StoredFactorization",
+    "checksum",
+    "inner_chunk_examples",
+    "open_factorization",
+    "read_json",
+    "read_table",
+    "write_checkpoint_array",
+    "write_factorization",
+    "write_json_atomically",
+    "write_table",
+]

@@ -1,0 +1,116 @@
+"""Components as directions in parameter space: one array (K, *shape) float32 for each parameter.
+
+One chunk is one component's part in one parameter, so that any process may write the components that are its own, and
+a direction is read alone. K x P numbers need not fit in memory. Which components are written is for the writers to
+record: a chunk that nobody wrote reads as NaN, which `DirectionStore.read` refuses.
+
+Legend: K components, P parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec
+
+from pipeline.store.atomic import replacing_directory
+from pipeline.store.errors import StoreError
+from pipeline.store.groups import create_group, open_array, open_group, write_durably
+
+SCHEMA_VERSION = 1
+_KIND = "a store of directions"
+
+
+class DirectionStore:
+    """The Zarr group ``<run>/directions.zarr``. Use `create` or `open`."""
+
+    def __init__(self, path: Path, arrays: Mapping[str, zarr.Array], attrs: Mapping[str, Any]) -> None:
+        self.path = path
+        self.arrays = dict(arrays)
+        self.attrs = dict(attrs)
+        self.n_components: int = attrs["n_components"]
+
+    @classmethod
+    def create(
+        cls, path: str | Path, *, n_components: int, shapes: Mapping[str, tuple[int, ...]], attrs: Mapping[str, Any]
+    ) -> DirectionStore:
+        """A store without any direction, in place of what is at `path`; `attrs` (JSON) are kept.
+
+        Args:
+            shapes: of the parameters, by name, in order.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        path = Path(path)
+        own = {"n_components": n_components, "parameters": list(shapes)}
+        with replacing_directory(path) as partial:
+            group = create_group(partial, _KIND, SCHEMA_VERSION, own, attrs)
+            for name, shape in shapes.items():
+                group.create_array(
+                    name,
+                    shape=(n_components, *shape),
+                    dtype="float32",
+                    chunks=(1, *shape),
+                    compressors=Crc32cCodec(),
+                    fill_value=np.nan,
+                )
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> DirectionStore:
+        """The store at `path`.
+
+        Raises:
+            StoreError: there is none, or it is damaged.
+        """
+        path = Path(path)
+        group, attrs = open_group(path, _KIND, SCHEMA_VERSION, "lift")
+        return cls(path, {name: open_array(group, path, name, "lift") for name in attrs["parameters"]}, attrs)
+
+    def write(self, component: int, direction: Mapping[str, np.ndarray]) -> None:
+        """Write one component's direction, all parameters of it, durably.
+
+        Raises:
+            ValueError: a parameter is missing, unknown, of another shape, or not finite.
+            StoreError: it cannot be written.
+        """
+        self._check(component)
+        if direction.keys() != self.arrays.keys():
+            raise ValueError(f"a direction has the parameters {list(self.arrays)}, not {list(direction)}")
+        for name, values in direction.items():
+            array = self.arrays[name]
+            if values.shape != array.shape[1:]:
+                raise ValueError(f"{name} must have shape {array.shape[1:]}, not {values.shape}")
+            if not np.isfinite(values).all():
+                raise ValueError(f"the direction in {name} is not finite")
+        for name, values in direction.items():
+            write_durably(self.path, name, self.arrays[name], component, component, values.astype(np.float32))
+
+    def read(self, component: int) -> dict[str, np.ndarray]:
+        """One component's direction, by parameter name.
+
+        Raises:
+            IndexError: there is no such component.
+            StoreError: a chunk is missing or corrupt.
+        """
+        self._check(component)
+        return {name: self._read(name, component) for name in self.arrays}
+
+    def _check(self, component: int) -> None:
+        if not 0 <= component < self.n_components:
+            raise IndexError(f"component {component} is outside 0..{self.n_components - 1}")
+
+    def _read(self, name: str, component: int) -> np.ndarray:
+        damage = f"{name} of {self.path} is corrupt: delete {self.path} and run `npeff lift` again"
+        try:
+            values = np.asarray(self.arrays[name][component])
+        except (ValueError, OSError) as error:
+            raise StoreError(damage) from error
+        if not np.isfinite(values).all():  # a missing chunk reads as NaN
+            raise StoreError(damage)
+        return values

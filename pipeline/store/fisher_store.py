@@ -1,0 +1,246 @@
+"""Normalised Fisher factors of N examples, in one Zarr group, written and read by whole shards.
+
+    factors          (N, R, D)  float16, float32, or bfloat16 as a uint16 view   Â_i = A_i / sqrt(‖F_i‖_F), sketched
+    frobenius_norms  (N,)       float64                                         ‖F_i‖_F, exact
+    grams            (N, R, R)  float64                                         A_i A_iᵀ, exact
+    ranks            (N,)       int32                                           rows of A_i in use
+    logits           (N, C)     float32
+    labels           (N,)       int64
+    valid            (N,)       bool                                            False: not finite, to be left out
+
+Legend: N examples, R rank, C classes, D sketch dimension.
+
+Fill values are ones that no written shard has (NaN, -1, not valid), so that a shard nobody wrote cannot be mistaken for
+data even by a reader that ignores the completion records. Every chunk and shard index carries a crc32c; nothing is
+compressed, because gradients hardly shrink.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec
+
+from pipeline.store.atomic import replacing_directory
+from pipeline.store.bfloat16 import NAN_BITS, decode_bfloat16, encode_bfloat16
+from pipeline.store.errors import StoreError, os_errors_explained
+from pipeline.store.groups import create_group, open_array, open_group, stored_path, write_durably
+from pipeline.store.layout import ShardPlan, inner_chunk_examples
+from pipeline.store.manifest import checksum as checksum_of
+from pipeline.store.manifest import record_path
+
+StoreDtype = Literal["float16", "bfloat16", "float32"]
+SCHEMA_VERSION = 1
+_KIND = "a Fisher store"
+
+
+@dataclass(frozen=True)
+class _ArraySpec:
+    tail: tuple[int, ...]
+    """Shape of one example's entry."""
+    dtype: str
+    fill: float | int | bool
+
+
+def _array_specs(rank: int, dim: int, n_classes: int, store_dtype: StoreDtype) -> dict[str, _ArraySpec]:
+    bits = _ArraySpec((rank, dim), "uint16", NAN_BITS)
+    return {
+        "factors": bits if store_dtype == "bfloat16" else _ArraySpec((rank, dim), store_dtype, np.nan),
+        "frobenius_norms": _ArraySpec((), "float64", np.nan),
+        "grams": _ArraySpec((rank, rank), "float64", np.nan),
+        "ranks": _ArraySpec((), "int32", -1),
+        "logits": _ArraySpec((n_classes,), "float32", np.nan),
+        "labels": _ArraySpec((), "int64", np.iinfo(np.int64).min),
+        "valid": _ArraySpec((), "bool", False),
+    }
+
+
+ARRAY_NAMES = tuple(_array_specs(1, 1, 1, "float32"))
+
+
+class FisherStore:
+    """The Zarr group ``<run>/fishers.zarr``. Create it once; then any number of processes may open it, and each may
+    write the shards that are its own. Use `create` or `open`."""
+
+    def __init__(self, path: Path, attrs: Mapping[str, Any], arrays: Mapping[str, zarr.Array]) -> None:
+        self.path = path
+        self.attrs = dict(attrs)
+        self.plan = ShardPlan(attrs["n_examples"], attrs["shard_size"])
+        self.rank: int = attrs["rank"]
+        self.dim: int = attrs["dim"]
+        self.n_classes: int = attrs["n_classes"]
+        self.store_dtype: StoreDtype = attrs["store_dtype"]
+        self._specs = _array_specs(self.rank, self.dim, self.n_classes, self.store_dtype)
+        self._arrays = dict(arrays)
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        n_examples: int,
+        rank: int,
+        dim: int,
+        n_classes: int,
+        shard_size: int,
+        store_dtype: StoreDtype,
+        attrs: Mapping[str, Any],
+    ) -> FisherStore:
+        """A new store without any shard; `attrs` (JSON: parameter layout, sketch, model fingerprint, ...) are kept.
+
+        Raises:
+            StoreError: there is something at `path` already, the sizes are impossible, or it cannot be written.
+        """
+        path = Path(path)
+        with os_errors_explained("write", path):
+            exists = path.exists()
+        if exists:
+            raise StoreError(f"{path} exists already: open it to resume, or choose another run_dir")
+        if n_examples < 1:
+            raise StoreError(f"there are no examples to store in {path}: give a data set with at least one")
+        sizes = {"rank": rank, "dim": dim, "n_classes": n_classes, "shard_size": shard_size}
+        if impossible := [f"{name} = {size}" for name, size in sizes.items() if size < 1]:
+            raise StoreError(f"{path} cannot have {', '.join(impossible)}: each must be at least 1")
+        if store_dtype not in get_args(StoreDtype):
+            raise StoreError(f"store_dtype {store_dtype!r} is unknown: choose {', '.join(get_args(StoreDtype))}")
+        own = {"normalised": True, "n_examples": n_examples, **sizes, "store_dtype": store_dtype}
+        with replacing_directory(path) as partial:
+            group = create_group(partial, _KIND, SCHEMA_VERSION, own, attrs)
+            rows = min(shard_size, n_examples)
+            for name, spec in _array_specs(rank, dim, n_classes, store_dtype).items():
+                example_bytes = int(np.prod(spec.tail, dtype=np.int64)) * np.dtype(spec.dtype).itemsize
+                group.create_array(
+                    name,
+                    shape=(n_examples, *spec.tail),
+                    dtype=spec.dtype,
+                    shards=(rows, *spec.tail),
+                    chunks=(inner_chunk_examples(rows, example_bytes), *spec.tail),
+                    compressors=Crc32cCodec(),
+                    fill_value=spec.fill,
+                )
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> FisherStore:
+        """The store at `path`, to read, and to write the shards that are the caller's.
+
+        Raises:
+            StoreError: there is none, or it is damaged or of another schema version.
+        """
+        path = Path(path)
+        group, attrs = open_group(path, _KIND, SCHEMA_VERSION, "fishers")
+        arrays = {name: open_array(group, path, name, "fishers") for name in ARRAY_NAMES}
+        for name in set(ARRAY_NAMES) - {"factors"}:
+            # Zarr skips chunks that equal the fill value, as a shard without a valid example may; written anyway, a
+            # missing file is always a loss. Factors never equal theirs, and their padding is worth skipping.
+            arrays[name] = arrays[name].with_config({"write_empty_chunks": True})
+        return cls(path, attrs, arrays)
+
+    def write_shard(self, shard: int, arrays: Mapping[str, np.ndarray]) -> str:
+        """Write every array of a shard, whole and durable; returns the checksum of what is stored.
+
+        `arrays` has the names and shapes of this module's table, cut to the shard's examples, `factors` in floating
+        point. Nothing counts until the caller writes the completion record with the checksum.
+
+        Raises:
+            StoreError: a name, shape or type is wrong, a number is not finite or does not fit, or the disk refuses.
+        """
+        start, stop = self.plan.bounds(shard)
+        stored = self._encode(shard, arrays)
+        for name, values in stored.items():
+            write_durably(self.path, name, self._arrays[name], shard, slice(start, stop), values)
+        return checksum_of(stored)
+
+    def read_shard(self, shard: int, checksum: str | None = None) -> dict[str, np.ndarray]:
+        """Every array of a shard; `factors` as float32. Without a `checksum` only Zarr's own crc32c are verified.
+
+        Raises:
+            StoreError: the shard is missing, truncated, corrupt, or not the one the checksum was made of.
+        """
+        stored = {name: self._read(name, shard, slice(*self.plan.bounds(shard))) for name in ARRAY_NAMES}
+        if checksum is not None and checksum_of(stored) != checksum:
+            raise self._shard_error(shard, "does not match its checksum")
+        return {name: self._decode(name, values) for name, values in stored.items()}
+
+    def read_rows(
+        self, indices: Sequence[int] | np.ndarray, names: Iterable[str] = ARRAY_NAMES
+    ) -> dict[str, np.ndarray]:
+        """The given examples, in the given order, of the named arrays; `factors` as float32.
+
+        Raises:
+            IndexError: an index is outside 0..N-1.
+            StoreError: a shard they lie in is missing, truncated or corrupt.
+        """
+        rows, inverse = np.unique(np.asarray(indices, dtype=np.int64), return_inverse=True)
+        if rows.size and (rows[0] < 0 or rows[-1] >= self.plan.n_examples):
+            raise IndexError(f"examples {rows[0]}..{rows[-1]} are not all in 0..{self.plan.n_examples - 1}")
+        shards, firsts = np.unique(rows // self.plan.shard_size, return_index=True)
+        rows_by_shard = np.split(rows, firsts[1:])
+        result = {}
+        for name in names:
+            spec = self._specs[name]
+            parts = [self._read(name, int(i), some) for i, some in zip(shards, rows_by_shard, strict=False)]
+            stored = np.concatenate([np.empty((0, *spec.tail), spec.dtype), *parts])
+            result[name] = self._decode(name, stored[inverse])
+        return result
+
+    def _encode(self, shard: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The arrays as they are stored, or StoreError."""
+        start, stop = self.plan.bounds(shard)
+        where = f"shard {shard} of {self.path}"
+        if set(arrays) != set(ARRAY_NAMES):
+            raise StoreError(f"{where} needs the arrays {sorted(ARRAY_NAMES)}, not {sorted(arrays)}")
+        stored = {}
+        for name, spec in self._specs.items():
+            values, shape = arrays[name], (stop - start, *spec.tail)
+            if values.shape != shape:
+                raise StoreError(f"{name} of {where} must have shape {shape}, not {values.shape}")
+            bfloat16 = name == "factors" and self.store_dtype == "bfloat16"
+            dtype = np.dtype(np.float32 if bfloat16 else spec.dtype)
+            if not np.can_cast(values.dtype, dtype, casting="same_kind"):
+                raise StoreError(f"{name} of {where} must be {dtype}, not {values.dtype}")
+            with np.errstate(over="ignore"):  # overflow becomes infinity, which _check looks for
+                cast_values = values.astype(dtype)
+            stored[name] = encode_bfloat16(cast_values) if bfloat16 else cast_values
+        self._check(where, arrays["factors"], stored)
+        return stored
+
+    def _check(self, where: str, factors: np.ndarray, stored: Mapping[str, np.ndarray]) -> None:
+        remedy = "mark such examples as not valid and set them to zero"
+        if not np.isfinite(factors).all():
+            raise StoreError(f"factors of {where} are not finite: {remedy}")
+        if not np.isfinite(self._decode("factors", stored["factors"])).all():
+            raise StoreError(f"factors of {where} do not fit {self.store_dtype}: set fishers.store_dtype to float32")
+        for name in ("frobenius_norms", "grams"):
+            if not np.isfinite(stored[name]).all():
+                raise StoreError(f"{name} of {where} are not finite: {remedy}")
+        if not np.isfinite(stored["logits"][stored["valid"]]).all():
+            raise StoreError(f"logits of {where} are not finite: mark such examples as not valid")
+        if ((stored["ranks"] < 0) | (stored["ranks"] > self.rank)).any():
+            raise StoreError(f"ranks of {where} are not all in 0..{self.rank}")
+
+    def _decode(self, name: str, stored: np.ndarray) -> np.ndarray:
+        if name != "factors":
+            return stored
+        return decode_bfloat16(stored) if self.store_dtype == "bfloat16" else stored.astype(np.float32, copy=False)
+
+    def _read(self, name: str, shard: int, rows: slice | np.ndarray) -> np.ndarray:
+        """Rows, all of which lie in `shard`, of one stored array."""
+        path = stored_path(self.path, name, self._arrays[name], shard)
+        if not path.is_file() or not path.stat().st_size:  # Zarr reads either as fill values
+            raise self._shard_error(shard, f"has no {name}")
+        try:
+            return np.asarray(self._arrays[name].oindex[rows])
+        except (ValueError, OSError) as error:
+            raise self._shard_error(shard, f"is corrupt in {name}") from error
+
+    def _shard_error(self, shard: int, what: str) -> StoreError:
+        record = record_path(self.path.parent / "shards", shard)
+        return StoreError(
+            f"shard {shard} of {self.path} {what}: delete {record} and run the same command again to recompute it"
+        )

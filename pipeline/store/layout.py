@@ -1,0 +1,57 @@
+"""How N examples are cut into shards, and a shard into chunks. Pure functions.
+
+One shard is a contiguous range of examples, one stored Zarr shard of every array, one task and one completion record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+MIN_CHUNK_BYTES = 512 * 1024
+"""Below about this size the cost of a chunk (its index entry, its request) exceeds the cost of its bytes."""
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """The partition of examples 0..N-1 into ceil(N / shard_size) contiguous ranges, all full but perhaps the last."""
+
+    n_examples: int
+    shard_size: int
+    """Examples in a full shard."""
+
+    def __post_init__(self) -> None:
+        if self.n_examples < 1:
+            raise ValueError(f"n_examples must be at least 1, not {self.n_examples}")
+        if self.shard_size < 1:
+            raise ValueError(f"shard_size must be at least 1, not {self.shard_size}")
+
+    @property
+    def n_shards(self) -> int:
+        return -(-self.n_examples // self.shard_size)
+
+    def bounds(self, shard: int) -> tuple[int, int]:
+        """First example of a shard, and one past its last. Raises IndexError outside 0..n_shards-1."""
+        if not 0 <= shard < self.n_shards:
+            raise IndexError(f"shard {shard} is outside 0..{self.n_shards - 1}")
+        start = shard * self.shard_size
+        return start, min(start + self.shard_size, self.n_examples)
+
+    def __len__(self) -> int:
+        return self.n_shards
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """The bounds of shard 0, 1, ..."""
+        return map(self.bounds, range(self.n_shards))
+
+
+def inner_chunk_examples(shard_size: int, bytes_per_example: int) -> int:
+    """Examples in one inner chunk: the smallest divisor of `shard_size` whose chunk reaches `MIN_CHUNK_BYTES`.
+
+    Zarr requires inner chunks to divide their shard. When not even the whole shard is that large, the whole shard is
+    one chunk; so it is for a prime `shard_size` unless a single example suffices.
+    """
+    if shard_size < 1 or bytes_per_example < 1:
+        raise ValueError(f"sizes must be positive, not {shard_size} examples of {bytes_per_example} bytes")
+    needed = -(-MIN_CHUNK_BYTES // bytes_per_example)
+    return next((d for d in range(needed, shard_size) if shard_size % d == 0), shard_size)

@@ -1,0 +1,135 @@
+"""JSON files, checksums of arrays, and the completion records that say which shards are done.
+
+Presence of a shard's files does not mean completion: a killed writer leaves some of a shard's arrays. A shard is
+complete when its record ``<run>/shards/00007.json`` exists; the record is written after the shard's bytes are durable,
+and holds their checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.store.atomic import write_file_atomically
+from pipeline.store.errors import StoreError, os_errors_explained
+
+_CHECKSUM_BYTES = 16
+
+
+def write_json_atomically(path: Path, obj: Any) -> None:
+    """Create or replace a JSON file. NaN and infinity are refused (ValueError): they are not JSON."""
+    text = json.dumps(obj, indent=2, allow_nan=False) + "\n"
+    write_file_atomically(path, lambda stream: stream.write(text.encode()))
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        StoreError: the file is missing, unreadable or not JSON.
+    """
+    with os_errors_explained("read", path):
+        content = path.read_bytes()
+    try:
+        return json.loads(content)
+    except ValueError as error:  # of which UnicodeDecodeError is a kind
+        raise StoreError(f"{path} is damaged (not JSON): delete it and run the same command again") from error
+
+
+def checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    """BLAKE2b, in hex, over the name, dtype, shape and bytes of every array, in the order of the names."""
+    digest = hashlib.blake2b(digest_size=_CHECKSUM_BYTES)
+    for name in sorted(arrays):
+        array = arrays[name]
+        if array.dtype.hasobject:
+            raise ValueError(f"array {name!r} holds Python objects, which have no stable bytes")
+        digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def file_checksum(path: Path) -> str:
+    """BLAKE2b of a file's bytes, in hex. Raises OSError."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=_CHECKSUM_BYTES)).hexdigest()
+
+
+@dataclass(frozen=True)
+class CompletionRecord:
+    """Says that one shard's arrays are on disk, whole."""
+
+    shard: int
+    start: int
+    """First example."""
+    stop: int
+    """One past the last example."""
+    checksum: str
+    """Of the stored arrays, as returned by `FisherStore.write_shard`."""
+    n_invalid: int
+    """Examples left out because their logits or gradients were not finite."""
+    seconds: float
+    """Wall-clock time it took to compute the shard."""
+    signature: str
+    """Hash of everything the shard's content depends on."""
+
+
+_FIELD_TYPES: dict[str, tuple[type, ...]] = {
+    "shard": (int,), "start": (int,), "stop": (int,), "checksum": (str,),
+    "n_invalid": (int,), "seconds": (int, float), "signature": (str,),
+}  # fmt: skip
+
+
+def record_path(directory: Path, shard: int) -> Path:
+    """Where the completion record of a shard lies in the folder of records."""
+    return directory / f"{shard:05d}.json"
+
+
+class ShardRecords:
+    """The folder of completion records of one run's shards."""
+
+    def __init__(self, directory: str | Path, signature: str) -> None:
+        """`signature`: hash of everything a shard of this run depends on; records of another one are refused."""
+        self.directory = Path(directory)
+        self.signature = signature
+
+    def complete(self) -> dict[int, CompletionRecord]:
+        """The records there are, by shard, in ascending order.
+
+        Raises:
+            StoreError: a record is damaged, or is of another signature.
+        """
+        with os_errors_explained("read", self.directory):
+            entries = list(self.directory.iterdir()) if self.directory.is_dir() else []
+        paths = [path for path in entries if re.fullmatch(r"[0-9]{5,}\.json", path.name)]
+        return {int(path.stem): self._read(path) for path in sorted(paths, key=lambda path: int(path.stem))}
+
+    def write(self, record: CompletionRecord) -> None:
+        """Record a shard as complete. Its arrays must be durable already (`FisherStore.write_shard` returned)."""
+        if record.signature != self.signature:
+            raise ValueError(f"record of signature {record.signature!r} among records of {self.signature!r}")
+        write_json_atomically(record_path(self.directory, record.shard), asdict(record))
+
+    def _read(self, path: Path) -> CompletionRecord:
+        content = read_json(path)
+        well_formed = (
+            isinstance(content, dict)
+            and set(content) == {field.name for field in fields(CompletionRecord)}
+            and all(isinstance(content[name], types) for name, types in _FIELD_TYPES.items())
+            and record_path(self.directory, content["shard"]) == path
+        )
+        if not well_formed:
+            raise StoreError(f"{path} is not a completion record: delete it and run the same command again")
+        record = CompletionRecord(**content)
+        if record.signature != self.signature:
+            raise StoreError(
+                f"{path} is of another run (signature {record.signature}, not {self.signature}): "
+                "choose another run_dir, or delete this one to compute its Fishers again"
+            )
+        return record

@@ -1,0 +1,158 @@
+"""The Parquet tables ``<run>/tables/<name>.parquet``: their schemas, and writing and reading them checked.
+
+A float is null where it is not known (yet), and NaN or infinite where it was computed and is. `examples` may have
+further columns, the metadata of the task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.store.atomic import write_file_atomically
+from pipeline.store.errors import StoreError, os_errors_explained
+
+_TYPES = {
+    "int": pa.int64(),
+    "float": pa.float64(),
+    "str": pa.string(),
+    "bool": pa.bool_(),
+    "bytes": pa.binary(),
+    "float32s": pa.list_(pa.float32()),
+}
+
+
+def _schema(columns: str) -> pa.Schema:
+    """From "name:type ...", where a type ending in ? may be null."""
+    pairs = [column.split(":") for column in columns.split()]
+    return pa.schema([pa.field(name, _TYPES[kind.rstrip("?")], nullable=kind.endswith("?")) for name, kind in pairs])
+
+
+SCHEMAS: dict[str, pa.Schema] = {
+    "examples": _schema(
+        "example:int id:str label:int? prediction:int correct:bool? split:str valid:bool fisher_norm:float "
+        "logits:float32s image:bytes? text:str?"
+    ),
+    "classes": _schema("class:int name:str"),
+    "components": _schema(
+        "component:int n_active:int mass:float energy:float nearest_component:int? nearest_cosine:float? "
+        "lift_cosine:float?"
+    ),
+    "top_examples": _schema("component:int split:str rank:int example:int coefficient:float"),
+    "coefficients": _schema("example:int component:int coefficient:float"),
+    "history": _schema("iteration:int loss:float explained:float mu:float accepted:bool n_dead:int seconds:float"),
+    "layer_energy": _schema("component:int parameter:str energy:float"),
+    "verification": _schema(
+        "component:int examples:str sign:int epsilon:float n_top:int n_baseline:int "
+        "kl_top:float kl_baseline:float kl_ratio:float fisher_norm_ratio:float "
+        "random_epsilon:float random_kl_top:float random_kl_baseline:float random_kl_ratio:float "
+        "accuracy_top_before:float? accuracy_top_after:float? "
+        "accuracy_baseline_before:float? accuracy_baseline_after:float? reached_target:bool"
+    ),
+}
+"""By table name.
+
+examples: one row per example; `split` "fit" or "held_out"; `image` a PNG; `fisher_norm` is ‖F_i‖_F.
+classes: the names of the model's classes.
+components: `mass` Σ_i W_ij and `energy` Σ_i W_ij² over the fit examples; `nearest_*` by |cos| in the sketch, null for a
+    single component; `lift_cosine` of the sketched direction to the component, null before the lift.
+top_examples: `rank` from 0, per component and split.
+coefficients: the non-zero W_ij, by component, then descending.
+history: one row per iteration of the solver.
+layer_energy: share of the squared norm of a component's direction in each parameter; sums to 1.
+verification: one row per (component, examples "fit" or "held_out", sign +1 or -1); accuracies are null without labels.
+"""
+
+_MAY_HAVE_MORE_COLUMNS = ("examples",)
+
+
+def write_table(path: str | Path, name: str, columns: Mapping[str, Any] | pa.Table) -> None:
+    """Create or replace the Parquet file `path` with table `name`.
+
+    `columns`: one sequence, numpy array or pyarrow array for each column of the schema; an (n, m) array for a list
+    column. None is null.
+
+    Raises:
+        StoreError: a column is missing, unknown, of another type or length, or null where that has no meaning, or the
+            file cannot be written. The former content of `path` is untouched.
+    """
+    if isinstance(columns, pa.Table):
+        columns = {column: columns[column] for column in columns.column_names}
+    table = _checked(name, columns)
+    write_file_atomically(Path(path), lambda stream: pq.write_table(table, stream, write_page_checksum=True))
+
+
+def read_table(path: str | Path, name: str) -> pa.Table:
+    """Table `name` from the Parquet file `path`.
+
+    Raises:
+        StoreError: the file is missing, damaged, or has not the columns of that table.
+    """
+    path = Path(path)
+    with os_errors_explained("read", path):
+        exists = path.is_file()
+    if not exists:
+        raise StoreError(f"there is no table at {path}: run the stage that writes {name} first")
+    damaged = f"{path} is damaged: delete it and run the same command again"
+    with os_errors_explained("read", path):
+        content = path.read_bytes()
+    try:
+        table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise StoreError(damaged) from error
+    schema = SCHEMAS[name]
+    found = pa.schema([table.schema.field(field.name) for field in schema if field.name in table.schema.names])
+    if found != schema or (table.num_columns != len(schema) and name not in _MAY_HAVE_MORE_COLUMNS):
+        raise StoreError(f"{path} has not the columns of table {name}: delete it and run the same command again")
+    return table
+
+
+def _checked(name: str, columns: Mapping[str, Any]) -> pa.Table:
+    schema = SCHEMAS[name]
+    if missing := [column for column in schema.names if column not in columns]:
+        raise StoreError(f"table {name} lacks the columns {missing}")
+    more = [column for column in columns if column not in schema.names]
+    if more and name not in _MAY_HAVE_MORE_COLUMNS:
+        raise StoreError(f"table {name} has no columns {more}: it has {schema.names}")
+    arrays: dict[str, pa.Array] = {}
+    for field in schema:
+        arrays[field.name] = _array(f"column {field.name} of table {name}", columns[field.name], field.type)
+        if arrays[field.name].null_count and not field.nullable:
+            raise StoreError(f"column {field.name} of table {name} must not be null")
+    for column in more:
+        arrays[column] = _array(f"column {column} of table {name}", columns[column], None)
+    if len(lengths := {len(array) for array in arrays.values()}) != 1:
+        raise StoreError(f"the columns of table {name} have different lengths: {sorted(lengths)}")
+    fields = [*schema, *(pa.field(column, arrays[column].type) for column in more)]
+    return pa.table(list(arrays.values()), schema=pa.schema(fields))
+
+
+def _array(what: str, values: Any, kind: pa.DataType | None) -> pa.Array:
+    try:
+        if isinstance(values, pa.ChunkedArray):
+            array = values.combine_chunks()
+        elif isinstance(values, pa.Array):
+            array = values
+        else:
+            array = pa.array(list(values) if isinstance(values, np.ndarray) and values.ndim == 2 else values)
+        if kind is None:
+            return array
+        # first inferred, then cast: given the type at once, pyarrow would cut 0.5 down to the integer 0
+        if not _same_kind(array.type, kind):
+            raise StoreError(f"{what} cannot be stored as {kind}: it is {array.type}")
+        return array.cast(kind)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        reason = str(error).partition("\n")[0]
+        raise StoreError(f"{what} cannot be stored as {kind or 'an Arrow array'}: {reason}") from error
+
+
+def _same_kind(found: pa.DataType, wanted: pa.DataType) -> bool:
+    if pa.types.is_list(found) and pa.types.is_list(wanted):
+        return _same_kind(found.value_type, wanted.value_type)
+    both_numbers = all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in (found, wanted))
+    return both_numbers or found == wanted or pa.types.is_null(found)

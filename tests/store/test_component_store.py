@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.store import StoreError, open_factorization, write_factorization
+
+N, K, D = 3001, 50, 7
+
+
+@pytest.fixture
+def factorization() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    coefficients_NK = rng.uniform(size=(N, K)).astype(np.float32)
+    coefficients_NK[[0, 2999]] = np.nan
+    return rng.normal(size=(K, D)), coefficients_NK
+
+
+def test_a_factorization_is_read_as_it_was_written(
+    tmp_path: Path, factorization: tuple[np.ndarray, np.ndarray]
+) -> None:
+    write_factorization(tmp_path / "factorization.zarr", *factorization, {"loss": 1.5})
+    stored = open_factorization(tmp_path / "factorization.zarr")
+    np.testing.assert_array_equal(stored.read_components(), factorization[0])
+    np.testing.assert_array_equal(stored.read_coefficients(), factorization[1])
+    np.testing.assert_array_equal(stored.coefficients[2998:3000, :3], factorization[1][2998:3000, :3])
+    assert stored.coefficients.nchunks > 1
+    assert stored.attrs["loss"] == 1.5
+
+
+def test_writing_again_replaces_the_whole(tmp_path: Path, factorization: tuple[np.ndarray, np.ndarray]) -> None:
+    path = tmp_path / "factorization.zarr"
+    components_KD, coefficients_NK = factorization
+    write_factorization(path, components_KD, coefficients_NK, {})
+    write_factorization(path, components_KD[:5], coefficients_NK[:9, :5], {})
+    assert open_factorization(path).read_coefficients().shape == (9, 5)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_numbers_that_are_not_right_are_refused_and_the_former_kept(
+    tmp_path: Path, factorization: tuple[np.ndarray, np.ndarray]
+) -> None:
+    path = tmp_path / "factorization.zarr"
+    components_KD, coefficients_NK = factorization
+    write_factorization(path, components_KD, coefficients_NK, {})
+    holes = coefficients_NK.copy()
+    holes[5, 1] = np.nan
+    for wrong in (
+        (components_KD[1:], coefficients_NK),
+        (components_KD * np.inf, coefficients_NK),
+        (components_KD, holes),
+        (components_KD[:0], coefficients_NK[:, :0]),
+        (components_KD, coefficients_NK[:0]),
+    ):
+        with pytest.raises(ValueError, match=r"components|coefficients"):
+            write_factorization(path, wrong[0], wrong[1], {})
+    with pytest.raises(ValueError, match="JSON"):
+        write_factorization(path, components_KD, coefficients_NK, {"loss": np.nan})
+    np.testing.assert_array_equal(open_factorization(path).read_coefficients(), coefficients_NK)
+
+
+def test_a_missing_factorization_says_which_command_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"factorization\.zarr does not exist: run `npeff factorize` first"):
+        open_factorization(tmp_path / "factorization.zarr")
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "delete"])
+@pytest.mark.parametrize("chunk", ["components/c/0/0", "coefficients/c/1/0"])
+def test_a_damaged_chunk_is_found(
+    tmp_path: Path, factorization: tuple[np.ndarray, np.ndarray], chunk: str, damage: str
+) -> None:
+    path = tmp_path / "factorization.zarr"
+    write_factorization(path, *factorization, {})
+    content = (path / chunk).read_bytes()
+    if damage == "delete":
+        (path / chunk).unlink()
+    else:
+        flipped = content[:9] + bytes([content[9] ^ 4]) + content[10:]
+        (path / chunk).write_bytes({"flip": flipped, "truncate": content[:-8], "empty": b""}[damage])
+    stored = open_factorization(path)
+    read, other = stored.read_components, stored.read_coefficients
+    if chunk.startswith("coefficients"):
+        read, other = other, read
+    other()
+    with pytest.raises(StoreError, match=r"of .*factorization\.zarr are corrupt: delete it and run"):
+        read()
