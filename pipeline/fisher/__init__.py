@@ -1,0 +1,27 @@
+"""Per-example Fisher factors of a torch model, exact or sketched."""
+
+from pipeline.fisher.capture import LogitsFunction
+from pipeline.fisher.coverage import check_coverage
+from pipeline.fisher.errors import UnsupportedModelError
+from pipeline.fisher.gradients import Collected, GradientCollector
+from pipeline.fisher.label_factor import exact_label_factor
+from pipeline.fisher.parameters import ParameterLayout, model_fingerprint, select_parameters
+from pipeline.fisher.per_example import FisherBatch, PerExampleFishers
+from pipeline.fisher.sketch import Sketch, SketchSpec, make_sketch
+
+__all__ = [
+    "Collected",
+    "FisherBatch",
+    "GradientCollector",
+    "LogitsFunction",
+    "ParameterLayout",
+    "PerExampleFishers",
+    "Sketch",
+    "SketchSpec",
+    "UnsupportedModelError",
+    "check_coverage",
+    "exact_label_factor",
+    "make_sketch",
+    "model_fingerprint",
+    "select_parameters",
+]

@@ -1,0 +1,143 @@
+"""Watching a model run: which modules are called, with what, and where in the graph their outputs are.
+
+Legend: B batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils import _pytree as pytree
+
+from pipeline.fisher.errors import UnsupportedModelError
+
+LogitsFunction = Callable[[nn.Module, Any], Tensor]
+"""(model, batch) -> logits (B, C)."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """One call of a watched module. `edges` are its floating-point outputs as the module returned them."""
+
+    module_name: str
+    module: nn.Module
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    versions: tuple[int, ...]
+    places: tuple[int, ...]
+    outputs: tuple[Tensor, ...]
+    edges: tuple[GradientEdge, ...]
+    shared: bool
+
+    def check_inputs(self) -> None:
+        """Raise if an input was overwritten after the module had read it."""
+        if _versions(self.inputs) != self.versions:
+            raise UnsupportedModelError(
+                f"the input of module {self.module_name!r} is modified in place after it is used: "
+                "make that operation out of place, or exclude the module's parameters"
+            )
+
+
+def _versions(inputs: Any) -> tuple[int, ...]:
+    return tuple(
+        leaf._version for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and not leaf.is_inference()
+    )
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no parameter requires a gradient; everything is put back afterwards.
+
+    The fused attention of `nn.MultiheadAttention` in evaluation mode is turned off: it bypasses the modules in it.
+    """
+    training = [(module, module.training) for module in model.modules()]
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    try:
+        model.eval()
+        for parameter, _ in required:
+            parameter.requires_grad_(False)
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.enable_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module, mode in training:
+            module.training = mode
+        for parameter, needed in required:
+            parameter.requires_grad_(needed)
+
+
+@contextmanager
+def called_modules(model: nn.Module) -> Iterator[set[str]]:
+    """Names of the modules that are called inside the context."""
+    called: set[str] = set()
+
+    def hook_for(name: str) -> Callable[..., None]:
+        return lambda *_: called.add(name)
+
+    handles = [module.register_forward_hook(hook_for(name)) for name, module in model.named_modules()]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def watch(modules: Mapping[str, nn.Module], keep_outputs: set[str], shared: Mapping[str, int]) -> Iterator[list[Use]]:
+    """Record every call of `modules` inside the context.
+
+    The gradient with respect to a recorded output can be asked of autograd by its edge, even if the model overwrites
+    the output later. `keep_outputs`: modules whose output values are kept. `shared`: modules whose output is used by
+    all examples alike (a position embedding), with the number of examples; it is repeated so that every example has
+    its own.
+    """
+    uses: list[Use] = []
+
+    def hook_for(name: str) -> Callable[..., Any]:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return None
+            leaves, spec = pytree.tree_flatten(output)
+            places = tuple(p for p, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+            for place in places:
+                leaves[place] = _own_node(leaves[place], shared.get(name))
+            inputs = pytree.tree_map_only(Tensor, torch.Tensor.detach, (args, kwargs))
+            outputs = tuple(leaves[place] for place in places)
+            kept = tuple(value.detach().clone() for value in outputs) if name in keep_outputs else ()
+            edges = tuple(get_gradient_edge(value) for value in outputs)
+            uses.append(Use(name, module, inputs, _versions(inputs), places, kept, edges, name in shared))
+            return pytree.tree_unflatten(leaves, spec)
+
+        return record
+
+    # first in line, so that the output is the module's own and not what another hook made of it
+    handles = [
+        module.register_forward_hook(hook_for(name), prepend=True, with_kwargs=True) for name, module in modules.items()
+    ]
+    try:
+        yield uses
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _own_node(value: Tensor, n_examples: int | None) -> Tensor:
+    """The same values with a node of the graph that stays valid: neither a leaf nor a view, both of which in-place
+    operations would replace or refuse."""
+    if not value.requires_grad:
+        value = value.detach().requires_grad_()
+    elif n_examples is None and not value._is_view():
+        return value
+    return (value if n_examples is None else repeat(value, n_examples)).clone()
+
+
+def repeat(value: Tensor, n_examples: int) -> Tensor:
+    """A tensor shared by all examples, (1, …) or (…), once per example: (B, …)."""
+    return value.expand(n_examples, *(value.shape[1:] if value.shape[0] == 1 else value.shape))

@@ -1,0 +1,94 @@
+"""Which module's calls account for which parameter.
+
+Usually a parameter's own module. Some modules read the parameters of children that they never call (attention reads
+its output projection's weight): those are accounted for by the nearest module above that is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.fisher.capture import called_modules
+from pipeline.fisher.errors import UnsupportedModelError
+from pipeline.fisher.parameters import ParameterLayout
+
+Owners = dict[str, dict[str, str]]
+"""module name -> {a parameter's name within the module: its name in the layout}.
+
+A parameter that is shared appears at each of its places, so that each place's uses are counted once.
+"""
+
+
+def find_owners(model: nn.Module, layout: ParameterLayout, run: Callable[[], Tensor]) -> Owners:
+    """Owners of the parameters of `layout`; `run` computes the logits of a batch.
+
+    Places that the logits do not depend on have no owner. Raises UnsupportedModelError if no module that accounts for
+    a parameter is called.
+    """
+    names = dict(layout_names(model, layout))
+    with called_modules(model) as called, torch.no_grad():
+        run()
+    modules = dict(model.named_modules())
+    owners: Owners = {}
+    idle: list[tuple[str, str, nn.Parameter]] = []
+    for module_name, module in modules.items():
+        for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter not in names:
+                continue
+            if module_name in called:
+                owners.setdefault(module_name, {})[local] = names[parameter]
+            else:
+                idle.append((module_name, local, parameter))
+    if idle:
+        with _separate_copies(modules, idle) as copies:
+            logits = run()
+            used: list[Tensor | None] = [None] * len(copies)
+            if logits.requires_grad:
+                used = list(torch.autograd.grad(logits.sum(), copies, allow_unused=True))
+        for (module_name, local, parameter), gradient in zip(idle, used, strict=True):
+            if gradient is not None:
+                owner = _nearest_called(module_name, called)
+                place = f"{module_name}.{local}" if module_name else local
+                if owner is None:
+                    raise UnsupportedModelError(
+                        f"parameter {place!r} is used, but no module that holds it is called: call the model itself "
+                        "in logits, or exclude it with parameters.exclude"
+                    )
+                owners.setdefault(owner, {})[place.removeprefix(f"{owner}.")] = names[parameter]
+    return owners
+
+
+def layout_names(model: nn.Module, layout: ParameterLayout) -> Iterator[tuple[nn.Parameter, str]]:
+    """The parameters of the layout with their names. Raises UnsupportedModelError if the model has others."""
+    found = dict(model.named_parameters())
+    for name, shape in zip(layout.names, layout.shapes, strict=True):
+        if name not in found or tuple(found[name].shape) != shape:
+            raise UnsupportedModelError(f"the model has no parameter {name!r} of shape {shape}")
+        yield found[name], name
+
+
+def _nearest_called(module_name: str, called: set[str]) -> str | None:
+    while module_name:
+        module_name = module_name.rpartition(".")[0]
+        if module_name in called:
+            return module_name
+    return None
+
+
+@contextmanager
+def _separate_copies(
+    modules: dict[str, nn.Module], places: list[tuple[str, str, nn.Parameter]]
+) -> Iterator[list[nn.Parameter]]:
+    """Put a copy that requires a gradient at each place, so that the uses of each place can be told apart."""
+    copies = [nn.Parameter(parameter.detach().clone()) for _, _, parameter in places]
+    try:
+        for (module_name, local, _), copy in zip(places, copies, strict=True):
+            modules[module_name]._parameters[local] = copy
+        yield copies
+    finally:
+        for module_name, local, parameter in places:
+            modules[module_name]._parameters[local] = parameter

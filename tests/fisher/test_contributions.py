@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.fisher import contributions
+from pipeline.fisher.contributions import Contribution, Dense, Outer, Rows, Sum, add
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def outer(positions: int, groups: int = 1, inputs_first: bool = False) -> Outer:
+    shape = (3, 4) if inputs_first else (4 * groups, 3)
+    return Outer(draw(5, groups, positions, 2, 4), draw(5, groups, positions, 3), shape, inputs_first)
+
+
+FORMS: dict[str, Callable[[], Contribution]] = {
+    "one position": lambda: outer(1),
+    "few positions": lambda: outer(2),
+    "many positions": lambda: outer(30),
+    "groups": lambda: outer(2, groups=3),
+    "transposed": lambda: outer(2, inputs_first=True),
+    "embedding": lambda: Rows(draw(5, 9, 2, 3), torch.randint(0, 4, (5, 9)), (4, 3)),
+    "bias": lambda: Dense(draw(5, 2, 7)),
+    "scalar": lambda: Dense(draw(5, 2)),
+    "tied": lambda: Sum((outer(2), Rows(draw(5, 9, 2, 3), torch.randint(0, 4, (5, 9)), (4, 3)))),
+}
+
+
+@pytest.fixture(params=[1 << 25, 16], ids=["one block", "many blocks"], autouse=True)
+def block_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contributions, "MEMORY_ELEMENTS", request.param)
+    monkeypatch.setattr(contributions, "CACHE_ELEMENTS", request.param)
+    torch.manual_seed(0)
+
+
+def dense_definition(value: Contribution) -> Tensor:
+    """Rows, one position of one row of one example at a time."""
+    rows = torch.zeros(value.n_examples, value.rank, *value.shape, dtype=torch.float64)
+    for b in range(value.n_examples):
+        for r in range(value.rank):
+            if isinstance(value, Outer):
+                _, groups, positions, _, o = value.deltas_BGTRo.shape
+                for g in range(groups):
+                    for t in range(positions):
+                        product = torch.outer(value.deltas_BGTRo[b, g, t, r], value.inputs_BGTi[b, g, t])
+                        if value.inputs_first:
+                            rows[b, r] += product.T
+                        else:
+                            rows[b, r, g * o : (g + 1) * o] += product
+            elif isinstance(value, Rows):
+                for t, place in enumerate(value.indices_BT[b]):
+                    rows[b, r, place] += value.deltas_BTRi[b, t, r]
+            elif isinstance(value, Dense):
+                rows[b, r] = value.rows[b, r]
+    if isinstance(value, Sum):
+        return sum((dense_definition(part) for part in value.parts), rows)
+    return rows
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_agrees_with_its_formed_rows(form: str) -> None:
+    value = FORMS[form]()
+    rows = dense_definition(value)
+    torch.testing.assert_close(value.dense(), rows, rtol=1e-12, atol=1e-12)
+    flat = rows.reshape(5, 2, -1)
+    torch.testing.assert_close(value.gram(), flat @ flat.transpose(1, 2), rtol=1e-12, atol=1e-12)
+    for n_components in (1, 40):
+        weights = draw(n_components, 5, 2)
+        expected = torch.einsum("kbr,brp->kp", weights, flat).reshape(n_components, *value.shape)
+        torch.testing.assert_close(value.weighted_sum(weights), expected, rtol=1e-12, atol=1e-12)
+    mask = torch.tensor([True, False, True, True, False])
+    torch.testing.assert_close(value.examples(mask).dense(), rows[mask], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(value.examples(slice(1, 3)).dense(), rows[1:3], rtol=1e-12, atol=1e-12)
+
+
+def test_uses_of_one_form_are_merged_and_the_sum_is_that_of_the_uses() -> None:
+    def rows() -> Rows:
+        return Rows(draw(5, 9, 2, 3), torch.randint(0, 4, (5, 9)), (4, 3))
+
+    cases: list[tuple[list[Contribution], type]] = [
+        ([outer(2), outer(3)], Outer),
+        ([rows(), rows()], Rows),
+        ([Dense(draw(5, 2, 4, 3)), Dense(draw(5, 2, 4, 3))], Dense),
+        ([outer(1), rows(), outer(2), Dense(draw(5, 2, 4, 3)), Sum((outer(1), rows()))], Sum),
+        (
+            [
+                Outer(draw(5, 1, 2, 2, 4), draw(5, 1, 2, 3), (4, 3)),
+                Outer(draw(5, 1, 2, 2, 3), draw(5, 1, 2, 4), (4, 3), True),
+            ],
+            Sum,
+        ),
+    ]
+    for uses, form in cases:
+        total = add(uses)
+        assert isinstance(total, form)
+        expected = torch.stack([dense_definition(use) for use in uses]).sum(dim=0)
+        torch.testing.assert_close(total.dense(), expected, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from typing import Any
+
+import fisher_models as models
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.fisher import (
+    GradientCollector,
+    ParameterLayout,
+    PerExampleFishers,
+    SketchSpec,
+    make_sketch,
+    select_parameters,
+)
+from pipeline.fisher.contributions import Outer
+from pipeline.fisher.tensorsketch import Hashes, fourier_is_cheaper
+
+
+def collected(name: str, dtype: torch.dtype = torch.float64) -> tuple[ParameterLayout, Any]:
+    case = models.make(name, dtype)
+    layout = select_parameters(case.model)
+    collector = GradientCollector(case.model, case.logits_fn, layout)
+    return layout, collector.collect(case.batch(range(6))).contributions
+
+
+def explicit_matrix(layout: ParameterLayout, dim: int, seed: int) -> Tensor:
+    """Q (D, P), entry by entry from the definition."""
+    matrix = torch.zeros(dim, layout.size, dtype=torch.float64)
+    for name, shape, offset in zip(layout.names, layout.shapes, layout.offsets, strict=True):
+        hashes = Hashes.draw(seed, name, shape, dim)
+        n_in = len(hashes.in_buckets)
+        for o in range(len(hashes.out_buckets)):
+            for i in range(n_in):
+                bucket = int(hashes.out_buckets[o] + hashes.in_buckets[i]) % dim
+                matrix[bucket, offset + o * n_in + i] = float(hashes.out_signs[o] * hashes.in_signs[i])
+    return matrix
+
+
+@pytest.mark.parametrize("dim", [1, 31, 64])
+@pytest.mark.parametrize("name", models.NAMES)
+def test_fourier_and_scatter_are_the_explicit_matrix(name: str, dim: int) -> None:
+    layout, contributions = collected(name)
+    rows = make_sketch(SketchSpec("identity", None, 0), layout).apply(contributions)
+    expected = rows @ explicit_matrix(layout, dim, seed=5).T
+    sketch = make_sketch(SketchSpec("tensorsketch", dim, 5), layout)
+    assert sketch.dim == dim
+    scale = float(expected.abs().max())
+    for method in ("fft", "scatter", "auto"):
+        torch.testing.assert_close(sketch.apply(contributions, method), expected, rtol=0, atol=1e-14 * scale)
+    vectors = {
+        layout_name: rows[0, :, offset : offset + size].unflatten(1, shape) if shape else rows[0, :, offset]
+        for layout_name, shape, offset, size in zip(
+            layout.names, layout.shapes, layout.offsets, layout.sizes, strict=True
+        )
+    }
+    torch.testing.assert_close(sketch.apply_dense(vectors), expected[0], rtol=0, atol=1e-14 * scale)
+
+
+def test_fourier_and_scatter_agree_in_float32() -> None:
+    layout, contributions = collected("tied encoder", torch.float32)
+    sketch = make_sketch(SketchSpec("tensorsketch", 1024, 0), layout)
+    scattered, transformed = sketch.apply(contributions, "scatter"), sketch.apply(contributions, "fft")
+    assert scattered.dtype == torch.float32
+    assert float((scattered - transformed).norm() / scattered.norm()) < 5e-7
+
+
+def test_inner_products_are_unbiased_over_seeds_and_as_accurate_as_their_dimension_allows() -> None:
+    layout, contributions = collected("tied encoder")
+    rows = make_sketch(SketchSpec("identity", None, 0), layout).apply(contributions).flatten(0, 1)
+    norms = rows.norm(dim=1, keepdim=True)
+    rows = rows / norms
+    exact = rows @ rows.T
+    dim, n_seeds = 64, 1500
+    errors = []
+    for seed in range(n_seeds):
+        sketched = make_sketch(SketchSpec("tensorsketch", dim, seed), layout).apply(contributions, "scatter")
+        sketched = sketched.flatten(0, 1) / norms
+        errors.append(sketched @ sketched.T - exact)
+    stacked = torch.stack(errors)
+    # a bias of 2% would be more than three standard errors of the mean of the squared norms
+    assert float(stacked.diagonal(dim1=1, dim2=2).mean().abs()) < 0.01
+    standard_error = stacked.std(0) / n_seeds**0.5
+    assert float((stacked.mean(0) / standard_error).abs().max()) < 5.0
+    assert float(stacked.square().mean().sqrt()) < 2.5 / dim**0.5
+
+
+def test_hashes_depend_on_seed_and_name_only() -> None:
+    one = Hashes.draw(3, "layer.weight", (5, 7), 1000)
+    # pinned: a stored sketch must mean the same with every later version
+    assert one.out_buckets.tolist() == [442, 88, 479, 845, 640]
+    assert one.out_signs.tolist() == [1, -1, -1, 1, -1]
+    for other in (Hashes.draw(4, "layer.weight", (5, 7), 1000), Hashes.draw(3, "layer.bias", (5, 7), 1000)):
+        assert not torch.equal(one.out_buckets, other.out_buckets)
+    assert torch.equal(one.out_buckets, Hashes.draw(3, "layer.weight", (5, 70), 1000).out_buckets)
+
+
+def test_cost_rule_prefers_the_fourier_way_for_few_positions_of_a_large_layer() -> None:
+    def use(positions: int, width: int) -> Outer:
+        return Outer(torch.ones(1, 1, positions, 2, width), torch.ones(1, 1, positions, width), (width, width))
+
+    assert fourier_is_cheaper(use(4, 384), 1024)
+    assert not fourier_is_cheaper(use(400, 384), 4096)
+    assert not fourier_is_cheaper(use(4, 8), 1024)
+
+
+def test_positions_without_gradient_do_not_change_the_sketch() -> None:
+    torch.manual_seed(0)
+    deltas, inputs = torch.randn(3, 1, 6, 2, 4), torch.randn(3, 1, 6, 5)
+    deltas[0, :, 2:] = 0
+    deltas[1] = 0
+    layout = ParameterLayout(("w",), ((4, 5),))
+    sketch = make_sketch(SketchSpec("tensorsketch", 16, 0), layout)
+    garbage = inputs.clone()
+    garbage[0, :, 2:] = torch.nan
+    expected = sketch.apply({"w": Outer(deltas, inputs, (4, 5))}, "scatter")
+    torch.testing.assert_close(sketch.apply({"w": Outer(deltas, garbage, (4, 5))}, "fft"), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dim"), [("tensorsketch", None), ("tensorsketch", 0), ("identity", 8), ("fourier", 8)]
+)
+def test_a_sketch_that_makes_no_sense_is_refused(kind: Any, dim: int | None) -> None:
+    with pytest.raises(ValueError, match=r"^sketch\."):
+        SketchSpec(kind, dim, 0)
+
+
+def test_spec_survives_json() -> None:
+    spec = SketchSpec("tensorsketch", 64, 7)
+    assert SketchSpec(**spec.to_json()) == spec
+
+
+def test_sketched_fishers_have_the_exact_norms() -> None:
+    case = models.make("cnn")
+    layout = select_parameters(case.model)
+    results = [
+        PerExampleFishers(case.model, case.logits_fn, layout, make_sketch(spec, layout))(case.batch(range(4)))
+        for spec in (SketchSpec("identity", None, 0), SketchSpec("tensorsketch", 16, 0))
+    ]
+    assert torch.equal(results[0].grams_BRR, results[1].grams_BRR)
+    assert results[1].factors_BRD.shape == (4, 2, 16)
