@@ -1,0 +1,48 @@
+"""Factorization of per-example Fishers into non-negative coefficients and rank-1 components: arrays in, arrays out."""
+
+from __future__ import annotations
+
+from pipeline.factorization.example_shard import ExampleShard
+from pipeline.factorization.gauss_newton import gauss_newton_step
+from pipeline.factorization.initialization import initialize, subsample_indices
+from pipeline.factorization.matching import canonical_order, match_components, near_duplicates
+from pipeline.factorization.nnls import hals_, nnls
+from pipeline.factorization.objective import Candidates, Statistics, explained, merge_candidates
+from pipeline.factorization.problem import InvalidProblemError, validate_factors, validate_size
+from pipeline.factorization.solver import (
+    Factorization,
+    IterationRecord,
+    SolverOptions,
+    SolverState,
+    advance,
+    initial_state,
+    solve,
+    stopping_reason,
+)
+
+__all__ = [
+    "Candidates",
+    "ExampleShard",
+    "Factorization",
+    "InvalidProblemError",
+    "IterationRecord",
+    "SolverOptions",
+    "SolverState",
+    "Statistics",
+    "advance",
+    "canonical_order",
+    "explained",
+    "gauss_newton_step",
+    "hals_",
+    "initial_state",
+    "initialize",
+    "match_components",
+    "merge_candidates",
+    "near_duplicates",
+    "nnls",
+    "solve",
+    "stopping_reason",
+    "subsample_indices",
+    "validate_factors",
+    "validate_size",
+]

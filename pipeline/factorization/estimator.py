@@ -1,0 +1,134 @@
+"""The factorization as a scikit-learn estimator: everything in memory, in this process.
+
+Shapes: N examples, R rank of the Fisher factors, D sketch or parameters, K components.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils import Tags, check_array, check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from pipeline.factorization.example_shard import ExampleShard
+from pipeline.factorization.initialization import initialize, subsample_indices
+from pipeline.factorization.solver import SolverOptions, solve
+
+
+class NPEFF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    """Non-negative per-example Fisher factorization (Matena & Raffel, arXiv 2310.04649).
+
+    Minimises Σ_i ‖Â_iᵀ Â_i − Σ_j W_ij h_j h_jᵀ‖²_F over W ≥ 0 and unit h_j, where Â_i = A_i/√‖A_iᵀ A_i‖_F. Input is
+    the Fisher factors A of shape (N, R, D), float32 or float64, which is also the precision of the passes over them;
+    an array of shape (N, D) is taken as factors of rank 1.
+
+    Args:
+        n_components: K, at most N·R.
+        max_iter: most passes over the data.
+        tol: converged when three steps in a row change the loss by less than this fraction of it.
+        n_starts: seeded starts tried on the subsample.
+        subsample: examples that starts are tried on.
+        random_state: seed or generator of the starts and the subsample.
+        normalize: whether to divide each factor by the root of its Fisher's Frobenius norm. False takes them as given.
+
+    Attributes:
+        components_: (K, D) unit rows, float64, by descending Σ_i W_ij²; each row's largest entry is positive.
+        coefficients_: W (N, K) of the data fitted, in its precision.
+        loss_: the minimum found.
+        explained_: 1 − loss / Σ_i ‖F̂_i‖².
+        history_: one IterationRecord per pass.
+        n_iter_: number of passes.
+        stopped_: "converged", "max_iterations" or "stalled".
+        near_duplicates_: (j, l, cos) of components with |cos| > 0.95.
+        n_features_in_: D.
+
+    Raises:
+        InvalidProblemError: from `fit`, for more components than factor rows or factors that are all zero.
+        ValueError: for arrays that are not finite, of another number of axes, or of another D than was fitted.
+    """
+
+    def __init__(
+        self,
+        n_components: int = 8,
+        *,
+        max_iter: int = 100,
+        tol: float = 1e-6,
+        n_starts: int = 4,
+        subsample: int = 2048,
+        random_state: int | np.random.RandomState | None = None,
+        normalize: bool = True,
+    ) -> None:
+        self.n_components = n_components
+        self.max_iter = max_iter
+        self.tol = tol
+        self.n_starts = n_starts
+        self.subsample = subsample
+        self.random_state = random_state
+        self.normalize = normalize
+
+    def fit(self, X: ArrayLike, y: None = None) -> NPEFF:
+        """Fit components and coefficients to factors (N, R, D)."""
+        shard = self._shard(X, reset=True)
+        options = SolverOptions(
+            n_components=self.n_components,
+            max_iterations=self.max_iter,
+            tolerance=self.tol,
+            n_starts=self.n_starts,
+            subsample=self.subsample,
+            seed=int(check_random_state(self.random_state).randint(2**31 - 1)),
+        )
+        indices = subsample_indices(shard.n_examples, options.subsample, options.seed)
+        start_KD = initialize(
+            shard.factors_NRD[torch.from_numpy(indices)], options.n_components, options.seed, options.n_starts
+        )
+        result = solve([shard], start_KD, options)
+        self.components_ = result.components_KD.numpy()
+        self.coefficients_ = result.coefficients_NK.numpy()
+        self.loss_ = result.loss
+        self.explained_ = result.explained
+        self.history_ = result.history
+        self.n_iter_ = result.n_iter
+        self.stopped_ = result.stopped
+        self.near_duplicates_ = result.near_duplicates
+        return self
+
+    def fit_transform(self, X: ArrayLike, y: None = None, **fit_params: Any) -> np.ndarray:
+        """Fit, and return the coefficients (N, K) of the same examples."""
+        return self.fit(X, y, **fit_params).coefficients_
+
+    def transform(self, X: ArrayLike) -> np.ndarray:
+        """The optimal coefficients (M, K) of new examples' factors (M, R, D) at the fitted components."""
+        check_is_fitted(self)
+        shard = self._shard(X, reset=False)
+        shard.finish(torch.from_numpy(self.components_))
+        return shard.coefficients_NK.numpy()
+
+    @property
+    def _n_features_out(self) -> int:
+        return len(self.components_)
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.three_d_array = True
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
+
+    def _shard(self, X: ArrayLike, *, reset: bool) -> ExampleShard:
+        if np.asarray(X).ndim == 3:
+            factors_NRD = check_array(X, dtype=[np.float64, np.float32], allow_nd=True)
+            # scikit-learn's bookkeeping of D is about the last axis of a matrix, here the matrix of all factor rows.
+            validate_data(self, factors_NRD.reshape(-1, factors_NRD.shape[2]), reset=reset, skip_check_array=True)
+        else:
+            factors_NRD = validate_data(self, X, dtype=[np.float64, np.float32], reset=reset)[:, None, :]
+        factors = torch.from_numpy(np.require(factors_NRD, requirements=["C", "W"]))
+        shard = ExampleShard(factors)
+        if not self.normalize:
+            return shard
+        # ‖AᵀA‖_F is the root of the Fisher square that a shard computes; a zero Fisher stays zero.
+        norms_N = shard.fisher_squares_N.sqrt()
+        scale_N = torch.where(norms_N > 0, norms_N, 1.0).rsqrt().to(factors)
+        return ExampleShard(factors * scale_N[:, None, None])

@@ -1,0 +1,161 @@
+"""Some of the examples with their coefficients, and the passes over them.
+
+A pass is the only work of the solver that grows with the number of examples: two matrix products with the factors, in
+the factors' own precision, block by block; sums over blocks are float64.
+
+Shapes: N examples of this shard, B examples of a block, R rank, D sketch, K components, M candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.factorization.nnls import hals_, nnls
+from pipeline.factorization.objective import N_CANDIDATES, Candidates, Statistics
+from pipeline.factorization.problem import validate_factors
+
+_BLOCK_ROWS = 4096
+"""Factor rows (examples × rank) of a block: enough for the products to run at full speed."""
+
+_UPCAST_ROWS = 256
+"""Rows of a block that is converted to float64 for a few operations only: these should not leave the cache."""
+
+
+class ExampleShard:
+    """Normalised factors Â (N, R, D), their warm-start coefficients W (N, K) and, after a pass, the misfits.
+
+    Rows of factors may be zero: they add nothing, and an example of zero rows only gets zero coefficients.
+
+    Args:
+        factors_NRD: Â_i = A_i/√‖F_i‖_F in float32 or float64; not copied.
+        coefficients_NK: where the first pass starts from; zeros by default.
+
+    Raises:
+        InvalidProblemError: if the factors are not a finite floating-point array (N, R, D).
+    """
+
+    def __init__(self, factors_NRD: Tensor | np.ndarray, coefficients_NK: Tensor | np.ndarray | None = None) -> None:
+        self.factors_NRD = torch.as_tensor(factors_NRD)
+        validate_factors(self.factors_NRD)
+        self.coefficients_NK = self.factors_NRD.new_zeros(self.n_examples, 0)
+        """W, in the factors' precision; without columns until the first pass says how many components there are."""
+        if coefficients_NK is not None:
+            self.coefficients_NK = torch.as_tensor(coefficients_NK).to(self.factors_NRD, copy=True)
+        self.fisher_squares_N = self._fisher_squares()
+        self.misfits_N = self.fisher_squares_N.clone()
+        """‖F̂_i − Σ_j W_ij h_j h_jᵀ‖² at the last pass, float64."""
+
+    @property
+    def n_examples(self) -> int:
+        return self.factors_NRD.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.factors_NRD.shape[1]
+
+    @property
+    def dim(self) -> int:
+        return self.factors_NRD.shape[2]
+
+    def accumulate(self, components_KD: Tensor, *, sweeps: int = 4) -> Statistics:
+        """Improve the coefficients by `sweeps` sweeps of HALS at these components; the statistics at the result."""
+        h_KD, gram_KK = self._components_and_gram(components_KD)
+        h_KD, gram_low_KK = h_KD.to(self.factors_NRD), gram_KK.to(self.factors_NRD)
+        coefficients_NK = self._coefficients(len(h_KD))
+        statistics = Statistics.zeros(len(h_KD), self.dim, device=self.factors_NRD.device)
+        for block in self._blocks():
+            rows, b_KBR = self._project(self.factors_NRD[block], h_KD)
+            t_KB = b_KBR.square().sum(dim=2)
+            w_KB = hals_(coefficients_NK[block].T.contiguous(), t_KB, gram_low_KK, sweeps)
+            coefficients_NK[block] = w_KB.T
+            self._add_block(statistics, block, rows, b_KBR, t_KB, w_KB, gram_KK)
+        return statistics
+
+    def finish(self, components_KD: Tensor) -> Statistics:
+        """Set the coefficients to their optimum at these components; the statistics at the result.
+
+        Everything is float64 here, except that the coefficients are rounded to the factors' precision before the
+        statistics are taken: the loss is that of the coefficients which are kept, to rounding in float64.
+        """
+        h_KD, gram_KK = self._components_and_gram(components_KD)
+        coefficients_NK = self._coefficients(len(h_KD))
+        statistics = Statistics.zeros(len(h_KD), self.dim, device=self.factors_NRD.device)
+        for block in self._blocks():
+            rows, b_KBR = self._project(self.factors_NRD[block].double(), h_KD)
+            t_KB = b_KBR.square().sum(dim=2)
+            coefficients_NK[block] = nnls(t_KB.T, gram_KK, coefficients_NK[block]).to(coefficients_NK)
+            w_KB = coefficients_NK[block].double().T.contiguous()
+            self._add_block(statistics, block, rows, b_KBR, t_KB, w_KB, gram_KK)
+        return statistics
+
+    def candidates(self, components_KD: Tensor) -> Candidates:
+        """What the worst-fitted examples of the last pass, made at these components, offer in place of dead ones.
+
+        An example offers the direction within its own row space along which its residual F̂_i − Σ_j W_ij h_j h_jᵀ is
+        largest: with Â_i = X diag(s) V, the top eigenvector of diag(s²) − V Hᵀ diag(W_i) H Vᵀ, mapped back by V.
+        """
+        n = min(N_CANDIDATES, self.n_examples)
+        misfits, worst = self.misfits_N.sort(descending=True, stable=True)
+        misfits, worst = misfits[:n], worst[:n]
+        h_KD = components_KD.to(self.misfits_N)
+        w_MK = self._coefficients(len(h_KD))[worst].double()
+        _, s_MR, v_MRD = torch.linalg.svd(self.factors_NRD[worst].double(), full_matrices=False)
+        vh_MRK = v_MRD @ h_KD.T
+        residual_MRR = torch.diag_embed(s_MR.square()) - (vh_MRK * w_MK[:, None, :]) @ vh_MRK.mT
+        top_MR = torch.linalg.eigh(residual_MRR).eigenvectors[:, :, -1]
+        candidates = Candidates.none(self.dim, self.factors_NRD.device)
+        candidates.residuals_M[:n] = misfits
+        candidates.directions_MD[:n] = (top_MR[:, None, :] @ v_MRD)[:, 0, :]
+        return candidates
+
+    def _blocks(self, block_rows: int = _BLOCK_ROWS) -> Iterator[slice]:
+        step = max(1, block_rows // self.rank)
+        for start in range(0, self.n_examples, step):
+            yield slice(start, min(start + step, self.n_examples))
+
+    def _components_and_gram(self, components_KD: Tensor) -> tuple[Tensor, Tensor]:
+        h_KD = components_KD.to(device=self.factors_NRD.device, dtype=torch.float64)
+        return h_KD, (h_KD @ h_KD.T).square()
+
+    def _coefficients(self, n_components: int) -> Tensor:
+        if self.coefficients_NK.shape[1] == 0:
+            self.coefficients_NK = self.factors_NRD.new_zeros(self.n_examples, n_components)
+        assert self.coefficients_NK.shape == (self.n_examples, n_components), self.coefficients_NK.shape
+        return self.coefficients_NK
+
+    def _fisher_squares(self) -> Tensor:
+        squares = torch.empty(self.n_examples, dtype=torch.float64, device=self.factors_NRD.device)
+        for block in self._blocks(_UPCAST_ROWS):
+            rows_BRD = self.factors_NRD[block].double()
+            squares[block] = (rows_BRD @ rows_BRD.mT).square().sum(dim=(1, 2))
+        return squares
+
+    @staticmethod
+    def _project(rows_BRD: Tensor, h_KD: Tensor) -> tuple[Tensor, Tensor]:
+        """The block's rows as a matrix (B·R, D), and their products with the components (K, B, R)."""
+        rows = rows_BRD.reshape(-1, rows_BRD.shape[2])
+        return rows, (h_KD @ rows.T).view(len(h_KD), *rows_BRD.shape[:2])
+
+    def _add_block(
+        self,
+        statistics: Statistics,
+        block: slice,
+        rows: Tensor,
+        b_KBR: Tensor,
+        t_KB: Tensor,
+        w_KB: Tensor,
+        gram_KK: Tensor,
+    ) -> None:
+        statistics.u_KD += (w_KB[:, :, None] * b_KBR).view(len(w_KB), -1) @ rows
+        w_KB, t_KB = w_KB.double(), t_KB.double()
+        wt_B = (w_KB * t_KB).sum(dim=0)
+        fisher_squares_B = self.fisher_squares_N[block]
+        self.misfits_N[block] = fisher_squares_B - 2 * wt_B + (w_KB * (gram_KK @ w_KB)).sum(dim=0)
+        statistics.ww_KK.addmm_(w_KB, w_KB.T)
+        statistics.wt += float(wt_B.sum())
+        statistics.fisher_square_sum += float(fisher_squares_B.sum())
+        statistics.n_examples += len(wt_B)

@@ -1,0 +1,123 @@
+"""Where the solver starts: Jennrich's algorithm on a subsample, from several seeds, the best kept.
+
+In the exact model F̂_i = Hᵀ diag(W_i) H, two non-negative mixtures of the Fishers, M_a = Σ_i a_i F̂_i and M_b, are both
+diagonalised by the components: the generalised eigenvectors M_a x = λ M_b x give them as h ∝ M_b x (Leurgans, Ross &
+Abel 1993, the algorithm attributed to Jennrich), provided the ratios λ differ. Noise makes that a rough answer, so each
+start is polished by some iterations of the solver and judged by its loss.
+
+All starts share one compression: the leading right singular vectors V (D, Q) of the stacked factor rows. Components
+within the span of V have the same loss, up to a constant, on the compressed factors ÂV, where D is replaced by Q.
+
+Shapes: M subsampled examples, R rank, D sketch, K components, Q compressed dimension.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from pipeline.factorization.example_shard import ExampleShard
+from pipeline.factorization.problem import InvalidProblemError, validate_size
+from pipeline.factorization.solver import SolverOptions, SolverState, advance, initial_state, stopping_reason
+
+_EXTRA_DIMENSIONS = 32
+_POWER_ITERATIONS = 2
+_POLISHING_ITERATIONS = 20
+_RANK_TOLERANCE = 1e-6
+"""Singular values below this fraction of the largest carry no direction worth starting from."""
+
+
+def subsample_indices(n_examples: int, size: int, seed: int) -> np.ndarray:
+    """Indices of min(size, n_examples) distinct examples, ascending, int64; the same for the same arguments."""
+    if size >= n_examples:
+        return np.arange(n_examples, dtype=np.int64)
+    chosen = np.random.default_rng([seed, n_examples]).choice(n_examples, size=size, replace=False)
+    return np.sort(chosen).astype(np.int64)
+
+
+def initialize(factors_MRD: Tensor | np.ndarray, n_components: int, seed: int, n_starts: int = 4) -> Tensor:
+    """Starting components (K, D), unit rows, float64; the same for the same arguments.
+
+    More components than the data has dimensions are filled up with directions of badly fitted examples.
+
+    Raises:
+        InvalidProblemError: if the factors are not finite, all zero, or fewer rows than components.
+    """
+    shard = ExampleShard(factors_MRD)
+    validate_size(shard.n_examples, shard.rank, n_components)
+    if not bool(shard.fisher_squares_N.any()):
+        raise InvalidProblemError("every factor is zero: there is nothing to factorize")
+    generator = torch.Generator().manual_seed(seed)
+    basis_DQ, singular_values_Q = _leading_directions(
+        shard.factors_NRD.reshape(-1, shard.dim), n_components + _EXTRA_DIMENSIONS, generator
+    )
+    compressed_MRQ = shard.factors_NRD @ basis_DQ.to(shard.factors_NRD)
+    n_leading = min(n_components, int((singular_values_Q > _RANK_TOLERANCE * singular_values_Q[0]).sum()))
+    starts = [_start(compressed_MRQ, n_components, n_leading, generator) for _ in range(n_starts)]
+    best = min(starts, key=lambda state: state.best_loss)
+    components_KD = best.best_components_KD @ basis_DQ.T
+    return components_KD / torch.linalg.norm(components_KD, dim=1, keepdim=True)
+
+
+def _leading_directions(rows: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Orthonormal (D, Q) and singular values (Q,), descending, by randomised subspace iteration.
+
+    Source: Halko, Martinsson & Tropp, SIAM Review 53 (2011), algorithm 4.4; Q = min(n, number of rows, D).
+    """
+    n = min(n, *rows.shape)
+    probe = torch.randn(rows.shape[1], n, dtype=torch.float64, generator=generator).to(rows)
+    for _ in range(_POWER_ITERATIONS):
+        probe = torch.linalg.qr(rows.T @ (rows @ probe)).Q
+    _, singular_values, v_QD = torch.linalg.svd(
+        (torch.linalg.qr(rows @ probe).Q.T @ rows).double(), full_matrices=False
+    )
+    return v_QD.T, singular_values
+
+
+def _start(compressed_MRQ: Tensor, n_components: int, n_leading: int, generator: torch.Generator) -> SolverState:
+    """One seeded start, polished; its loss decides."""
+    shard = ExampleShard(compressed_MRQ)
+    components_KQ = compressed_MRQ.new_zeros(n_components, compressed_MRQ.shape[2], dtype=torch.float64)
+    components_KQ[:n_leading, :n_leading] = _jennrich(compressed_MRQ[:, :, :n_leading].double(), generator)
+    if n_leading < n_components:
+        shard.accumulate(components_KQ)
+        components_KQ[n_leading:] = _badly_fitted_rows(shard, n_components - n_leading, generator).double()
+    options = SolverOptions(n_components=n_components, max_iterations=_POLISHING_ITERATIONS)
+    state = initial_state(components_KQ, options)
+    while stopping_reason(state, options) is None:
+        statistics = shard.accumulate(state.components_KD)
+        candidates = shard.candidates(state.components_KD) if bool(statistics.dead_K.any()) else None
+        state, _ = advance(state, statistics, options, candidates)
+    return state
+
+
+def _jennrich(compressed_MRK: Tensor, generator: torch.Generator) -> Tensor:
+    """Components (K, K) in compressed coordinates from two random mixtures of the examples."""
+    dim = compressed_MRK.shape[2]
+    rows = compressed_MRK.reshape(-1, dim)
+    mixtures = []
+    for _ in range(2):
+        # Weighting examples by how they respond to a random direction spreads the ratios λ further than weights drawn
+        # without regard to the examples, whose mixtures both come close to the mean Fisher.
+        probe_K = torch.randn(dim, dtype=torch.float64, generator=generator).to(rows)
+        weights_M = (compressed_MRK @ probe_K).square().sum(dim=1)
+        mixtures.append((compressed_MRK * weights_M[:, None, None]).reshape(-1, dim).T @ rows)
+    m_a, m_b = (m / m.trace().clamp(min=torch.finfo(m.dtype).tiny) for m in mixtures)
+    m_b = m_b + 1e-9 * torch.eye(dim).to(m_b)
+    _, x = scipy.linalg.eigh(m_a.cpu().numpy(), m_b.cpu().numpy())
+    components_KK = (m_b @ torch.from_numpy(x).to(m_b)).T
+    return components_KK / torch.linalg.norm(components_KK, dim=1, keepdim=True)
+
+
+def _badly_fitted_rows(shard: ExampleShard, n: int, generator: torch.Generator) -> Tensor:
+    """Unit factor rows drawn by their size times the misfit of their example; random directions if they run out."""
+    rows = shard.factors_NRD.reshape(-1, shard.dim)
+    squares = rows.square().sum(dim=1)
+    weights = squares * shard.misfits_N.clamp(min=0.0).repeat_interleave(shard.rank)
+    drawn = torch.randn(n, shard.dim, dtype=torch.float64, generator=generator).to(rows)
+    n_usable = min(n, int((weights > 0).sum()))
+    if n_usable > 0:
+        drawn[:n_usable] = rows[torch.multinomial(weights.cpu(), n_usable, generator=generator).to(rows.device)]
+    return drawn / torch.linalg.norm(drawn, dim=1, keepdim=True)

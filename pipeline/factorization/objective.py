@@ -1,0 +1,122 @@
+"""The loss of a factorization as a function of statistics that add up over examples.
+
+With Â_i = A_i/√‖F_i‖_F, components H (unit rows) and coefficients W ≥ 0,
+
+    f = Σ_i ‖Â_iᵀ Â_i − Σ_j W_ij h_j h_jᵀ‖²_F = Σ_i ‖F̂_i‖² − 2⟨W, T⟩ + ⟨Wᵀ W, (H Hᵀ)∘(H Hᵀ)⟩,  T_ij = ‖Â_i h_j‖²
+
+(Matena & Raffel, arXiv 2310.04649). `Statistics` is all that a step needs to know about the data: a worker computes it
+on its own examples, and the sum over workers is the statistics of the whole data set.
+
+Shapes: N examples, R rank, D sketch, K components, M candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+N_CANDIDATES = 4
+"""Replacement directions kept for dead components; each costs D numbers of communication, and only when one is dead."""
+
+_DEAD_ENERGY = 1e-12
+"""A component is dead when Σ_i W_ij² is below this fraction of the largest."""
+
+
+@dataclass
+class Statistics:
+    """Sums over examples at given components H, in float64."""
+
+    u_KD: Tensor
+    """U = Σ_i (W_i ∘ Â_i Hᵀ)ᵀ Â_i; U − S H is −1/4 of the gradient of f."""
+    ww_KK: Tensor
+    """WᵀW."""
+    wt: float
+    """⟨W, T⟩."""
+    fisher_square_sum: float
+    """Σ_i ‖Â_iᵀ Â_i‖²_F of the factors as given, that is of the sketched ones."""
+    n_examples: int
+
+    @classmethod
+    def zeros(cls, n_components: int, dim: int, *, device: torch.device | None = None) -> Statistics:
+        """Statistics of no examples."""
+        u_KD = torch.zeros(n_components, dim, dtype=torch.float64, device=device)
+        ww_KK = torch.zeros(n_components, n_components, dtype=torch.float64, device=device)
+        return cls(u_KD, ww_KK, 0.0, 0.0, 0)
+
+    def merge(self, other: Statistics) -> Statistics:
+        """Add the statistics of other examples at the same components, in place; returns self."""
+        assert self.u_KD.shape == other.u_KD.shape, (self.u_KD.shape, other.u_KD.shape)
+        self.u_KD += other.u_KD
+        self.ww_KK += other.ww_KK
+        self.wt += other.wt
+        self.fisher_square_sum += other.fisher_square_sum
+        self.n_examples += other.n_examples
+        return self
+
+    def pack(self) -> Tensor:
+        """One float64 vector of K·D + K² + 3 numbers; the sum of two packs is the pack of the merge."""
+        scalars = [self.wt, self.fisher_square_sum, float(self.n_examples)]
+        return torch.cat([self.u_KD.flatten(), self.ww_KK.flatten(), self.u_KD.new_tensor(scalars)])
+
+    @classmethod
+    def unpack(cls, packed: Tensor, n_components: int, dim: int) -> Statistics:
+        """The inverse of `pack`; the tensors are views of `packed`."""
+        u, ww, scalars = packed.split([n_components * dim, n_components**2, 3])
+        wt, fisher_square_sum, n_examples = scalars.tolist()
+        return cls(u.view(n_components, dim), ww.view(n_components, -1), wt, fisher_square_sum, round(n_examples))
+
+    def loss(self, components_KD: Tensor) -> float:
+        """f at the components that the statistics were computed at."""
+        gram_KK = (components_KD @ components_KD.T).square()
+        return self.fisher_square_sum - 2.0 * self.wt + float(torch.sum(self.ww_KK * gram_KK))
+
+    @property
+    def energy_K(self) -> Tensor:
+        """Σ_i W_ij² of each component."""
+        return self.ww_KK.diagonal()
+
+    @property
+    def dead_K(self) -> Tensor:
+        """Which components no example uses."""
+        return self.energy_K <= _DEAD_ENERGY * self.energy_K.max()
+
+
+def explained(loss: float, fisher_square_sum: float) -> float:
+    """1 − f / Σ_i ‖F̂_i‖²: 1 is a perfect fit, 0 that of no components at all."""
+    return 1.0 - loss / fisher_square_sum
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Directions that the worst-fitted examples offer in place of dead components, worst first; float64.
+
+    Always `N_CANDIDATES` of them, so that workers exchange tensors of one shape; one with residual 0 is padding.
+    """
+
+    residuals_M: Tensor
+    directions_MD: Tensor
+
+    @classmethod
+    def none(cls, dim: int, device: torch.device | None = None) -> Candidates:
+        """Padding only."""
+        residuals_M = torch.zeros(N_CANDIDATES, dtype=torch.float64, device=device)
+        return cls(residuals_M, residuals_M.new_zeros(N_CANDIDATES, dim))
+
+    def pack(self) -> Tensor:
+        """One float64 vector of M·(D + 1) numbers, to be gathered (not summed) from the workers."""
+        return torch.cat([self.residuals_M, self.directions_MD.flatten()])
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> Candidates:
+        """The inverse of `pack`."""
+        return cls(packed[:N_CANDIDATES], packed[N_CANDIDATES:].view(N_CANDIDATES, -1))
+
+
+def merge_candidates(candidates: Sequence[Candidates]) -> Candidates:
+    """The worst-fitted of all; however the examples are cut into shards, the outcome is the same."""
+    residuals = torch.cat([c.residuals_M for c in candidates])
+    worst = residuals.argsort(descending=True, stable=True)[:N_CANDIDATES]
+    return Candidates(residuals[worst], torch.cat([c.directions_MD for c in candidates])[worst])

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from planted import Planted, planted_fishers
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from pipeline.factorization import InvalidProblemError, match_components
+from pipeline.factorization.estimator import NPEFF
+
+
+@parametrize_with_checks([NPEFF(n_components=2, max_iter=30)])
+def test_every_check_of_scikit_learn_that_takes_matrices_passes(estimator: NPEFF, check: Callable[[Any], None]) -> None:
+    # No check is expected to fail. scikit-learn itself skips check_array_api_input unless SCIPY_ARRAY_API is set: the
+    # estimator makes no claim to take arrays of other libraries.
+    check(estimator)
+
+
+@pytest.fixture(scope="module")
+def planted() -> Planted:
+    return planted_fishers(n_examples=300, rank=3, dim=24, n_components=6, noise=0.05, seed=0, n_active=3)
+
+
+@pytest.fixture(scope="module")
+def fitted(planted: Planted) -> NPEFF:
+    return NPEFF(n_components=6, random_state=0).fit(planted.factors_NRD)
+
+
+def test_factors_of_three_axes_are_fitted(planted: Planted, fitted: NPEFF) -> None:
+    assert match_components(fitted.components_, planted.components_KD)[1].min() > 0.99
+    assert fitted.n_features_in_ == 24
+    assert fitted.coefficients_.shape == (300, 6)
+    assert fitted.explained_ == pytest.approx(1 - fitted.loss_ / 300)
+    assert fitted.n_iter_ == len(fitted.history_)
+    assert fitted.stopped_ == "converged"
+    assert fitted.near_duplicates_ == []
+    assert fitted.get_feature_names_out().tolist() == [f"npeff{k}" for k in range(6)]
+
+
+def test_fit_transform_and_transform_agree(planted: Planted, fitted: NPEFF) -> None:
+    np.testing.assert_allclose(fitted.transform(planted.factors_NRD), fitted.coefficients_, rtol=1e-7, atol=1e-9)
+    again = clone(fitted).fit_transform(planted.factors_NRD)
+    np.testing.assert_array_equal(again, fitted.coefficients_)
+
+
+def test_examples_are_transformed_independently_of_each_other(planted: Planted, fitted: NPEFF) -> None:
+    whole = fitted.transform(planted.factors_NRD)
+    np.testing.assert_allclose(fitted.transform(planted.factors_NRD[7:9]), whole[7:9], rtol=1e-9, atol=1e-10)
+
+
+def test_new_examples_may_have_another_rank(planted: Planted, fitted: NPEFF) -> None:
+    padded = np.concatenate([planted.factors_NRD, np.zeros((300, 2, 24))], axis=1)
+    np.testing.assert_allclose(fitted.transform(padded), fitted.transform(planted.factors_NRD), rtol=1e-9, atol=1e-10)
+
+
+def test_normalisation_makes_the_scale_of_an_example_irrelevant(planted: Planted, fitted: NPEFF) -> None:
+    scaled = planted.factors_NRD * np.random.default_rng(0).uniform(0.1, 10, (300, 1, 1))
+    model = NPEFF(n_components=6, random_state=0).fit(scaled)
+    assert model.loss_ == pytest.approx(fitted.loss_, rel=1e-6)
+    as_given = NPEFF(n_components=6, random_state=0, normalize=False).fit(2 * planted.factors_NRD)
+    assert as_given.loss_ == pytest.approx(16 * fitted.loss_, rel=1e-6)
+
+
+def test_the_precision_of_the_input_is_that_of_the_coefficients(planted: Planted, fitted: NPEFF) -> None:
+    model = NPEFF(n_components=6, random_state=0)
+    coefficients = model.fit_transform(planted.factors_NRD.astype(np.float32))
+    assert coefficients.dtype == np.float32
+    assert fitted.coefficients_.dtype == np.float64
+    assert model.loss_ == pytest.approx(fitted.loss_, rel=1e-5)
+
+
+def test_a_matrix_is_taken_as_factors_of_rank_one() -> None:
+    planted = planted_fishers(n_examples=80, rank=1, dim=12, n_components=4, noise=0.1, seed=0, n_active=1)
+    matrix = NPEFF(n_components=4, random_state=0).fit(planted.factors_NRD[:, 0])
+    factors = NPEFF(n_components=4, random_state=0).fit(planted.factors_NRD)
+    np.testing.assert_array_equal(matrix.components_, factors.components_)
+
+
+def test_input_that_does_not_fit_is_refused(planted: Planted, fitted: NPEFF) -> None:
+    with pytest.raises(NotFittedError):
+        NPEFF(n_components=6).transform(planted.factors_NRD)
+    with pytest.raises(ValueError, match="23 features, but NPEFF is expecting 24"):
+        fitted.transform(planted.factors_NRD[:, :, :23])
+    with pytest.raises(ValueError, match="dim"):
+        fitted.transform(planted.factors_NRD[None])
+    with pytest.raises(InvalidProblemError, match="exceeds"):
+        NPEFF(n_components=901).fit(planted.factors_NRD)
+    broken = planted.factors_NRD.copy()
+    broken[3, 0, 0] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        NPEFF(n_components=6).fit(broken)
