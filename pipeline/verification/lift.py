@@ -1,0 +1,80 @@
+"""From components in the sketch to directions in parameter space.
+
+Components are fitted in the sketch, where nothing says which parameters they are. One more pass over the data does:
+with coefficients W, components H and the sketched, normalised factors Â fixed, one alternating-least-squares step in
+full coordinates is
+
+    direction_j = Σ_l (S⁻¹)_jl Σ_i W_il Σ_r (Â_i h_l)_r A_ir / √‖F_i‖,    S = WᵀW ∘ HHᵀ,
+
+a weighted sum of gradient rows A_ir whose weights are known before the pass (`lift_weights`) and which is added up
+batch by batch (`accumulate_directions`). Only the components of one block are in memory at a time.
+
+Legend: N examples, B batch, R rank, D sketch, K components, k components of the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.fisher import GradientCollector, ParameterLayout
+
+
+def lift_weights(
+    factors_NRD: Tensor,
+    coefficients_NK: Tensor,
+    components_KD: Tensor,
+    coefficient_gram_KK: Tensor,
+    component_ids: Sequence[int],
+    frobenius_norms_N: Tensor,
+) -> Tensor:
+    """Weights (k, N, R), float64, of the gradient rows A_ir in the directions of `component_ids`.
+
+    `factors_NRD` are Â = A Qᵀ/√‖F‖, of any part of the examples; `coefficient_gram_KK` is WᵀW over all of them. Where
+    S is singular, as for components that no example uses, its pseudo-inverse is taken: their weights are zero. So are
+    those of examples whose norm is zero.
+    """
+    components_KD = components_KD.double()
+    system_KK = coefficient_gram_KK.double() * (components_KD @ components_KD.T)
+    inverse_kK = torch.linalg.pinv(system_KK, hermitian=True)[list(component_ids)]
+    scores_NRK = (factors_NRD @ components_KD.to(factors_NRD).T) * coefficients_NK.double()[:, None]
+    scale_N = frobenius_norms_N.double().rsqrt().where(frobenius_norms_N > 0, 0)
+    return torch.einsum("kl,nrl,n->knr", inverse_kK, scores_NRK, scale_N)
+
+
+def zero_directions(
+    layout: ParameterLayout,
+    n_components: int,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """Where directions are added up: (k, *shape) for each parameter."""
+    return {
+        name: torch.zeros(n_components, *shape, device=device, dtype=dtype)
+        for name, shape in zip(layout.names, layout.shapes, strict=True)
+    }
+
+
+def accumulate_directions(
+    collector: GradientCollector,
+    batch: Any,
+    weights_kBR: Tensor,
+    directions: dict[str, Tensor],
+    n_examples: int | None = None,
+) -> None:
+    """Add Σ_{b,r} weights[k, b, r] A_br to `directions`, (k, *shape) for each parameter, in place; not normalised.
+
+    Examples whose weights are all zero are left out, so rows that are not finite do no harm there.
+    """
+    live_B = weights_kBR.ne(0).any(dim=2).any(dim=0)
+    if not live_B.any():
+        return
+    collected = collector.collect(batch, n_examples)
+    live_B = live_B.to(collected.logits_BC.device)
+    weights_kBR = weights_kBR.to(live_B.device)[:, live_B]
+    with torch.no_grad():
+        for name, contribution in collected.contributions.items():
+            directions[name] += contribution.examples(live_B).weighted_sum(weights_kBR)

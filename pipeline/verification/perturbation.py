@@ -1,0 +1,95 @@
+"""Move a model's parameters along a direction and see which predictions change.
+
+A component claims: examples with large coefficients are treated alike, along this direction. The test (Matena & Raffel,
+arXiv 2310.04649, section 5) moves θ by ±ε·ĝ with ‖ĝ‖ = 1 and compares the mean KL(p_moved ‖ p_original) on the top
+examples with that on a baseline: their quotient is the KL ratio.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+RELATIVE_TOLERANCE = 0.01
+"""How close to its target the mean KL must come."""
+
+_MAX_EVALUATIONS = 60
+
+
+@contextmanager
+def moved(model: nn.Module, direction: Mapping[str, Tensor], step: float) -> Iterator[None]:
+    """θ + step·direction inside the context; outside it every parameter has its former bits, also after an exception.
+
+    Args:
+        direction: tensors by parameter name; parameters that it does not name stay.
+        step: ε times the sign, in units of the direction's length.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    before = {name: parameters[name].detach().clone() for name in direction}
+    try:
+        with torch.no_grad():
+            for name, tensor in direction.items():
+                parameters[name].add_(tensor.to(parameters[name]), alpha=step)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, tensor in before.items():
+                parameters[name].copy_(tensor)
+
+
+def kl_divergence(moved_logits_BC: Tensor, original_logits_BC: Tensor) -> Tensor:
+    """KL(p_moved ‖ p_original) of every example, nats, in float64; infinite where the moved logits are not finite."""
+    moved_log_p, original_log_p = (z.double().log_softmax(-1) for z in (moved_logits_BC, original_logits_BC))
+    kl_B = torch.where(moved_log_p.exp() > 0, moved_log_p.exp() * (moved_log_p - original_log_p), 0.0).sum(-1)
+    return torch.where(torch.isfinite(moved_logits_BC).all(-1), kl_B.clamp_min(0.0), math.inf)
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """ε, the mean KL it gives, and whether that is the KL that was asked for."""
+
+    epsilon: float
+    kl: float
+    reached_target: bool
+
+
+def find_step_size(kl_at: Callable[[float], float], target_kl: float, *, longest: float) -> StepSize:
+    """The ε > 0 at which ``kl_at(ε)`` is ``target_kl``, to 1%.
+
+    KL is near quadratic in a small ε, which gives the first guesses; once two of them enclose the target, bisection (of
+    log ε) closes in.
+
+    Args:
+        kl_at: mean KL of the top examples at a step size; may return infinity.
+        longest: step size that is not exceeded; where it gives less than the target, it is the answer and
+            ``reached_target`` is False.
+    """
+    epsilon, below, above = longest * 1e-3, 0.0, math.inf
+    best = StepSize(epsilon, kl_at(epsilon), False)
+    for _ in range(_MAX_EVALUATIONS):
+        if abs(best.kl - target_kl) <= RELATIVE_TOLERANCE * target_kl:
+            return StepSize(best.epsilon, best.kl, True)
+        if best.kl < target_kl:
+            below = best.epsilon
+        else:
+            above = best.epsilon
+        if below >= longest:
+            return best
+        if below > 0 and math.isfinite(above):
+            epsilon = math.sqrt(below * above)
+        else:
+            factor = math.sqrt(target_kl / best.kl) if 0 < best.kl < math.inf else (10.0 if below else 0.1)
+            epsilon = min(best.epsilon * min(max(factor, 0.01), 10.0), longest)
+        best = StepSize(epsilon, kl_at(epsilon), False)
+    return best
+
+
+def parameter_norm(model: nn.Module, direction: Mapping[str, Tensor]) -> float:
+    """‖θ‖₂ over the parameters that ``direction`` names: a step as long as this is no longer a perturbation."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return math.sqrt(sum(float(parameters[name].detach().double().square().sum()) for name in direction))

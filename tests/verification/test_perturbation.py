@@ -1,0 +1,84 @@
+"""Moving parameters and finding the step that moves predictions by a stated amount."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.verification import find_step_size, kl_divergence, moved, parameter_norm
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4))
+
+
+def direction(net: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: torch.randn_like(parameter) for name, parameter in net.named_parameters() if "weight" in name}
+
+
+def test_parameters_move_by_the_step_and_come_back_to_their_bits() -> None:
+    net = model()
+    along = direction(net)
+    before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+    with moved(net, along, 0.3):
+        for name, parameter in net.named_parameters():
+            expected = before[name] + 0.3 * along[name] if name in along else before[name]
+            torch.testing.assert_close(parameter.detach(), expected)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in net.named_parameters())
+
+
+def test_parameters_come_back_after_an_exception() -> None:
+    net = model()
+    before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+    with pytest.raises(RuntimeError, match="in the middle"), moved(net, direction(net), 1e20):
+        raise RuntimeError("in the middle")
+    assert all(torch.equal(parameter, before[name]) for name, parameter in net.named_parameters())
+
+
+def test_kl_is_that_of_its_definition_in_float64() -> None:
+    torch.manual_seed(1)
+    moved_logits, original = torch.randn(6, 4), torch.randn(6, 4)
+    p, q = moved_logits.double().softmax(-1), original.double().softmax(-1)
+    torch.testing.assert_close(kl_divergence(moved_logits, original), (p * (p / q).log()).sum(-1))
+
+
+def test_kl_of_equal_logits_is_zero_and_of_logits_that_are_not_finite_infinite() -> None:
+    logits = torch.tensor([[0.0, 900.0], [1.0, math.nan]])
+    kl = kl_divergence(logits, torch.tensor([[0.0, 900.0], [1.0, 2.0]]))
+    assert kl.tolist() == [0.0, math.inf]
+
+
+@pytest.mark.parametrize(
+    "kl_at",
+    [
+        lambda step: 3.0 * step**2,
+        lambda step: 1e6 * step**2,
+        lambda step: min(step**4, 5.0),
+        lambda step: math.inf if step > 1e-3 else 1000 * step,
+        lambda step: 0.0 if step < 0.5 else step,
+    ],
+)
+def test_the_step_size_reaches_its_target_to_one_percent_where_it_can(kl_at: Callable[[float], float]) -> None:
+    for target in (0.1, 0.9):
+        step = find_step_size(kl_at, target, longest=10.0)
+        assert step.kl == kl_at(step.epsilon)
+        if step.reached_target:
+            assert abs(step.kl - target) <= 0.01 * target
+    assert find_step_size(kl_at, 0.9, longest=10.0).reached_target or math.isinf(kl_at(1.0))
+
+
+def test_a_target_out_of_reach_is_said_and_the_longest_step_taken() -> None:
+    step = find_step_size(lambda step: 1e-9 * step, 0.1, longest=2.0)
+    assert not step.reached_target
+    assert step.epsilon == 2.0
+
+
+def test_the_norm_is_over_the_named_parameters() -> None:
+    net = model()
+    norm = parameter_norm(net, {"0.weight": torch.zeros(5, 3)})
+    assert norm == pytest.approx(float(net[0].weight.detach().double().norm()))  # type: ignore[index]
