@@ -1,0 +1,7 @@
+"""What a query can do wrong, as one line that says what to do about it."""
+
+from __future__ import annotations
+
+
+class QueryError(ValueError):
+    """A question that this run cannot answer: the message is one clear line for the person who asked."""

@@ -1,0 +1,153 @@
+"""The report: one self-contained HTML file about a run, at whatever stage the run is.
+
+The file opens from disk and asks for nothing else: styles, script and images are inside it, and its content security
+policy forbids every request and every script but its own, whatever text the data set holds.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from pipeline.query.cards import CardWriter
+from pipeline.query.charts import log_axis, loss_chart, ratio_chart
+from pipeline.query.components import ComponentStore
+from pipeline.query.verdict import Verdict, scoreboard, verdicts
+
+
+def write_report(run_dir: str | Path, *, top_examples: int = 24) -> Path:
+    """Write `<run>/report/index.html` (whole or not at all) and return its path.
+
+    A card shows at most `top_examples` held-out and as many fit examples; two rows of twelve look best.
+
+    Sections whose stage has not run yet say which command produces them.
+
+    Raises:
+        QueryError: not a run directory, or a damaged table.
+    """
+    store = ComponentStore.open(run_dir)
+    path = store.run_dir / "report" / "index.html"
+    page = render_report(store, top_examples)
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_suffix(".html.partial")
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def render_report(store: ComponentStore, top_examples: int) -> str:
+    """The report as HTML text."""
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("pipeline.query"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {"number": number, "percent": percent, "duration": duration, "ratio": ratio}
+    script = templates.get_template("report.js").render()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    return templates.get_template("report.html.j2").render(
+        **_page(store, top_examples),
+        script_hash=f"sha256-{digest}",
+    )
+
+
+def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
+    """Everything the template shows."""
+    tables = store.tables
+    found = verdicts(store.table("verification").to_pylist()) if tables.has("verification") else []
+    factorized = all(tables.has(name) for name in ("examples", "components", "top_examples"))
+    provenance = tables.json("provenance.json")
+    configuration = store.run_dir / "run.yaml"
+    return {
+        "title": str(provenance.get("task") or store.run_dir.resolve().name),
+        "run_dir": str(store.run_dir),
+        "summary": store.summary(),
+        "stages": [_stage(name, record) for name, record in tables.stages().items()],
+        "provenance": _flat(provenance),
+        "configuration": configuration.read_text(encoding="utf-8") if configuration.is_file() else None,
+        "loss": loss_chart(store.table("history").to_pylist()) if tables.has("history") else None,
+        "scores": scoreboard(found),
+        "ratio_charts": _ratio_charts(found),
+        "strip": log_axis(_ratios(found), 6, 194),
+        "cards": CardWriter(store, top_examples).cards() if factorized else [],
+        "metadata": store.metadata_columns() if tables.has("examples") else [],
+    }
+
+
+def _ratio_charts(found: list[Verdict]) -> list[Any]:
+    """Held-out examples first; both plots share their axis."""
+    axis = log_axis(_ratios(found), 330, 14)
+    charts = [ratio_chart(examples, found, axis) for examples in ("held_out", "fit")]
+    return [chart for chart in charts if chart is not None]
+
+
+def _ratios(found: list[Verdict]) -> list[float | None]:
+    return [value for v in found for value in (v.kl_ratio, v.norm_control, v.random_control)]
+
+
+def _stage(name: str, record: dict[str, Any]) -> dict[str, Any]:
+    facts = {key: value for key, value in record.items() if key not in ("stage", "seconds")}
+    return {"name": name, "seconds": record.get("seconds"), "facts": _flat(facts)}
+
+
+def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested JSON as dotted names and text; lists of records, which are tables of their own, are left out."""
+    flat: dict[str, str] = {}
+    for key, value in record.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, float):
+            flat[prefix + key] = number(value)
+        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            continue
+        elif isinstance(value, list):
+            flat[prefix + key] = ", ".join(str(item) for item in value) or "none"
+        else:
+            flat[prefix + key] = "–" if value is None else str(value)
+    return flat
+
+
+def number(value: float | None) -> str:
+    """About three significant digits, or a dash for what was not measured."""
+    if value is None or math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    size = abs(value)
+    if isinstance(value, int) or size >= 100:
+        return f"{value:,.0f}".replace("-", "−")
+    if size == 0:
+        return "0"
+    if size < 0.001:
+        return f"{value:.1e}".replace("-", "−")
+    digits = 1 if size >= 10 else 2 if size >= 1 else 3
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def ratio(value: float | None) -> str:
+    """A ratio with its times sign."""
+    text = number(value)
+    return text if text == "–" else f"{text}×"
+
+
+def percent(value: float | None, digits: int = 0) -> str:
+    """A share as a percentage, or a dash for what was not measured."""
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.{digits}f}%".replace("-", "−")
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as people say them."""
+    if seconds is None or math.isnan(seconds):
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

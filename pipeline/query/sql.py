@@ -1,0 +1,54 @@
+"""SQL over a run's tables, for reading only.
+
+The query may come from anybody, so the connection has nothing but the tables: it lives in memory, sees no files, no
+network, no extensions and no Python variables, its settings are locked, and it runs one SELECT.
+"""
+
+from __future__ import annotations
+
+import duckdb
+import pyarrow as pa
+
+from pipeline.query.errors import QueryError
+from pipeline.query.tables import RunTables
+
+_LOCKED_DOWN: dict[str, str | bool | int | float | list[str]] = {
+    "enable_external_access": "false",
+    "python_enable_replacements": "false",
+    "autoload_known_extensions": "false",
+    "autoinstall_known_extensions": "false",
+    "temp_directory": "",
+}
+
+
+def run_sql(tables: RunTables, query: str) -> pa.Table:
+    """Answer one SELECT over all tables of the run; every table is a view of its own name.
+
+    Raises:
+        QueryError: not exactly one SELECT, or DuckDB refuses it (the first line of its message).
+    """
+    with duckdb.connect(":memory:", config=_LOCKED_DOWN) as connection:
+        for name in tables.names():
+            connection.register(name, tables.dataset(name))
+        connection.execute("SET lock_configuration = true")
+        try:
+            statements = connection.extract_statements(query)
+            if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+                raise QueryError("a query is one SELECT statement over the tables " + ", ".join(tables.names()))
+            return _without_decimals(connection.sql(query).to_arrow_table())
+        except duckdb.Error as error:
+            raise QueryError(f"SQL: {str(error).splitlines()[0]}") from error
+
+
+def _without_decimals(table: pa.Table) -> pa.Table:
+    """DuckDB sums integers into 128 bits, which Arrow shows as decimals and JSON cannot: make them int64,
+    or float64 where they have a fraction or do not fit."""
+    for position, field in enumerate(table.schema):
+        if pa.types.is_decimal(field.type):
+            column = table.column(position)
+            try:
+                plain = column.cast(pa.int64())
+            except pa.ArrowInvalid:
+                plain = column.cast(pa.float64())
+            table = table.set_column(position, field.name, plain)
+    return table

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from pipeline.query.errors import QueryError
+from pipeline.query.tables import WRITTEN_BY, RunTables
+
+
+@pytest.mark.parametrize(("name", "command"), sorted(WRITTEN_BY.items()))
+def test_a_table_that_is_not_written_yet_names_the_command_that_writes_it(
+    make_run: Callable, name: str, command: str
+) -> None:
+    path = make_run(n_components=4).path
+    (path / "tables" / f"{name}.parquet").unlink()
+    with pytest.raises(QueryError, match=f"^table '{name}' is not there yet: run `npeff {command} {path}` first$"):
+        RunTables(path).read(name)
+
+
+def test_an_unknown_table_is_answered_with_those_that_exist(run) -> None:
+    with pytest.raises(QueryError, match=r"^there is no table 'nope': this run has classes, coefficients, "):
+        RunTables(run.path).read("nope")
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 but no more", b"x" * 4000])
+def test_a_damaged_table_is_named_in_one_line_with_what_to_do(make_run: Callable, content: bytes) -> None:
+    path = make_run(n_components=4).path
+    damaged = path / "tables" / "verification.parquet"
+    damaged.write_bytes(content)
+    with pytest.raises(QueryError, match=f"delete it and run `npeff verify {path}` again$") as caught:
+        RunTables(path).read("verification")
+    assert str(damaged) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_table_is_damaged_too(make_run: Callable) -> None:
+    path = make_run(n_components=4).path
+    table = path / "tables" / "coefficients.parquet"
+    table.write_bytes(table.read_bytes()[:-20])
+    with pytest.raises(QueryError, match="is damaged"):
+        RunTables(path).read("coefficients")
+
+
+def test_absent_records_are_empty_and_damaged_ones_are_named(make_run: Callable) -> None:
+    path = make_run(n_components=4).path
+    tables = RunTables(path)
+    assert tables.json("stages", "transform.json") == {}
+    (path / "provenance.json").write_text("{")
+    with pytest.raises(QueryError, match=r"provenance\.json is not valid JSON"):
+        tables.json("provenance.json")
+
+
+def test_stages_come_in_the_order_in_which_they_run(run) -> None:
+    assert list(RunTables(run.path).stages()) == ["fishers", "factorize", "lift", "verify"]
