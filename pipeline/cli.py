@@ -1,0 +1,311 @@
+"""The ``npeff`` command. It parses, calls `pipeline.stages`, and prints; every mistake of a user ends in one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.exceptions import TyperException
+
+from pipeline import stages
+from pipeline.config import RunConfig
+from pipeline.progress import default_progress
+from pipeline.run_directory import RunDirectory
+from pipeline.status import outcome
+from pipeline.status import status as status_of
+
+app = typer.Typer(
+    help="Factorize the per-example Fishers of a model (NPEFF), verify the components, look at them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+query_app = typer.Typer(help="Ask a run's component store.", no_args_is_help=True)
+app.add_typer(query_app, name="query")
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+_DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full: free some space and run the same command again, what is finished is kept",
+    errno.EDQUOT: "the disk quota is used up: free some space and run the same command again, what is finished is kept",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EROFS: "the file system is read-only",
+}
+
+
+class OutputFormat(StrEnum):
+    TABLE = "table"
+    JSON = "json"
+    CSV = "csv"
+    PARQUET = "parquet"
+
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run file (YAML), or the directory of an existing run.")]
+RunDir = Annotated[
+    Path | None, typer.Option("--run-dir", help="Write to this directory instead of the run file's run_dir.")
+]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Actors to use instead of the run file's number.")
+]
+Address = Annotated[
+    str | None, typer.Option("--address", help="Ray to use instead of the run file's: local, auto or host:port.")
+]
+Format = Annotated[OutputFormat, typer.Option("--format", help="How to print the answer.")]
+
+
+def _open(
+    run: Path, run_dir: Path | None = None, workers: int | None = None, address: str | None = None
+) -> RunDirectory:
+    """The run that a run file or a run directory names, with what the command line replaces in it."""
+    if run.is_dir():
+        if run_dir is not None:
+            raise typer.BadParameter("--run-dir goes with a run file, not with the directory of a run")
+        opened = RunDirectory.open(run)
+        return RunDirectory(opened.path, _replaced(opened.config, workers, address))
+    config = RunConfig.from_yaml(run)
+    if run_dir is not None:
+        config = config.model_copy(update={"run_dir": str(run_dir)})
+    return RunDirectory.create(_replaced(config, workers, address))
+
+
+def _replaced(config: RunConfig, workers: int | None, address: str | None) -> RunConfig:
+    changes = {"workers": workers, "address": address}
+    return config.with_executor(**{name: value for name, value in changes.items() if value is not None})
+
+
+@app.command("run")
+def run_command(run: Run, run_dir: RunDir = None, workers: Workers = None, address: Address = None) -> None:
+    """Every stage, in order; goes on from whatever is there already."""
+    opened = _open(run, run_dir, workers, address)
+    stages.run(opened, progress=default_progress())
+    _print_outcome(opened)
+
+
+def _stage_command(name: str, stage: Callable[..., Any]) -> None:
+    def command(run: Run, run_dir: RunDir = None, workers: Workers = None, address: Address = None) -> None:
+        opened = _open(run, run_dir, workers, address)
+        progress = default_progress()
+        stage(opened, progress=progress)
+        progress.say(f"{name}: complete, in {opened.path}")
+
+    command.__doc__ = (stage.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+    app.command(name)(command)
+
+
+for _name, _stage in stages.STAGES.items():
+    _stage_command(_name, _stage)
+
+
+@app.command()
+def status(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run.")]) -> None:
+    """How far each stage of a run has come: missing, partial or complete."""
+    table = Table("stage", "state", "done", "details")
+    for row in status_of(RunDirectory.open(run_dir)):
+        table.add_row(row.stage, row.state, row.done, row.details)
+    Console().print(table)
+
+
+@app.command()
+def submit(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run file (YAML).")],
+    address: Annotated[str, typer.Option(help="The cluster's job server.")] = "http://127.0.0.1:8265",
+    run_dir: RunDir = None,
+    py_modules: Annotated[
+        list[Path], typer.Option("--py-module", help="A Python package to send along, such as the task's.")
+    ] = [],  # noqa: B006
+    follow: Annotated[bool, typer.Option("--follow/--detach", help="Follow the logs until the job ends.")] = True,
+) -> None:
+    """Run as a Ray job on a cluster; the same as `npeff run` there. Submitted again, it resumes."""
+    config = RunConfig.from_yaml(run)
+    if run_dir is not None:
+        config = config.model_copy(update={"run_dir": str(run_dir)})
+    raise typer.Exit(
+        stages.submit(
+            config, address, py_modules=py_modules, follow=follow, say=lambda text: print(text, end="", flush=True)
+        )
+    )
+
+
+@query_app.callback()
+def query(
+    context: typer.Context, run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run.")]
+) -> None:
+    context.obj = stages.open_components(run_dir)
+
+
+@query_app.command()
+def top(
+    context: typer.Context,
+    component: Annotated[int, typer.Option("--component", "-c", help="Number of the component.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="How many examples.")] = 20,
+    split: Annotated[str | None, typer.Option(help="Only fit or held_out examples.")] = None,
+    output: Format = OutputFormat.TABLE,
+) -> None:
+    """The examples with a component's largest coefficients."""
+    _print_table(context.obj.top_examples(component, n=n, split=split), output)
+
+
+@query_app.command()
+def example(
+    context: typer.Context,
+    example: Annotated[str, typer.Option("--example", "-e", help="Id or number of the example.")],
+    output: Format = OutputFormat.TABLE,
+) -> None:
+    """One example's components, largest first."""
+    _print_table(context.obj.example(example), output)
+
+
+@query_app.command()
+def similar(
+    context: typer.Context,
+    component: Annotated[int, typer.Option("--component", "-c", help="Number of the component.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="How many components.")] = 10,
+    output: Format = OutputFormat.TABLE,
+) -> None:
+    """The components most like one, by |cos|."""
+    _print_table(context.obj.similar_components(component, n=n), output)
+
+
+@query_app.command()
+def components(context: typer.Context, output: Format = OutputFormat.TABLE) -> None:
+    """All components, a row each."""
+    _print_table(context.obj.components_table(), output)
+
+
+@query_app.command()
+def sql(
+    context: typer.Context,
+    query: Annotated[str, typer.Argument(help="A SELECT over the tables; SHOW TABLES lists them.")],
+    output: Format = OutputFormat.TABLE,
+) -> None:
+    """SQL over all tables of the run."""
+    _print_table(context.obj.sql(query), output)
+
+
+def _print_table(table: Any, output: OutputFormat) -> None:
+    """``table`` (a pyarrow.Table) to standard output; long cells are cut in the ``table`` format only."""
+    match output:
+        case OutputFormat.JSON:
+            import base64
+            import json
+
+            def encode(value: Any) -> Any:
+                return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
+
+            print(json.dumps(table.to_pylist(), default=encode, indent=1))
+        case OutputFormat.CSV:
+            import pyarrow.csv
+
+            flat = table.select([field.name for field in table.schema if not _is_nested(field.type)])
+            pyarrow.csv.write_csv(flat, sys.stdout.buffer)
+        case OutputFormat.PARQUET:
+            import pyarrow.parquet
+
+            if sys.stdout.isatty():
+                raise typer.BadParameter("parquet is binary: send it to a file, … --format parquet > answer.parquet")
+            pyarrow.parquet.write_table(table, sys.stdout.buffer)
+        case OutputFormat.TABLE:
+            _print_for_people(table)
+
+
+def _print_for_people(table: Any) -> None:
+    """As many columns as the terminal has room for, from the left, without those that are empty."""
+    filled = [name for name in table.column_names if table[name].null_count < len(table)] or table.column_names
+    cells = {name: [_cell(value) for value in table[name].to_pylist()] for name in filled}
+    room = Console().width if sys.stdout.isatty() else sys.maxsize
+    shown: list[str] = []
+    width = 1
+    for name in filled:
+        width += 3 + max(map(len, [name, *cells[name]]))
+        if shown and width > room:
+            break
+        shown.append(name)
+    left_out = [name for name in filled if name not in shown]
+    grid = Table(*shown)
+    for row in zip(*(cells[name] for name in shown), strict=True):
+        grid.add_row(*(Text(cell) for cell in row))
+    console = Console(width=None if sys.stdout.isatty() else max(width, 20))
+    console.print(grid)
+    if left_out:
+        console.print(f"no room for {', '.join(left_out)}: widen the window, or use --format csv", markup=False)
+
+
+def _is_nested(kind: Any) -> bool:
+    import pyarrow.types
+
+    return bool(pyarrow.types.is_nested(kind))
+
+
+def _cell(value: Any) -> str:
+    match value:
+        case None:
+            return ""
+        case float():
+            return f"{value:.4g}"
+        case bytes():
+            return f"{len(value)} bytes"
+        case list():
+            return " ".join(_cell(item) for item in value[:4]) + (" …" if len(value) > 4 else "")
+        case _:
+            text = str(value)
+            return text if len(text) <= 80 else text[:79] + "…"
+
+
+def _print_outcome(run: RunDirectory) -> None:
+    """What a newcomer should look at next."""
+    console = Console(soft_wrap=True)
+    for line in outcome(run):
+        console.print(line, highlight=False, markup=False)
+
+
+def job(command: str) -> NoReturn:
+    """Entry point of the scripts in ``jobs/``: ``--config RUN`` and the options of ``npeff COMMAND``."""
+    arguments = sys.argv[1:]
+    if "--config" in arguments[:-1]:
+        position = arguments.index("--config")
+        arguments[position : position + 2] = [arguments[position + 1]]
+    main([command, *arguments])
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line; exit code 0 done, 2 a mistake that one line explains, 130 interrupted and resumable."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    sys.path.insert(0, os.getcwd())  # tasks named by import path may lie beside the run file's user
+    try:
+        raise SystemExit(app(arguments, prog_name="npeff", standalone_mode=False))
+    except stages.USER_ERRORS as error:
+        _fail(str(error))
+    except TyperException as error:
+        _fail(error.format_message())
+    except (KeyboardInterrupt, typer.Abort):
+        print("npeff: interrupted; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        _fail(f"{error.filename or 'writing'}: {_DISK_ERRORS[error.errno]}")
+
+
+def _fail(message: str) -> NoReturn:
+    print("npeff: error: " + " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(EXIT_USER_ERROR)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""What a run is: frozen pydantic models, read from YAML, with unknown keys refused.
+
+A run file is a mapping; every key has a default except ``run_dir``, ``task`` and ``factorization.n_components``.
+`RunConfig.from_yaml` reads one, `RunConfig.to_yaml` writes the resolved configuration, with every default filled in.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class ConfigError(ValueError):
+    """A run file that cannot be used; the message names the key and says what would be accepted."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, use_attribute_docstrings=True)
+
+
+class TaskConfig(_Section):
+    name: str
+    """A built-in task (``digits``, ``huggingface-sequence-classification``) or ``my_package.my_task:MyTask``."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of the task's constructor."""
+
+
+class ParametersConfig(_Section):
+    include: tuple[str, ...] = ("*",)
+    """Globs on parameter names: what the Fishers are taken with respect to."""
+    exclude: tuple[str, ...] = ()
+    """Globs on parameter names, taken out of what ``include`` matches."""
+
+
+class SketchConfig(_Section):
+    kind: Literal["identity", "tensorsketch"] = "tensorsketch"
+    """``identity`` keeps every coordinate (small models); ``tensorsketch`` hashes them into ``dim`` buckets."""
+    dim: PositiveInt | None = None
+    """Number of sketch coordinates D; ``tensorsketch`` only, 4096 unless given."""
+
+    @model_validator(mode="after")
+    def _dim_belongs_to_tensorsketch(self) -> Self:
+        if self.kind == "identity" and self.dim is not None:
+            raise ValueError("the identity sketch keeps every coordinate and takes no dim: remove it")
+        if self.kind == "tensorsketch" and self.dim is None:
+            object.__setattr__(self, "dim", 4096)
+        return self
+
+
+class FishersConfig(_Section):
+    labels: Literal["exact"] = "exact"
+    """How the expectation over labels is taken: ``exact`` has one row per class but one."""
+    sketch: SketchConfig = SketchConfig()
+    store_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Precision of the stored (normalised) factors."""
+    shard_size: PositiveInt = 256
+    """Examples in one shard: one task of one actor, one file, one completion record."""
+    batch_size: PositiveInt = 32
+    """Examples in one forward pass; batches never cross a shard's border."""
+
+
+class FactorizationConfig(_Section):
+    n_components: PositiveInt
+    """Number of components K."""
+    max_iterations: PositiveInt = 100
+    """Passes over the Fishers, rejected steps included."""
+    tolerance: PositiveFloat = 1e-6
+    """Stop when accepted steps lower the loss by less than this, relatively."""
+    n_starts: PositiveInt = 4
+    """Seeded initializations tried on a subsample; the best is used."""
+    subsample: PositiveInt = 2048
+    """Examples in that subsample."""
+    held_out_fraction: Fraction = 1 / 3
+    """Share of the examples that the components are not fitted on, so that they can be verified there."""
+    checkpoint_every: PositiveInt = 5
+    """Iterations between checkpoints: what a crash can cost."""
+
+
+class LiftConfig(_Section):
+    memory_limit_mb: PositiveInt = 1024
+    """Directions accumulated at one time by one actor may take this much memory; decides the block of components."""
+
+
+class VerificationConfig(_Section):
+    top_examples: PositiveInt = 32
+    """Examples with a component's largest coefficients that its direction should move."""
+    baseline_examples: PositiveInt = 200
+    """Random examples, disjoint from the top ones, that it should not."""
+    target_kl: PositiveFloat = 0.1
+    """Mean KL divergence (nats) on the top examples that the step size is chosen for, by bisection."""
+
+
+class ReportConfig(_Section):
+    top_examples: PositiveInt = 12
+    """Examples shown on a component's card."""
+
+
+class ExecutorConfig(_Section):
+    kind: Literal["ray", "serial"] = "ray"
+    """``ray`` runs actors; ``serial`` runs everything in this process (debugging, notebooks)."""
+    address: str = "local"
+    """``local`` starts a private Ray on this machine; ``auto`` or ``host:port`` joins a running cluster. Inside a Ray
+    job the job's own cluster is always used."""
+    workers: PositiveInt = 1
+    """Actors that share a stage's work."""
+    cpus_per_worker: PositiveInt = 1
+    """CPU cores, and so computing threads, of one actor."""
+    gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
+    """GPUs of one actor; a fraction lets several actors share one."""
+    timeout_s: PositiveFloat = 600.0
+    """Longest wait for one shard, one solver step or the start of the actors before a worker counts as hung."""
+
+    @model_validator(mode="after")
+    def _serial_is_one_worker(self) -> Self:
+        if self.kind == "serial" and self.workers != 1:
+            raise ValueError(f"the serial executor has one worker, not {self.workers}: set workers: 1 or kind: ray")
+        return self
+
+
+class RunConfig(_Section):
+    run_dir: str
+    """Folder that everything is written to."""
+    task: TaskConfig
+    factorization: FactorizationConfig
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seeds the sketch, the split into fitted and held-out examples, the initialization and the random controls."""
+    parameters: ParametersConfig = ParametersConfig()
+    fishers: FishersConfig = FishersConfig()
+    lift: LiftConfig = LiftConfig()
+    verification: VerificationConfig = VerificationConfig()
+    report: ReportConfig = ReportConfig()
+    executor: ExecutorConfig = ExecutorConfig()
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> RunConfig:
+        """Read a run file.
+
+        Raises:
+            ConfigError: the file is missing, is not YAML, or a key is missing, unknown or has a value that is refused.
+        """
+        path = Path(path)
+        try:
+            document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"no run file at {path}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read {path}: {error}") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(document, dict):
+            raise ConfigError(f"{path} must hold a mapping with run_dir, task and factorization.n_components")
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            raise ConfigError(f"{path}: {_one_line(error)}") from None
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def with_executor(self, **changes: Any) -> RunConfig:
+        """This configuration with some of ``executor``'s values replaced."""
+        executor = ExecutorConfig.model_validate(self.executor.model_dump() | changes)
+        return self.model_copy(update={"executor": executor})
+
+    def differences(self, other: RunConfig) -> list[str]:
+        """Dotted names of the keys whose values differ, those apart that change no result (``run_dir``, ``executor``,
+        ``report``): the same run may go on elsewhere, or with other workers."""
+        free = {"run_dir", "executor", "report"}
+        mine, theirs = (_flatten(config.model_dump(mode="json", exclude=free)) for config in (self, other))
+        return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+
+    def signature(self, *sections: str) -> str:
+        """Short hash of the named top-level sections: what a stage's stored results depend on."""
+        content = {name: value for name, value in self.model_dump(mode="json").items() if name in sections}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _one_line(error: ValidationError) -> str:
+    """pydantic's report as one line, with the nearest known key for a misspelt one."""
+    parts = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(problem["loc"][:-1]), n=1)
+            parts.append(f"unknown key {key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+        elif problem["type"] == "missing":
+            parts.append(f"missing key {key!r}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            parts.append(f"{key or 'run file'}: {message[0].lower()}{message[1:]}, not {problem['input']!r:.80}")
+    return "; ".join(parts)
+
+
+def _known_keys(section: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = RunConfig
+    for name in section:
+        inner = model.model_fields[str(name)].annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return list(model.model_fields)

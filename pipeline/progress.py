@@ -1,0 +1,101 @@
+"""How long work tells what it has done and how long the rest will take.
+
+On a terminal `TerminalProgress` draws a bar per stage; in a log (a file, a Ray job) `LogProgress` prints a line now and
+then; libraries and tests use `SilentProgress`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+_LOG_EVERY_S = 5.0
+
+
+class Ticker(Protocol):
+    def __call__(self, done: int, fact: str = "") -> None:
+        """``done`` units are finished by now; ``fact`` is a word on how it goes (a loss)."""
+        ...
+
+
+class ProgressDisplay(Protocol):
+    @contextmanager
+    def stage(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Ticker]:
+        """Show a stage of ``total`` units, ``done`` of which were finished before."""
+        ...
+
+    def say(self, message: str) -> None:
+        """Show one line that stays."""
+        ...
+
+
+class SilentProgress:
+    @contextmanager
+    def stage(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Ticker]:
+        yield lambda done, fact="": None
+
+    def say(self, message: str) -> None:
+        """Nothing is shown."""
+
+
+class TerminalProgress:
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    @contextmanager
+    def stage(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Ticker]:
+        columns = (
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("{task.description:<10}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            TextColumn("[dim]{task.fields[fact]}"),
+        )
+        with Progress(*columns, console=self._console) as bars:
+            bar = bars.add_task(name, total=total, completed=done, unit=unit, fact="starting workers")
+
+            def tick(done: int, fact: str = "") -> None:
+                bars.update(bar, completed=done, fact=fact)
+
+            yield tick
+
+    def say(self, message: str) -> None:
+        self._console.print(message, highlight=False)
+
+
+class LogProgress:
+    @contextmanager
+    def stage(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Ticker]:
+        before, began, spoken = done, time.monotonic(), time.monotonic()
+        first: tuple[float, int] | None = None  # the start of the workers says nothing about the pace
+        resumed = f", {before} of them done before" if before else ""
+        self.say(f"{name}: {total} {unit}{resumed}")
+
+        def tick(done: int, fact: str = "") -> None:
+            nonlocal spoken, first
+            now = time.monotonic()
+            first = first or (now, done)
+            if now - spoken >= _LOG_EVERY_S or done == total:
+                spoken = now
+                details = f", {now - began:.0f} s" if done == total else ""
+                if first[1] < done < total:
+                    details = f", about {(now - first[0]) / (done - first[1]) * (total - done):.0f} s left"
+                self.say(f"{name}: {done}/{total} {unit}{details}{', ' + fact if fact else ''}")
+
+        yield tick
+
+    def say(self, message: str) -> None:
+        print(message, flush=True)
+
+
+def default_progress() -> ProgressDisplay:
+    """Bars where somebody is looking, lines where output goes into a log."""
+    return TerminalProgress(Console()) if sys.stdout.isatty() else LogProgress()

@@ -1,0 +1,107 @@
+"""The tables people query, made from what the stages computed; one function per stage that writes some."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipeline.run_directory import RunDirectory
+from pipeline.store import SCHEMAS, FisherStore, read_table, write_table
+from pipeline.verification import top_examples
+
+LISTED_TOP_EXAMPLES = 100
+"""Rows of ``top_examples`` per component and split; any other number can be asked of ``coefficients``."""
+
+
+def held_out(n_examples: int, fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Which examples the components are not fitted on: a seeded random ``fraction`` of them, rounded down."""
+    chosen = np.random.default_rng([seed, n_examples]).permutation(n_examples)[: int(fraction * n_examples)]
+    mask = np.zeros(n_examples, dtype=bool)
+    mask[chosen] = True
+    return mask
+
+
+def write_example_tables(run: RunDirectory, examples: pa.Table, class_names: Sequence[str]) -> None:
+    """``examples`` and ``classes``, from the task's own table and the stored logits and norms."""
+    store = FisherStore.open(run.fishers)
+    names = ("logits", "labels", "valid", "frobenius_norms")
+    stored = store.read_rows(np.arange(store.plan.n_examples), names)
+    predictions = stored["logits"].argmax(axis=1)
+    unlabelled = stored["labels"] < 0
+    config = run.config
+    split = held_out(len(predictions), config.factorization.held_out_fraction, config.seed)
+    columns: dict[str, Any] = {
+        "example": np.arange(len(predictions)),
+        "id": examples["id"],
+        "label": pa.array(stored["labels"], mask=unlabelled),
+        "prediction": predictions,
+        "correct": pa.array(predictions == stored["labels"], mask=unlabelled),
+        "split": np.where(split, "held_out", "fit").astype(object),
+        "valid": stored["valid"],
+        "fisher_norm": stored["frobenius_norms"],
+        "logits": stored["logits"],
+        "image": [None] * len(predictions),
+        "text": [None] * len(predictions),
+    }
+    own = {name: examples[name] for name in examples.column_names if name in ("image", "text") or name not in columns}
+    write_table(run.table("examples"), "examples", columns | own)
+    write_table(run.table("classes"), "classes", {"class": range(len(class_names)), "name": list(class_names)})
+
+
+def write_component_tables(
+    run: RunDirectory, components_KD: NDArray[np.float64], coefficients_NK: NDArray[np.float32]
+) -> None:
+    """``components``, ``top_examples`` and ``coefficients``."""
+    examples = read_table(run.table("examples"), "examples")
+    split_N = np.asarray(examples["split"].to_pylist())
+    w_NK = np.where(np.isnan(coefficients_NK), 0, coefficients_NK).astype(np.float64)
+    fitted_NK = w_NK[split_N == "fit"]
+    n_components = w_NK.shape[1]
+    cosines_KK = np.abs(components_KD @ components_KD.T)
+    np.fill_diagonal(cosines_KK, -1)
+    alone = n_components == 1
+    write_table(
+        run.table("components"),
+        "components",
+        {
+            "component": np.arange(n_components),
+            "n_active": (fitted_NK > 0).sum(axis=0),
+            "mass": fitted_NK.sum(axis=0),
+            "energy": (fitted_NK**2).sum(axis=0),
+            "nearest_component": [None] if alone else cosines_KK.argmax(axis=1),
+            "nearest_cosine": [None] if alone else cosines_KK.max(axis=1),
+            "lift_cosine": [None] * n_components,
+        },
+    )
+    top: list[dict[str, Any]] = []
+    for component in range(n_components):
+        for split in ("fit", "held_out"):
+            chosen = top_examples(w_NK[:, component], split_N == split, LISTED_TOP_EXAMPLES)
+            top += [
+                {
+                    "component": component,
+                    "split": split,
+                    "rank": rank,
+                    "example": int(index),
+                    "coefficient": float(w_NK[index, component]),
+                }
+                for rank, index in enumerate(chosen)
+            ]
+    write_table(run.table("top_examples"), "top_examples", rows_to_columns(top, "top_examples"))
+    columns, rows = np.nonzero(w_NK.T)
+    values = w_NK[rows, columns]
+    order = np.lexsort((rows, -values, columns))
+    write_table(
+        run.table("coefficients"),
+        "coefficients",
+        {"example": rows[order], "component": columns[order], "coefficient": values[order]},
+    )
+
+
+def rows_to_columns(rows: Sequence[dict[str, Any]], table: str) -> dict[str, list[Any]]:
+    """Rows (dictionaries) of a table as columns, also where there are none."""
+    return {name: [row[name] for row in rows] for name in SCHEMAS[table].names}

@@ -1,0 +1,91 @@
+"""Stage 3, first half, on a worker: components in the sketch become directions in parameter space.
+
+One task is a block of components: one pass over the examples that they were fitted on, in which every Fisher row is
+formed once per parameter and added to all directions of the block. Blocks need nothing from each other, so a finished
+direction is written where it stays, and a crash costs the blocks in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.fisher import GradientCollector, SketchSpec, make_sketch
+from pipeline.runtime.model import ModelSpec
+from pipeline.store import DirectionStore, FisherStore, open_factorization, read_table, write_json_atomically
+from pipeline.verification import accumulate_directions, lift_weights, zero_directions
+
+
+@dataclass(frozen=True)
+class LiftPaths:
+    fishers: Path
+    factorization: Path
+    examples: Path
+    directions: Path
+    results: Path
+    """Folder of one JSON file per finished component."""
+
+
+class LiftWorker:
+    """Lifts blocks of components, one call each."""
+
+    def __init__(
+        self, model: ModelSpec, sketch: SketchSpec, paths: LiftPaths, checksums: dict[int, str], batch_size: int
+    ) -> None:
+        self._loaded = model.load()
+        self._collector = GradientCollector(self._loaded.model, self._loaded.logits, self._loaded.layout)
+        self._sketch = make_sketch(sketch, self._loaded.layout)
+        self._fishers = FisherStore.open(paths.fishers)
+        self._directions = DirectionStore.open(paths.directions)
+        factorization = open_factorization(paths.factorization)
+        self._components_KD = torch.from_numpy(factorization.read_components())
+        self._coefficients_NK = torch.from_numpy(factorization.read_coefficients())
+        table = read_table(paths.examples, "examples")
+        fit_N = table["valid"].to_numpy() & (np.asarray(table["split"].to_pylist()) == "fit")
+        self._coefficients_NK[torch.from_numpy(~fit_N)] = 0.0
+        self._paths, self._checksums, self._batch_size = paths, checksums, batch_size
+
+    def lift(self, block: tuple[int, ...]) -> list[dict[str, Any]]:
+        """Write these components' unit directions; per component, what is worth knowing of its direction."""
+        directions = zero_directions(self._loaded.layout, len(block), self._loaded.device)
+        gram_KK = self._coefficients_NK.double().T @ self._coefficients_NK.double()
+        for shard, checksum in sorted(self._checksums.items()):
+            start, stop = self._fishers.plan.bounds(shard)
+            arrays = self._fishers.read_shard(shard, checksum)
+            weights_kNR = lift_weights(
+                torch.from_numpy(arrays["factors"]),
+                self._coefficients_NK[start:stop],
+                self._components_KD,
+                gram_KK,
+                block,
+                torch.from_numpy(arrays["frobenius_norms"]),
+            )
+            used = weights_kNR.abs().amax(dim=(0, 2)).nonzero()[:, 0]
+            for rows in used.split(self._batch_size):
+                batch = self._loaded.batch((start + rows).tolist())
+                accumulate_directions(self._collector, batch, weights_kNR[:, rows], directions, len(rows))
+        return [
+            self._write(component, {name: tensor[position] for name, tensor in directions.items()})
+            for position, component in enumerate(block)
+        ]
+
+    def _write(self, component: int, direction: Mapping[str, Tensor]) -> dict[str, Any]:
+        squares = {name: float(tensor.double().square().sum()) for name, tensor in direction.items()}
+        total = sum(squares.values())
+        unit = {name: tensor / total**0.5 if total > 0 else tensor for name, tensor in direction.items()}
+        sketched_D = self._sketch.apply_dense({name: tensor[None] for name, tensor in unit.items()})[0].double().cpu()
+        cosine = sketched_D @ self._components_KD[component] / sketched_D.norm().clamp_min(1e-300)
+        self._directions.write(component, {name: tensor.float().cpu().numpy() for name, tensor in unit.items()})
+        facts = {
+            "component": component,
+            "cosine": float(cosine),
+            "energy": {name: square / total if total > 0 else 0.0 for name, square in squares.items()},
+        }
+        write_json_atomically(self._paths.results / f"{component:05d}.json", facts)
+        return facts

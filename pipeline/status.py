@@ -1,0 +1,74 @@
+"""What a person wants to know of a run: how far each stage has come, and where to look."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.run_directory import RunDirectory, StageState
+from pipeline.stages import finished
+from pipeline.store import FisherStore
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    stage: str
+    state: StageState
+    done: str
+    details: str
+
+
+def status(run: RunDirectory) -> list[StageStatus]:
+    """How far every stage has come."""
+    n_components = run.config.factorization.n_components
+    n_shards = FisherStore.open(run.fishers).plan.n_shards if run.fishers.exists() else "?"
+    shards = len(finished(run.shard_records))
+    checkpoints = [int(path.name) for path in run.checkpoints.glob("*") if path.name.isdecimal()]
+    lifted, verified = (len(finished(run.partial_results(stage))) for stage in ("lift", "verify"))
+    stages = {
+        "fishers": ((run.fishers,), f"{shards}/{n_shards} shards"),
+        "factorize": ((run.checkpoints, run.factorization), f"{max(checkpoints, default=0)} steps"),
+        "lift": ((run.directions,), f"{lifted}/{n_components} directions"),
+        "verify": ((run.partial_results("verify"),), f"{verified}/{n_components} components"),
+    }
+    rows = [
+        StageStatus(stage, run.state(stage, outputs), done, _details(stage, run.record(stage)))
+        for stage, (outputs, done) in stages.items()
+    ]
+    written = run.report.exists()
+    state = StageState.COMPLETE if written else StageState.MISSING
+    return [*rows, StageStatus("report", state, "", str(run.report) if written else "")]
+
+
+def _details(stage: str, record: dict[str, Any] | None) -> str:
+    if record is None:
+        return ""
+    match stage:
+        case "fishers":
+            return f"{record['n_examples']} examples, {record['n_invalid']} invalid, rank {record['rank']}"
+        case "factorize":
+            return f"explained {record['explained']:.4f}, {record['stopped']}"
+        case "lift":
+            return f"median cosine to the sketch {record['median_cosine']:.4f}"
+        case "verify":
+            return "; ".join(score_line(score) for score in record["scores"] if score["examples"] == "held_out")
+    return ""
+
+
+def score_line(score: dict[str, Any]) -> str:
+    """One line of a verification: a split and a sign."""
+    examples, sign = score["examples"].replace("_", "-"), "+" if score["sign"] > 0 else "−"
+    return (
+        f"{examples} examples, {sign} direction: median KL ratio {score['median_kl_ratio']:.2f}, "
+        f"{score['share_above_1']:.0%} above 1, {score['share_above_controls']:.0%} above both controls"
+    )
+
+
+def outcome(run: RunDirectory) -> list[str]:
+    """The few lines after a finished run: what was found, and what to look at next."""
+    scores = (run.record("verify") or {}).get("scores", [])
+    return [
+        *(score_line(score) for score in scores),
+        f"report: {run.report}",
+        f"ask it: npeff query {run.path} top --component 0",
+    ]

@@ -1,0 +1,70 @@
+"""What a user supplies: a model, examples, and how the one turns the other into logits.
+
+A task is constructed from the run file's ``task.options``, on the driver and again in every actor, and must come out
+the same each time. Work that should happen once (training, tokenizing) goes into `Task.prepare`, which is called on the
+driver before any actor starts and keeps its results in the run's task folder.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+
+class TaskError(ValueError):
+    """A task that cannot be used as it was asked for; the message says what to change."""
+
+
+class Examples(ABC):
+    """N examples in a fixed order, numbered from 0."""
+
+    class_names: Sequence[str]
+    """Names of the C classes, in the order of the logits."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def batch(self, indices: Sequence[int]) -> Any:
+        """Tensors of these examples, collated, on the CPU: a tensor or a dict, list or tuple of tensors."""
+
+    @abstractmethod
+    def table(self) -> pa.Table:
+        """One row per example, in order: ``id`` (string) and ``label`` (int64, null where unknown), for people to look
+        at ``text`` (string) or ``image`` (PNG bytes), and any further columns of scalars to query by."""
+
+
+class Task(ABC):
+    """One model on one data set. Subclasses take their options as keyword arguments of ``__init__``."""
+
+    def prepare(self, cache: Path) -> None:  # noqa: B027  (most tasks have nothing to prepare)
+        """Do what must be done once, keeping its results in ``cache``; must be safe to repeat after a crash."""
+
+    @abstractmethod
+    def model(self, cache: Path) -> nn.Module:
+        """The trained model, θ, on the CPU."""
+
+    @abstractmethod
+    def examples(self, cache: Path) -> Examples:
+        """The examples x_1 … x_N that get Fishers; preferably none that the model was trained on."""
+
+    @abstractmethod
+    def logits(self, model: nn.Module, batch: Any) -> Tensor:
+        """z(x; θ), shape (B, C), of a batch that `Examples.batch` made, moved to the model's device."""
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """``batch`` with every tensor in it on ``device``."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch

@@ -1,0 +1,73 @@
+"""Tasks by name: the built-in digits, a user's own by import path, and what is refused."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.tasks import TaskError, load_task, to_device
+
+
+def test_digits_are_held_out_images_and_the_network_knows_them(tmp_path: Path) -> None:
+    task = load_task("digits", {"epochs": 5})
+    task.prepare(tmp_path)
+    examples = task.examples(tmp_path)
+    table = examples.table()
+    assert len(examples) == len(table) == 1200
+    batch = examples.batch(range(1200))
+    logits = task.logits(task.model(tmp_path), batch)
+    assert logits.shape == (1200, 10)
+    assert (logits.argmax(-1).numpy() == table["label"].to_numpy()).mean() > 0.85
+    picture = np.asarray(Image.open(io.BytesIO(table["image"][7].as_py())))
+    np.testing.assert_allclose(picture, np.round(255 * (1 - batch[7, 0].numpy())))
+
+
+def test_digits_are_trained_once_and_the_same_way_every_time(tmp_path: Path) -> None:
+    models = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        task = load_task("digits", {"epochs": 1})
+        task.prepare(folder)
+        stamp = next(folder.iterdir()).stat().st_mtime_ns
+        task.prepare(folder)
+        assert next(folder.iterdir()).stat().st_mtime_ns == stamp
+        models.append(task.model(folder).state_dict())
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_training_and_explained_images_are_disjoint() -> None:
+    ids = {row.as_py() for row in load_task("digits", {}).examples(Path()).table()["id"]}
+    other_ids = {row.as_py() for row in load_task("digits", {"train_examples": 797}).examples(Path()).table()["id"]}
+    assert len(ids) == 1200
+    assert other_ids < ids, "the same order, cut elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("digit", {}, "unknown task 'digit'"),
+        ("no_such_package.task:Task", {}, "cannot import task"),
+        ("pipeline.tasks.digits:Missing", {}, "has no Missing"),
+        ("pathlib:Path", {}, "not a subclass"),
+        ("digits", {"epoch": 3}, "unexpected keyword argument 'epoch'"),
+        ("digits", {"train_examples": 0}, "train_examples must be between"),
+        ("digits", {"epochs": 0}, "epochs must be at least 1"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_one_line(name: str, options: dict[str, object], said: str) -> None:
+    with pytest.raises(TaskError) as caught:
+        load_task(name, options)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_batches_of_any_nesting_reach_the_device() -> None:
+    batch = {"a": torch.zeros(2), "b": [torch.ones(1), (torch.ones(2), "text")]}
+    moved = to_device(batch, torch.device("meta"))
+    assert moved["a"].device.type == moved["b"][0].device.type == moved["b"][1][0].device.type == "meta"
+    assert moved["b"][1][1] == "text"
