@@ -19,8 +19,9 @@ _LOG_EVERY_S = 5.0
 
 
 class Ticker(Protocol):
-    def __call__(self, done: int, fact: str = "") -> None:
-        """``done`` units are finished by now; ``fact`` is a word on how it goes (a loss)."""
+    def __call__(self, done: int, fact: str = "", *, last: bool = False) -> None:
+        """``done`` units are finished by now; ``fact`` is a word on how it goes (a loss); ``last`` where no more units
+        will be needed than those."""
         ...
 
 
@@ -38,7 +39,7 @@ class ProgressDisplay(Protocol):
 class SilentProgress:
     @contextmanager
     def stage(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Ticker]:
-        yield lambda done, fact="": None
+        yield lambda done, fact="", *, last=False: None
 
     def say(self, message: str) -> None:
         """Nothing is shown."""
@@ -62,13 +63,13 @@ class TerminalProgress:
         with Progress(*columns, console=self._console) as bars:
             bar = bars.add_task(name, total=total, completed=done, unit=unit, fact="starting workers")
 
-            def tick(done: int, fact: str = "") -> None:
-                bars.update(bar, completed=done, fact=fact)
+            def tick(done: int, fact: str = "", *, last: bool = False) -> None:
+                bars.update(bar, total=done if last else total, completed=done, fact=fact)
 
             yield tick
 
     def say(self, message: str) -> None:
-        self._console.print(message, highlight=False)
+        self._console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
 class LogProgress:
@@ -79,16 +80,18 @@ class LogProgress:
         resumed = f", {before} of them done before" if before else ""
         self.say(f"{name}: {total} {unit}{resumed}")
 
-        def tick(done: int, fact: str = "") -> None:
+        def tick(done: int, fact: str = "", *, last: bool = False) -> None:
             nonlocal spoken, first
             now = time.monotonic()
             first = first or (now, done)
-            if now - spoken >= _LOG_EVERY_S or done == total:
+            last = last or done == total
+            if now - spoken >= _LOG_EVERY_S or last:
                 spoken = now
-                details = f", {now - began:.0f} s" if done == total else ""
-                if first[1] < done < total:
+                details = f", {now - began:.0f} s" if last else ""
+                if first[1] < done and not last:
                     details = f", about {(now - first[0]) / (done - first[1]) * (total - done):.0f} s left"
-                self.say(f"{name}: {done}/{total} {unit}{details}{', ' + fact if fact else ''}")
+                of_total = "" if last and done < total else f"/{total}"
+                self.say(f"{name}: {done}{of_total} {unit}{details}{', ' + fact if fact else ''}")
 
         yield tick
 

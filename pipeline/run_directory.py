@@ -25,6 +25,9 @@ from pipeline.config import RunConfig
 
 _PACKAGES = ("npeff-pipeline", "torch", "ray", "zarr", "dask", "numpy", "scipy", "pyarrow", "scikit-learn")
 
+_held: set[Path] = set()
+"""Runs that this process holds the lock of."""
+
 
 class RunDirectoryError(Exception):
     """A run directory that cannot be used; the message says why and what to do."""
@@ -142,9 +145,14 @@ class RunDirectory:
     def lock(self) -> Iterator[None]:
         """Hold the run for this process; the kernel lets go when the process ends, however it ends.
 
+        A stage may lock the run that the whole pipeline holds already.
+
         Raises:
             RunDirectoryError: another process is working on this run.
         """
+        if self.path in _held:
+            yield
+            return
         with open(self.path / ".lock", "a+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -157,7 +165,11 @@ class RunDirectory:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}")
             file.flush()
-            yield
+            _held.add(self.path)
+            try:
+                yield
+            finally:
+                _held.remove(self.path)
 
     def record(self, stage: str) -> dict[str, Any] | None:
         """What a complete stage said of itself; None before that."""

@@ -69,10 +69,16 @@ Summary = dict[str, Any]
 def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = None) -> RunDirectory:
     """Every stage in order, going on from whatever is there already."""
     directory = config if isinstance(config, RunDirectory) else RunDirectory.create(config)
-    with _executor(directory, None) as executor:
-        for stage in (compute_fishers, factorize, lift, verify):
-            stage(directory, executor=executor, progress=progress)
-    report(directory, progress=progress)
+    stages = {"fishers": compute_fishers, "factorize": factorize, "lift": lift, "verify": verify}
+    if progress is not None:
+        progress.say(f"run {directory.path}")
+    unfinished = any(directory.record(name) is None for name in stages)
+    with directory.lock():
+        # Workers are started once for all stages, and not at all where there is nothing to do.
+        with _executor(directory, None) if unfinished else nullcontext() as executor:
+            for stage in stages.values():
+                stage(directory, executor=executor, progress=progress)
+        report(directory, progress=progress)
     return directory
 
 
@@ -88,7 +94,9 @@ def compute_fishers(
         with _executor(run, executor) as workers:
             model, sketch = _model(run), _sketch(config)
             inspection = WorkerSpec(TaskWorker, {"model": model})
-            facts: TaskFacts = next(iter(workers.map(inspection, "inspect", [sketch])))[1]
+            with progress.stage("prepare", 1, "task") as tick:
+                facts: TaskFacts = next(iter(workers.map(inspection, "inspect", [sketch])))[1]
+                tick(1)
             n_examples, rank = len(facts.examples), facts.n_classes - 1
             n_fit = n_examples - int(config.factorization.held_out_fraction * n_examples)
             validate_size(n_fit, rank, config.factorization.n_components)
@@ -176,6 +184,7 @@ def factorize(
                 on_iteration=lambda row: tick(row["iteration"], f"explained {row['explained']:.4f}"),
                 on_event=progress.say,
             )
+            tick(solved.history[-1]["iteration"], solved.stopped, last=True)
         result = solved.results[0]
         coefficients = {shard: rows for part in solved.results for shard, rows in part.coefficients.items()}
         coefficients_NK = np.concatenate([coefficients[shard] for shard in sorted(coefficients)])
