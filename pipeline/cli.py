@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import os
 import signal
 import sys
@@ -24,14 +25,15 @@ from pipeline.run_directory import RunDirectory
 from pipeline.status import outcome
 from pipeline.status import status as status_of
 
+_HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 app = typer.Typer(
-    help="Factorize the per-example Fishers of a model (NPEFF), verify the components, look at them.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings=_HELP,
 )
-query_app = typer.Typer(help="Ask a run's component store.", no_args_is_help=True)
+query_app = typer.Typer(help="Ask a run's component store.", context_settings=_HELP)
 app.add_typer(query_app, name="query")
 
 EXIT_USER_ERROR = 2
@@ -85,6 +87,21 @@ def _replaced(config: RunConfig, workers: int | None, address: str | None) -> Ru
     return config.with_executor(**{name: value for name, value in changes.items() if value is not None})
 
 
+@app.callback()
+def npeff(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Say which version this is.")] = False,
+) -> None:
+    """Factorize the per-example Fishers of a model (NPEFF), verify the components, look at them.
+
+    Begin with: npeff run jobs/quickstart.yaml
+    """
+    if version:
+        print("npeff", importlib.metadata.version("npeff-pipeline"))
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
 @app.command("run")
 def run_command(run: Run, run_dir: RunDir = None, workers: Workers = None, address: Address = None) -> None:
     """Every stage, in order; goes on from whatever is there already."""
@@ -123,7 +140,7 @@ def submit(
     address: Annotated[str, typer.Option(help="The cluster's job server.")] = "http://127.0.0.1:8265",
     run_dir: RunDir = None,
     py_modules: Annotated[
-        list[Path], typer.Option("--py-module", help="A Python package to send along, such as the task's.")
+        list[Path], typer.Option("--py-module", exists=True, help="A Python package to send along, such as the task's.")
     ] = [],  # noqa: B006
     follow: Annotated[bool, typer.Option("--follow/--detach", help="Follow the logs until the job ends.")] = True,
 ) -> None:
@@ -196,6 +213,18 @@ def sql(
 
 def _print_table(table: Any, output: OutputFormat) -> None:
     """``table`` (a pyarrow.Table) to standard output; long cells are cut in the ``table`` format only."""
+    import pyarrow
+
+    try:
+        _write_table(table, output)
+    except pyarrow.ArrowNotImplementedError as error:
+        raise typer.BadParameter(
+            f"{output} cannot hold this answer ({str(error).splitlines()[0]}): cast the column to text, or use "
+            "--format json"
+        ) from None
+
+
+def _write_table(table: Any, output: OutputFormat) -> None:
     match output:
         case OutputFormat.JSON:
             import base64
@@ -208,13 +237,15 @@ def _print_table(table: Any, output: OutputFormat) -> None:
         case OutputFormat.CSV:
             import pyarrow.csv
 
-            flat = table.select([field.name for field in table.schema if not _is_nested(field.type)])
-            pyarrow.csv.write_csv(flat, sys.stdout.buffer)
+            nested = [field.name for field in table.schema if _is_nested(field.type)]
+            if nested:
+                print(f"npeff: left out, as CSV holds no lists: {', '.join(nested)}", file=sys.stderr)
+            pyarrow.csv.write_csv(table.drop_columns(nested), sys.stdout.buffer)
         case OutputFormat.PARQUET:
             import pyarrow.parquet
 
             if sys.stdout.isatty():
-                raise typer.BadParameter("parquet is binary: send it to a file, … --format parquet > answer.parquet")
+                raise typer.BadParameter("parquet is binary: send it to a file, --format parquet > answer.parquet")
             pyarrow.parquet.write_table(table, sys.stdout.buffer)
         case OutputFormat.TABLE:
             _print_for_people(table)
@@ -288,11 +319,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGTERM, interrupt)
     sys.path.insert(0, os.getcwd())  # tasks named by import path may lie beside the run file's user
     try:
-        raise SystemExit(app(arguments, prog_name="npeff", standalone_mode=False))
+        code = app(arguments, prog_name="npeff", standalone_mode=False)
+        if code == EXIT_INTERRUPTED:  # typer has made an exit code of the exception
+            raise KeyboardInterrupt
+        raise SystemExit(code)
     except stages.USER_ERRORS as error:
         _fail(str(error))
     except TyperException as error:
-        _fail(error.format_message())
+        _fail(_usage(error))
     except (KeyboardInterrupt, typer.Abort):
         print("npeff: interrupted; the same command goes on from here", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from None
@@ -300,6 +334,16 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if error.errno not in _DISK_ERRORS:
             raise
         _fail(f"{error.filename or 'writing'}: {_DISK_ERRORS[error.errno]}")
+
+
+def _usage(error: TyperException) -> str:
+    """What is wrong with the command line, and which help to read."""
+    message = error.format_message().replace("Value error, ", "")
+    context = getattr(error, "ctx", None)
+    if context is None:
+        return message
+    command = context.command_path.replace("{", "").replace("}", "")
+    return f"{message.rstrip('.')} (see: {command} --help)"
 
 
 def _fail(message: str) -> NoReturn:

@@ -2,6 +2,10 @@
 
 A run file is a mapping; every key has a default except ``run_dir``, ``task`` and ``factorization.n_components``.
 `RunConfig.from_yaml` reads one, `RunConfig.to_yaml` writes the resolved configuration, with every default filled in.
+
+``${NAME}`` in any text of a run file stands for the environment variable NAME, which must be set: a run file that is
+shared says ``data: ${DATA}/pairs.parquet``. ``$${NAME}`` stands for the text ``${NAME}`` itself. Variables are resolved
+where the run file is read, before anything is sent elsewhere, and what a run keeps in its folder has their values.
 """
 
 from __future__ import annotations
@@ -9,11 +13,16 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+_VARIABLE = re.compile(r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -95,7 +104,7 @@ class VerificationConfig(_Section):
     baseline_examples: PositiveInt = 200
     """Random examples, disjoint from the top ones, that it should not."""
     target_kl: PositiveFloat = 0.1
-    """Mean KL divergence (nats) on the top examples that the step size is chosen for, by bisection."""
+    """Mean KL divergence (nats) on the top examples that the step size is chosen for."""
 
 
 class ReportConfig(_Section):
@@ -126,7 +135,7 @@ class ExecutorConfig(_Section):
 
 
 class RunConfig(_Section):
-    run_dir: str
+    run_dir: Annotated[str, Field(min_length=1, pattern="^[^\\x00]*$")]
     """Folder that everything is written to."""
     task: TaskConfig
     factorization: FactorizationConfig
@@ -144,30 +153,39 @@ class RunConfig(_Section):
         """Read a run file.
 
         Raises:
-            ConfigError: the file is missing, is not YAML, or a key is missing, unknown or has a value that is refused.
+            ConfigError: the file is missing, is not YAML, names an environment variable that is not set, or a key is
+                missing, unknown or has a value that is refused.
         """
         path = Path(path)
         try:
-            document = yaml.safe_load(path.read_text(encoding="utf-8"))
+            document = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
         except FileNotFoundError:
             raise ConfigError(f"no run file at {path}") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read {path}: {error}") from None
+            raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
         except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+            raise ConfigError(f"{path} is not valid YAML: {_yaml_problem(error)}") from None
         if not isinstance(document, dict):
-            raise ConfigError(f"{path} must hold a mapping with run_dir, task and factorization.n_components")
+            raise ConfigError(
+                f"{path} is no run file: it must hold key: value lines for run_dir, task and factorization.n_components"
+            )
         try:
-            return cls.model_validate(document)
+            return cls.model_validate(_map_texts(document, _with_variables))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
         except ValidationError as error:
             raise ConfigError(f"{path}: {_one_line(error)}") from None
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        escaped = _map_texts(self.model_dump(mode="json"), lambda text, _: _VARIABLE.sub(r"$\g<0>", text))
+        return yaml.safe_dump(escaped, sort_keys=False)
 
     def with_executor(self, **changes: Any) -> RunConfig:
         """This configuration with some of ``executor``'s values replaced."""
-        executor = ExecutorConfig.model_validate(self.executor.model_dump() | changes)
+        try:
+            executor = ExecutorConfig.model_validate(self.executor.model_dump() | changes)
+        except ValidationError as error:
+            raise ConfigError(f"executor: {_one_line(error)}") from None
         return self.model_copy(update={"executor": executor})
 
     def differences(self, other: RunConfig) -> list[str]:
@@ -183,6 +201,32 @@ class RunConfig(_Section):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _map_texts(tree: Any, change: Callable[[str, str], str], key: str = "") -> Any:
+    """``tree`` with ``change(text, dotted key)`` in place of every text in it."""
+    match tree:
+        case str():
+            return change(tree, key)
+        case dict():
+            return {name: _map_texts(value, change, f"{key}.{name}".removeprefix(".")) for name, value in tree.items()}
+        case list():
+            return [_map_texts(value, change, key) for value in tree]
+    return tree
+
+
+def _with_variables(text: str, key: str) -> str:
+    """``text`` with environment variables in the place of ``${NAME}``."""
+
+    def value(found: re.Match[str]) -> str:
+        escaped, name = found.groups()
+        if escaped:
+            return found[0][1:]
+        if name not in os.environ:
+            raise ConfigError(f"{key} names the environment variable {name}, which is not set: export {name}=…")
+        return os.environ[name]
+
+    return _VARIABLE.sub(value, text)
+
+
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
@@ -191,6 +235,42 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    mark = error.problem_mark
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+
+
+_MAPPING = "must be a mapping, such as {key: value}"
+_PLAIN = {
+    "model_type": _MAPPING,
+    "dict_type": _MAPPING,
+    "tuple_type": 'must be a list, such as ["*"]',
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "string_type": "must be a text",
+    "string_too_short": "must be given",
+    "string_pattern_mismatch": "must be a path",
+}
+"""pydantic's type of problem in words that speak of YAML, where its own speak of Python."""
 
 
 def _one_line(error: ValidationError) -> str:
@@ -203,9 +283,11 @@ def _one_line(error: ValidationError) -> str:
             parts.append(f"unknown key {key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
         elif problem["type"] == "missing":
             parts.append(f"missing key {key!r}")
+        elif problem["type"] == "value_error":
+            parts.append(f"{key}: {problem['ctx']['error']}".removeprefix(": "))
         else:
-            message = problem["msg"].removeprefix("Value error, ")
-            parts.append(f"{key or 'run file'}: {message[0].lower()}{message[1:]}, not {problem['input']!r:.80}")
+            message = _PLAIN.get(problem["type"], problem["msg"].replace("Input should", "must", 1))
+            parts.append(f"{key or 'run file'} {message}, not {problem['input']!r:.80}")
     return "; ".join(parts)
 
 

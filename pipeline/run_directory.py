@@ -15,13 +15,16 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import RunConfig
+from pipeline.config import ConfigError, RunConfig
+
+_WORKERS_END_S = 60.0
+"""Longest wait for the workers of an earlier command to end."""
 
 _PACKAGES = ("npeff-pipeline", "torch", "ray", "zarr", "dask", "numpy", "scipy", "pyarrow", "scikit-learn")
 
@@ -60,15 +63,16 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"run_dir {config.run_dir!r} is a URI: this version writes runs to local paths only"
             )
-        path = Path(config.run_dir).absolute()
+        path = Path(config.run_dir).expanduser().absolute()
         stored = path / "run.yaml"
         try:
             if stored.exists():
-                different = config.differences(RunConfig.from_yaml(stored))
+                different = config.differences(_stored_config(stored))
                 if different:
+                    harmless = "" if cls(path, config)._has_results() else " (it has no results yet)"
                     raise RunDirectoryError(
                         f"{path} holds a run with another configuration (it differs in {', '.join(different)}): "
-                        "choose another run_dir, or delete that folder to start over"
+                        f"choose another run_dir, or delete that folder{harmless} to start over"
                     )
             elif path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
                 raise RunDirectoryError(f"{path} is not empty and holds no run.yaml: choose another run_dir")
@@ -97,8 +101,9 @@ class RunDirectory:
         """
         path = Path(path).absolute()
         if not (path / "run.yaml").exists():
-            raise RunDirectoryError(f"no run in {path} (it has no run.yaml)")
-        config = RunConfig.from_yaml(path / "run.yaml")
+            wrong = "it is a file: give" if path.is_file() else "it has no run.yaml: give a run file, or"
+            raise RunDirectoryError(f"no run in {path} ({wrong} the directory of an `npeff run`)")
+        config = _stored_config(path / "run.yaml")
         return cls(path, config.model_copy(update={"run_dir": str(path)}))
 
     @property
@@ -141,19 +146,32 @@ class RunDirectory:
         """Results of a stage's finished units, kept until the stage is complete."""
         return self.path / "partial" / stage
 
+    @property
+    def worker_lease(self) -> Path:
+        """Every worker process holds a shared lock on this file while it lives."""
+        return self.path / ".workers"
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run for this process; the kernel lets go when the process ends, however it ends.
 
-        A stage may lock the run that the whole pipeline holds already.
+        A stage may lock the run that the whole pipeline holds already. Workers of a command that was killed outlive it
+        by seconds and may be writing: this waits for their end.
 
         Raises:
-            RunDirectoryError: another process is working on this run.
+            RunDirectoryError: another process is working on this run, workers of an earlier one do not end, or the
+                folder is gone or cannot be written.
         """
         if self.path in _held:
             yield
             return
-        with open(self.path / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            file = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  (closed below)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"cannot write to {self.path} ({error.strerror}): mend this or choose another run_dir"
+            ) from None
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -165,6 +183,7 @@ class RunDirectory:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}")
             file.flush()
+            self._wait_for_former_workers()
             _held.add(self.path)
             try:
                 yield
@@ -172,12 +191,25 @@ class RunDirectory:
                 _held.remove(self.path)
 
     def record(self, stage: str) -> dict[str, Any] | None:
-        """What a complete stage said of itself; None before that."""
+        """What a complete stage said of itself; None before that.
+
+        Raises:
+            RunDirectoryError: the record is damaged.
+        """
+        path = self.path / "stages" / f"{stage}.json"
         try:
-            text = (self.path / "stages" / f"{stage}.json").read_text(encoding="utf-8")
+            record = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        return dict(json.loads(text))
+        except (OSError, ValueError):
+            record = None
+        if not isinstance(record, dict) or record.get("stage") != stage:
+            raise RunDirectoryError(f"{path} is damaged: delete it and run `npeff {stage} {self.path}` again")
+        return record
+
+    def reopen(self, stage: str) -> None:
+        """A complete stage is partial again, as something that it goes on from is being made anew."""
+        (self.path / "stages" / f"{stage}.json").unlink(missing_ok=True)
 
     def complete(self, stage: str, summary: dict[str, Any]) -> dict[str, Any]:
         """Declare a stage complete; call it after everything else of the stage is on disk."""
@@ -192,15 +224,47 @@ class RunDirectory:
         begun = any(path.is_file() or (path.is_dir() and any(path.iterdir())) for path in outputs)
         return StageState.PARTIAL if begun else StageState.MISSING
 
+    def _wait_for_former_workers(self) -> None:
+        deadline = time.monotonic() + _WORKERS_END_S
+        with open(self.worker_lease, "a", encoding="utf-8") as lease:
+            while True:
+                try:
+                    fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise RunDirectoryError(
+                            f"workers of an earlier command are still alive and may write to {self.path}: end them "
+                            "(their processes are called ray::_Worker) and run the same command again"
+                        ) from None
+                    time.sleep(0.05)
+
+    def _has_results(self) -> bool:
+        return any(path.exists() for path in (self.fishers, self.path / "stages"))
+
     def _write(self, name: str, text: str) -> None:
         target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.partial")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except OSError as error:
+            with suppress(OSError):  # the first error is the one to report
+                temporary.unlink(missing_ok=True)
+            raise RunDirectoryError(
+                f"cannot write {target} ({error.strerror}): mend this and run the same command again"
+            ) from None
+
+
+def _stored_config(path: Path) -> RunConfig:
+    try:
+        return RunConfig.from_yaml(path)
+    except ConfigError as error:
+        raise RunDirectoryError(f"the run's own configuration is damaged: {error}; restore it from a copy") from None
 
 
 def _provenance(config: RunConfig) -> dict[str, Any]:

@@ -12,6 +12,7 @@ A stage that is complete returns what it recorded. All may be called again after
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,11 +32,12 @@ from pipeline.query import ComponentStore, QueryError, scoreboard, verdicts, wri
 from pipeline.result_tables import rows_to_columns, write_component_tables, write_example_tables
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import Executor, ExecutorError, WorkerSpec, make_executor
-from pipeline.runtime.fisher_actor import FisherWorker, TaskFacts, TaskWorker
+from pipeline.runtime.fisher_actor import FisherWorker
 from pipeline.runtime.lift_actor import LiftPaths, LiftWorker
 from pipeline.runtime.model import ModelSpec
 from pipeline.runtime.solver_actor import SolverPaths, SolverWorker
 from pipeline.runtime.solver_driver import run_solver
+from pipeline.runtime.task_actor import TaskFacts, TaskWorker
 from pipeline.runtime.verification_actor import VerificationPaths, VerificationWorker
 from pipeline.store import (
     CheckpointStore,
@@ -65,6 +67,9 @@ USER_ERRORS = (
 
 Summary = dict[str, Any]
 
+_OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)
+"""In the message of torch's plain RuntimeError, where memory of the CPU runs out."""
+
 
 def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = None) -> RunDirectory:
     """Every stage in order, going on from whatever is there already."""
@@ -72,7 +77,7 @@ def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = 
     stages = {"fishers": compute_fishers, "factorize": factorize, "lift": lift, "verify": verify}
     if progress is not None:
         progress.say(f"run {directory.path}")
-    unfinished = any(directory.record(name) is None for name in stages)
+    unfinished = any(recorded(directory, name) is None for name in stages)
     with directory.lock():
         # Workers are started once for all stages, and not at all where there is nothing to do.
         with _executor(directory, None) if unfinished else nullcontext() as executor:
@@ -87,19 +92,18 @@ def compute_fishers(
 ) -> Summary:
     """Compute and store the low-rank Fisher of every example."""
     with _stage(run, "fishers") as stage:
-        # A record is deleted to have a damaged shard computed again.
-        if stage.done and len(finished(run.shard_records)) == stage.done["n_shards"]:
+        if stage.done:
             return stage.done
         progress, config = progress or SilentProgress(), run.config
         with _executor(run, executor) as workers:
             model, sketch = _model(run), _sketch(config)
-            inspection = WorkerSpec(TaskWorker, {"model": model})
+            inspection = WorkerSpec(TaskWorker, {"model": model}, run.worker_lease)
             with progress.stage("prepare", 1, "task") as tick:
                 facts: TaskFacts = next(iter(workers.map(inspection, "inspect", [sketch])))[1]
                 tick(1)
             n_examples, rank = len(facts.examples), facts.n_classes - 1
             n_fit = n_examples - int(config.factorization.held_out_fraction * n_examples)
-            validate_size(n_fit, rank, config.factorization.n_components)
+            _validate_size(config, n_fit, rank)
             if not run.fishers.exists():  # records of Fishers that somebody deleted
                 shutil.rmtree(run.shard_records, ignore_errors=True)
             records = ShardRecords(
@@ -119,6 +123,7 @@ def compute_fishers(
                     "records": records,
                     "batch_size": config.fishers.batch_size,
                 },
+                run.worker_lease,
             )
             with progress.stage("fishers", plan.n_shards, "shards", done=len(complete)) as tick:
                 for shard, record in workers.map(worker, "compute", missing):
@@ -162,7 +167,17 @@ def factorize(
         )
         examples = read_table(run.table("examples"), "examples")
         n_fit = int((examples["valid"].to_numpy() & (np.asarray(examples["split"].to_pylist()) == "fit")).sum())
-        validate_size(n_fit, _record(run, "fishers")["rank"], options.n_components)
+        if n_fit == 0:
+            raise InvalidProblemError(
+                "none of the examples that the components are to be fitted on has finite logits and gradients: look "
+                "for NaN in the examples, or give more of them"
+            )
+        if not bool(examples.filter(examples["valid"])["fisher_norm"].to_numpy().any()):
+            raise InvalidProblemError(
+                "the Fishers of all examples are zero: the selected parameters do not change the logits, or the model "
+                "is certain of every prediction"
+            )
+        _validate_size(config, n_fit, _record(run, "fishers")["rank"])
         worker = WorkerSpec(
             SolverWorker,
             {
@@ -171,6 +186,7 @@ def factorize(
                 "device": _device(config),
                 "timeout_s": config.executor.timeout_s,
             },
+            run.worker_lease,
         )
         fishers = _record(run, "fishers")["signature"]
         checkpoints = CheckpointStore(run.checkpoints, config_hash=config.signature("factorization", "seed") + fishers)
@@ -200,6 +216,7 @@ def factorize(
             "near_duplicates": duplicates,
         }
         write_factorization(run.factorization, result.components_KD, coefficients_NK, summary)
+        run.reopen("lift")  # which adds to the components table
         write_component_tables(run, result.components_KD, coefficients_NK)
         write_table(run.table("history"), "history", rows_to_columns(solved.history, "history"))
         progress.say(
@@ -222,6 +239,7 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
         n_parameters = sum(math.prod(shape) for shape in shapes.values())
         results = run.partial_results("lift")
         if not run.directions.exists():
+            shutil.rmtree(results, ignore_errors=True)  # of directions that somebody deleted
             DirectionStore.create(run.directions, n_components=n_components, shapes=shapes, attrs={})
         lifted = {component: read_json(path) for component, path in finished(results).items()}
         missing = [component for component in range(n_components) if component not in lifted]
@@ -234,6 +252,7 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
                 "checksums": _checksums(run),
                 "batch_size": config.fishers.batch_size,
             },
+            run.worker_lease,
         )
         with (
             progress.stage("lift", n_components, "directions", done=len(lifted)) as tick,
@@ -277,6 +296,7 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
                 "seed": config.seed,
                 "batch_size": config.fishers.batch_size,
             },
+            run.worker_lease,
         )
         missing = [component for component in range(n_components) if component not in verified]
         with (
@@ -309,7 +329,7 @@ def submit(
     """The whole run as a Ray job on another machine's cluster; its exit code, or 0 at once if it is not followed."""
     from pipeline.runtime.job import submit_job
 
-    there = config.model_copy(update={"run_dir": str(Path(config.run_dir).absolute())})
+    there = config.model_copy(update={"run_dir": str(Path(config.run_dir).expanduser().absolute())})
     return submit_job(there.to_yaml(), address, py_modules=py_modules, follow=follow, say=say)
 
 
@@ -325,6 +345,28 @@ STAGES: dict[str, Callable[..., object]] = {
 def finished(folder: Path) -> dict[int, Path]:
     """Components whose result a worker has left in ``folder``, with its file."""
     return {int(path.stem): path for path in sorted(folder.glob("*.*")) if path.stem.isdecimal()}
+
+
+_OUTPUTS = {
+    "fishers": ("fishers.zarr", "tables/examples.parquet", "tables/classes.parquet"),
+    "factorize": (
+        "factorization.zarr",
+        *(f"tables/{name}.parquet" for name in ("components", "top_examples", "coefficients", "history")),
+    ),
+    "lift": ("directions.zarr", "tables/layer_energy.parquet"),
+    "verify": ("tables/verification.parquet",),
+}
+
+
+def recorded(run: RunDirectory, stage: str) -> Summary | None:
+    """What a complete stage said of itself; None before that, and after something that it wrote has been deleted: this
+    is how damaged files are made again."""
+    record = run.record(stage)
+    if record is None or not all((run.path / name).exists() for name in _OUTPUTS[stage]):
+        return None
+    if stage == "fishers" and len(finished(run.shard_records)) < record["n_shards"]:
+        return None
+    return record
 
 
 @dataclass(frozen=True)
@@ -348,14 +390,22 @@ def _stage(run: RunDirectory, name: str, after: str | None = None) -> Iterator[_
         RunDirectoryError: the run is in use, or the stage before is not complete.
     """
     with run.lock():
-        stage = _Stage(run, name, run.record(name), time.monotonic())
+        stage = _Stage(run, name, recorded(run, name), time.monotonic())
         if stage.done is None and after is not None:
             _record(run, after)
-        yield stage
+        try:
+            yield stage
+        except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
+                raise
+            raise ExecutorError(
+                f"stage {name} ran out of memory ({str(error).splitlines()[0] if str(error) else 'no details'}): lower "
+                "fishers.batch_size, fishers.sketch.dim or lift.memory_limit_mb, or give the workers more memory"
+            ) from error
 
 
 def _record(run: RunDirectory, stage: str) -> Summary:
-    record = run.record(stage)
+    record = recorded(run, stage)
     if record is None:
         raise RunDirectoryError(f"stage {stage} of {run.path} is not complete: run `npeff {stage} {run.path}` first")
     return record
@@ -389,6 +439,14 @@ def _sketch(config: RunConfig) -> SketchSpec:
 def _create_fishers(run: RunDirectory, facts: TaskFacts, sketch: SketchSpec) -> None:
     """Lay out ``fishers.zarr``, unless an interrupted run has."""
     if run.fishers.exists():
+        there = FisherStore.open(run.fishers)
+        laid_out = (there.plan.n_examples, there.n_classes, there.dim)
+        if laid_out != (len(facts.examples), facts.n_classes, facts.sketch_dim):
+            raise StoreError(
+                f"{run.fishers} was laid out for {laid_out[0]} examples, {laid_out[1]} classes and sketch dimension "
+                f"{laid_out[2]}, and the task has {len(facts.examples)}, {facts.n_classes} and {facts.sketch_dim} now: "
+                "give it the former data and model, or choose another run_dir"
+            )
         return
     config = run.config.fishers
     FisherStore.create(
@@ -406,6 +464,16 @@ def _create_fishers(run: RunDirectory, facts: TaskFacts, sketch: SketchSpec) -> 
             "model_fingerprint": facts.model_fingerprint,
         },
     )
+
+
+def _validate_size(config: RunConfig, n_fit: int, rank: int) -> None:
+    wanted = config.factorization
+    validate_size(n_fit, rank, wanted.n_components)
+    if wanted.subsample * rank < wanted.n_components:
+        raise InvalidProblemError(
+            f"factorization.subsample={wanted.subsample} examples of rank {rank} cannot start n_components="
+            f"{wanted.n_components} components: set it to {math.ceil(wanted.n_components / rank)} or more"
+        )
 
 
 def _checksums(run: RunDirectory) -> dict[int, str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.run_directory import RunDirectory, StageState
-from pipeline.stages import finished
+from pipeline.stages import finished, recorded
 from pipeline.store import FisherStore
 
 
@@ -31,10 +31,12 @@ def status(run: RunDirectory) -> list[StageStatus]:
         "lift": ((run.directions,), f"{lifted}/{n_components} directions"),
         "verify": ((run.partial_results("verify"),), f"{verified}/{n_components} components"),
     }
-    rows = [
-        StageStatus(stage, run.state(stage, outputs), done, _details(stage, run.record(stage)))
-        for stage, (outputs, done) in stages.items()
-    ]
+    rows = []
+    for stage, (outputs, done) in stages.items():
+        record, state = recorded(run, stage), run.state(stage, outputs)
+        if record is None and state is StageState.COMPLETE:
+            state = StageState.PARTIAL
+        rows.append(StageStatus(stage, state, done, _details(stage, record)))
     written = run.report.exists()
     state = StageState.COMPLETE if written else StageState.MISSING
     return [*rows, StageStatus("report", state, "", str(run.report) if written else "")]
@@ -66,7 +68,7 @@ def score_line(score: dict[str, Any]) -> str:
 
 def outcome(run: RunDirectory) -> list[str]:
     """The few lines after a finished run: what was found, and what to look at next."""
-    scores = (run.record("verify") or {}).get("scores", [])
+    scores = (recorded(run, "verify") or {}).get("scores", [])
     return [
         *(score_line(score) for score in scores),
         f"report: {run.report}",

@@ -38,13 +38,18 @@ def test_the_resolved_configuration_reads_back_as_the_same(tmp_path: Path) -> No
         (MINIMAL + "fishers: {shardsize: 3}\n", "unknown key 'fishers.shardsize' (did you mean 'shard_size'?)"),
         (MINIMAL + "fishers: {sketch: {kind: gaussian}}\n", "fishers.sketch.kind"),
         (MINIMAL + "fishers: {sketch: {kind: identity, dim: 3}}\n", "takes no dim"),
-        (MINIMAL + "fishers: {shard_size: 0}\n", "fishers.shard_size: input should be greater than 0"),
+        (MINIMAL + "fishers: {shard_size: 0}\n", "fishers.shard_size must be greater than 0, not 0"),
         (MINIMAL + "seed: -1\n", "seed"),
         (MINIMAL + "executor: {kind: serial, workers: 2}\n", "the serial executor has one worker"),
         (MINIMAL + "verification: {target_kl: 0}\n", "verification.target_kl"),
-        ("- a\n- b\n", "must hold a mapping"),
-        ("run_dir: [", "not valid YAML"),
-        ("", "must hold a mapping"),
+        ("- a\n- b\n", "is no run file: it must hold key: value lines"),
+        ("run_dir: [", "not valid YAML: line 1, column 11: "),
+        (MINIMAL + "seed: 1\nseed: 2\n", "not valid YAML: line 5, column 1: key 'seed' is given twice"),
+        (MINIMAL.replace("runs/x", "''"), "run_dir must be given"),
+        (MINIMAL.replace("{name: digits}", "digits"), "task must be a mapping, such as {key: value}, not 'digits'"),
+        (MINIMAL + "parameters: {include: '*'}\n", "parameters.include must be a list, such as [\"*\"], not '*'"),
+        (MINIMAL.replace("4", "many"), "factorization.n_components must be a whole number, not 'many'"),
+        ("", "is no run file: it must hold key: value lines"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(tmp_path: Path, text: str, said: str) -> None:
@@ -71,3 +76,27 @@ def test_the_signature_changes_with_the_named_sections_only(tmp_path: Path) -> N
     other = read(tmp_path, MINIMAL.replace("4}", "5}"))
     assert config.signature("task", "fishers") == other.signature("task", "fishers")
     assert config.signature("factorization") != other.signature("factorization")
+
+
+def test_environment_variables_are_put_in_wherever_a_text_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA", "/data/of ${DATA}: 'mine'")
+    text = (
+        "run_dir: runs/${DATA}\nfactorization: {n_components: 4}\nparameters: {include: ['${DATA}*']}\n"
+        "task: {name: digits, options: {a: [{b: '${DATA}/x'}], c: '$${DATA}', d: '$DATA ${}', e: 3}}\n"
+    )
+    config = read(tmp_path, text)
+    value = "/data/of ${DATA}: 'mine'"
+    assert config.run_dir == f"runs/{value}"
+    assert config.parameters.include == (f"{value}*",)
+    assert config.task.options == {"a": [{"b": f"{value}/x"}], "c": "${DATA}", "d": "$DATA ${}", "e": 3}
+    monkeypatch.delenv("DATA")
+    assert read(tmp_path, config.to_yaml()) == config, "what is stored has the values, and needs the variable no more"
+
+
+def test_an_environment_variable_that_is_not_set_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_SUCH_FOLDER", raising=False)
+    text = MINIMAL.replace("digits", "digits, options: {data: '${NO_SUCH_FOLDER}/x'}")
+    with pytest.raises(
+        ConfigError, match=r"task\.options\.data names the environment variable NO_SUCH_FOLDER, which is not set"
+    ):
+        read(tmp_path, text)

@@ -26,7 +26,10 @@ from pipeline.fisher.module_rule import ModuleCall, module_rows
 from pipeline.fisher.owners import Owners, find_owners
 from pipeline.fisher.parameters import ParameterLayout
 
-_INDEPENDENT = "the logits do not depend on the output of any module with selected parameters"
+_INDEPENDENT = (
+    "the logits do not depend on the output of any module with selected parameters: do not detach them or compute them "
+    "under torch.no_grad, or select other parameters"
+)
 
 
 @dataclass(frozen=True)

@@ -57,10 +57,14 @@ def select_parameters(
     pattern of `include` matches nothing, or nothing is left.
     """
     candidates = {name: value for name, value in model.named_parameters() if value.is_floating_point()}
+    if not candidates:
+        raise UnsupportedModelError("the model has no floating-point parameters: there is nothing to take gradients of")
+    if not include:
+        raise UnsupportedModelError('parameters.include is empty: use ["*"] for all parameters')
     for pattern in include:
         if not any(fnmatchcase(name, pattern) for name in candidates):
-            known = ", ".join(list(candidates)[:4]) or "none at all"
-            raise UnsupportedModelError(f"parameters.include: nothing matches {pattern!r} (the model has {known}, …)")
+            known = ", ".join(list(candidates)[:4]) + (", …" if len(candidates) > 4 else "")
+            raise UnsupportedModelError(f"parameters.include: nothing matches {pattern!r} (the model has {known})")
     chosen = {
         name: tuple(value.shape)
         for name, value in candidates.items()

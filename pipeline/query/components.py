@@ -28,6 +28,9 @@ _TOO_WIDE_TO_LIST = ("image", "logits", "valid")
 """Columns of the examples table that a list of examples leaves out."""
 
 
+_INT64_DIGITS = 19
+
+
 class ComponentStore:
     """Questions to one run: `ComponentStore.open("runs/digits").top_examples(17)`.
 
@@ -47,7 +50,8 @@ class ComponentStore:
         """
         path = Path(run_dir)
         if not path.is_dir():
-            raise QueryError(f"{path} does not exist: give the run directory of an `npeff run`")
+            wrong = "is a file" if path.exists() else "does not exist"
+            raise QueryError(f"{path} {wrong}: give the run directory of an `npeff run`")
         if not any((path / name).exists() for name in ("run.yaml", "tables", "factorization.zarr")):
             raise QueryError(f"{path} is not a run directory: it has no run.yaml")
         return cls(path)
@@ -78,7 +82,13 @@ class ComponentStore:
     def cosines(self) -> np.ndarray:
         """Cosines of all pairs of components in the sketch (K, K) float64; 0 for a component that is all zeros."""
         components = self.components.astype("float64")
-        products = (components @ components.T).compute()
+        try:
+            products = (components @ components.T).compute()
+        except (ValueError, OSError) as error:  # a chunk's checksum does not match, or the chunk is gone
+            path = self.run_dir / "factorization.zarr"
+            raise QueryError(
+                f"components of {path} are corrupt: delete it and run `npeff factorize {self.run_dir}` again"
+            ) from error
         norms = np.sqrt(np.diag(products))
         return np.divide(
             products, np.outer(norms, norms), out=np.zeros_like(products), where=np.outer(norms, norms) > 0
@@ -122,7 +132,7 @@ class ComponentStore:
         if split is not None:
             members = self.tables.read("examples", ["example"], pc.field("split") == split)["example"]
             rows = rows.filter(pc.is_in(rows["example"], value_set=members.combine_chunks()))
-        rows = rows.sort_by([("coefficient", "descending"), ("example", "ascending")]).slice(0, n)
+        rows = rows.sort_by([("coefficient", "descending"), ("example", "ascending")]).slice(0, min(n, len(rows)))
         described = self.describe_examples(rows["example"].to_pylist())
         ranked = described.add_column(0, "coefficient", rows["coefficient"])
         return ranked.add_column(0, "rank", pa.array(range(len(rows)), pa.int64()))
@@ -235,7 +245,7 @@ class ComponentStore:
     def _example_index(self, example: int | str) -> int:
         where = pc.field("id") == example if isinstance(example, str) else pc.field("example") == example
         rows = self.tables.read("examples", ["example", "valid"], where).to_pylist()
-        if not rows and isinstance(example, str) and example.isdecimal():
+        if not rows and isinstance(example, str) and example.isdecimal() and len(example) < _INT64_DIGITS:
             rows = self.tables.read("examples", ["example", "valid"], pc.field("example") == int(example)).to_pylist()
         if not rows:
             count = self.tables.dataset("examples").count_rows()

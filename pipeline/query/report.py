@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from pipeline.query.cards import CardWriter
 from pipeline.query.charts import log_axis, loss_chart, ratio_chart
 from pipeline.query.components import ComponentStore
 from pipeline.query.verdict import Verdict, scoreboard, verdicts
+from pipeline.store.atomic import write_file_atomically
 
 
 def write_report(run_dir: str | Path, *, top_examples: int = 24) -> Path:
@@ -30,14 +30,12 @@ def write_report(run_dir: str | Path, *, top_examples: int = 24) -> Path:
 
     Raises:
         QueryError: not a run directory, or a damaged table.
+        StoreError: the report cannot be written.
     """
     store = ComponentStore.open(run_dir)
     path = store.run_dir / "report" / "index.html"
     page = render_report(store, top_examples)
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".html.partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    write_file_atomically(path, lambda stream: stream.write(page.encode()))
     return path
 
 

@@ -35,9 +35,24 @@ def run_sql(tables: RunTables, query: str) -> pa.Table:
             statements = connection.extract_statements(query)
             if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
                 raise QueryError("a query is one SELECT statement over the tables " + ", ".join(tables.names()))
-            return _without_decimals(connection.sql(query).to_arrow_table())
+            return _without_decimals(_with_distinct_names(connection.sql(query).to_arrow_table()))
+        except duckdb.CatalogException as error:
+            there = ", ".join(tables.names()) or "none yet"
+            raise QueryError(f"SQL: {str(error).splitlines()[0]} (tables: {there})") from error
         except duckdb.Error as error:
             raise QueryError(f"SQL: {str(error).splitlines()[0]}") from error
+
+
+def _with_distinct_names(table: pa.Table) -> pa.Table:
+    """A join may give two columns of one name, which neither JSON nor Parquet can hold: the second becomes name_2."""
+    names: list[str] = []
+    for name in table.column_names:
+        distinct, number = name, 1
+        while distinct in names:
+            number += 1
+            distinct = f"{name}_{number}"
+        names.append(distinct)
+    return table.rename_columns(names)
 
 
 def _without_decimals(table: pa.Table) -> pa.Table:

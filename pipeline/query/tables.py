@@ -45,6 +45,11 @@ EXAMPLE_COLUMNS = (
 """Columns of the examples table that every task has; all further ones are the task's own metadata."""
 
 
+_PARQUET = ds.ParquetFileFormat(
+    default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+)
+
+
 def missing(run_dir: Path, what: str, command: str) -> QueryError:
     """The error for something that a stage has not written yet."""
     return QueryError(f"{what} is not there yet: run `npeff {command} {run_dir}` first")
@@ -76,9 +81,9 @@ class RunTables:
                 raise missing(self.run_dir, f"table '{name}'", WRITTEN_BY[name])
             raise QueryError(f"there is no table '{name}': this run has {', '.join(self.names()) or 'no tables yet'}")
         try:
-            return ds.dataset(path, format="parquet")
+            return ds.dataset(path, format=_PARQUET)
         except (pa.ArrowInvalid, OSError) as error:
-            raise self._damaged(name, error) from error
+            raise self._damaged(name) from error
 
     def read(self, name: str, columns: Sequence[str] | None = None, where: pc.Expression | None = None) -> pa.Table:
         """Read a table, or only some of its columns and the rows for which `where` holds, in the order written."""
@@ -86,7 +91,7 @@ class RunTables:
         try:
             return dataset.to_table(columns=None if columns is None else list(columns), filter=where)
         except (pa.ArrowInvalid, OSError) as error:
-            raise self._damaged(name, error) from error
+            raise self._damaged(name) from error
 
     def columns(self, name: str) -> list[str]:
         return list(self.dataset(name).schema.names)
@@ -111,8 +116,7 @@ class RunTables:
         )
         return {name: self.json("stages", f"{name}.json") for name in names}
 
-    def _damaged(self, name: str, error: Exception) -> QueryError:
+    def _damaged(self, name: str) -> QueryError:
         path = self._folder / f"{name}.parquet"
-        reason = (str(error).splitlines() or ["unreadable"])[0]
         command = WRITTEN_BY.get(name, "run")
-        return QueryError(f"{path} is damaged ({reason}): delete it and run `npeff {command} {self.run_dir}` again")
+        return QueryError(f"{path} is damaged: delete it and run `npeff {command} {self.run_dir}` again")

@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +33,8 @@ class WorkerSpec:
 
     worker_class: type
     arguments: dict[str, Any] = field(default_factory=dict)
+    lease: Path | None = None
+    """A file that the worker's own process, where it has one, holds a shared lock on for as long as it lives."""
 
     def construct(self, **more: Any) -> Any:
         return self.worker_class(**self.arguments, **more)

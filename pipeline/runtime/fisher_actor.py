@@ -1,9 +1,8 @@
-"""Stage 1 on a worker: look at the task, then compute and store the Fishers of whole shards."""
+"""Stage 1 on a worker: compute and store the Fishers of whole shards."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,73 +10,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.fisher import (
-    FisherBatch,
-    ParameterLayout,
-    PerExampleFishers,
-    SketchSpec,
-    check_coverage,
-    make_sketch,
-    model_fingerprint,
-)
+from pipeline.fisher import FisherBatch, PerExampleFishers, SketchSpec, make_sketch
 from pipeline.runtime.model import ModelSpec
 from pipeline.store import CompletionRecord, FisherStore, ShardRecords
-from pipeline.tasks import TaskError, load_task
-
-_COVERAGE_EXAMPLES = 2
-
-
-@dataclass(frozen=True)
-class TaskFacts:
-    """What the driver must know of a task before it can lay out a store."""
-
-    n_classes: int
-    class_names: tuple[str, ...]
-    examples: pa.Table
-    layout: ParameterLayout
-    sketch_dim: int
-    model_fingerprint: str
-
-
-class TaskWorker:
-    """Prepares a task and looks at it."""
-
-    def __init__(self, model: ModelSpec) -> None:
-        self._spec = model
-
-    def inspect(self, sketch: SketchSpec) -> TaskFacts:
-        """Prepare the task, load it, and check everything that can be checked before the first shard.
-
-        Raises:
-            TaskError: the data set is empty, or logits and class names do not fit.
-            UnsupportedModelError: a selected parameter's gradients cannot be had.
-        """
-        self._spec.cache.mkdir(parents=True, exist_ok=True)
-        load_task(self._spec.task, self._spec.options).prepare(self._spec.cache)
-        loaded = self._spec.load()
-        n_examples = len(loaded.examples)
-        if n_examples == 0:
-            raise TaskError(f"task {self._spec.task!r} has no examples: there is nothing to compute Fishers of")
-        table = loaded.examples.table()
-        if len(table) != n_examples or not {"id", "label"} <= set(table.column_names):
-            raise TaskError(f"the examples' table must have {n_examples} rows with columns id and label")
-        probe = list(range(min(_COVERAGE_EXAMPLES, n_examples)))
-        logits = loaded.predict(probe, batch_size=len(probe))
-        class_names = tuple(loaded.examples.class_names)
-        if logits.shape[1] < 2 or logits.shape[1] != len(class_names):
-            raise TaskError(
-                f"the model has {logits.shape[1]} logits for {len(class_names)} class names: there must be as many "
-                "names as logits, and at least two"
-            )
-        check_coverage(loaded.model, loaded.logits, loaded.batch(probe), loaded.layout)
-        return TaskFacts(
-            n_classes=logits.shape[1],
-            class_names=class_names,
-            examples=table,
-            layout=loaded.layout,
-            sketch_dim=make_sketch(sketch, loaded.layout).dim,
-            model_fingerprint=model_fingerprint(loaded.model, loaded.layout),
-        )
+from pipeline.tasks import TaskError
 
 
 class FisherWorker:
@@ -91,8 +27,14 @@ class FisherWorker:
             self._loaded.model, self._loaded.logits, self._loaded.layout, make_sketch(sketch, self._loaded.layout)
         )
         self._store, self._records, self._batch_size = FisherStore.open(store), records, batch_size
-        labels = self._loaded.examples.table()["label"].fill_null(-1)
-        self._labels_N = labels.to_numpy().astype(np.int64)
+        self._dtype = torch.float16 if self._store.store_dtype == "float16" else torch.float32
+        labels = self._loaded.table()["label"].cast(pa.int64()).fill_null(-1)
+        if len(labels) != self._store.plan.n_examples:
+            raise TaskError(
+                f"task {model.task!r} has {len(labels)} examples here and had {self._store.plan.n_examples} when the "
+                "run began: it must have the same ones each time it is loaded"
+            )
+        self._labels_N = labels.to_numpy()
 
     def compute(self, shard: int) -> CompletionRecord:
         """Compute, store and record one shard."""
@@ -101,7 +43,7 @@ class FisherWorker:
         batches = []
         for first in range(start, stop, self._batch_size):
             indices = range(first, min(first + self._batch_size, stop))
-            batches.append(_stored_form(self._fishers(self._loaded.batch(indices), len(indices))))
+            batches.append(_stored_form(self._fishers(self._loaded.batch(indices), len(indices)), self._dtype))
         arrays: dict[str, Any] = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
         arrays["labels"] = self._labels_N[start:stop]
         record = CompletionRecord(
@@ -117,12 +59,15 @@ class FisherWorker:
         return record
 
 
-def _stored_form(batch: FisherBatch) -> dict[str, np.ndarray]:
-    """Factors divided by √‖F‖_F: of unit size whatever the example's norm, so that half precision can hold them."""
+def _stored_form(batch: FisherBatch, dtype: torch.dtype) -> dict[str, np.ndarray]:
+    """Factors divided by √‖F‖_F: of unit size whatever the example's norm, so that half precision can hold them.
+
+    They are rounded to it here because torch does that many times faster than numpy, to the same bits.
+    """
     scale_B = torch.where(batch.frobenius_norms_B > 0, batch.frobenius_norms_B, 1.0).rsqrt()
     normalised_BRD = batch.factors_BRD * scale_B[:, None, None].to(batch.factors_BRD)
     return {
-        "factors": normalised_BRD.float().cpu().numpy(),
+        "factors": normalised_BRD.to(dtype).cpu().numpy(),
         "frobenius_norms": batch.frobenius_norms_B.cpu().numpy(),
         "grams": batch.grams_BRR.cpu().numpy(),
         "ranks": batch.ranks_B.cpu().numpy(),

@@ -6,16 +6,22 @@ so that every recovery is counted and every wait has an end.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
+import signal
+import threading
 import time
+import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 import torch
+from ray._private import ray_constants
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -25,8 +31,24 @@ from pipeline.runtime.executor import ExecutorError, Group, WorkerLostError, Wor
 ATTEMPTS = 3
 """How often an item is given to a worker before it is given up."""
 
+_LOOK_EVERY_S = 1.0
+"""How long a wait for workers goes on before it looks whether Ray itself is still there."""
+
+_TOO_SMALL_S = 30.0
+"""Wait for a placement group that the cluster, as it is now, has no room for."""
+
 _OBJECT_STORE_BYTES = 256 * 2**20  # a private Ray passes components and records through it, never Fishers
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Role:
+    """What an actor is to be; the same actor may be one thing after the other, as its imports are what takes long."""
+
+    spec: WorkerSpec
+    more: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the worker's constructor."""
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 class _Worker:
@@ -36,14 +58,22 @@ class _Worker:
     as that call's exception, where a failing constructor of an actor would look like a lost process.
     """
 
-    def __init__(self, spec: WorkerSpec, threads: int, more: dict[str, Any]) -> None:
-        self._spec, self._threads, self._more = spec, threads, more
+    def __init__(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._key: str | None = None
         self._worker: Any = None
+        self._lease: Any = None
 
-    def call(self, method: str, *arguments: Any) -> Any:
-        if self._worker is None:
-            torch.set_num_threads(self._threads)
-            self._worker = self._spec.construct(**self._more)
+    def call(self, role: _Role, method: str, *arguments: Any) -> Any:
+        if self._key != role.key:
+            self._worker, self._key = None, None
+            if self._lease is not None:
+                self._lease.close()
+            if role.spec.lease is not None:
+                self._lease = open(role.spec.lease, "a")  # noqa: SIM115 - held as long as this process has the role
+                fcntl.flock(self._lease, fcntl.LOCK_SH)
+            self._worker = role.spec.construct(**role.more)
+            self._key = role.key
         return getattr(self._worker, method)(*arguments)
 
 
@@ -61,7 +91,9 @@ class RayExecutor:
     ) -> None:
         self.workers = workers
         self._cpus, self._gpus, self._timeout_s = cpus_per_worker, gpus_per_worker, timeout_s
-        self._started_ray = not ray.is_initialized()
+        self._started_ray, self._private = not ray.is_initialized(), False
+        self._mappers: dict[int, Any] = {}
+        """Actors of `map` by slot, kept for its next call."""
         if self._started_ray:
             self._connect(address)
         try:
@@ -71,14 +103,16 @@ class RayExecutor:
             raise
 
     def map(self, spec: WorkerSpec, method: str, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        role = _Role(spec)
         waiting = deque((item, 1) for item in items)
         idle = deque(range(self.workers))
-        actors: dict[int, Any] = {}
+        actors = self._mappers
         running: dict[ray.ObjectRef, tuple[int, Any, int, float]] = {}
+        raised: BaseException | None = None  # by an item, which may be a ConnectionError of its own
 
         def give_again(ref: ray.ObjectRef, reason: str) -> None:
             slot, item, attempt, _ = running.pop(ref)
-            _end(actors.pop(slot))
+            self._end(actors.pop(slot))
             idle.append(slot)
             if attempt == ATTEMPTS:
                 raise ExecutorError(
@@ -93,15 +127,16 @@ class RayExecutor:
                 while waiting and idle:
                     slot, (item, attempt) = idle.popleft(), waiting.popleft()
                     if slot not in actors:
-                        actors[slot] = self._start(spec, slot)
-                    ref = actors[slot].call.remote(method, item)
+                        actors[slot] = self._start(slot)
+                    ref = actors[slot].call.remote(role, method, item)
                     running[ref] = (slot, item, attempt, time.monotonic())
-                finished, _ = ray.wait(list(running), timeout=1.0)
+                finished = self._wait(list(running), 1)
                 for ref in finished:
                     try:
                         result = ray.get(ref, timeout=self._timeout_s)
                     except RayTaskError as error:
-                        raise error.cause from None
+                        raised = error.cause
+                        raise raised from None
                     except RayError as error:
                         give_again(ref, f"its worker was lost ({type(error).__name__})")
                         continue
@@ -112,24 +147,32 @@ class RayExecutor:
                 for ref in [ref for ref, (*_, since) in running.items() if now - since > self._timeout_s]:
                     give_again(ref, f"no answer within {self._timeout_s:.0f} s")
         except (RayError, ConnectionError) as error:
-            raise _ray_is_gone(error) from None
+            if error is raised:
+                raise
+            raise _ray_is_gone(f"{type(error).__name__}: {str(error).splitlines()[0]}") from None
         finally:
-            for actor in actors.values():
-                _end(actor)
+            for slot, *_ in running.values():  # busy with what nobody waits for any more
+                self._end(actors.pop(slot))
 
     @contextmanager
     def group(self, spec: WorkerSpec) -> Iterator[Group]:
+        self._end_mappers()  # they hold what the group needs
+        roles = [_Role(spec, {"rank": rank, "size": self.workers}) for rank in range(self.workers)]
         try:
-            actors = [self._start(spec, slot, rank=slot, size=self.workers) for slot in range(self.workers)]
+            actors = [self._start(slot) for slot in range(self.workers)]
         except (RayError, ConnectionError) as error:
-            raise _ray_is_gone(error) from None
+            raise _ray_is_gone(f"{type(error).__name__}: {str(error).splitlines()[0]}") from None
         try:
-            yield _RayGroup(actors, self._timeout_s)
+            yield _RayGroup(actors, roles, self._timeout_s, self._wait)
         finally:
             for actor in actors:
-                _end(actor)
+                self._end(actor)
 
     def close(self) -> None:
+        if self._dead_server() is not None:
+            _end_private_ray()
+            return
+        self._end_mappers()
         try:
             remove_placement_group(self._placement)
         except Exception:
@@ -137,28 +180,65 @@ class RayExecutor:
             _logger.debug("the placement group could not be removed", exc_info=True)
         self._disconnect()
 
-    def _start(self, spec: WorkerSpec, slot: int, **more: Any) -> Any:
+    def _wait(self, refs: list[ray.ObjectRef], count: int, until: float | None = None) -> list[ray.ObjectRef]:
+        """Those that are finished, as soon as `count` are, or at the time `until`; without one, after a while.
+
+        Raises:
+            ExecutorError: the private Ray is dead, of which Ray would tell a minute later, by ending this process.
+        """
+        while True:
+            left = _LOOK_EVERY_S if until is None else min(_LOOK_EVERY_S, until - time.monotonic())
+            finished, _ = ray.wait(refs, num_returns=count, timeout=max(0.0, left))
+            if (dead := self._dead_server()) is not None:
+                raise _ray_is_gone(f"its {dead} ended")
+            if len(finished) == count or until is None or time.monotonic() >= until:
+                return finished
+
+    def _dead_server(self) -> str | None:
+        """Which server of the private Ray that this executor started is dead; None while all is well."""
+        node = ray._private.worker._global_node
+        if not self._private or node is None:
+            return None
+        return next((name for name, _ in node.dead_processes() if name in ("gcs_server", "raylet")), None)
+
+    def _end(self, actor: Any) -> None:
+        if self._dead_server() is not None:
+            return
+        try:
+            ray.kill(actor)
+        except Exception:
+            # It may be dead already, and Ray with it.
+            _logger.debug("an actor could not be ended", exc_info=True)
+
+    def _end_mappers(self) -> None:
+        while self._mappers:
+            self._end(self._mappers.popitem()[1])
+
+    def _start(self, slot: int) -> Any:
         strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=slot)
         actor = ray.remote(_Worker).options(
             num_cpus=self._cpus, num_gpus=self._gpus, max_restarts=0, scheduling_strategy=strategy
         )
-        return actor.remote(spec, self._cpus, more)
+        return actor.remote(self._cpus)
 
     def _connect(self, address: str) -> None:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
         try:
-            if address == "local" and not in_job:
-                ray.init(
-                    address="local",
-                    num_cpus=self.workers * self._cpus,
-                    include_dashboard=False,
-                    _node_ip_address="127.0.0.1",  # nothing outside this machine may reach it
-                    object_store_memory=_OBJECT_STORE_BYTES,
-                    **quiet,
-                )
-            else:
-                ray.init(address="auto" if in_job else address, **quiet)
+            with _own_reaction_to_sigterm():
+                if address == "local" and not in_job:
+                    with _on_loopback():
+                        ray.init(
+                            address="local",
+                            num_cpus=self.workers * self._cpus,
+                            include_dashboard=False,
+                            _node_ip_address="127.0.0.1",
+                            object_store_memory=_OBJECT_STORE_BYTES,
+                            **quiet,
+                        )
+                    self._private = True
+                else:
+                    ray.init(address="auto" if in_job else address, **quiet)
         except (ConnectionError, RayError, ValueError, RuntimeError) as error:
             raise ExecutorError(
                 f"cannot reach Ray at {address!r} ({str(error).splitlines()[0]}): start it with `ray start --head`, "
@@ -169,7 +249,8 @@ class RayExecutor:
         bundle = {"CPU": float(self._cpus)} | ({"GPU": self._gpus} if self._gpus else {})
         group = placement_group([bundle] * self.workers, strategy="PACK")
         try:
-            ray.get(group.ready(), timeout=self._timeout_s if self._can_grow() else 30.0)
+            patience = self._timeout_s if self._can_grow() else (0.0 if self._private else _TOO_SMALL_S)
+            ray.get(group.ready(), timeout=patience)
         except GetTimeoutError:
             remove_placement_group(group)
             have = {name: ray.cluster_resources().get(name, 0.0) for name in bundle}
@@ -191,40 +272,69 @@ class RayExecutor:
 
 
 class _RayGroup:
-    def __init__(self, actors: list[Any], timeout_s: float) -> None:
+    def __init__(
+        self, actors: list[Any], roles: list[_Role], timeout_s: float, wait: Callable[..., list[ray.ObjectRef]]
+    ) -> None:
         self.size = len(actors)
-        self._actors, self._timeout_s = actors, timeout_s
+        self._actors, self._roles, self._timeout_s, self._wait = actors, roles, timeout_s, wait
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
-        return self._wait([actor.call.remote(method, *arguments) for actor in self._actors], method)
+        members = zip(self._actors, self._roles, strict=True)
+        return self._results([actor.call.remote(role, method, *arguments) for actor, role in members], method)
 
     def call_one(self, rank: int, method: str, *arguments: Any) -> Any:
-        return self._wait([self._actors[rank].call.remote(method, *arguments)], method)[0]
+        return self._results([self._actors[rank].call.remote(self._roles[rank], method, *arguments)], method)[0]
 
-    def _wait(self, refs: list[ray.ObjectRef], method: str) -> list[Any]:
+    def _results(self, refs: list[ray.ObjectRef], method: str) -> list[Any]:
+        """The results by rank; what one worker raises, or its loss, is told at once, whatever the others wait for."""
+        deadline, waiting = time.monotonic() + self._timeout_s, refs
+        results: dict[ray.ObjectRef, Any] = {}
         try:
-            return ray.get(refs, timeout=self._timeout_s)
+            while waiting:
+                finished = self._wait(waiting, 1, deadline)
+                if not finished:
+                    raise WorkerLostError(f"{method}: no answer within {self._timeout_s:.0f} s")
+                results |= {ref: ray.get(ref, timeout=self._timeout_s) for ref in finished}
+                waiting = [ref for ref in waiting if ref not in results]
         except RayTaskError as error:
             raise error.cause from None
-        except GetTimeoutError:
-            raise WorkerLostError(f"{method}: no answer within {self._timeout_s:.0f} s") from None
         except (RayError, ConnectionError) as error:
             raise WorkerLostError(f"{method}: a worker was lost ({type(error).__name__})") from None
+        return [results[ref] for ref in refs]
 
 
-def _end(actor: Any) -> None:
+def _end_private_ray() -> None:
+    """End what is left of a private Ray that is dead already: nothing may be asked of it, an answer would not come."""
+    if (node := ray._private.worker._global_node) is not None:
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
+    ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Nothing outside this machine may reach a private Ray. It takes 127.0.0.1 for the machine's outward address, and
+    listens on all, unless its switch for machines that are no cluster nodes (laptops) is set."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        ray.kill(actor)
-    except Exception:
-        # It may be dead already, and Ray with it.
-        _logger.debug("an actor could not be ended", exc_info=True)
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def _ray_is_gone(error: Exception) -> ExecutorError:
-    return ExecutorError(
-        f"Ray stopped working ({type(error).__name__}: {str(error).splitlines()[0]}); what is finished is kept: "
-        "run the same command again to go on"
-    )
+@contextmanager
+def _own_reaction_to_sigterm() -> Iterator[None]:
+    """Keep what the program does on SIGTERM: connecting to Ray replaces it, and Ray's reaction aborts the process."""
+    chosen = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(chosen) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, chosen)
+
+
+def _ray_is_gone(why: str) -> ExecutorError:
+    return ExecutorError(f"Ray stopped working ({why}); what is finished is kept: run the same command again to go on")
 
 
 def _resources(resources: dict[str, float]) -> str:

@@ -46,7 +46,7 @@ class StoredFactorization:
         return self._read("coefficients", self.coefficients)
 
     def _read(self, name: str, array: zarr.Array) -> np.ndarray:
-        damage = f"{name} of {self.path} are corrupt: delete it and run `npeff factorize` again"
+        damage = f"{name} of {self.path} are corrupt: delete it and run `npeff factorize {self.path.parent}` again"
         try:
             values = np.asarray(array[...])
         except (ValueError, OSError) as error:

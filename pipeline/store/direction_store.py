@@ -106,7 +106,7 @@ class DirectionStore:
             raise IndexError(f"component {component} is outside 0..{self.n_components - 1}")
 
     def _read(self, name: str, component: int) -> np.ndarray:
-        damage = f"{name} of {self.path} is corrupt: delete {self.path} and run `npeff lift` again"
+        damage = f"{name} of {self.path} is corrupt: delete {self.path} and run `npeff lift {self.path.parent}` again"
         try:
             values = np.asarray(self.arrays[name][component])
         except (ValueError, OSError) as error:

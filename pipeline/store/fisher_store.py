@@ -205,7 +205,7 @@ class FisherStore:
             if not np.can_cast(values.dtype, dtype, casting="same_kind"):
                 raise StoreError(f"{name} of {where} must be {dtype}, not {values.dtype}")
             with np.errstate(over="ignore"):  # overflow becomes infinity, which _check looks for
-                cast_values = values.astype(dtype)
+                cast_values = values.astype(dtype, copy=False)
             stored[name] = encode_bfloat16(cast_values) if bfloat16 else cast_values
         self._check(where, arrays["factors"], stored)
         return stored

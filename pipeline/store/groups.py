@@ -37,8 +37,11 @@ def open_group(path: Path, kind: str, version: int, command: str) -> tuple[zarr.
     with os_errors_explained("read", path):
         exists = path.is_dir()
     if not exists:
-        raise StoreError(f"{path} does not exist: run `npeff {command}` first")
-    metadata = read_json(path / "zarr.json")
+        raise StoreError(f"{path} does not exist: run `npeff {command} {path.parent}` first")
+    try:
+        metadata = read_json(path / "zarr.json")
+    except StoreError as error:
+        raise StoreError(_damaged(path / "zarr.json", path, command)) from error
     attrs = metadata.get("attributes") if isinstance(metadata, dict) else None
     if not isinstance(attrs, dict) or attrs.get("kind") != kind:
         raise StoreError(f"{path} is not {kind}: choose another run_dir")
@@ -50,7 +53,7 @@ def open_group(path: Path, kind: str, version: int, command: str) -> tuple[zarr.
     try:
         return zarr.open_group(path, mode="r+"), attrs
     except (KeyError, ValueError, TypeError) as error:
-        raise StoreError(f"{path}/zarr.json is damaged: delete {path} and run `npeff {command}` again") from error
+        raise StoreError(_damaged(path / "zarr.json", path, command)) from error
 
 
 def open_array(group: zarr.Group, path: Path, name: str, command: str) -> zarr.Array:
@@ -58,9 +61,13 @@ def open_array(group: zarr.Group, path: Path, name: str, command: str) -> zarr.A
     try:
         array = group[name]
     except (KeyError, ValueError, TypeError) as error:
-        raise StoreError(f"{path}/{name} is damaged: delete {path} and run `npeff {command}` again") from error
+        raise StoreError(_damaged(path / name, path, command)) from error
     assert isinstance(array, zarr.Array)
     return array
+
+
+def _damaged(what: Path, group_path: Path, command: str) -> str:
+    return f"{what} is damaged: delete {group_path} and run `npeff {command} {group_path.parent}` again"
 
 
 def stored_path(group_path: Path, name: str, array: zarr.Array, index: int) -> Path:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
 from pipeline.tasks.base import Examples, Task, TaskError, to_device
+from pipeline.tasks.user_code import user_code
 
-__all__ = ["Examples", "Task", "TaskError", "load_task", "to_device"]
+__all__ = ["Examples", "Task", "TaskError", "load_task", "to_device", "user_code"]
 
 _BUILT_IN = {
     "digits": "pipeline.tasks.digits:DigitsTask",
@@ -19,24 +21,35 @@ def load_task(name: str, options: dict[str, Any]) -> Task:
     """The task ``name`` (a built-in name, or ``my_package.my_task:MyTask``), constructed with ``options``.
 
     Raises:
-        TaskError: there is no such task, or it does not take these options.
+        TaskError: there is no such task, it does not take these options, or its code raised something.
     """
     path = _BUILT_IN.get(name, name)
     module_name, _, class_name = path.partition(":")
-    if not class_name:
+    if not class_name or not all(part.isidentifier() for part in (*module_name.split("."), class_name)):
         known = ", ".join(_BUILT_IN)
         raise TaskError(f"unknown task {name!r}: use one of {known}, or the import path my_package.my_task:MyTask")
     try:
-        task_class = getattr(importlib.import_module(module_name), class_name)
+        with user_code(f"task {name!r}: importing {module_name}", module_name, passed_on=(ModuleNotFoundError,)):
+            task_class = getattr(importlib.import_module(module_name), class_name, None)
     except ModuleNotFoundError as error:
-        hint = "; pip install 'npeff-pipeline[hf]'" if error.name in ("transformers", "tokenizers") else ""
-        raise TaskError(f"cannot import task {name!r}: {error}{hint}") from None
-    except AttributeError:
-        raise TaskError(f"cannot import task {name!r}: {module_name} has no {class_name}") from None
+        hint = (
+            "pip install 'npeff-pipeline[hf]'"
+            if error.name in ("transformers", "tokenizers")
+            else f"install it, or run npeff in the folder that {error.name} lies in, or put that folder on PYTHONPATH"
+        )
+        raise TaskError(f"cannot import task {name!r}: {error}: {hint}") from None
+    if task_class is None:
+        raise TaskError(f"cannot import task {name!r}: {module_name} has no {class_name}")
     if not (isinstance(task_class, type) and issubclass(task_class, Task)):
         raise TaskError(f"task {name!r} is not a subclass of pipeline.tasks.Task")
+    if inspect.isabstract(task_class):
+        raise TaskError(f"task {name!r} does not define {', '.join(sorted(task_class.__abstractmethods__))}")
+    signature = inspect.signature(task_class)
     try:
-        task: Task = task_class(**options)
+        signature.bind(**options)
     except TypeError as error:
-        raise TaskError(f"task {name!r} does not take these options: {error}") from None
+        takes = ", ".join(signature.parameters) or "none"
+        raise TaskError(f"task {name!r} does not take these task.options: {error} (it takes: {takes})") from None
+    with user_code(f"task {name!r}: {class_name}()", task_class.__module__):
+        task: Task = task_class(**options)
     return task

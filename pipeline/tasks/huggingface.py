@@ -58,6 +58,10 @@ class SequenceClassificationTask(Task):
     ) -> None:
         if not 1 <= len(text_columns) <= 2 or isinstance(text_columns, str):
             raise TaskError("text_columns must be a list of one column, or of two for pairs of texts")
+        if max_length < 1:
+            raise TaskError(f"max_length must be at least 1, not {max_length}")
+        if limit is not None and limit < 0:
+            raise TaskError(f"limit must not be negative, not {limit}")
         self._hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self._model, self._data = model, Path(data)
         self._text_columns, self._label_column, self._id_column = tuple(text_columns), label_column, id_column

@@ -333,7 +333,7 @@ def test_attrs_that_are_not_json_leave_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_a_missing_store_is_not_created_by_opening_it(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"fishers\.zarr does not exist: run `npeff fishers` first"):
+    with pytest.raises(StoreError, match=r"fishers\.zarr does not exist: run `npeff fishers .*` first"):
         FisherStore.open(tmp_path / "fishers.zarr")
     assert not list(tmp_path.iterdir())
 

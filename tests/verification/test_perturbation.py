@@ -72,6 +72,19 @@ def test_the_step_size_reaches_its_target_to_one_percent_where_it_can(kl_at: Cal
     assert find_step_size(kl_at, 0.9, longest=10.0).reached_target or math.isinf(kl_at(1.0))
 
 
+@pytest.mark.parametrize("power", [1.5, 2.0, 3.5])
+def test_a_smooth_kl_takes_few_evaluations(power: float) -> None:
+    """Each one is a forward pass of all top examples."""
+    asked: list[float] = []
+
+    def kl_at(step: float) -> float:
+        asked.append(step)
+        return (30.0 * step) ** power / (1 + (5.0 * step) ** power)
+
+    assert find_step_size(kl_at, 0.1, longest=20.0).reached_target
+    assert len(asked) <= 5
+
+
 def test_a_target_out_of_reach_is_said_and_the_longest_step_taken() -> None:
     step = find_step_size(lambda step: 1e-9 * step, 0.1, longest=2.0)
     assert not step.reached_target

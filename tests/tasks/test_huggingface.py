@@ -1,0 +1,302 @@
+"""Sequence classification with a Hugging Face model: a tiny BERT made here, and a real one where there is one."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipeline.fisher import PerExampleFishers, SketchSpec, make_sketch, select_parameters
+from pipeline.runtime.model import LoadedModel, ModelSpec
+from pipeline.tasks import TaskError, load_task
+
+pytest.importorskip("transformers", reason="needs pip install 'npeff-pipeline[hf]'")
+
+NAME = "huggingface-sequence-classification"
+TEXTS = [
+    "a small cat",
+    "the dog sleeps and the cat sings",
+    "dog",
+    "a bird sings in the small tree near the dog",
+    "cat ?",
+]
+OTHERS = ["a cat", "nothing sleeps", "the dog is near", "a bird", "the tree sings in a small bird and the bird sleeps"]
+LABELS = ["NEUTRAL", "no", "Yes", "yes", "neutral"]
+NUMBERS = [1, 0, 2, 2, 1]
+IDS = ["p-1", "p-2", "q-3", "q-4", "r-5"]
+COLUMNS: dict[str, list[Any]] = {"key": IDS, "text": TEXTS, "other": OTHERS, "answer": LABELS, "number": NUMBERS}
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is not on this machine is not there: a socket that is opened is an error."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the task went to the network")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    monkeypatch.setattr("socket.create_connection", refuse)
+
+
+@pytest.fixture(scope="module")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer BERT with three classes and random weights, and a WordPiece tokenizer of the words above."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    words = sorted({word for text in TEXTS + OTHERS for word in text.split()} - {"sleeps", "?"})
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words, "sleep", "##s"]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(pieces),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        num_labels=3,
+        id2label={0: "no", 1: "neutral", 2: "yes"},
+        label2id={"no": 0, "neutral": 1, "yes": 2},
+        initializer_range=0.4,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def write_parquet(path: Path, columns: dict[str, list[Any]]) -> None:
+    pq.write_table(pa.table(columns), path)
+
+
+def write_jsonl(path: Path, columns: dict[str, list[Any]]) -> None:
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_separated(delimiter: str) -> Callable[[Path, dict[str, list[Any]]], None]:
+    def write(path: Path, columns: dict[str, list[Any]]) -> None:
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, delimiter=delimiter)
+            writer.writerow(columns)
+            writer.writerows(zip(*columns.values(), strict=True))
+
+    return write
+
+
+WRITERS = {
+    "parquet": write_parquet,
+    "jsonl": write_jsonl,
+    "csv": write_separated(","),
+    "tsv": write_separated("\t"),
+    "txt": write_separated("\t"),
+}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    path = tmp_path / "data.parquet"
+    write_parquet(path, COLUMNS)
+    return str(path)
+
+
+def load(model: Path | str, data: str | Path, include: tuple[str, ...] = ("*",), **options: Any) -> LoadedModel:
+    options = {"model": str(model), "data": str(data), "text_columns": ["text"], **options}
+    return ModelSpec(NAME, options, Path("unused"), include, (), "cpu").load()
+
+
+def fishers(loaded: LoadedModel, indices: list[int]) -> Any:
+    sketch = make_sketch(SketchSpec("identity", None, 0), loaded.layout)
+    compute = PerExampleFishers(loaded.model, loaded.logits, loaded.layout, sketch)
+    return compute(loaded.batch(indices), len(indices))
+
+
+def autograd_fisher_factor(loaded: LoadedModel, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows √p_y ∇log p(y), (C, P), of one example by ordinary autograd, and its logits; F is their Gram matrix."""
+    named = dict(loaded.model.named_parameters())
+    parameters = [named[name].requires_grad_() for name in loaded.layout.names]
+    with torch.enable_grad():
+        logits_C = loaded.logits(loaded.model, loaded.batch([index]))[0]
+        log_p_C = logits_C.log_softmax(0)
+        rows = []
+        for log_p in log_p_C:
+            found = torch.autograd.grad(log_p, parameters, retain_graph=True, allow_unused=True)
+            parts = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+            rows.append(torch.cat([part.reshape(-1) for part in parts]))
+    rows_CP = torch.stack(rows).double() * log_p_C.detach().double().exp().sqrt()[:, None]
+    return rows_CP, logits_C.detach()
+
+
+def fisher_error(factor_RP: torch.Tensor, expected_CP: torch.Tensor) -> float:
+    """‖AᵀA − EᵀE‖_F / ‖EᵀE‖_F without a P×P matrix: from Gram matrices of the rows."""
+    factor_RP = factor_RP.double()
+    own, cross, other = (
+        (a @ b.T).square().sum()
+        for a, b in ((factor_RP, factor_RP), (factor_RP, expected_CP), (expected_CP, expected_CP))
+    )
+    return float((own - 2 * cross + other).clamp_min(0).sqrt() / other.sqrt())
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_every_file_format_gives_the_same_examples(suffix: str, tiny_bert: Path, tmp_path: Path) -> None:
+    path = tmp_path / f"data.{suffix}"
+    WRITERS[suffix](path, COLUMNS)
+    loaded = load(tiny_bert, path, label_column="answer", id_column="key")
+    table = loaded.examples.table()
+    assert loaded.examples.class_names == ("no", "neutral", "yes")
+    assert table["id"].to_pylist() == IDS
+    assert table["text"].to_pylist() == TEXTS
+    assert table["label"].to_pylist() == NUMBERS
+    assert table["number"].to_pylist() == NUMBERS
+    assert table["other"].to_pylist() == OTHERS
+    assert loaded.predict(range(5), 2).shape == (5, 3)
+
+
+def test_labels_are_numbers_or_names_or_absent(tiny_bert: Path, data: str) -> None:
+    by_number = load(tiny_bert, data, label_column="number").examples.table()
+    assert by_number["label"].to_pylist() == NUMBERS
+    assert by_number["id"].to_pylist() == ["0", "1", "2", "3", "4"]
+    named = load(tiny_bert, data, label_column="answer", label_names=["Yes", "Neutral", "No"]).examples
+    assert named.table()["label"].to_pylist() == [1, 2, 0, 0, 1]
+    assert named.class_names == ("Yes", "Neutral", "No")
+    assert load(tiny_bert, data).examples.table()["label"].to_pylist() == [None] * 5
+
+
+def test_a_label_may_be_missing(tiny_bert: Path, tmp_path: Path) -> None:
+    for suffix, column in (("parquet", "answer"), ("jsonl", "answer"), ("csv", "number"), ("tsv", "number")):
+        path = tmp_path / f"data.{suffix}"
+        WRITERS[suffix](path, COLUMNS | {column: [COLUMNS[column][0], None, *COLUMNS[column][2:]]})
+        labels = load(tiny_bert, path, label_column=column).examples.table()["label"].to_pylist()
+        assert labels == [1, None, 2, 2, 1], suffix
+
+
+def test_pairs_are_read_together_and_shown_together(tiny_bert: Path, data: str) -> None:
+    pairs = load(tiny_bert, data, text_columns=["text", "other"])
+    assert pairs.examples.table()["text"].to_pylist() == [f"{a}\n{b}" for a, b in zip(TEXTS, OTHERS, strict=True)]
+    batch = pairs.batch([0, 2])
+    assert set(batch["token_type_ids"].unique().tolist()) == {0, 1}
+    assert (batch["input_ids"] == 3).sum(1).tolist() == [2, 2], "two separators"
+    swapped = load(tiny_bert, data, text_columns=["other", "text"])
+    assert not torch.allclose(pairs.predict([0], 1), swapped.predict([0], 1))
+
+
+def test_texts_are_cut_at_max_length_and_rows_at_limit(tiny_bert: Path, data: str) -> None:
+    loaded = load(tiny_bert, data, max_length=5, limit=4)
+    assert len(loaded.examples) == len(loaded.examples.table()) == 4
+    assert loaded.batch(range(4))["input_ids"].shape == (4, 5)
+
+
+def test_fishers_are_those_of_autograd_and_padding_does_not_change_them(tiny_bert: Path, data: str) -> None:
+    loaded = load(tiny_bert, data, text_columns=["text", "other"])
+    together = fishers(loaded, [0, 1, 2, 3, 4])
+    assert together.valid_B.all()
+    for index in range(5):
+        alone = fishers(loaded, [index])
+        expected_CP, logits_C = autograd_fisher_factor(loaded, index)
+        for factors_RP in (together.factors_BRD[index], alone.factors_BRD[0]):
+            assert fisher_error(factors_RP, expected_CP) < 1e-5
+        torch.testing.assert_close(together.logits_BC[index], logits_C)
+        torch.testing.assert_close(together.factors_BRD[index].abs(), alone.factors_BRD[0].abs(), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(together.frobenius_norms_B[index], alone.frobenius_norms_B[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"text_columns": ["txt"]}, "has no column 'txt': it has key, text, other, answer, number"),
+        ({"label_column": "gold"}, "has no column 'gold'"),
+        ({"id_column": "uid"}, "has no column 'uid'"),
+        ({"label_column": "text"}, "label 'a small cat' is none of no, neutral, yes: give label_names"),
+        ({"label_column": "number", "label_names": ["a", "b"]}, "label 2 is not one of the model's 2 classes"),
+        ({"data": "no-such-file.csv"}, "cannot read no-such-file.csv"),
+        ({"data": "table.xlsx"}, "use a file ending in .parquet, .jsonl, .csv"),
+        ({"model": "no-such-model/at-all"}, "cannot load 'no-such-model/at-all'"),
+        ({"text_columns": []}, "text_columns must be a list of one column, or of two"),
+        ({"text_columns": ["text", "other", "key"]}, "text_columns must be a list of one column, or of two"),
+        ({"text_columns": "text"}, "text_columns must be a list of one column, or of two"),
+        ({"max_len": 3}, "unexpected keyword argument 'max_len'"),
+        ({"limit": -1}, "limit must not be negative"),
+        ({"max_length": 0}, "max_length must be at least 1"),
+    ],
+)
+def test_a_mistake_is_one_line(options: dict[str, Any], said: str, tiny_bert: Path, data: str) -> None:
+    with pytest.raises(TaskError) as caught:
+        load(**{"model": tiny_bert, "data": data, **options})
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        ("parquet", b"PAR1 not a table"),
+        ("jsonl", b'{"text": '),
+        ("csv", b"text,b\nc"),
+        ("csv", b""),
+        ("tsv", b"a\tb\nc"),
+    ],
+)
+def test_a_damaged_file_is_one_line(suffix: str, content: bytes, tiny_bert: Path, tmp_path: Path) -> None:
+    path = tmp_path / f"data.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(TaskError, match=r"cannot read .*data\.") as caught:
+        load(tiny_bert, path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_a_classifier_for_these_classes_is_found_out(tiny_bert: Path, data: str) -> None:
+    """Names that do not fit the logits are not the task's to refuse: the stage compares the two."""
+    examples = load_task(
+        NAME, {"model": str(tiny_bert), "data": data, "text_columns": ["text"], "label_names": ["only", "two"]}
+    ).examples(Path("unused"))
+    assert examples.class_names == ("only", "two")
+
+
+def test_a_real_model_is_right_about_real_pairs_and_its_fishers_are_those_of_autograd() -> None:
+    shared = Path(os.environ.get("NPEFF_SHARED_DATA", ""))
+    model, pairs = shared / "models/minilm-sick", shared / "data/sick/SICK_test_annotated.txt"
+    if "NPEFF_SHARED_DATA" not in os.environ or not model.is_dir() or not pairs.is_file():
+        pytest.skip("NPEFF_SHARED_DATA names no folder with models/minilm-sick and data/sick/SICK_test_annotated.txt")
+    loaded = load(
+        model,
+        pairs,
+        include=("bert.encoder.layer.5.*", "bert.pooler.*", "classifier.*"),
+        text_columns=["sentence_A", "sentence_B"],
+        label_column="entailment_judgment",
+        max_length=64,
+        limit=600,
+    )
+    labels = loaded.examples.table()["label"].to_numpy()
+    assert (loaded.predict(range(600), 32).argmax(-1).numpy() == labels).mean() >= 0.8
+    assert loaded.layout.size > 1_900_000
+    batch = fishers(loaded, [3, 50, 117, 198])
+    for position, index in enumerate([3, 50, 117, 198]):
+        expected_CP, _ = autograd_fisher_factor(loaded, index)
+        assert fisher_error(batch.factors_BRD[position], expected_CP) < 1e-4
+        np.testing.assert_allclose(
+            batch.frobenius_norms_B[position], torch.linalg.norm(expected_CP @ expected_CP.T), rtol=1e-4
+        )
+    assert select_parameters(loaded.model).size > 22_000_000
