@@ -12,38 +12,45 @@ A stage that is complete returns what it recorded. All may be called again after
 from __future__ import annotations
 
 import math
-import re
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from pipeline.config import ConfigError, RunConfig
 from pipeline.factorization import InvalidProblemError, SolverOptions, near_duplicates, validate_size
-from pipeline.fisher import SketchSpec, UnsupportedModelError
+from pipeline.fisher import UnsupportedModelError
 from pipeline.progress import ProgressDisplay, SilentProgress
 from pipeline.query import ComponentStore, QueryError, scoreboard, verdicts, write_report
 from pipeline.result_tables import rows_to_columns, write_component_tables, write_example_tables
 from pipeline.run_directory import RunDirectory, RunDirectoryError
-from pipeline.runtime.executor import Executor, ExecutorError, WorkerSpec, make_executor
+from pipeline.runtime.executor import Executor, ExecutorError
 from pipeline.runtime.fisher_actor import FisherWorker
 from pipeline.runtime.lift_actor import LiftPaths, LiftWorker
-from pipeline.runtime.model import ModelSpec
 from pipeline.runtime.solver_actor import SolverPaths, SolverWorker
-from pipeline.runtime.solver_driver import run_solver
+from pipeline.runtime.solver_driver import SolverRun, run_solver
 from pipeline.runtime.task_actor import TaskFacts, TaskWorker
 from pipeline.runtime.verification_actor import VerificationPaths, VerificationWorker
+from pipeline.stage import (
+    Summary,
+    device_of,
+    executor_for,
+    finished,
+    model_spec,
+    open_stage,
+    record_of,
+    recorded,
+    sketch_spec,
+    worker_spec,
+)
 from pipeline.store import (
     CheckpointStore,
     DirectionStore,
     FisherStore,
-    ShardPlan,
     ShardRecords,
     StoreError,
     read_json,
@@ -65,11 +72,6 @@ USER_ERRORS = (
 )
 """What a user can cause or mend: the message is one line that says what to do."""
 
-Summary = dict[str, Any]
-
-_OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)
-"""In the message of torch's plain RuntimeError, where memory of the CPU runs out."""
-
 
 def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = None) -> RunDirectory:
     """Every stage in order, going on from whatever is there already."""
@@ -80,7 +82,7 @@ def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = 
     unfinished = any(recorded(directory, name) is None for name in stages)
     with directory.lock():
         # Workers are started once for all stages, and not at all where there is nothing to do.
-        with _executor(directory, None) if unfinished else nullcontext() as executor:
+        with executor_for(directory, None) if unfinished else nullcontext() as executor:
             for stage in stages.values():
                 stage(directory, executor=executor, progress=progress)
         report(directory, progress=progress)
@@ -91,45 +93,31 @@ def compute_fishers(
     run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None
 ) -> Summary:
     """Compute and store the low-rank Fisher of every example."""
-    with _stage(run, "fishers") as stage:
+    with open_stage(run, "fishers") as stage:
         if stage.done:
             return stage.done
         progress, config = progress or SilentProgress(), run.config
-        with _executor(run, executor) as workers:
-            model, sketch = _model(run), _sketch(config)
-            inspection = WorkerSpec(TaskWorker, {"model": model}, run.worker_lease)
+        with executor_for(run, executor) as workers:
             with progress.stage("prepare", 1, "task") as tick:
-                facts: TaskFacts = next(iter(workers.map(inspection, "inspect", [sketch])))[1]
+                facts = _inspect(run, workers)
                 tick(1)
-            n_examples, rank = len(facts.examples), facts.n_classes - 1
-            n_fit = n_examples - int(config.factorization.held_out_fraction * n_examples)
-            _validate_size(config, n_fit, rank)
-            if not run.fishers.exists():  # records of Fishers that somebody deleted
-                shutil.rmtree(run.shard_records, ignore_errors=True)
-            records = ShardRecords(
-                run.shard_records,
-                f"{config.signature('task', 'parameters', 'fishers', 'seed')}-{facts.model_fingerprint[:16]}",
-            )
+            records, store = _open_fishers(run, facts)
             complete = records.complete()
-            _create_fishers(run, facts, sketch)
-            plan = ShardPlan(n_examples, config.fishers.shard_size)
-            missing = [shard for shard in range(plan.n_shards) if shard not in complete]
-            worker = WorkerSpec(
+            missing = [shard for shard in range(store.plan.n_shards) if shard not in complete]
+            worker = worker_spec(
+                run,
                 FisherWorker,
-                {
-                    "model": model,
-                    "sketch": sketch,
-                    "store": run.fishers,
-                    "records": records,
-                    "batch_size": config.fishers.batch_size,
-                },
-                run.worker_lease,
+                model=model_spec(run),
+                sketch=sketch_spec(config),
+                store=run.fishers,
+                records=records,
+                batch_size=config.fishers.batch_size,
             )
-            with progress.stage("fishers", plan.n_shards, "shards", done=len(complete)) as tick:
+            with progress.stage("fishers", store.plan.n_shards, "shards", done=len(complete)) as tick:
                 for shard, record in workers.map(worker, "compute", missing):
                     complete[shard] = record
                     tick(len(complete))
-        n_invalid = sum(record.n_invalid for record in complete.values())
+        n_examples, n_invalid = len(facts.examples), sum(record.n_invalid for record in complete.values())
         if n_invalid:
             progress.say(f"{n_invalid} of {n_examples} examples have non-finite logits or gradients and are left out")
         write_example_tables(run, facts.examples, facts.class_names)
@@ -138,10 +126,10 @@ def compute_fishers(
                 "n_examples": n_examples,
                 "n_invalid": n_invalid,
                 "n_classes": facts.n_classes,
-                "rank": rank,
+                "rank": store.rank,
                 "n_parameters": facts.layout.size,
-                "sketch_dim": FisherStore.open(run.fishers).dim,
-                "n_shards": plan.n_shards,
+                "sketch_dim": store.dim,
+                "n_shards": store.plan.n_shards,
                 "worker_seconds": sum(record.seconds for record in complete.values()),
                 "signature": records.signature,
             },
@@ -152,76 +140,46 @@ def factorize(
     run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None
 ) -> Summary:
     """Fit non-negative coefficients and components to the stored Fishers."""
-    with _stage(run, "factorize", after="fishers") as stage:
+    with open_stage(run, "factorize", after="fishers") as stage:
         if stage.done:
             return stage.done
         progress, config, wanted = progress or SilentProgress(), run.config, run.config.factorization
-        checksums = _checksums(run)
-        options = SolverOptions(
-            n_components=wanted.n_components,
-            max_iterations=wanted.max_iterations,
-            tolerance=wanted.tolerance,
-            n_starts=wanted.n_starts,
-            subsample=wanted.subsample,
-            seed=config.seed,
-        )
-        examples = read_table(run.table("examples"), "examples")
-        n_fit = int((examples["valid"].to_numpy() & (np.asarray(examples["split"].to_pylist()) == "fit")).sum())
-        if n_fit == 0:
-            raise InvalidProblemError(
-                "none of the examples that the components are to be fitted on has finite logits and gradients: look "
-                "for NaN in the examples, or give more of them"
-            )
-        if not bool(examples.filter(examples["valid"])["fisher_norm"].to_numpy().any()):
-            raise InvalidProblemError(
-                "the Fishers of all examples are zero: the selected parameters do not change the logits, or the model "
-                "is certain of every prediction"
-            )
-        _validate_size(config, n_fit, _record(run, "fishers")["rank"])
-        worker = WorkerSpec(
+        fishers, checksums, n_fit = record_of(run, "fishers"), _checksums(run), _count_fit_examples(run)
+        _validate_size(config, n_fit, fishers["rank"])
+        worker = worker_spec(
+            run,
             SolverWorker,
-            {
-                "paths": SolverPaths(run.fishers, run.table("examples")),
-                "options": options,
-                "device": _device(config),
-                "timeout_s": config.executor.timeout_s,
-            },
-            run.worker_lease,
+            paths=SolverPaths(run.fishers, run.table("examples")),
+            options=SolverOptions(
+                n_components=wanted.n_components,
+                max_iterations=wanted.max_iterations,
+                tolerance=wanted.tolerance,
+                n_starts=wanted.n_starts,
+                subsample=wanted.subsample,
+                seed=config.seed,
+            ),
+            device=device_of(config),
+            timeout_s=config.executor.timeout_s,
         )
-        fishers = _record(run, "fishers")["signature"]
-        checkpoints = CheckpointStore(run.checkpoints, config_hash=config.signature("factorization", "seed") + fishers)
-        with _executor(run, executor) as workers, progress.stage("factorize", options.max_iterations, "steps") as tick:
+        config_hash = config.signature("factorization", "seed") + fishers["signature"]
+        with (
+            executor_for(run, executor) as workers,
+            progress.stage("factorize", wanted.max_iterations, "steps") as tick,
+        ):
             solved = run_solver(
                 workers,
                 worker,
-                checkpoints,
+                CheckpointStore(run.checkpoints, config_hash=config_hash),
                 checksums,
                 checkpoint_every=wanted.checkpoint_every,
                 on_iteration=lambda row: tick(row["iteration"], f"explained {row['explained']:.4f}"),
                 on_event=progress.say,
             )
             tick(solved.history[-1]["iteration"], solved.stopped, last=True)
-        result = solved.results[0]
-        coefficients = {shard: rows for part in solved.results for shard, rows in part.coefficients.items()}
-        coefficients_NK = np.concatenate([coefficients[shard] for shard in sorted(coefficients)])
-        duplicates = near_duplicates(torch.tensor(result.components_KD))
-        summary = {
-            "n_components": options.n_components,
-            "loss": result.loss,
-            "explained": result.explained,
-            "explained_held_out": result.explained_held_out,
-            "n_iter": solved.history[-1]["iteration"],
-            "stopped": solved.stopped,
-            "n_fit": n_fit,
-            "near_duplicates": duplicates,
-        }
-        write_factorization(run.factorization, result.components_KD, coefficients_NK, summary)
-        run.reopen("lift")  # which adds to the components table
-        write_component_tables(run, result.components_KD, coefficients_NK)
-        write_table(run.table("history"), "history", rows_to_columns(solved.history, "history"))
+        summary = _write_solution(run, solved, n_fit)
         progress.say(
-            f"explained {result.explained:.4f} of the fitted Fishers"
-            + (f", {result.explained_held_out:.4f} of the held-out ones" if result.explained_held_out else "")
+            f"explained {summary['explained']:.4f} of the fitted Fishers"
+            + (f", {summary['explained_held_out']:.4f} of the held-out ones" if summary["explained_held_out"] else "")
             + f" ({solved.stopped} after {summary['n_iter']} steps)"
         )
         return stage.complete(summary)
@@ -229,7 +187,7 @@ def factorize(
 
 def lift(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
     """Lift the components from the sketch to directions in parameter space."""
-    with _stage(run, "lift", after="factorize") as stage:
+    with open_stage(run, "lift", after="factorize") as stage:
         if stage.done:
             return stage.done
         progress, config = progress or SilentProgress(), run.config
@@ -243,20 +201,18 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
             DirectionStore.create(run.directions, n_components=n_components, shapes=shapes, attrs={})
         lifted = {component: read_json(path) for component, path in finished(results).items()}
         missing = [component for component in range(n_components) if component not in lifted]
-        worker = WorkerSpec(
+        worker = worker_spec(
+            run,
             LiftWorker,
-            {
-                "model": _model(run),
-                "sketch": _sketch(config),
-                "paths": LiftPaths(run.fishers, run.factorization, run.table("examples"), run.directions, results),
-                "checksums": _checksums(run),
-                "batch_size": config.fishers.batch_size,
-            },
-            run.worker_lease,
+            model=model_spec(run),
+            sketch=sketch_spec(config),
+            paths=LiftPaths(run.fishers, run.factorization, run.table("examples"), run.directions, results),
+            checksums=_checksums(run),
+            batch_size=config.fishers.batch_size,
         )
         with (
             progress.stage("lift", n_components, "directions", done=len(lifted)) as tick,
-            _executor(run, executor) as workers,
+            executor_for(run, executor) as workers,
         ):
             for block, facts in workers.map(worker, "lift", _blocks(run, missing, n_parameters, workers.workers)):
                 lifted |= dict(zip(block, facts, strict=True))
@@ -276,7 +232,7 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
 
 def verify(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
     """Move the model along every direction and compare what changes with the controls."""
-    with _stage(run, "verify", after="lift") as stage:
+    with open_stage(run, "verify", after="lift") as stage:
         if stage.done:
             return stage.done
         progress, config, wanted = progress or SilentProgress(), run.config, run.config.verification
@@ -285,23 +241,21 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         verified = {
             component: read_table(path, "verification").to_pylist() for component, path in finished(results).items()
         }
-        worker = WorkerSpec(
+        worker = worker_spec(
+            run,
             VerificationWorker,
-            {
-                "model": _model(run),
-                "paths": VerificationPaths(run.factorization, run.directions, run.table("examples"), results),
-                "n_top": wanted.top_examples,
-                "n_baseline": wanted.baseline_examples,
-                "target_kl": wanted.target_kl,
-                "seed": config.seed,
-                "batch_size": config.fishers.batch_size,
-            },
-            run.worker_lease,
+            model=model_spec(run),
+            paths=VerificationPaths(run.factorization, run.directions, run.table("examples"), results),
+            n_top=wanted.top_examples,
+            n_baseline=wanted.baseline_examples,
+            target_kl=wanted.target_kl,
+            seed=config.seed,
+            batch_size=config.fishers.batch_size,
         )
         missing = [component for component in range(n_components) if component not in verified]
         with (
             progress.stage("verify", n_components, "components", done=len(verified)) as tick,
-            _executor(run, executor) as workers,
+            executor_for(run, executor) as workers,
         ):
             for component, rows in workers.map(worker, "verify", missing):
                 verified[component] = rows
@@ -342,102 +296,21 @@ STAGES: dict[str, Callable[..., object]] = {
 }
 
 
-def finished(folder: Path) -> dict[int, Path]:
-    """Components whose result a worker has left in ``folder``, with its file."""
-    return {int(path.stem): path for path in sorted(folder.glob("*.*")) if path.stem.isdecimal()}
+def _inspect(run: RunDirectory, workers: Executor) -> TaskFacts:
+    """Prepare the task on a worker and look at it; refuse what the later stages could not use."""
+    inspection = worker_spec(run, TaskWorker, model=model_spec(run))
+    facts: TaskFacts = next(iter(workers.map(inspection, "inspect", [sketch_spec(run.config)])))[1]
+    n_examples = len(facts.examples)
+    n_fit = n_examples - int(run.config.factorization.held_out_fraction * n_examples)
+    _validate_size(run.config, n_fit, facts.n_classes - 1)
+    return facts
 
 
-_OUTPUTS = {
-    "fishers": ("fishers.zarr", "tables/examples.parquet", "tables/classes.parquet"),
-    "factorize": (
-        "factorization.zarr",
-        *(f"tables/{name}.parquet" for name in ("components", "top_examples", "coefficients", "history")),
-    ),
-    "lift": ("directions.zarr", "tables/layer_energy.parquet"),
-    "verify": ("tables/verification.parquet",),
-}
-
-
-def recorded(run: RunDirectory, stage: str) -> Summary | None:
-    """What a complete stage said of itself; None before that, and after something that it wrote has been deleted: this
-    is how damaged files are made again."""
-    record = run.record(stage)
-    if record is None or not all((run.path / name).exists() for name in _OUTPUTS[stage]):
-        return None
-    if stage == "fishers" and len(finished(run.shard_records)) < record["n_shards"]:
-        return None
-    return record
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """A stage in progress, and what it recorded when it was complete before."""
-
-    run: RunDirectory
-    name: str
-    done: Summary | None
-    began: float
-
-    def complete(self, summary: Summary) -> Summary:
-        return self.run.complete(self.name, {**summary, "seconds": time.monotonic() - self.began})
-
-
-@contextmanager
-def _stage(run: RunDirectory, name: str, after: str | None = None) -> Iterator[_Stage]:
-    """Hold the run for a stage.
-
-    Raises:
-        RunDirectoryError: the run is in use, or the stage before is not complete.
-    """
-    with run.lock():
-        stage = _Stage(run, name, recorded(run, name), time.monotonic())
-        if stage.done is None and after is not None:
-            _record(run, after)
-        try:
-            yield stage
-        except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
-                raise
-            raise ExecutorError(
-                f"stage {name} ran out of memory ({str(error).splitlines()[0] if str(error) else 'no details'}): lower "
-                "fishers.batch_size, fishers.sketch.dim or lift.memory_limit_mb, or give the workers more memory"
-            ) from error
-
-
-def _record(run: RunDirectory, stage: str) -> Summary:
-    record = recorded(run, stage)
-    if record is None:
-        raise RunDirectoryError(f"stage {stage} of {run.path} is not complete: run `npeff {stage} {run.path}` first")
-    return record
-
-
-def _executor(run: RunDirectory, given: Executor | None) -> AbstractContextManager[Executor]:
-    """``given``, which its owner closes, or the one that the run asks for."""
-    return nullcontext(given) if given is not None else make_executor(**run.config.executor.model_dump())
-
-
-def _device(config: RunConfig) -> str:
-    return "cuda" if config.executor.gpus_per_worker > 0 else "cpu"
-
-
-def _model(run: RunDirectory) -> ModelSpec:
+def _open_fishers(run: RunDirectory, facts: TaskFacts) -> tuple[ShardRecords, FisherStore]:
+    """``fishers.zarr`` and its completion records; laid out now, unless an interrupted run has done it."""
     config = run.config
-    return ModelSpec(
-        task=config.task.name,
-        options=config.task.options,
-        cache=run.task_cache,
-        include=config.parameters.include,
-        exclude=config.parameters.exclude,
-        device=_device(config),
-    )
-
-
-def _sketch(config: RunConfig) -> SketchSpec:
-    return SketchSpec(kind=config.fishers.sketch.kind, dim=config.fishers.sketch.dim, seed=config.seed)
-
-
-def _create_fishers(run: RunDirectory, facts: TaskFacts, sketch: SketchSpec) -> None:
-    """Lay out ``fishers.zarr``, unless an interrupted run has."""
+    signature = f"{config.signature('task', 'parameters', 'fishers', 'seed')}-{facts.model_fingerprint[:16]}"
+    records = ShardRecords(run.shard_records, signature)
     if run.fishers.exists():
         there = FisherStore.open(run.fishers)
         laid_out = (there.plan.n_examples, there.n_classes, there.dim)
@@ -447,23 +320,67 @@ def _create_fishers(run: RunDirectory, facts: TaskFacts, sketch: SketchSpec) -> 
                 f"{laid_out[2]}, and the task has {len(facts.examples)}, {facts.n_classes} and {facts.sketch_dim} now: "
                 "give it the former data and model, or choose another run_dir"
             )
-        return
-    config = run.config.fishers
-    FisherStore.create(
+        return records, there
+    shutil.rmtree(run.shard_records, ignore_errors=True)  # of Fishers that somebody deleted
+    store = FisherStore.create(
         run.fishers,
         n_examples=len(facts.examples),
         rank=facts.n_classes - 1,
         dim=facts.sketch_dim,
         n_classes=facts.n_classes,
-        shard_size=config.shard_size,
-        store_dtype=config.store_dtype,
+        shard_size=config.fishers.shard_size,
+        store_dtype=config.fishers.store_dtype,
         attrs={
-            "labels": config.labels,
+            "labels": config.fishers.labels,
             "parameter_layout": facts.layout.to_json(),
-            "sketch": sketch.to_json(),
+            "sketch": sketch_spec(config).to_json(),
             "model_fingerprint": facts.model_fingerprint,
         },
     )
+    return records, store
+
+
+def _count_fit_examples(run: RunDirectory) -> int:
+    """Examples that the components are fitted on.
+
+    Raises:
+        InvalidProblemError: there is nothing in them to factorize.
+    """
+    examples = read_table(run.table("examples"), "examples")
+    n_fit = int((examples["valid"].to_numpy() & (np.asarray(examples["split"].to_pylist()) == "fit")).sum())
+    if n_fit == 0:
+        raise InvalidProblemError(
+            "none of the examples that the components are to be fitted on has finite logits and gradients: look for "
+            "NaN in the examples, or give more of them"
+        )
+    if not bool(examples.filter(examples["valid"])["fisher_norm"].to_numpy().any()):
+        raise InvalidProblemError(
+            "the Fishers of all examples are zero: the selected parameters do not change the logits, or the model is "
+            "certain of every prediction"
+        )
+    return n_fit
+
+
+def _write_solution(run: RunDirectory, solved: SolverRun, n_fit: int) -> Summary:
+    """Everything that the solver's workers found, on disk; what is worth saying of it."""
+    result = solved.results[0]
+    coefficients = {shard: rows for part in solved.results for shard, rows in part.coefficients.items()}
+    coefficients_NK = np.concatenate([coefficients[shard] for shard in sorted(coefficients)])
+    summary = {
+        "n_components": len(result.components_KD),
+        "loss": result.loss,
+        "explained": result.explained,
+        "explained_held_out": result.explained_held_out,
+        "n_iter": solved.history[-1]["iteration"],
+        "stopped": solved.stopped,
+        "n_fit": n_fit,
+        "near_duplicates": near_duplicates(torch.tensor(result.components_KD)),
+    }
+    write_factorization(run.factorization, result.components_KD, coefficients_NK, summary)
+    run.reopen("lift")  # which adds to the components table
+    write_component_tables(run, result.components_KD, coefficients_NK)
+    write_table(run.table("history"), "history", rows_to_columns(solved.history, "history"))
+    return summary
 
 
 def _validate_size(config: RunConfig, n_fit: int, rank: int) -> None:
@@ -482,7 +399,7 @@ def _checksums(run: RunDirectory) -> dict[int, str]:
     Raises:
         StoreError: a shard has no record, though the stage was complete: somebody deleted it to have it recomputed.
     """
-    fishers = _record(run, "fishers")
+    fishers = record_of(run, "fishers")
     records = ShardRecords(run.shard_records, fishers["signature"]).complete()
     missing = [shard for shard in range(fishers["n_shards"]) if shard not in records]
     if missing:

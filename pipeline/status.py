@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.run_directory import RunDirectory, StageState
-from pipeline.stages import finished, recorded
+from pipeline.stage import finished, recorded
 from pipeline.store import FisherStore
 
 

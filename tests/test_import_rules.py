@@ -28,7 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "run_directory": {"pipeline.config"},
     "progress": {"rich"},
     "result_tables": {"numpy", "pyarrow"} | {f"pipeline.{name}" for name in ("run_directory", "store", "verification")},
-    "status": {f"pipeline.{name}" for name in ("run_directory", "stages", "store")},
+    "stage": {"torch"} | {f"pipeline.{name}" for name in ("config", "fisher", "run_directory", "runtime")},
+    "status": {f"pipeline.{name}" for name in ("run_directory", "stage", "store")},
     "cli": {"typer", "rich", "pyarrow"}
     | {f"pipeline.{name}" for name in ("stages", "status", "config", "run_directory", "progress")},
     "jobs": {"pipeline.cli"},

@@ -1,0 +1,123 @@
+"""What all stages share: when one is complete, how it holds the run, and what the run file means to its workers."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config import RunConfig
+from pipeline.fisher import SketchSpec
+from pipeline.run_directory import RunDirectory, RunDirectoryError
+from pipeline.runtime.executor import Executor, ExecutorError, WorkerSpec, make_executor
+from pipeline.runtime.model import ModelSpec
+
+Summary = dict[str, Any]
+
+_OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)
+"""In the message of torch's plain RuntimeError, where memory of the CPU runs out."""
+
+
+_OUTPUTS = {
+    "fishers": ("fishers.zarr", "tables/examples.parquet", "tables/classes.parquet"),
+    "factorize": (
+        "factorization.zarr",
+        *(f"tables/{name}.parquet" for name in ("components", "top_examples", "coefficients", "history")),
+    ),
+    "lift": ("directions.zarr", "tables/layer_energy.parquet"),
+    "verify": ("tables/verification.parquet",),
+}
+
+
+def finished(folder: Path) -> dict[int, Path]:
+    """Components whose result a worker has left in ``folder``, with its file."""
+    return {int(path.stem): path for path in sorted(folder.glob("*.*")) if path.stem.isdecimal()}
+
+
+def recorded(run: RunDirectory, stage: str) -> Summary | None:
+    """What a complete stage said of itself; None before that, and after something that it wrote has been deleted: this
+    is how damaged files are made again."""
+    record = run.record(stage)
+    if record is None or not all((run.path / name).exists() for name in _OUTPUTS[stage]):
+        return None
+    if stage == "fishers" and len(finished(run.shard_records)) < record["n_shards"]:
+        return None
+    return record
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage in progress, and what it recorded when it was complete before."""
+
+    run: RunDirectory
+    name: str
+    done: Summary | None
+    began: float
+
+    def complete(self, summary: Summary) -> Summary:
+        return self.run.complete(self.name, {**summary, "seconds": time.monotonic() - self.began})
+
+
+@contextmanager
+def open_stage(run: RunDirectory, name: str, after: str | None = None) -> Iterator[Stage]:
+    """Hold the run for a stage.
+
+    Raises:
+        RunDirectoryError: the run is in use, or the stage before is not complete.
+    """
+    with run.lock():
+        stage = Stage(run, name, recorded(run, name), time.monotonic())
+        if stage.done is None and after is not None:
+            record_of(run, after)
+        try:
+            yield stage
+        except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
+                raise
+            raise ExecutorError(
+                f"stage {name} ran out of memory ({str(error).splitlines()[0] if str(error) else 'no details'}): lower "
+                "fishers.batch_size, fishers.sketch.dim or lift.memory_limit_mb, or give the workers more memory"
+            ) from error
+
+
+def record_of(run: RunDirectory, stage: str) -> Summary:
+    record = recorded(run, stage)
+    if record is None:
+        raise RunDirectoryError(f"stage {stage} of {run.path} is not complete: run `npeff {stage} {run.path}` first")
+    return record
+
+
+def executor_for(run: RunDirectory, given: Executor | None) -> AbstractContextManager[Executor]:
+    """``given``, which its owner closes, or the one that the run asks for."""
+    return nullcontext(given) if given is not None else make_executor(**run.config.executor.model_dump())
+
+
+def worker_spec(run: RunDirectory, worker_class: type, **arguments: Any) -> WorkerSpec:
+    """A worker of this run, which the next command waits for if this one is killed."""
+    return WorkerSpec(worker_class, arguments, run.worker_lease)
+
+
+def device_of(config: RunConfig) -> str:
+    return "cuda" if config.executor.gpus_per_worker > 0 else "cpu"
+
+
+def model_spec(run: RunDirectory) -> ModelSpec:
+    config = run.config
+    return ModelSpec(
+        task=config.task.name,
+        options=config.task.options,
+        cache=run.task_cache,
+        include=config.parameters.include,
+        exclude=config.parameters.exclude,
+        device=device_of(config),
+    )
+
+
+def sketch_spec(config: RunConfig) -> SketchSpec:
+    return SketchSpec(kind=config.fishers.sketch.kind, dim=config.fishers.sketch.dim, seed=config.seed)
