@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -297,7 +298,8 @@ def _cell(value: Any) -> str:
 def _print_outcome(run: RunDirectory) -> None:
     """What a newcomer should look at next."""
     console = Console(soft_wrap=True)
-    for line in outcome(run):
+    command = "npeff" if shutil.which("npeff") else str(Path(sys.executable).with_name("npeff"))
+    for line in outcome(run, command):
         console.print(line, highlight=False, markup=False)
 
 

@@ -13,9 +13,6 @@ from pipeline.run_directory import RunDirectory
 from pipeline.store import SCHEMAS, FisherStore, read_table, write_table
 from pipeline.verification import top_examples
 
-LISTED_TOP_EXAMPLES = 100
-"""Rows of ``top_examples`` per component and split; any other number can be asked of ``coefficients``."""
-
 
 def held_out(n_examples: int, fraction: float, seed: int) -> NDArray[np.bool_]:
     """Which examples the components are not fitted on: a seeded random ``fraction`` of them, rounded down."""
@@ -80,7 +77,7 @@ def write_component_tables(
     top: list[dict[str, Any]] = []
     for component in range(n_components):
         for split in ("fit", "held_out"):
-            chosen = top_examples(w_NK[:, component], split_N == split, LISTED_TOP_EXAMPLES)
+            chosen = top_examples(w_NK[:, component], split_N == split, run.config.verification.top_examples)
             top += [
                 {
                     "component": component,

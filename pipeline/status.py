@@ -66,11 +66,11 @@ def score_line(score: dict[str, Any]) -> str:
     )
 
 
-def outcome(run: RunDirectory) -> list[str]:
-    """The few lines after a finished run: what was found, and what to look at next."""
+def outcome(run: RunDirectory, command: str) -> list[str]:
+    """The few lines after a finished run: what was found, and what to look at next, by ``command`` (``npeff``)."""
     scores = (recorded(run, "verify") or {}).get("scores", [])
     return [
         *(score_line(score) for score in scores),
         f"report: {run.report}",
-        f"ask it: npeff query {run.path} top --component 0",
+        f"ask it: {command} query {run.path} top --component 0",
     ]

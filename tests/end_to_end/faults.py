@@ -468,6 +468,8 @@ def main() -> int:
         for fault in MATRIX
         if victim in ("", fault.victim) and stage in ("", fault.stage) and units in ("", str(fault.units))
     ]
+    if not faults:
+        parser.error(f"no fault of the matrix is {arguments.only}")
     bad = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
