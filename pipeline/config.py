@@ -190,8 +190,8 @@ class RunConfig(_Section):
 
     def differences(self, other: RunConfig) -> list[str]:
         """Dotted names of the keys whose values differ, those apart that change no result (``run_dir``, ``executor``,
-        ``report``): the same run may go on elsewhere, or with other workers."""
-        free = {"run_dir", "executor", "report"}
+        ``lift``, ``report``): the same run may go on elsewhere, with other workers, or with another memory limit."""
+        free = {"run_dir", "executor", "lift", "report"}
         mine, theirs = (_flatten(config.model_dump(mode="json", exclude=free)) for config in (self, other))
         return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
 

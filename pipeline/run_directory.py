@@ -53,8 +53,8 @@ class RunDirectory:
     def create(cls, config: RunConfig) -> RunDirectory:
         """Make the run's folder, or take up an existing one that holds the same configuration.
 
-        ``executor``, ``report`` and ``run_dir`` may differ from the stored configuration (no result depends on them);
-        any other difference is refused, and nothing is written.
+        ``executor``, ``lift``, ``report`` and ``run_dir`` may differ from the stored configuration (no result depends
+        on them); any other difference is refused, and nothing is written.
 
         Raises:
             RunDirectoryError: the folder holds another run, is not a run's folder, or cannot be written.
@@ -143,7 +143,7 @@ class RunDirectory:
         return self.path / "task"
 
     def partial_results(self, stage: str) -> Path:
-        """Results of a stage's finished units, kept until the stage is complete."""
+        """Results of a stage's finished units, which it goes on from after a crash; they stay when it is complete."""
         return self.path / "partial" / stage
 
     @property

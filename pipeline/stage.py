@@ -36,7 +36,7 @@ _OUTPUTS = {
 
 
 def finished(folder: Path) -> dict[int, Path]:
-    """Components whose result a worker has left in ``folder``, with its file."""
+    """Units (shards, components) whose result or record a worker has left in ``folder``, with its file."""
     return {int(path.stem): path for path in sorted(folder.glob("*.*")) if path.stem.isdecimal()}
 
 

@@ -197,6 +197,7 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
         n_parameters = sum(math.prod(shape) for shape in shapes.values())
         results = run.partial_results("lift")
         if not run.directions.exists():
+            run.reopen("lift")  # or a crash would leave a complete stage with an empty store
             shutil.rmtree(results, ignore_errors=True)  # of directions that somebody deleted
             DirectionStore.create(run.directions, n_components=n_components, shapes=shapes, attrs={})
         lifted = {component: read_json(path) for component, path in finished(results).items()}
@@ -376,8 +377,9 @@ def _write_solution(run: RunDirectory, solved: SolverRun, n_fit: int) -> Summary
         "n_fit": n_fit,
         "near_duplicates": near_duplicates(torch.tensor(result.components_KD)),
     }
-    write_factorization(run.factorization, result.components_KD, coefficients_NK, summary)
+    run.reopen("factorize")
     run.reopen("lift")  # which adds to the components table
+    write_factorization(run.factorization, result.components_KD, coefficients_NK, summary)
     write_component_tables(run, result.components_KD, coefficients_NK)
     write_table(run.table("history"), "history", rows_to_columns(solved.history, "history"))
     return summary

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from pipeline.query.errors import QueryError
+from pipeline.store import SCHEMAS
 
 WRITTEN_BY = {
     "examples": "fishers",
@@ -29,21 +30,8 @@ WRITTEN_BY = {
 }
 """Table name to the `npeff` command of the stage that writes it."""
 
-EXAMPLE_COLUMNS = (
-    "example",
-    "id",
-    "label",
-    "prediction",
-    "correct",
-    "split",
-    "valid",
-    "fisher_norm",
-    "logits",
-    "image",
-    "text",
-)
+EXAMPLE_COLUMNS = tuple(SCHEMAS["examples"].names)
 """Columns of the examples table that every task has; all further ones are the task's own metadata."""
-
 
 _PARQUET = ds.ParquetFileFormat(
     default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)

@@ -1,8 +1,8 @@
 """What a user supplies: a model, examples, and how the one turns the other into logits.
 
-A task is constructed from the run file's ``task.options``, on the driver and again in every actor, and must come out
-the same each time. Work that should happen once (training, tokenizing) goes into `Task.prepare`, which is called on the
-driver before any actor starts and keeps its results in the run's task folder.
+A task is constructed from the run file's ``task.options``, again in every worker, and must come out the same each time.
+Work that should happen once (training, tokenizing) goes into `Task.prepare`, which one worker calls before any other
+loads the task, and which keeps its results in the run's task folder.
 """
 
 from __future__ import annotations
