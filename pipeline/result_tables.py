@@ -28,15 +28,15 @@ def write_example_tables(run: RunDirectory, examples: pa.Table, class_names: Seq
     names = ("logits", "labels", "valid", "frobenius_norms")
     stored = store.read_rows(np.arange(store.plan.n_examples), names)
     predictions = stored["logits"].argmax(axis=1)
-    unlabelled = stored["labels"] < 0
+    unlabelled, invalid = stored["labels"] < 0, ~stored["valid"]
     config = run.config
     split = held_out(len(predictions), config.factorization.held_out_fraction, config.seed)
     columns: dict[str, Any] = {
         "example": np.arange(len(predictions)),
         "id": examples["id"],
         "label": pa.array(stored["labels"], mask=unlabelled),
-        "prediction": predictions,
-        "correct": pa.array(predictions == stored["labels"], mask=unlabelled),
+        "prediction": pa.array(predictions, mask=invalid),
+        "correct": pa.array(predictions == stored["labels"], mask=unlabelled | invalid),
         "split": np.where(split, "held_out", "fit").astype(object),
         "valid": stored["valid"],
         "fisher_norm": stored["frobenius_norms"],

@@ -107,7 +107,8 @@ def device_of(config: RunConfig) -> str:
     return "cuda" if config.executor.gpus_per_worker > 0 else "cpu"
 
 
-def model_spec(run: RunDirectory) -> ModelSpec:
+def model_spec(run: RunDirectory, fingerprint: str | None) -> ModelSpec:
+    """The model as a worker loads it; it must be the one of the fingerprint, where there is one already."""
     config = run.config
     return ModelSpec(
         task=config.task.name,
@@ -116,6 +117,7 @@ def model_spec(run: RunDirectory) -> ModelSpec:
         include=config.parameters.include,
         exclude=config.parameters.exclude,
         device=device_of(config),
+        fingerprint=fingerprint,
     )
 
 

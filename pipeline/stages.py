@@ -107,7 +107,7 @@ def compute_fishers(
             worker = worker_spec(
                 run,
                 FisherWorker,
-                model=model_spec(run),
+                model=model_spec(run, facts.model_fingerprint),
                 sketch=sketch_spec(config),
                 store=run.fishers,
                 records=records,
@@ -205,7 +205,7 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
         worker = worker_spec(
             run,
             LiftWorker,
-            model=model_spec(run),
+            model=model_spec(run, _fingerprint(run)),
             sketch=sketch_spec(config),
             paths=LiftPaths(run.fishers, run.factorization, run.table("examples"), run.directions, results),
             checksums=_checksums(run),
@@ -245,7 +245,7 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         worker = worker_spec(
             run,
             VerificationWorker,
-            model=model_spec(run),
+            model=model_spec(run, _fingerprint(run)),
             paths=VerificationPaths(run.factorization, run.directions, run.table("examples"), results),
             n_top=wanted.top_examples,
             n_baseline=wanted.baseline_examples,
@@ -299,7 +299,7 @@ STAGES: dict[str, Callable[..., object]] = {
 
 def _inspect(run: RunDirectory, workers: Executor) -> TaskFacts:
     """Prepare the task on a worker and look at it; refuse what the later stages could not use."""
-    inspection = worker_spec(run, TaskWorker, model=model_spec(run))
+    inspection = worker_spec(run, TaskWorker, model=model_spec(run, None))
     facts: TaskFacts = next(iter(workers.map(inspection, "inspect", [sketch_spec(run.config)])))[1]
     n_examples = len(facts.examples)
     n_fit = n_examples - int(run.config.factorization.held_out_fraction * n_examples)
@@ -378,7 +378,10 @@ def _write_solution(run: RunDirectory, solved: SolverRun, n_fit: int) -> Summary
         "near_duplicates": near_duplicates(torch.tensor(result.components_KD)),
     }
     run.reopen("factorize")
-    run.reopen("lift")  # which adds to the components table
+    for stage in ("lift", "verify"):  # which are of the components that were there before, if there were any
+        run.reopen(stage)
+        shutil.rmtree(run.partial_results(stage), ignore_errors=True)
+    shutil.rmtree(run.directions, ignore_errors=True)
     write_factorization(run.factorization, result.components_KD, coefficients_NK, summary)
     write_component_tables(run, result.components_KD, coefficients_NK)
     write_table(run.table("history"), "history", rows_to_columns(solved.history, "history"))
@@ -393,6 +396,11 @@ def _validate_size(config: RunConfig, n_fit: int, rank: int) -> None:
             f"factorization.subsample={wanted.subsample} examples of rank {rank} cannot start n_components="
             f"{wanted.n_components} components: set it to {math.ceil(wanted.n_components / rank)} or more"
         )
+
+
+def _fingerprint(run: RunDirectory) -> str:
+    """Of the model that the stored Fishers are of."""
+    return str(FisherStore.open(run.fishers).attrs["model_fingerprint"])
 
 
 def _checksums(run: RunDirectory) -> dict[int, str]:

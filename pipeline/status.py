@@ -61,7 +61,8 @@ def score_line(score: dict[str, Any]) -> str:
     """One line of a verification: a split and a sign."""
     examples, sign = score["examples"].replace("_", "-"), "+" if score["sign"] > 0 else "−"
     return (
-        f"{examples} examples, {sign} direction: median KL ratio {score['median_kl_ratio']:.2f}, "
+        f"{examples} examples, {sign} direction: median KL ratio {score['median_kl_ratio']:.2f} "
+        f"over {score['n']} components, "
         f"{score['share_above_1']:.0%} above 1, {score['share_above_controls']:.0%} above both controls"
     )
 

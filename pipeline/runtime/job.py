@@ -53,8 +53,9 @@ def submit_job(
                 },
             )
     except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExecutorError(
-            f"cannot submit to {address} ({str(error).strip().splitlines()[0]}): is `ray start --head` running there, "
+            f"cannot submit to {address} ({reason}): is `ray start --head` running there, "
             "and does this machine have the cluster's authentication token?"
         ) from None
     say(f"submitted {job} to {address}\n")

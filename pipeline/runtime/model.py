@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from pipeline.fisher import ParameterLayout, UnsupportedModelError, select_parameters
+from pipeline.fisher import ParameterLayout, UnsupportedModelError, model_fingerprint, select_parameters
 from pipeline.runtime.executor import ExecutorError
 from pipeline.tasks import Examples, Task, TaskError, load_task, to_device, user_code
 
@@ -36,6 +36,8 @@ class ModelSpec:
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     device: str
+    fingerprint: str | None = None
+    """Of the parameters, where they must be the ones that the run's Fishers were computed with."""
 
     def prepare(self) -> None:
         """Let the task do what it does once for all workers."""
@@ -48,7 +50,8 @@ class ModelSpec:
         """The model in eval mode on its device, and the examples.
 
         Raises:
-            TaskError: the task's code raised something, or returned something else than a model or examples.
+            TaskError: the task's code raised something, returned something else than a model or examples, or a model
+                that is not the one of the fingerprint.
             ExecutorError: a GPU was asked for and there is none.
         """
         device = torch.device(self.device)
@@ -65,7 +68,13 @@ class ModelSpec:
             raise TaskError(
                 f"task {self.task!r}: examples() must return a pipeline.tasks.Examples, not {_kind(examples)}"
             )
-        return LoadedModel(self, task, model.to(device).eval(), examples, device)
+        loaded = LoadedModel(self, task, model.to(device).eval(), examples, device)
+        if self.fingerprint not in (None, model_fingerprint(model, loaded.layout)):
+            raise TaskError(
+                f"task {self.task!r}: model() does not return the model that the Fishers of this run are of: give back "
+                "the former weights, seed what draws them at random, or choose another run_dir"
+            )
+        return loaded
 
     def user_code(self, task: Task, method: str) -> AbstractContextManager[None]:
         """The context to call a method of the task in."""

@@ -135,7 +135,7 @@ class RayExecutor:
                     try:
                         result = ray.get(ref, timeout=self._timeout_s)
                     except RayTaskError as error:
-                        raised = error.cause
+                        raised = error.cause or error
                         raise raised from None
                     except RayError as error:
                         give_again(ref, f"its worker was lost ({type(error).__name__})")
@@ -149,7 +149,7 @@ class RayExecutor:
         except (RayError, ConnectionError) as error:
             if error is raised:
                 raise
-            raise _ray_is_gone(f"{type(error).__name__}: {str(error).splitlines()[0]}") from None
+            raise _ray_is_gone(f"{type(error).__name__}: {_first_line(error)}") from None
         finally:
             for slot, *_ in running.values():  # busy with what nobody waits for any more
                 self._end(actors.pop(slot))
@@ -161,7 +161,7 @@ class RayExecutor:
         try:
             actors = [self._start(slot) for slot in range(self.workers)]
         except (RayError, ConnectionError) as error:
-            raise _ray_is_gone(f"{type(error).__name__}: {str(error).splitlines()[0]}") from None
+            raise _ray_is_gone(f"{type(error).__name__}: {_first_line(error)}") from None
         try:
             yield _RayGroup(actors, roles, self._timeout_s, self._wait)
         finally:
@@ -241,7 +241,7 @@ class RayExecutor:
                     ray.init(address="auto" if in_job else address, **quiet)
         except (ConnectionError, RayError, ValueError, RuntimeError) as error:
             raise ExecutorError(
-                f"cannot reach Ray at {address!r} ({str(error).splitlines()[0]}): start it with `ray start --head`, "
+                f"cannot reach Ray at {address!r} ({_first_line(error)}): start it with `ray start --head`, "
                 "or set executor.address: local"
             ) from None
 
@@ -297,7 +297,7 @@ class _RayGroup:
                 results |= {ref: ray.get(ref, timeout=self._timeout_s) for ref in finished}
                 waiting = [ref for ref in waiting if ref not in results]
         except RayTaskError as error:
-            raise error.cause from None
+            raise error.cause or error from None
         except (RayError, ConnectionError) as error:
             raise WorkerLostError(f"{method}: a worker was lost ({type(error).__name__})") from None
         return [results[ref] for ref in refs]
@@ -335,6 +335,10 @@ def _own_reaction_to_sigterm() -> Iterator[None]:
 
 def _ray_is_gone(why: str) -> ExecutorError:
     return ExecutorError(f"Ray stopped working ({why}); what is finished is kept: run the same command again to go on")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or "no details").splitlines()[0]
 
 
 def _resources(resources: dict[str, float]) -> str:

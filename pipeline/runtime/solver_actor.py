@@ -249,4 +249,4 @@ def _all_rows(shard: _LoadedShard, order_K: Tensor) -> NDArray[np.float32]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or "no details").splitlines()[0]

@@ -35,7 +35,7 @@ def _schema(columns: str) -> pa.Schema:
 
 SCHEMAS: dict[str, pa.Schema] = {
     "examples": _schema(
-        "example:int id:str label:int? prediction:int correct:bool? split:str valid:bool fisher_norm:float "
+        "example:int id:str label:int? prediction:int? correct:bool? split:str valid:bool fisher_norm:float "
         "logits:float32s image:bytes? text:str?"
     ),
     "classes": _schema("class:int name:str"),

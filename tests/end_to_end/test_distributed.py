@@ -414,7 +414,7 @@ def test_an_invalid_example_is_left_out_and_harms_no_other(tmp_path: Path, capsy
     for name in ("coefficients", "top_examples"):
         listed = read_table(run.table(name), name)["example"].to_pylist()
         assert DAMAGED not in listed
-        assert len(listed) > 80
+        assert len(listed) > 30
     rows = read_table(run.table("verification"), "verification").to_pylist()
     assert len(rows) == 4 * 2 * 2
     assert all(np.isfinite(row["kl_ratio"]) for row in rows)

@@ -1,0 +1,65 @@
+"""Results of one run never speak of different models or of different components."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from pipeline import stages
+from pipeline.config import RunConfig
+from pipeline.run_directory import RunDirectory
+from pipeline.stage import recorded
+from pipeline.tasks import TaskError
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = RunConfig.model_validate(
+        {
+            "run_dir": str(tmp_path_factory.mktemp("consistency") / "run"),
+            "task": {"name": "digits", "options": {"limit": 60, "epochs": 2}},
+            "fishers": {"sketch": {"dim": 64}, "shard_size": 30},
+            "factorization": {"n_components": 3, "max_iterations": 5},
+            "verification": {"top_examples": 4, "baseline_examples": 6},
+            "executor": {"kind": "serial"},
+        }
+    )
+    return stages.run(config).path
+
+
+@pytest.fixture
+def run(finished_run: Path, tmp_path: Path) -> RunDirectory:
+    return RunDirectory.open(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("stage", ["fishers", "lift", "verify"])
+def test_a_model_that_changed_between_stages_is_refused(run: RunDirectory, stage: str) -> None:
+    (weights,) = run.task_cache.glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["7.bias"][0] += 1e-3
+    save_file(tensors, weights)
+    run.reopen(stage)
+    shutil.rmtree(run.partial_results(stage), ignore_errors=True)
+    if stage == "fishers":
+        (run.shard_records / "00001.json").unlink()
+    with pytest.raises(Exception, match=r"the model that the Fishers of this run|is of another run") as caught:
+        stages.STAGES[stage](run)
+    assert isinstance(caught.value, (TaskError, *stages.USER_ERRORS))
+
+
+def test_a_new_factorization_takes_the_old_directions_and_verification_away(run: RunDirectory) -> None:
+    run.reopen("factorize")
+    stages.factorize(run)
+    assert not run.directions.exists()
+    assert [recorded(run, stage) is None for stage in ("fishers", "factorize", "lift", "verify")] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    stages.lift(run)
+    stages.verify(run)
+    assert recorded(run, "verify") is not None
