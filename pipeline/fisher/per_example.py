@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.fisher.capture import LogitsFunction
 from pipeline.fisher.gradients import GradientCollector
+from pipeline.fisher.label_factor import exact_label_factor
 from pipeline.fisher.parameters import ParameterLayout
 from pipeline.fisher.sketch import Sketch
 
@@ -42,7 +43,7 @@ class PerExampleFishers:
     """
 
     def __init__(self, model: nn.Module, logits_fn: LogitsFunction, layout: ParameterLayout, sketch: Sketch) -> None:
-        self.collector = GradientCollector(model, logits_fn, layout)
+        self.collector = GradientCollector(model, logits_fn, layout, _near_unit_label_factor)
         self.sketch = sketch
 
     def __call__(self, batch: Any, n_examples: int | None = None) -> FisherBatch:
@@ -52,8 +53,10 @@ class PerExampleFishers:
         """
         collected = self.collector.collect(batch, n_examples)
         with torch.no_grad():
+            scale_B11 = _scale(exact_label_factor(collected.logits_BC))
             factors_BRD = self.sketch.apply(collected.contributions)
-            grams_BRR = torch.stack([part.gram() for part in collected.contributions.values()]).sum(0)
+            factors_BRD = factors_BRD * scale_B11.to(factors_BRD)
+            grams_BRR = torch.stack([part.gram() for part in collected.contributions.values()]).sum(0) * scale_B11**2
         logits_BC = collected.logits_BC
         valid_B = (
             logits_BC.isfinite().all(1) & grams_BRR.isfinite().all(2).all(1) & factors_BRD.isfinite().all(2).all(1)
@@ -67,3 +70,17 @@ class PerExampleFishers:
             logits_BC=logits_BC,
             valid_B=valid_B,
         )
+
+
+def _near_unit_label_factor(logits_BC: Tensor) -> Tensor:
+    """L over its scale, so that no product of gradients underflows in the model's precision: where a prediction is
+    saturated, 1 - p = 1e-44 say, the rows' squares would be zero in float32."""
+    factors_BCR = exact_label_factor(logits_BC)
+    return factors_BCR / _scale(factors_BCR)
+
+
+def _scale(label_factors_BCR: Tensor) -> Tensor:
+    """(B, 1, 1) float64: the power of two next to the largest entry, division by which is exact; 1 where all are 0."""
+    largest_B11 = label_factors_BCR.abs().amax(dim=(1, 2), keepdim=True)
+    _, exponent_B11 = torch.frexp(largest_B11)
+    return torch.ldexp(torch.ones_like(largest_B11), exponent_B11).where(largest_B11 > 0, 1)

@@ -196,3 +196,24 @@ def test_a_batch_of_any_type_is_accepted() -> None:
     ids = case.batch(range(5))
     opaque = models.Case(case.model, lambda model, batch: model(batch.ids), list, 5)
     assert torch.equal(fishers_of(opaque)(Sentences(ids)).factors_BRD, fishers_of(case)(ids).factors_BRD)
+
+
+@pytest.mark.parametrize("gap", [60.0, 100.0, 140.0])
+def test_saturated_predictions_keep_their_norms_and_directions_in_float32(gap: float) -> None:
+    """At a gap of 140 between logits ‖F‖ is 1e-60: the squares of the rows are zero in float32."""
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+        with torch.no_grad():
+            model[2].bias.copy_(torch.tensor([gap, 0.0, 0.0]))
+        layout = select_parameters(model)
+        sketch = make_sketch(SketchSpec("identity", None, 0), layout)
+        fishers = PerExampleFishers(model, lambda model, batch: model(batch), layout, sketch)
+        torch.manual_seed(1)
+        results.append(fishers(torch.randn(5, 4, dtype=torch.float64).to(dtype)))
+    double, single = results
+    assert double.frobenius_norms_B.max() < 1e-20
+    torch.testing.assert_close(single.frobenius_norms_B, double.frobenius_norms_B, rtol=3e-5, atol=0)
+    normalised = [r.factors_BRD.double() / r.frobenius_norms_B.sqrt()[:, None, None] for r in results]
+    torch.testing.assert_close(normalised[1], normalised[0], rtol=0, atol=1e-5)
