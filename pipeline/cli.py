@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -21,6 +21,7 @@ from typer.exceptions import TyperException
 
 from pipeline import stages
 from pipeline.config import RunConfig
+from pipeline.interchange import ImportOptions, export_run, import_run
 from pipeline.progress import default_progress
 from pipeline.run_directory import RunDirectory
 from pipeline.status import outcome
@@ -133,6 +134,48 @@ def status(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Dire
     for row in status_of(RunDirectory.open(run_dir)):
         table.add_row(row.stage, row.state, row.done, row.details)
     Console().print(table)
+
+
+@app.command("import")
+def import_command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An HDF5 file of the NPEFF reference.")],
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A new directory for the run.")],
+    fishers: Annotated[
+        Path | None, typer.Option(help="With a decomposition: the PEF file that it is a decomposition of.")
+    ] = None,
+    components: Annotated[int, typer.Option(min=1, help="Components to factorize the Fishers into.")] = 32,
+    max_dim: Annotated[int, typer.Option(min=1, help="Keep up to so many parameters as they are; hash more.")] = 65_536,
+    dim: Annotated[int, typer.Option(min=1, help="Coordinates to hash them into.")] = 4096,
+    min_nonzero: Annotated[int, typer.Option(min=1, help="Drop parameters with fewer values.")] = 1,
+    held_out: Annotated[float, typer.Option(min=0, max=1, help="Share of the examples not to fit on.")] = 1 / 3,
+    seed: Annotated[int, typer.Option(min=0, help="Seeds the hashes, the split and the factorization.")] = 0,
+    class_names: Annotated[list[str], typer.Option("--class-name", help="Once for each class, in order.")] = [],  # noqa: B006
+) -> None:
+    """Make a run from Fishers (LRM-PEF, LVRM-PEF) or a decomposition (LRM) of the NPEFF reference."""
+    progress = default_progress()
+    options = ImportOptions(
+        n_components=components,
+        max_dim=max_dim,
+        dim=dim,
+        min_nonzero=min_nonzero,
+        held_out_fraction=held_out,
+        seed=seed,
+        class_names=tuple(class_names),
+    )
+    run = import_run(file, run_dir, fishers=fishers, options=options, progress=progress)
+    progress.say(f"import: complete, in {run.path}")
+
+
+@app.command("export")
+def export_command(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The HDF5 file to write.")],
+    what: Annotated[Literal["fishers", "factorization"], typer.Option(help="What of the run.")] = "fishers",
+    values: Annotated[int | None, typer.Option(min=1, help="Only so many largest values of each example.")] = None,
+) -> None:
+    """Write a run's Fishers or factorization as an HDF5 file that the NPEFF reference reads."""
+    export_run(run_dir, file, what=what, n_values=values)
+    default_progress().say(f"export: {what} of {run_dir} written to {file}")
 
 
 @app.command()

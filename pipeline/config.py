@@ -65,15 +65,34 @@ class SketchConfig(_Section):
 
 
 class FishersConfig(_Section):
-    labels: Literal["exact"] = "exact"
-    """How the expectation over labels is taken: ``exact`` has one row per class but one."""
+    labels: Literal["exact", "truncated", "sampled", "empirical"] = "exact"
+    """How the expectation over labels is taken. ``exact``: one row per class but one. ``truncated``: the largest
+    eigenpairs. ``sampled``: labels drawn from the model, unbiased; what language models need. ``empirical``: the given
+    labels, which gives no Fisher matrix."""
+    rank: PositiveInt | None = None
+    """Rows of an example: the most that ``truncated`` keeps, the draws of ``sampled``; of these two only."""
+    kept_trace: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """``truncated``: share of the trace at which an example has rows enough, so that some have fewer than ``rank``."""
     sketch: SketchConfig = SketchConfig()
     store_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Precision of the stored (normalised) factors."""
     shard_size: PositiveInt = 256
     """Examples in one shard: one task of one actor, one file, one completion record."""
-    batch_size: PositiveInt = 32
-    """Examples in one forward pass; batches never cross a shard's border."""
+    batch_size: PositiveInt | Literal["auto"] = "auto"
+    """Examples in one forward pass; batches never cross a shard's border. ``auto`` finds it once, on the largest
+    examples, and records it in the store."""
+    memory_limit_mb: PositiveInt = 2048
+    """Memory that a batch may take beside the model, where its size is found."""
+
+    @model_validator(mode="after")
+    def _labels_have_what_they_need(self) -> Self:
+        if self.labels in ("truncated", "sampled") and self.rank is None:
+            raise ValueError(f"labels: {self.labels} need a rank, the number of rows of an example: set rank: 4, say")
+        if self.labels in ("exact", "empirical") and self.rank is not None:
+            raise ValueError(f"labels: {self.labels} take no rank: remove it, or choose truncated or sampled labels")
+        if self.kept_trace < 1 and self.labels != "truncated":
+            raise ValueError("kept_trace is for labels: truncated: remove it")
+        return self
 
 
 class FactorizationConfig(_Section):

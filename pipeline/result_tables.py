@@ -25,24 +25,28 @@ def held_out(n_examples: int, fraction: float, seed: int) -> NDArray[np.bool_]:
 def write_example_tables(run: RunDirectory, examples: pa.Table, class_names: Sequence[str]) -> None:
     """``examples`` and ``classes``, from the task's own table and the stored logits and norms."""
     store = FisherStore.open(run.fishers)
-    names = ("logits", "labels", "valid", "frobenius_norms")
-    stored = store.read_rows(np.arange(store.plan.n_examples), names)
-    predictions = stored["logits"].argmax(axis=1)
-    unlabelled, invalid = stored["labels"] < 0, ~stored["valid"]
+    n_examples = store.plan.n_examples
+    stored = store.read_rows(np.arange(n_examples), [name for name in store.array_names if name != "factors"])
+    logits = stored.get("logits")
+    predictions = np.zeros(n_examples, np.int64) if logits is None else logits.argmax(axis=1)
+    unlabelled, unpredicted = stored["labels"] < 0, ~stored["valid"] | (logits is None)
     config = run.config
-    split = held_out(len(predictions), config.factorization.held_out_fraction, config.seed)
+    split = held_out(n_examples, config.factorization.held_out_fraction, config.seed)
     columns: dict[str, Any] = {
-        "example": np.arange(len(predictions)),
+        "example": np.arange(n_examples),
         "id": examples["id"],
         "label": pa.array(stored["labels"], mask=unlabelled),
-        "prediction": pa.array(predictions, mask=invalid),
-        "correct": pa.array(predictions == stored["labels"], mask=unlabelled | invalid),
+        "prediction": pa.array(predictions, mask=unpredicted),
+        "correct": pa.array(predictions == stored["labels"], mask=unlabelled | unpredicted),
         "split": np.where(split, "held_out", "fit").astype(object),
         "valid": stored["valid"],
         "fisher_norm": stored["frobenius_norms"],
-        "logits": stored["logits"],
-        "image": [None] * len(predictions),
-        "text": [None] * len(predictions),
+        "fisher_rank": stored["ranks"],
+        "kept_trace": pa.array(stored["kept_trace"], mask=np.isnan(stored["kept_trace"])),
+        "loss": pa.array(stored["losses"].astype(np.float64), mask=np.isnan(stored["losses"])),
+        "logits": [None] * n_examples if logits is None else logits,
+        "image": [None] * n_examples,
+        "text": [None] * n_examples,
     }
     own = {name: examples[name] for name in examples.column_names if name in ("image", "text") or name not in columns}
     write_table(run.table("examples"), "examples", columns | own)

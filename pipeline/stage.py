@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from pipeline.config import RunConfig
-from pipeline.fisher import SketchSpec
+from pipeline.fisher import LabelSpec, SketchSpec
+from pipeline.interchange import IMPORTED_TASK
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import Executor, ExecutorError, WorkerSpec, make_executor
 from pipeline.runtime.model import ModelSpec
@@ -110,6 +111,10 @@ def device_of(config: RunConfig) -> str:
 def model_spec(run: RunDirectory, fingerprint: str | None) -> ModelSpec:
     """The model as a worker loads it; it must be the one of the fingerprint, where there is one already."""
     config = run.config
+    if config.task.name == IMPORTED_TASK:
+        raise RunDirectoryError(
+            f"{run.path} was imported from a file and has no model: only factorize, query and report"
+        )
     return ModelSpec(
         task=config.task.name,
         options=config.task.options,
@@ -123,3 +128,8 @@ def model_spec(run: RunDirectory, fingerprint: str | None) -> ModelSpec:
 
 def sketch_spec(config: RunConfig) -> SketchSpec:
     return SketchSpec(kind=config.fishers.sketch.kind, dim=config.fishers.sketch.dim, seed=config.seed)
+
+
+def label_spec(config: RunConfig) -> LabelSpec:
+    wanted = config.fishers
+    return LabelSpec(kind=wanted.labels, rank=wanted.rank, kept_trace=wanted.kept_trace, seed=config.seed)

@@ -40,6 +40,7 @@ from pipeline.stage import (
     device_of,
     executor_for,
     finished,
+    label_spec,
     model_spec,
     open_stage,
     record_of,
@@ -71,6 +72,8 @@ USER_ERRORS = (
     ExecutorError,
 )
 """What a user can cause or mend: the message is one line that says what to do."""
+
+_MOST_SHARDS_PER_CALL = 4
 
 
 def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = None) -> RunDirectory:
@@ -108,14 +111,15 @@ def compute_fishers(
                 run,
                 FisherWorker,
                 model=model_spec(run, facts.model_fingerprint),
+                labels=label_spec(config),
                 sketch=sketch_spec(config),
                 store=run.fishers,
                 records=records,
-                batch_size=config.fishers.batch_size,
+                batch_size=store.attrs["batch_size"],
             )
             with progress.stage("fishers", store.plan.n_shards, "shards", done=len(complete)) as tick:
-                for shard, record in workers.map(worker, "compute", missing):
-                    complete[shard] = record
+                for _, written in workers.map(worker, "compute", _spans(missing, workers.workers)):
+                    complete |= {record.shard: record for record in written}
                     tick(len(complete))
         n_examples, n_invalid = len(facts.examples), sum(record.n_invalid for record in complete.values())
         if n_invalid:
@@ -195,6 +199,7 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
         layout = FisherStore.open(run.fishers).attrs["parameter_layout"]
         shapes = {name: tuple(shape) for name, shape in zip(layout["names"], layout["shapes"], strict=True)}
         n_parameters = sum(math.prod(shape) for shape in shapes.values())
+        model = model_spec(run, _fingerprint(run))  # refused before anything is written where there is none
         results = run.partial_results("lift")
         if not run.directions.exists():
             run.reopen("lift")  # or a crash would leave a complete stage with an empty store
@@ -205,11 +210,12 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
         worker = worker_spec(
             run,
             LiftWorker,
-            model=model_spec(run, _fingerprint(run)),
+            model=model,
+            labels=label_spec(config),
             sketch=sketch_spec(config),
             paths=LiftPaths(run.fishers, run.factorization, run.table("examples"), run.directions, results),
             checksums=_checksums(run),
-            batch_size=config.fishers.batch_size,
+            batch_size=FisherStore.open(run.fishers).attrs["batch_size"],
         )
         with (
             progress.stage("lift", n_components, "directions", done=len(lifted)) as tick,
@@ -251,7 +257,7 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
             n_baseline=wanted.baseline_examples,
             target_kl=wanted.target_kl,
             seed=config.seed,
-            batch_size=config.fishers.batch_size,
+            batch_size=FisherStore.open(run.fishers).attrs["batch_size"],
         )
         missing = [component for component in range(n_components) if component not in verified]
         with (
@@ -299,11 +305,13 @@ STAGES: dict[str, Callable[..., object]] = {
 
 def _inspect(run: RunDirectory, workers: Executor) -> TaskFacts:
     """Prepare the task on a worker and look at it; refuse what the later stages could not use."""
-    inspection = worker_spec(run, TaskWorker, model=model_spec(run, None))
-    facts: TaskFacts = next(iter(workers.map(inspection, "inspect", [sketch_spec(run.config)])))[1]
+    wanted = run.config.fishers
+    inspection = worker_spec(run, TaskWorker, model=model_spec(run, None), labels=label_spec(run.config))
+    item = (sketch_spec(run.config), wanted.batch_size, wanted.memory_limit_mb * 2**20)
+    facts: TaskFacts = next(iter(workers.map(inspection, "inspect", [item])))[1]
     n_examples = len(facts.examples)
     n_fit = n_examples - int(run.config.factorization.held_out_fraction * n_examples)
-    _validate_size(run.config, n_fit, facts.n_classes - 1)
+    _validate_size(run.config, n_fit, facts.rank)
     return facts
 
 
@@ -326,17 +334,19 @@ def _open_fishers(run: RunDirectory, facts: TaskFacts) -> tuple[ShardRecords, Fi
     store = FisherStore.create(
         run.fishers,
         n_examples=len(facts.examples),
-        rank=facts.n_classes - 1,
+        rank=facts.rank,
         dim=facts.sketch_dim,
         n_classes=facts.n_classes,
         shard_size=config.fishers.shard_size,
         store_dtype=config.fishers.store_dtype,
         attrs={
-            "labels": config.fishers.labels,
+            "labels": label_spec(config).to_json(),
+            "batch_size": facts.batch_size,
             "parameter_layout": facts.layout.to_json(),
             "sketch": sketch_spec(config).to_json(),
             "model_fingerprint": facts.model_fingerprint,
         },
+        with_logits=facts.with_logits,
     )
     return records, store
 
@@ -415,6 +425,12 @@ def _checksums(run: RunDirectory) -> dict[int, str]:
     if missing:
         raise StoreError(f"shard {missing[0]} of {run.fishers} has no record: run `npeff fishers {run.path}` first")
     return {shard: record.checksum for shard, record in records.items()}
+
+
+def _spans(missing: list[int], workers: int) -> list[tuple[int, ...]]:
+    """Shards for one call of a worker: a few, so that it writes one while it computes the next, yet a share for all."""
+    size = max(1, min(_MOST_SHARDS_PER_CALL, len(missing) // (4 * workers)))
+    return [tuple(missing[first : first + size]) for first in range(0, len(missing), size)]
 
 
 def _blocks(run: RunDirectory, missing: list[int], n_parameters: int, workers: int) -> list[tuple[int, ...]]:

@@ -49,7 +49,8 @@ def _details(stage: str, record: dict[str, Any] | None) -> str:
         case "fishers":
             return f"{record['n_examples']} examples, {record['n_invalid']} invalid, rank {record['rank']}"
         case "factorize":
-            return f"explained {record['explained']:.4f}, {record['stopped']}"
+            explained = f"explained {record['explained']:.4f}, " if "explained" in record else ""
+            return explained + record["stopped"]
         case "lift":
             return f"median cosine to the sketch {record['median_cosine']:.4f}"
         case "verify":

@@ -17,8 +17,8 @@ PURE = {"torch", "numpy"}
 ALLOWED: dict[str, set[str]] = {
     "fisher": PURE,
     "factorization": PURE | {"scipy", "sklearn"},
-    "store": {"zarr", "pyarrow", "numpy"},
-    "tasks": PURE | {"transformers", "sklearn", "pyarrow", "safetensors", "PIL"},
+    "store": {"zarr", "pyarrow", "numpy", "h5py"},
+    "tasks": PURE | {"transformers", "sklearn", "pyarrow", "safetensors", "PIL", "datasets", "peft"},
     "verification": PURE | {"pipeline.fisher"},
     "runtime": PURE
     | {"ray", "pyarrow"}
@@ -28,10 +28,16 @@ ALLOWED: dict[str, set[str]] = {
     "run_directory": {"pipeline.config"},
     "progress": {"rich"},
     "result_tables": {"numpy", "pyarrow"} | {f"pipeline.{name}" for name in ("run_directory", "store", "verification")},
-    "stage": {"torch"} | {f"pipeline.{name}" for name in ("config", "fisher", "run_directory", "runtime")},
+    "interchange": {"numpy", "pyarrow", "torch"}
+    | {
+        f"pipeline.{name}"
+        for name in ("config", "factorization", "progress", "result_tables", "run_directory", "store")
+    },
+    "stage": {"torch"}
+    | {f"pipeline.{name}" for name in ("config", "fisher", "interchange", "run_directory", "runtime")},
     "status": {f"pipeline.{name}" for name in ("run_directory", "stage", "store")},
     "cli": {"typer", "rich", "pyarrow"}
-    | {f"pipeline.{name}" for name in ("stages", "status", "config", "run_directory", "progress")},
+    | {f"pipeline.{name}" for name in ("stages", "status", "interchange", "config", "run_directory", "progress")},
     "jobs": {"pipeline.cli"},
 }
 """Third-party packages and packages of this project that each may import, besides itself and the standard library."""

@@ -4,15 +4,20 @@ from pipeline.fisher.capture import LogitsFunction
 from pipeline.fisher.coverage import check_coverage
 from pipeline.fisher.errors import UnsupportedModelError
 from pipeline.fisher.gradients import Collected, GradientCollector
-from pipeline.fisher.label_factor import exact_label_factor
-from pipeline.fisher.parameters import ParameterLayout, model_fingerprint, select_parameters
+from pipeline.fisher.label_factor import exact_label_factor, truncated_label_factor
+from pipeline.fisher.labels import IGNORED, UNKNOWN, LabelRows, LabelSpec, label_rows
+from pipeline.fisher.parameters import ParameterLayout, left_out, model_fingerprint, select_parameters
 from pipeline.fisher.per_example import FisherBatch, PerExampleFishers
 from pipeline.fisher.sketch import Sketch, SketchSpec, make_sketch
 
 __all__ = [
+    "IGNORED",
+    "UNKNOWN",
     "Collected",
     "FisherBatch",
     "GradientCollector",
+    "LabelRows",
+    "LabelSpec",
     "LogitsFunction",
     "ParameterLayout",
     "PerExampleFishers",
@@ -21,7 +26,10 @@ __all__ = [
     "UnsupportedModelError",
     "check_coverage",
     "exact_label_factor",
+    "label_rows",
+    "left_out",
     "make_sketch",
     "model_fingerprint",
     "select_parameters",
+    "truncated_label_factor",
 ]

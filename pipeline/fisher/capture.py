@@ -5,7 +5,7 @@ Legend: B batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,8 @@ from pipeline.fisher.errors import UnsupportedModelError
 
 LogitsFunction = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> logits (B, C)."""
+Place = tuple[str, int]
+"""An output of a module: the module's name, and the position among its flattened outputs."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Use:
     outputs: tuple[Tensor, ...]
     edges: tuple[GradientEdge, ...]
     shared: bool
+    """Whether an output is repeated, see `watch`."""
 
     def check_inputs(self) -> None:
         """Raise if an input was overwritten after the module had read it."""
@@ -90,13 +93,14 @@ def called_modules(model: nn.Module) -> Iterator[set[str]]:
 
 
 @contextmanager
-def watch(modules: Mapping[str, nn.Module], keep_outputs: set[str], shared: Mapping[str, int]) -> Iterator[list[Use]]:
+def watch(
+    modules: Mapping[str, nn.Module], keep_outputs: set[str], shared: Set[Place], n_examples: int
+) -> Iterator[list[Use]]:
     """Record every call of `modules` inside the context.
 
     The gradient with respect to a recorded output can be asked of autograd by its edge, even if the model overwrites
-    the output later. `keep_outputs`: modules whose output values are kept. `shared`: modules whose output is used by
-    all examples alike (a position embedding), with the number of examples; it is repeated so that every example has
-    its own.
+    the output later. `keep_outputs`: modules whose output values are kept. `shared`: outputs that are used by all
+    examples alike (a position embedding); each is repeated so that every example has its own.
     """
     uses: list[Use] = []
 
@@ -107,12 +111,14 @@ def watch(modules: Mapping[str, nn.Module], keep_outputs: set[str], shared: Mapp
             leaves, spec = pytree.tree_flatten(output)
             places = tuple(p for p, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())
             for place in places:
-                leaves[place] = _own_node(leaves[place], shared.get(name))
+                repeats = n_examples if (name, place) in shared else None
+                leaves[place] = _own_node(leaves[place], repeats, anew=len(places) > 1)
             inputs = pytree.tree_map_only(Tensor, torch.Tensor.detach, (args, kwargs))
             outputs = tuple(leaves[place] for place in places)
             kept = tuple(value.detach().clone() for value in outputs) if name in keep_outputs else ()
             edges = tuple(get_gradient_edge(value) for value in outputs)
-            uses.append(Use(name, module, inputs, _versions(inputs), places, kept, edges, name in shared))
+            repeated = any((name, place) in shared for place in places)
+            uses.append(Use(name, module, inputs, _versions(inputs), places, kept, edges, repeated))
             return pytree.tree_unflatten(leaves, spec)
 
         return record
@@ -128,16 +134,19 @@ def watch(modules: Mapping[str, nn.Module], keep_outputs: set[str], shared: Mapp
             handle.remove()
 
 
-def _own_node(value: Tensor, n_examples: int | None) -> Tensor:
+def _own_node(value: Tensor, n_examples: int | None, anew: bool) -> Tensor:
     """The same values with a node of the graph that stays valid: neither a leaf nor a view, both of which in-place
-    operations would replace or refuse."""
+    operations would replace or refuse.
+
+    `anew`: a node that only what follows the module depends on, as where one of its outputs is made from another.
+    """
     if not value.requires_grad:
         value = value.detach().requires_grad_()
-    elif n_examples is None and not value._is_view():
+    elif n_examples is None and not anew and not value._is_view():
         return value
     return (value if n_examples is None else repeat(value, n_examples)).clone()
 
 
 def repeat(value: Tensor, n_examples: int) -> Tensor:
     """A tensor shared by all examples, (1, …) or (…), once per example: (B, …)."""
-    return value.expand(n_examples, *(value.shape[1:] if value.shape[0] == 1 else value.shape))
+    return value.expand(n_examples, *(value.shape[1:] if value.shape[:1] == (1,) else value.shape))

@@ -16,7 +16,7 @@ embedding, K components.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self, TypeVar
 
@@ -134,55 +134,50 @@ class Outer:
     With `inputs_first` (G = 1) the parameter is stored as inputs × outputs: Σ_t a_t ⊗ δ_t.
     """
 
-    deltas_BGTRo: Tensor
+    deltas: tuple[Tensor, ...]
+    """R tensors (B, G, T, o), as autograd gave them: they are large, and stacking them would copy them."""
     inputs_BGTi: Tensor
     shape: tuple[int, ...]
     inputs_first: bool = False
+    known_live_BGT: Tensor | None = None
+    """`live_BGT`, where it is known already."""
 
     @property
     def n_examples(self) -> int:
-        return self.deltas_BGTRo.shape[0]
+        return self.inputs_BGTi.shape[0]
 
     @property
     def rank(self) -> int:
-        return self.deltas_BGTRo.shape[3]
+        return len(self.deltas)
 
     def new_zeros(self, *shape: int) -> Tensor:
-        return self.deltas_BGTRo.new_zeros(shape)
+        return self.inputs_BGTi.new_zeros(shape)
 
     def dense(self) -> Tensor:
-        B, _, _, R, o = self.deltas_BGTRo.shape
-        rows_BGRoi = (self.deltas_BGTRo.flatten(3).transpose(2, 3) @ self.inputs_BGTi).unflatten(2, (R, o))
-        if self.inputs_first:
-            rows_BGRoi = rows_BGRoi.transpose(3, 4)
-        return rows_BGRoi.transpose(1, 2).reshape(B, R, *self.shape)
+        rows_BRx = self.new_zeros(self.n_examples, self.rank, math.prod(self.shape))
+        for row, deltas_BGTo in enumerate(self.deltas):
+            rows_BGoi = deltas_BGTo.transpose(2, 3) @ self.inputs_BGTi
+            rows_BRx[:, row] = (rows_BGoi.transpose(2, 3) if self.inputs_first else rows_BGoi).flatten(1)
+        return rows_BRx.unflatten(2, self.shape)
 
     def gram(self) -> Tensor:
         """Σ_{t,u} (δ_t·δ_u)(a_t·a_u) where that is less work than forming the rows, else from the rows."""
-        _, G, T, R, o = self.deltas_BGTRo.shape
-        i = self.inputs_BGTi.shape[-1]
-        if T * (T * (R * R * (o + 1) + i)) >= R * o * i * (T + R):
-            return _dense_gram(self)
-        grams = []
-        for _, _, part in blocks(self, G * T * R * T * R, cached_elements(self.inputs_BGTi.device)):
-            deltas, inputs = part.deltas_BGTRo.flatten(2, 3), part.inputs_BGTi
-            products = (deltas @ deltas.transpose(-1, -2)).unflatten(3, (T, R)).unflatten(2, (T, R))
-            products *= (inputs @ inputs.transpose(-1, -2))[:, :, :, None, :, None]
-            grams.append(products.sum(dim=(1, 2, 4), dtype=torch.float64))
-        return torch.cat(grams)
+        return outer_gram([self])
 
     def weighted_sum(self, weights_KBR: Tensor) -> Tensor:
         """Weights into the deltas first, then one product over examples and positions, where that is less work."""
-        K = len(weights_KBR)
-        _, G, T, R, o = self.deltas_BGTRo.shape
+        K, R = len(weights_KBR), self.rank
+        _, G, T, o = self.deltas[0].shape
         i = self.inputs_BGTi.shape[-1]
         if K * T * (R + i) >= i * R * (T + K):
             return _dense_weighted_sum(self, weights_KBR)
         total = self.new_zeros(G, K * o, i)
         weights_KBR = weights_KBR.to(total)
         for start, stop, part in blocks(self, K * G * T * o, MEMORY_ELEMENTS):
-            weights = weights_KBR[:, start:stop]
-            deltas_GKoBT = torch.einsum("kbr,bgtro->gkobt", weights, part.deltas_BGTRo)
+            deltas_GKoBT = self.new_zeros(G, K, o, stop - start, T)
+            for row, deltas_BGTo in enumerate(part.deltas):
+                weights_KB = weights_KBR[:, start:stop, row]
+                deltas_GKoBT += weights_KB[:, None, :, None] * deltas_BGTo.permute(1, 3, 0, 2)[:, None]
             total += deltas_GKoBT.flatten(3).flatten(1, 2) @ part.inputs_BGTi.transpose(0, 1).flatten(1, 2)
         total_KGoi = total.unflatten(1, (K, o)).transpose(0, 1)
         if self.inputs_first:
@@ -190,7 +185,79 @@ class Outer:
         return total_KGoi.reshape(K, *self.shape)
 
     def examples(self, which: slice | Tensor) -> Self:
-        return type(self)(self.deltas_BGTRo[which], self.inputs_BGTi[which], self.shape, self.inputs_first)
+        deltas = tuple(deltas_BGTo[which] for deltas_BGTo in self.deltas)
+        return type(self)(deltas, self.inputs_BGTi[which], self.shape, self.inputs_first)
+
+    def live_BGT(self) -> Tensor:
+        """Positions at which any of an example's deltas is not zero."""
+        return live_positions(self.deltas) if self.known_live_BGT is None else self.known_live_BGT
+
+    def inputs_key(self) -> Hashable:
+        """Equal for layers that read the same inputs: the query, key and value of attention."""
+        inputs = self.inputs_BGTi
+        return inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype
+
+
+def _forming_is_cheaper(outer: Outer) -> bool:
+    T, o = outer.deltas[0].shape[2:]
+    R, i = outer.rank, outer.inputs_BGTi.shape[-1]
+    return T * (T * (i + R * o) + R * R * o) >= R * o * i * (T + R)
+
+
+def live_positions(deltas: Sequence[Tensor]) -> Tensor:
+    """Where any of R rows has a gradient that is not zero: R tensors (…, o) -> (…)."""
+    live = deltas[0].abs().amax(-1).ne(0)
+    for delta in deltas[1:]:
+        live |= delta.abs().amax(-1).ne(0)
+    return live
+
+
+def with_same_inputs(contributions: Iterable[Contribution]) -> tuple[list[list[Outer]], list[Contribution]]:
+    """The parts of `contributions`: outer products, put together where they read the same inputs, and all others."""
+    outers: dict[Hashable, list[Outer]] = {}
+    others: list[Contribution] = []
+    for contribution in contributions:
+        if isinstance(contribution, Outer):
+            outers.setdefault(contribution.inputs_key(), []).append(contribution)
+        else:
+            others.append(contribution)
+    return list(outers.values()), others
+
+
+def total_gram(contributions: Iterable[Contribution]) -> Tensor:
+    """(B, R, R), float64: the Gram matrices of all parameters' rows together, A Aᵀ."""
+    groups, others = with_same_inputs(contributions)
+    return torch.stack([*(outer_gram(group) for group in groups), *(part.gram() for part in others)]).sum(0)
+
+
+def outer_gram(outers: Sequence[Outer]) -> Tensor:
+    """The sum of the Gram matrices of layers that read the same inputs a_t.
+
+    Σ_{t,u} (a_t·a_u)(δ_t·δ_u), with the inputs' inner products taken once, or from the rows where that is less work.
+    """
+    first = outers[0]
+    B, G, T = first.inputs_BGTi.shape[:3]
+    R = first.rank
+    formed = [part for part in outers if _forming_is_cheaper(part)]
+    grams_BRR = torch.zeros(B, R, R, dtype=torch.float64, device=first.inputs_BGTi.device)
+    for part in formed:
+        grams_BRR += _dense_gram(part)
+    small = [part for part in outers if not any(part is other for other in formed)]
+    if not small:
+        return grams_BRR
+    width = max(part.deltas[0].shape[-1] for part in small)
+    for start, stop, inputs in blocks(first, G * T * (T + R * width), cached_elements(first.inputs_BGTi.device)):
+        products_BGTT = inputs.inputs_BGTi @ inputs.inputs_BGTi.mT
+        for part in small:
+            deltas = [deltas_BGTo[start:stop] for deltas_BGTo in part.deltas]
+            for row, deltas_BGTo in enumerate(deltas):
+                mixed_BGTo = products_BGTT @ deltas_BGTo
+                for column in range(row, R):
+                    values_B = (mixed_BGTo * deltas[column]).sum((1, 2, 3)).double()
+                    grams_BRR[start:stop, row, column] += values_B
+                    if row != column:
+                        grams_BRR[start:stop, column, row] += values_B
+    return grams_BRR
 
 
 @dataclass(frozen=True)
@@ -289,11 +356,14 @@ def add(contributions: Sequence[Contribution]) -> Contribution:
     rows = [part for part in contributions if isinstance(part, Rows)]
     denses = [part for part in contributions if isinstance(part, Dense)]
     parts: list[Contribution] = [part for part in contributions if isinstance(part, Sum)]
-    for kind in dict.fromkeys((part.inputs_first, part.deltas_BGTRo.shape[1]) for part in outers):
-        same = [part for part in outers if (part.inputs_first, part.deltas_BGTRo.shape[1]) == kind]
-        deltas = torch.cat([part.deltas_BGTRo for part in same], dim=2)
+    for kind in dict.fromkeys((part.inputs_first, part.inputs_BGTi.shape[1]) for part in outers):
+        same = [part for part in outers if (part.inputs_first, part.inputs_BGTi.shape[1]) == kind]
+        if len(same) == 1:
+            parts += same
+            continue
+        joined = tuple(torch.cat(row, dim=2) for row in zip(*(part.deltas for part in same), strict=True))
         inputs = torch.cat([part.inputs_BGTi for part in same], dim=2)
-        parts.append(Outer(deltas, inputs, same[0].shape, same[0].inputs_first))
+        parts.append(Outer(joined, inputs, same[0].shape, same[0].inputs_first))
     if rows:
         deltas = torch.cat([part.deltas_BTRi for part in rows], dim=1)
         parts.append(Rows(deltas, torch.cat([part.indices_BT for part in rows], dim=1), rows[0].shape))

@@ -1,29 +1,30 @@
 """Per-example gradient rows of a model, without a weight gradient ever being formed by autograd.
 
-The rows of an example's Fisher factor are A = Lᵀ J: one backward pass per column of the label factor L, which asks
-autograd for the gradients at the outputs of layers only. A layer's rule (`layer_rules.py`, or `module_rule.py` for
-everything else) makes the rows of its parameters from these and the layer's inputs.
+The rows of an example's Fisher factor are gradients of ⟨direction, logits⟩ (`labels.py`): one backward pass for each
+direction, which asks autograd for the gradients at the outputs of layers only. A layer's rule (`layer_rules.py`, or
+`module_rule.py` for everything else) makes the rows of its parameters from these and the layer's inputs.
 
 Legend: B batch, C classes, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pipeline.fisher.capture import LogitsFunction, Use, frozen, repeat, watch
+from pipeline.fisher.capture import LogitsFunction, Place, Use, frozen, repeat, watch
 from pipeline.fisher.contributions import Contribution, Dense, add
 from pipeline.fisher.errors import UnsupportedModelError
-from pipeline.fisher.label_factor import exact_label_factor
+from pipeline.fisher.labels import LabelRows, LabelSpec, label_rows
 from pipeline.fisher.layer_rules import per_example, rule_for
 from pipeline.fisher.module_rule import ModuleCall, module_rows
-from pipeline.fisher.owners import Owners, find_owners
+from pipeline.fisher.owners import Owners, find_owners, move_up
 from pipeline.fisher.parameters import ParameterLayout
 
 _INDEPENDENT = (
@@ -34,114 +35,138 @@ _INDEPENDENT = (
 
 @dataclass(frozen=True)
 class Collected:
-    """Logits, label factors and gradient rows of a batch. Parameters that the logits do not depend on are absent."""
+    """Logits, label directions and gradient rows of a batch. Parameters that the logits do not depend on are absent."""
 
-    logits_BC: Tensor
-    label_factors_BCR: Tensor
-    """float64; zero for examples whose logits are not finite."""
+    logits: Tensor
+    """(B, C) or (B, T, C)."""
+    labels: LabelRows
     contributions: dict[str, Contribution]
+    """The rows, which are divided by `labels.scales_B`, as the directions are."""
 
 
 @dataclass
 class GradientCollector:
     """Collects the gradient rows of the parameters of `layout`, batch after batch.
 
-    What is learnt once about the model is kept: which module accounts for which parameter, and which modules' outputs
+    What is learnt once about the model is kept: which module accounts for which parameter, and which outputs of modules
     are shared by all examples. Batches may differ in size and length.
     """
 
     model: nn.Module
     logits_fn: LogitsFunction
     layout: ParameterLayout
-    label_factor_fn: Callable[[Tensor], Tensor] = exact_label_factor
+    labels: LabelSpec = field(default_factory=LabelSpec)
     _owners: Owners | None = field(default=None, init=False)
-    _shared: frozenset[str] | None = field(default=None, init=False)
+    _shared: frozenset[Place] | None = field(default=None, init=False)
 
-    def collect(self, batch: Any, n_examples: int | None = None) -> Collected:
-        """Logits, label factors and every parameter's contribution to the rows of the batch.
+    def collect(
+        self, batch: Any, examples: Sequence[int] | int | None = None, targets: Tensor | None = None
+    ) -> Collected:
+        """Logits, label directions and every parameter's contribution to the rows of the batch.
 
-        `n_examples` is taken from the first tensor in `batch` unless given. Raises UnsupportedModelError if the logits
-        are not n_examples × C, or if a layer cannot be handled.
+        Args:
+            examples: the examples' numbers in the data set (0, 1, … unless given), or how many they are; that is taken
+                from the first tensor in `batch` unless given.
+            targets: as of `label_rows`.
+
+        Raises UnsupportedModelError if the logits are not B×C or B×T×C, the targets do not fit, or a layer cannot be
+        handled.
         """
-        n_examples = _leading_size(batch) if n_examples is None else n_examples
+        numbers = range(examples) if isinstance(examples, int) else examples
+        n_examples = _leading_size(batch) if numbers is None else len(numbers)
+        n_axes = 2 if targets is None else targets.dim() + 1
         with frozen(self.model):
             if n_examples is None:
                 with torch.no_grad():
-                    n_examples = len(self._logits(batch, None))
+                    n_examples = len(self._logits(batch, None, n_axes))
+            run = partial(self._logits, batch, n_examples, n_axes)
             if self._owners is None:
-                self._owners = find_owners(self.model, self.layout, lambda: self._logits(batch, n_examples))
+                self._owners = find_owners(self.model, self.layout, run)
             if self._shared is None and n_examples > 1:
-                self._shared = self._find_shared(batch, n_examples)
-            shared = self._shared or frozenset()
-            logits, uses = self._watch(batch, n_examples, {name: n_examples for name in shared if n_examples > 1})
-            label_factors = self._label_factors(logits.detach())
-            deltas = _output_gradients(logits, uses, label_factors.movedim(2, 0))
+                self._shared = self._find_shared(run, n_examples)
+            shared = self._shared if self._shared and n_examples > 1 else frozenset[Place]()
+            logits, uses = self._watch(run, shared, n_examples)
+            labels = label_rows(self.labels, logits.detach(), numbers, targets)
+            deltas = _output_gradients(logits, uses, labels.directions)
+            accurate = _Accurate()
             found: dict[str, list[Contribution]] = {}
             for use, delta in zip(uses, deltas, strict=True):
-                for name, part in self._rows(use, delta, n_examples):
+                for name, part in self._rows(use, delta, n_examples, accurate):
                     found.setdefault(name, []).append(part)
         if not found:
             raise UnsupportedModelError(_INDEPENDENT)
         contributions = {name: add(found[name]) for name in self.layout.names if name in found}
-        return Collected(logits.detach(), label_factors, contributions)
+        return Collected(logits.detach(), labels, contributions)
 
-    def _logits(self, batch: Any, n_examples: int | None) -> Tensor:
+    def _logits(self, batch: Any, n_examples: int | None, n_axes: int) -> Tensor:
         logits = self.logits_fn(self.model, batch)
         if not isinstance(logits, Tensor):
             raise UnsupportedModelError(f"logits must be a tensor of examples x classes, not {type(logits).__name__}")
-        if logits.dim() != 2 or logits.shape[1] < 2 or n_examples not in (None, logits.shape[0]):
+        if logits.dim() != n_axes or logits.shape[-1] < 2 or n_examples not in (None, logits.shape[0]):
             expected = "examples" if n_examples is None else f"{n_examples} examples"
+            positions = "" if n_axes == 2 else " x positions"
+            hint = " (only with targets() may they have positions too)" if (logits.dim(), n_axes) == (3, 2) else ""
             raise UnsupportedModelError(
-                f"logits must be of shape {expected} x classes, with at least 2 classes, but are {tuple(logits.shape)}"
+                f"logits must be of shape {expected}{positions} x classes, with at least 2 classes, but are "
+                f"{tuple(logits.shape)}{hint}"
             )
         return logits
 
-    def _watch(self, batch: Any, n_examples: int, shared: Mapping[str, int]) -> tuple[Tensor, list[Use]]:
+    def _watch(self, run: Callable[[], Tensor], shared: Set[Place], n_examples: int) -> tuple[Tensor, list[Use]]:
         assert self._owners is not None
         modules = {name: self.model.get_submodule(name) for name in self._owners}
         general = {name for name, module in modules.items() if rule_for(module, self._owners[name]) is None}
-        with watch(modules, general, shared) as uses:
+        with watch(modules, general, shared, n_examples) as uses:
             try:
-                logits = self._logits(batch, n_examples)
-            except (RuntimeError, UnsupportedModelError) as error:
+                logits = run()
+            except (RuntimeError, ValueError, IndexError) as error:
                 if not shared or isinstance(error, torch.OutOfMemoryError):
                     raise
-                raise UnsupportedModelError(
-                    f"examples are not on the first axis of the output of {', '.join(sorted(shared))}: "
-                    "put them there (batch_first=True), or exclude these modules with parameters.exclude"
-                ) from error
+                raise UnsupportedModelError(_not_first(name for name, _ in shared)) from error
         if not logits.requires_grad:
             raise UnsupportedModelError(_INDEPENDENT)
         return logits, uses
 
-    def _find_shared(self, batch: Any, n_examples: int) -> frozenset[str]:
-        """Modules whose output does not have the examples on its first axis, and so serves all of them at once.
+    def _find_shared(self, run: Callable[[], Tensor], n_examples: int) -> frozenset[Place]:
+        """Outputs of modules that do not have the examples on an axis, and so serve all of them at once.
 
-        Found by asking which part of the output the logits of the first, and of the last, example depend on.
+        Where the model does not take an output that is repeated for each example (T5 permutes the axes of its position
+        bias), the module above accounts for the parameters.
         """
-        logits, uses = self._watch(batch, n_examples, {})
-        probes = logits.new_zeros(2, *logits.shape)
-        probes[0, 0] = probes[1, -1] = torch.linspace(1, 2, logits.shape[1])
+        while True:
+            shared = self._shared_outputs(run, n_examples)
+            refused = []
+            for name in sorted({name for name, _ in shared}):
+                try:
+                    self._watch(run, {place for place in shared if place[0] == name}, n_examples)
+                except UnsupportedModelError:
+                    refused.append(name)
+            if not refused:
+                return shared
+            assert self._owners is not None
+            self._owners = move_up(self.model, self._owners, refused, run)
+
+    def _shared_outputs(self, run: Callable[[], Tensor], n_examples: int) -> frozenset[Place]:
+        """Found by asking which part of an output the logits of the first, and of the last, example depend on."""
+        logits, uses = self._watch(run, frozenset(), n_examples)
+        probes = (_probe(logits.detach(), 0), _probe(logits.detach(), -1))
         shared = set()
-        for use, deltas in zip(uses, _output_gradients(logits, uses, probes), strict=True):
-            if use.outputs or deltas[0] is None:
-                continue  # the general rule finds the axis itself
-            delta = deltas[0]
-            if delta.shape[1] % n_examples:
-                shared.add(use.module_name)
-                continue
-            # nan > 0 is false: an example that is not finite says nothing
-            live_2B = delta.unflatten(1, (n_examples, -1)).flatten(2).abs().gt(0).any(2)
-            if live_2B[0, 1:].any() or live_2B[1, :-1].any():
-                shared.add(use.module_name)
+        for use, outputs in zip(uses, _output_gradients(logits, uses, probes), strict=True):
+            for place, gradients in zip(use.places, outputs, strict=True):
+                if gradients is None:
+                    continue
+                first, last = gradients
+                axes = [axis for axis in range(first.dim()) if _separates(axis, first, last, n_examples)]
+                if axes and (axes[0] == 0 or use.outputs):  # the general rule takes them from any axis
+                    continue
+                if axes and all(part.abs().gt(0).any() for part in gradients):
+                    raise UnsupportedModelError(_not_first([use.module_name]))
+                shared.add((use.module_name, place))
         return frozenset(shared)
 
-    def _label_factors(self, logits_BC: Tensor) -> Tensor:
-        finite_B = logits_BC.isfinite().all(1)
-        factors_BCR = self.label_factor_fn(logits_BC.where(finite_B[:, None], 0))
-        return factors_BCR.where(finite_B[:, None, None], 0)
-
-    def _rows(self, use: Use, deltas: tuple[Tensor | None, ...], n_examples: int) -> Iterator[tuple[str, Contribution]]:
+    def _rows(
+        self, use: Use, deltas: tuple[_Rows | None, ...], n_examples: int, accurate: _Accurate
+    ) -> Iterator[tuple[str, Contribution]]:
         assert self._owners is not None
         wanted = self._owners[use.module_name]
         if all(delta is None for delta in deltas):
@@ -157,13 +182,12 @@ class GradientCollector:
             inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
             if use.shared:
                 inputs = repeat(inputs, n_examples)
-            delta = per_example(delta.movedim(0, -1), n_examples).movedim(-1, 2)
-            inputs = per_example(inputs, n_examples)
-            parts = rule(use.module, _accurate(inputs), _accurate(delta), frozenset(wanted))
+            rows = [_accurate(per_example(row, n_examples)) for row in delta]
+            parts = rule(use.module, per_example(accurate(inputs), n_examples), rows, frozenset(wanted))
         for name, part in parts.items():
             yield wanted[name], part
 
-    def _general_rows(self, use: Use, deltas: tuple[Tensor | None, ...], n_examples: int) -> dict[str, Contribution]:
+    def _general_rows(self, use: Use, deltas: tuple[_Rows | None, ...], n_examples: int) -> dict[str, Contribution]:
         assert self._owners is not None
         live = [place for place, delta in enumerate(deltas) if delta is not None]
         call = ModuleCall(
@@ -171,7 +195,7 @@ class GradientCollector:
             use.inputs,
             tuple(use.places[place] for place in live),
             tuple(use.outputs[place] for place in live),
-            tuple(delta for delta in deltas if delta is not None),
+            tuple(torch.stack(delta) for delta in deltas if delta is not None),
         )
         own = dict(use.module.named_parameters(remove_duplicate=False))
         parameters = {name: own[name].detach() for name in self._owners[use.module_name]}
@@ -179,24 +203,67 @@ class GradientCollector:
         return {name: Dense(_accurate(value)) for name, value in rows.items()}
 
 
-def _output_gradients(logits: Tensor, uses: Sequence[Use], directions: Tensor) -> list[tuple[Tensor | None, ...]]:
-    """For each use and each of its outputs, (n, *output shape): gradients of ⟨direction, logits⟩, None if all zero.
+_Rows = tuple[Tensor, ...]
+"""The gradients at one output of a module, one tensor of its shape for each direction."""
 
-    directions (n, B, C): one backward pass each.
+
+def _output_gradients(
+    logits: Tensor, uses: Sequence[Use], directions: Sequence[Tensor]
+) -> list[tuple[_Rows | None, ...]]:
+    """For each use and each of its outputs, the gradients of ⟨direction, logits⟩; None if all are zero.
+
+    directions of the logits' shape: one backward pass each.
     """
     edges = [edge for use in uses for edge in use.edges]
     passes = []
-    for place, direction in enumerate(directions.to(logits.dtype)):
-        retain = place + 1 < len(directions)
-        passes.append(torch.autograd.grad(logits, edges, direction, retain_graph=retain, allow_unused=True))
+    for row in range(len(directions)):
+        retain = row + 1 < len(directions)
+        passes.append(torch.autograd.grad(logits, edges, directions[row], retain_graph=retain, allow_unused=True))
     # an output that the logits do not depend on is absent from every pass alike
-    stacked = iter([None if column[0] is None else torch.stack(column) for column in zip(*passes, strict=True)])
-    return [tuple(next(stacked) for _ in use.edges) for use in uses]
+    columns = iter([None if column[0] is None else column for column in zip(*passes, strict=True)])
+    return [tuple(next(columns) for _ in use.edges) for use in uses]
+
+
+def _separates(axis: int, first: Tensor, last: Tensor, n_examples: int) -> bool:
+    """Whether gradients of the first and of the last example are each confined to their own part of an axis."""
+    if first.shape[axis] % n_examples:
+        return False
+    # nan > 0 is false: an example that is not finite says nothing
+    parts = [value.unflatten(axis, (n_examples, -1)).movedim(axis, 0).flatten(1) for value in (first, last)]
+    live_2B = [part.abs().gt(0).any(1) for part in parts]
+    return not (live_2B[0][1:].any() or live_2B[1][:-1].any())
+
+
+def _not_first(module_names: Iterable[str]) -> str:
+    return (
+        f"examples are not on the first axis of the output of {', '.join(sorted(module_names))}: "
+        "put them there (batch_first=True), or exclude these modules with parameters.exclude"
+    )
+
+
+def _probe(logits: Tensor, example: int) -> Tensor:
+    """A direction in the logits of one example."""
+    direction = torch.zeros_like(logits)
+    direction[example] = torch.linspace(1, 2, logits.shape[-1]).to(logits)
+    return direction
 
 
 def _accurate(value: Tensor) -> Tensor:
     """Half precision is widened before sums are taken over positions."""
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+class _Accurate:
+    """`_accurate`, giving one result for one tensor: layers that read the same inputs are seen to do so."""
+
+    def __init__(self) -> None:
+        self._widened: dict[Hashable, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, value: Tensor) -> Tensor:
+        key = value.data_ptr(), value.shape, value.stride(), value.dtype
+        if key not in self._widened:
+            self._widened[key] = (value, _accurate(value))
+        return self._widened[key][1]
 
 
 def _leading_size(batch: Any) -> int | None:

@@ -1,4 +1,4 @@
-"""Factor of the covariance of one draw from a categorical distribution.
+"""Factors of the covariance of one draw from a categorical distribution.
 
 Legend: B batch, C classes, R rank.
 """
@@ -31,3 +31,26 @@ def exact_label_factor(logits_BC: Tensor) -> Tensor:
     diagonal = torch.exp(0.5 * (log_p_j + log_q_next - log_q_j))
     below = -torch.exp(log_p[:, :, None] + 0.5 * (log_p_j - log_q_j - log_q_next)[:, None, :])
     return below.tril(-1).diagonal_scatter(diagonal, dim1=-2, dim2=-1)
+
+
+def truncated_label_factor(logits_BC: Tensor, rank: int, kept_trace: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest eigenpairs of S: L (B, C, rank) = U √Λ, how many of its columns are used (B,), and their share (B,)
+    of the trace of S.
+
+    Used are the fewest that keep a share of at least `kept_trace`, at most `rank`; other columns are zero. The sign of
+    a column makes its entry of largest magnitude positive. float64.
+    """
+    factor_BCR = exact_label_factor(logits_BC)
+    # the eigenpairs of S by the singular vectors of its factor, which keep the relative accuracy of a saturated
+    # prediction; S itself would have rounding errors of the size of its largest entries
+    vectors_BCR, values_BR, _ = torch.linalg.svd(factor_BCR, full_matrices=False)
+    energy_BR = values_BR.square()
+    total_B1 = energy_BR.sum(1, keepdim=True)
+    share_BR = (energy_BR.cumsum(1) / total_B1.where(total_B1 > 0, 1))[:, :rank]
+    # rounding of the shares must not add a pair for the last digit of a sum that is 1
+    ranks_B = 1 + (share_BR[:, :-1] < kept_trace - 1e-12).sum(1)
+    used_BR = torch.arange(share_BR.shape[1], device=ranks_B.device) < ranks_B[:, None]
+    kept_B = share_BR.gather(1, ranks_B[:, None] - 1)[:, 0].where(total_B1[:, 0] > 0, 1)
+    columns_BCR = (vectors_BCR * values_BR[:, None])[:, :, :rank]
+    largest_B1R = columns_BCR.gather(1, columns_BCR.abs().argmax(1, keepdim=True))
+    return torch.where(largest_B1R < 0, -columns_BCR, columns_BCR) * used_BR[:, None], ranks_B, kept_B

@@ -8,65 +8,67 @@ Legend: B batch, T positions, G groups, R rank, o outputs and i inputs of a grou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.fisher.contributions import Contribution, Dense, Outer, Rows
+from pipeline.fisher.contributions import Contribution, Dense, Outer, Rows, live_positions
 from pipeline.fisher.errors import UnsupportedModelError
 
-Rule = Callable[[Any, Tensor, Tensor, frozenset[str]], dict[str, Contribution]]
-"""(module, inputs (B, m, …), deltas (B, m, R, …), wanted names) -> contribution of each of its parameters.
+Rule = Callable[[Any, Tensor, Sequence[Tensor], frozenset[str]], dict[str, Contribution]]
+"""(module, inputs (B, m, …), R deltas (B, m, …), wanted names) -> contribution of each of its parameters.
 
 The m uses an example makes of a layer that sees them as one larger batch are m more positions.
 """
 
 
-def _positions(value: Tensor, first: int, n_features: int) -> Tensor:
-    """Axes from `first` up to the last `n_features` merged into one, kept even where there are none."""
+def _positions(value: Tensor, n_features: int) -> Tensor:
+    """(B, …positions, …features) -> (B, T, …features); T = 1 where there are no axes of positions."""
     last = value.dim() - n_features
-    return value.reshape(*value.shape[:first], -1, *value.shape[last:])
-
-
-def _rows_before_features(deltas: Tensor, n_features: int) -> Tensor:
-    """(B, m, R, …positions, …features) -> (B, T, R, …features)."""
-    last = deltas.dim() - n_features
-    return _positions(deltas.movedim(2, last - 1), 1, n_features + 1)
+    return value.reshape(len(value), -1, *value.shape[last:])
 
 
 def _affine(
-    deltas_BTRo: Tensor, inputs_BTi: Tensor, module: nn.Module, wanted: frozenset[str]
+    deltas: Sequence[Tensor], inputs_BTi: Tensor, module: nn.Module, wanted: frozenset[str]
 ) -> dict[str, Contribution]:
+    """From R deltas (B, T, o)."""
     found: dict[str, Contribution] = {}
     if "bias" in wanted:
-        found["bias"] = Dense(deltas_BTRo.sum(1))
+        found["bias"] = Dense(torch.stack([deltas_BTo.sum(1) for deltas_BTo in deltas], dim=1))
     if "weight" in wanted:
-        live = deltas_BTRo.detach().ne(0).any(dim=(0, 2, 3))
-        if not live.all():
-            deltas_BTRo, inputs_BTi = deltas_BTRo[:, live], inputs_BTi[:, live]
+        live_BT = live_positions(deltas)
+        live_T = live_BT.any(0)
+        if not live_T.all():
+            deltas, inputs_BTi = [deltas_BTo[:, live_T] for deltas_BTo in deltas], inputs_BTi[:, live_T]
+            live_BT = live_BT[:, live_T]
         shape = tuple(cast(Tensor, module.weight).shape)
         inputs_first = not isinstance(module, nn.Linear)
-        found["weight"] = Outer(deltas_BTRo[:, None], inputs_BTi[:, None], shape, inputs_first)
+        rows = tuple(deltas_BTo[:, None] for deltas_BTo in deltas)
+        found["weight"] = Outer(rows, inputs_BTi[:, None], shape, inputs_first, live_BT[:, None])
     return found
 
 
-def linear(module: nn.Module, inputs: Tensor, deltas: Tensor, wanted: frozenset[str]) -> dict[str, Contribution]:
+def linear(
+    module: nn.Module, inputs: Tensor, deltas: Sequence[Tensor], wanted: frozenset[str]
+) -> dict[str, Contribution]:
     """y_t = W a_t + b, and the transposed storage of W in the `Conv1D` of the GPT-2 family."""
-    return _affine(_rows_before_features(deltas, 1), _positions(inputs, 1, 1), module, wanted)
+    return _affine([_positions(delta, 1) for delta in deltas], _positions(inputs, 1), module, wanted)
 
 
-def convolution(module: Any, inputs: Tensor, deltas: Tensor, wanted: frozenset[str]) -> dict[str, Contribution]:
+def convolution(
+    module: Any, inputs: Tensor, deltas: Sequence[Tensor], wanted: frozenset[str]
+) -> dict[str, Contribution]:
     """Every output pixel is one position of a linear layer on the patch under it, separately for each group."""
     n_dims, G = len(module.kernel_size), module.groups
-    B, m = deltas.shape[:2]
-    # (B, m, R, G o, …) -> (B, G, T, R, o)
-    deltas_BGTRo = deltas.unflatten(3, (G, -1)).flatten(5).permute(0, 3, 1, 5, 2, 4).flatten(2, 3)
+    B, m = inputs.shape[:2]
+    # (B, m, G o, …) -> (B, G, T, o)
+    rows = [delta.unflatten(2, (G, -1)).flatten(4).permute(0, 2, 1, 4, 3).flatten(2, 3) for delta in deltas]
     found: dict[str, Contribution] = {}
     if "bias" in wanted:
-        found["bias"] = Dense(deltas_BGTRo.sum(2).transpose(1, 2).flatten(2))
+        found["bias"] = Dense(torch.stack([deltas_BGTo.sum(2).flatten(1) for deltas_BGTo in rows], dim=1))
     if "weight" in wanted:
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         patches = functional.pad(inputs.flatten(0, 1), module._reversed_padding_repeated_twice, mode=mode)
@@ -77,36 +79,41 @@ def convolution(module: Any, inputs: Tensor, deltas: Tensor, wanted: frozenset[s
         # (B m, G i', …outputs, …kernel) -> (B, G, T, i), i = i' × kernel
         patches = patches.flatten(2, 1 + n_dims).unflatten(1, (G, -1)).unflatten(0, (B, m))
         inputs_BGTi = patches.permute(0, 2, 1, 4, 3, *range(5, 5 + n_dims)).flatten(4).flatten(2, 3)
-        found["weight"] = Outer(deltas_BGTRo, inputs_BGTi, tuple(module.weight.shape))
+        found["weight"] = Outer(tuple(rows), inputs_BGTi, tuple(module.weight.shape))
     return found
 
 
-def embedding(module: Any, inputs: Tensor, deltas: Tensor, wanted: frozenset[str]) -> dict[str, Contribution]:
+def embedding(module: Any, inputs: Tensor, deltas: Sequence[Tensor], wanted: frozenset[str]) -> dict[str, Contribution]:
     """y_t = row a_t of the table; the padding row has no gradient, as in autograd."""
     if module.max_norm is not None:
         raise UnsupportedModelError("an Embedding with max_norm changes its weights when it is read: exclude it")
-    deltas_BTRi, indices_BT = _rows_before_features(deltas, 1), inputs.flatten(1)
+    indices_BT = inputs.flatten(1)
+    deltas_BTRi = torch.stack([_positions(delta, 1) for delta in deltas], dim=2)
     if module.padding_idx is not None:
         deltas_BTRi = deltas_BTRi.masked_fill((indices_BT == module.padding_idx)[:, :, None, None], 0)
-    live = deltas_BTRi.ne(0).any(dim=(0, 2, 3))
-    if not live.all():
-        deltas_BTRi, indices_BT = deltas_BTRi[:, live], indices_BT[:, live]
+    live_T = live_positions(deltas_BTRi.unbind(2)).any(0)
+    if not live_T.all():
+        deltas_BTRi, indices_BT = deltas_BTRi[:, live_T], indices_BT[:, live_T]
     return {"weight": Rows(deltas_BTRi, indices_BT, tuple(module.weight.shape))}
 
 
 def _elementwise(
-    deltas_BTRc: Tensor, normalised_BTc: Tensor, shape: Iterable[int], wanted: frozenset[str]
+    deltas: Sequence[Tensor], normalised_BTc: Tensor, shape: Iterable[int], wanted: frozenset[str]
 ) -> dict[str, Contribution]:
-    """y_t = w ∘ x̂_t + b."""
+    """y_t = w ∘ x̂_t + b, from R deltas (B, T, c)."""
     found: dict[str, Contribution] = {}
     if "weight" in wanted:
-        found["weight"] = Dense(torch.einsum("btrc,btc->brc", deltas_BTRc, normalised_BTc).unflatten(2, tuple(shape)))
+        rows_BRc = torch.stack([(deltas_BTc * normalised_BTc).sum(1) for deltas_BTc in deltas], dim=1)
+        found["weight"] = Dense(rows_BRc.unflatten(2, tuple(shape)))
     if "bias" in wanted:
-        found["bias"] = Dense(deltas_BTRc.sum(1).unflatten(2, tuple(shape)))
+        rows_BRc = torch.stack([deltas_BTc.sum(1) for deltas_BTc in deltas], dim=1)
+        found["bias"] = Dense(rows_BRc.unflatten(2, tuple(shape)))
     return found
 
 
-def layer_norm(module: Any, inputs: Tensor, deltas: Tensor, wanted: frozenset[str]) -> dict[str, Contribution]:
+def layer_norm(
+    module: Any, inputs: Tensor, deltas: Sequence[Tensor], wanted: frozenset[str]
+) -> dict[str, Contribution]:
     """LayerNorm and RMSNorm: features are the trailing `normalized_shape`."""
     shape = module.normalized_shape
     if isinstance(module, nn.LayerNorm):
@@ -114,11 +121,13 @@ def layer_norm(module: Any, inputs: Tensor, deltas: Tensor, wanted: frozenset[st
     else:
         normalised = functional.rms_norm(inputs, shape, None, module.eps)
     k = len(shape)
-    deltas_BTRc = _rows_before_features(deltas, k).flatten(3)
-    return _elementwise(deltas_BTRc, _positions(normalised, 1, k).flatten(2), shape, wanted)
+    flat = [_positions(delta, k).flatten(2) for delta in deltas]
+    return _elementwise(flat, _positions(normalised, k).flatten(2), shape, wanted)
 
 
-def channel_norm(module: Any, inputs: Tensor, deltas: Tensor, wanted: frozenset[str]) -> dict[str, Contribution]:
+def channel_norm(
+    module: Any, inputs: Tensor, deltas: Sequence[Tensor], wanted: frozenset[str]
+) -> dict[str, Contribution]:
     """GroupNorm, and BatchNorm with its running statistics: features are the channels, positions all axes after."""
     flat = inputs.flatten(0, 1)
     if isinstance(module, nn.GroupNorm):
@@ -129,9 +138,9 @@ def channel_norm(module: Any, inputs: Tensor, deltas: Tensor, wanted: frozenset[
         normalised = functional.batch_norm(
             flat, module.running_mean, module.running_var, None, None, False, 0.0, module.eps
         )
-    normalised_BTc = _positions(normalised.unflatten(0, inputs.shape[:2]).movedim(2, -1), 1, 1)
-    deltas_BTRc = _rows_before_features(deltas.movedim(3, -1), 1)
-    return _elementwise(deltas_BTRc, normalised_BTc, normalised_BTc.shape[2:], wanted)
+    normalised_BTc = _positions(normalised.unflatten(0, inputs.shape[:2]).movedim(2, -1), 1)
+    channels_last = [_positions(delta.movedim(2, -1), 1) for delta in deltas]
+    return _elementwise(channels_last, normalised_BTc, normalised_BTc.shape[2:], wanted)
 
 
 _RULES: dict[Any, Rule] = {

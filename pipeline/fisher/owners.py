@@ -1,12 +1,13 @@
 """Which module's calls account for which parameter.
 
 Usually a parameter's own module. Some modules read the parameters of children that they never call (attention reads
-its output projection's weight): those are accounted for by the nearest module above that is called.
+its output projection's weight): those are accounted for by the nearest module above that is called. So are those of a
+module that computes something for all examples at once, where this cannot be repeated for each of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -60,6 +61,26 @@ def find_owners(model: nn.Module, layout: ParameterLayout, run: Callable[[], Ten
                     )
                 owners.setdefault(owner, {})[place.removeprefix(f"{owner}.")] = names[parameter]
     return owners
+
+
+def move_up(model: nn.Module, owners: Owners, module_names: Iterable[str], run: Callable[[], Tensor]) -> Owners:
+    """The same, but what `module_names` own is accounted for by the nearest called module above each.
+
+    Raises UnsupportedModelError if there is none.
+    """
+    with called_modules(model) as called, torch.no_grad():
+        run()
+    moved = {name: dict(owned) for name, owned in owners.items()}
+    for name in module_names:
+        above = _nearest_called(name, called)
+        if above is None:
+            raise UnsupportedModelError(
+                f"examples are not on the first axis of the output of {name or 'the model'}: put them there "
+                "(batch_first=True), or exclude its parameters with parameters.exclude"
+            )
+        inner = name.removeprefix(f"{above}.")
+        moved.setdefault(above, {}).update({f"{inner}.{local}": full for local, full in moved.pop(name).items()})
+    return moved
 
 
 def layout_names(model: nn.Module, layout: ParameterLayout) -> Iterator[tuple[nn.Parameter, str]]:

@@ -76,6 +76,22 @@ def select_parameters(
     return ParameterLayout(tuple(chosen), tuple(chosen.values()))
 
 
+def left_out(model: nn.Module, layout: ParameterLayout, exclude: Sequence[str] = ()) -> dict[str, str]:
+    """The parameters that are not in `layout`, and why not; a shared one is listed under its first name."""
+    reasons = {}
+    for name, value in model.named_parameters():
+        if name in layout.names:
+            continue
+        pattern = next((pattern for pattern in exclude if fnmatchcase(name, pattern)), None)
+        if not value.is_floating_point():
+            reasons[name] = f"is {value.dtype}, which has no gradient".replace("torch.", "")
+        elif pattern is not None:
+            reasons[name] = f"matches {pattern!r} of parameters.exclude"
+        else:
+            reasons[name] = "matches nothing in parameters.include"
+    return reasons
+
+
 def model_fingerprint(model: nn.Module, layout: ParameterLayout) -> str:
     """SHA-256 over names, shapes, dtypes and bytes of the selected parameters: equal if and only if they are equal."""
     parameters = dict(model.named_parameters())

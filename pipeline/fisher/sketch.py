@@ -1,11 +1,11 @@
 """The sketch: one linear map Q from parameter space to R^D, the same for every example, worker and run with its seed.
 
-Legend: B batch, R rank, P parameters, D sketch, F = D // 2 + 1.
+Legend: B batch, R rank, P parameters, D sketch, w window, F = w // 2 + 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.fisher.contributions import Contribution, Dense, Outer, Sum, flat_blocks
 from pipeline.fisher.parameters import ParameterLayout
-from pipeline.fisher.tensorsketch import Hashes, fourier, fourier_is_cheaper, scatter
+from pipeline.fisher.tensorsketch import Hashes, fourier, fourier_is_cheaper, scatter, window_width
 
 Method = Literal["auto", "fft", "scatter"]
 
@@ -48,6 +48,10 @@ class Sketch(Protocol):
     def dim(self) -> int:
         """D."""
 
+    @property
+    def exact(self) -> bool:
+        """Whether inner products are kept as they are."""
+
     def apply(self, contributions: Mapping[str, Contribution], method: Method = "auto") -> Tensor:
         """Sketched rows (B, R, D). `method` chooses how the map is computed, never its result beyond rounding."""
 
@@ -78,6 +82,7 @@ class IdentitySketch:
     """D = P: the parameters one after the other, for small models and tests."""
 
     layout: ParameterLayout
+    exact = True
 
     @property
     def dim(self) -> int:
@@ -96,10 +101,12 @@ class IdentitySketch:
 
 
 class TensorSketch:
-    """Entry (o, i) of each parameter, seen as shape[0] × rest, to bucket (h_out[o] + h_in[i]) mod D with a sign.
+    """Entry (o, i) of each parameter, seen as shape[0] × rest, to bucket (h_out[o] + h_in[i]) mod w of its window.
 
     E⟨Qx, Qy⟩ = ⟨x, y⟩ over seeds.
     """
+
+    exact = False
 
     def __init__(self, layout: ParameterLayout, dim: int, seed: int) -> None:
         self.dim = dim
@@ -108,20 +115,24 @@ class TensorSketch:
 
     def apply(self, contributions: Mapping[str, Contribution], method: Method = "auto") -> Tensor:
         out_BRD = _zeros(contributions, self.dim)
-        out_BRF: Tensor | None = None
+        width = window_width(self.dim)
+        transforms: dict[int, Tensor] = {}
+        parts: list[tuple[Contribution, Hashes]] = []
         for name, contribution in contributions.items():
             hashes = self._hashes[name] = self._hashes[name].to(out_BRD.device)
-            for part in contribution.parts if isinstance(contribution, Sum) else (contribution,):
-                if isinstance(part, Outer) and (
-                    method == "fft" or (method == "auto" and fourier_is_cheaper(part, self.dim))
-                ):
-                    if out_BRF is None:
-                        out_BRF = torch.fft.rfft(torch.zeros_like(out_BRD))
-                    fourier(part, hashes, out_BRF)
-                else:
-                    scatter(part, hashes, out_BRD)
-        if out_BRF is not None:
-            out_BRD += torch.fft.irfft(out_BRF, n=self.dim)
+            parts += [(p, hashes) for p in (contribution.parts if isinstance(contribution, Sum) else (contribution,))]
+        reading: dict[tuple[Hashable, int], list[tuple[Outer, Hashes]]] = {}
+        for part, hashes in parts:
+            if isinstance(part, Outer) and (method == "fft" or (method == "auto" and fourier_is_cheaper(part, width))):
+                reading.setdefault((part.inputs_key(), hashes.start), []).append((part, hashes))
+            else:
+                scatter(part, hashes, out_BRD)
+        for (_, start), group in reading.items():
+            if start not in transforms:
+                transforms[start] = torch.fft.rfft(torch.zeros_like(out_BRD[..., :width]))
+            fourier([part for part, _ in group], [hashes for _, hashes in group], transforms[start])
+        for start, out_BRF in transforms.items():
+            out_BRD[..., start : start + width] += torch.fft.irfft(out_BRF, n=width)
         return out_BRD
 
     def apply_dense(self, vectors: Mapping[str, Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.fisher import GradientCollector, SketchSpec, make_sketch
+from pipeline.fisher import GradientCollector, LabelSpec, SketchSpec, make_sketch
 from pipeline.runtime.model import ModelSpec
 from pipeline.store import DirectionStore, FisherStore, open_factorization, read_table, write_json_atomically
 from pipeline.verification import accumulate_directions, lift_weights, zero_directions
@@ -36,10 +36,16 @@ class LiftWorker:
     """Lifts blocks of components, one call each."""
 
     def __init__(
-        self, model: ModelSpec, sketch: SketchSpec, paths: LiftPaths, checksums: dict[int, str], batch_size: int
+        self,
+        model: ModelSpec,
+        labels: LabelSpec,
+        sketch: SketchSpec,
+        paths: LiftPaths,
+        checksums: dict[int, str],
+        batch_size: int,
     ) -> None:
         self._loaded = model.load()
-        self._collector = GradientCollector(self._loaded.model, self._loaded.logits, self._loaded.layout)
+        self._collector = GradientCollector(self._loaded.model, self._loaded.logits, self._loaded.layout, labels)
         self._sketch = make_sketch(sketch, self._loaded.layout)
         self._fishers = FisherStore.open(paths.fishers)
         self._directions = DirectionStore.open(paths.directions)
@@ -66,10 +72,12 @@ class LiftWorker:
                 block,
                 torch.from_numpy(arrays["frobenius_norms"]),
             )
-            used = weights_kNR.abs().amax(dim=(0, 2)).nonzero()[:, 0]
-            for rows in used.split(self._batch_size):
-                batch = self._loaded.batch((start + rows).tolist())
-                accumulate_directions(self._collector, batch, weights_kNR[:, rows], directions, len(rows))
+            used = start + weights_kNR.abs().amax(dim=(0, 2)).nonzero()[:, 0]
+            for examples in self._loaded.batches(used.tolist(), self._batch_size):
+                batch = self._loaded.batch(examples)
+                weights_kBR = weights_kNR[:, torch.tensor(examples) - start]
+                targets = self._loaded.targets(batch, examples)
+                accumulate_directions(self._collector, batch, weights_kBR, directions, examples, targets)
         return [
             self._write(component, {name: tensor[position] for name, tensor in directions.items()})
             for position, component in enumerate(block)

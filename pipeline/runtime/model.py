@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pipeline.fisher import ParameterLayout, UnsupportedModelError, model_fingerprint, select_parameters
+from pipeline.fisher import ParameterLayout, UnsupportedModelError, left_out, model_fingerprint, select_parameters
 from pipeline.runtime.executor import ExecutorError
-from pipeline.tasks import Examples, Task, TaskError, load_task, to_device, user_code
+from pipeline.tasks import IGNORED, UNKNOWN, Examples, Task, TaskError, load_task, to_device, user_code
+from pipeline.verification import kl_divergence
 
 _REQUIRED = ("id", "label")
 _COLUMNS: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
@@ -94,10 +98,50 @@ class LoadedModel:
         layout = select_parameters(self.model, self.spec.include, self.spec.exclude)
         object.__setattr__(self, "layout", layout)
 
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Parameters that are not in the layout, and why."""
+        return left_out(self.model, self.layout, self.spec.exclude)
+
     def batch(self, indices: Sequence[int]) -> Any:
         with self.spec.user_code(self.task, "examples().batch"):
             batch = self.examples.batch(indices)
         return to_device(batch, self.device)
+
+    def targets(self, batch: Any, indices: Sequence[int]) -> Tensor:
+        """Class of each prediction of a batch: (B, T) where the task has them, else (B,) from the table's labels."""
+        with self.spec.user_code(self.task, "targets"):
+            targets = self.task.targets(batch)
+        if targets is None:
+            return torch.from_numpy(self.labels_N[list(indices)]).to(self.device)
+        if not isinstance(targets, Tensor):
+            raise TaskError(f"task {self.spec.task!r}: targets() must return a tensor or None, not {_kind(targets)}")
+        return targets
+
+    @cached_property
+    def labels_N(self) -> NDArray[np.int64]:
+        """The table's labels, UNKNOWN where they are null."""
+        labels: NDArray[np.int64] = self.table()["label"].cast(pa.int64()).fill_null(UNKNOWN).to_numpy()
+        return labels
+
+    @cached_property
+    def lengths(self) -> Sequence[int] | None:
+        """Size of each example, if they have sizes."""
+        with self.spec.user_code(self.task, "examples().lengths"):
+            lengths = self.examples.lengths()
+        if lengths is not None and len(lengths) != len(self.examples):
+            raise TaskError(
+                f"task {self.spec.task!r}: examples().lengths() must give one size per example, {len(self.examples)}, "
+                f"not {len(lengths)}"
+            )
+        return lengths
+
+    def batches(self, indices: Sequence[int], batch_size: int) -> list[list[int]]:
+        """`indices` cut into batches, of examples of like size, so that little is padding; always the same ones."""
+        ordered = list(indices)
+        if self.lengths is not None:
+            ordered.sort(key=self.lengths.__getitem__)
+        return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
     def logits(self, model: nn.Module, batch: Any) -> Tensor:
         with self.spec.user_code(self.task, "logits"):
@@ -130,23 +174,51 @@ class LoadedModel:
         return table
 
     @torch.no_grad()
-    def predict(self, indices: Sequence[int], batch_size: int) -> Tensor:
-        """Logits (n, C) of these examples at the parameters that the model has now, on the CPU.
+    def predict(self, indices: Sequence[int], batch_size: int) -> Predictions:
+        """What the model predicts on these examples at the parameters that it has now, on the CPU.
 
         Raises:
-            TaskError: the logits are not (B, C).
+            TaskError: the logits are not (B, C), or (B, T, C) with targets (B, T).
         """
-        parts = []
-        for start in range(0, len(indices), batch_size):
-            chosen = indices[start : start + batch_size]
-            logits = self.logits(self.model, self.batch(chosen))
-            if logits.ndim != 2 or logits.shape[0] != len(chosen):
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for chosen in self.batches(indices, batch_size):
+            batch = self.batch(chosen)
+            logits, targets = self.logits(self.model, batch), self.targets(batch, chosen)
+            if logits.shape[:-1] != targets.shape or logits.dim() < 2 or len(logits) != len(chosen):
+                found_shape = " x ".join(map(str, logits.shape)) or "a single number"
+                hint = " (positions too only where targets() says which of them count)" if logits.dim() == 3 else ""
                 raise TaskError(
-                    f"task {self.spec.task!r}: logits() must return examples x classes, here {len(chosen)} x C, "
-                    f"not {' x '.join(map(str, logits.shape)) or 'a single number'}"
+                    f"task {self.spec.task!r}: logits() must return examples x classes, here {len(chosen)} x C, not "
+                    f"{found_shape}{hint}"
                 )
-            parts.append(logits.float().cpu())
-        return torch.cat(parts)
+            for index, row, classes in zip(chosen, logits, targets, strict=True):
+                made = classes != IGNORED
+                found[index] = row[made].float().reshape(-1, row.shape[-1]).cpu(), classes[made].reshape(-1).cpu()
+        rows = [found[index] for index in indices]
+        return Predictions([logits for logits, _ in rows], [classes for _, classes in rows])
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Of some examples, each with one prediction or several: their logits (n, C), and their classes (n,), UNKNOWN where
+    they are not known."""
+
+    logits: list[Tensor]
+    classes: list[Tensor]
+
+    def __getitem__(self, which: slice) -> Predictions:
+        return Predictions(self.logits[which], self.classes[which])
+
+    def accuracy(self) -> float | None:
+        """Share of right ones among the predictions of known class; None if there are none."""
+        logits, classes = torch.cat(self.logits), torch.cat(self.classes)
+        known = classes >= 0
+        return float((logits.argmax(-1) == classes)[known].double().mean()) if known.any() else None
+
+    def mean_kl(self, original: Predictions) -> float:
+        """Mean over the examples of KL(p ‖ p_original), nats; an example's is the mean over its predictions."""
+        kl = kl_divergence(torch.cat(self.logits), torch.cat(original.logits))
+        return float(torch.stack([part.mean() for part in kl.split([len(each) for each in self.logits])]).nanmean())
 
 
 def _kind(value: object) -> str:

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import pyarrow as pa
+from torch import Tensor
 
 from pipeline.fisher import (
+    FisherBatch,
+    LabelSpec,
     ParameterLayout,
     PerExampleFishers,
-    Sketch,
     SketchSpec,
     check_coverage,
     make_sketch,
     model_fingerprint,
 )
 from pipeline.runtime.model import LoadedModel, ModelSpec
+from pipeline.runtime.probe import largest_batch_size
 from pipeline.tasks import TaskError
 
 _COVERAGE_EXAMPLES = 2
 _TRIED_EXAMPLES = 256
 """If none of so many examples is valid, the model or the data set is broken."""
+_MOST_LOGITS = 4096
+"""Classes up to which the logits of every example are stored."""
 
 
 @dataclass(frozen=True)
@@ -29,52 +35,80 @@ class TaskFacts:
     """What the driver must know of a task before it can lay out a store."""
 
     n_classes: int
+    rank: int
+    """Rows that an example's factor has at most."""
+    with_logits: bool
+    """Whether an example is one prediction, with few enough classes to store its logits."""
     class_names: tuple[str, ...]
     examples: pa.Table
     layout: ParameterLayout
+    left_out: dict[str, str]
+    """Parameters that no Fisher is taken of, and why."""
     sketch_dim: int
+    batch_size: int
     model_fingerprint: str
 
 
 class TaskWorker:
     """Prepares a task and looks at it."""
 
-    def __init__(self, model: ModelSpec) -> None:
-        self._spec = model
+    def __init__(self, model: ModelSpec, labels: LabelSpec) -> None:
+        self._spec, self._labels = model, labels
 
-    def inspect(self, sketch: SketchSpec) -> TaskFacts:
+    def inspect(self, wanted: tuple[SketchSpec, int | Literal["auto"], int]) -> TaskFacts:
         """Prepare the task, load it, and check everything that can be checked before the first shard.
+
+        Args:
+            wanted: the sketch, the batch size, and the bytes that a batch may take where that is "auto".
 
         Raises:
             TaskError: the data set is empty, logits, labels and class names do not fit, or no example is valid.
             UnsupportedModelError: a selected parameter's gradients cannot be had.
         """
+        sketch, batch_size, limit = wanted
         self._spec.prepare()
         loaded = self._spec.load()
         n_examples = len(loaded.examples)
         if n_examples == 0:
             raise TaskError(f"task {self._spec.task!r} has no examples: there is nothing to compute Fishers of")
         table = loaded.table()
-        n_classes = loaded.predict(range(min(_COVERAGE_EXAMPLES, n_examples)), batch_size=_COVERAGE_EXAMPLES).shape[1]
+        first = range(min(_COVERAGE_EXAMPLES, n_examples))
+        n_classes = loaded.predict(first, batch_size=_COVERAGE_EXAMPLES).logits[0].shape[-1]
         class_names = _class_names(loaded, n_classes)
         _check_labels(self._spec.task, table["label"], n_classes)
         linear_map = make_sketch(sketch, loaded.layout)
-        check_coverage(loaded.model, loaded.logits, loaded.batch(_valid_examples(loaded, linear_map)), loaded.layout)
+        fishers = PerExampleFishers(loaded.model, loaded.logits, loaded.layout, linear_map, self._labels)
+        valid = _valid_examples(loaded, fishers)
+        batch, targets = _with_targets(loaded, valid)
+        check_coverage(
+            loaded.model, loaded.logits, batch, loaded.layout, labels=self._labels, examples=valid, targets=targets
+        )
         return TaskFacts(
             n_classes=n_classes,
+            rank=self._labels.max_rank(n_classes),
+            with_logits=targets.dim() == 1 and n_classes <= _MOST_LOGITS,
             class_names=class_names,
             examples=table,
             layout=loaded.layout,
+            left_out=loaded.left_out,
             sketch_dim=linear_map.dim,
+            batch_size=largest_batch_size(loaded, fishers, limit) if batch_size == "auto" else batch_size,
             model_fingerprint=model_fingerprint(loaded.model, loaded.layout),
         )
+
+
+def _with_targets(loaded: LoadedModel, examples: Sequence[int]) -> tuple[Any, Tensor]:
+    batch = loaded.batch(examples)
+    return batch, loaded.targets(batch, examples)
 
 
 def _class_names(loaded: LoadedModel, n_classes: int) -> tuple[str, ...]:
     names = getattr(loaded.examples, "class_names", None)
     if not isinstance(names, Sequence) or isinstance(names, str):
-        raise TaskError(f"task {loaded.spec.task!r}: examples().class_names must be a list of {n_classes} names")
-    if n_classes < 2 or n_classes != len(names):
+        raise TaskError(
+            f"task {loaded.spec.task!r}: examples().class_names must be a list of {n_classes} names, or empty"
+        )
+    if n_classes < 2 or len(names) not in (0, n_classes):
         raise TaskError(
             f"task {loaded.spec.task!r}: the model has {n_classes} logits for {len(names)} class names: there must be "
             "as many names as logits, and at least two"
@@ -91,14 +125,15 @@ def _check_labels(task: str, labels: pa.ChunkedArray, n_classes: int) -> None:
             )
 
 
-def _valid_examples(loaded: LoadedModel, sketch: Sketch) -> list[int]:
+def _valid_examples(loaded: LoadedModel, fishers: PerExampleFishers) -> list[int]:
     """The first few examples with finite logits and gradients, to check the model on."""
-    fishers = PerExampleFishers(loaded.model, loaded.logits, loaded.layout, sketch)
     tried = min(len(loaded.examples), _TRIED_EXAMPLES)
     valid: list[int] = []
     for start in range(0, tried, _COVERAGE_EXAMPLES):
         indices = range(start, min(start + _COVERAGE_EXAMPLES, tried))
-        valid += [start + int(row) for row in fishers(loaded.batch(indices), len(indices)).valid_B.nonzero()[:, 0]]
+        batch, targets = _with_targets(loaded, indices)
+        found: FisherBatch = fishers(batch, indices, targets)
+        valid += [start + int(row) for row in found.valid_B.nonzero()[:, 0]]
         if len(valid) >= _COVERAGE_EXAMPLES:
             break
     if not valid:

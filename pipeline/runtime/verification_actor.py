@@ -12,13 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.runtime.model import ModelSpec
+from pipeline.runtime.model import ModelSpec, Predictions
 from pipeline.store import SCHEMAS, DirectionStore, open_factorization, read_table, write_table
 from pipeline.verification import (
     baseline_examples,
     find_step_size,
     fisher_norm_ratio,
-    kl_divergence,
     moved,
     parameter_norm,
     random_direction,
@@ -42,14 +41,14 @@ class VerificationPaths:
 
 @dataclass(frozen=True)
 class Effect:
-    """What a step of size ``epsilon`` did; logits are those after it."""
+    """What a step of size ``epsilon`` did; predictions are those after it."""
 
     epsilon: float
     reached_target: bool
     kl_top: float
     kl_baseline: float
-    top_logits: Tensor
-    baseline_logits: Tensor
+    top: Predictions
+    baseline: Predictions
 
     @property
     def kl_ratio(self) -> float:
@@ -74,7 +73,6 @@ class VerificationWorker:
         self._paths, self._n_top, self._n_baseline = paths, n_top, n_baseline
         self._target_kl, self._seed, self._batch_size = target_kl, seed, batch_size
         table = read_table(paths.examples, "examples")
-        self._labels_N = table["label"].fill_null(-1).to_numpy()
         self._norms_N = table["fisher_norm"].to_numpy()
         valid_N = table["valid"].to_numpy()
         split_N = np.asarray(table["split"].to_pylist())
@@ -126,10 +124,10 @@ class VerificationWorker:
             "random_kl_top": control.kl_top,
             "random_kl_baseline": control.kl_baseline,
             "random_kl_ratio": control.kl_ratio,
-            "accuracy_top_before": self._accuracy(before[: len(top)], top),
-            "accuracy_top_after": self._accuracy(effect.top_logits, top),
-            "accuracy_baseline_before": self._accuracy(before[len(top) :], baseline),
-            "accuracy_baseline_after": self._accuracy(effect.baseline_logits, baseline),
+            "accuracy_top_before": before[: len(top)].accuracy(),
+            "accuracy_top_after": effect.top.accuracy(),
+            "accuracy_baseline_before": before[len(top) :].accuracy(),
+            "accuracy_baseline_after": effect.baseline.accuracy(),
             "reached_target": effect.reached_target,
         }
 
@@ -139,37 +137,29 @@ class VerificationWorker:
         sign: int,
         top: NDArray[np.int64],
         baseline: NDArray[np.int64],
-        before: Tensor,
+        before: Predictions,
     ) -> Effect:
         """The effect of the step that moves the top examples by the target KL."""
 
-        def top_logits(epsilon: float) -> Tensor:
+        def at(epsilon: float) -> Predictions:
             with moved(self._loaded.model, direction, sign * epsilon):
                 return self._loaded.predict(top.tolist(), self._batch_size)
 
         step = find_step_size(
-            lambda epsilon: float(kl_divergence(top_logits(epsilon), before[: len(top)]).mean()),
+            lambda epsilon: at(epsilon).mean_kl(before[: len(top)]),
             self._target_kl,
             longest=parameter_norm(self._loaded.model, direction),
         )
         with moved(self._loaded.model, direction, sign * step.epsilon):
-            baseline_logits = self._loaded.predict(baseline.tolist(), self._batch_size)
+            after = self._loaded.predict(baseline.tolist(), self._batch_size)
         return Effect(
             epsilon=step.epsilon,
             reached_target=step.reached_target,
             kl_top=step.kl,
-            kl_baseline=float(kl_divergence(baseline_logits, before[len(top) :]).mean()),
-            top_logits=top_logits(step.epsilon),
-            baseline_logits=baseline_logits,
+            kl_baseline=after.mean_kl(before[len(top) :]),
+            top=at(step.epsilon),
+            baseline=after,
         )
-
-    def _accuracy(self, logits: Tensor, examples: NDArray[np.int64]) -> float | None:
-        """Share of right predictions among the labelled ones; None where there are no labels."""
-        labels = self._labels_N[examples]
-        known = labels >= 0
-        if not known.any():
-            return None
-        return float((logits.argmax(-1).numpy()[known] == labels[known]).mean())
 
 
 def _seed(seed: int, component: int, purpose: str) -> int:

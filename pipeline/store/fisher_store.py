@@ -4,7 +4,9 @@
     frobenius_norms  (N,)       float64                                         ‖F_i‖_F, exact
     grams            (N, R, R)  float64                                         A_i A_iᵀ, exact
     ranks            (N,)       int32                                           rows of A_i in use
-    logits           (N, C)     float32
+    kept_trace       (N,)       float64                                         share of trace(S) that they keep, or NaN
+    losses           (N,)       float32                                         mean of -log p(label), NaN if unknown
+    logits           (N, C)     float32                                         where an example is one prediction
     labels           (N,)       int64
     valid            (N,)       bool                                            False: not finite, to be left out
 
@@ -35,7 +37,7 @@ from pipeline.store.manifest import checksum as checksum_of
 from pipeline.store.manifest import record_path
 
 StoreDtype = Literal["float16", "bfloat16", "float32"]
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _KIND = "a Fisher store"
 
 
@@ -47,20 +49,26 @@ class _ArraySpec:
     fill: float | int | bool
 
 
-def _array_specs(rank: int, dim: int, n_classes: int, store_dtype: StoreDtype) -> dict[str, _ArraySpec]:
+def _array_specs(
+    rank: int, dim: int, n_classes: int, store_dtype: StoreDtype, with_logits: bool
+) -> dict[str, _ArraySpec]:
     bits = _ArraySpec((rank, dim), "uint16", NAN_BITS)
-    return {
+    specs = {
         "factors": bits if store_dtype == "bfloat16" else _ArraySpec((rank, dim), store_dtype, np.nan),
         "frobenius_norms": _ArraySpec((), "float64", np.nan),
         "grams": _ArraySpec((rank, rank), "float64", np.nan),
         "ranks": _ArraySpec((), "int32", -1),
+        "kept_trace": _ArraySpec((), "float64", np.nan),
+        "losses": _ArraySpec((), "float32", np.nan),
         "logits": _ArraySpec((n_classes,), "float32", np.nan),
         "labels": _ArraySpec((), "int64", np.iinfo(np.int64).min),
         "valid": _ArraySpec((), "bool", False),
     }
+    return specs if with_logits else {name: spec for name, spec in specs.items() if name != "logits"}
 
 
-ARRAY_NAMES = tuple(_array_specs(1, 1, 1, "float32"))
+ARRAY_NAMES = tuple(_array_specs(1, 1, 1, "float32", with_logits=True))
+"""Of a store with logits; `FisherStore.array_names` are those that a store has."""
 
 
 class FisherStore:
@@ -75,7 +83,8 @@ class FisherStore:
         self.dim: int = attrs["dim"]
         self.n_classes: int = attrs["n_classes"]
         self.store_dtype: StoreDtype = attrs["store_dtype"]
-        self._specs = _array_specs(self.rank, self.dim, self.n_classes, self.store_dtype)
+        self._specs = _array_specs(self.rank, self.dim, self.n_classes, self.store_dtype, attrs["with_logits"])
+        self.array_names = tuple(self._specs)
         self._arrays = dict(arrays)
 
     @classmethod
@@ -90,8 +99,11 @@ class FisherStore:
         shard_size: int,
         store_dtype: StoreDtype,
         attrs: Mapping[str, Any],
+        with_logits: bool = True,
     ) -> FisherStore:
         """A new store without any shard; `attrs` (JSON: parameter layout, sketch, model fingerprint, ...) are kept.
+
+        Without logits where an example is a sequence of predictions, or the classes are a vocabulary.
 
         Raises:
             StoreError: there is something at `path` already, the sizes are impossible, or it cannot be written.
@@ -109,10 +121,11 @@ class FisherStore:
         if store_dtype not in get_args(StoreDtype):
             raise StoreError(f"store_dtype {store_dtype!r} is unknown: choose {', '.join(get_args(StoreDtype))}")
         own = {"normalised": True, "n_examples": n_examples, **sizes, "store_dtype": store_dtype}
+        own["with_logits"] = with_logits
         with replacing_directory(path) as partial:
             group = create_group(partial, _KIND, SCHEMA_VERSION, own, attrs)
             rows = min(shard_size, n_examples)
-            for name, spec in _array_specs(rank, dim, n_classes, store_dtype).items():
+            for name, spec in _array_specs(rank, dim, n_classes, store_dtype, with_logits).items():
                 example_bytes = int(np.prod(spec.tail, dtype=np.int64)) * np.dtype(spec.dtype).itemsize
                 group.create_array(
                     name,
@@ -134,8 +147,9 @@ class FisherStore:
         """
         path = Path(path)
         group, attrs = open_group(path, _KIND, SCHEMA_VERSION, "fishers")
-        arrays = {name: open_array(group, path, name, "fishers") for name in ARRAY_NAMES}
-        for name in set(ARRAY_NAMES) - {"factors"}:
+        names = [name for name in ARRAY_NAMES if name != "logits" or attrs["with_logits"]]
+        arrays = {name: open_array(group, path, name, "fishers") for name in names}
+        for name in set(names) - {"factors"}:
             # Zarr skips chunks that equal the fill value, as a shard without a valid example may; written anyway, a
             # missing file is always a loss. Factors never equal theirs, and their padding is worth skipping.
             arrays[name] = arrays[name].with_config({"write_empty_chunks": True})
@@ -162,15 +176,15 @@ class FisherStore:
         Raises:
             StoreError: the shard is missing, truncated, corrupt, or not the one the checksum was made of.
         """
-        stored = {name: self._read(name, shard, slice(*self.plan.bounds(shard))) for name in ARRAY_NAMES}
+        stored = {name: self._read(name, shard, slice(*self.plan.bounds(shard))) for name in self.array_names}
         if checksum is not None and checksum_of(stored) != checksum:
             raise self._shard_error(shard, "does not match its checksum")
         return {name: self._decode(name, values) for name, values in stored.items()}
 
     def read_rows(
-        self, indices: Sequence[int] | np.ndarray, names: Iterable[str] = ARRAY_NAMES
+        self, indices: Sequence[int] | np.ndarray, names: Iterable[str] | None = None
     ) -> dict[str, np.ndarray]:
-        """The given examples, in the given order, of the named arrays; `factors` as float32.
+        """The given examples, in the given order, of the named arrays (all unless given); `factors` as float32.
 
         Raises:
             IndexError: an index is outside 0..N-1.
@@ -182,7 +196,7 @@ class FisherStore:
         shards, firsts = np.unique(rows // self.plan.shard_size, return_index=True)
         rows_by_shard = np.split(rows, firsts[1:])
         result = {}
-        for name in names:
+        for name in self.array_names if names is None else names:
             spec = self._specs[name]
             parts = [self._read(name, int(i), some) for i, some in zip(shards, rows_by_shard, strict=False)]
             stored = np.concatenate([np.empty((0, *spec.tail), spec.dtype), *parts])
@@ -193,8 +207,8 @@ class FisherStore:
         """The arrays as they are stored, or StoreError."""
         start, stop = self.plan.bounds(shard)
         where = f"shard {shard} of {self.path}"
-        if set(arrays) != set(ARRAY_NAMES):
-            raise StoreError(f"{where} needs the arrays {sorted(ARRAY_NAMES)}, not {sorted(arrays)}")
+        if set(arrays) != set(self.array_names):
+            raise StoreError(f"{where} needs the arrays {sorted(self.array_names)}, not {sorted(arrays)}")
         stored = {}
         for name, spec in self._specs.items():
             values, shape = arrays[name], (stop - start, *spec.tail)
@@ -219,7 +233,7 @@ class FisherStore:
         for name in ("frobenius_norms", "grams"):
             if not np.isfinite(stored[name]).all():
                 raise StoreError(f"{name} of {where} are not finite: {remedy}")
-        if not np.isfinite(stored["logits"][stored["valid"]]).all():
+        if "logits" in stored and not np.isfinite(stored["logits"][stored["valid"]]).all():
             raise StoreError(f"logits of {where} are not finite: mark such examples as not valid")
         if ((stored["ranks"] < 0) | (stored["ranks"] > self.rank)).any():
             raise StoreError(f"ranks of {where} are not all in 0..{self.rank}")

@@ -36,7 +36,7 @@ def _schema(columns: str) -> pa.Schema:
 SCHEMAS: dict[str, pa.Schema] = {
     "examples": _schema(
         "example:int id:str label:int? prediction:int? correct:bool? split:str valid:bool fisher_norm:float "
-        "logits:float32s image:bytes? text:str?"
+        "fisher_rank:int kept_trace:float? loss:float? logits:float32s? image:bytes? text:str?"
     ),
     "classes": _schema("class:int name:str"),
     "components": _schema(
@@ -57,7 +57,10 @@ SCHEMAS: dict[str, pa.Schema] = {
 }
 """By table name.
 
-examples: one row per example; `split` "fit" or "held_out"; `image` a PNG; `fisher_norm` is ‖F_i‖_F.
+examples: one row per example; `split` "fit" or "held_out"; `image` a PNG; `fisher_norm` is ‖F_i‖_F; `fisher_rank` the
+    rows of its factor; `kept_trace` the share of the labels' Fisher trace in them, null for sampled and empirical
+    labels; `loss` the mean of -log p(label), null without labels; `prediction`, `correct` and `logits` are null for
+    sequences.
 classes: the names of the model's classes.
 components: `mass` Σ_i W_ij and `energy` Σ_i W_ij² over the fit examples; `nearest_*` by |cos| in the sketch, null for a
     single component; `lift_cosine` of the sketched direction to the component, null before the lift.

@@ -6,14 +6,20 @@ import importlib
 import inspect
 from typing import Any
 
-from pipeline.tasks.base import Examples, Task, TaskError, to_device
+from pipeline.tasks.base import IGNORED, UNKNOWN, Examples, Task, TaskError, to_device
 from pipeline.tasks.user_code import user_code
 
-__all__ = ["Examples", "Task", "TaskError", "load_task", "to_device", "user_code"]
+__all__ = ["IGNORED", "UNKNOWN", "Examples", "Task", "TaskError", "load_task", "to_device", "user_code"]
 
+_HUGGING_FACE = "pipeline.tasks.huggingface"
 _BUILT_IN = {
     "digits": "pipeline.tasks.digits:DigitsTask",
-    "huggingface-sequence-classification": "pipeline.tasks.huggingface:SequenceClassificationTask",
+    "huggingface-sequence-classification": f"{_HUGGING_FACE}.sequence_classification:SequenceClassificationTask",
+    "huggingface-token-classification": f"{_HUGGING_FACE}.token_classification:TokenClassificationTask",
+    "huggingface-image-classification": f"{_HUGGING_FACE}.image_classification:ImageClassificationTask",
+    "huggingface-causal-lm": f"{_HUGGING_FACE}.causal_lm:CausalLMTask",
+    "huggingface-seq2seq-lm": f"{_HUGGING_FACE}.seq2seq_lm:Seq2SeqLMTask",
+    "huggingface-multiple-choice": f"{_HUGGING_FACE}.multiple_choice:MultipleChoiceTask",
 }
 
 

@@ -16,6 +16,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+IGNORED = -100
+"""In `Task.targets`: no prediction is made at this position."""
+UNKNOWN = -1
+"""In `Task.targets`: a prediction is made at this position, and its class is not known."""
+
 
 class TaskError(ValueError):
     """A task that cannot be used as it was asked for; the message says what to change."""
@@ -25,7 +30,7 @@ class Examples(ABC):
     """N examples in a fixed order, numbered from 0."""
 
     class_names: Sequence[str]
-    """Names of the C classes, in the order of the logits."""
+    """Names of the C classes, in the order of the logits; empty where they have none (a vocabulary)."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -38,6 +43,11 @@ class Examples(ABC):
     def table(self) -> pa.Table:
         """One row per example, in order: ``id`` (string) and ``label`` (int64, null where unknown), for people to look
         at ``text`` (string) or ``image`` (PNG bytes), and any further columns of scalars to query by."""
+
+    def lengths(self) -> Sequence[int] | None:
+        """Size of each example, such as its number of tokens: examples of like size are put into one batch. None where
+        all have one size."""
+        return None
 
 
 class Task(ABC):
@@ -56,7 +66,15 @@ class Task(ABC):
 
     @abstractmethod
     def logits(self, model: nn.Module, batch: Any) -> Tensor:
-        """z(x; θ), shape (B, C), of a batch that `Examples.batch` made, moved to the model's device."""
+        """z(x; θ) of a batch that `Examples.batch` made, moved to the model's device: (B, C), or (B, T, C) where one
+        example makes several predictions (a sequence). The logits at t are those of the prediction `targets` has at t:
+        a causal language model's are shifted here."""
+
+    def targets(self, batch: Any) -> Tensor | None:
+        """Class of each prediction, int64 (B, T): `IGNORED` where none is made, `UNKNOWN` where its class is not known.
+        It says which positions of (B, T, C) logits count. None: each example makes one prediction, whose class is the
+        table's ``label``."""
+        return None
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -63,18 +63,21 @@ def accumulate_directions(
     batch: Any,
     weights_kBR: Tensor,
     directions: dict[str, Tensor],
-    n_examples: int | None = None,
+    examples: Sequence[int] | int | None = None,
+    targets: Tensor | None = None,
 ) -> None:
     """Add Σ_{b,r} weights[k, b, r] A_br to `directions`, (k, *shape) for each parameter, in place; not normalised.
 
-    Examples whose weights are all zero are left out, so rows that are not finite do no harm there.
+    Examples whose weights are all zero are left out, so rows that are not finite do no harm there. `examples` and
+    `targets` as of `GradientCollector.collect`.
     """
     live_B = weights_kBR.ne(0).any(dim=2).any(dim=0)
     if not live_B.any():
         return
-    collected = collector.collect(batch, n_examples)
-    live_B = live_B.to(collected.logits_BC.device)
-    weights_kBR = weights_kBR.to(live_B.device)[:, live_B]
+    collected = collector.collect(batch, examples, targets)
+    scales_B = collected.labels.scales_B
+    live_B = live_B.to(scales_B.device)
+    weights_kBR = (weights_kBR.to(scales_B) * scales_B[:, None])[:, live_B]
     with torch.no_grad():
         for name, contribution in collected.contributions.items():
             directions[name] += contribution.examples(live_B).weighted_sum(weights_kBR)

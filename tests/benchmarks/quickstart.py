@@ -115,11 +115,11 @@ def fishers(run: RunDirectory, folder: Path) -> dict[str, float]:
             parameter.requires_grad_(False)
         for batch in batches:
             inputs = loaded.batch(batch).requires_grad_()
-            logits_BC = loaded.logits(loaded.model, inputs)
-            factors_BCR = exact_label_factor(logits_BC.detach()).to(logits_BC.dtype)
+            logits = loaded.logits(loaded.model, inputs)
+            factors_BCR = exact_label_factor(logits.detach()).to(logits.dtype)
             rank = factors_BCR.shape[2]
             for r in range(rank):
-                torch.autograd.grad(logits_BC, inputs, factors_BCR[:, :, r], retain_graph=r + 1 < rank)
+                torch.autograd.grad(logits, inputs, factors_BCR[:, :, r], retain_graph=r + 1 < rank)
         for parameter, needed in zip(parameters, trainable, strict=True):
             parameter.requires_grad_(needed)
 

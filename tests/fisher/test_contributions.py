@@ -7,16 +7,20 @@ import torch
 from torch import Tensor
 
 from pipeline.fisher import contributions
-from pipeline.fisher.contributions import Contribution, Dense, Outer, Rows, Sum, add
+from pipeline.fisher.contributions import Contribution, Dense, Outer, Rows, Sum, add, total_gram, with_same_inputs
 
 
 def draw(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
+def deltas(*shape: int) -> tuple[Tensor, ...]:
+    return draw(*shape), draw(*shape)
+
+
 def outer(positions: int, groups: int = 1, inputs_first: bool = False) -> Outer:
     shape = (3, 4) if inputs_first else (4 * groups, 3)
-    return Outer(draw(5, groups, positions, 2, 4), draw(5, groups, positions, 3), shape, inputs_first)
+    return Outer(deltas(5, groups, positions, 4), draw(5, groups, positions, 3), shape, inputs_first)
 
 
 FORMS: dict[str, Callable[[], Contribution]] = {
@@ -45,10 +49,10 @@ def dense_definition(value: Contribution) -> Tensor:
     for b in range(value.n_examples):
         for r in range(value.rank):
             if isinstance(value, Outer):
-                _, groups, positions, _, o = value.deltas_BGTRo.shape
+                _, groups, positions, o = value.deltas[r].shape
                 for g in range(groups):
                     for t in range(positions):
-                        product = torch.outer(value.deltas_BGTRo[b, g, t, r], value.inputs_BGTi[b, g, t])
+                        product = torch.outer(value.deltas[r][b, g, t], value.inputs_BGTi[b, g, t])
                         if value.inputs_first:
                             rows[b, r] += product.T
                         else:
@@ -90,8 +94,8 @@ def test_uses_of_one_form_are_merged_and_the_sum_is_that_of_the_uses() -> None:
         ([outer(1), rows(), outer(2), Dense(draw(5, 2, 4, 3)), Sum((outer(1), rows()))], Sum),
         (
             [
-                Outer(draw(5, 1, 2, 2, 4), draw(5, 1, 2, 3), (4, 3)),
-                Outer(draw(5, 1, 2, 2, 3), draw(5, 1, 2, 4), (4, 3), True),
+                Outer(deltas(5, 1, 2, 4), draw(5, 1, 2, 3), (4, 3)),
+                Outer(deltas(5, 1, 2, 3), draw(5, 1, 2, 4), (4, 3), True),
             ],
             Sum,
         ),
@@ -101,3 +105,16 @@ def test_uses_of_one_form_are_merged_and_the_sum_is_that_of_the_uses() -> None:
         assert isinstance(total, form)
         expected = torch.stack([dense_definition(use) for use in uses]).sum(dim=0)
         torch.testing.assert_close(total.dense(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("positions", [2, 30])
+def test_the_gram_of_all_parameters_is_the_sum_of_theirs_also_where_they_read_the_same_inputs(positions: int) -> None:
+    inputs = draw(5, 1, positions, 3)
+    parts: list[Contribution] = [Outer(deltas(5, 1, positions, o), inputs, (o, 3)) for o in (4, 2)]
+    parts += [outer(positions), Dense(draw(5, 2, 7))]
+    groups, others = with_same_inputs(parts)
+    assert [len(group) for group in groups] == [2, 1]
+    assert others == parts[3:]
+    flat = [dense_definition(part).flatten(2) for part in parts]
+    expected = sum((rows @ rows.transpose(1, 2) for rows in flat), torch.zeros(5, 2, 2))
+    torch.testing.assert_close(total_gram(parts), expected, rtol=1e-12, atol=1e-12)

@@ -56,7 +56,7 @@ def test_fishers_norms_and_grams_equal_the_dense_definition(name: str, dtype: to
     assert relative_error(a.transpose(1, 2) @ a, expected) < tolerance
     assert relative_error(result.grams_BRR, a @ a.transpose(1, 2)) < tolerance
     assert relative_error(result.frobenius_norms_B[:, None], expected.flatten(1).norm(dim=1)[:, None]) < tolerance
-    assert result.ranks_B.tolist() == [a.shape[1]] * 7 == [result.logits_BC.shape[1] - 1] * 7
+    assert result.ranks_B.tolist() == [a.shape[1]] * 7 == [result.logits.shape[1] - 1] * 7
 
 
 @pytest.mark.parametrize("spec", [IDENTITY, SKETCH], ids=["identity", "tensorsketch"])
@@ -65,7 +65,9 @@ def test_factors_do_not_depend_on_the_batch_size(name: str, spec: SketchSpec) ->
     case = models.make(name)
     reference = factors(in_batches(fishers_of(case, spec), case, 32))
     for size in (1, 7):
-        assert relative_error(factors(in_batches(fishers_of(case, spec), case, size)), reference) < 1e-12
+        # rows that nearly depend on each other lose some digits when a sketch is calibrated
+        tolerance = 1e-12 if spec == IDENTITY else 1e-11
+        assert relative_error(factors(in_batches(fishers_of(case, spec), case, size)), reference) < tolerance
 
 
 def test_factors_do_not_depend_on_which_batch_came_first() -> None:
@@ -82,7 +84,7 @@ def test_padding_changes_nothing(name: str) -> None:
     padded = models.token_case(case.model, extra_padding=5)
     for spec in (IDENTITY, SKETCH):
         plain, longer = (factors(in_batches(fishers_of(each, spec), each, 7)) for each in (case, padded))
-        assert relative_error(longer, plain) < 1e-12
+        assert relative_error(longer, plain) < (1e-12 if spec == IDENTITY else 1e-11)
 
 
 def test_positions_shared_by_all_examples_are_told_from_a_batch_even_at_equal_length() -> None:
@@ -127,7 +129,7 @@ def test_a_gradient_that_overflows_marks_the_example() -> None:
         model.layer.bias.zero_()
     case = models.Case(model, models.call, list, 3)
     result = fishers_of(case)(torch.tensor([[1.0, 2.0], [0.0, 0.0], [3.0, 1.0]]))
-    assert result.logits_BC.isfinite().all()
+    assert result.logits.isfinite().all()
     assert result.valid_B.tolist() == [True, False, True]
 
 

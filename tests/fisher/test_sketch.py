@@ -34,12 +34,12 @@ def explicit_matrix(layout: ParameterLayout, dim: int, seed: int) -> Tensor:
         n_in = len(hashes.in_buckets)
         for o in range(len(hashes.out_buckets)):
             for i in range(n_in):
-                bucket = int(hashes.out_buckets[o] + hashes.in_buckets[i]) % dim
+                bucket = hashes.start + int(hashes.out_buckets[o] + hashes.in_buckets[i]) % hashes.width
                 matrix[bucket, offset + o * n_in + i] = float(hashes.out_signs[o] * hashes.in_signs[i])
     return matrix
 
 
-@pytest.mark.parametrize("dim", [1, 31, 64])
+@pytest.mark.parametrize("dim", [1, 31, 64, 1024])
 @pytest.mark.parametrize("name", models.NAMES)
 def test_fourier_and_scatter_are_the_explicit_matrix(name: str, dim: int) -> None:
     layout, contributions = collected(name)
@@ -87,19 +87,42 @@ def test_inner_products_are_unbiased_over_seeds_and_as_accurate_as_their_dimensi
     assert float(stacked.square().mean().sqrt()) < 2.5 / dim**0.5
 
 
-def test_hashes_depend_on_seed_and_name_only() -> None:
-    one = Hashes.draw(3, "layer.weight", (5, 7), 1000)
+def test_hashes_depend_on_seed_and_names_only() -> None:
+    one = Hashes.draw(3, "block.layer.weight", (5, 7), 4096)
     # pinned: a stored sketch must mean the same with every later version
-    assert one.out_buckets.tolist() == [442, 88, 479, 845, 640]
-    assert one.out_signs.tolist() == [1, -1, -1, 1, -1]
-    for other in (Hashes.draw(4, "layer.weight", (5, 7), 1000), Hashes.draw(3, "layer.bias", (5, 7), 1000)):
-        assert not torch.equal(one.out_buckets, other.out_buckets)
-    assert torch.equal(one.out_buckets, Hashes.draw(3, "layer.weight", (5, 70), 1000).out_buckets)
+    assert (one.start, one.width) == (1024, 1024)
+    assert one.out_buckets.tolist() == [393, 521, 57, 795, 718]
+    assert one.out_signs.tolist() == [1, -1, 1, 1, -1]
+    assert one.in_buckets.tolist() == [977, 260, 400, 657, 610, 468, 959]
+    assert one.in_signs.tolist() == [1, 1, 1, 1, 1, -1, 1]
+    for seed, name in ((4, "block.layer.weight"), (3, "block.other.weight")):
+        assert not torch.equal(one.out_buckets, Hashes.draw(seed, name, (5, 7), 4096).out_buckets)
+    assert torch.equal(one.out_buckets, Hashes.draw(3, "block.layer.weight", (5, 70), 4096).out_buckets)
+
+
+def test_rows_collide_only_where_there_are_more_than_buckets() -> None:
+    for n_rows, most in ((64, 1), (65, 2), (300, 5)):
+        assert int(Hashes.draw(0, "a.b.weight", (n_rows, 3), 64).out_buckets.bincount().max()) == most
+
+
+def test_windows_of_a_large_sketch_are_all_used() -> None:
+    starts = {Hashes.draw(0, f"layer.{i}.linear.weight", (2, 2), 1024).start for i in range(50)}
+    assert starts == {0, 256, 512, 768}
+
+
+def test_layers_of_one_module_share_the_hashes_of_their_inputs() -> None:
+    query, key, other = (Hashes.draw(0, name, (5, 7), 4096) for name in ("a.q.weight", "a.k.weight", "b.q.weight"))
+    assert torch.equal(query.in_buckets, key.in_buckets)
+    assert torch.equal(query.in_signs, key.in_signs)
+    assert query.start == key.start
+    assert not torch.equal(query.out_buckets, key.out_buckets)
+    assert not torch.equal(query.in_buckets, other.in_buckets)
 
 
 def test_cost_rule_prefers_the_fourier_way_for_few_positions_of_a_large_layer() -> None:
     def use(positions: int, width: int) -> Outer:
-        return Outer(torch.ones(1, 1, positions, 2, width), torch.ones(1, 1, positions, width), (width, width))
+        deltas = (torch.ones(1, 1, positions, width),) * 2
+        return Outer(deltas, torch.ones(1, 1, positions, width), (width, width))
 
     assert fourier_is_cheaper(use(4, 384), 1024)
     assert not fourier_is_cheaper(use(400, 384), 4096)
@@ -108,9 +131,10 @@ def test_cost_rule_prefers_the_fourier_way_for_few_positions_of_a_large_layer() 
 
 def test_positions_without_gradient_do_not_change_the_sketch() -> None:
     torch.manual_seed(0)
-    deltas, inputs = torch.randn(3, 1, 6, 2, 4), torch.randn(3, 1, 6, 5)
-    deltas[0, :, 2:] = 0
-    deltas[1] = 0
+    deltas, inputs = (torch.randn(3, 1, 6, 4), torch.randn(3, 1, 6, 4)), torch.randn(3, 1, 6, 5)
+    for row in deltas:
+        row[0, :, 2:] = 0
+        row[1] = 0
     layout = ParameterLayout(("w",), ((4, 5),))
     sketch = make_sketch(SketchSpec("tensorsketch", 16, 0), layout)
     garbage = inputs.clone()

@@ -21,6 +21,8 @@ def shard_arrays() -> Callable[..., dict[str, np.ndarray]]:
             "frobenius_norms": rng.uniform(1, 2, size=n),
             "grams": rng.normal(size=(n, RANK, RANK)),
             "ranks": np.full(n, RANK),
+            "kept_trace": rng.uniform(0.5, 1, size=n),
+            "losses": rng.uniform(0, 3, size=n),
             "logits": rng.normal(size=(n, N_CLASSES)),
             "labels": rng.integers(N_CLASSES, size=n),
             "valid": np.ones(n, dtype=bool),

@@ -39,6 +39,8 @@ def shard_arrays(n: int, seed: int, dim: int) -> dict[str, np.ndarray]:
         "frobenius_norms": np.ones(n),
         "grams": np.ones((n, 1, 1)),
         "ranks": np.ones(n, np.int32),
+        "kept_trace": np.ones(n),
+        "losses": np.ones(n, np.float32),
         "logits": rng.normal(size=(n, 2)),
         "labels": np.zeros(n, np.int64),
         "valid": np.ones(n, bool),

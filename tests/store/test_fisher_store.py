@@ -71,7 +71,7 @@ def test_shards_are_read_as_they_were_written(
 def test_plain_zarr_reads_the_store(filled: tuple[FisherStore, dict[int, str]], shard_arrays: ShardArrays) -> None:
     store, _ = filled
     group = zarr.open_group(store.path, mode="r")
-    assert group.attrs["schema_version"] == 1
+    assert group.attrs["schema_version"] == 2
     assert group.attrs["normalised"] is True
     assert group.attrs["sketch"] == {"kind": "identity"}
     factors = group["factors"]
@@ -346,7 +346,7 @@ def test_something_else_is_not_taken_for_a_store(tmp_path: Path) -> None:
 
 def test_another_schema_version_is_refused(store: FisherStore) -> None:
     zarr.open_group(store.path).attrs["schema_version"] = 99
-    with pytest.raises(StoreError, match="schema version 99 and this program reads 1"):
+    with pytest.raises(StoreError, match="schema version 99 and this program reads 2"):
         FisherStore.open(store.path)
 
 

@@ -1,0 +1,355 @@
+"""Diagonals of per-example Fisher matrices, f_b = Σ_r A_br ∘ A_br, from the contributions of one gradient pass.
+
+They are exact, and never formed for the whole batch: at any time they are there for one parameter and one block of
+examples. What is given of them is small: sums over groups of entries, the largest entries, the norm, and the weighted
+sum over examples, whose mean over a data set is what elastic weight consolidation and natural-gradient preconditioning
+take. Contributions are divided by `LabelRows.scales_B`, which every function multiplies back in, in float64.
+
+An example that is not finite spoils its own results only; the caller leaves it out, with weight 0 from `diagonal_sum`.
+
+Legend: B batch, R rank, T positions, G groups of a convolution, o outputs and i inputs of a group, P parameters, x
+entries of one parameter, n distinct rows of an embedding in use by an example, k largest entries, Q groups of entries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.fisher.contributions import Contribution, Outer, Rows, Sum, blocks, cached_elements
+from pipeline.fisher.layer_rules import linear, rule_for
+from pipeline.fisher.parameters import ParameterLayout
+
+
+@dataclass(frozen=True)
+class TopEntries:
+    """The largest entries of the diagonals of a batch."""
+
+    values_Bk: Tensor
+    """Descending, float64. Where fewer than k entries are above zero the rest are 0, with index 0."""
+    indices_Bk: Tensor
+    """int64, into the flat parameter vector of the layout."""
+    norms_B: Tensor
+    """‖f‖₂ of the whole diagonals, float64."""
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """Groups of parameter entries, one for each output unit.
+
+    The output units of a layer are the rows of a Linear weight, the filters of a convolution, the columns of an
+    embedding and the features of a norm. The `weight` and `bias` of a module that have one each share their groups. Any
+    other parameter is split along its first axis. A scalar is a group of its own.
+    """
+
+    counts: tuple[tuple[str, int], ...]
+    """Name of the first parameter of consecutive groups, and how many they are."""
+    parts: Mapping[str, tuple[int | None, int]]
+    """Of every parameter: the axis along which it is split (None for a scalar), and its first group."""
+
+    @classmethod
+    def of(cls, model: nn.Module, layout: ParameterLayout) -> GroupLayout:
+        """The groups of the parameters of `layout`, which are `model`'s."""
+        parts: dict[str, tuple[int | None, int]] = {}
+        found: dict[tuple[str, str, int], int] = {}
+        counts: list[tuple[str, int]] = []
+        n_groups = 0
+        for name, shape in zip(layout.names, layout.shapes, strict=True):
+            owner, _, leaf = name.rpartition(".")
+            axis = _output_axis(model.get_submodule(owner), leaf, len(shape))
+            count = 1 if axis is None else shape[axis]
+            key = owner, "" if leaf in ("weight", "bias") else leaf, count
+            if key not in found:
+                found[key] = n_groups
+                counts.append((name, count))
+                n_groups += count
+            parts[name] = axis, found[key]
+        return cls(tuple(counts), parts)
+
+    @property
+    def n_groups(self) -> int:
+        """Q."""
+        return sum(count for _, count in self.counts)
+
+    def names(self) -> list[tuple[str, int]]:
+        """Parameter and index of each group; a group that a weight and a bias share is named after the first."""
+        return [(name, index) for name, count in self.counts for index in range(count)]
+
+
+_OUTPUTS_SECOND = nn.Embedding | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+
+
+def _output_axis(module: nn.Module, leaf: str, n_axes: int) -> int | None:
+    if n_axes == 0:
+        return None
+    transposed = rule_for(module, (leaf,)) is linear and not isinstance(module, nn.Linear)
+    return 1 if n_axes > 1 and (transposed or isinstance(module, _OUTPUTS_SECOND)) else 0
+
+
+@torch.no_grad()
+def diagonal_sum(
+    contributions: Mapping[str, Contribution],
+    scales_B: Tensor,
+    weights_B: Tensor,
+    total: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Σ_b w_b f_b, float64 tensors under the parameters' names and of their shapes.
+
+    Added to those in `total`, in place, if it is given. Parameters without a contribution are not touched. An example
+    of weight 0 has no influence, whatever its rows.
+    """
+    total = {} if total is None else total
+    weights_B = weights_B.to(scales_B) * scales_B.square()
+    used_B = weights_B != 0
+    # a saturated prediction's weight of 1e-80, say, must not be rounded to zero where rows are float32
+    largest = float(weights_B.abs().max()) if used_B.any() else 1.0
+    weights_B = weights_B[used_B] / largest
+    for name, part in contributions.items():
+        if name not in total:
+            total[name] = part.new_zeros(*part.shape).double()
+        if not used_B.all():
+            part = part.examples(used_B)
+        _add_weighted(part, weights_B, largest, total[name])
+    return total
+
+
+def _add_weighted(part: Contribution, weights_B: Tensor, factor: float, total: Tensor) -> None:
+    """factor Σ_b w_b f_b to `total`."""
+    weights_B = weights_B.to(part.new_zeros(0))
+    if isinstance(part, Rows):
+        examples_n, rows_n, diagonal_ni = _looked_up(part)
+        total.index_add_(0, rows_n, (diagonal_ni * weights_B[examples_n, None]).double(), alpha=factor)
+        return
+    sides = _one_position(part) if isinstance(part, Outer) else None
+    if sides is not None:
+        left_BGx, right_BGx = sides
+        weighted_GxB = (left_BGx * weights_B[:, None, None]).permute(1, 2, 0)
+        total.add_((weighted_GxB @ right_BGx.transpose(0, 1)).reshape(total.shape), alpha=factor)
+        return
+    for start, stop, diagonal_bx in _diagonal_blocks(part):
+        total.add_((weights_B[start:stop] @ diagonal_bx).reshape(total.shape), alpha=factor)
+
+
+@torch.no_grad()
+def diagonal_norms(contributions: Mapping[str, Contribution], scales_B: Tensor) -> Tensor:
+    """‖f‖₂ of each example (B,), float64."""
+    squares_B = torch.zeros_like(scales_B)
+    for part in contributions.values():
+        sides = _one_position(part) if isinstance(part, Outer) else None
+        if sides is not None:
+            left_BG, right_BG = (side.double().square().sum(2) for side in sides)
+            squares_B += (left_BG * right_BG).sum(1)
+        elif isinstance(part, Rows):
+            examples_n, _, diagonal_ni = _looked_up(part)
+            squares_B.index_add_(0, examples_n, _norms(diagonal_ni).square())
+        else:
+            for start, stop, diagonal_bx in _diagonal_blocks(part):
+                squares_B[start:stop] += _norms(diagonal_bx).square()
+    return squares_B.sqrt() * scales_B.square()
+
+
+@torch.no_grad()
+def grouped_sums(contributions: Mapping[str, Contribution], scales_B: Tensor, groups: GroupLayout) -> Tensor:
+    """(B, Q), float64, not negative: sums of the entries of f over each group of `groups`; their total is trace(F)."""
+    sums_BQ = scales_B.new_zeros(len(scales_B), groups.n_groups)
+    for name, part in contributions.items():
+        axis, first = groups.parts[name]
+        count = 1 if axis is None else part.shape[axis]
+        sums_BQ[:, first : first + count] += _sums_along(part, axis)
+    return sums_BQ * scales_B.square()[:, None]
+
+
+def _sums_along(part: Contribution, axis: int | None) -> Tensor:
+    """(B, shape[axis]), float64: sums of the diagonals over all other axes."""
+    if isinstance(part, Outer) and axis == int(part.inputs_first) and not _forming_is_cheaper(part):
+        return _output_sums(part)
+    if isinstance(part, Rows) and axis == 1:
+        examples_n, _, diagonal_ni = _looked_up(part)
+        sums_Bi = diagonal_ni.new_zeros(part.n_examples, part.shape[1], dtype=torch.float64)
+        return sums_Bi.index_add_(0, examples_n, diagonal_ni.double())
+    shape, kept = (part.shape, axis + 1) if axis is not None else ((1,), 1)
+    sums = []
+    for _, _, diagonal_bx in _diagonal_blocks(part):
+        diagonal = diagonal_bx.unflatten(1, shape).movedim(kept, 1).reshape(len(diagonal_bx), shape[kept - 1], -1)
+        sums.append(diagonal.sum(2, dtype=torch.float64))
+    return torch.cat(sums)
+
+
+def _forming_is_cheaper(outer: Outer) -> bool:
+    """Than `_output_sums`; an entry formed is also squared and added, about as much work as 16 multiplications."""
+    T, o = outer.deltas[0].shape[2:]
+    R, i = outer.rank, outer.inputs_BGTi.shape[-1]
+    return T * (T * (i + R * o) + R * o) >= R * o * i * (T + 16)
+
+
+def _output_sums(outer: Outer) -> Tensor:
+    """(B, G o): Σ_r Σ_i (Σ_t δ_to a_ti)² = Σ_r Σ_tu δ_to (a_t·a_u) δ_uo, of which no row is formed."""
+    _, G, T, o = outer.deltas[0].shape
+    sums = []
+    for _, _, part in blocks(outer, G * T * (T + o), cached_elements(outer.inputs_BGTi.device)):
+        products_BGTT = part.inputs_BGTi @ part.inputs_BGTi.mT
+        sums_BGo = part.new_zeros(part.n_examples, G, o).double()
+        for deltas_BGTo in part.deltas:
+            sums_BGo += ((products_BGTT @ deltas_BGTo) * deltas_BGTo).sum(2, dtype=torch.float64)
+        # a unit whose positions cancel must not come out below zero by rounding
+        sums.append(sums_BGo.clamp_min_(0).flatten(1))
+    return torch.cat(sums)
+
+
+@torch.no_grad()
+def top_entries(
+    contributions: Mapping[str, Contribution], scales_B: Tensor, layout: ParameterLayout, k: int
+) -> TopEntries:
+    """The k largest entries of each example's f, exactly, and its norm. Which of equal entries are kept is not said.
+
+    Raises ValueError unless 1 <= k <= P.
+    """
+    if not 1 <= k <= layout.size:
+        raise ValueError(
+            f"k must be a number of entries from 1 to {layout.size}, the number of parameter entries, not {k}"
+        )
+    largest = [_Largest(k) for _ in scales_B]
+    squares_B = torch.zeros_like(scales_B)
+    offsets = dict(zip(layout.names, layout.offsets, strict=True))
+    for name, part in contributions.items():
+        offset = offsets[name]
+        if isinstance(part, Rows):
+            examples_n, rows_n, diagonal_ni = _looked_up(part)
+            squares_B.index_add_(0, examples_n, _norms(diagonal_ni).square())
+            columns_i = torch.arange(part.shape[1], device=rows_n.device)
+            counts = torch.bincount(examples_n, minlength=part.n_examples).tolist()
+            # the rows of an example are next to each other
+            for found, rows, diagonal in zip(largest, rows_n.split(counts), diagonal_ni.split(counts), strict=True):
+                found.offer(diagonal.flatten(), offset, (rows[:, None] * part.shape[1] + columns_i).flatten())
+            continue
+        for start, stop, diagonal_bx in _diagonal_blocks(part):
+            squares_B[start:stop] += _norms(diagonal_bx).square()
+            for found, diagonal_x in zip(largest[start:stop], diagonal_bx, strict=True):
+                found.offer(diagonal_x, offset)
+    values_Bk = scales_B.new_zeros(len(scales_B), k)
+    indices_Bk = torch.zeros_like(values_Bk, dtype=torch.int64)
+    for found, values_k, indices_k in zip(largest, values_Bk, indices_Bk, strict=True):
+        values, indices = found.sorted()
+        values_k[: len(values)] = values
+        indices_k[: len(indices)] = indices
+    squared_scales_B = scales_B.square()
+    return TopEntries(values_Bk * squared_scales_B[:, None], indices_Bk, squares_B.sqrt() * squared_scales_B)
+
+
+class _Largest:
+    """The k largest of the positive numbers offered for one example, at most about 2k of them held in between.
+
+    Most are sorted out by one comparison with the smallest that is still among the largest.
+    """
+
+    def __init__(self, k: int) -> None:
+        self._k, self._count = k, 0
+        self._held: list[tuple[Tensor, Tensor]] = []
+        self._above: Tensor | float = 0.0
+
+    def offer(self, values_x: Tensor, offset: int, places_x: Tensor | None = None) -> None:
+        """Values at `offset` plus 0, 1, … or `places_x`."""
+        kept = (values_x > self._above).nonzero()[:, 0]
+        places = kept if places_x is None else places_x[kept]
+        self._held.append((values_x[kept], places + offset))
+        self._count += len(kept)
+        if self._count >= 2 * self._k:
+            values, indices = self._joined()
+            values, order = values.topk(self._k, sorted=False)
+            self._held, self._count, self._above = [(values, indices[order])], self._k, values.min()
+
+    def sorted(self) -> tuple[Tensor, Tensor]:
+        """Values, descending, and their indices: k of both, or as many as were offered. To be called once."""
+        values, indices = self._joined()
+        values, order = values.topk(min(self._k, len(values)))
+        return values, indices[order]
+
+    def _joined(self) -> tuple[Tensor, Tensor]:
+        values, indices = zip(*self._held, strict=True)
+        return torch.cat(values), torch.cat(indices)
+
+
+def _norms(values: Tensor) -> Tensor:
+    """Along the last axis, in float64: entries are squares already, and would underflow in float32."""
+    norms: Tensor = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float64)
+    return norms
+
+
+def _diagonal_blocks(part: Contribution) -> Iterator[tuple[int, int, Tensor]]:
+    """Diagonals (b, x), in the rows' precision, a block of examples and one of their rows at a time."""
+    n_entries = math.prod(part.shape)
+    for start, stop, block in blocks(part, n_entries, cached_elements(part.new_zeros(0).device)):
+        if isinstance(block, Outer):
+            block = _live(block)
+            sides = _one_position(block)
+            if sides is not None:
+                left_BGx, right_BGx = sides
+                yield start, stop, (left_BGx[..., None] * right_BGx[:, :, None]).flatten(1)
+                continue
+        diagonal_bx = _row(block, 0).square()
+        for row in range(1, block.rank):
+            values_bx = _row(block, row)
+            diagonal_bx.addcmul_(values_bx, values_bx)
+        yield start, stop, diagonal_bx
+
+
+def _row(part: Contribution, row: int) -> Tensor:
+    """(B, x): one row of every example, formed."""
+    if isinstance(part, Outer):
+        left, right = part.deltas[row], part.inputs_BGTi
+        if part.inputs_first:
+            left, right = right, left
+        return (left.mT @ right).flatten(1)
+    if isinstance(part, Rows):
+        return Rows(part.deltas_BTRi[:, :, row, None], part.indices_BT, part.shape).dense().flatten(1)
+    if isinstance(part, Sum):
+        total = _row(part.parts[0], row)
+        for other in part.parts[1:]:
+            total = total + _row(other, row)
+        return total
+    return part.dense()[:, row].reshape(part.n_examples, -1)
+
+
+def _live(outer: Outer) -> Outer:
+    """Without the positions at which the deltas of all its examples are zero, such as their padding."""
+    live_BGT = outer.live_BGT()
+    live_T = live_BGT.any(0).any(0)
+    if live_T.all():
+        return Outer(outer.deltas, outer.inputs_BGTi, outer.shape, outer.inputs_first, live_BGT)
+    deltas = tuple(deltas_BGTo[:, :, live_T] for deltas_BGTo in outer.deltas)
+    return Outer(deltas, outer.inputs_BGTi[:, :, live_T], outer.shape, outer.inputs_first, live_BGT[:, :, live_T])
+
+
+def _one_position(outer: Outer) -> tuple[Tensor, Tensor] | None:
+    """Σ_r δ_r² and a², (B, G, rows) and (B, G, columns) of the parameter: their outer product is the diagonal.
+
+    None unless every example has at most one live position, as a last layer that reads one position of a sequence.
+    """
+    inputs_BGTi = outer.inputs_BGTi
+    if inputs_BGTi.shape[2] == 1:
+        inputs_BGi = inputs_BGTi[:, :, 0]
+    else:
+        live_BGT = outer.live_BGT()
+        if not live_BGT.shape[2] or bool((live_BGT.sum(2) > 1).any()):
+            return None
+        inputs_BGi = inputs_BGTi.take_along_dim(live_BGT.int().argmax(2)[..., None, None], 2)[:, :, 0]
+    deltas_BGo = torch.stack([deltas_BGTo.square().sum(2) for deltas_BGTo in outer.deltas]).sum(0)
+    sides = deltas_BGo, inputs_BGi.square()
+    return sides[::-1] if outer.inputs_first else sides
+
+
+def _looked_up(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the table's rows that an example looked up: example (n,), row (n,), ascending, and their diagonal (n, i).
+
+    Uses of one row by one example are added up before they are squared.
+    """
+    B, _, R, i = rows.deltas_BTRi.shape
+    examples_B1 = torch.arange(B, device=rows.indices_BT.device)[:, None]
+    distinct_n, place = (rows.indices_BT + examples_B1 * rows.shape[0]).flatten().unique(return_inverse=True)
+    sums_nRi = rows.new_zeros(len(distinct_n), R, i)
+    sums_nRi.index_add_(0, place, rows.deltas_BTRi.flatten(0, 1))
+    return distinct_n // rows.shape[0], distinct_n % rows.shape[0], sums_nRi.square().sum(1)
