@@ -21,6 +21,8 @@ from typer.exceptions import TyperException
 
 from pipeline import stages
 from pipeline.config import RunConfig
+from pipeline.estimate import estimate
+from pipeline.estimate import rows as estimate_rows
 from pipeline.interchange import ImportOptions, export_run, import_run
 from pipeline.progress import default_progress
 from pipeline.run_directory import RunDirectory
@@ -125,6 +127,30 @@ def _stage_command(name: str, stage: Callable[..., Any]) -> None:
 
 for _name, _stage in stages.STAGES.items():
     _stage_command(_name, _stage)
+
+
+@app.command("estimate")
+def estimate_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run file (YAML).")],
+    workers: Workers = None,
+    address: Address = None,
+    parameters: Annotated[bool, typer.Option(help="List every parameter: taken, or why not.")] = False,
+) -> None:
+    """What the run would take: memory, disk and time of its Fishers, from a short trial that leaves nothing behind."""
+    config = _replaced(RunConfig.from_yaml(run), workers, address)
+    found = estimate(config)
+    if parameters:
+        facts = found.trial.facts
+        listed = Table("parameter", "shape", "taken")
+        for name, shape in zip(facts.layout.names, facts.layout.shapes, strict=True):
+            listed.add_row(name, " x ".join(map(str, shape)), "yes")
+        for name, reason in facts.left_out.items():
+            listed.add_row(name, "", f"no: {reason}")
+        Console().print(listed)
+    table = Table("what", "estimate")
+    for what, value in estimate_rows(found, config):
+        table.add_row(what, value)
+    Console().print(table)
 
 
 @app.command()

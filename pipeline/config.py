@@ -50,18 +50,38 @@ class ParametersConfig(_Section):
 
 
 class SketchConfig(_Section):
-    kind: Literal["identity", "tensorsketch"] = "tensorsketch"
-    """``identity`` keeps every coordinate (small models); ``tensorsketch`` hashes them into ``dim`` buckets."""
+    kind: Literal["identity", "tensorsketch", "kronecker", "topk"] = "tensorsketch"
+    """``identity`` keeps every coordinate (small models); ``tensorsketch`` hashes them into ``dim`` buckets. For
+    comparison: ``kronecker`` projects every weight from both sides to ``size`` × ``size`` coordinates; ``topk`` keeps
+    the ``size`` largest entries of each example (small models)."""
     dim: PositiveInt | None = None
     """Number of sketch coordinates D; ``tensorsketch`` only, 4096 unless given."""
+    size: PositiveInt | None = None
+    """Rows and columns kept of each weight by ``kronecker``, entries kept of each example by ``topk``; of these two
+    only."""
 
     @model_validator(mode="after")
-    def _dim_belongs_to_tensorsketch(self) -> Self:
-        if self.kind == "identity" and self.dim is not None:
-            raise ValueError("the identity sketch keeps every coordinate and takes no dim: remove it")
+    def _kinds_have_what_they_need(self) -> Self:
+        if self.dim is not None and self.kind != "tensorsketch":
+            what = "keeps every coordinate and takes no dim" if self.kind == "identity" else "takes a size and no dim"
+            raise ValueError(f"the {self.kind} sketch {what}: remove it")
+        if self.size is not None and self.kind not in ("kronecker", "topk"):
+            raise ValueError(f"the {self.kind} sketch takes no size: remove it, or choose kind: kronecker or topk")
+        if self.size is None and self.kind in ("kronecker", "topk"):
+            what = "16, say" if self.kind == "kronecker" else "16384, say"
+            raise ValueError(f"the {self.kind} sketch needs a size: set size: {what}")
         if self.kind == "tensorsketch" and self.dim is None:
             object.__setattr__(self, "dim", 4096)
         return self
+
+
+class DiagonalConfig(_Section):
+    mean: bool = False
+    """Write the data set's diagonal Fisher, the mean over its examples, to ``diagonal_fisher.safetensors``."""
+    top_entries: PositiveInt | None = None
+    """Store the so many largest entries of every example's diagonal, and its norm."""
+    groups: bool = False
+    """Store the sums of every example's diagonal over each output unit of every layer, and its norm."""
 
 
 class FishersConfig(_Section):
@@ -74,6 +94,8 @@ class FishersConfig(_Section):
     kept_trace: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """``truncated``: share of the trace at which an example has rows enough, so that some have fewer than ``rank``."""
     sketch: SketchConfig = SketchConfig()
+    diagonal: DiagonalConfig = DiagonalConfig()
+    """What is kept of the diagonals of the Fishers, which are exact whatever the sketch: nothing unless asked for."""
     store_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Precision of the stored (normalised) factors."""
     shard_size: PositiveInt = 256

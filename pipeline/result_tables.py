@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,15 @@ def held_out(n_examples: int, fraction: float, seed: int) -> NDArray[np.bool_]:
     return mask
 
 
+_OF_EXAMPLES = ("labels", "valid", "frobenius_norms", "ranks", "kept_trace", "losses", "logits")
+"""Arrays of the Fisher store that the table of examples is made of."""
+
+
 def write_example_tables(run: RunDirectory, examples: pa.Table, class_names: Sequence[str]) -> None:
     """``examples`` and ``classes``, from the task's own table and the stored logits and norms."""
     store = FisherStore.open(run.fishers)
     n_examples = store.plan.n_examples
-    stored = store.read_rows(np.arange(n_examples), [name for name in store.array_names if name != "factors"])
+    stored = store.read_rows(np.arange(n_examples), [name for name in _OF_EXAMPLES if name in store.array_names])
     logits = stored.get("logits")
     predictions = np.zeros(n_examples, np.int64) if logits is None else logits.argmax(axis=1)
     unlabelled, unpredicted = stored["labels"] < 0, ~stored["valid"] | (logits is None)
@@ -51,6 +56,19 @@ def write_example_tables(run: RunDirectory, examples: pa.Table, class_names: Seq
     own = {name: examples[name] for name in examples.column_names if name in ("image", "text") or name not in columns}
     write_table(run.table("examples"), "examples", columns | own)
     write_table(run.table("classes"), "classes", {"class": range(len(class_names)), "name": list(class_names)})
+
+
+def write_parameter_table(run: RunDirectory, shapes: Mapping[str, Sequence[int]], left_out: Mapping[str, str]) -> None:
+    """``parameters``: those that Fishers are taken of, with their shapes, and why the others are left out."""
+    taken = [True] * len(shapes) + [False] * len(left_out)
+    columns = {
+        "parameter": [*shapes, *left_out],
+        "shape": ["x".join(map(str, shape)) for shape in shapes.values()] + [None] * len(left_out),
+        "size": [math.prod(shape) for shape in shapes.values()] + [None] * len(left_out),
+        "taken": taken,
+        "reason": [None] * len(shapes) + [*left_out.values()],
+    }
+    write_table(run.table("parameters"), "parameters", columns)
 
 
 def write_component_tables(

@@ -111,6 +111,10 @@ class RunDirectory:
         return self.path / "fishers.zarr"
 
     @property
+    def diagonal_fisher(self) -> Path:
+        return self.path / "diagonal_fisher.safetensors"
+
+    @property
     def shard_records(self) -> Path:
         return self.path / "shards"
 

@@ -26,7 +26,7 @@ _OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE
 
 
 _OUTPUTS = {
-    "fishers": ("fishers.zarr", "tables/examples.parquet", "tables/classes.parquet"),
+    "fishers": ("fishers.zarr", *(f"tables/{name}.parquet" for name in ("examples", "classes", "parameters"))),
     "factorize": (
         "factorization.zarr",
         *(f"tables/{name}.parquet" for name in ("components", "top_examples", "coefficients", "history")),
@@ -45,7 +45,10 @@ def recorded(run: RunDirectory, stage: str) -> Summary | None:
     """What a complete stage said of itself; None before that, and after something that it wrote has been deleted: this
     is how damaged files are made again."""
     record = run.record(stage)
-    if record is None or not all((run.path / name).exists() for name in _OUTPUTS[stage]):
+    outputs = [run.path / name for name in _OUTPUTS[stage]]
+    if stage == "fishers" and run.config.fishers.diagonal.mean:
+        outputs.append(run.diagonal_fisher)
+    if record is None or not all(path.exists() for path in outputs):
         return None
     if stage == "fishers" and len(finished(run.shard_records)) < record["n_shards"]:
         return None
@@ -108,17 +111,12 @@ def device_of(config: RunConfig) -> str:
     return "cuda" if config.executor.gpus_per_worker > 0 else "cpu"
 
 
-def model_spec(run: RunDirectory, fingerprint: str | None) -> ModelSpec:
-    """The model as a worker loads it; it must be the one of the fingerprint, where there is one already."""
-    config = run.config
-    if config.task.name == IMPORTED_TASK:
-        raise RunDirectoryError(
-            f"{run.path} was imported from a file and has no model: only factorize, query and report"
-        )
+def model_of(config: RunConfig, cache: Path, fingerprint: str | None) -> ModelSpec:
+    """The model of a run file, whose task keeps what it prepares in ``cache``."""
     return ModelSpec(
         task=config.task.name,
         options=config.task.options,
-        cache=run.task_cache,
+        cache=cache,
         include=config.parameters.include,
         exclude=config.parameters.exclude,
         device=device_of(config),
@@ -126,8 +124,19 @@ def model_spec(run: RunDirectory, fingerprint: str | None) -> ModelSpec:
     )
 
 
+def model_spec(run: RunDirectory, fingerprint: str | None) -> ModelSpec:
+    """The model as a worker loads it; it must be the one of the fingerprint, where there is one already."""
+    config = run.config
+    if config.task.name == IMPORTED_TASK:
+        raise RunDirectoryError(
+            f"{run.path} was imported from a file and has no model: only factorize, query and report"
+        )
+    return model_of(config, run.task_cache, fingerprint)
+
+
 def sketch_spec(config: RunConfig) -> SketchSpec:
-    return SketchSpec(kind=config.fishers.sketch.kind, dim=config.fishers.sketch.dim, seed=config.seed)
+    wanted = config.fishers.sketch
+    return SketchSpec(kind=wanted.kind, dim=wanted.dim, seed=config.seed, size=wanted.size)
 
 
 def label_spec(config: RunConfig) -> LabelSpec:

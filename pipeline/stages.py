@@ -1,6 +1,6 @@
 """The whole pipeline: each stage takes a run directory, goes on from what is in it, and leaves it one stage further.
 
-    compute_fishers   model, examples        → fishers.zarr, shards/, tables/examples, tables/classes
+    compute_fishers   model, examples        → fishers.zarr, shards/, tables/examples, tables/classes, …
     factorize         fishers.zarr           → factorization.zarr, tables/components, coefficients, history, …
     lift              fishers, factorization → directions.zarr, tables/layer_energy
     verify            directions, model      → tables/verification
@@ -26,7 +26,12 @@ from pipeline.factorization import InvalidProblemError, SolverOptions, near_dupl
 from pipeline.fisher import UnsupportedModelError
 from pipeline.progress import ProgressDisplay, SilentProgress
 from pipeline.query import ComponentStore, QueryError, scoreboard, verdicts, write_report
-from pipeline.result_tables import rows_to_columns, write_component_tables, write_example_tables
+from pipeline.result_tables import (
+    rows_to_columns,
+    write_component_tables,
+    write_example_tables,
+    write_parameter_table,
+)
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import Executor, ExecutorError
 from pipeline.runtime.fisher_actor import FisherWorker
@@ -50,6 +55,7 @@ from pipeline.stage import (
 )
 from pipeline.store import (
     CheckpointStore,
+    DiagonalSums,
     DirectionStore,
     FisherStore,
     ShardRecords,
@@ -106,7 +112,11 @@ def compute_fishers(
                 tick(1)
             records, store = _open_fishers(run, facts)
             complete = records.complete()
-            missing = [shard for shard in range(store.plan.n_shards) if shard not in complete]
+            sums = DiagonalSums(run.partial_results("diagonal"), store.plan.n_shards, records.signature)
+            summed = config.fishers.diagonal.mean and not run.diagonal_fisher.exists()
+            units = sums.missing() if summed else []
+            in_units = {shard for unit in units for shard in sums.shards(unit)}
+            missing = [shard for shard in range(store.plan.n_shards) if shard not in in_units | complete.keys()]
             worker = worker_spec(
                 run,
                 FisherWorker,
@@ -116,15 +126,26 @@ def compute_fishers(
                 store=run.fishers,
                 records=records,
                 batch_size=store.attrs["batch_size"],
+                sums=sums,
             )
             with progress.stage("fishers", store.plan.n_shards, "shards", done=len(complete)) as tick:
-                for _, written in workers.map(worker, "compute", _spans(missing, workers.workers)):
-                    complete |= {record.shard: record for record in written}
-                    tick(len(complete))
+                for method, items in (("compute_unit", units), ("compute", _spans(missing, workers.workers))):
+                    for _, written in workers.map(worker, method, items):
+                        complete |= {record.shard: record for record in written}
+                        tick(len(complete))
+                        if method == "compute_unit":
+                            sums.fold()
         n_examples, n_invalid = len(facts.examples), sum(record.n_invalid for record in complete.values())
         if n_invalid:
             progress.say(f"{n_invalid} of {n_examples} examples have non-finite logits or gradients and are left out")
+        if summed:
+            sums.fold(last=True)
+            metadata = {"labels": config.fishers.labels, "model_fingerprint": facts.model_fingerprint}
+            sums.write_mean(run.diagonal_fisher, n_examples - n_invalid, metadata)
+        shutil.rmtree(sums.folder, ignore_errors=True)
         write_example_tables(run, facts.examples, facts.class_names)
+        shapes = dict(zip(facts.layout.names, facts.layout.shapes, strict=True))
+        write_parameter_table(run, shapes, facts.left_out)
         return stage.complete(
             {
                 "n_examples": n_examples,
@@ -312,6 +333,11 @@ def _inspect(run: RunDirectory, workers: Executor) -> TaskFacts:
     n_examples = len(facts.examples)
     n_fit = n_examples - int(run.config.factorization.held_out_fraction * n_examples)
     _validate_size(run.config, n_fit, facts.rank)
+    if (wanted.diagonal.top_entries or 0) > facts.layout.size:
+        raise ConfigError(
+            f"fishers.diagonal.top_entries = {wanted.diagonal.top_entries} must be at most {facts.layout.size}, the "
+            "number of parameter entries"
+        )
     return facts
 
 
@@ -330,7 +356,9 @@ def _open_fishers(run: RunDirectory, facts: TaskFacts) -> tuple[ShardRecords, Fi
                 "give it the former data and model, or choose another run_dir"
             )
         return records, there
-    shutil.rmtree(run.shard_records, ignore_errors=True)  # of Fishers that somebody deleted
+    for former in (run.shard_records, run.partial_results("diagonal")):  # of Fishers that somebody deleted
+        shutil.rmtree(former, ignore_errors=True)
+    run.diagonal_fisher.unlink(missing_ok=True)
     store = FisherStore.create(
         run.fishers,
         n_examples=len(facts.examples),
@@ -343,10 +371,13 @@ def _open_fishers(run: RunDirectory, facts: TaskFacts) -> tuple[ShardRecords, Fi
             "labels": label_spec(config).to_json(),
             "batch_size": facts.batch_size,
             "parameter_layout": facts.layout.to_json(),
+            **({"diagonal_groups": facts.groups} if config.fishers.diagonal.groups else {}),
             "sketch": sketch_spec(config).to_json(),
             "model_fingerprint": facts.model_fingerprint,
         },
         with_logits=facts.with_logits,
+        top_entries=config.fishers.diagonal.top_entries,
+        n_groups=sum(count for _, count in facts.groups) if config.fishers.diagonal.groups else None,
     )
     return records, store
 

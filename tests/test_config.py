@@ -39,6 +39,8 @@ def test_the_resolved_configuration_reads_back_as_the_same(tmp_path: Path) -> No
         (MINIMAL + "fishers: {sketch: {kind: gaussian}}\n", "fishers.sketch.kind"),
         (MINIMAL + "fishers: {sketch: {kind: identity, dim: 3}}\n", "takes no dim"),
         (MINIMAL + "fishers: {shard_size: 0}\n", "fishers.shard_size must be greater than 0, not 0"),
+        (MINIMAL + "fishers: {diagonal: {top: 3}}\n", "unknown key 'fishers.diagonal.top'"),
+        (MINIMAL + "fishers: {diagonal: {top_entries: 0}}\n", "fishers.diagonal.top_entries must be greater than 0"),
         (MINIMAL + "seed: -1\n", "seed"),
         (MINIMAL + "executor: {kind: serial, workers: 2}\n", "the serial executor has one worker"),
         (MINIMAL + "verification: {target_kl: 0}\n", "verification.target_kl"),

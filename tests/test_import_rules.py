@@ -17,7 +17,7 @@ PURE = {"torch", "numpy"}
 ALLOWED: dict[str, set[str]] = {
     "fisher": PURE,
     "factorization": PURE | {"scipy", "sklearn"},
-    "store": {"zarr", "pyarrow", "numpy", "h5py"},
+    "store": {"zarr", "pyarrow", "numpy", "h5py", "safetensors"},
     "tasks": PURE | {"transformers", "sklearn", "pyarrow", "safetensors", "PIL", "datasets", "peft"},
     "verification": PURE | {"pipeline.fisher"},
     "runtime": PURE
@@ -35,9 +35,13 @@ ALLOWED: dict[str, set[str]] = {
     },
     "stage": {"torch"}
     | {f"pipeline.{name}" for name in ("config", "fisher", "interchange", "run_directory", "runtime")},
+    "estimate": {f"pipeline.{name}" for name in ("config", "runtime", "stage", "store")},
     "status": {f"pipeline.{name}" for name in ("run_directory", "stage", "store")},
     "cli": {"typer", "rich", "pyarrow"}
-    | {f"pipeline.{name}" for name in ("stages", "status", "interchange", "config", "run_directory", "progress")},
+    | {
+        f"pipeline.{name}"
+        for name in ("stages", "status", "estimate", "interchange", "config", "run_directory", "progress")
+    },
     "jobs": {"pipeline.cli"},
 }
 """Third-party packages and packages of this project that each may import, besides itself and the standard library."""

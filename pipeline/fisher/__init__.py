@@ -2,6 +2,14 @@
 
 from pipeline.fisher.capture import LogitsFunction
 from pipeline.fisher.coverage import check_coverage
+from pipeline.fisher.diagonal import (
+    GroupLayout,
+    TopEntries,
+    diagonal_norms,
+    diagonal_sum,
+    grouped_sums,
+    top_entries,
+)
 from pipeline.fisher.errors import UnsupportedModelError
 from pipeline.fisher.gradients import Collected, GradientCollector
 from pipeline.fisher.label_factor import exact_label_factor, truncated_label_factor
@@ -16,6 +24,7 @@ __all__ = [
     "Collected",
     "FisherBatch",
     "GradientCollector",
+    "GroupLayout",
     "LabelRows",
     "LabelSpec",
     "LogitsFunction",
@@ -23,13 +32,18 @@ __all__ = [
     "PerExampleFishers",
     "Sketch",
     "SketchSpec",
+    "TopEntries",
     "UnsupportedModelError",
     "check_coverage",
+    "diagonal_norms",
+    "diagonal_sum",
     "exact_label_factor",
+    "grouped_sums",
     "label_rows",
     "left_out",
     "make_sketch",
     "model_fingerprint",
     "select_parameters",
+    "top_entries",
     "truncated_label_factor",
 ]

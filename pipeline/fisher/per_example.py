@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.fisher.calibration import calibrated
 from pipeline.fisher.capture import LogitsFunction
 from pipeline.fisher.contributions import total_gram
-from pipeline.fisher.gradients import GradientCollector
+from pipeline.fisher.gradients import Collected, GradientCollector
 from pipeline.fisher.labels import LabelSpec
 from pipeline.fisher.parameters import ParameterLayout
 from pipeline.fisher.sketch import Sketch
@@ -26,8 +26,8 @@ class FisherBatch:
     """Sketched Fisher factors and exact Grams; they are zero for an example that is not valid."""
 
     factors_BRD: Tensor
-    """A Qᵀ, not normalised, in the model's precision (at least float32). Where Q is not exact the rows of each example
-    are recombined so that their Gram matrix is the exact one (`calibration.py`)."""
+    """A Qᵀ, not normalised, in the model's precision (at least float32). With a sketch that keeps inner products on
+    average only, the rows of each example are recombined so that their Gram matrix is exact (`calibration.py`)."""
     grams_BRR: Tensor
     """A Aᵀ in full coordinates, float64."""
     frobenius_norms_B: Tensor
@@ -69,13 +69,16 @@ class PerExampleFishers:
 
         Raises UnsupportedModelError if the logits or targets are of the wrong shape or a layer cannot be handled.
         """
-        collected = self.collector.collect(batch, examples, targets)
+        return self.factors(self.collector.collect(batch, examples, targets))
+
+    def factors(self, collected: Collected) -> FisherBatch:
+        """The factors of a batch whose gradient rows are there already."""
         logits, labels = collected.logits, collected.labels
         with torch.no_grad():
             scale_B11 = labels.scales_B[:, None, None]
             factors_BRD = self.sketch.apply(collected.contributions)
             grams_BRR = total_gram(collected.contributions.values())
-            if not self.sketch.exact:
+            if self.sketch.calibrated:
                 factors_BRD = calibrated(factors_BRD, grams_BRR)
             factors_BRD = factors_BRD * scale_B11.to(factors_BRD)
             grams_BRR = grams_BRR * scale_B11**2

@@ -1,5 +1,7 @@
 """The sketch: one linear map Q from parameter space to R^D, the same for every example, worker and run with its seed.
 
+`topk`, which is not linear, has a place here for comparison only.
+
 Legend: B batch, R rank, P parameters, D sketch, w window, F = w // 2 + 1.
 """
 
@@ -7,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from itertools import accumulate
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from pipeline.fisher.contributions import Contribution, Dense, Outer, Sum, flat_blocks
+from pipeline.fisher.kronecker import Projection
 from pipeline.fisher.parameters import ParameterLayout
 from pipeline.fisher.tensorsketch import Hashes, fourier, fourier_is_cheaper, scatter, window_width
 
+SketchKind = Literal["identity", "tensorsketch", "kronecker", "topk"]
 Method = Literal["auto", "fft", "scatter"]
 
 
@@ -23,18 +28,24 @@ Method = Literal["auto", "fft", "scatter"]
 class SketchSpec:
     """What, together with the names and shapes of the parameters, determines the map."""
 
-    kind: Literal["identity", "tensorsketch"]
+    kind: SketchKind
     dim: int | None
-    """D; None for the identity, whose D is P."""
+    """`tensorsketch`: D. None for the others, whose D follows from the parameters."""
     seed: int
+    size: int | None = None
+    """`kronecker`: rows and columns kept of each parameter. `topk`: entries kept of each example. None for others."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("identity", "tensorsketch"):
-            raise ValueError(f"sketch.kind must be identity or tensorsketch, not {self.kind!r}")
-        if self.kind == "tensorsketch" and (self.dim is None or self.dim < 1):
-            raise ValueError(f"sketch.dim must be a positive number of dimensions, not {self.dim!r}")
-        if self.kind == "identity" and self.dim is not None:
-            raise ValueError("sketch.dim must be left out for the identity sketch: it is the number of parameters")
+        if self.kind not in get_args(SketchKind):
+            raise ValueError(f"sketch.kind must be one of {', '.join(get_args(SketchKind))}, not {self.kind!r}")
+        for name, value, kinds in (
+            ("dim", self.dim, ("tensorsketch",)),
+            ("size", self.size, ("kronecker", "topk")),
+        ):
+            if self.kind in kinds and (value is None or value < 1):
+                raise ValueError(f"sketch.{name} of {self.kind} must be a positive number, not {value!r}")
+            if self.kind not in kinds and value is not None:
+                raise ValueError(f"sketch.{name} is for {' and '.join(kinds)}: leave it out for {self.kind}")
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary; `SketchSpec(**value)` is the inverse."""
@@ -42,29 +53,36 @@ class SketchSpec:
 
 
 class Sketch(Protocol):
-    """A linear map from parameter space to R^dim."""
+    """A map from parameter space to R^dim."""
 
     @property
     def dim(self) -> int:
         """D."""
 
     @property
-    def exact(self) -> bool:
-        """Whether inner products are kept as they are."""
+    def calibrated(self) -> bool:
+        """Whether the rows of an example are to be recombined so that their Gram matrix is the exact one: a linear map
+        keeps it on average only."""
 
     def apply(self, contributions: Mapping[str, Contribution], method: Method = "auto") -> Tensor:
         """Sketched rows (B, R, D). `method` chooses how the map is computed, never its result beyond rounding."""
 
     def apply_dense(self, vectors: Mapping[str, Tensor]) -> Tensor:
-        """(n, D): the map of n vectors given parameter by parameter, (n, *shape) each; absent ones are zero."""
+        """(n, D): where n directions in parameter space, (n, *shape) for each parameter, lie in the sketch; absent
+        parameters are zero."""
 
 
 def make_sketch(spec: SketchSpec, layout: ParameterLayout) -> Sketch:
     """The sketch of `spec` for parameters laid out by `layout`."""
     if spec.kind == "identity":
         return IdentitySketch(layout)
-    assert spec.dim is not None
-    return TensorSketch(layout, spec.dim, spec.seed)
+    if spec.kind == "tensorsketch":
+        assert spec.dim is not None
+        return TensorSketch(layout, spec.dim, spec.seed)
+    assert spec.size is not None
+    if spec.kind == "kronecker":
+        return KroneckerSketch(layout, spec.size, spec.seed)
+    return TopKSketch(layout, spec.size)
 
 
 def _vectors_as_rows(vectors: Mapping[str, Tensor]) -> dict[str, Contribution]:
@@ -82,7 +100,7 @@ class IdentitySketch:
     """D = P: the parameters one after the other, for small models and tests."""
 
     layout: ParameterLayout
-    exact = True
+    calibrated = False
 
     @property
     def dim(self) -> int:
@@ -106,7 +124,7 @@ class TensorSketch:
     E⟨Qx, Qy⟩ = ⟨x, y⟩ over seeds.
     """
 
-    exact = False
+    calibrated = True
 
     def __init__(self, layout: ParameterLayout, dim: int, seed: int) -> None:
         self.dim = dim
@@ -137,3 +155,59 @@ class TensorSketch:
 
     def apply_dense(self, vectors: Mapping[str, Tensor]) -> Tensor:
         return self.apply(_vectors_as_rows(vectors), "scatter")[:, 0]
+
+
+class KroneckerSketch:
+    """Each parameter, seen as shape[0] × rest, projected from both sides to at most size × size coordinates of its own,
+    the parameters one after the other.
+
+    E⟨Qx, Qy⟩ = ⟨x, y⟩ over seeds.
+    """
+
+    calibrated = True
+
+    def __init__(self, layout: ParameterLayout, size: int, seed: int) -> None:
+        shapes = zip(layout.names, layout.shapes, strict=True)
+        self._projections = {name: Projection.draw(seed, name, shape, size) for name, shape in shapes}
+        *starts, self.dim = accumulate((each.n_coordinates for each in self._projections.values()), initial=0)
+        self._starts = dict(zip(layout.names, starts, strict=True))
+
+    def apply(self, contributions: Mapping[str, Contribution], method: Method = "auto") -> Tensor:
+        out_BRD = _zeros(contributions, self.dim)
+        for name, contribution in contributions.items():
+            projection = self._projections[name] = self._projections[name].to(out_BRD.device)
+            start = self._starts[name]
+            out_BRD[..., start : start + projection.n_coordinates] = projection.apply(contribution)
+        return out_BRD
+
+    def apply_dense(self, vectors: Mapping[str, Tensor]) -> Tensor:
+        return self.apply(_vectors_as_rows(vectors))[:, 0]
+
+
+class TopKSketch:
+    """D = P, and of all entries of an example's rows together all but the `size` largest in magnitude zero: what the
+    reference implementation of NPEFF stores. Not linear; for small models, as rows are kept in full.
+
+    Norms are those of all entries, so stored Fishers are of less than unit norm by what was left out, and the explained
+    variance of a factorization is of what was kept. The rows are those of A, already weighted; the reference takes
+    √p_y ∇log p_y, another factor of the same Fisher. (Matena & Raffel, arXiv 2310.04649.)
+    """
+
+    calibrated = False  # what was left out is what there is to compare
+
+    def __init__(self, layout: ParameterLayout, size: int) -> None:
+        self._all, self._size = IdentitySketch(layout), size
+
+    @property
+    def dim(self) -> int:
+        return self._all.dim
+
+    def apply(self, contributions: Mapping[str, Contribution], method: Method = "auto") -> Tensor:
+        rows_BRP = self._all.apply(contributions)
+        entries_Bx = rows_BRP.flatten(1)
+        kept_Bk = entries_Bx.abs().topk(min(self._size, entries_Bx.shape[1]), sorted=False).indices
+        return torch.zeros_like(entries_Bx).scatter_(1, kept_Bk, entries_Bx.gather(1, kept_Bk)).view_as(rows_BRP)
+
+    def apply_dense(self, vectors: Mapping[str, Tensor]) -> Tensor:
+        """All entries: a direction is compared in full with a component, which is in the parameters' coordinates."""
+        return self._all.apply_dense(vectors)

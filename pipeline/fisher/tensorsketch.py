@@ -60,7 +60,7 @@ class Hashes:
         width = window_width(dim)
         group = name.rpartition(".")[0].rpartition(".")[0]
         n_in = math.prod(shape[1:])
-        window = int(_random_bits(f"window:{seed}:{group}", 1)[0] % np.uint64(dim // width))
+        window = int(random_bits(f"window:{seed}:{group}", 1)[0] % np.uint64(dim // width))
         out = _buckets_and_signs(f"rows:{seed}:{name}", shape[0] if shape else 1, width)
         return cls(window * width, width, *out, *_buckets_and_signs(f"columns:{seed}:{group}:{n_in}", n_in, width))
 
@@ -78,7 +78,7 @@ class Hashes:
         return out_BRD[..., self.start : self.start + self.width]
 
 
-def _random_bits(key: str, count: int) -> np.ndarray:
+def random_bits(key: str, count: int) -> np.ndarray:
     digest = hashlib.sha256(key.encode()).digest()
     return np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(count)
 
@@ -87,8 +87,8 @@ def _buckets_and_signs(key: str, count: int, width: int) -> tuple[Tensor, Tensor
     """Every bucket is given out before any is given out again: rows (or columns) of one parameter collide as little as
     they can, while signs alone make the sketch unbiased."""
     rounds = -(-count // width)
-    order = np.argsort(_random_bits(f"buckets:{key}", rounds * width).reshape(rounds, width), axis=1, kind="stable")
-    signs = 1 - 2 * (_random_bits(f"signs:{key}", count) & np.uint64(1)).astype(np.int8)
+    order = np.argsort(random_bits(f"buckets:{key}", rounds * width).reshape(rounds, width), axis=1, kind="stable")
+    signs = 1 - 2 * (random_bits(f"signs:{key}", count) & np.uint64(1)).astype(np.int8)
     return torch.from_numpy(order.ravel()[:count].copy()), torch.from_numpy(signs)
 
 

@@ -21,6 +21,7 @@ from pipeline.store import SCHEMAS
 WRITTEN_BY = {
     "examples": "fishers",
     "classes": "fishers",
+    "parameters": "fishers",
     "components": "factorize",
     "top_examples": "factorize",
     "coefficients": "factorize",

@@ -15,9 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.fisher import FisherBatch, LabelSpec, PerExampleFishers, SketchSpec, make_sketch
+from pipeline.fisher import (
+    Collected,
+    FisherBatch,
+    GroupLayout,
+    LabelSpec,
+    PerExampleFishers,
+    SketchSpec,
+    diagonal_norms,
+    diagonal_sum,
+    grouped_sums,
+    make_sketch,
+    top_entries,
+)
 from pipeline.runtime.model import LoadedModel, ModelSpec
-from pipeline.store import CompletionRecord, FisherStore, ShardRecords
+from pipeline.store import CompletionRecord, DiagonalSums, FisherStore, ShardRecords
 from pipeline.tasks import TaskError
 
 
@@ -32,6 +44,7 @@ class FisherWorker:
         store: Path,
         records: ShardRecords,
         batch_size: int,
+        sums: DiagonalSums | None = None,
     ) -> None:
         self._loaded = model.load()
         self._fishers = PerExampleFishers(
@@ -41,7 +54,9 @@ class FisherWorker:
             make_sketch(sketch, self._loaded.layout),
             labels,
         )
+        self._groups = GroupLayout.of(self._loaded.model, self._loaded.layout)
         self._store, self._records, self._batch_size = FisherStore.open(store), records, batch_size
+        self._sums = sums
         self._dtype = torch.float16 if self._store.store_dtype == "float16" else torch.float32
         if len(self._loaded.labels_N) != self._store.plan.n_examples:
             raise TaskError(
@@ -49,29 +64,84 @@ class FisherWorker:
                 f"{self._store.plan.n_examples} when the run began: it must have the same ones each time it is loaded"
             )
 
+    @property
+    def device(self) -> torch.device:
+        return self._loaded.device
+
+    @property
+    def shard_size(self) -> int:
+        return self._store.plan.shard_size
+
+    @property
+    def n_shards(self) -> int:
+        return self._store.plan.n_shards
+
     def compute(self, shards: tuple[int, ...]) -> list[CompletionRecord]:
         """Compute, store and record some shards."""
+        return self._compute_all(shards, None)
+
+    def compute_unit(self, unit: int) -> list[CompletionRecord]:
+        """Compute, store and record the shards of a unit, and the sum of their diagonal Fishers."""
+        assert self._sums is not None
+        names_and_shapes = zip(self._loaded.layout.names, self._loaded.layout.shapes, strict=True)
+        total = {
+            name: torch.zeros(shape, dtype=torch.float64, device=self._loaded.device)
+            for name, shape in names_and_shapes
+        }
+        records = self._compute_all(self._sums.shards(unit), total)
+        self._sums.write(unit, {name: values.cpu().numpy() for name, values in total.items()})
+        return records
+
+    def _compute_all(self, shards: tuple[int, ...], total: dict[str, Tensor] | None) -> list[CompletionRecord]:
+        """The diagonals are added to `total`, in the order of the shards and of their batches."""
         written: list[Future[CompletionRecord]] = []
         with ThreadPoolExecutor(1, "writer") as writer:
             for shard in shards:
                 began = time.monotonic()
-                arrays = self._compute(shard)
+                arrays = self._compute(shard, total)
                 if written:
                     written[-1].result()  # one shard waits to be written, not many; and what went wrong is told
                 written.append(writer.submit(self._write, shard, arrays, began))
         return [record.result() for record in written]
 
-    def _compute(self, shard: int) -> dict[str, np.ndarray]:
+    def _compute(self, shard: int, total: dict[str, Tensor] | None) -> dict[str, np.ndarray]:
         start, stop = self._store.plan.bounds(shard)
         plan = self._loaded.batches(range(start, stop), self._batch_size)
-        parts = []
-        for examples, batch in ready_ahead(self._loaded, plan):
-            result = self._fishers(batch, examples, self._loaded.targets(batch, examples))
-            parts.append(_stored_form(result, self._dtype, "logits" in self._store.array_names))
+        parts = [self._compute_batch(batch, examples, total) for examples, batch in ready_ahead(self._loaded, plan)]
         # from the order in which they were computed to that of the examples
         order = torch.tensor([example for examples in plan for example in examples]).argsort()
         arrays = {name: torch.cat([part[name] for part in parts]).cpu()[order].numpy() for name in parts[0]}
         return arrays | {"labels": self._loaded.labels_N[start:stop]}
+
+    def _compute_batch(self, batch: Any, examples: list[int], total: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        collected = self._fishers.collector.collect(batch, examples, self._loaded.targets(batch, examples))
+        result = self._fishers.factors(collected)
+        if total is not None:
+            diagonal_sum(collected.contributions, collected.labels.scales_B, result.valid_B, total)
+        stored = _stored_form(result, self._dtype, "logits" in self._store.array_names)
+        return stored | self._diagonals(collected, result.valid_B)
+
+    def _diagonals(self, collected: Collected, valid_B: Tensor) -> dict[str, Tensor]:
+        """What the store keeps of the diagonals: divided by their norms, and zero for examples that are not valid."""
+        rows, scales_B = collected.contributions, collected.labels.scales_B
+        found = {}
+        if self._store.top_entries is not None:
+            top = top_entries(rows, scales_B, self._loaded.layout, self._store.top_entries)
+            norms_B, found["diagonal_indices"] = top.norms_B, top.indices_Bk
+            found["diagonal_values"] = top.values_Bk
+        elif self._store.n_groups is not None:
+            norms_B = diagonal_norms(rows, scales_B)
+        else:
+            return {}
+        if self._store.n_groups is not None:
+            found["grouped_diagonal"] = grouped_sums(rows, scales_B, self._groups)
+        sizes_B1 = torch.where(norms_B > 0, norms_B, 1.0)[:, None]
+        for name in found.keys() & {"diagonal_values", "grouped_diagonal"}:
+            found[name] = (found[name] / sizes_B1).float()
+        return {
+            name: values.where(valid_B.reshape(-1, *[1] * (values.dim() - 1)), 0)
+            for name, values in {**found, "diagonal_norms": norms_B}.items()
+        }
 
     def _write(self, shard: int, arrays: dict[str, np.ndarray], began: float) -> CompletionRecord:
         start, stop = self._store.plan.bounds(shard)

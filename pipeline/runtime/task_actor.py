@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.fisher import (
     FisherBatch,
+    GroupLayout,
     LabelSpec,
     ParameterLayout,
     PerExampleFishers,
@@ -42,6 +43,8 @@ class TaskFacts:
     class_names: tuple[str, ...]
     examples: pa.Table
     layout: ParameterLayout
+    groups: tuple[tuple[str, int], ...]
+    """`GroupLayout.counts` of its entries."""
     left_out: dict[str, str]
     """Parameters that no Fisher is taken of, and why."""
     sketch_dim: int
@@ -90,6 +93,7 @@ class TaskWorker:
             class_names=class_names,
             examples=table,
             layout=loaded.layout,
+            groups=GroupLayout.of(loaded.model, loaded.layout).counts,
             left_out=loaded.left_out,
             sketch_dim=linear_map.dim,
             batch_size=largest_batch_size(loaded, fishers, limit) if batch_size == "auto" else batch_size,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pipeline.store.checkpoint import Checkpoint, CheckpointStore, write_checkpoint_array
 from pipeline.store.component_store import StoredFactorization, open_factorization, write_factorization
+from pipeline.store.diagonal_store import DiagonalSums
 from pipeline.store.direction_store import DirectionStore
 from pipeline.store.errors import StoreError
-from pipeline.store.fisher_store import FisherStore
+from pipeline.store.fisher_store import FisherStore, fisher_store_bytes
 from pipeline.store.layout import ShardPlan, inner_chunk_examples
 from pipeline.store.manifest import (
     CompletionRecord,
@@ -22,6 +23,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointStore",
     "CompletionRecord",
+    "DiagonalSums",
     "DirectionStore",
     "FisherStore",
     "ShardPlan",
@@ -29,6 +31,7 @@ __all__ = [
     "StoreError",
     "StoredFactorization",
     "checksum",
+    "fisher_store_bytes",
     "inner_chunk_examples",
     "open_factorization",
     "read_json",

@@ -10,7 +10,14 @@
     labels           (N,)       int64
     valid            (N,)       bool                                            False: not finite, to be left out
 
-Legend: N examples, R rank, C classes, D sketch dimension.
+and, where they are asked for, of the diagonals f_i of the F_i, which are exact whatever the sketch:
+
+    diagonal_norms    (N,)    float64  ‖f_i‖₂
+    diagonal_values   (N, k)  float32  the largest entries of f_i / ‖f_i‖₂, descending, then zeros
+    diagonal_indices  (N, k)  int64    where they are in the flat parameter vector
+    grouped_diagonal  (N, Q)  float32  sums of f_i / ‖f_i‖₂ over groups of entries
+
+Legend: N examples, R rank, C classes, D sketch dimension, k largest entries, Q groups.
 
 Fill values are ones that no written shard has (NaN, -1, not valid), so that a shard nobody wrote cannot be mistaken for
 data even by a reader that ignores the completion records. Every chunk and shard index carries a crc32c; nothing is
@@ -48,9 +55,19 @@ class _ArraySpec:
     dtype: str
     fill: float | int | bool
 
+    @property
+    def example_bytes(self) -> int:
+        return int(np.prod(self.tail, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
 
 def _array_specs(
-    rank: int, dim: int, n_classes: int, store_dtype: StoreDtype, with_logits: bool
+    rank: int,
+    dim: int,
+    n_classes: int,
+    store_dtype: StoreDtype,
+    with_logits: bool,
+    top_entries: int | None = None,
+    n_groups: int | None = None,
 ) -> dict[str, _ArraySpec]:
     bits = _ArraySpec((rank, dim), "uint16", NAN_BITS)
     specs = {
@@ -64,11 +81,44 @@ def _array_specs(
         "labels": _ArraySpec((), "int64", np.iinfo(np.int64).min),
         "valid": _ArraySpec((), "bool", False),
     }
-    return specs if with_logits else {name: spec for name, spec in specs.items() if name != "logits"}
+    if not with_logits:
+        del specs["logits"]
+    if top_entries is not None or n_groups is not None:
+        specs["diagonal_norms"] = _ArraySpec((), "float64", np.nan)
+    if top_entries is not None:
+        specs["diagonal_values"] = _ArraySpec((top_entries,), "float32", np.nan)
+        specs["diagonal_indices"] = _ArraySpec((top_entries,), "int64", -1)
+    if n_groups is not None:
+        specs["grouped_diagonal"] = _ArraySpec((n_groups,), "float32", np.nan)
+    return specs
+
+
+def _specs_of(attrs: Mapping[str, Any]) -> dict[str, _ArraySpec]:
+    """Of the store with these attributes."""
+    return _array_specs(
+        attrs["rank"],
+        attrs["dim"],
+        attrs["n_classes"],
+        attrs["store_dtype"],
+        attrs["with_logits"],
+        attrs.get("top_entries"),
+        attrs.get("n_groups"),
+    )
 
 
 ARRAY_NAMES = tuple(_array_specs(1, 1, 1, "float32", with_logits=True))
-"""Of a store with logits; `FisherStore.array_names` are those that a store has."""
+"""Of a store with logits and without diagonals; `FisherStore.array_names` are those that a store has."""
+
+
+def fisher_store_bytes(*, n_examples: int, shard_size: int, **sizes: Any) -> int:
+    """What a store of these sizes (as of `FisherStore.create`) takes on disk, indexes apart; nothing is compressed."""
+    rows = min(shard_size, n_examples)
+    full, rest = divmod(n_examples, rows)
+    total = 0
+    for spec in _array_specs(**sizes).values():
+        chunk = inner_chunk_examples(rows, spec.example_bytes)
+        total += (full * rows + -(-rest // chunk) * chunk) * spec.example_bytes  # the last chunk is stored whole
+    return total
 
 
 class FisherStore:
@@ -83,7 +133,9 @@ class FisherStore:
         self.dim: int = attrs["dim"]
         self.n_classes: int = attrs["n_classes"]
         self.store_dtype: StoreDtype = attrs["store_dtype"]
-        self._specs = _array_specs(self.rank, self.dim, self.n_classes, self.store_dtype, attrs["with_logits"])
+        self.top_entries: int | None = attrs.get("top_entries")
+        self.n_groups: int | None = attrs.get("n_groups")
+        self._specs = _specs_of(attrs)
         self.array_names = tuple(self._specs)
         self._arrays = dict(arrays)
 
@@ -100,10 +152,13 @@ class FisherStore:
         store_dtype: StoreDtype,
         attrs: Mapping[str, Any],
         with_logits: bool = True,
+        top_entries: int | None = None,
+        n_groups: int | None = None,
     ) -> FisherStore:
         """A new store without any shard; `attrs` (JSON: parameter layout, sketch, model fingerprint, ...) are kept.
 
-        Without logits where an example is a sequence of predictions, or the classes are a vocabulary.
+        Without logits where an example is a sequence of predictions, or the classes are a vocabulary. With the
+        `top_entries` largest entries of the diagonals and their sums over `n_groups` groups, where these are given.
 
         Raises:
             StoreError: there is something at `path` already, the sizes are impossible, or it cannot be written.
@@ -116,6 +171,8 @@ class FisherStore:
         if n_examples < 1:
             raise StoreError(f"there are no examples to store in {path}: give a data set with at least one")
         sizes = {"rank": rank, "dim": dim, "n_classes": n_classes, "shard_size": shard_size}
+        diagonals = {"top_entries": top_entries, "n_groups": n_groups}
+        sizes |= {name: size for name, size in diagonals.items() if size is not None}
         if impossible := [f"{name} = {size}" for name, size in sizes.items() if size < 1]:
             raise StoreError(f"{path} cannot have {', '.join(impossible)}: each must be at least 1")
         if store_dtype not in get_args(StoreDtype):
@@ -125,14 +182,13 @@ class FisherStore:
         with replacing_directory(path) as partial:
             group = create_group(partial, _KIND, SCHEMA_VERSION, own, attrs)
             rows = min(shard_size, n_examples)
-            for name, spec in _array_specs(rank, dim, n_classes, store_dtype, with_logits).items():
-                example_bytes = int(np.prod(spec.tail, dtype=np.int64)) * np.dtype(spec.dtype).itemsize
+            for name, spec in _specs_of(own).items():
                 group.create_array(
                     name,
                     shape=(n_examples, *spec.tail),
                     dtype=spec.dtype,
                     shards=(rows, *spec.tail),
-                    chunks=(inner_chunk_examples(rows, example_bytes), *spec.tail),
+                    chunks=(inner_chunk_examples(rows, spec.example_bytes), *spec.tail),
                     compressors=Crc32cCodec(),
                     fill_value=spec.fill,
                 )
@@ -147,9 +203,8 @@ class FisherStore:
         """
         path = Path(path)
         group, attrs = open_group(path, _KIND, SCHEMA_VERSION, "fishers")
-        names = [name for name in ARRAY_NAMES if name != "logits" or attrs["with_logits"]]
-        arrays = {name: open_array(group, path, name, "fishers") for name in names}
-        for name in set(names) - {"factors"}:
+        arrays = {name: open_array(group, path, name, "fishers") for name in _specs_of(attrs)}
+        for name in set(arrays) - {"factors"}:
             # Zarr skips chunks that equal the fill value, as a shard without a valid example may; written anyway, a
             # missing file is always a loss. Factors never equal theirs, and their padding is worth skipping.
             arrays[name] = arrays[name].with_config({"write_empty_chunks": True})
@@ -230,8 +285,8 @@ class FisherStore:
             raise StoreError(f"factors of {where} are not finite: {remedy}")
         if not np.isfinite(self._decode("factors", stored["factors"])).all():
             raise StoreError(f"factors of {where} do not fit {self.store_dtype}: set fishers.store_dtype to float32")
-        for name in ("frobenius_norms", "grams"):
-            if not np.isfinite(stored[name]).all():
+        for name in ("frobenius_norms", "grams", "diagonal_norms", "diagonal_values", "grouped_diagonal"):
+            if name in stored and not np.isfinite(stored[name]).all():
                 raise StoreError(f"{name} of {where} are not finite: {remedy}")
         if "logits" in stored and not np.isfinite(stored["logits"][stored["valid"]]).all():
             raise StoreError(f"logits of {where} are not finite: mark such examples as not valid")

@@ -39,6 +39,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         "fisher_rank:int kept_trace:float? loss:float? logits:float32s? image:bytes? text:str?"
     ),
     "classes": _schema("class:int name:str"),
+    "parameters": _schema("parameter:str shape:str? size:int? taken:bool reason:str?"),
     "components": _schema(
         "component:int n_active:int mass:float energy:float nearest_component:int? nearest_cosine:float? "
         "lift_cosine:float?"
@@ -62,6 +63,7 @@ examples: one row per example; `split` "fit" or "held_out"; `image` a PNG; `fish
     labels; `loss` the mean of -log p(label), null without labels; `prediction`, `correct` and `logits` are null for
     sequences.
 classes: the names of the model's classes.
+parameters: of the model; `shape` as 384x384, of those that are `taken`; `reason` why the others are not.
 components: `mass` Σ_i W_ij and `energy` Σ_i W_ij² over the fit examples; `nearest_*` by |cos| in the sketch, null for a
     single component; `lift_cosine` of the sketched direction to the component, null before the lift.
 top_examples: `rank` from 0, per component and split.

@@ -20,7 +20,7 @@ def gram(values: torch.Tensor) -> torch.Tensor:
 def test_the_gram_is_the_exact_one_and_the_recombination_near_the_identity(rank: int) -> None:
     sketched, exact = rows(rank), gram(rows(rank) + 0.2 * rows(rank + 50)[:, :rank])
     result = calibrated(sketched, exact)
-    torch.testing.assert_close(gram(result), exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gram(result), exact, rtol=1e-5, atol=2e-5)
     recombination = result @ torch.linalg.pinv(sketched)
     assert float((recombination - torch.eye(rank, dtype=torch.float64)).abs().max()) < 1
 

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import fisher_models as models
+import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from pipeline import stages
+from pipeline.config import RunConfig, SketchConfig
 from pipeline.fisher import (
     GradientCollector,
     ParameterLayout,
@@ -17,6 +22,9 @@ from pipeline.fisher import (
 )
 from pipeline.fisher.contributions import Outer
 from pipeline.fisher.tensorsketch import Hashes, fourier_is_cheaper
+from pipeline.run_directory import RunDirectory
+from pipeline.runtime.executor import SerialExecutor
+from pipeline.store import FisherStore
 
 
 def collected(name: str, dtype: torch.dtype = torch.float64) -> tuple[ParameterLayout, Any]:
@@ -144,24 +152,136 @@ def test_positions_without_gradient_do_not_change_the_sketch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "dim"), [("tensorsketch", None), ("tensorsketch", 0), ("identity", 8), ("fourier", 8)]
+    ("kind", "dim", "size"),
+    [
+        ("tensorsketch", None, None),
+        ("tensorsketch", 0, None),
+        ("tensorsketch", 8, 8),
+        ("identity", 8, None),
+        ("identity", None, 8),
+        ("kronecker", None, None),
+        ("kronecker", None, 0),
+        ("kronecker", 8, 8),
+        ("topk", None, None),
+        ("topk", None, 0),
+        ("topk", 8, 8),
+        ("fourier", 8, None),
+    ],
 )
-def test_a_sketch_that_makes_no_sense_is_refused(kind: Any, dim: int | None) -> None:
-    with pytest.raises(ValueError, match=r"^sketch\."):
-        SketchSpec(kind, dim, 0)
+def test_a_sketch_that_makes_no_sense_is_refused(kind: Any, dim: int | None, size: int | None) -> None:
+    with pytest.raises(ValueError, match=r"^sketch\.(kind|dim|size) [^\n]*$"):
+        SketchSpec(kind, dim, 0, size)
 
 
-def test_spec_survives_json() -> None:
-    spec = SketchSpec("tensorsketch", 64, 7)
+@pytest.mark.parametrize(
+    ("sketch", "said"),
+    [
+        ({"kind": "kronecker"}, "the kronecker sketch needs a size: set size: 16, say"),
+        ({"kind": "topk"}, "the topk sketch needs a size: set size: 16384, say"),
+        ({"kind": "kronecker", "size": 16, "dim": 3}, "the kronecker sketch takes a size and no dim: remove it"),
+        ({"kind": "topk", "size": 16, "dim": 3}, "the topk sketch takes a size and no dim: remove it"),
+        ({"kind": "identity", "size": 16}, "the identity sketch takes no size: remove it, or choose"),
+        ({"size": 16}, "the tensorsketch sketch takes no size: remove it, or choose"),
+        ({"kind": "kronecker", "size": 0}, "greater than 0"),
+    ],
+)
+def test_a_run_file_with_such_a_sketch_is_refused(sketch: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        SketchConfig.model_validate(sketch)
+
+
+@pytest.mark.parametrize("spec", [SketchSpec("tensorsketch", 64, 7), SketchSpec("kronecker", None, 7, 16)])
+def test_spec_survives_json(spec: SketchSpec) -> None:
     assert SketchSpec(**spec.to_json()) == spec
 
 
 def test_sketched_fishers_have_the_exact_norms() -> None:
     case = models.make("cnn")
     layout = select_parameters(case.model)
-    results = [
+    exact, *sketched = (
         PerExampleFishers(case.model, case.logits_fn, layout, make_sketch(spec, layout))(case.batch(range(4)))
-        for spec in (SketchSpec("identity", None, 0), SketchSpec("tensorsketch", 16, 0))
-    ]
-    assert torch.equal(results[0].grams_BRR, results[1].grams_BRR)
-    assert results[1].factors_BRD.shape == (4, 2, 16)
+        for spec in (
+            SketchSpec("identity", None, 0),
+            SketchSpec("tensorsketch", 16, 0),
+            SketchSpec("kronecker", None, 0, 3),
+            SketchSpec("topk", None, 0, 20),
+        )
+    )
+    for found in sketched:
+        assert torch.equal(found.grams_BRR, exact.grams_BRR)
+    assert [found.factors_BRD.shape[2] < layout.size for found in sketched] == [True, True, False]
+    assert sketched[0].factors_BRD.shape == (4, 2, 16)
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_topk_keeps_the_largest_entries_of_each_example_and_zeros_elsewhere(name: str) -> None:
+    layout, contributions = collected(name)
+    rows = make_sketch(SketchSpec("identity", None, 0), layout).apply(contributions)
+    sketch = make_sketch(SketchSpec("topk", None, 0, 25), layout)
+    found = sketch.apply(contributions)
+    assert sketch.dim == layout.size
+    for mine, all_rows in zip(found, rows, strict=True):
+        kept = mine != 0
+        assert int(kept.sum()) == 25
+        assert torch.equal(mine[kept], all_rows[kept])
+        assert float(all_rows[kept].abs().min()) >= float(all_rows[~kept].abs().max())
+    everything = make_sketch(SketchSpec("topk", None, 0, 10**9), layout)
+    assert torch.equal(everything.apply(contributions), rows)
+
+
+def test_topk_leaves_directions_as_they_are() -> None:
+    layout = ParameterLayout(("a", "b", "c"), ((2, 3), (), (4,)))
+    a, c = torch.randn(5, 2, 3), torch.randn(5, 4)
+    found = make_sketch(SketchSpec("topk", None, 0, 1), layout).apply_dense({"c": c, "a": a})
+    assert torch.equal(found, torch.cat([a.flatten(1), torch.zeros(5, 1), c], dim=1))
+
+
+def test_topk_rows_are_not_recombined_and_an_example_that_is_not_finite_disturbs_no_other() -> None:
+    case = models.make("cnn")
+    layout = select_parameters(case.model)
+    whole, largest = (
+        PerExampleFishers(case.model, case.logits_fn, layout, make_sketch(spec, layout))
+        for spec in (SketchSpec("identity", None, 0), SketchSpec("topk", None, 0, 30))
+    )
+    batch = case.batch(range(5))
+    rows = whole(batch).factors_BRD
+    clean = largest(batch).factors_BRD
+    assert clean.ne(0).sum((1, 2)).tolist() == [30] * 5
+    assert torch.equal(clean, rows.where(clean != 0, 0))
+    batch[2] = torch.nan
+    found = largest(batch)
+    others = [0, 1, 3, 4]
+    assert found.valid_B.tolist() == [True, True, False, True, True]
+    torch.testing.assert_close(found.factors_BRD[others], clean[others], rtol=0, atol=1e-12 * float(clean.abs().max()))
+
+
+@pytest.mark.parametrize(("kind", "size", "cosine"), [("kronecker", 16, 0.995), ("topk", 1000, 0.95)])
+def test_a_run_with_a_sketch_for_comparison(tmp_path: Path, kind: str, size: int, cosine: float) -> None:
+    config = RunConfig.model_validate(
+        {
+            "run_dir": str(tmp_path / "run"),
+            "task": {"name": "digits", "options": {"limit": 30, "epochs": 1}},
+            "parameters": {"include": ["2.*", "7.*"]},
+            "fishers": {"sketch": {"kind": kind, "size": size}, "shard_size": 15, "store_dtype": "float32"},
+            "factorization": {"n_components": 2, "max_iterations": 8},
+            "executor": {"kind": "serial"},
+        }
+    )
+    run, executor = RunDirectory.create(config), SerialExecutor()
+    fishers = stages.compute_fishers(run, executor=executor)
+    store = FisherStore.open(run.fishers)
+    assert store.attrs["sketch"] == {"kind": kind, "dim": None, "seed": 0, "size": size}
+    # a convolution (16, 8, 3, 3) and a linear layer (10, 32), with biases
+    dims = {"kronecker": 16 * 16 + 16 + 10 * 16 + 10, "topk": 16 * 72 + 16 + 10 * 32 + 10}
+    assert fishers["sketch_dim"] == store.dim == dims[kind]
+    factors = np.concatenate([store.read_shard(shard)["factors"] for shard in range(2)])
+    grams = np.concatenate([store.read_shard(shard)["grams"] for shard in range(2)])
+    norms = np.linalg.norm(grams, axis=(1, 2))[:, None, None]
+    stored = factors @ factors.transpose(0, 2, 1)
+    if kind == "kronecker":
+        np.testing.assert_allclose(stored, grams / norms, atol=1e-4)
+    else:
+        assert (np.count_nonzero(factors, axis=(1, 2)) == size).all()
+        assert (np.linalg.norm(stored, axis=(1, 2)) < 1).all()
+    assert 0 < stages.factorize(run, executor=executor)["explained"] < 1
+    assert stages.lift(run, executor=executor)["median_cosine"] > cosine

@@ -82,6 +82,15 @@ def write_run(
     tables = {
         "examples": _examples(pixels, labels, model, split, valid, hostile, text_instead_of_images),
         "classes": pa.table({"class": list(range(10)), "name": names}),
+        "parameters": pa.table(
+            {
+                "parameter": ["weight", "scale"],
+                "shape": ["10x64", None],
+                "size": pa.array([640, None], pa.int64()),
+                "taken": [True, False],
+                "reason": [None, "matches nothing in parameters.include"],
+            }
+        ),
         "components": _components(coefficients, components, split),
         "top_examples": _top_examples(coefficients, split),
         "coefficients": _long(coefficients),

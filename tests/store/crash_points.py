@@ -21,6 +21,7 @@ import numpy as np
 from pipeline.store import (
     CheckpointStore,
     CompletionRecord,
+    DiagonalSums,
     FisherStore,
     ShardRecords,
     open_factorization,
@@ -93,12 +94,36 @@ def write_classes(folder: Path, version: int) -> None:
     write_table(folder / "classes.parquet", "classes", {"class": [version], "name": ["a"]})
 
 
+def diagonal_sums(folder: Path) -> DiagonalSums:
+    return DiagonalSums(folder / "diagonal", n_shards=3, signature="s")
+
+
+def write_unit(folder: Path, unit: int) -> None:
+    diagonal_sums(folder).write(unit, {"a": np.full(3, 1 / (unit + 3)), "b": np.array(0.1 * unit)})
+
+
+def write_and_fold_first_unit(folder: Path) -> None:
+    write_unit(folder, 0)
+    diagonal_sums(folder).fold(last=True)
+
+
+def finish_sums(folder: Path) -> None:
+    """As the Fisher stage does."""
+    sums = diagonal_sums(folder)
+    for unit in sums.missing():
+        write_unit(folder, unit)
+        sums.fold()
+    sums.fold(last=True)
+    sums.write_mean(folder / "diagonal_fisher.safetensors", 9, {"labels": "exact", "model_fingerprint": "f"})
+
+
 Step = Callable[[Path], None]
 SCENARIOS: dict[str, tuple[Step, Step]] = {
     "create": (lambda folder: None, create_fishers),
     "shard": (prepare_shard, lambda folder: write_shard(folder, 2)),
     "checkpoint": (prepare_checkpoints, lambda folder: commit_checkpoint(folder, 3)),
     "factorization": (lambda folder: write_version(folder, 1), lambda folder: write_version(folder, 2)),
+    "sums": (write_and_fold_first_unit, finish_sums),
     "table": (lambda folder: write_classes(folder, 1), lambda folder: write_classes(folder, 2)),
 }
 

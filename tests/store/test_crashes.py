@@ -112,6 +112,13 @@ def test_a_killed_table_leaves_the_former_one_or_the_new_one(tmp_path: Path) -> 
         assert files_of(folder) == files_of(alive)
 
 
+def test_killed_sums_go_on_to_the_same_mean(tmp_path: Path) -> None:
+    *dead, alive = crashed("sums", tmp_path, at_least=10)
+    for folder in dead:
+        crash_points.finish_sums(folder)
+        assert files_of(folder) == files_of(alive)
+
+
 WRITER = """
 import sys
 from pathlib import Path

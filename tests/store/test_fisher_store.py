@@ -68,6 +68,52 @@ def test_shards_are_read_as_they_were_written(
         np.testing.assert_array_equal(read["logits"], written["logits"].astype(np.float32))
 
 
+def diagonal_arrays(n: int, k: int, n_groups: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(n)
+    return {
+        "diagonal_norms": rng.uniform(size=n),
+        "diagonal_values": -np.sort(-rng.uniform(size=(n, k))),
+        "diagonal_indices": rng.integers(1 << 40, size=(n, k)),
+        "grouped_diagonal": rng.uniform(size=(n, n_groups)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("sizes", "names"),
+    [
+        ({"top_entries": 7, "n_groups": 4}, {"norms", "values", "indices", "grouped"}),
+        ({"top_entries": 7}, {"norms", "values", "indices"}),
+        ({"n_groups": 4}, {"norms", "grouped"}),
+        ({}, set()),
+    ],
+)
+def test_diagonals_are_there_where_they_are_asked_for(
+    tmp_path: Path, shard_arrays: ShardArrays, sizes: dict[str, int], names: set[str]
+) -> None:
+    create(tmp_path / "fishers.zarr", "float16", **sizes)
+    store = FisherStore.open(tmp_path / "fishers.zarr")
+    found = [name for name in store.array_names if "diagonal" in name]
+    assert {name.replace("diagonal", "").strip("_") for name in found} == names
+    asked = {name: values for name, values in diagonal_arrays(10, 7, 4).items() if name in found}
+    checksum = store.write_shard(0, {**shard_arrays(10), **asked})
+    read = store.read_shard(0, checksum)
+    for name, values in asked.items():
+        stored = values.astype({"norms": np.float64, "indices": np.int64}.get(name.split("_")[1], np.float32))
+        assert read[name].dtype == stored.dtype
+        np.testing.assert_array_equal(read[name], stored)
+    for name in asked:
+        changed = {**asked, name: asked[name] + 1}
+        assert store.write_shard(0, {**shard_arrays(10), **changed}) != checksum
+        with pytest.raises(StoreError, match="needs the arrays"):
+            store.write_shard(0, {**shard_arrays(10), **{other: asked[other] for other in asked if other != name}})
+        if name != "diagonal_indices":
+            with pytest.raises(StoreError, match=f"{name} of shard 0 of .* are not finite"):
+                store.write_shard(0, {**shard_arrays(10), **asked, name: asked[name] * np.nan})
+    if not asked:
+        with pytest.raises(StoreError, match="needs the arrays"):
+            store.write_shard(0, {**shard_arrays(10), **diagonal_arrays(10, 7, 4)})
+
+
 def test_plain_zarr_reads_the_store(filled: tuple[FisherStore, dict[int, str]], shard_arrays: ShardArrays) -> None:
     store, _ = filled
     group = zarr.open_group(store.path, mode="r")
@@ -311,6 +357,7 @@ def test_an_existing_store_is_not_overwritten(store: FisherStore, shard_arrays: 
     ("changes", "message"),
     [
         ({"n_examples": 0}, "there are no examples"),
+        ({"top_entries": 0}, "cannot have top_entries = 0"),
         ({"rank": 0, "dim": -1}, "cannot have rank = 0, dim = -1"),
     ],
 )

@@ -42,7 +42,7 @@ class Seq2SeqLMTask(PretrainedTask[Seq2SeqLMOptions]):
 
     def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         # the model makes the decoder's input of the labels itself: how a target begins differs between families
-        return at_places(model(**batch["inputs"], labels=batch["labels"]).logits, batch)
+        return at_places(model(**batch["inputs"], labels=batch["labels"], use_cache=False).logits, batch)
 
     def targets(self, batch: Mapping[str, Any]) -> Tensor | None:
         return batch.get("targets")
