@@ -166,8 +166,9 @@ class ExecutorConfig(_Section):
     gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
     """GPUs of one actor; a fraction lets several actors share one."""
     timeout_s: PositiveFloat = 600.0
-    """Longest wait for one call of a worker before it counts as hung: the task's preparation (training, say), a shard,
-    reading the solver's shards and starting it, a solver step, a block of directions, a component's verification."""
+    """Longest wait for one call of a worker before it counts as hung: the task's preparation (training, say), two
+    shards, reading the solver's shards and starting it, a solver step, a block of directions, a component's
+    verification."""
 
     @model_validator(mode="after")
     def _serial_is_one_worker(self) -> Self:

@@ -29,7 +29,12 @@ import torch
 from pipeline.config import ConfigError, RunConfig
 from pipeline.factorization import Statistics, explained, near_duplicates
 from pipeline.progress import ProgressDisplay, SilentProgress
-from pipeline.result_tables import rows_to_columns, write_component_tables, write_example_tables
+from pipeline.result_tables import (
+    rows_to_columns,
+    write_component_tables,
+    write_example_tables,
+    write_parameter_table,
+)
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.store import (
     SCHEMAS,
@@ -368,6 +373,7 @@ def _import_fishers(
                     tick(len(complete))
             table = pa.table({"id": [str(example) for example in range(header.n_examples)]})
             write_example_tables(run, table, names)
+            write_parameter_table(run, {}, {})
             run.complete(
                 "fishers",
                 {
@@ -600,6 +606,7 @@ def _write_unknown_examples(run: RunDirectory, n_examples: int, names: Sequence[
     unknown = {field.name: [None] * n_examples for field in SCHEMAS["examples"] if field.nullable}
     write_table(run.table("examples"), "examples", columns | unknown)
     write_table(run.table("classes"), "classes", {"class": range(len(names)), "name": list(names)})
+    write_parameter_table(run, {}, {})  # of which such a file knows numbers alone
 
 
 def _complete_fishers(run: RunDirectory) -> tuple[FisherStore, dict[int, str]]:

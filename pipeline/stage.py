@@ -86,7 +86,8 @@ def open_stage(run: RunDirectory, name: str, after: str | None = None) -> Iterat
                 raise
             raise ExecutorError(
                 f"stage {name} ran out of memory ({str(error).splitlines()[0] if str(error) else 'no details'}): lower "
-                "fishers.batch_size, fishers.sketch.dim or lift.memory_limit_mb, or give the workers more memory"
+                "fishers.batch_size, fishers.sketch.dim (in a new run_dir) or lift.memory_limit_mb, or give the "
+                "workers more memory"
             ) from error
 
 

@@ -79,7 +79,7 @@ USER_ERRORS = (
 )
 """What a user can cause or mend: the message is one line that says what to do."""
 
-_MOST_SHARDS_PER_CALL = 4
+_MOST_SHARDS_PER_CALL = 2
 
 
 def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = None) -> RunDirectory:

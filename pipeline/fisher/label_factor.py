@@ -38,7 +38,7 @@ def truncated_label_factor(logits_BC: Tensor, rank: int, kept_trace: float = 1.0
     of the trace of S.
 
     Used are the fewest that keep a share of at least `kept_trace`, at most `rank`; other columns are zero. The sign of
-    a column makes its entry of largest magnitude positive. float64.
+    a column makes its sum with weights from 1 to 2 positive. float64.
     """
     factor_BCR = exact_label_factor(logits_BC)
     # the eigenpairs of S by the singular vectors of its factor, which keep the relative accuracy of a saturated
@@ -52,5 +52,7 @@ def truncated_label_factor(logits_BC: Tensor, rank: int, kept_trace: float = 1.0
     used_BR = torch.arange(share_BR.shape[1], device=ranks_B.device) < ranks_B[:, None]
     kept_B = share_BR.gather(1, ranks_B[:, None] - 1)[:, 0].where(total_B1[:, 0] > 0, 1)
     columns_BCR = (vectors_BCR * values_BR[:, None])[:, :, :rank]
-    largest_B1R = columns_BCR.gather(1, columns_BCR.abs().argmax(1, keepdim=True))
-    return torch.where(largest_B1R < 0, -columns_BCR, columns_BCR) * used_BR[:, None], ranks_B, kept_B
+    # its largest entry would be a tie in the vector of two classes, (1, -1)
+    generic_C1 = torch.linspace(1, 2, columns_BCR.shape[1], dtype=torch.float64, device=columns_BCR.device)[:, None]
+    sums_B1R = (columns_BCR * generic_C1).sum(1, keepdim=True)
+    return torch.where(sums_B1R < 0, -columns_BCR, columns_BCR) * used_BR[:, None], ranks_B, kept_B

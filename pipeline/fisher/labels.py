@@ -30,7 +30,7 @@ Labels = Literal["exact", "truncated", "sampled", "empirical"]
 IGNORED, UNKNOWN = -100, -1
 """In targets: no prediction is made here; a prediction whose class is not known."""
 _BLOCK = 1 << 22
-_LARGEST_EIGENPROBLEM = 4096
+_MOST_CLASSES = 4096
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,8 @@ def _factored(spec: LabelSpec, predictions: _Predictions, logits: Tensor) -> Lab
             f"{spec.kind} labels need examples with one prediction each, and here are some with {int(counts_B.max())}: "
             "use sampled labels, or make every position an example"
         )
-    if spec.kind == "truncated" and n_classes > _LARGEST_EIGENPROBLEM:
-        raise UnsupportedModelError(f"truncated labels are for at most {_LARGEST_EIGENPROBLEM} classes: use sampled")
+    if n_classes > _MOST_CLASSES:
+        raise UnsupportedModelError(f"{spec.kind} labels are for at most {_MOST_CLASSES} classes: use sampled ones")
     rank = spec.max_rank(n_classes)
     logits_nC = predictions.logits_nC
     if spec.kind == "exact":

@@ -129,11 +129,12 @@ class TensorSketch:
     def __init__(self, layout: ParameterLayout, dim: int, seed: int) -> None:
         self.dim = dim
         shapes = zip(layout.names, layout.shapes, strict=True)
-        self._hashes = {name: Hashes.draw(seed, name, shape, dim) for name, shape in shapes}
+        self._width = window_width(dim, layout.names)
+        self._hashes = {name: Hashes.draw(seed, name, shape, dim, self._width) for name, shape in shapes}
 
     def apply(self, contributions: Mapping[str, Contribution], method: Method = "auto") -> Tensor:
         out_BRD = _zeros(contributions, self.dim)
-        width = window_width(self.dim)
+        width = self._width
         transforms: dict[int, Tensor] = {}
         parts: list[tuple[Contribution, Hashes]] = []
         for name, contribution in contributions.items():

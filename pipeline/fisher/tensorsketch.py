@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,16 +26,25 @@ from pipeline.fisher.contributions import Contribution, Outer, Rows, blocks, cac
 # a number of a real Fourier transform per doubling of its length, a complex product accumulated
 _MULTIPLY_NS, _SCATTER_NS, _FFT_NS, _PRODUCT_NS = 0.025, 0.8, 0.09, 0.5
 
-WINDOWS, SMALLEST_WINDOWED = 4, 1024
+WINDOWS, SMALLEST_WINDOWED, FEWEST_GROUPS = 4, 1024, 16
 
 
-def window_width(dim: int) -> int:
+def window_width(dim: int, names: Iterable[str]) -> int:
     """Coordinates that one parameter is sketched to; each group of parameters has its window of that width.
 
-    A quarter of a large sketch: transforms are several times cheaper, and as every example's gradient is spread over
-    many groups the windows fill alike (with P's energy split evenly over the windows the variance is the same).
+    A quarter of a large sketch of many groups: transforms are several times cheaper, and as every example's gradient is
+    spread over the groups the windows fill alike (with its energy split evenly over them the variance is the same).
     """
-    return dim // WINDOWS if dim % WINDOWS == 0 and dim >= SMALLEST_WINDOWED else dim
+    windowed = (
+        dim % WINDOWS == 0 and dim >= SMALLEST_WINDOWED and len({_group(name) for name in names}) >= FEWEST_GROUPS
+    )
+    return dim // WINDOWS if windowed else dim
+
+
+def _group(name: str) -> str:
+    """The module that holds the module of parameter `name`."""
+    module = name.rpartition(".")[0]
+    return module.rpartition(".")[0] or module
 
 
 @dataclass(frozen=True)
@@ -55,10 +64,9 @@ class Hashes:
     in_signs: Tensor
 
     @classmethod
-    def draw(cls, seed: int, name: str, shape: tuple[int, ...], dim: int) -> Hashes:
-        """Hashes of parameter `name` in a sketch of `dim` coordinates."""
-        width = window_width(dim)
-        group = name.rpartition(".")[0].rpartition(".")[0]
+    def draw(cls, seed: int, name: str, shape: tuple[int, ...], dim: int, width: int) -> Hashes:
+        """Hashes of parameter `name` in a sketch of `dim` coordinates with windows of `width`."""
+        group = _group(name)
         n_in = math.prod(shape[1:])
         window = int(random_bits(f"window:{seed}:{group}", 1)[0] % np.uint64(dim // width))
         out = _buckets_and_signs(f"rows:{seed}:{name}", shape[0] if shape else 1, width)
@@ -197,7 +205,8 @@ class _LiveBlock:
     def taken(self, values_BTx: Tensor) -> Tensor:
         if self.whole is not None:
             return values_BTx[self.whole].flatten(0, 1)
-        return values_BTx[self.examples_n, self.positions_n]
+        # several times faster than indexing with both
+        return values_BTx.flatten(0, 1).index_select(0, self.examples_n * self.n_positions + self.positions_n)
 
     def add_to(self, out_BF: Tensor, values_nF: Tensor) -> None:
         if self.whole is not None:

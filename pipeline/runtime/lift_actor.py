@@ -72,8 +72,11 @@ class LiftWorker:
                 block,
                 torch.from_numpy(arrays["frobenius_norms"]),
             )
-            used = start + weights_kNR.abs().amax(dim=(0, 2)).nonzero()[:, 0]
-            for examples in self._loaded.batches(used.tolist(), self._batch_size):
+            used = set((start + weights_kNR.abs().amax(dim=(0, 2)).nonzero()[:, 0]).tolist())
+            # the batches of the Fishers themselves: with other padding a logit could round to another draw of a label
+            for examples in self._loaded.batches(range(start, stop), self._batch_size):
+                if used.isdisjoint(examples):
+                    continue
                 batch = self._loaded.batch(examples)
                 weights_kBR = weights_kNR[:, torch.tensor(examples) - start]
                 targets = self._loaded.targets(batch, examples)

@@ -116,7 +116,9 @@ class LoadedModel:
             return torch.from_numpy(self.labels_N[list(indices)]).to(self.device)
         if not isinstance(targets, Tensor):
             raise TaskError(f"task {self.spec.task!r}: targets() must return a tensor or None, not {_kind(targets)}")
-        return targets
+        if targets.is_floating_point():
+            raise TaskError(f"task {self.spec.task!r}: targets() must return class numbers, not {targets.dtype}")
+        return targets.to(self.device, torch.long)
 
     @cached_property
     def labels_N(self) -> NDArray[np.int64]:
@@ -211,14 +213,14 @@ class Predictions:
 
     def accuracy(self) -> float | None:
         """Share of right ones among the predictions of known class; None if there are none."""
-        logits, classes = torch.cat(self.logits), torch.cat(self.classes)
-        known = classes >= 0
-        return float((logits.argmax(-1) == classes)[known].double().mean()) if known.any() else None
+        classes = torch.cat(self.classes)
+        predicted, known = torch.cat([logits.argmax(-1) for logits in self.logits]), classes >= 0
+        return float((predicted == classes)[known].double().mean()) if known.any() else None
 
     def mean_kl(self, original: Predictions) -> float:
         """Mean over the examples of KL(p ‖ p_original), nats; an example's is the mean over its predictions."""
-        kl = kl_divergence(torch.cat(self.logits), torch.cat(original.logits))
-        return float(torch.stack([part.mean() for part in kl.split([len(each) for each in self.logits])]).nanmean())
+        pairs = zip(self.logits, original.logits, strict=True)
+        return float(torch.stack([kl_divergence(moved, before).mean() for moved, before in pairs]).nanmean())
 
 
 def _kind(value: object) -> str:

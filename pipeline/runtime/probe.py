@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -18,10 +19,12 @@ def largest_batch_size(loaded: LoadedModel, fishers: PerExampleFishers, limit: i
     """The largest power of two of examples whose Fishers need at most `limit` bytes beside the model, tried on the
     largest examples of the data set; at least 1."""
     ordered = [example for batch in loaded.batches(range(len(loaded.examples)), 1) for example in batch]
-    size, before = 1, peak_bytes(loaded.device)
+    size, before = 1, _held_bytes(loaded.device)
     while 2 * size <= min(_LARGEST[loaded.device.type], len(ordered)):
         examples = ordered[-2 * size :]
         try:
+            if loaded.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(loaded.device)
             batch = loaded.batch(examples)
             fishers(batch, examples, loaded.targets(batch, examples))
         except torch.OutOfMemoryError:
@@ -30,6 +33,14 @@ def largest_batch_size(loaded: LoadedModel, fishers: PerExampleFishers, limit: i
             break
         size *= 2
     return size
+
+
+def _held_bytes(device: torch.device) -> int:
+    """What this process holds now; its peak so far where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * resource.getpagesize() if status.exists() else peak_bytes(device)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -79,6 +79,12 @@ class TaskWorker:
         n_classes = loaded.predict(first, batch_size=_COVERAGE_EXAMPLES).logits[0].shape[-1]
         class_names = _class_names(loaded, n_classes)
         _check_labels(self._spec.task, table["label"], n_classes)
+        sequences = loaded.targets(loaded.batch(first), first).dim() > 1
+        if self._labels.kind == "empirical" and not sequences and table["label"].null_count:
+            raise TaskError(
+                f"task {self._spec.task!r}: {table['label'].null_count} examples have no label, which empirical labels "
+                "need: give them, leave those examples out, or use sampled labels"
+            )
         linear_map = make_sketch(sketch, loaded.layout)
         fishers = PerExampleFishers(loaded.model, loaded.logits, loaded.layout, linear_map, self._labels)
         valid = _valid_examples(loaded, fishers)
@@ -89,7 +95,7 @@ class TaskWorker:
         return TaskFacts(
             n_classes=n_classes,
             rank=self._labels.max_rank(n_classes),
-            with_logits=targets.dim() == 1 and n_classes <= _MOST_LOGITS,
+            with_logits=not sequences and n_classes <= _MOST_LOGITS,
             class_names=class_names,
             examples=table,
             layout=loaded.layout,
@@ -137,12 +143,12 @@ def _valid_examples(loaded: LoadedModel, fishers: PerExampleFishers) -> list[int
         indices = range(start, min(start + _COVERAGE_EXAMPLES, tried))
         batch, targets = _with_targets(loaded, indices)
         found: FisherBatch = fishers(batch, indices, targets)
-        valid += [start + int(row) for row in found.valid_B.nonzero()[:, 0]]
+        valid += [start + int(row) for row in (found.valid_B & found.ranks_B.gt(0)).nonzero()[:, 0]]
         if len(valid) >= _COVERAGE_EXAMPLES:
             break
     if not valid:
         raise TaskError(
-            f"task {loaded.spec.task!r}: none of the first {tried} examples has finite logits and gradients: look for "
-            "NaN in the model's weights and in the examples"
+            f"task {loaded.spec.task!r}: none of the first {tried} examples has finite logits and gradients, and "
+            "makes a prediction: look for NaN in the model's weights and in the examples"
         )
     return valid[:_COVERAGE_EXAMPLES]

@@ -463,7 +463,8 @@ def start(*arguments: Any) -> subprocess.Popen[str]:
 
 def test_a_second_run_of_a_directory_is_refused_while_the_first_goes_on(command: Command) -> None:
     run_dir, gate = command.folder / "run", command.folder / "gate"
-    path = command.run_file(configuration(run_dir, "GatedTask", task__options={"gate": str(gate)}))
+    tree = configuration(run_dir, "GatedTask", task__options={"gate": str(gate)}, fishers__batch_size=16)
+    path = command.run_file(tree)
     with start("fishers", path) as first:
         deadline = time.monotonic() + 60
         while not (run_dir / "shards" / "00000.json").exists():

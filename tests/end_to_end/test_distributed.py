@@ -22,7 +22,7 @@ from pipeline import NPEFF, cli, stages
 from pipeline.config import RunConfig
 from pipeline.factorization import ExampleShard, SolverOptions, initial_state, match_components, solve
 from pipeline.progress import SilentProgress
-from pipeline.result_tables import held_out
+from pipeline.result_tables import held_out, write_parameter_table
 from pipeline.run_directory import RunDirectory
 from pipeline.runtime.executor import Executor, SerialExecutor, WorkerSpec, make_executor
 from pipeline.runtime.model import ModelSpec
@@ -155,6 +155,7 @@ def prepared(path: Path, planted: Planted, n_shards: int, **factorization: Any) 
     }
     write_table(run.table("examples"), "examples", examples)
     write_table(run.table("classes"), "classes", {"class": range(rank + 1), "name": list("abcd"[: rank + 1])})
+    write_parameter_table(run, {}, {})
     run.complete("fishers", {"n_examples": n, "rank": rank, "n_shards": n_shards, "signature": SIGNATURE})
     return run
 
@@ -408,8 +409,11 @@ def test_an_invalid_example_is_left_out_and_harms_no_other(tmp_path: Path, capsy
     assert np.flatnonzero(~arrays["valid"]).tolist() == [DAMAGED]
     assert expected["valid"].all()
     others = np.arange(80) != DAMAGED
-    for name in arrays:
-        np.testing.assert_array_equal(arrays[name][others], expected[name][others], err_msg=name)
+    for name in arrays:  # equal but for rounding: how a batch is sketched depends on how much of it is live
+        atol = 1e-3 * np.nanmax(np.abs(expected[name].astype(np.float64)), initial=0)
+        np.testing.assert_allclose(
+            arrays[name][others].astype(np.float64), expected[name][others].astype(np.float64), atol=atol, err_msg=name
+        )
 
     for stage in (stages.factorize, stages.lift, stages.verify):
         stage(run)

@@ -21,7 +21,7 @@ from pipeline.fisher import (
     select_parameters,
 )
 from pipeline.fisher.contributions import Outer
-from pipeline.fisher.tensorsketch import Hashes, fourier_is_cheaper
+from pipeline.fisher.tensorsketch import Hashes, fourier_is_cheaper, window_width
 from pipeline.run_directory import RunDirectory
 from pipeline.runtime.executor import SerialExecutor
 from pipeline.store import FisherStore
@@ -38,7 +38,7 @@ def explicit_matrix(layout: ParameterLayout, dim: int, seed: int) -> Tensor:
     """Q (D, P), entry by entry from the definition."""
     matrix = torch.zeros(dim, layout.size, dtype=torch.float64)
     for name, shape, offset in zip(layout.names, layout.shapes, layout.offsets, strict=True):
-        hashes = Hashes.draw(seed, name, shape, dim)
+        hashes = Hashes.draw(seed, name, shape, dim, window_width(dim, layout.names))
         n_in = len(hashes.in_buckets)
         for o in range(len(hashes.out_buckets)):
             for i in range(n_in):
@@ -96,7 +96,7 @@ def test_inner_products_are_unbiased_over_seeds_and_as_accurate_as_their_dimensi
 
 
 def test_hashes_depend_on_seed_and_names_only() -> None:
-    one = Hashes.draw(3, "block.layer.weight", (5, 7), 4096)
+    one = Hashes.draw(3, "block.layer.weight", (5, 7), 4096, 1024)
     # pinned: a stored sketch must mean the same with every later version
     assert (one.start, one.width) == (1024, 1024)
     assert one.out_buckets.tolist() == [393, 521, 57, 795, 718]
@@ -104,22 +104,30 @@ def test_hashes_depend_on_seed_and_names_only() -> None:
     assert one.in_buckets.tolist() == [977, 260, 400, 657, 610, 468, 959]
     assert one.in_signs.tolist() == [1, 1, 1, 1, 1, -1, 1]
     for seed, name in ((4, "block.layer.weight"), (3, "block.other.weight")):
-        assert not torch.equal(one.out_buckets, Hashes.draw(seed, name, (5, 7), 4096).out_buckets)
-    assert torch.equal(one.out_buckets, Hashes.draw(3, "block.layer.weight", (5, 70), 4096).out_buckets)
+        assert not torch.equal(one.out_buckets, Hashes.draw(seed, name, (5, 7), 4096, 1024).out_buckets)
+    assert torch.equal(one.out_buckets, Hashes.draw(3, "block.layer.weight", (5, 70), 4096, 1024).out_buckets)
 
 
 def test_rows_collide_only_where_there_are_more_than_buckets() -> None:
     for n_rows, most in ((64, 1), (65, 2), (300, 5)):
-        assert int(Hashes.draw(0, "a.b.weight", (n_rows, 3), 64).out_buckets.bincount().max()) == most
+        assert int(Hashes.draw(0, "a.b.weight", (n_rows, 3), 64, 64).out_buckets.bincount().max()) == most
+
+
+def test_windows_are_for_large_sketches_of_many_groups() -> None:
+    flat, deep = [f"{i}.weight" for i in range(15)], [f"layer.{i}.query.weight" for i in range(16)]
+    assert [window_width(dim, deep) for dim in (512, 1023, 1024, 4096)] == [512, 1023, 256, 1024]
+    assert window_width(4096, flat) == window_width(4096, [f"layer.query.{i}" for i in range(50)]) == 4096
 
 
 def test_windows_of_a_large_sketch_are_all_used() -> None:
-    starts = {Hashes.draw(0, f"layer.{i}.linear.weight", (2, 2), 1024).start for i in range(50)}
+    starts = {Hashes.draw(0, f"layer.{i}.linear.weight", (2, 2), 1024, 256).start for i in range(50)}
     assert starts == {0, 256, 512, 768}
 
 
 def test_layers_of_one_module_share_the_hashes_of_their_inputs() -> None:
-    query, key, other = (Hashes.draw(0, name, (5, 7), 4096) for name in ("a.q.weight", "a.k.weight", "b.q.weight"))
+    query, key, other = (
+        Hashes.draw(0, name, (5, 7), 4096, 1024) for name in ("a.q.weight", "a.k.weight", "b.q.weight")
+    )
     assert torch.equal(query.in_buckets, key.in_buckets)
     assert torch.equal(query.in_signs, key.in_signs)
     assert query.start == key.start
