@@ -29,7 +29,7 @@ from torch import Tensor
 from pipeline import stages
 from pipeline.config import RunConfig
 from pipeline.factorization import ExampleShard, SolverOptions, advance, initial_state
-from pipeline.fisher import PerExampleFishers, SketchSpec, make_sketch
+from pipeline.fisher import LabelSpec, PerExampleFishers, SketchSpec, make_sketch
 from pipeline.fisher.label_factor import exact_label_factor
 from pipeline.run_directory import RunDirectory
 from pipeline.runtime.fisher_actor import FisherWorker
@@ -133,7 +133,7 @@ def fishers(run: RunDirectory, folder: Path) -> dict[str, float]:
 
     def stage() -> None:
         for shard in range(N_BATCHED // config.fishers.shard_size):
-            worker.compute(shard)
+            worker.compute((shard,))
 
     def vmap_of_grad() -> None:
         for batch in batches:
@@ -158,7 +158,7 @@ def _fisher_worker(run: RunDirectory, model: ModelSpec, sketch: SketchSpec, fold
     path.parent.mkdir()
     sizes = {"n_examples": store.plan.n_examples, "rank": store.rank, "dim": store.dim, "n_classes": store.n_classes}
     FisherStore.create(path, **sizes, shard_size=config.shard_size, store_dtype=config.store_dtype, attrs={})
-    return FisherWorker(model, sketch, path, ShardRecords(path.parent / "shards", "benchmark"), BATCH)
+    return FisherWorker(model, LabelSpec(), sketch, path, ShardRecords(path.parent / "shards", "benchmark"), BATCH)
 
 
 def vmap_rows(loaded: LoadedModel, batch: Tensor) -> Tensor:
