@@ -90,6 +90,7 @@ class Unconstructible:
 
 def test_both_executors_give_the_same_results_in_whatever_order_they_are_finished(executor):
     serial = dict(SerialExecutor().map(WorkerSpec(Calculator), "late_square", range(6)))
+    list(executor.map(WorkerSpec(Calculator), "late_square", range(1, 5)))  # both actors have started by then
     items = list(executor.map(WorkerSpec(Calculator), "late_square", range(6)))
     assert dict(items) == serial == {item: item * item for item in range(6)}
     assert len(items) == 6
