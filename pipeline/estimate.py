@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pipeline.config import RunConfig
 from pipeline.runtime.executor import WorkerSpec, make_executor
-from pipeline.runtime.trial import Trial, TrialWorker, n_groups
-from pipeline.stage import device_of, label_spec, model_of, sketch_spec
+from pipeline.runtime.trial import Trial, TrialWorker
+from pipeline.stage import device_of, inspection_of, label_spec, model_of
 from pipeline.store import fisher_store_bytes
 
 
@@ -43,7 +43,7 @@ def estimate(config: RunConfig) -> Estimate:
         "top_entries": wanted.diagonal.top_entries,
         "groups": wanted.diagonal.groups,
     }
-    item = (sketch_spec(config), wanted.batch_size, wanted.memory_limit_mb * 2**20, store)
+    item = (*inspection_of(config), store)
     with make_executor(**config.executor.model_dump()) as executor:
         trial: Trial = next(iter(executor.map(spec, "try_out", [item])))[1]
         start_up = time.monotonic() - began - trial.trial_seconds
@@ -58,7 +58,7 @@ def estimate(config: RunConfig) -> Estimate:
         store_dtype=wanted.store_dtype,
         with_logits=facts.with_logits,
         top_entries=wanted.diagonal.top_entries,
-        n_groups=n_groups(facts) if wanted.diagonal.groups else None,
+        n_groups=facts.n_groups if wanted.diagonal.groups else None,
     )
     n_shards = -(-n_examples // wanted.shard_size)
     workers = config.executor.workers

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -143,3 +143,8 @@ def sketch_spec(config: RunConfig) -> SketchSpec:
 def label_spec(config: RunConfig) -> LabelSpec:
     wanted = config.fishers
     return LabelSpec(kind=wanted.labels, rank=wanted.rank, kept_trace=wanted.kept_trace, seed=config.seed)
+
+
+def inspection_of(config: RunConfig) -> tuple[SketchSpec, int | Literal["auto"], int]:
+    """What `TaskWorker.inspect` is asked: the sketch, the batch size, and the bytes that a batch may take."""
+    return sketch_spec(config), config.fishers.batch_size, config.fishers.memory_limit_mb * 2**20

@@ -45,6 +45,7 @@ from pipeline.stage import (
     device_of,
     executor_for,
     finished,
+    inspection_of,
     label_spec,
     model_spec,
     open_stage,
@@ -328,8 +329,7 @@ def _inspect(run: RunDirectory, workers: Executor) -> TaskFacts:
     """Prepare the task on a worker and look at it; refuse what the later stages could not use."""
     wanted = run.config.fishers
     inspection = worker_spec(run, TaskWorker, model=model_spec(run, None), labels=label_spec(run.config))
-    item = (sketch_spec(run.config), wanted.batch_size, wanted.memory_limit_mb * 2**20)
-    facts: TaskFacts = next(iter(workers.map(inspection, "inspect", [item])))[1]
+    facts: TaskFacts = next(iter(workers.map(inspection, "inspect", [inspection_of(run.config)])))[1]
     n_examples = len(facts.examples)
     n_fit = n_examples - int(run.config.factorization.held_out_fraction * n_examples)
     _validate_size(run.config, n_fit, facts.rank)
@@ -377,7 +377,7 @@ def _open_fishers(run: RunDirectory, facts: TaskFacts) -> tuple[ShardRecords, Fi
         },
         with_logits=facts.with_logits,
         top_entries=config.fishers.diagonal.top_entries,
-        n_groups=sum(count for _, count in facts.groups) if config.fishers.diagonal.groups else None,
+        n_groups=facts.n_groups if config.fishers.diagonal.groups else None,
     )
     return records, store
 

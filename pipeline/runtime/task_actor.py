@@ -51,6 +51,11 @@ class TaskFacts:
     batch_size: int
     model_fingerprint: str
 
+    @property
+    def n_groups(self) -> int:
+        """Groups of the parameters' diagonal, in all."""
+        return sum(count for _, count in self.groups)
+
 
 class TaskWorker:
     """Prepares a task and looks at it."""

@@ -33,11 +33,6 @@ class Trial:
     """What of the call a real run would not do."""
 
 
-def n_groups(facts: TaskFacts) -> int:
-    """Groups of the parameters' diagonal, in all."""
-    return sum(count for _, count in facts.groups)
-
-
 class TrialWorker:
     """Tries out a task."""
 
@@ -71,7 +66,7 @@ class TrialWorker:
                     attrs={},
                     with_logits=facts.with_logits,
                     top_entries=store["top_entries"],
-                    n_groups=n_groups(facts) if store["groups"] else None,
+                    n_groups=facts.n_groups if store["groups"] else None,
                 )
                 records = ShardRecords(Path(folder) / "shards", "trial")
                 return FisherWorker(spec, self._labels, sketch, path, records, facts.batch_size)
