@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -13,11 +14,13 @@ from typing import Any, Literal
 import torch
 
 from pipeline.config import RunConfig
+from pipeline.factorization import InvalidProblemError, validate_size
 from pipeline.fisher import LabelSpec, SketchSpec
 from pipeline.interchange import IMPORTED_TASK
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import Executor, ExecutorError, WorkerSpec, make_executor
 from pipeline.runtime.model import ModelSpec
+from pipeline.store import FisherStore, ShardRecords, StoreError
 
 Summary = dict[str, Any]
 
@@ -148,3 +151,37 @@ def label_spec(config: RunConfig) -> LabelSpec:
 def inspection_of(config: RunConfig) -> tuple[SketchSpec, int | Literal["auto"], int]:
     """What `TaskWorker.inspect` is asked: the sketch, the batch size, and the bytes that a batch may take."""
     return sketch_spec(config), config.fishers.batch_size, config.fishers.memory_limit_mb * 2**20
+
+
+def fingerprint_of(run: RunDirectory) -> str:
+    """Of the model that the stored Fishers are of."""
+    return str(FisherStore.open(run.fishers).attrs["model_fingerprint"])
+
+
+def checksums_of(run: RunDirectory) -> dict[int, str]:
+    """Checksum of every stored shard.
+
+    Raises:
+        StoreError: a shard has no record, though the stage was complete: somebody deleted it to have it recomputed.
+    """
+    fishers = record_of(run, "fishers")
+    records = ShardRecords(run.shard_records, fishers["signature"]).complete()
+    missing = [shard for shard in range(fishers["n_shards"]) if shard not in records]
+    if missing:
+        raise StoreError(f"shard {missing[0]} of {run.fishers} has no record: run `npeff fishers {run.path}` first")
+    return {shard: record.checksum for shard, record in records.items()}
+
+
+def validate_problem(config: RunConfig, n_fit: int, rank: int) -> None:
+    """Refuse a factorization of `n_fit` examples of this rank that could not start.
+
+    Raises:
+        InvalidProblemError: more components than factor rows, of all fitted examples or of the subsample.
+    """
+    wanted = config.factorization
+    validate_size(n_fit, rank, wanted.n_components)
+    if wanted.subsample * rank < wanted.n_components:
+        raise InvalidProblemError(
+            f"factorization.subsample={wanted.subsample} examples of rank {rank} cannot start n_components="
+            f"{wanted.n_components} components: set it to {math.ceil(wanted.n_components / rank)} or more"
+        )

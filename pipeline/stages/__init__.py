@@ -1,0 +1,102 @@
+"""The whole pipeline: each stage takes a run directory, goes on from what is in it, and leaves it one stage further.
+
+    compute_fishers   model, examples        → fishers.zarr, shards/, tables/examples, tables/classes, …
+    factorize         fishers.zarr           → factorization.zarr, tables/components, coefficients, history, …
+    lift              fishers, factorization → directions.zarr, tables/layer_energy
+    verify            directions, model      → tables/verification
+    report            tables                 → report/index.html
+
+A stage that is complete returns what it recorded. All may be called again after any crash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from pipeline.config import ConfigError, RunConfig
+from pipeline.factorization import InvalidProblemError
+from pipeline.fisher import UnsupportedModelError
+from pipeline.progress import ProgressDisplay
+from pipeline.query import ComponentStore, QueryError, write_report
+from pipeline.run_directory import RunDirectory, RunDirectoryError
+from pipeline.runtime.executor import ExecutorError
+from pipeline.stage import executor_for, recorded
+from pipeline.stages.factorize_stage import factorize
+from pipeline.stages.fisher_stage import compute_fishers
+from pipeline.stages.lift_stage import lift
+from pipeline.stages.verify_stage import verify
+from pipeline.store import StoreError
+from pipeline.tasks import TaskError
+
+__all__ = [
+    "STAGES",
+    "USER_ERRORS",
+    "compute_fishers",
+    "factorize",
+    "lift",
+    "open_components",
+    "report",
+    "run",
+    "submit",
+    "verify",
+]
+
+USER_ERRORS = (
+    ConfigError,
+    RunDirectoryError,
+    TaskError,
+    UnsupportedModelError,
+    InvalidProblemError,
+    StoreError,
+    QueryError,
+    ExecutorError,
+)
+"""What a user can cause or mend: the message is one line that says what to do."""
+
+
+def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = None) -> RunDirectory:
+    """Every stage in order, going on from whatever is there already."""
+    directory = config if isinstance(config, RunDirectory) else RunDirectory.create(config)
+    stages = {"fishers": compute_fishers, "factorize": factorize, "lift": lift, "verify": verify}
+    if progress is not None:
+        progress.say(f"run {directory.path}")
+    unfinished = any(recorded(directory, name) is None for name in stages)
+    with directory.lock():
+        # Workers are started once for all stages, and not at all where there is nothing to do.
+        with executor_for(directory, None) if unfinished else nullcontext() as executor:
+            for stage in stages.values():
+                stage(directory, executor=executor, progress=progress)
+        report(directory, progress=progress)
+    return directory
+
+
+def report(run: RunDirectory, *, progress: ProgressDisplay | None = None) -> Path:
+    """Write the report, one HTML file, from whatever is there."""
+    with run.lock():
+        return write_report(run.path, top_examples=run.config.report.top_examples)
+
+
+def open_components(run_dir: str | Path) -> ComponentStore:
+    """A run's component store, to ask; it only reads."""
+    return ComponentStore.open(run_dir)
+
+
+def submit(
+    config: RunConfig, address: str, *, py_modules: Sequence[Path] = (), follow: bool, say: Callable[[str], None]
+) -> int:
+    """The whole run as a Ray job on another machine's cluster; its exit code, or 0 at once if it is not followed."""
+    from pipeline.runtime.job import submit_job
+
+    there = config.model_copy(update={"run_dir": str(Path(config.run_dir).expanduser().absolute())})
+    return submit_job(there.to_yaml(), address, py_modules=py_modules, follow=follow, say=say)
+
+
+STAGES: dict[str, Callable[..., object]] = {
+    "fishers": compute_fishers,
+    "factorize": factorize,
+    "lift": lift,
+    "verify": verify,
+    "report": report,
+}

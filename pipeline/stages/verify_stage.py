@@ -1,0 +1,64 @@
+"""Stage 4: what each direction moves, beside the controls."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from pipeline.progress import ProgressDisplay, SilentProgress
+from pipeline.query import scoreboard, verdicts
+from pipeline.result_tables import (
+    rows_to_columns,
+)
+from pipeline.run_directory import RunDirectory
+from pipeline.runtime.executor import Executor
+from pipeline.runtime.verification_actor import VerificationPaths, VerificationWorker
+from pipeline.stage import (
+    Summary,
+    executor_for,
+    fingerprint_of,
+    finished,
+    model_spec,
+    open_stage,
+    worker_spec,
+)
+from pipeline.store import (
+    FisherStore,
+    read_table,
+    write_table,
+)
+
+
+def verify(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
+    """Move the model along every direction and compare what changes with the controls."""
+    with open_stage(run, "verify", after="lift") as stage:
+        if stage.done:
+            return stage.done
+        progress, config, wanted = progress or SilentProgress(), run.config, run.config.verification
+        n_components = config.factorization.n_components
+        results = run.partial_results("verify")
+        verified = {
+            component: read_table(path, "verification").to_pylist() for component, path in finished(results).items()
+        }
+        worker = worker_spec(
+            run,
+            VerificationWorker,
+            model=model_spec(run, fingerprint_of(run)),
+            paths=VerificationPaths(run.factorization, run.directions, run.table("examples"), results),
+            n_top=wanted.top_examples,
+            n_baseline=wanted.baseline_examples,
+            target_kl=wanted.target_kl,
+            seed=config.seed,
+            batch_size=FisherStore.open(run.fishers).attrs["batch_size"],
+        )
+        missing = [component for component in range(n_components) if component not in verified]
+        with (
+            progress.stage("verify", n_components, "components", done=len(verified)) as tick,
+            executor_for(run, executor) as workers,
+        ):
+            for component, rows in workers.map(worker, "verify", missing):
+                verified[component] = rows
+                tick(len(verified))
+        rows = [row for component in sorted(verified) for row in verified[component]]
+        write_table(run.table("verification"), "verification", rows_to_columns(rows, "verification"))
+        scores = [asdict(score) for score in scoreboard(verdicts(rows))]
+        return stage.complete({"n_components": n_components, "scores": scores})
