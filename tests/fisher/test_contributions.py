@@ -7,7 +7,17 @@ import torch
 from torch import Tensor
 
 from pipeline.fisher import contributions
-from pipeline.fisher.contributions import Contribution, Dense, Outer, Rows, Sum, add, total_gram, with_same_inputs
+from pipeline.fisher.contributions import (
+    Contribution,
+    Dense,
+    Outer,
+    Rows,
+    Sum,
+    add,
+    live_positions,
+    total_gram,
+    with_same_inputs,
+)
 
 
 def draw(*shape: int) -> Tensor:
@@ -118,3 +128,19 @@ def test_the_gram_of_all_parameters_is_the_sum_of_theirs_also_where_they_read_th
     flat = [dense_definition(part).flatten(2) for part in parts]
     expected = sum((rows @ rows.transpose(1, 2) for rows in flat), torch.zeros(5, 2, 2))
     torch.testing.assert_close(total_gram(parts), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("positions", [1, 31, 32, 33, 70])
+def test_the_gram_of_one_row_is_its_squared_norm_whatever_the_strips(positions: int) -> None:
+    inputs_BGTi = draw(3, 2, positions, 200)
+    parts = [Outer((draw(3, 2, positions, o),), inputs_BGTi, (2 * o, 200)) for o in (150, 90)]
+    expected_B = sum(part.dense().flatten(1).square().sum(1) for part in parts)
+    torch.testing.assert_close(total_gram(parts)[:, 0, 0], expected_B, rtol=1e-12, atol=0)
+
+
+def test_a_position_is_live_wherever_its_gradient_is_not_zero() -> None:
+    deltas_RBTo = torch.zeros(2, 3, 5, 40)
+    deltas_RBTo[0, 0, 1, 3], deltas_RBTo[1, 1, 2, 39], deltas_RBTo[0, 2, 4, 17] = 1e-44, -1.0, torch.nan
+    expected_BT = deltas_RBTo.ne(0).any(0).any(-1)
+    assert expected_BT.sum() == 3
+    assert torch.equal(live_positions(list(deltas_RBTo)), expected_BT)
