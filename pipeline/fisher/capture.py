@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ def watch(
     """
     uses: list[Use] = []
 
-    def hook_for(name: str) -> Callable[..., Any]:
+    def hook_for(name: str, unread: bool) -> Callable[..., Any]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if not torch.is_grad_enabled():
                 return None
@@ -112,7 +112,7 @@ def watch(
             places = tuple(p for p, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())
             for place in places:
                 repeats = n_examples if (name, place) in shared else None
-                leaves[place] = _own_node(leaves[place], repeats, anew=len(places) > 1)
+                leaves[place] = _own_node(leaves[place], repeats, len(places) > 1, unread)
             inputs = pytree.tree_map_only(Tensor, torch.Tensor.detach, (args, kwargs))
             outputs = tuple(leaves[place] for place in places)
             kept = tuple(value.detach().clone() for value in outputs) if name in keep_outputs else ()
@@ -125,7 +125,10 @@ def watch(
 
     # first in line, so that the output is the module's own and not what another hook made of it
     handles = [
-        module.register_forward_hook(hook_for(name), prepend=True, with_kwargs=True) for name, module in modules.items()
+        module.register_forward_hook(
+            hook_for(name, type(module).forward is nn.Linear.forward), prepend=True, with_kwargs=True
+        )
+        for name, module in modules.items()
     ]
     try:
         yield uses
@@ -134,16 +137,19 @@ def watch(
             handle.remove()
 
 
-def _own_node(value: Tensor, n_examples: int | None, anew: bool) -> Tensor:
+def _own_node(value: Tensor, n_examples: int | None, anew: bool, unread: bool) -> Tensor:
     """The same values with a node of the graph that stays valid: neither a leaf nor a view, both of which in-place
     operations would replace or refuse.
 
     `anew`: a node that only what follows the module depends on, as where one of its outputs is made from another.
+    `unread`: the module's backward pass does not read its output, which may then be overwritten and needs no copy.
     """
     if not value.requires_grad:
         value = value.detach().requires_grad_()
     elif n_examples is None and not anew and not value._is_view():
         return value
+    elif n_examples is None and not anew and unread:
+        return cast(Tensor, torch.ops.aten._unsafe_view(value, value.shape))
     return (value if n_examples is None else repeat(value, n_examples)).clone()
 
 

@@ -110,7 +110,7 @@ class TiedEncoder(nn.Module):
         weights = scores.masked_fill((ids == PADDING)[:, None], -torch.inf).softmax(-1)
         hidden = hidden + weights @ self.value(hidden)
         for _ in range(2):
-            hidden = hidden + torch.tanh(self.feed_forward(hidden))
+            hidden = hidden + torch.tanh_(self.feed_forward(hidden))  # a view of a product of matrices
         logits: Tensor = self.head(hidden[:, 0])
         return logits[:, 1:5]
 
