@@ -14,6 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_GROUP = 32
+"""Components whose coefficients stay in the cache while each of them is updated in turn."""
+
 _SWEEPS_PER_ROUND = 4
 _MAX_ROUNDS = 200
 _SUPPORT_BLOCK_ELEMENTS = 1 << 22
@@ -26,17 +29,27 @@ def hals_(coefficients_KN: Tensor, targets_KN: Tensor, gram_KK: Tensor, sweeps: 
     Components are rows, so that one update streams contiguous memory. A component with G_kk = 0 gets w_k = 0. No
     sweep raises the objective of any example, and one that starts at zero leaves it (unlike multiplicative updates).
 
+    G_k·w is split: what the components of other groups add to it does not change while those of one group take their
+    turns, and so is one matrix product for all of them; only the group's own few rows are read again for each.
+
     Source: Cichocki & Phan, hierarchical alternating least squares (IEICE Trans. 2009).
     """
     diagonal = gram_KK.diagonal().tolist()
+    groups = [slice(first, first + _GROUP) for first in range(0, len(gram_KK), _GROUP)]
+    between_KK = gram_KK.clone()
+    for group in groups:
+        between_KK[group, group] = 0.0
     for _ in range(sweeps):
-        for k, g_kk in enumerate(diagonal):
-            row = coefficients_KN[k]
-            if g_kk <= 0.0:
-                row.zero_()
-                continue
-            descent = torch.addmv(targets_KN[k], coefficients_KN.T, gram_KK[k], alpha=-1.0)
-            row.add_(descent, alpha=1.0 / g_kk).clamp_(min=0.0)
+        for group in groups:
+            targets, rows, within = targets_KN[group], coefficients_KN[group], gram_KK[group, group]
+            if len(groups) > 1:
+                targets = torch.addmm(targets, between_KK[group], coefficients_KN, alpha=-1.0)
+            for k, g_kk in enumerate(diagonal[group]):
+                if g_kk <= 0.0:
+                    rows[k].zero_()
+                    continue
+                descent = torch.addmv(targets[k], rows.T, within[k], alpha=-1.0)
+                rows[k].add_(descent, alpha=1.0 / g_kk).clamp_(min=0.0)
     return coefficients_KN
 
 

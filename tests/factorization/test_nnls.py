@@ -21,6 +21,20 @@ def objective(w_NK: Tensor, t_NK: Tensor, gram_KK: Tensor) -> Tensor:
     return ((w_NK @ gram_KK) * w_NK - 2 * w_NK * t_NK).sum(dim=1)
 
 
+@pytest.mark.parametrize("k", [5, 32, 33, 70])
+def test_hals_updates_one_component_after_the_other_whatever_their_groups(k: int) -> None:
+    t_NK, gram_KK = problem(n=30, k=k, dim=50, seed=k, collinearity=1.0)
+    gram_KK[3], gram_KK[:, 3] = 0.0, 0.0
+    start_NK = torch.rand(30, k, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = start_NK.clone()
+    for _ in range(2):
+        for j in range(k):
+            gradient_N = expected @ gram_KK[j] - t_NK[:, j]
+            expected[:, j] = (expected[:, j] - gradient_N / gram_KK[j, j]).clamp(min=0.0) if j != 3 else 0.0
+    found = hals_(start_NK.T.contiguous(), t_NK.T.contiguous(), gram_KK, 2).T
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("collinearity", [0.0, 1.0, 10.0])
 @pytest.mark.parametrize("k", [1, 7, 20])
 def test_nnls_equals_scipys_nnls(k: int, collinearity: float) -> None:
