@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipeline.factorization.example_shard import ExampleShard
+from pipeline.factorization.factor_source import BLOCK_ROWS, FactorsInMemory, FactorSource, StreamedFactors
 from pipeline.factorization.gauss_newton import gauss_newton_step
 from pipeline.factorization.initialization import initialize, subsample_indices
 from pipeline.factorization.matching import canonical_order, match_components, near_duplicates
@@ -21,14 +22,18 @@ from pipeline.factorization.solver import (
 )
 
 __all__ = [
+    "BLOCK_ROWS",
     "Candidates",
     "ExampleShard",
+    "FactorSource",
     "Factorization",
+    "FactorsInMemory",
     "InvalidProblemError",
     "IterationRecord",
     "SolverOptions",
     "SolverState",
     "Statistics",
+    "StreamedFactors",
     "advance",
     "canonical_order",
     "explained",

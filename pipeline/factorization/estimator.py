@@ -82,9 +82,8 @@ class NPEFF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             seed=int(check_random_state(self.random_state).randint(2**31 - 1)),
         )
         indices = subsample_indices(shard.n_examples, options.subsample, options.seed)
-        start_KD = initialize(
-            shard.factors_NRD[torch.from_numpy(indices)], options.n_components, options.seed, options.n_starts
-        )
+        subsample_MRD = shard.source.rows(torch.from_numpy(indices))
+        start_KD = initialize(subsample_MRD, options.n_components, options.seed, options.n_starts)
         result = solve([shard], start_KD, options)
         self.components_ = result.components_KD.numpy()
         self.coefficients_ = result.coefficients_NK.numpy()

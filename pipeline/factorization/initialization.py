@@ -45,15 +45,16 @@ def initialize(factors_MRD: Tensor | np.ndarray, n_components: int, seed: int, n
     Raises:
         InvalidProblemError: if the factors are not finite, all zero, or fewer rows than components.
     """
+    factors_MRD = torch.as_tensor(factors_MRD)
     shard = ExampleShard(factors_MRD)
     validate_size(shard.n_examples, shard.rank, n_components)
     if not bool(shard.fisher_squares_N.any()):
         raise InvalidProblemError("every factor is zero: there is nothing to factorize")
     generator = torch.Generator().manual_seed(seed)
     basis_DQ, singular_values_Q = _leading_directions(
-        shard.factors_NRD.reshape(-1, shard.dim), n_components + _EXTRA_DIMENSIONS, generator
+        factors_MRD.reshape(-1, shard.dim), n_components + _EXTRA_DIMENSIONS, generator
     )
-    compressed_MRQ = shard.factors_NRD @ basis_DQ.to(shard.factors_NRD)
+    compressed_MRQ = factors_MRD @ basis_DQ.to(factors_MRD)
     n_leading = min(n_components, int((singular_values_Q > _RANK_TOLERANCE * singular_values_Q[0]).sum()))
     starts = [_start(compressed_MRQ, n_components, n_leading, generator) for _ in range(n_starts)]
     best = min(starts, key=lambda state: state.best_loss)
@@ -83,7 +84,9 @@ def _start(compressed_MRQ: Tensor, n_components: int, n_leading: int, generator:
     components_KQ[:n_leading, :n_leading] = _jennrich(compressed_MRQ[:, :, :n_leading].double(), generator)
     if n_leading < n_components:
         shard.accumulate(components_KQ)
-        components_KQ[n_leading:] = _badly_fitted_rows(shard, n_components - n_leading, generator).double()
+        components_KQ[n_leading:] = _badly_fitted_rows(
+            compressed_MRQ, shard.misfits_N, n_components - n_leading, generator
+        ).double()
     options = SolverOptions(n_components=n_components, max_iterations=_POLISHING_ITERATIONS)
     state = initial_state(components_KQ, options)
     while stopping_reason(state, options) is None:
@@ -111,12 +114,12 @@ def _jennrich(compressed_MRK: Tensor, generator: torch.Generator) -> Tensor:
     return components_KK / torch.linalg.norm(components_KK, dim=1, keepdim=True)
 
 
-def _badly_fitted_rows(shard: ExampleShard, n: int, generator: torch.Generator) -> Tensor:
+def _badly_fitted_rows(factors_MRD: Tensor, misfits_M: Tensor, n: int, generator: torch.Generator) -> Tensor:
     """Unit factor rows drawn by their size times the misfit of their example; random directions if they run out."""
-    rows = shard.factors_NRD.reshape(-1, shard.dim)
+    rows = factors_MRD.reshape(-1, factors_MRD.shape[2])
     squares = rows.square().sum(dim=1)
-    weights = squares * shard.misfits_N.clamp(min=0.0).repeat_interleave(shard.rank)
-    drawn = torch.randn(n, shard.dim, dtype=torch.float64, generator=generator).to(rows)
+    weights = squares * misfits_M.clamp(min=0.0).repeat_interleave(factors_MRD.shape[1])
+    drawn = torch.randn(n, rows.shape[1], dtype=torch.float64, generator=generator).to(rows)
     n_usable = min(n, int((weights > 0).sum()))
     if n_usable > 0:
         drawn[:n_usable] = rows[torch.multinomial(weights.cpu(), n_usable, generator=generator).to(rows.device)]

@@ -9,15 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.factorization import IterationRecord
 from pipeline.runtime.executor import Executor, ExecutorError, Group, WorkerLostError, WorkerSpec
-from pipeline.runtime.solver_actor import SolverResult
+from pipeline.runtime.solver_actor import SolverResult, Step
 from pipeline.store import CheckpointStore
 
 LOSSES = 3
 """Groups that may be lost, one after the other, without a new checkpoint before the stage is given up."""
 
-_HISTORY = ("iteration", "loss", "explained", "mu", "accepted", "n_dead", "seconds")
+_HISTORY = ("iteration", "loss", "explained", "mu", "accepted", "n_dead", "seconds", "sent_bytes")
 
 
 @dataclass(frozen=True)
@@ -90,18 +89,19 @@ def _run_group(
         on_event(f"going on from iteration {checkpoint.iteration}")
     while stopped is None:
         began = time.monotonic()
-        record, stopped = group.call("step")[0]
-        history.append(_history_row(record, time.monotonic() - began))
+        step: Step = group.call("step")[0]
+        history.append(_history_row(step, time.monotonic() - began))
         on_iteration(history[-1])
-        if stopped is not None or record.iteration % checkpoint_every == 0:
-            folder = checkpoints.begin(record.iteration)
+        stopped, iteration = step.stopped, step.record.iteration
+        if stopped is not None or iteration % checkpoint_every == 0:
+            folder = checkpoints.begin(iteration)
             state = group.call("save", folder)[0]
-            checkpoints.commit(record.iteration, {**state, "history": _history_array(history)})
+            checkpoints.commit(iteration, {**state, "history": _history_array(history)})
     return SolverRun(group.call("finish"), history, stopped)
 
 
-def _history_row(record: IterationRecord, seconds: float) -> dict[str, Any]:
-    return {**asdict(record), "seconds": seconds}
+def _history_row(step: Step, seconds: float) -> dict[str, Any]:
+    return {**asdict(step.record), "seconds": seconds, "sent_bytes": step.sent_bytes}
 
 
 def _history_array(history: list[dict[str, Any]]) -> np.ndarray:
@@ -109,7 +109,7 @@ def _history_array(history: list[dict[str, Any]]) -> np.ndarray:
 
 
 def _history_rows(array: np.ndarray) -> list[dict[str, Any]]:
-    types = {"iteration": int, "accepted": bool, "n_dead": int}
+    types = {"iteration": int, "accepted": bool, "n_dead": int, "sent_bytes": int}
     return [
         {name: types.get(name, float)(value) for name, value in zip(_HISTORY, row, strict=True)}
         for row in array.tolist()

@@ -170,7 +170,7 @@ def solved(run: RunDirectory) -> tuple[np.ndarray, np.ndarray, list[dict[str, An
 def assert_loss_never_rises(run: RunDirectory) -> None:
     history = read_table(run.table("history"), "history").to_pylist()
     accepted = [row["loss"] for row in history if row["accepted"]]
-    assert len(accepted) > 3
+    assert len(accepted) >= 3
     assert accepted == sorted(accepted, reverse=True)
 
 
@@ -304,12 +304,13 @@ def test_a_dead_component_is_reseeded_from_the_worst_example_of_all_workers(
     for shard, (first, last) in enumerate(store.plan):
         write_checkpoint_array(folder, f"coefficients/{shard:05d}", np.zeros((fit_N[first:last].sum(), 6), np.float32))
     state = initial_state(torch.from_numpy(start_KD), options)
-    checkpoints.commit(0, {**state.to_arrays(), "history": np.empty((0, 7))})
+    checkpoints.commit(0, {**state.to_arrays(), "history": np.empty((0, 8))})
     arguments = {
         "paths": SolverPaths(run.fishers, run.table("examples")),
         "options": options,
         "device": "cpu",
         "timeout_s": 60.0,
+        "memory_limit_bytes": 2**30,
     }
     records = ShardRecords(run.shard_records, SIGNATURE).complete()
     outcome = run_solver(

@@ -17,6 +17,7 @@ from pipeline.factorization import IterationRecord
 from pipeline.runtime import ray_executor
 from pipeline.runtime.executor import ExecutorError, SerialExecutor, WorkerLostError, WorkerSpec
 from pipeline.runtime.ray_executor import ATTEMPTS, RayExecutor
+from pipeline.runtime.solver_actor import Step
 from pipeline.runtime.solver_driver import LOSSES, run_solver
 from pipeline.store import CheckpointStore
 
@@ -201,7 +202,7 @@ class StubSolver:
             self._mark.touch()
             os.kill(os.getpid(), signal.SIGSTOP)
         record = IterationRecord(iteration=self._iteration, loss=1.0, explained=0.0, mu=1.0, accepted=True, n_dead=0)
-        return record, "counted" if self._iteration == 6 else None
+        return Step(record, "counted" if self._iteration == 6 else None, 0)
 
     def save(self, folder: Path):
         return {"iteration": torch.tensor(self._iteration).numpy()}
