@@ -40,6 +40,9 @@ def run_solver(
 ) -> SolverRun:
     """Factorize; whenever a worker is lost, form a new group and go on from the last checkpoint.
 
+    A group formed when a node was lost may be a smaller one. It gives way to a larger one, at a checkpoint, as soon as
+    there is room for it.
+
     Args:
         checksums: of every stored shard, by number.
         on_iteration: is given each new row of the history.
@@ -52,7 +55,10 @@ def run_solver(
     while True:
         try:
             with executor.group(spec) as group:
-                return _run_group(group, checkpoints, checksums, checkpoint_every, on_iteration, on_event)
+                done = _run_group(group, checkpoints, checksums, checkpoint_every, on_iteration, on_event)
+            if done is not None:
+                return done
+            on_event("there is room for more workers: starting them from the checkpoint")
         except WorkerLostError as error:
             checkpoint = checkpoints.latest()
             now = checkpoint.iteration if checkpoint else 0
@@ -72,7 +78,8 @@ def _run_group(
     checkpoint_every: int,
     on_iteration: Callable[[dict[str, Any]], None],
     on_event: Callable[[str], None],
-) -> SolverRun:
+) -> SolverRun | None:
+    """None if there is more to do, and a larger group could do it from the checkpoint."""
     if group.size > 1:
         group.call("connect", *group.call_one(0, "open_rendezvous"))
     group.call("load", checksums)
@@ -97,6 +104,8 @@ def _run_group(
             folder = checkpoints.begin(iteration)
             state = group.call("save", folder)[0]
             checkpoints.commit(iteration, {**state, "history": _history_array(history)})
+            if stopped is None and group.can_be_larger():
+                return None
     return SolverRun(group.call("finish"), history, stopped)
 
 

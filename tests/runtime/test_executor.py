@@ -14,7 +14,7 @@ import ray
 import torch
 
 from pipeline.factorization import IterationRecord
-from pipeline.runtime import ray_executor
+from pipeline.runtime import placement, ray_executor
 from pipeline.runtime.executor import ExecutorError, SerialExecutor, WorkerLostError, WorkerSpec
 from pipeline.runtime.ray_executor import ATTEMPTS, RayExecutor
 from pipeline.runtime.solver_actor import Step
@@ -299,7 +299,7 @@ def test_workers_hold_their_lease_until_their_processes_are_gone(executor, tmp_p
 
 
 def test_more_cpus_than_the_cluster_has_are_refused_in_one_line(executor, monkeypatch):
-    monkeypatch.setattr(ray_executor, "_TOO_SMALL_S", 0.5)
+    monkeypatch.setattr(placement, "_TOO_SMALL_S", 0.5)
     with pytest.raises(
         ExecutorError, match=r"does not give 64 workers with 1 CPU each .*lower executor\.workers"
     ) as error:
