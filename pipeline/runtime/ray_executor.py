@@ -86,7 +86,7 @@ class RayExecutor:
         self, address: str, *, workers: int, cpus_per_worker: int, gpus_per_worker: float, timeout_s: float
     ) -> None:
         self.workers = workers
-        self._cpus, self._gpus, self.timeout_s = cpus_per_worker, gpus_per_worker, timeout_s
+        self._cpus, self._gpus, self._timeout_s = cpus_per_worker, gpus_per_worker, timeout_s
         self._started_ray, self._private = not ray.is_initialized(), False
         self._mappers: dict[int, Any] = {}
         """Actors of `map` by slot, kept for its next call."""
@@ -134,7 +134,7 @@ class RayExecutor:
                 finished = self._wait(list(running), 1)
                 for ref in finished:
                     try:
-                        result = ray.get(ref, timeout=self.timeout_s)
+                        result = ray.get(ref, timeout=self._timeout_s)
                     except RayTaskError as error:
                         raised = error.cause or error
                         raise raised from None
@@ -145,8 +145,8 @@ class RayExecutor:
                     idle.append(slot)
                     yield item, result
                 now = time.monotonic()
-                for ref in [ref for ref, (*_, since) in running.items() if now - since > self.timeout_s]:
-                    give_again(ref, f"no answer within {self.timeout_s:.0f} s")
+                for ref in [ref for ref, (*_, since) in running.items() if now - since > self._timeout_s]:
+                    give_again(ref, f"no answer within {self._timeout_s:.0f} s")
         except (RayError, ConnectionError) as error:
             if error is raised:
                 raise
@@ -166,7 +166,7 @@ class RayExecutor:
         except (RayError, ConnectionError) as error:
             raise _ray_is_gone(f"{type(error).__name__}: {_first_line(error)}") from None
         try:
-            yield _RayGroup(actors, roles, self)
+            yield _RayGroup(actors, roles, self, self._timeout_s)
         finally:
             for actor in actors:
                 self._end(actor)
@@ -270,10 +270,10 @@ class RayExecutor:
 
 
 class _RayGroup:
-    def __init__(self, actors: list[Any], roles: list[_Role], executor: RayExecutor) -> None:
+    def __init__(self, actors: list[Any], roles: list[_Role], executor: RayExecutor, timeout_s: float) -> None:
         self.size = len(actors)
         self._actors, self._roles, self._executor = actors, roles, executor
-        self._timeout_s = executor.timeout_s
+        self._timeout_s = timeout_s
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
         members = zip(self._actors, self._roles, strict=True)

@@ -16,6 +16,9 @@ from pipeline.store import CheckpointStore
 LOSSES = 3
 """Groups that may be lost, one after the other, without a new checkpoint before the stage is given up."""
 
+_BACK_OFF_S = 5.0
+"""Wait before the next group where one was lost without progress: a cluster takes a while to see that a node died."""
+
 _HISTORY = ("iteration", "loss", "explained", "mu", "accepted", "n_dead", "seconds", "sent_bytes")
 
 
@@ -69,6 +72,7 @@ def run_solver(
                     "kept: mend the cause and run the same command again"
                 ) from None
             on_event(f"{error}: starting the workers again from iteration {now}")
+            time.sleep(_BACK_OFF_S * (losses - 1))
 
 
 def _run_group(

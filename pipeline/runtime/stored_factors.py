@@ -17,8 +17,13 @@ from torch import Tensor
 
 from pipeline.factorization import BLOCK_ROWS, FactorsInMemory, FactorSource, StreamedFactors
 from pipeline.store import FisherStore
+from pipeline.store.fisher_store import StoreDtype
 
-_PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_PRECISIONS: dict[StoreDtype, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -36,22 +41,34 @@ def stored_factors(
 ) -> FactorSource:
     """The factors of these examples, in the order of the shards; what is read first is verified by its checksum.
 
-    They stay in memory in float32 where the limit allows it, else in the precision of the store; the numbers, and what
-    a CPU makes of them, are the same. A GPU keeps the precision of the store, which it multiplies faster.
+    Whether they stay in memory, and how, is decided by `kept_precision`.
 
     Raises:
         StoreError: a shard is missing or damaged; later, too, where factors are read again.
     """
-    stored = _PRECISIONS[store.store_dtype]
     n_numbers = sum(len(shard.rows) for shard in shards) * store.rank * store.dim
     parts = _parts(shards, store.rank)
     reader = _Reader(store, parts, device)
-    if n_numbers * stored.itemsize > memory_limit_bytes:
+    kept = kept_precision(n_numbers, store.store_dtype, device.type, memory_limit_bytes)
+    if kept is None:
         sizes = [sum(len(shard.rows) for shard in part) for part in parts]
-        return StreamedFactors(sizes, reader.read, rank=store.rank, dim=store.dim, dtype=stored, device=device)
-    kept = torch.float32 if device.type == "cpu" and n_numbers * 4 <= memory_limit_bytes else stored
+        dtype = _PRECISIONS[store.store_dtype]
+        return StreamedFactors(sizes, reader.read, rank=store.rank, dim=store.dim, dtype=dtype, device=device)
     empty = torch.empty(0, store.rank, store.dim, dtype=kept, device=device)
     return FactorsInMemory([empty, *(reader.read(part).to(kept) for part in range(len(parts)))])
+
+
+def kept_precision(
+    n_numbers: int, store_dtype: StoreDtype, device_type: str, memory_limit_bytes: int
+) -> torch.dtype | None:
+    """How a worker keeps so many numbers: float32 where the limit allows it, else as they are stored, else not at all.
+
+    What a CPU makes of them is the same. A GPU keeps the precision of the store, which it multiplies faster.
+    """
+    stored = _PRECISIONS[store_dtype]
+    if n_numbers * stored.itemsize > memory_limit_bytes:
+        return None
+    return torch.float32 if device_type == "cpu" and n_numbers * 4 <= memory_limit_bytes else stored
 
 
 class _Reader:

@@ -14,7 +14,7 @@ import ray
 import torch
 
 from pipeline.factorization import IterationRecord
-from pipeline.runtime import placement, ray_executor
+from pipeline.runtime import placement, ray_executor, solver_driver
 from pipeline.runtime.executor import ExecutorError, SerialExecutor, WorkerLostError, WorkerSpec
 from pipeline.runtime.ray_executor import ATTEMPTS, RayExecutor
 from pipeline.runtime.solver_actor import Step
@@ -259,7 +259,8 @@ class _NeverThere:
         raise WorkerLostError("load: a worker was lost (ActorDiedError)")
 
 
-def test_the_solver_is_given_up_when_groups_are_lost_without_progress(tmp_path):
+def test_the_solver_is_given_up_when_groups_are_lost_without_progress(tmp_path, monkeypatch):
+    monkeypatch.setattr(solver_driver, "_BACK_OFF_S", 0.1)
     events: list[str] = []
     with pytest.raises(ExecutorError, match=f"lost {LOSSES} times in a row .*run the same command again"):
         run_solver(

@@ -10,6 +10,7 @@ from fisher_stage import minilm as workload
 from torch import Tensor
 
 from pipeline import stages
+from pipeline.config import SketchConfig
 from pipeline.run_directory import RunDirectory
 from pipeline.store import FisherStore
 
@@ -30,8 +31,8 @@ def minilm_factors(cache: Path, pairs: int | None = None) -> Tensor | None:
         data = cache / f"pairs-{pairs}.txt"
         workload.drawn_pairs(pairs, data)
     name = f"minilm-sick-{DIM}-{pairs or 'all'}"
-    config = workload.config(cache / name, data, sketch={"kind": "tensorsketch", "dim": DIM})
-    config = type(config).model_validate(config.model_dump()).with_executor(kind="serial", workers=1)
+    config = workload.config(cache / name, data, sketch=SketchConfig(kind="tensorsketch", dim=DIM))
+    config = config.with_executor(kind="serial", workers=1)
     run = RunDirectory.create(config)
     stages.compute_fishers(run)
     store = FisherStore.open(run.fishers)
