@@ -17,8 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-BLOCK_ROWS = 4096
-"""Factor rows (examples × rank) of a block at most: enough for the products to run at full speed."""
+BLOCK_ROWS = {"cpu": 4096, "cuda": 65_536}
+"""Factor rows (examples × rank) of a block at most, by device: enough for the products to run at full speed."""
 
 
 class FactorSource(Protocol):
@@ -32,7 +32,7 @@ class FactorSource(Protocol):
     device: torch.device
 
     def blocks(self) -> Iterator[Tensor]:
-        """Consecutive blocks (B, R, D), B·R ≤ `BLOCK_ROWS` where R is, to be read only."""
+        """Consecutive blocks (B, R, D), to be read only; B·R is at most the device's `BLOCK_ROWS` (B is 1 at least)."""
         ...
 
     def rows(self, indices_M: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class StreamedFactors:
 
 def _cut(part_NRD: Tensor) -> Iterator[Tensor]:
     if len(part_NRD):
-        yield from part_NRD.split(max(1, BLOCK_ROWS // part_NRD.shape[1]))
+        yield from part_NRD.split(max(1, BLOCK_ROWS[part_NRD.device.type] // part_NRD.shape[1]))
 
 
 def _chosen(indices_M: Tensor, sizes: Sequence[int], read: Callable[[int], Tensor], like: FactorSource) -> Tensor:

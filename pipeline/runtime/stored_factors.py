@@ -47,7 +47,7 @@ def stored_factors(
         StoreError: a shard is missing or damaged; later, too, where factors are read again.
     """
     n_numbers = sum(len(shard.rows) for shard in shards) * store.rank * store.dim
-    parts = _parts(shards, store.rank)
+    parts = _parts(shards, store.rank, BLOCK_ROWS[device.type])
     reader = _Reader(store, parts, device)
     kept = kept_precision(n_numbers, store.store_dtype, device.type, memory_limit_bytes)
     if kept is None:
@@ -90,12 +90,12 @@ class _Reader:
         return factors_NRD if len(wanted.rows) == len(factors_NRD) else factors_NRD[wanted.rows]
 
 
-def _parts(shards: Sequence[ShardRows], rank: int) -> list[list[ShardRows]]:
+def _parts(shards: Sequence[ShardRows], rank: int, block_rows: int) -> list[list[ShardRows]]:
     """The shards in order, cut into runs of as many as it takes for a block of factor rows."""
     parts: list[list[ShardRows]] = []
-    rows = BLOCK_ROWS
+    rows = block_rows
     for shard in shards:
-        if rows >= BLOCK_ROWS:
+        if rows >= block_rows:
             parts.append([])
             rows = 0
         parts[-1].append(shard)

@@ -79,7 +79,7 @@ def test_blocks_and_splits_do_not_change_the_statistics(monkeypatch: pytest.Monk
     expected = ExampleShard(factors_NRD).accumulate(h_KD).pack()
     split = torch.stack([ExampleShard(part).accumulate(h_KD).pack() for part in factors_NRD.split(7)]).sum(dim=0)
     torch.testing.assert_close(split, expected, rtol=1e-11, atol=1e-12)
-    monkeypatch.setattr(factor_source, "BLOCK_ROWS", 15)
+    monkeypatch.setitem(factor_source.BLOCK_ROWS, "cpu", 15)
     assert len(list(ExampleShard(factors_NRD).source.blocks())) == 8
     torch.testing.assert_close(ExampleShard(factors_NRD).accumulate(h_KD).pack(), expected, rtol=1e-11, atol=1e-12)
 

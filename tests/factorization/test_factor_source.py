@@ -42,7 +42,7 @@ def components() -> Tensor:
 def test_streamed_and_half_precision_factors_give_the_bits_of_float32_ones(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(factor_source, "BLOCK_ROWS", 15)
+    monkeypatch.setitem(factor_source.BLOCK_ROWS, "cpu", 15)
     stored, h_KD = parts(dtype), components()
     expected = ExampleShard(FactorsInMemory([part.float() for part in stored]))
     for source in (FactorsInMemory(stored), streamed(stored)):
@@ -61,7 +61,7 @@ def test_streamed_and_half_precision_factors_give_the_bits_of_float32_ones(
 def test_blocks_are_in_order_no_larger_than_asked_for_and_rows_are_found_in_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(factor_source, "BLOCK_ROWS", 15)
+    monkeypatch.setitem(factor_source.BLOCK_ROWS, "cpu", 15)
     stored = parts(torch.float32)
     whole, chosen = torch.cat(stored), torch.tensor([23, 0, 7, 6, 18, 19])
     for source in (FactorsInMemory(stored), streamed(stored), FactorsInMemory([whole])):

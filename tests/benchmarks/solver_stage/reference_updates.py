@@ -91,4 +91,4 @@ def _fisher_squares(factors_NRD: Tensor) -> Tensor:
 
 
 def _blocks(examples: Tensor, rank: int | None = None) -> tuple[Tensor, ...]:
-    return examples.split(max(1, BLOCK_ROWS // (rank or examples.shape[1])))
+    return examples.split(max(1, BLOCK_ROWS["cpu"] // (rank or examples.shape[1])))

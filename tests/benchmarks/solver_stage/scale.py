@@ -41,7 +41,7 @@ def one_pass(rounds: int, tiny: bool) -> dict[str, Any]:
     rows = factors_NRD.view(-1, dim)
 
     def products() -> None:
-        for part in rows.split(BLOCK_ROWS):
+        for part in rows.split(BLOCK_ROWS["cpu"]):
             products = h_KD @ part.T
             products @ part
 
