@@ -123,6 +123,10 @@ class RayExecutor:
             waiting.appendleft((item, attempt + 1))
 
         try:
+            # all at once, though there may be one item only: the others import meanwhile what the next call needs
+            for slot in idle:
+                if slot not in actors:
+                    actors[slot] = self._start(slot)
             while waiting or running:
                 while waiting and idle:
                     slot, (item, attempt) = idle.popleft(), waiting.popleft()
