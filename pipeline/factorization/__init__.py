@@ -7,7 +7,7 @@ from pipeline.factorization.factor_source import BLOCK_ROWS, FactorsInMemory, Fa
 from pipeline.factorization.gauss_newton import gauss_newton_step
 from pipeline.factorization.initialization import initialize, subsample_indices
 from pipeline.factorization.matching import canonical_order, match_components, near_duplicates
-from pipeline.factorization.nnls import hals_, nnls
+from pipeline.factorization.nnls import accelerated_, accelerated_is_faster, descend_, hals_, nnls, sweeps_for
 from pipeline.factorization.objective import Candidates, Statistics, explained, merge_candidates
 from pipeline.factorization.problem import InvalidProblemError, validate_factors, validate_size
 from pipeline.factorization.solver import (
@@ -16,6 +16,7 @@ from pipeline.factorization.solver import (
     SolverOptions,
     SolverState,
     advance,
+    free_dead,
     initial_state,
     solve,
     stopping_reason,
@@ -34,9 +35,13 @@ __all__ = [
     "SolverState",
     "Statistics",
     "StreamedFactors",
+    "accelerated_",
+    "accelerated_is_faster",
     "advance",
     "canonical_order",
+    "descend_",
     "explained",
+    "free_dead",
     "gauss_newton_step",
     "hals_",
     "initial_state",
@@ -48,6 +53,7 @@ __all__ = [
     "solve",
     "stopping_reason",
     "subsample_indices",
+    "sweeps_for",
     "validate_factors",
     "validate_size",
 ]

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from pipeline.factorization.factor_source import FactorsInMemory, FactorSource
 from pipeline.factorization.half_products import HALVES, product
-from pipeline.factorization.nnls import hals_, nnls
+from pipeline.factorization.nnls import descend_, nnls, sweeps_for
 from pipeline.factorization.objective import N_CANDIDATES, Candidates, Statistics
-from pipeline.factorization.problem import refuse_not_finite, validate_factors
+from pipeline.factorization.problem import InvalidProblemError, refuse_not_finite, validate_factors
 
 _UPCAST_EXAMPLES = 64
 """Examples converted to float64 at a time for a few operations only: these should not leave the cache."""
@@ -33,13 +33,18 @@ class ExampleShard:
     Args:
         factors: Â_i = A_i/√‖F_i‖_F, an array (N, R, D), which is not copied, or a source of them.
         coefficients_NK: where the first pass starts from; zeros by default.
+        weights_N: of the examples in every sum, finite and not negative; 1 by default. Coefficients are optimal
+            for each example whatever its weight.
 
     Raises:
-        InvalidProblemError: if the factors are not a finite floating-point array (N, R, D).
+        InvalidProblemError: if the factors are not a finite floating-point array (N, R, D), or the weights not as said.
     """
 
     def __init__(
-        self, factors: Tensor | np.ndarray | FactorSource, coefficients_NK: Tensor | np.ndarray | None = None
+        self,
+        factors: Tensor | np.ndarray | FactorSource,
+        coefficients_NK: Tensor | np.ndarray | None = None,
+        weights_N: Tensor | np.ndarray | None = None,
     ) -> None:
         if isinstance(factors, Tensor | np.ndarray):
             factors_NRD = torch.as_tensor(factors)
@@ -56,24 +61,36 @@ class ExampleShard:
             self.coefficients_NK = torch.as_tensor(coefficients_NK).to(self.coefficients_NK, copy=True)
         self.fisher_squares_N = self._fisher_squares()
         refuse_not_finite(self.fisher_squares_N.isfinite())
+        self.weights_N = self._weights(weights_N)
         self.misfits_N = self.fisher_squares_N.clone()
         """‖F̂_i − Σ_j W_ij h_j h_jᵀ‖² at the last pass, float64."""
 
-    def accumulate(self, components_KD: Tensor, *, sweeps: int = 4) -> Statistics:
-        """Improve the coefficients by `sweeps` sweeps of HALS at these components; the statistics at the result."""
+    @property
+    def factors_NRD(self) -> Tensor:
+        """All factors, of a shard that has them in memory."""
+        assert isinstance(self.source, FactorsInMemory)
+        return self.source.whole()
+
+    def accumulate(self, components_KD: Tensor, *, sweeps: int | None = None, l1: float = 0.0) -> Statistics:
+        """Improve the coefficients at these components, by `descend_`; the statistics at the result.
+
+        `l1`: the penalty λ of `pipeline.factorization.objective`, which moves the optimal coefficients.
+        """
         h_KD, gram_KK = self._components_and_gram(components_KD)
+        sweeps = sweeps_for(gram_KK) if sweeps is None else sweeps
         h_KD, gram_low_KK = h_KD.to(self.dtype), gram_KK.to(self.dtype)
         coefficients_NK = self._coefficients(len(h_KD))
         statistics = Statistics.zeros(len(h_KD), self.dim, device=self.device)
         for block, factors_BRD in self._blocks():
             rows, b_KBR = self._project(factors_BRD, h_KD)
             t_KB = b_KBR.square().sum(dim=2)
-            w_KB = hals_(coefficients_NK[block].T.contiguous(), t_KB, gram_low_KK, sweeps)
+            w_KB = coefficients_NK[block].T.contiguous()
+            w_KB = descend_(w_KB, self._targets(t_KB, block, l1), gram_low_KK, sweeps)
             coefficients_NK[block] = w_KB.T
             self._add_block(statistics, block, rows, b_KBR, t_KB, w_KB, gram_KK)
         return statistics
 
-    def finish(self, components_KD: Tensor) -> Statistics:
+    def finish(self, components_KD: Tensor, *, l1: float = 0.0) -> Statistics:
         """Set the coefficients to their optimum at these components; the statistics at the result.
 
         Everything is float64 here, except that the coefficients are rounded to the factors' precision before the
@@ -85,7 +102,8 @@ class ExampleShard:
         for block, factors_BRD in self._blocks():
             rows, b_KBR = self._project(factors_BRD.double(), h_KD)
             t_KB = b_KBR.square().sum(dim=2)
-            coefficients_NK[block] = nnls(t_KB.T, gram_KK, coefficients_NK[block]).to(coefficients_NK)
+            targets_KB = self._targets(t_KB, block, l1)
+            coefficients_NK[block] = nnls(targets_KB.T, gram_KK, coefficients_NK[block]).to(coefficients_NK)
             w_KB = coefficients_NK[block].double().T.contiguous()
             self._add_block(statistics, block, rows, b_KBR, t_KB, w_KB, gram_KK)
         return statistics
@@ -97,7 +115,7 @@ class ExampleShard:
         largest: with Â_i = X diag(s) V, the top eigenvector of diag(s²) − V Hᵀ diag(W_i) H Vᵀ, mapped back by V.
         """
         n = min(N_CANDIDATES, self.n_examples)
-        misfits, worst = self.misfits_N.sort(descending=True, stable=True)
+        misfits, worst = (self.weights_N * self.misfits_N).sort(descending=True, stable=True)
         misfits, worst = misfits[:n], worst[:n]
         h_KD = components_KD.to(self.misfits_N)
         w_MK = self._coefficients(len(h_KD))[worst].double()
@@ -135,6 +153,22 @@ class ExampleShard:
         assert self.coefficients_NK.shape == (self.n_examples, n_components), self.coefficients_NK.shape
         return self.coefficients_NK
 
+    def _targets(self, t_KB: Tensor, block: slice, l1: float) -> Tensor:
+        """T less what the penalty on coefficients takes: its NNLS problem is the plain one with these targets."""
+        if l1 == 0.0:
+            return t_KB
+        return t_KB - l1 * self.fisher_squares_N[block].sqrt().to(t_KB)
+
+    def _weights(self, weights_N: Tensor | np.ndarray | None) -> Tensor:
+        if weights_N is None:
+            return torch.ones_like(self.fisher_squares_N)
+        weights = torch.as_tensor(weights_N).to(self.fisher_squares_N)
+        if weights.shape != self.fisher_squares_N.shape or not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+            raise InvalidProblemError(
+                f"example weights must be {self.n_examples} finite numbers that are not negative: give one per example"
+            )
+        return weights
+
     def _fisher_squares(self) -> Tensor:
         squares = torch.empty(self.n_examples, dtype=torch.float64, device=self.device)
         for block, factors_BRD in self._blocks():
@@ -161,12 +195,14 @@ class ExampleShard:
         w_KB: Tensor,
         gram_KK: Tensor,
     ) -> None:
-        statistics.u_KD += product((w_KB[:, :, None] * b_KBR).view(len(w_KB), -1), rows)
+        weights_B, fisher_squares_B = self.weights_N[block], self.fisher_squares_N[block]
+        weighted_KB = w_KB * weights_B.to(w_KB)
+        statistics.u_KD += product((weighted_KB[:, :, None] * b_KBR).view(len(w_KB), -1), rows)
         w_KB, t_KB = w_KB.double(), t_KB.double()
         wt_B = (w_KB * t_KB).sum(dim=0)
-        fisher_squares_B = self.fisher_squares_N[block]
         self.misfits_N[block] = fisher_squares_B - 2 * wt_B + (w_KB * (gram_KK @ w_KB)).sum(dim=0)
-        statistics.ww_KK.addmm_(w_KB, w_KB.T)
-        statistics.wt += float(wt_B.sum())
-        statistics.fisher_square_sum += float(fisher_squares_B.sum())
+        statistics.ww_KK.addmm_(w_KB * weights_B, w_KB.T)
+        statistics.wt += float(weights_B @ wt_B)
+        statistics.fisher_square_sum += float(weights_B @ fisher_squares_B)
+        statistics.coefficient_sum += float(weights_B @ (fisher_squares_B.clamp(min=0.0).sqrt() * w_KB.sum(dim=0)))
         statistics.n_examples += len(wt_B)

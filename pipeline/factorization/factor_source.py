@@ -53,6 +53,9 @@ class FactorsInMemory:
         for part in self._parts:
             yield from _cut(part)
 
+    def whole(self) -> Tensor:
+        return self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)
+
     def rows(self, indices_M: Tensor) -> Tensor:
         if len(self._parts) == 1:
             return self._parts[0][indices_M]

@@ -204,8 +204,20 @@ def _forming_is_cheaper(outer: Outer) -> bool:
     return T * (T * (i + R * o) + R * R * o) >= R * o * i * (T + R)
 
 
+_TELLING = 16
+"""Features that nearly always tell whether a position is live: the others are looked at only where these are zero."""
+
+
 def live_positions(deltas: Sequence[Tensor]) -> Tensor:
     """Where any of R rows has a gradient that is not zero: R tensors (…, o) -> (…)."""
+    live = _any_nonzero([delta[..., :_TELLING] for delta in deltas])
+    if deltas[0].shape[-1] > _TELLING and not live.all():
+        rest = ~live
+        live[rest] = _any_nonzero([delta[rest] for delta in deltas])
+    return live
+
+
+def _any_nonzero(deltas: Sequence[Tensor]) -> Tensor:
     live = deltas[0].abs().amax(-1).ne(0)
     for delta in deltas[1:]:
         live |= delta.abs().amax(-1).ne(0)
@@ -245,6 +257,8 @@ def outer_gram(outers: Sequence[Outer]) -> Tensor:
     small = [part for part in outers if not any(part is other for other in formed)]
     if not small:
         return grams_BRR
+    if R == 1:
+        return grams_BRR + _squared_norms(small)[:, None, None]
     width = max(part.deltas[0].shape[-1] for part in small)
     for start, stop, inputs in blocks(first, G * T * (T + R * width), cached_elements(first.inputs_BGTi.device)):
         products_BGTT = inputs.inputs_BGTi @ inputs.inputs_BGTi.mT
@@ -258,6 +272,24 @@ def outer_gram(outers: Sequence[Outer]) -> Tensor:
                     if row != column:
                         grams_BRR[start:stop, column, row] += values_B
     return grams_BRR
+
+
+_STRIP = 32
+"""Positions of which the inner products with all before them are taken at a time."""
+
+
+def _squared_norms(outers: Sequence[Outer]) -> Tensor:
+    """(B,), float64: `outer_gram` of one row, Σ_{t,u} (a_t·a_u)(δ_t·δ_u), of which t < u is half of t ≠ u."""
+    inputs_BGTi = outers[0].inputs_BGTi
+    squares_B = torch.zeros(len(inputs_BGTi), dtype=torch.float64, device=inputs_BGTi.device)
+    for start in range(0, inputs_BGTi.shape[2], _STRIP):
+        strip, until = slice(start, start + _STRIP), slice(0, start + _STRIP)
+        products_BGtu = inputs_BGTi[:, :, strip] @ inputs_BGTi[:, :, until].mT
+        deltas_BGtu = sum(part.deltas[0][:, :, strip] @ part.deltas[0][:, :, until].mT for part in outers)
+        products_BGtu *= deltas_BGtu
+        squares_B += 2 * products_BGtu[..., :start].sum((1, 2, 3)).double()
+        squares_B += products_BGtu[..., start:].sum((1, 2, 3)).double()
+    return squares_B
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,14 @@ Legend: B examples, T positions, n predictions of the batch, C classes, R rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pipeline.fisher.errors import UnsupportedModelError
 from pipeline.fisher.label_factor import exact_label_factor, truncated_label_factor
@@ -29,7 +30,10 @@ from pipeline.fisher.label_factor import exact_label_factor, truncated_label_fac
 Labels = Literal["exact", "truncated", "sampled", "empirical"]
 IGNORED, UNKNOWN = -100, -1
 """In targets: no prediction is made here; a prediction whose class is not known."""
-_BLOCK = 1 << 22
+_BLOCK = 1 << 20
+"""Numbers to work on at a time: what stays in the cache."""
+_SATURATED = 1e-20
+"""All but the probability of the label: below it, those of other classes are taken in float64."""
 _MOST_CLASSES = 4096
 
 
@@ -111,11 +115,10 @@ def label_rows(
 class _Predictions:
     """The predictions of a batch, example by example."""
 
-    mask: Tensor
-    """(B,) or (B, T): where predictions are made that can be used."""
+    places_n: Tensor
+    """Where they are among the B or B·T, flat: those that can be used."""
     examples_n: Tensor
     """Row of the batch that each belongs to."""
-    logits_nC: Tensor
     targets_n: Tensor
     n_examples: int
 
@@ -131,19 +134,14 @@ class _Predictions:
         made = targets != IGNORED
         if bool((made & ((targets < UNKNOWN) | (targets >= logits.shape[-1]))).any()):
             raise UnsupportedModelError(f"targets must be classes 0 to {logits.shape[-1] - 1}, {UNKNOWN} or {IGNORED}")
-        finite_B = (logits.isfinite().all(-1) | ~made).reshape(len(logits), -1).all(1)
+        # a sum is finite unless an entry is not, and takes a thirtieth of the time
+        finite = logits.sum(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).isfinite()
+        finite_B = (finite | ~made).reshape(len(logits), -1).all(1)
         mask = made & finite_B.reshape(-1, *[1] * (made.dim() - 1))
-        return cls(mask, mask.nonzero()[:, 0], logits[mask], targets[mask], len(logits))
+        return cls(mask.flatten().nonzero()[:, 0], mask.nonzero()[:, 0], targets[mask], len(logits))
 
     def counts_B(self) -> Tensor:
         return torch.bincount(self.examples_n, minlength=self.n_examples)
-
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Predictions a block at a time, and their log-probabilities (b, C) in float64."""
-        size = max(1, _BLOCK // self.logits_nC.shape[1])
-        for start in range(0, len(self.logits_nC), size):
-            which = slice(start, start + size)
-            yield which, torch.log_softmax(self.logits_nC[which].double(), dim=-1)
 
     def mean_losses_B(self, losses_n: Tensor) -> Tensor:
         known_n = (self.targets_n >= 0).double()
@@ -166,7 +164,7 @@ def _factored(spec: LabelSpec, predictions: _Predictions, logits: Tensor) -> Lab
     if n_classes > _MOST_CLASSES:
         raise UnsupportedModelError(f"{spec.kind} labels are for at most {_MOST_CLASSES} classes: use sampled ones")
     rank = spec.max_rank(n_classes)
-    logits_nC = predictions.logits_nC
+    logits_nC = logits.flatten(0, -2)[predictions.places_n]
     if spec.kind == "exact":
         factor_nCR = exact_label_factor(logits_nC)
         ranks_n = torch.full_like(predictions.targets_n, rank)
@@ -178,53 +176,55 @@ def _factored(spec: LabelSpec, predictions: _Predictions, logits: Tensor) -> Lab
     directions = []
     for column_nC in factor_nCR.to(logits.dtype).unbind(2):
         direction = torch.zeros_like(logits)
-        direction[predictions.mask] = column_nC
+        direction.flatten(0, -2)[predictions.places_n] = column_nC
         directions.append(direction)
-    losses_n = torch.zeros_like(kept_n)
-    for which, log_p in predictions.blocks():
-        losses_n[which] = -log_p.gather(1, predictions.targets_n[which, None].clamp_min(0))[:, 0]
     nothing_B = torch.zeros_like(scales_B)
     return LabelRows(
         directions,
         scales_B,
         nothing_B.index_add(0, predictions.examples_n, ranks_n.double()).int(),
         nothing_B.add(1).index_copy(0, predictions.examples_n, kept_n),
-        predictions.mean_losses_B(losses_n),
+        predictions.mean_losses_B(_losses(logits_nC, predictions.targets_n)),
     )
 
 
 def _drawn(spec: LabelSpec, predictions: _Predictions, logits: Tensor, examples: Sequence[int]) -> LabelRows:
     """Rows (e_ŷ - p) / √R of drawn or given labels ŷ."""
-    rank, targets_n = spec.max_rank(logits.shape[-1]), predictions.targets_n
+    rank, targets_n, examples_n = spec.max_rank(logits.shape[-1]), predictions.targets_n, predictions.examples_n
     if spec.kind == "empirical":
         if bool((targets_n < 0).any()):
             raise UnsupportedModelError("empirical labels need the label of every example: give them, or use sampled")
-        labels_nR = targets_n[:, None]
-        uniforms_nR = None
+        labels_nR, uniforms_nR = targets_n[:, None], None
     else:
         labels_nR = targets_n.new_zeros(len(targets_n), rank)
         uniforms_nR = _uniforms(spec.seed, examples, predictions.counts_B().tolist(), rank).to(logits.device)
-    others_nR = torch.zeros(labels_nR.shape, dtype=torch.float64, device=logits.device)
-    losses_n = others_nR.new_zeros(len(targets_n))
-    for which, log_p in predictions.blocks():
-        p = log_p.exp()
-        if uniforms_nR is not None:
-            cumulated = p.cumsum(1)
-            drawn = torch.searchsorted(cumulated, uniforms_nR[which] * cumulated[:, -1:], right=True)
-            labels_nR[which] = drawn.clamp_max(p.shape[1] - 1)
-        for row, label in enumerate(labels_nR[which].T):
-            # 1 - p of the label, which subtraction would lose where it is small
-            others_nR[which, row] = p.scatter(1, label[:, None], 0).sum(1)
-        losses_n[which] = -log_p.gather(1, targets_n[which, None].clamp_min(0))[:, 0]
-    scales_B = _power_of_two(predictions.largest_B(others_nR.amax(1)))
-    inverse_n1 = (1 / scales_B)[predictions.examples_n, None] / rank**0.5
     precision = torch.promote_types(logits.dtype, torch.float32)
-    scaled_nC = torch.empty(predictions.logits_nC.shape, dtype=precision, device=logits.device)
-    for which, log_p in predictions.blocks():
-        scaled_nC[which] = (log_p.exp() * inverse_n1[which]).to(precision)
+    p_xC = torch.zeros(logits.shape, dtype=precision, device=logits.device).flatten(0, -2)
+    divided_n, losses_n = (torch.ones(len(targets_n), dtype=torch.float64, device=logits.device) for _ in range(2))
+    others_nR = divided_n.new_zeros(labels_nR.shape)
+    size = max(1, _BLOCK // logits.shape[-1])
+    for start in range(0, len(targets_n), size):
+        which = slice(start, start + size)
+        logits_nC = logits.flatten(0, -2)[predictions.places_n[which]]
+        p_nC = logits_nC.to(precision).softmax(-1)
+        if uniforms_nR is not None:
+            labels_nR[which] = _draw(p_nC, uniforms_nR[which])
+        others_nR[which] = _all_but(p_nC, labels_nR[which])
+        saturated_n = others_nR[which].amin(1) < _SATURATED
+        if saturated_n.any():
+            exact_nC = logits_nC[saturated_n].double().softmax(-1)
+            others_nR[which][saturated_n] = _all_but(exact_nC, labels_nR[which][saturated_n])
+            divided_n[which][saturated_n] = _power_of_two(others_nR[which][saturated_n].amax(1))
+            p_nC[saturated_n] = (exact_nC / divided_n[which][saturated_n, None]).to(precision)
+        p_xC[predictions.places_n[which]] = p_nC
+        losses_n[which] = _losses(logits_nC, targets_n[which])
+    scales_B = _power_of_two(predictions.largest_B(others_nR.amax(1)))
+    inverse_n = (1 / scales_B)[examples_n] / rank**0.5
+    factors_x = inverse_n.new_zeros(len(p_xC)).index_copy_(0, predictions.places_n, -divided_n * inverse_n)
+    p_xC *= factors_x[:, None].to(precision)
     used_B = predictions.counts_B() > 0
     return LabelRows(
-        _Draws(scaled_nC, labels_nR, (others_nR * inverse_n1).to(precision), predictions.mask, logits),
+        _Draws(p_xC.view(logits.shape), labels_nR, others_nR * inverse_n[:, None], predictions.places_n, logits.dtype),
         scales_B,
         (used_B * rank).int(),
         torch.full_like(scales_B, torch.nan),
@@ -232,15 +232,42 @@ def _drawn(spec: LabelSpec, predictions: _Predictions, logits: Tensor, examples:
     )
 
 
+def _draw(p_nC: Tensor, uniforms_nR: Tensor) -> Tensor:
+    """Classes (n, R) drawn by inverting the cumulated probabilities."""
+    cumulated_nC = p_nC.cumsum(1)
+    drawn_nR = torch.searchsorted(cumulated_nC, (uniforms_nR * cumulated_nC[:, -1:]).to(p_nC), right=True)
+    return drawn_nR.clamp_max(p_nC.shape[1] - 1)
+
+
+def _all_but(p_nC: Tensor, labels_nR: Tensor) -> Tensor:
+    """1 - p of each label (n, R), which subtraction would lose where it is small."""
+    sums = []
+    for label_n1 in labels_nR.split(1, dim=1):
+        mine_n1 = p_nC.gather(1, label_n1)
+        sums.append(p_nC.scatter_(1, label_n1, 0).sum(1))
+        p_nC.scatter_(1, label_n1, mine_n1)
+    return torch.stack(sums, dim=1).double()
+
+
+def _losses(logits_nC: Tensor, targets_n: Tensor) -> Tensor:
+    """-log p of the targets that are known, float64; 0 for the others."""
+    known_n = targets_n >= 0
+    if not known_n.any():
+        return torch.zeros(len(targets_n), dtype=torch.float64, device=logits_nC.device)
+    precision = torch.promote_types(logits_nC.dtype, torch.float32)
+    return functional.cross_entropy(logits_nC.to(precision), targets_n, ignore_index=UNKNOWN, reduction="none").double()
+
+
 @dataclass(frozen=True)
 class _Draws(Sequence[Tensor]):
     """The directions, each formed when it is asked for: with a large vocabulary one at a time is enough to hold."""
 
-    scaled_nC: Tensor
+    scaled: Tensor
+    """-p / √R of each prediction, divided by its example's scale; the logits' shape, zero where none is made."""
     labels_nR: Tensor
     others_nR: Tensor
-    mask: Tensor
-    logits: Tensor
+    places_n: Tensor
+    dtype: torch.dtype
 
     def __len__(self) -> int:
         return self.labels_nR.shape[1]
@@ -248,10 +275,9 @@ class _Draws(Sequence[Tensor]):
     def __getitem__(self, row: Any) -> Any:
         if not 0 <= row < len(self):
             raise IndexError(row)
-        values_nC = self.scaled_nC.neg().scatter_(1, self.labels_nR[:, row, None], self.others_nR[:, row, None])
-        direction = torch.zeros_like(self.logits)
-        direction[self.mask] = values_nC.to(self.logits.dtype)
-        return direction
+        direction = self.scaled.clone()
+        direction.flatten(0, -2)[self.places_n, self.labels_nR[:, row]] = self.others_nR[:, row].to(direction)
+        return direction.to(self.dtype)
 
 
 def _uniforms(seed: int, examples: Sequence[int], counts: Sequence[int], rank: int) -> Tensor:

@@ -25,6 +25,10 @@ The m uses an example makes of a layer that sees them as one larger batch are m 
 """
 
 
+_WORTH_COPYING = 0.75
+"""Share of the positions that may be live in some example where the others are left out at the price of a copy."""
+
+
 def _positions(value: Tensor, n_features: int) -> Tensor:
     """(B, …positions, …features) -> (B, T, …features); T = 1 where there are no axes of positions."""
     last = value.dim() - n_features
@@ -41,7 +45,7 @@ def _affine(
     if "weight" in wanted:
         live_BT = live_positions(deltas)
         live_T = live_BT.any(0)
-        if not live_T.all():
+        if int(live_T.sum()) < _WORTH_COPYING * live_T.numel():
             deltas, inputs_BTi = [deltas_BTo[:, live_T] for deltas_BTo in deltas], inputs_BTi[:, live_T]
             live_BT = live_BT[:, live_T]
         shape = tuple(cast(Tensor, module.weight).shape)

@@ -15,6 +15,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -23,8 +24,9 @@ from torch import Tensor
 from pipeline.fisher.contributions import Contribution, Outer, Rows, blocks, cached_elements, flat_blocks
 
 # measured on one CPU core, in nanoseconds: a multiply-add within a matrix product, a number scattered into its bucket,
-# a number of a real Fourier transform per doubling of its length, a complex product accumulated
-_MULTIPLY_NS, _SCATTER_NS, _FFT_NS, _PRODUCT_NS = 0.025, 0.8, 0.09, 0.5
+# a number added to one in a row of buckets, a number of a real Fourier transform per doubling of its length, a complex
+# product accumulated
+_MULTIPLY_NS, _SCATTER_NS, _FOLD_NS, _FFT_NS, _PRODUCT_NS = 0.025, 0.8, 0.2, 0.09, 0.5
 
 WINDOWS, SMALLEST_WINDOWED, FEWEST_GROUPS = 4, 1024, 16
 
@@ -48,42 +50,96 @@ def _group(name: str) -> str:
 
 
 @dataclass(frozen=True)
+class Side:
+    """Where the rows, or the columns, of a parameter go: bucket and sign of each."""
+
+    buckets: Tensor
+    signs: Tensor
+    stretches: tuple[tuple[int, int, int], ...] | None
+    """(start, stop, first bucket) of entries with consecutive buckets, where they are so: several times faster."""
+
+    @classmethod
+    def rotated(cls, key: str, count: int, width: int) -> Side:
+        """Stretches of `width` entries, each shifted by a number of its own.
+
+        Two entries of one stretch never meet, and two of different stretches do as often as by chance.
+        """
+        shifts = random_bits(f"shifts:{key}", -(-count // width)) % np.uint64(width)
+        places = np.arange(count)
+        buckets = (places + shifts.astype(np.int64)[places // width]) % width
+        breaks = [0, *(np.flatnonzero(np.diff(buckets) != 1) + 1).tolist(), count]
+        stretches = tuple((a, b, int(buckets[a])) for a, b in pairwise(breaks) if a < b)
+        return cls(torch.from_numpy(buckets), _signs(key, count), stretches)
+
+    @classmethod
+    def permuted(cls, key: str, count: int, width: int) -> Side:
+        """Every bucket is given out, in a random order, before any is given out again: entries collide as little as
+        they can, while signs alone make the sketch unbiased."""
+        rounds = -(-count // width)
+        order = np.argsort(random_bits(f"buckets:{key}", rounds * width).reshape(rounds, width), axis=1, kind="stable")
+        return cls(torch.from_numpy(order.ravel()[:count].copy()), _signs(key, count), None)
+
+    def to(self, device: torch.device) -> Side:
+        return Side(self.buckets.to(device), self.signs.to(device), self.stretches)
+
+    def part(self, start: int, stop: int) -> Side:
+        """Of some of the entries."""
+        stretches = self.stretches and tuple(
+            (max(a, start) - start, min(b, stop) - start, bucket + max(start - a, 0))
+            for a, b, bucket in self.stretches
+            if a < stop and b > start
+        )
+        return Side(self.buckets[start:stop], self.signs[start:stop], stretches)
+
+    def add_count_sketch(self, values: Tensor, out: Tensor) -> None:
+        """Add each entry of the last axis of (…, n), with its sign, to its bucket of `out` (…, w)."""
+        signs = self.signs.to(values.dtype)
+        if self.stretches is None:
+            out.scatter_add_(-1, self.buckets.expand(values.shape), values * signs)
+            return
+        for start, stop, bucket in self.stretches:
+            out[..., bucket : bucket + stop - start].addcmul_(values[..., start:stop], signs[start:stop])
+
+
+@dataclass(frozen=True)
 class Hashes:
     """Window of a parameter, and buckets in it and signs of its rows and columns.
 
     Drawn from (seed, name) and nothing else, by a counter-based generator. Parameters of one group (the query, key and
     value of an attention) share the window and the columns' hashes, as if they were one matrix: where they read the
-    same inputs they need one transform.
+    same inputs they need one transform. Of the two sides one has random buckets, so that entries of a parameter meet
+    with probability 1/w whatever their rows and columns.
     """
 
     start: int
     width: int
-    out_buckets: Tensor
-    out_signs: Tensor
-    in_buckets: Tensor
-    in_signs: Tensor
+    rows: Side
+    columns: Side
 
     @classmethod
     def draw(cls, seed: int, name: str, shape: tuple[int, ...], dim: int, width: int) -> Hashes:
         """Hashes of parameter `name` in a sketch of `dim` coordinates with windows of `width`."""
         group = _group(name)
-        n_in = math.prod(shape[1:])
+        n_columns = math.prod(shape[1:])
         window = int(random_bits(f"window:{seed}:{group}", 1)[0] % np.uint64(dim // width))
-        out = _buckets_and_signs(f"rows:{seed}:{name}", shape[0] if shape else 1, width)
-        return cls(window * width, width, *out, *_buckets_and_signs(f"columns:{seed}:{group}:{n_in}", n_in, width))
+        rows = Side.rotated(f"rows:{seed}:{name}", shape[0] if shape else 1, width)
+        return cls(window * width, width, rows, Side.permuted(f"columns:{seed}:{group}:{n_columns}", n_columns, width))
 
     def to(self, device: torch.device) -> Hashes:
-        out = self.out_buckets.to(device), self.out_signs.to(device)
-        return Hashes(self.start, self.width, *out, self.in_buckets.to(device), self.in_signs.to(device))
+        return Hashes(self.start, self.width, self.rows.to(device), self.columns.to(device))
 
     def matrix(self) -> tuple[Tensor, Tensor]:
         """Bucket in the window and sign of every entry of the parameter, flat."""
-        buckets = (self.out_buckets[:, None] + self.in_buckets).remainder_(self.width)
-        return buckets.flatten(), (self.out_signs[:, None] * self.in_signs).flatten()
+        buckets = (self.rows.buckets[:, None] + self.columns.buckets).remainder_(self.width)
+        return buckets.flatten(), (self.rows.signs[:, None] * self.columns.signs).flatten()
 
     def window(self, out_BRD: Tensor) -> Tensor:
         """The part of the sketch that the parameter goes to, a view."""
         return out_BRD[..., self.start : self.start + self.width]
+
+    def sides(self, outer: Outer) -> tuple[Side, Side]:
+        """Of the outputs' gradients and of the inputs of a layer, whichever way its weight is stored."""
+        return (self.columns, self.rows) if outer.inputs_first else (self.rows, self.columns)
 
 
 def random_bits(key: str, count: int) -> np.ndarray:
@@ -91,19 +147,8 @@ def random_bits(key: str, count: int) -> np.ndarray:
     return np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(count)
 
 
-def _buckets_and_signs(key: str, count: int, width: int) -> tuple[Tensor, Tensor]:
-    """Every bucket is given out before any is given out again: rows (or columns) of one parameter collide as little as
-    they can, while signs alone make the sketch unbiased."""
-    rounds = -(-count // width)
-    order = np.argsort(random_bits(f"buckets:{key}", rounds * width).reshape(rounds, width), axis=1, kind="stable")
-    signs = 1 - 2 * (random_bits(f"signs:{key}", count) & np.uint64(1)).astype(np.int8)
-    return torch.from_numpy(order.ravel()[:count].copy()), torch.from_numpy(signs)
-
-
-def count_sketch(values: Tensor, buckets: Tensor, signs: Tensor, width: int) -> Tensor:
-    """(…, n) -> (…, width): each of the last axis's entries, with its sign, added to its bucket."""
-    sketch = values.new_zeros(*values.shape[:-1], width)
-    return sketch.scatter_add_(-1, buckets.expand(values.shape), values * signs)
+def _signs(key: str, count: int) -> Tensor:
+    return torch.from_numpy(1 - 2 * (random_bits(f"signs:{key}", count) & np.uint64(1)).astype(np.int8))
 
 
 def scatter(contribution: Contribution, hashes: Hashes, out_BRD: Tensor) -> None:
@@ -121,19 +166,17 @@ def scatter(contribution: Contribution, hashes: Hashes, out_BRD: Tensor) -> None
 
 def _signed(outer: Outer, hashes: Hashes) -> Outer:
     """With the signs in the factors, which are much smaller than the rows."""
-    delta_signs, input_signs = hashes.out_signs, hashes.in_signs
-    if outer.inputs_first:
-        delta_signs, input_signs = input_signs, delta_signs
+    delta, inputs = hashes.sides(outer)
     _, G, _, o = outer.deltas[0].shape
-    deltas = tuple(deltas_BGTo * delta_signs.view(G, 1, o) for deltas_BGTo in outer.deltas)
-    return Outer(deltas, outer.inputs_BGTi * input_signs, outer.shape, outer.inputs_first)
+    deltas = tuple(deltas_BGTo * delta.signs.view(G, 1, o) for deltas_BGTo in outer.deltas)
+    return Outer(deltas, outer.inputs_BGTi * inputs.signs, outer.shape, outer.inputs_first)
 
 
 def _scatter_rows(rows: Rows, hashes: Hashes, out_BRw: Tensor) -> None:
     for start, stop, part in blocks(rows, 2 * rows.deltas_BTRi[0].numel(), cached_elements(out_BRw.device)):
         places_BT = part.indices_BT
-        buckets_BTi = (hashes.out_buckets[places_BT][..., None] + hashes.in_buckets).remainder_(hashes.width)
-        signs_BTi = hashes.out_signs[places_BT][..., None] * hashes.in_signs
+        buckets_BTi = (hashes.rows.buckets[places_BT][..., None] + hashes.columns.buckets).remainder_(hashes.width)
+        signs_BTi = hashes.rows.signs[places_BT][..., None] * hashes.columns.signs
         values_BRTi = (part.deltas_BTRi * signs_BTi[:, :, None]).transpose(1, 2)
         buckets_BRTi = buckets_BTi[:, None].expand(values_BRTi.shape)
         out_BRw[start:stop].scatter_add_(2, buckets_BRTi.flatten(2), values_BRTi.flatten(2))
@@ -143,49 +186,37 @@ def fourier(outers: Sequence[Outer], hashes: Sequence[Hashes], out_BRF: Tensor) 
     """Add the Fourier transform of the sketch of the rows of layers that read the same inputs; no row is formed.
 
     `out_BRF` is that of their window. Layers whose columns have the same hashes share all transforms. Positions of an
-    example at which all its deltas are zero are skipped.
+    example at which all its deltas are zero are skipped where they are many.
     """
     first, width = outers[0], hashes[0].width
-    sides = [_Sides.of(part, h) for part, h in zip(outers, hashes, strict=True)]
+    sides = [h.sides(part) for part, h in zip(outers, hashes, strict=True)]
+    sharing = _alike([inputs for _, inputs in sides])
     n_positions = max(1, cached_elements(out_BRF.device) // (3 * width))
     for group in range(first.inputs_BGTi.shape[1]):
         live_BT = outers[0].live_BGT()[:, group]
         for part in outers[1:]:
             live_BT = live_BT | part.live_BGT()[:, group]
-        for live in _live_blocks(live_BT, n_positions):
-            inputs_ni = live.taken(first.inputs_BGTi[:, group])
-            for alike in _alike(sides):
-                transformed_nF = torch.fft.rfft(count_sketch(inputs_ni, *sides[alike[0]].inputs, width))
+        rows = [
+            delta.part(group * part.deltas[0].shape[3], (group + 1) * part.deltas[0].shape[3])
+            for part, (delta, _) in zip(outers, sides, strict=True)
+        ]
+        for block in _blocks(live_BT, n_positions):
+            inputs_ni = block.taken(first.inputs_BGTi[:, group])
+            for alike in sharing:
+                transformed_nF = torch.fft.rfft(block.sketch([inputs_ni], [sides[alike[0]][1]], width))
                 for row in range(first.rank):
-                    sketch_nw = inputs_ni.new_zeros(len(inputs_ni), width)
-                    for place in alike:
-                        values_no = live.taken(outers[place].deltas[row][:, group])
-                        mine = slice(group * values_no.shape[1], (group + 1) * values_no.shape[1])
-                        buckets, signs = (table[mine] for table in sides[place].delta)
-                        sketch_nw.scatter_add_(1, buckets.expand(values_no.shape), values_no * signs)
-                    live.add_to(out_BRF[:, row], torch.fft.rfft(sketch_nw).mul_(transformed_nF))
+                    deltas = [block.taken(outers[place].deltas[row][:, group]) for place in alike]
+                    sketch_nw = block.sketch(deltas, [rows[place] for place in alike], width)
+                    block.add_to(out_BRF[:, row], torch.fft.rfft(sketch_nw).mul_(transformed_nF))
 
 
-@dataclass(frozen=True)
-class _Sides:
-    """Buckets and signs of the outputs' gradients and of the inputs of a layer, whichever way its weight is stored."""
-
-    delta: tuple[Tensor, Tensor]
-    inputs: tuple[Tensor, Tensor]
-
-    @classmethod
-    def of(cls, outer: Outer, hashes: Hashes) -> _Sides:
-        out, columns = (hashes.out_buckets, hashes.out_signs), (hashes.in_buckets, hashes.in_signs)
-        return cls(columns, out) if outer.inputs_first else cls(out, columns)
-
-
-def _alike(sides: Sequence[_Sides]) -> list[list[int]]:
+def _alike(inputs: Sequence[Side]) -> list[list[int]]:
     """Places of layers whose inputs have the same hashes."""
     found: list[list[int]] = []
-    for place, side in enumerate(sides):
+    for place, side in enumerate(inputs):
         for group in found:
-            pairs = zip(side.inputs, sides[group[0]].inputs, strict=True)
-            if all(torch.equal(mine, theirs) for mine, theirs in pairs):
+            other = inputs[group[0]]
+            if torch.equal(side.buckets, other.buckets) and torch.equal(side.signs, other.signs):
                 group.append(place)
                 break
         else:
@@ -193,20 +224,34 @@ def _alike(sides: Sequence[_Sides]) -> list[list[int]]:
     return found
 
 
+_MOSTLY_LIVE = 0.75
+"""Share of live positions at which taking all of them as they lie is faster than gathering those."""
+
+
 @dataclass(frozen=True)
-class _LiveBlock:
-    """Some live positions of some examples; all positions of consecutive examples if `whole`."""
+class _Block:
+    """Some positions of some examples: the live ones among them, or all those of consecutive examples."""
 
     examples_n: Tensor
     positions_n: Tensor
     whole: slice | None
+    dead_n: Tensor | None
+    """Of a whole block: positions that must add nothing, whatever their inputs."""
     n_positions: int
 
     def taken(self, values_BTx: Tensor) -> Tensor:
+        """(n, x)"""
         if self.whole is not None:
             return values_BTx[self.whole].flatten(0, 1)
         # several times faster than indexing with both
         return values_BTx.flatten(0, 1).index_select(0, self.examples_n * self.n_positions + self.positions_n)
+
+    def sketch(self, parts: Sequence[Tensor], sides: Sequence[Side], width: int) -> Tensor:
+        """(n, w): the count sketches of values (n, x) added up, zero at dead positions."""
+        sketch_nw = parts[0].new_zeros(len(parts[0]), width)
+        for values_nx, side in zip(parts, sides, strict=True):
+            side.add_count_sketch(values_nx, sketch_nw)
+        return sketch_nw if self.dead_n is None else sketch_nw.masked_fill_(self.dead_n[:, None], 0)
 
     def add_to(self, out_BF: Tensor, values_nF: Tensor) -> None:
         if self.whole is not None:
@@ -219,18 +264,21 @@ class _LiveBlock:
         out_BF[first : last + 1] += torch.view_as_complex(sums.unflatten(1, (-1, 2)))
 
 
-def _live_blocks(live_BT: Tensor, size: int) -> Iterator[_LiveBlock]:
-    """The live positions, example by example, near `size` at a time."""
+def _blocks(live_BT: Tensor, size: int) -> Iterator[_Block]:
+    """All live positions, example by example, near `size` at a time."""
     B, T = live_BT.shape
-    if T and live_BT.all():
+    n_live = int(live_BT.sum())
+    if n_live and n_live >= _MOSTLY_LIVE * B * T:
         step = max(1, size // T)
         for start in range(0, B, step):
-            yield _LiveBlock(live_BT, live_BT, slice(start, start + step), T)
+            whole = slice(start, start + step)
+            dead_n = None if n_live == B * T else ~live_BT[whole].flatten()
+            yield _Block(live_BT, live_BT, whole, dead_n, T)
         return
     places_n2 = live_BT.nonzero()
     for start in range(0, len(places_n2), size):
         examples_n, positions_n = places_n2[start : start + size].T
-        yield _LiveBlock(examples_n, positions_n, None, T)
+        yield _Block(examples_n, positions_n, None, None, T)
 
 
 def fourier_is_cheaper(outer: Outer, width: int) -> bool:
@@ -241,5 +289,6 @@ def fourier_is_cheaper(outer: Outer, width: int) -> bool:
     entries = R * G * o * i
     scattering = entries * (T * _MULTIPLY_NS + _SCATTER_NS)
     transform = width * math.log2(width) * _FFT_NS if width > 1 else 0.0
-    sketching = live * (R * (o * _SCATTER_NS + transform + width / 2 * _PRODUCT_NS) + i * _SCATTER_NS + transform)
+    deltas_ns, inputs_ns = (_SCATTER_NS, _FOLD_NS) if outer.inputs_first else (_FOLD_NS, _SCATTER_NS)
+    sketching = live * (R * (o * deltas_ns + transform + width / 2 * _PRODUCT_NS) + i * inputs_ns + transform)
     return sketching < scattering

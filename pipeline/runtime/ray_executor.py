@@ -124,6 +124,10 @@ class RayExecutor:
             if not actors:
                 self._placement.renew()
                 idle = deque(range(self._places))
+            # all at once, though there may be one item only: the others import meanwhile what the next call needs
+            for slot in idle:
+                if slot not in actors:
+                    actors[slot] = self._start(slot)
             while waiting or running:
                 while waiting and idle:
                     slot, (item, attempt) = idle.popleft(), waiting.popleft()

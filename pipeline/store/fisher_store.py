@@ -44,7 +44,7 @@ from pipeline.store.manifest import checksum as checksum_of
 from pipeline.store.manifest import record_path
 
 StoreDtype = Literal["float16", "bfloat16", "float32"]
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _KIND = "a Fisher store"
 
 

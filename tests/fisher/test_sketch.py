@@ -39,11 +39,11 @@ def explicit_matrix(layout: ParameterLayout, dim: int, seed: int) -> Tensor:
     matrix = torch.zeros(dim, layout.size, dtype=torch.float64)
     for name, shape, offset in zip(layout.names, layout.shapes, layout.offsets, strict=True):
         hashes = Hashes.draw(seed, name, shape, dim, window_width(dim, layout.names))
-        n_in = len(hashes.in_buckets)
-        for o in range(len(hashes.out_buckets)):
+        n_in = len(hashes.columns.buckets)
+        for o in range(len(hashes.rows.buckets)):
             for i in range(n_in):
-                bucket = hashes.start + int(hashes.out_buckets[o] + hashes.in_buckets[i]) % hashes.width
-                matrix[bucket, offset + o * n_in + i] = float(hashes.out_signs[o] * hashes.in_signs[i])
+                bucket = hashes.start + int(hashes.rows.buckets[o] + hashes.columns.buckets[i]) % hashes.width
+                matrix[bucket, offset + o * n_in + i] = float(hashes.rows.signs[o] * hashes.columns.signs[i])
     return matrix
 
 
@@ -99,18 +99,32 @@ def test_hashes_depend_on_seed_and_names_only() -> None:
     one = Hashes.draw(3, "block.layer.weight", (5, 7), 4096, 1024)
     # pinned: a stored sketch must mean the same with every later version
     assert (one.start, one.width) == (1024, 1024)
-    assert one.out_buckets.tolist() == [393, 521, 57, 795, 718]
-    assert one.out_signs.tolist() == [1, -1, 1, 1, -1]
-    assert one.in_buckets.tolist() == [977, 260, 400, 657, 610, 468, 959]
-    assert one.in_signs.tolist() == [1, 1, 1, 1, 1, -1, 1]
+    assert one.rows.buckets.tolist() == [136, 137, 138, 139, 140]
+    assert one.rows.signs.tolist() == [1, -1, 1, 1, -1]
+    assert one.columns.buckets.tolist() == [977, 260, 400, 657, 610, 468, 959]
+    assert one.columns.signs.tolist() == [1, 1, 1, 1, 1, -1, 1]
     for seed, name in ((4, "block.layer.weight"), (3, "block.other.weight")):
-        assert not torch.equal(one.out_buckets, Hashes.draw(seed, name, (5, 7), 4096, 1024).out_buckets)
-    assert torch.equal(one.out_buckets, Hashes.draw(3, "block.layer.weight", (5, 70), 4096, 1024).out_buckets)
+        assert not torch.equal(one.rows.buckets, Hashes.draw(seed, name, (5, 7), 4096, 1024).rows.buckets)
+    assert torch.equal(one.rows.buckets, Hashes.draw(3, "block.layer.weight", (5, 70), 4096, 1024).rows.buckets)
 
 
 def test_rows_collide_only_where_there_are_more_than_buckets() -> None:
     for n_rows, most in ((64, 1), (65, 2), (300, 5)):
-        assert int(Hashes.draw(0, "a.b.weight", (n_rows, 3), 64, 64).out_buckets.bincount().max()) == most
+        assert int(Hashes.draw(0, "a.b.weight", (n_rows, 3), 64, 64).rows.buckets.bincount().max()) == most
+
+
+@pytest.mark.parametrize("other", [(0, 3), (3, 0), (1, 1), (70, 0), (70, 6), (70, 64)])
+def test_two_entries_meet_as_often_as_by_chance(other: tuple[int, int]) -> None:
+    """Not those of one row, or of one column fewer than w rows apart, which never meet."""
+    width, seeds = 16, 4000
+    met = 0
+    for seed in range(seeds):
+        buckets = Hashes.draw(seed, "a.b.weight", (71, 65), width, width).matrix()[0].view(71, 65)
+        met += int(buckets[other] == buckets[0, 0])
+    if other[0] == 0 or other == (3, 0):
+        assert met == 0
+    else:
+        assert met / seeds == pytest.approx(1 / width, abs=4 * (1 / width / seeds) ** 0.5)
 
 
 def test_windows_are_for_large_sketches_of_many_groups() -> None:
@@ -128,11 +142,11 @@ def test_layers_of_one_module_share_the_hashes_of_their_inputs() -> None:
     query, key, other = (
         Hashes.draw(0, name, (5, 7), 4096, 1024) for name in ("a.q.weight", "a.k.weight", "b.q.weight")
     )
-    assert torch.equal(query.in_buckets, key.in_buckets)
-    assert torch.equal(query.in_signs, key.in_signs)
+    assert torch.equal(query.columns.buckets, key.columns.buckets)
+    assert torch.equal(query.columns.signs, key.columns.signs)
     assert query.start == key.start
-    assert not torch.equal(query.out_buckets, key.out_buckets)
-    assert not torch.equal(query.in_buckets, other.in_buckets)
+    assert not torch.equal(query.rows.buckets, key.rows.buckets)
+    assert not torch.equal(query.columns.buckets, other.columns.buckets)
 
 
 def test_cost_rule_prefers_the_fourier_way_for_few_positions_of_a_large_layer() -> None:

@@ -117,7 +117,7 @@ def test_diagonals_are_there_where_they_are_asked_for(
 def test_plain_zarr_reads_the_store(filled: tuple[FisherStore, dict[int, str]], shard_arrays: ShardArrays) -> None:
     store, _ = filled
     group = zarr.open_group(store.path, mode="r")
-    assert group.attrs["schema_version"] == 2
+    assert group.attrs["schema_version"] == 3
     assert group.attrs["normalised"] is True
     assert group.attrs["sketch"] == {"kind": "identity"}
     factors = group["factors"]
@@ -393,7 +393,7 @@ def test_something_else_is_not_taken_for_a_store(tmp_path: Path) -> None:
 
 def test_another_schema_version_is_refused(store: FisherStore) -> None:
     zarr.open_group(store.path).attrs["schema_version"] = 99
-    with pytest.raises(StoreError, match="schema version 99 and this program reads 2"):
+    with pytest.raises(StoreError, match="schema version 99 and this program reads 3"):
         FisherStore.open(store.path)
 
 
