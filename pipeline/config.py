@@ -132,6 +132,9 @@ class FactorizationConfig(_Section):
     """Share of the examples that the components are not fitted on, so that they can be verified there."""
     checkpoint_every: PositiveInt = 5
     """Iterations between checkpoints: what a crash can cost."""
+    memory_limit_mb: PositiveInt = 4096
+    """Memory, of a GPU where workers have one, in which a worker keeps its share of the Fishers. A share that takes
+    more, in half precision where that is how it is stored, is read from the store in every pass. Changes no result."""
 
 
 class LiftConfig(_Section):
@@ -175,6 +178,13 @@ class ExecutorConfig(_Section):
         if self.kind == "serial" and self.workers != 1:
             raise ValueError(f"the serial executor has one worker, not {self.workers}: set workers: 1 or kind: ray")
         return self
+
+
+_FREE: dict[str, Any] = {
+    **dict.fromkeys(("run_dir", "executor", "lift", "report"), True),
+    "factorization": {"memory_limit_mb"},
+}
+"""Keys that change no result."""
 
 
 class RunConfig(_Section):
@@ -233,14 +243,14 @@ class RunConfig(_Section):
 
     def differences(self, other: RunConfig) -> list[str]:
         """Dotted names of the keys whose values differ, those apart that change no result (``run_dir``, ``executor``,
-        ``lift``, ``report``): the same run may go on elsewhere, with other workers, or with another memory limit."""
-        free = {"run_dir", "executor", "lift", "report"}
-        mine, theirs = (_flatten(config.model_dump(mode="json", exclude=free)) for config in (self, other))
+        ``lift``, ``report``, ``factorization.memory_limit_mb``): the same run may go on elsewhere, with other workers,
+        or with another memory limit."""
+        mine, theirs = (_flatten(config.model_dump(mode="json", exclude=_FREE)) for config in (self, other))
         return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
 
     def signature(self, *sections: str) -> str:
         """Short hash of the named top-level sections: what a stage's stored results depend on."""
-        content = {name: value for name, value in self.model_dump(mode="json").items() if name in sections}
+        content = self.model_dump(mode="json", include=set(sections), exclude=_FREE)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import RunConfig
 from pipeline.runtime.executor import WorkerSpec, make_executor
+from pipeline.runtime.stored_factors import kept_precision
 from pipeline.runtime.trial import Trial, TrialWorker
 from pipeline.stage import device_of, inspection_of, label_spec, model_of
 from pipeline.store import fisher_store_bytes
@@ -25,7 +27,7 @@ class Estimate:
     """Until the last shard is written."""
     store_bytes: int
     solver_bytes: int
-    """Of Fishers in the memory of each of the solver's workers."""
+    """Of Fishers in the memory of each of the solver's workers; 0 where they are read in every pass instead."""
     direction_bytes: int
     """Of the lifted directions on disk."""
 
@@ -69,9 +71,17 @@ def estimate(config: RunConfig) -> Estimate:
         start_up_seconds=start_up,
         seconds=start_up + trial.seconds_per_example * n_examples * share,
         store_bytes=store_bytes,
-        solver_bytes=4 * n_examples * facts.rank * facts.sketch_dim // workers,
+        solver_bytes=_solver_bytes(config, n_examples * facts.rank * facts.sketch_dim),
         direction_bytes=4 * config.factorization.n_components * facts.layout.size,
     )
+
+
+def _solver_bytes(config: RunConfig, n_numbers: int) -> int:
+    wanted = config.factorization
+    share = math.ceil(n_numbers * (1 - wanted.held_out_fraction) / config.executor.workers)
+    limit = wanted.memory_limit_mb * 2**20
+    kept = kept_precision(share, config.fishers.store_dtype, device_of(config), limit)
+    return share * kept.itemsize if kept is not None else 0
 
 
 def rows(found: Estimate, config: RunConfig) -> list[tuple[str, str]]:
@@ -89,7 +99,10 @@ def rows(found: Estimate, config: RunConfig) -> list[tuple[str, str]]:
         ("one example", f"{1e3 * trial.seconds_per_example:.3g} ms"),
         (f"fishers, {found.workers} worker{'s' if found.workers > 1 else ''}", _duration(found.seconds)),
         ("fishers.zarr", _size(found.store_bytes)),
-        ("Fishers in memory of a solver's worker", _size(found.solver_bytes)),
+        (
+            "Fishers in memory of a solver's worker",
+            _size(found.solver_bytes) if found.solver_bytes else "none: streamed",
+        ),
         ("directions.zarr", _size(found.direction_bytes)),
     ]
 

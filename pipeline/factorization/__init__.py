@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pipeline.factorization.example_shard import ExampleShard
+from pipeline.factorization.factor_source import BLOCK_ROWS, FactorsInMemory, FactorSource, StreamedFactors
 from pipeline.factorization.gauss_newton import gauss_newton_step
 from pipeline.factorization.initialization import initialize, subsample_indices
 from pipeline.factorization.matching import canonical_order, match_components, near_duplicates
-from pipeline.factorization.nnls import hals_, nnls
+from pipeline.factorization.nnls import accelerated_, accelerated_is_faster, descend_, hals_, nnls, sweeps_for
 from pipeline.factorization.objective import Candidates, Statistics, explained, merge_candidates
 from pipeline.factorization.problem import InvalidProblemError, validate_factors, validate_size
 from pipeline.factorization.solver import (
@@ -15,23 +16,32 @@ from pipeline.factorization.solver import (
     SolverOptions,
     SolverState,
     advance,
+    free_dead,
     initial_state,
     solve,
     stopping_reason,
 )
 
 __all__ = [
+    "BLOCK_ROWS",
     "Candidates",
     "ExampleShard",
+    "FactorSource",
     "Factorization",
+    "FactorsInMemory",
     "InvalidProblemError",
     "IterationRecord",
     "SolverOptions",
     "SolverState",
     "Statistics",
+    "StreamedFactors",
+    "accelerated_",
+    "accelerated_is_faster",
     "advance",
     "canonical_order",
+    "descend_",
     "explained",
+    "free_dead",
     "gauss_newton_step",
     "hals_",
     "initial_state",
@@ -43,6 +53,7 @@ __all__ = [
     "solve",
     "stopping_reason",
     "subsample_indices",
+    "sweeps_for",
     "validate_factors",
     "validate_size",
 ]

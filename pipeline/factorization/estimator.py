@@ -5,6 +5,7 @@ Shapes: N examples, R rank of the Fisher factors, D sketch or parameters, K comp
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,13 @@ import torch
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import Tags, check_array, check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from torch import Tensor
 
 from pipeline.factorization.example_shard import ExampleShard
 from pipeline.factorization.initialization import initialize, subsample_indices
-from pipeline.factorization.solver import SolverOptions, solve
+from pipeline.factorization.problem import InvalidProblemError
+from pipeline.factorization.solver import IterationRecord, SolverOptions, solve
 
 
 class NPEFF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -34,11 +37,17 @@ class NPEFF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         subsample: examples that starts are tried on.
         random_state: seed or generator of the starts and the subsample.
         normalize: whether to divide each factor by the root of its Fisher's Frobenius norm. False takes them as given.
+        l1: λ in [0, 1) of the penalty 2 λ Σ_i ‖F̂_i‖ Σ_j W_ij: a lone coefficient is T_ij − λ ‖F̂_i‖ or zero.
+        orthogonality: γ of the penalty γ Σ_i ‖F̂_i‖² times the mean squared cosine of two components.
+        frozen_components: (K0, D), K0 < K: the first components, which stay as they are (up to their length).
+        start_components: (K, D) to start from, instead of seeded starts.
+        callbacks: functions that are each given the IterationRecord of every pass.
 
     Attributes:
         components_: (K, D) unit rows, float64, by descending Σ_i W_ij²; each row's largest entry is positive.
         coefficients_: W (N, K) of the data fitted, in its precision.
-        loss_: the minimum found.
+        loss_: the minimum found, without penalties.
+        objective_: the same with them.
         explained_: 1 − loss / Σ_i ‖F̂_i‖².
         history_: one IterationRecord per pass.
         n_iter_: number of passes.
@@ -61,6 +70,11 @@ class NPEFF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         subsample: int = 2048,
         random_state: int | np.random.RandomState | None = None,
         normalize: bool = True,
+        l1: float = 0.0,
+        orthogonality: float = 0.0,
+        frozen_components: ArrayLike | None = None,
+        start_components: ArrayLike | None = None,
+        callbacks: Sequence[Callable[[IterationRecord], object]] = (),
     ) -> None:
         self.n_components = n_components
         self.max_iter = max_iter
@@ -69,10 +83,19 @@ class NPEFF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         self.subsample = subsample
         self.random_state = random_state
         self.normalize = normalize
+        self.l1 = l1
+        self.orthogonality = orthogonality
+        self.frozen_components = frozen_components
+        self.start_components = start_components
+        self.callbacks = callbacks
 
-    def fit(self, X: ArrayLike, y: None = None) -> NPEFF:
-        """Fit components and coefficients to factors (N, R, D)."""
+    def fit(self, X: ArrayLike, y: None = None, sample_weight: ArrayLike | None = None) -> NPEFF:
+        """Fit components and coefficients to factors (N, R, D); `sample_weight` (N,) weighs examples in the loss."""
         shard = self._shard(X, reset=True)
+        if sample_weight is not None:
+            weights_N = _check_sample_weight(sample_weight, X, dtype=np.float64)
+            shard = ExampleShard(shard.factors_NRD, weights_N=weights_N)
+        frozen_KD = self._given_components(self.frozen_components, shard.dim)
         options = SolverOptions(
             n_components=self.n_components,
             max_iterations=self.max_iter,
@@ -80,15 +103,19 @@ class NPEFF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             n_starts=self.n_starts,
             subsample=self.subsample,
             seed=int(check_random_state(self.random_state).randint(2**31 - 1)),
+            l1=self.l1,
+            orthogonality=self.orthogonality,
+            n_frozen=len(frozen_KD),
         )
-        indices = subsample_indices(shard.n_examples, options.subsample, options.seed)
-        start_KD = initialize(
-            shard.factors_NRD[torch.from_numpy(indices)], options.n_components, options.seed, options.n_starts
-        )
-        result = solve([shard], start_KD, options)
+        start_KD = self._given_components(self.start_components, shard.dim)
+        if self.start_components is None:
+            start_KD = _start(shard, frozen_KD, options)
+        start_KD[: len(frozen_KD)] = frozen_KD
+        result = solve([shard], start_KD, options, lambda _, record: [call(record) for call in self.callbacks])
         self.components_ = result.components_KD.numpy()
         self.coefficients_ = result.coefficients_NK.numpy()
         self.loss_ = result.loss
+        self.objective_ = result.objective
         self.explained_ = result.explained
         self.history_ = result.history
         self.n_iter_ = result.n_iter
@@ -104,7 +131,7 @@ class NPEFF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         """The optimal coefficients (M, K) of new examples' factors (M, R, D) at the fitted components."""
         check_is_fitted(self)
         shard = self._shard(X, reset=False)
-        shard.finish(torch.from_numpy(self.components_))
+        shard.finish(torch.from_numpy(self.components_), l1=self.l1)
         return shard.coefficients_NK.numpy()
 
     @property
@@ -116,6 +143,15 @@ class NPEFF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         tags.input_tags.three_d_array = True
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
+
+    @staticmethod
+    def _given_components(components: ArrayLike | None, dim: int) -> Tensor:
+        if components is None:
+            return torch.zeros(0, dim, dtype=torch.float64)
+        checked = torch.from_numpy(check_array(components, dtype=np.float64, copy=True))
+        if checked.shape[1] != dim:
+            raise ValueError(f"given components have {checked.shape[1]} features, the factors {dim}")
+        return torch.nn.functional.normalize(checked, dim=1)
 
     def _shard(self, X: ArrayLike, *, reset: bool) -> ExampleShard:
         if np.asarray(X).ndim == 3:
@@ -132,3 +168,21 @@ class NPEFF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         norms_N = shard.fisher_squares_N.sqrt()
         scale_N = torch.where(norms_N > 0, norms_N, 1.0).rsqrt().to(factors)
         return ExampleShard(factors * scale_N[:, None, None])
+
+
+def _start(shard: ExampleShard, frozen_KD: Tensor, options: SolverOptions) -> Tensor:
+    """Starting components from a subsample of the examples that have a weight."""
+    weighted = shard.weights_N.nonzero()[:, 0]
+    if not len(weighted):
+        raise InvalidProblemError("every example has weight zero: there is nothing to factorize")
+    chosen = weighted[torch.from_numpy(subsample_indices(len(weighted), options.subsample, options.seed))]
+    return initialize(
+        shard.factors_NRD[chosen],
+        options.n_components,
+        options.seed,
+        options.n_starts,
+        weights_M=shard.weights_N[chosen],
+        frozen_KD=frozen_KD,
+        l1=options.l1,
+        orthogonality=options.orthogonality,
+    )

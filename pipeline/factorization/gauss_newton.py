@@ -8,17 +8,30 @@ With coefficients W fixed, a change Δ of the components H changes the residual 
 The second term sees Δ only inside the row space of H, and maps into it. Outside, one Cholesky solve with S + μI is
 exact; inside, at most K·K unknowns are left for conjugate gradients, whatever the sketch dimension is.
 
-Shapes: K components, D sketch, Q = min(K, D) dimensions of the row space.
+Components that are frozen, the first of them, have δ_j = 0: the system is that of the free rows and columns. A penalty
+c Σ_{j≠l} (h_j·h_l)² on the components has residuals √c h_j·h_l: with C = c (11ᵀ − I) it turns S H into (S + C ∘ HHᵀ) H
+on the right, and adds (C ∘ (Δ Hᵀ + H Δᵀ)) H on the left.
+
+Shapes: K components, F free ones, D sketch, Q = min(K, D) dimensions of the row space.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 
 def gauss_newton_step(
-    components_KD: Tensor, u_KD: Tensor, ww_KK: Tensor, damping: float, *, max_iterations: int = 20
+    components_KD: Tensor,
+    u_KD: Tensor,
+    ww_KK: Tensor,
+    damping: float,
+    *,
+    orthogonality: float = 0.0,
+    n_frozen: int = 0,
+    max_iterations: int = 20,
 ) -> Tensor:
     """Solve the system above for Δ (K, D), all in float64.
 
@@ -30,33 +43,48 @@ def gauss_newton_step(
         u_KD: U.
         ww_KK: WW.
         damping: μ > 0, in the units of WW.
+        orthogonality: c.
+        n_frozen: how many of the first rows are not to move.
         max_iterations: of conjugate gradients.
     """
     basis_DQ = torch.linalg.qr(components_KD.T).Q
-    h_KQ = components_KD @ basis_DQ
-    s_KK = ww_KK * (h_KQ @ h_KQ.T)
-    chol_KK = torch.linalg.cholesky(s_KK + damping * torch.eye(len(s_KK), dtype=s_KK.dtype, device=s_KK.device))
-    u_KQ = u_KD @ basis_DQ
-    outside_KD = torch.cholesky_solve(u_KD - u_KQ @ basis_DQ.T, chol_KK)
-    inside_KQ = _solve_in_row_space(h_KQ, u_KQ - s_KK @ h_KQ, s_KK, ww_KK, damping, chol_KK, max_iterations)
-    return outside_KD.addmm_(inside_KQ, basis_DQ.T)
+    h_KQ, free = components_KD @ basis_DQ, slice(n_frozen, None)
+    cosines_KK = h_KQ @ h_KQ.T
+    c_KK = orthogonality * (1 - torch.eye(len(h_KQ), dtype=h_KQ.dtype, device=h_KQ.device))
+    s_KK = ww_KK * cosines_KK
+    s_FF = s_KK[free, free]
+    chol_FF = torch.linalg.cholesky(s_FF + damping * torch.eye(len(s_FF), dtype=s_FF.dtype, device=s_FF.device))
+    u_FD = u_KD[free]
+    u_FQ = u_FD @ basis_DQ
+    outside_FD = torch.cholesky_solve(u_FD - u_FQ @ basis_DQ.T, chol_FF)
+    h_FQ, ww_FF, c_FK = h_KQ[free], ww_KK[free, free], c_KK[free]
+
+    def apply(p_FQ: Tensor) -> Tensor:
+        product = s_FF @ p_FQ + damping * p_FQ + ((ww_FF + c_FK[:, free]) * (h_FQ @ p_FQ.T)) @ h_FQ
+        return product + (c_FK * (p_FQ @ h_KQ.T)) @ h_KQ if orthogonality else product
+
+    rhs_FQ = u_FQ - ((ww_KK + c_KK) * cosines_KK)[free] @ h_KQ
+    inside_FQ = _conjugate_gradients(apply, rhs_FQ, chol_FF, max_iterations)
+    step_KD = torch.zeros_like(components_KD)
+    step_KD[free] = outside_FD.addmm_(inside_FQ, basis_DQ.T)
+    return step_KD
 
 
-def _solve_in_row_space(
-    h_KQ: Tensor, rhs_KQ: Tensor, s_KK: Tensor, ww_KK: Tensor, damping: float, chol_KK: Tensor, max_iterations: int
+def _conjugate_gradients(
+    apply: Callable[[Tensor], Tensor], rhs_FQ: Tensor, chol_FF: Tensor, max_iterations: int
 ) -> Tensor:
-    x, r = torch.zeros_like(rhs_KQ), rhs_KQ.clone()
-    z = torch.cholesky_solve(r, chol_KK)
+    x, r = torch.zeros_like(rhs_FQ), rhs_FQ.clone()
+    z = torch.cholesky_solve(r, chol_FF)
     p, rz = z, torch.sum(r * z)
-    target = 1e-8 * torch.linalg.norm(rhs_KQ)
+    target = 1e-8 * torch.linalg.norm(rhs_FQ)
     for _ in range(max_iterations):
         if not bool(torch.linalg.norm(r) > target):
             break
-        ap = s_KK @ p + damping * p + (ww_KK * (h_KQ @ p.T)) @ h_KQ
+        ap = apply(p)
         alpha = rz / torch.sum(p * ap)
         x = x + alpha * p
         r = r - alpha * ap
-        z = torch.cholesky_solve(r, chol_KK)
+        z = torch.cholesky_solve(r, chol_FF)
         rz, previous = torch.sum(r * z), rz
         p = z + (rz / previous) * p
     return x

@@ -24,15 +24,18 @@ def match_components(a_KD: np.ndarray, b_LD: np.ndarray) -> tuple[np.ndarray, np
     return np.stack([rows, columns], axis=1), cosines_KL[rows, columns]
 
 
-def canonical_order(components_KD: Tensor, energy_K: Tensor) -> tuple[Tensor, Tensor]:
+def canonical_order(components_KD: Tensor, energy_K: Tensor, n_frozen: int = 0) -> tuple[Tensor, Tensor]:
     """The order and signs that make equal factorizations look equal: (order (K,), signs (K,)).
 
-    Components come by descending energy Σ_i W_ij²; the entry of largest magnitude is positive. Apply as
+    Components come by descending energy Σ_i W_ij²; the entry of largest magnitude is positive. The first
+    `n_frozen` keep their places and signs. Apply as
     `components[order] * signs[:, None]` and `coefficients[:, order]`.
     """
-    order = energy_K.argsort(descending=True, stable=True)
+    free = energy_K[n_frozen:].argsort(descending=True, stable=True) + n_frozen
+    order = torch.cat([torch.arange(n_frozen, device=free.device), free])
     largest = components_KD.abs().argmax(dim=1, keepdim=True)
     signs = torch.where(components_KD.gather(1, largest)[:, 0] < 0, -1.0, 1.0).to(components_KD)
+    signs[:n_frozen] = 1.0
     return order, signs[order]
 
 

@@ -4,7 +4,13 @@ With Â_i = A_i/√‖F_i‖_F, components H (unit rows) and coefficients W ≥ 
 
     f = Σ_i ‖Â_iᵀ Â_i − Σ_j W_ij h_j h_jᵀ‖²_F = Σ_i ‖F̂_i‖² − 2⟨W, T⟩ + ⟨Wᵀ W, (H Hᵀ)∘(H Hᵀ)⟩,  T_ij = ‖Â_i h_j‖²
 
-(Matena & Raffel, arXiv 2310.04649). `Statistics` is all that a step needs to know about the data: a worker computes it
+(Matena & Raffel, arXiv 2310.04649), every example with a weight v_i where some are given. What is minimised adds the
+penalties that are asked for, both free of the data's scale:
+
+    l1:             2 λ Σ_i v_i ‖F̂_i‖_F Σ_j W_ij      (in the optimum, T_ij ≤ λ ‖F̂_i‖ earns no coefficient of its own)
+    orthogonality:  γ Σ_i v_i ‖F̂_i‖² · mean over j ≠ l of (h_j·h_l)²                     (in units of explained share)
+
+`Statistics` is all that a step needs to know about the data: a worker computes it
 on its own examples, and the sum over workers is the statistics of the whole data set.
 
 Shapes: N examples, R rank, D sketch, K components, M candidates.
@@ -27,7 +33,7 @@ _DEAD_ENERGY = 1e-12
 
 @dataclass
 class Statistics:
-    """Sums over examples at given components H, in float64."""
+    """Sums over examples, each times its weight, at given components H; in float64."""
 
     u_KD: Tensor
     """U = Σ_i (W_i ∘ Â_i Hᵀ)ᵀ Â_i; U − S H is −1/4 of the gradient of f."""
@@ -38,6 +44,8 @@ class Statistics:
     fisher_square_sum: float
     """Σ_i ‖Â_iᵀ Â_i‖²_F of the factors as given, that is of the sketched ones."""
     n_examples: int
+    coefficient_sum: float = 0.0
+    """Σ_i ‖Â_iᵀ Â_i‖_F Σ_j W_ij."""
 
     @classmethod
     def zeros(cls, n_components: int, dim: int, *, device: torch.device | None = None) -> Statistics:
@@ -54,24 +62,37 @@ class Statistics:
         self.wt += other.wt
         self.fisher_square_sum += other.fisher_square_sum
         self.n_examples += other.n_examples
+        self.coefficient_sum += other.coefficient_sum
         return self
 
     def pack(self) -> Tensor:
-        """One float64 vector of K·D + K² + 3 numbers; the sum of two packs is the pack of the merge."""
-        scalars = [self.wt, self.fisher_square_sum, float(self.n_examples)]
+        """One float64 vector of K·D + K² + 4 numbers; the sum of two packs is the pack of the merge."""
+        scalars = [self.wt, self.fisher_square_sum, self.coefficient_sum, float(self.n_examples)]
         return torch.cat([self.u_KD.flatten(), self.ww_KK.flatten(), self.u_KD.new_tensor(scalars)])
 
     @classmethod
     def unpack(cls, packed: Tensor, n_components: int, dim: int) -> Statistics:
         """The inverse of `pack`; the tensors are views of `packed`."""
-        u, ww, scalars = packed.split([n_components * dim, n_components**2, 3])
-        wt, fisher_square_sum, n_examples = scalars.tolist()
-        return cls(u.view(n_components, dim), ww.view(n_components, -1), wt, fisher_square_sum, round(n_examples))
+        u, ww, scalars = packed.split([n_components * dim, n_components**2, 4])
+        wt, fisher_square_sum, coefficient_sum, n_examples = scalars.tolist()
+        u_KD, ww_KK = u.view(n_components, dim), ww.view(n_components, -1)
+        return cls(u_KD, ww_KK, wt, fisher_square_sum, round(n_examples), coefficient_sum)
 
     def loss(self, components_KD: Tensor) -> float:
         """f at the components that the statistics were computed at."""
         gram_KK = (components_KD @ components_KD.T).square()
         return self.fisher_square_sum - 2.0 * self.wt + float(torch.sum(self.ww_KK * gram_KK))
+
+    def penalties(self, components_KD: Tensor, l1: float, orthogonality: float) -> float:
+        """What the objective adds to f at the components that the statistics were computed at."""
+        off_diagonal = (components_KD @ components_KD.T).square().triu(diagonal=1)
+        pressure = 2.0 * self.orthogonality_weight(orthogonality) * float(off_diagonal.sum())
+        return 2.0 * l1 * self.coefficient_sum + pressure
+
+    def orthogonality_weight(self, orthogonality: float) -> float:
+        """c, where the penalty is c Σ_{j≠l} (h_j·h_l)²."""
+        k = len(self.ww_KK)
+        return orthogonality * self.fisher_square_sum / max(1, k * (k - 1))
 
     @property
     def energy_K(self) -> Tensor:

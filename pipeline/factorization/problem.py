@@ -41,7 +41,15 @@ def validate_factors(factors_NRD: Tensor) -> None:
             f" not {factors_NRD.dtype} of shape {tuple(factors_NRD.shape)}"
         )
     # The sum of a row is finite unless an entry is not (or the row overflows, which is as unusable): no N·R·D mask.
-    finite_N = torch.isfinite(factors_NRD.sum(dim=(1, 2)))
+    refuse_not_finite(torch.isfinite(factors_NRD.sum(dim=(1, 2))))
+
+
+def refuse_not_finite(finite_N: Tensor) -> None:
+    """Refuse factors of which some examples' are not finite.
+
+    Raises:
+        InvalidProblemError: with the first of them.
+    """
     if not bool(finite_N.all()):
         first = int((~finite_N).nonzero()[0, 0])
         raise InvalidProblemError(

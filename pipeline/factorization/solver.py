@@ -56,6 +56,12 @@ class SolverOptions:
     subsample: int = 2048
     """Examples that starts are tried on."""
     seed: int = 0
+    l1: float = 0.0
+    """λ of the penalty on coefficients, in [0, 1): see `pipeline.factorization.objective`."""
+    orthogonality: float = 0.0
+    """γ of the penalty on components that are alike."""
+    n_frozen: int = 0
+    """How many of the first components are not to change."""
 
     def __post_init__(self) -> None:
         for name in ("n_components", "max_iterations", "n_starts", "subsample"):
@@ -63,6 +69,14 @@ class SolverOptions:
                 raise InvalidProblemError(f"{name}={getattr(self, name)} must be at least 1")
         if not self.tolerance >= 0.0:
             raise InvalidProblemError(f"tolerance={self.tolerance} must not be negative")
+        if not 0.0 <= self.l1 < 1.0:
+            raise InvalidProblemError(f"l1={self.l1} must be at least 0 and below 1: at 1 every coefficient is zero")
+        if not 0.0 <= self.orthogonality < math.inf:
+            raise InvalidProblemError(f"orthogonality={self.orthogonality} must not be negative")
+        if not 0 <= self.n_frozen < self.n_components:
+            raise InvalidProblemError(
+                f"{self.n_frozen} frozen components of n_components={self.n_components} leave none to fit: ask for more"
+            )
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,9 @@ class IterationRecord:
 
     iteration: int
     loss: float
-    """At the components tried, which a rejected step did not keep."""
+    """At the components tried, which a rejected step did not keep; without penalties."""
+    objective: float
+    """The loss with the penalties: what must not rise."""
     explained: float
     mu: float
     """The damping the components tried were reached with."""
@@ -87,7 +103,8 @@ class SolverState:
     """The trial to be evaluated next."""
     best_components_KD: Tensor
     best_statistics: Statistics
-    best_loss: float
+    best_objective: float
+    """Loss and penalties."""
     mu: float
     iteration: int
     """Passes made."""
@@ -133,7 +150,7 @@ class SolverState:
 
 
 _SCALAR_FIELDS: dict[str, type[np.generic]] = {
-    "best_loss": np.float64,
+    "best_objective": np.float64,
     "mu": np.float64,
     "iteration": np.int64,
     "n_accepted": np.int64,
@@ -151,6 +168,8 @@ class Factorization:
     """In the precision of the factors."""
     loss: float
     """Σ_i ‖F̂_i − Σ_j W_ij h_j h_jᵀ‖² of these components and coefficients."""
+    objective: float
+    """The loss with the penalties."""
     explained: float
     history: list[IterationRecord]
     n_iter: int
@@ -178,7 +197,7 @@ def initial_state(components_KD: Tensor, options: SolverOptions) -> SolverState:
         components_KD=components_KD,
         best_components_KD=components_KD,
         best_statistics=Statistics.zeros(*components_KD.shape, device=components_KD.device),
-        best_loss=math.inf,
+        best_objective=math.inf,
         mu=_FIRST_DAMPING,
         iteration=0,
         n_accepted=0,
@@ -202,22 +221,25 @@ def advance(
         InvalidProblemError: if every factor is zero, or the very first loss is not finite.
     """
     loss, total = statistics.loss(state.components_KD), statistics.fisher_square_sum
+    objective = loss + statistics.penalties(state.components_KD, options.l1, options.orthogonality)
     if not total > 0.0:
         raise InvalidProblemError("every factor is zero: there is nothing to factorize")
-    if state.n_accepted == 0 and not math.isfinite(loss):
+    if state.n_accepted == 0 and not math.isfinite(objective):
         raise InvalidProblemError(f"the loss at the starting components is {loss}: the factors are out of range")
-    accepted = loss <= state.best_loss
+    accepted = objective <= state.best_objective
+    dead_K = free_dead(statistics, options)
     record = IterationRecord(
         iteration=state.iteration + 1,
         loss=loss,
+        objective=objective,
         explained=explained(loss, total),
         mu=state.mu,
         accepted=accepted,
-        n_dead=int(statistics.dead_K.sum()),
+        n_dead=int(dead_K.sum()),
     )
     # A rejected trial whose loss is equal to within the tolerance says as much about convergence as an accepted one.
-    scale = max(abs(loss), _UNEXPLAINED_FLOOR * total)
-    if abs(state.best_loss - loss) <= options.tolerance * scale:
+    scale = max(abs(objective), _UNEXPLAINED_FLOOR * total)
+    if abs(state.best_objective - objective) <= options.tolerance * scale:
         n_small_steps = state.n_small_steps + 1
     else:
         n_small_steps = 0 if accepted else state.n_small_steps
@@ -227,16 +249,23 @@ def advance(
             judged,
             best_components_KD=state.components_KD,
             best_statistics=statistics,
-            best_loss=loss,
+            best_objective=objective,
             mu=max(state.mu / 2, _LEAST_DAMPING),
             n_accepted=state.n_accepted + 1,
         )
     else:
         judged = dataclasses.replace(judged, mu=state.mu * 8)
-    trial_KD = _next_trial(judged)
+    trial_KD = _next_trial(judged, options)
     if accepted and candidates is not None:
-        _reseed_(trial_KD, statistics.dead_K, candidates)
+        _reseed_(trial_KD, dead_K, candidates)
     return dataclasses.replace(judged, components_KD=trial_KD), record
+
+
+def free_dead(statistics: Statistics, options: SolverOptions) -> Tensor:
+    """Which components (K,) no example uses, and may be replaced: frozen ones may not."""
+    dead_K = statistics.dead_K.clone()
+    dead_K[: options.n_frozen] = False
+    return dead_K
 
 
 def stopping_reason(state: SolverState, options: SolverOptions) -> str | None:
@@ -273,24 +302,42 @@ def solve(
     while (stopped := stopping_reason(state, options)) is None:
         statistics = Statistics.zeros(*state.components_KD.shape, device=state.components_KD.device)
         for shard in shards:
-            statistics.merge(shard.accumulate(state.components_KD))
+            statistics.merge(shard.accumulate(state.components_KD, l1=options.l1))
         candidates = None
-        if bool(statistics.dead_K.any()):
+        if bool(free_dead(statistics, options).any()):
             candidates = merge_candidates([shard.candidates(state.components_KD) for shard in shards])
         state, record = advance(state, statistics, options, candidates)
         history.append(record)
         if on_iteration is not None:
             on_iteration(state, record)
-    return _result(shards, state, history, stopped)
+    return _result(shards, state, history, stopped, options)
 
 
-def _next_trial(state: SolverState) -> Tensor:
+def _next_trial(state: SolverState, options: SolverOptions) -> Tensor:
     h_KD, statistics = state.best_components_KD, state.best_statistics
     damping = state.mu * float(statistics.energy_K.mean())
     if damping == 0.0:  # No example uses any component: there is no step, only replacements.
         return h_KD.clone()
-    trial_KD = h_KD + gauss_newton_step(h_KD, statistics.u_KD, statistics.ww_KK, damping)
-    return trial_KD / torch.linalg.norm(trial_KD, dim=1, keepdim=True)
+    u_KD, pressure = statistics.u_KD, statistics.orthogonality_weight(options.orthogonality)
+    if options.l1 or options.orthogonality:
+        # The penalties make the loss fall along h_j itself, which normalising takes back: only what is orthogonal to
+        # h_j of a gradient may ask for a step, or the step need not be one of descent.
+        cosines_KK = h_KD @ h_KD.T
+        target_KK = (statistics.ww_KK + pressure) * cosines_KK
+        target_KK.diagonal().sub_(pressure)
+        descent_KD = u_KD - target_KK @ h_KD
+        u_KD = u_KD - torch.sum(descent_KD * h_KD, dim=1, keepdim=True) * h_KD
+    trial_KD = h_KD + gauss_newton_step(
+        h_KD,
+        u_KD,
+        statistics.ww_KK,
+        damping,
+        orthogonality=pressure,
+        n_frozen=options.n_frozen,
+    )
+    trial_KD = trial_KD / torch.linalg.norm(trial_KD, dim=1, keepdim=True)
+    trial_KD[: options.n_frozen] = h_KD[: options.n_frozen]
+    return trial_KD
 
 
 def _reseed_(components_KD: Tensor, dead_K: Tensor, candidates: Candidates) -> None:
@@ -301,20 +348,25 @@ def _reseed_(components_KD: Tensor, dead_K: Tensor, candidates: Candidates) -> N
 
 
 def _result(
-    shards: Sequence[ExampleShard], state: SolverState, history: list[IterationRecord], stopped: str
+    shards: Sequence[ExampleShard],
+    state: SolverState,
+    history: list[IterationRecord],
+    stopped: str,
+    options: SolverOptions,
 ) -> Factorization:
     components_KD = state.best_components_KD
     statistics = Statistics.zeros(*components_KD.shape, device=components_KD.device)
     for shard in shards:
-        statistics.merge(shard.finish(components_KD))
+        statistics.merge(shard.finish(components_KD, l1=options.l1))
     coefficients_NK = torch.cat([shard.coefficients_NK for shard in shards])
     loss = statistics.loss(components_KD)
-    order, signs = canonical_order(components_KD, statistics.energy_K)
+    order, signs = canonical_order(components_KD, statistics.energy_K, options.n_frozen)
     components_KD = components_KD[order] * signs[:, None]
     return Factorization(
         components_KD=components_KD,
         coefficients_NK=coefficients_NK[:, order],
         loss=loss,
+        objective=loss + statistics.penalties(components_KD, options.l1, options.orthogonality),
         explained=explained(loss, statistics.fisher_square_sum),
         history=history,
         n_iter=state.iteration,

@@ -57,6 +57,10 @@ class Group(Protocol):
         """``method(*arguments)`` on one worker."""
         ...
 
+    def can_be_larger(self) -> bool:
+        """Whether a group formed now would have more workers: one of them was lost, and there is room for it again."""
+        ...
+
 
 class Executor(Protocol):
     workers: int
@@ -72,9 +76,12 @@ class Executor(Protocol):
         ...
 
     def group(self, spec: WorkerSpec) -> AbstractContextManager[Group]:
-        """As many workers as the executor has, ended when the context is left.
+        """As many workers as the executor has, ended when the context is left; fewer where nodes were lost.
 
         They are constructed with two further arguments, ``rank`` and ``size``.
+
+        Raises:
+            ExecutorError: there is no room for a single worker, and none comes.
         """
         ...
 
@@ -130,6 +137,9 @@ class _SerialGroup:
         if rank != 0:
             raise IndexError(f"the serial executor has worker 0, not {rank}")
         return getattr(self._worker, method)(*arguments)
+
+    def can_be_larger(self) -> bool:
+        return False
 
 
 def make_executor(

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,20 +22,16 @@ from typing import Any
 import ray
 import torch
 from ray._private import ray_constants
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.exceptions import RayError, RayTaskError
 
 from pipeline.runtime.executor import ExecutorError, Group, WorkerLostError, WorkerSpec
+from pipeline.runtime.placement import WorkerPlacement
 
 ATTEMPTS = 3
 """How often an item is given to a worker before it is given up."""
 
 _LOOK_EVERY_S = 1.0
 """How long a wait for workers goes on before it looks whether Ray itself is still there."""
-
-_TOO_SMALL_S = 30.0
-"""Wait for a placement group that the cluster, as it is now, has no room for."""
 
 _OBJECT_STORE_BYTES = 256 * 2**20  # a private Ray passes components and records through it, never Fishers
 _logger = logging.getLogger(__name__)
@@ -97,7 +93,9 @@ class RayExecutor:
         if self._started_ray:
             self._connect(address)
         try:
-            self._placement = self._reserve()
+            self._placement = WorkerPlacement(
+                workers, cpus=cpus_per_worker, gpus=gpus_per_worker, one_node=self._private, timeout_s=timeout_s
+            )
         except BaseException:
             self._disconnect()
             raise
@@ -105,8 +103,8 @@ class RayExecutor:
     def map(self, spec: WorkerSpec, method: str, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
         role = _Role(spec)
         waiting = deque((item, 1) for item in items)
-        idle = deque(range(self.workers))
         actors = self._mappers
+        idle = deque(range(self._places))
         running: dict[ray.ObjectRef, tuple[int, Any, int, float]] = {}
         raised: BaseException | None = None  # by an item, which may be a ConnectionError of its own
 
@@ -123,6 +121,9 @@ class RayExecutor:
             waiting.appendleft((item, attempt + 1))
 
         try:
+            if not actors:
+                self._placement.renew()
+                idle = deque(range(self._places))
             # all at once, though there may be one item only: the others import meanwhile what the next call needs
             for slot in idle:
                 if slot not in actors:
@@ -161,27 +162,42 @@ class RayExecutor:
     @contextmanager
     def group(self, spec: WorkerSpec) -> Iterator[Group]:
         self._end_mappers()  # they hold what the group needs
-        roles = [_Role(spec, {"rank": rank, "size": self.workers}) for rank in range(self.workers)]
         try:
-            actors = [self._start(slot) for slot in range(self.workers)]
+            self._placement.renew()
+            size = self._places
+            roles = [_Role(spec, {"rank": rank, "size": size}) for rank in range(size)]
+            actors = [self._start(slot) for slot in range(size)]
         except (RayError, ConnectionError) as error:
             raise _ray_is_gone(f"{type(error).__name__}: {_first_line(error)}") from None
         try:
-            yield _RayGroup(actors, roles, self._timeout_s, self._wait)
+            yield _RayGroup(actors, roles, self, self._timeout_s)
         finally:
             for actor in actors:
                 self._end(actor)
+
+    def wait_in_group(self, refs: list[ray.ObjectRef], until: float) -> list[ray.ObjectRef]:
+        """Those that are finished, as soon as one is, or at the time `until`.
+
+        Raises:
+            WorkerLostError: a node with a place of the group is lost, which an actor on it may never tell.
+        """
+        while True:
+            finished = self._wait(refs, 1, min(until, time.monotonic() + _LOOK_EVERY_S))
+            if finished or time.monotonic() >= until:
+                return finished
+            if not self._placement.is_whole():
+                raise WorkerLostError("a node was lost")
+
+    def can_place_more(self) -> bool:
+        """Whether a group formed now would be larger."""
+        return self._places < self.workers and self._placement.can_be_larger()
 
     def close(self) -> None:
         if self._dead_server() is not None:
             _end_private_ray()
             return
         self._end_mappers()
-        try:
-            remove_placement_group(self._placement)
-        except Exception:
-            # Ray may be gone already; ending must not hide why.
-            _logger.debug("the placement group could not be removed", exc_info=True)
+        self._placement.remove()
         self._disconnect()
 
     def _wait(self, refs: list[ray.ObjectRef], count: int, until: float | None = None) -> list[ray.ObjectRef]:
@@ -219,9 +235,8 @@ class RayExecutor:
             self._end(self._mappers.popitem()[1])
 
     def _start(self, slot: int) -> Any:
-        strategy = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=slot)
         actor = ray.remote(_Worker).options(
-            num_cpus=self._cpus, num_gpus=self._gpus, max_restarts=0, scheduling_strategy=strategy
+            num_cpus=self._cpus, num_gpus=self._gpus, max_restarts=0, scheduling_strategy=self._placement.of(slot)
         )
         return actor.remote(self._cpus)
 
@@ -249,26 +264,9 @@ class RayExecutor:
                 "or set executor.address: local"
             ) from None
 
-    def _reserve(self) -> Any:
-        bundle = {"CPU": float(self._cpus)} | ({"GPU": self._gpus} if self._gpus else {})
-        group = placement_group([bundle] * self.workers, strategy="PACK")
-        try:
-            patience = self._timeout_s if self._can_grow() else (0.0 if self._private else _TOO_SMALL_S)
-            ray.get(group.ready(), timeout=patience)
-        except GetTimeoutError:
-            remove_placement_group(group)
-            have = {name: ray.cluster_resources().get(name, 0.0) for name in bundle}
-            raise ExecutorError(
-                f"the cluster does not give {self.workers} workers with {_resources(bundle)} each (it has "
-                f"{_resources(have)} in all): lower executor.workers, cpus_per_worker or gpus_per_worker"
-            ) from None
-        return group
-
-    def _can_grow(self) -> bool:
-        """Whether waiting may help: others may give back what the cluster has, or it may start nodes (autoscaling)."""
-        have = ray.cluster_resources()
-        enough = have.get("CPU", 0) >= self.workers * self._cpus and have.get("GPU", 0) >= self.workers * self._gpus
-        return enough or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    @property
+    def _places(self) -> int:
+        return min(self.workers, self._placement.count)
 
     def _disconnect(self) -> None:
         if self._started_ray:
@@ -276,11 +274,10 @@ class RayExecutor:
 
 
 class _RayGroup:
-    def __init__(
-        self, actors: list[Any], roles: list[_Role], timeout_s: float, wait: Callable[..., list[ray.ObjectRef]]
-    ) -> None:
+    def __init__(self, actors: list[Any], roles: list[_Role], executor: RayExecutor, timeout_s: float) -> None:
         self.size = len(actors)
-        self._actors, self._roles, self._timeout_s, self._wait = actors, roles, timeout_s, wait
+        self._actors, self._roles, self._executor = actors, roles, executor
+        self._timeout_s = timeout_s
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
         members = zip(self._actors, self._roles, strict=True)
@@ -289,13 +286,16 @@ class _RayGroup:
     def call_one(self, rank: int, method: str, *arguments: Any) -> Any:
         return self._results([self._actors[rank].call.remote(self._roles[rank], method, *arguments)], method)[0]
 
+    def can_be_larger(self) -> bool:
+        return self._executor.can_place_more()
+
     def _results(self, refs: list[ray.ObjectRef], method: str) -> list[Any]:
         """The results by rank; what one worker raises, or its loss, is told at once, whatever the others wait for."""
         deadline, waiting = time.monotonic() + self._timeout_s, refs
         results: dict[ray.ObjectRef, Any] = {}
         try:
             while waiting:
-                finished = self._wait(waiting, 1, deadline)
+                finished = self._executor.wait_in_group(waiting, deadline)
                 if not finished:
                     raise WorkerLostError(f"{method}: no answer within {self._timeout_s:.0f} s")
                 results |= {ref: ray.get(ref, timeout=self._timeout_s) for ref in finished}
@@ -343,7 +343,3 @@ def _ray_is_gone(why: str) -> ExecutorError:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or "no details").splitlines()[0]
-
-
-def _resources(resources: dict[str, float]) -> str:
-    return " and ".join(f"{amount:g} {name}" for name, amount in resources.items())

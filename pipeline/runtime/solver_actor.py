@@ -1,4 +1,4 @@
-"""Stage 2 on workers: each holds some shards' Fishers and coefficients; a step is one pass and one all-reduce.
+"""Stage 2 on workers: each has some shards' Fishers and coefficients; a step is one pass and one all-reduce.
 
 Every worker keeps the whole (small) solver state and advances it by the same arithmetic from the same all-reduced
 numbers, so nothing but those numbers is ever sent: K·D + K² + 3 of them per step, however many examples there are.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from pipeline.factorization import (
     subsample_indices,
 )
 from pipeline.runtime.executor import WorkerLostError
+from pipeline.runtime.stored_factors import ShardRows, stored_factors
 from pipeline.store import Checkpoint, FisherStore, read_table, write_checkpoint_array
 
 
@@ -60,22 +61,33 @@ class SolverResult:
     """Explained share on the held-out examples, their coefficients fitted with the components fixed; None if none."""
 
 
-@dataclass
-class _LoadedShard:
-    """One stored shard, cut into the examples that the components are fitted on, and the others."""
+@dataclass(frozen=True)
+class Step:
+    """What an iteration came to; every worker says the same."""
 
-    fit: ExampleShard
-    held_out: ExampleShard
-    fit_rows: NDArray[np.int64]
-    held_out_rows: NDArray[np.int64]
-    n_examples: int
+    record: IterationRecord
+    stopped: str | None
+    """The reason to stop, if there is one now."""
+    sent_bytes: int
+    """What this worker gave to the collective operations of the step: the size of their tensors."""
 
 
 class SolverWorker:
-    """Worker ``rank`` of ``size``; holds the shards rank, rank + size, …"""
+    """Worker ``rank`` of ``size``; has the shards rank, rank + size, …
+
+    Its Fishers stay in memory where they take no more than `memory_limit_bytes`, and are read from the store in every
+    pass where they would take more; the results are the same bits. Its coefficients stay in memory.
+    """
 
     def __init__(
-        self, paths: SolverPaths, options: SolverOptions, device: str, timeout_s: float, rank: int, size: int
+        self,
+        paths: SolverPaths,
+        options: SolverOptions,
+        device: str,
+        timeout_s: float,
+        memory_limit_bytes: int,
+        rank: int,
+        size: int,
     ) -> None:
         self._store = FisherStore.open(paths.fishers)
         table = read_table(paths.examples, "examples")
@@ -83,10 +95,16 @@ class SolverWorker:
         held_out_N = np.asarray(table["split"].to_pylist()) == "held_out"
         self._fit_N, self._held_out_N = valid_N & ~held_out_N, valid_N & held_out_N
         self._options, self._device, self._timeout_s = options, torch.device(device), timeout_s
+        self._memory_limit_bytes = memory_limit_bytes
         self._rank, self._size = rank, size
-        self._shards: dict[int, _LoadedShard] = {}
+        self._fit: list[ShardRows] = []
+        self._held_out: list[ShardRows] = []
+        """Of this worker's shards: the examples that the components are fitted on, and the others."""
+        self._examples: ExampleShard | None = None
+        """The former."""
         self._state: SolverState | None = None
         self._rendezvous: dist.TCPStore | None = None
+        self._sent_bytes = 0
 
     def open_rendezvous(self) -> tuple[str, int]:
         """On worker 0: listen, on this node's own address only, for the others."""
@@ -129,16 +147,10 @@ class SolverWorker:
             StoreError: a shard is missing or damaged.
         """
         for shard in sorted(checksums)[self._rank :: self._size]:
-            arrays = self._store.read_shard(shard, checksums[shard])
             bounds = slice(*self._store.plan.bounds(shard))
-            fit_rows, held_out_rows = (np.flatnonzero(mask[bounds]) for mask in (self._fit_N, self._held_out_N))
-            self._shards[shard] = _LoadedShard(
-                fit=self._example_shard(arrays["factors"][fit_rows]),
-                held_out=self._example_shard(arrays["factors"][held_out_rows]),
-                fit_rows=fit_rows,
-                held_out_rows=held_out_rows,
-                n_examples=len(arrays["factors"]),
-            )
+            for own, chosen_N in ((self._fit, self._fit_N), (self._held_out, self._held_out_N)):
+                own.append(ShardRows(shard, checksums[shard], np.flatnonzero(chosen_N[bounds])))
+        self._examples = self._example_shard(self._fit, self._memory_limit_bytes)
 
     def initialize(self) -> NDArray[np.float64]:
         """Starting components, from a subsample that depends on the seed and the examples only."""
@@ -155,41 +167,38 @@ class SolverWorker:
     def resume(self, checkpoint: Checkpoint) -> str | None:
         """Go on from a checkpoint, whatever number of workers wrote it; says if there is no step left to do."""
         self._state = SolverState.from_arrays(checkpoint.arrays).to(self._device)
-        for number, shard in self._shards.items():
-            coefficients_NK = torch.from_numpy(checkpoint.read(_coefficients_name(number)))
-            shard.fit.coefficients_NK = coefficients_NK.to(shard.fit.factors_NRD)
+        stored = [torch.from_numpy(checkpoint.read(_coefficients_name(shard.shard))) for shard in self._fit]
+        if stored:
+            fit = self._own_examples()
+            fit.coefficients_NK = torch.cat(stored).to(fit.coefficients_NK)
         return stopping_reason(self._state, self._options)
 
-    def step(self) -> tuple[IterationRecord, str | None]:
-        """One pass and one step; the reason to stop, if there is one now."""
-        state = self._current_state()
-        statistics = self._reduced(
-            Statistics.zeros(*state.components_KD.shape, device=self._device),
-            (shard.fit.accumulate(state.components_KD) for shard in self._shards.values()),
-        )
+    def step(self) -> Step:
+        """One pass and one step."""
+        state, sent_before = self._current_state(), self._sent_bytes
+        statistics = self._reduced(self._own_examples().accumulate(state.components_KD))
         candidates = self._candidates(state) if bool(statistics.dead_K.any()) else None
         self._state, record = advance(state, statistics, self._options, candidates)
-        return record, stopping_reason(self._state, self._options)
+        return Step(record, stopping_reason(self._state, self._options), self._sent_bytes - sent_before)
 
     def save(self, folder: Path) -> dict[str, np.ndarray]:
         """Write this worker's coefficients, one file per shard, into a checkpoint's folder; returns the state."""
-        for number, shard in self._shards.items():
-            assert shard.fit.coefficients_NK is not None, "there is nothing to save before the first step"
-            write_checkpoint_array(folder, _coefficients_name(number), shard.fit.coefficients_NK.cpu().numpy())
+        for shard, coefficients_NK in _by_shard(self._fit, self._own_examples()):
+            write_checkpoint_array(folder, _coefficients_name(shard.shard), coefficients_NK.cpu().numpy())
         return self._current_state().to_arrays()
 
     def finish(self) -> SolverResult:
         """The best accepted components in canonical order, and coefficients that are optimal for them."""
         best_KD = self._current_state().best_components_KD
-        zeros = Statistics.zeros(*best_KD.shape, device=self._device)
-        fit = self._reduced(zeros, (shard.fit.finish(best_KD) for shard in self._shards.values()))
-        zeros = Statistics.zeros(*best_KD.shape, device=self._device)
-        held_out = self._reduced(zeros, (shard.held_out.finish(best_KD) for shard in self._shards.values()))
+        fit = self._reduced(self._own_examples().finish(best_KD))
+        # They are needed once: it does not pay to keep them in memory.
+        held_out_examples = self._example_shard(self._held_out, memory_limit_bytes=0)
+        held_out = self._reduced(held_out_examples.finish(best_KD))
         order_K, signs_K = canonical_order(best_KD, fit.energy_K)
         loss = fit.loss(best_KD)
         return SolverResult(
             components_KD=(best_KD[order_K] * signs_K[:, None]).cpu().numpy(),
-            coefficients={number: _all_rows(shard, order_K) for number, shard in self._shards.items()},
+            coefficients=self._all_coefficients(held_out_examples, order_K),
             loss=loss,
             explained=explained(loss, fit.fisher_square_sum),
             explained_held_out=(
@@ -203,31 +212,45 @@ class SolverWorker:
         assert self._state is not None, "start or resume comes first"
         return self._state
 
-    def _example_shard(self, factors_NRD: NDArray[np.float32]) -> ExampleShard:
-        return ExampleShard(torch.from_numpy(factors_NRD).to(self._device))
+    def _own_examples(self) -> ExampleShard:
+        assert self._examples is not None, "load comes first"
+        return self._examples
 
-    def _reduced(self, total: Statistics, own: Iterable[Statistics]) -> Statistics:
-        """The sum over this worker's shards, then over all workers."""
-        for statistics in own:
-            total.merge(statistics)
+    def _example_shard(self, chosen: list[ShardRows], memory_limit_bytes: int) -> ExampleShard:
+        return ExampleShard(stored_factors(self._store, chosen, self._device, memory_limit_bytes))
+
+    def _all_coefficients(self, held_out: ExampleShard, order_K: Tensor) -> dict[int, NDArray[np.float32]]:
+        """Coefficients of every stored shard's examples, in their places; invalid ones are NaN."""
+        found: dict[int, NDArray[np.float32]] = {}
+        for part, examples in ((self._fit, self._own_examples()), (self._held_out, held_out)):
+            for chosen, coefficients_NK in _by_shard(part, examples):
+                start, stop = self._store.plan.bounds(chosen.shard)
+                rows_NK = found.setdefault(
+                    chosen.shard, np.full((stop - start, len(order_K)), np.nan, dtype=np.float32)
+                )
+                rows_NK[chosen.rows] = coefficients_NK[:, order_K].float().cpu().numpy()
+        return found
+
+    def _reduced(self, own: Statistics) -> Statistics:
+        """The sum over all workers."""
         if self._size == 1:
-            return total
-        packed = total.pack()
+            return own
+        packed = own.pack()
+        self._sent_bytes += packed.nbytes
         try:
             dist.all_reduce(packed)
         except RuntimeError as error:
             raise WorkerLostError(f"the all-reduce failed ({_first_line(error)})") from None
-        return Statistics.unpack(packed, *total.u_KD.shape)
+        return Statistics.unpack(packed, *own.u_KD.shape)
 
     def _candidates(self, state: SolverState) -> Candidates:
         """Replacements for dead components, from the worst-fitted examples of all workers."""
-        none = Candidates.none(self._store.dim, device=self._device)
-        own = [shard.fit.candidates(state.components_KD) for shard in self._shards.values()]
-        packed = merge_candidates([none, *own]).pack()
+        packed = self._own_examples().candidates(state.components_KD).pack()
         gathered: list[Tensor] = [torch.empty_like(packed) for _ in range(self._size)]
         if self._size == 1:
             gathered = [packed]
         else:
+            self._sent_bytes += packed.nbytes
             try:
                 dist.all_gather(gathered, packed)
             except RuntimeError as error:
@@ -239,13 +262,10 @@ def _coefficients_name(shard: int) -> str:
     return f"coefficients/{shard:05d}"
 
 
-def _all_rows(shard: _LoadedShard, order_K: Tensor) -> NDArray[np.float32]:
-    """Coefficients of a stored shard's examples, in their places; invalid ones are NaN."""
-    rows_NK = np.full((shard.n_examples, len(order_K)), np.nan, dtype=np.float32)
-    for part, rows in ((shard.fit, shard.fit_rows), (shard.held_out, shard.held_out_rows)):
-        assert part.coefficients_NK is not None
-        rows_NK[rows] = part.coefficients_NK[:, order_K].float().cpu().numpy()
-    return rows_NK
+def _by_shard(chosen: list[ShardRows], examples: ExampleShard) -> Iterator[tuple[ShardRows, Tensor]]:
+    """Coefficients of the examples chosen from each shard."""
+    parts = examples.coefficients_NK.split([len(shard.rows) for shard in chosen])
+    return zip(chosen, parts, strict=True)
 
 
 def _first_line(error: Exception) -> str:

@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.factorization import IterationRecord
 from pipeline.runtime.executor import Executor, ExecutorError, Group, WorkerLostError, WorkerSpec
-from pipeline.runtime.solver_actor import SolverResult
+from pipeline.runtime.solver_actor import SolverResult, Step
 from pipeline.store import CheckpointStore
 
 LOSSES = 3
 """Groups that may be lost, one after the other, without a new checkpoint before the stage is given up."""
 
-_HISTORY = ("iteration", "loss", "explained", "mu", "accepted", "n_dead", "seconds")
+_BACK_OFF_S = 5.0
+"""Wait before the next group where one was lost without progress: a cluster takes a while to see that a node died."""
+
+_HISTORY = ("iteration", "loss", "explained", "mu", "accepted", "n_dead", "seconds", "sent_bytes")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ def run_solver(
 ) -> SolverRun:
     """Factorize; whenever a worker is lost, form a new group and go on from the last checkpoint.
 
+    A group formed when a node was lost may be a smaller one. It gives way to a larger one, at a checkpoint, as soon as
+    there is room for it.
+
     Args:
         checksums: of every stored shard, by number.
         on_iteration: is given each new row of the history.
@@ -53,7 +58,10 @@ def run_solver(
     while True:
         try:
             with executor.group(spec) as group:
-                return _run_group(group, checkpoints, checksums, checkpoint_every, on_iteration, on_event)
+                done = _run_group(group, checkpoints, checksums, checkpoint_every, on_iteration, on_event)
+            if done is not None:
+                return done
+            on_event("there is room for more workers: starting them from the checkpoint")
         except WorkerLostError as error:
             checkpoint = checkpoints.latest()
             now = checkpoint.iteration if checkpoint else 0
@@ -64,6 +72,7 @@ def run_solver(
                     "kept: mend the cause and run the same command again"
                 ) from None
             on_event(f"{error}: starting the workers again from iteration {now}")
+            time.sleep(_BACK_OFF_S * (losses - 1))
 
 
 def _run_group(
@@ -73,7 +82,8 @@ def _run_group(
     checkpoint_every: int,
     on_iteration: Callable[[dict[str, Any]], None],
     on_event: Callable[[str], None],
-) -> SolverRun:
+) -> SolverRun | None:
+    """None if there is more to do, and a larger group could do it from the checkpoint."""
     if group.size > 1:
         group.call("connect", *group.call_one(0, "open_rendezvous"))
     group.call("load", checksums)
@@ -90,18 +100,21 @@ def _run_group(
         on_event(f"going on from iteration {checkpoint.iteration}")
     while stopped is None:
         began = time.monotonic()
-        record, stopped = group.call("step")[0]
-        history.append(_history_row(record, time.monotonic() - began))
+        step: Step = group.call("step")[0]
+        history.append(_history_row(step, time.monotonic() - began))
         on_iteration(history[-1])
-        if stopped is not None or record.iteration % checkpoint_every == 0:
-            folder = checkpoints.begin(record.iteration)
+        stopped, iteration = step.stopped, step.record.iteration
+        if stopped is not None or iteration % checkpoint_every == 0:
+            folder = checkpoints.begin(iteration)
             state = group.call("save", folder)[0]
-            checkpoints.commit(record.iteration, {**state, "history": _history_array(history)})
+            checkpoints.commit(iteration, {**state, "history": _history_array(history)})
+            if stopped is None and group.can_be_larger():
+                return None
     return SolverRun(group.call("finish"), history, stopped)
 
 
-def _history_row(record: IterationRecord, seconds: float) -> dict[str, Any]:
-    return {**asdict(record), "seconds": seconds}
+def _history_row(step: Step, seconds: float) -> dict[str, Any]:
+    return {**asdict(step.record), "seconds": seconds, "sent_bytes": step.sent_bytes}
 
 
 def _history_array(history: list[dict[str, Any]]) -> np.ndarray:
@@ -109,7 +122,7 @@ def _history_array(history: list[dict[str, Any]]) -> np.ndarray:
 
 
 def _history_rows(array: np.ndarray) -> list[dict[str, Any]]:
-    types = {"iteration": int, "accepted": bool, "n_dead": int}
+    types = {"iteration": int, "accepted": bool, "n_dead": int, "sent_bytes": int}
     return [
         {name: types.get(name, float)(value) for name, value in zip(_HISTORY, row, strict=True)}
         for row in array.tolist()

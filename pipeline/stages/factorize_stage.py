@@ -59,6 +59,7 @@ def factorize(
             ),
             device=device_of(config),
             timeout_s=config.executor.timeout_s,
+            memory_limit_bytes=wanted.memory_limit_mb * 2**20,
         )
         config_hash = config.signature("factorization", "seed") + fishers["signature"]
         with (

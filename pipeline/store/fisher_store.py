@@ -231,10 +231,17 @@ class FisherStore:
         Raises:
             StoreError: the shard is missing, truncated, corrupt, or not the one the checksum was made of.
         """
-        stored = {name: self._read(name, shard, slice(*self.plan.bounds(shard))) for name in self.array_names}
-        if checksum is not None and checksum_of(stored) != checksum:
-            raise self._shard_error(shard, "does not match its checksum")
-        return {name: self._decode(name, values) for name, values in stored.items()}
+        return {name: self._decode(name, values) for name, values in self._read_stored(shard, checksum).items()}
+
+    def read_factors(self, shard: int, checksum: str | None = None) -> np.ndarray:
+        """The factors of a shard as they are stored, bfloat16 as uint16; with a `checksum` everything is read for it.
+
+        Raises:
+            StoreError: as `read_shard` does.
+        """
+        if checksum is not None:
+            return self._read_stored(shard, checksum)["factors"]
+        return self._read("factors", shard, slice(*self.plan.bounds(shard)))
 
     def read_rows(
         self, indices: Sequence[int] | np.ndarray, names: Iterable[str] | None = None
@@ -257,6 +264,12 @@ class FisherStore:
             stored = np.concatenate([np.empty((0, *spec.tail), spec.dtype), *parts])
             result[name] = self._decode(name, stored[inverse])
         return result
+
+    def _read_stored(self, shard: int, checksum: str | None) -> dict[str, np.ndarray]:
+        stored = {name: self._read(name, shard, slice(*self.plan.bounds(shard))) for name in self.array_names}
+        if checksum is not None and checksum_of(stored) != checksum:
+            raise self._shard_error(shard, "does not match its checksum")
+        return stored
 
     def _encode(self, shard: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The arrays as they are stored, or StoreError."""

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 from end_to_end.nan_digits import DAMAGED
+from end_to_end.planted_runs import HELD_OUT, SIGNATURE, prepared
 from planted import Planted, planted_fishers
 
 from pipeline import NPEFF, cli, stages
 from pipeline.config import RunConfig
 from pipeline.factorization import ExampleShard, SolverOptions, initial_state, match_components, solve
 from pipeline.progress import SilentProgress
-from pipeline.result_tables import held_out, write_parameter_table
+from pipeline.result_tables import held_out
 from pipeline.run_directory import RunDirectory
 from pipeline.runtime.executor import Executor, SerialExecutor, WorkerSpec, make_executor
 from pipeline.runtime.model import ModelSpec
@@ -32,18 +33,13 @@ from pipeline.runtime.verification_actor import VerificationPaths, VerificationW
 from pipeline.status import status
 from pipeline.store import (
     CheckpointStore,
-    CompletionRecord,
     DirectionStore,
     FisherStore,
     ShardRecords,
     open_factorization,
     read_table,
     write_checkpoint_array,
-    write_table,
 )
-
-SIGNATURE = "planted"
-HELD_OUT = 0.2
 
 
 @pytest.fixture(scope="module")
@@ -92,74 +88,6 @@ def planted(seed: int) -> Planted:
     return planted_fishers(n_examples=2500, rank=3, dim=256, n_components=16, noise=0.05, seed=seed)
 
 
-def prepared(path: Path, planted: Planted, n_shards: int, **factorization: Any) -> RunDirectory:
-    """A run whose stage ``fishers`` is complete, with planted Fishers in the store."""
-    n, rank, dim = planted.factors_NRD.shape
-    shard_size = -(-n // n_shards)
-    config = {
-        "run_dir": str(path),
-        "task": {"name": "planted"},
-        "fishers": {"store_dtype": "float32", "shard_size": shard_size},
-        "factorization": {
-            "n_components": len(planted.components_KD),
-            "held_out_fraction": HELD_OUT,
-            "tolerance": 1e-8,
-            "checkpoint_every": 2,
-            **factorization,
-        },
-        "executor": {"kind": "serial"},
-    }
-    run = RunDirectory.create(RunConfig.model_validate(config))
-    store = FisherStore.create(
-        run.fishers,
-        n_examples=n,
-        rank=rank,
-        dim=dim,
-        n_classes=rank + 1,
-        shard_size=shard_size,
-        store_dtype="float32",
-        attrs={},
-    )
-    assert store.plan.n_shards == n_shards
-    whole = {
-        "factors": planted.factors_NRD.astype(np.float32),
-        "frobenius_norms": np.ones(n),
-        "grams": planted.factors_NRD @ planted.factors_NRD.transpose(0, 2, 1),
-        "ranks": np.full(n, rank, np.int32),
-        "kept_trace": np.ones(n),
-        "losses": np.ones(n, np.float32),
-        "logits": np.zeros((n, rank + 1), np.float32),
-        "labels": np.zeros(n, np.int64),
-        "valid": np.ones(n, bool),
-    }
-    for shard, (start, stop) in enumerate(store.plan):
-        checksum = store.write_shard(shard, {name: array[start:stop] for name, array in whole.items()})
-        record = CompletionRecord(shard, start, stop, checksum, 0, 0.0, SIGNATURE)
-        ShardRecords(run.shard_records, SIGNATURE).write(record)
-    split = np.where(held_out(n, HELD_OUT, seed=0), "held_out", "fit").astype(object)
-    examples = {
-        "example": np.arange(n),
-        "id": [str(i) for i in range(n)],
-        "label": whole["labels"],
-        "prediction": whole["labels"],
-        "correct": whole["valid"],
-        "split": split,
-        "valid": whole["valid"],
-        "fisher_norm": whole["frobenius_norms"],
-        "fisher_rank": whole["ranks"],
-        "kept_trace": whole["kept_trace"],
-        "loss": whole["losses"].astype(np.float64),
-        "logits": whole["logits"],
-        "image": [None] * n,
-        "text": [None] * n,
-    }
-    write_table(run.table("examples"), "examples", examples)
-    write_table(run.table("classes"), "classes", {"class": range(rank + 1), "name": list("abcd"[: rank + 1])})
-    write_parameter_table(run, {}, {})
-    run.complete("fishers", {"n_examples": n, "rank": rank, "n_shards": n_shards, "signature": SIGNATURE})
-    return run
-
-
 def solved(run: RunDirectory) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
     """Components, coefficients and history of a factorized run."""
     stored = open_factorization(run.factorization)
@@ -170,7 +98,7 @@ def solved(run: RunDirectory) -> tuple[np.ndarray, np.ndarray, list[dict[str, An
 def assert_loss_never_rises(run: RunDirectory) -> None:
     history = read_table(run.table("history"), "history").to_pylist()
     accepted = [row["loss"] for row in history if row["accepted"]]
-    assert len(accepted) > 3
+    assert len(accepted) >= 3
     assert accepted == sorted(accepted, reverse=True)
 
 
@@ -304,12 +232,13 @@ def test_a_dead_component_is_reseeded_from_the_worst_example_of_all_workers(
     for shard, (first, last) in enumerate(store.plan):
         write_checkpoint_array(folder, f"coefficients/{shard:05d}", np.zeros((fit_N[first:last].sum(), 6), np.float32))
     state = initial_state(torch.from_numpy(start_KD), options)
-    checkpoints.commit(0, {**state.to_arrays(), "history": np.empty((0, 7))})
+    checkpoints.commit(0, {**state.to_arrays(), "history": np.empty((0, 8))})
     arguments = {
         "paths": SolverPaths(run.fishers, run.table("examples")),
         "options": options,
         "device": "cpu",
         "timeout_s": 60.0,
+        "memory_limit_bytes": 2**30,
     }
     records = ShardRecords(run.shard_records, SIGNATURE).complete()
     outcome = run_solver(

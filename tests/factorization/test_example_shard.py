@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.factorization import ExampleShard, InvalidProblemError, nnls
+from pipeline.factorization import ExampleShard, InvalidProblemError, factor_source, nnls
 
 
 def factors_and_components(n: int = 40, rank: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -36,7 +36,9 @@ def test_the_final_loss_of_float32_factors_equals_the_dense_definition_too() -> 
     shard = ExampleShard(factors_NRD.float())
     loss = shard.finish(h_KD).loss(h_KD)
     assert shard.coefficients_NK.dtype == torch.float32
-    assert loss == pytest.approx(float(dense_misfits(shard.factors_NRD, shard.coefficients_NK, h_KD).sum()), rel=1e-12)
+    assert loss == pytest.approx(
+        float(dense_misfits(factors_NRD.float(), shard.coefficients_NK, h_KD).sum()), rel=1e-12
+    )
 
 
 def test_statistics_equal_their_definitions() -> None:
@@ -77,10 +79,8 @@ def test_blocks_and_splits_do_not_change_the_statistics(monkeypatch: pytest.Monk
     expected = ExampleShard(factors_NRD).accumulate(h_KD).pack()
     split = torch.stack([ExampleShard(part).accumulate(h_KD).pack() for part in factors_NRD.split(7)]).sum(dim=0)
     torch.testing.assert_close(split, expected, rtol=1e-11, atol=1e-12)
-    blocks = ExampleShard._blocks.__defaults__
-    monkeypatch.setattr(ExampleShard._blocks, "__defaults__", (15,))
-    assert blocks != (15,)
-    assert len(list(ExampleShard(factors_NRD)._blocks())) == 8
+    monkeypatch.setitem(factor_source.BLOCK_ROWS, "cpu", 15)
+    assert len(list(ExampleShard(factors_NRD).source.blocks())) == 8
     torch.testing.assert_close(ExampleShard(factors_NRD).accumulate(h_KD).pack(), expected, rtol=1e-11, atol=1e-12)
 
 

@@ -6,7 +6,8 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
-from pipeline.factorization import hals_, nnls
+from pipeline.factorization import accelerated_, accelerated_is_faster, descend_, hals_, nnls, sweeps_for
+from pipeline.factorization.nnls import largest_eigenvalue_bound
 
 
 def problem(n: int, k: int, dim: int, seed: int, collinearity: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -19,6 +20,20 @@ def problem(n: int, k: int, dim: int, seed: int, collinearity: float = 0.0) -> t
 
 def objective(w_NK: Tensor, t_NK: Tensor, gram_KK: Tensor) -> Tensor:
     return ((w_NK @ gram_KK) * w_NK - 2 * w_NK * t_NK).sum(dim=1)
+
+
+@pytest.mark.parametrize("k", [5, 32, 33, 70])
+def test_hals_updates_one_component_after_the_other_whatever_their_groups(k: int) -> None:
+    t_NK, gram_KK = problem(n=30, k=k, dim=50, seed=k, collinearity=1.0)
+    gram_KK[3], gram_KK[:, 3] = 0.0, 0.0
+    start_NK = torch.rand(30, k, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = start_NK.clone()
+    for _ in range(2):
+        for j in range(k):
+            gradient_N = expected @ gram_KK[j] - t_NK[:, j]
+            expected[:, j] = (expected[:, j] - gradient_N / gram_KK[j, j]).clamp(min=0.0) if j != 3 else 0.0
+    found = hals_(start_NK.T.contiguous(), t_NK.T.contiguous(), gram_KK, 2).T
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("collinearity", [0.0, 1.0, 10.0])
@@ -89,3 +104,50 @@ def test_no_sweep_raises_the_objective_of_any_example() -> None:
     falls = torch.stack(losses).diff(dim=0)
     assert falls.max() <= 1e-12
     assert falls.sum() < 0
+
+
+@pytest.mark.parametrize("k", [1, 40, 70])
+@pytest.mark.parametrize("collinearity", [0.0, 1.0])
+def test_enough_accelerated_steps_or_sweeps_reach_the_exact_solution(k: int, collinearity: float) -> None:
+    t_NK, gram_KK = problem(n=10, k=k, dim=200, seed=k, collinearity=collinearity)
+    expected = nnls(t_NK, gram_KK)
+    start_KN = torch.rand(k, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for method, count in ((accelerated_, 1500), (hals_, 300)):
+        found = method(start_KN.clone(), t_NK.T.contiguous(), gram_KK, count).T
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-8)
+
+
+def test_accelerated_steps_raise_no_objective_however_few() -> None:
+    t_NK, gram_KK = problem(n=200, k=12, dim=30, seed=5, collinearity=3.0)
+    start_KN = nnls(t_NK, gram_KK).T.contiguous() + 1e-3
+    before = objective(start_KN.T, t_NK, gram_KK)
+    for steps in (1, 2, 7):
+        after = objective(accelerated_(start_KN.clone(), t_NK.T.contiguous(), gram_KK, steps).T, t_NK, gram_KK)
+        assert (after <= before).all()
+        assert (after < before).any()
+
+
+def test_accelerated_steps_leave_a_component_of_zeros_without_coefficient() -> None:
+    t_NK, gram_KK = problem(n=20, k=6, dim=30, seed=3)
+    gram_KK[2], gram_KK[:, 2], t_NK[:, 2] = 0.0, 0.0, 0.0
+    assert not accelerated_(torch.ones(6, 20).double(), t_NK.T.contiguous(), gram_KK, 5)[2].any()
+
+
+def test_the_bound_on_eigenvalues_holds_and_is_close_for_non_negative_matrices() -> None:
+    for seed in range(5):
+        _, gram_KK = problem(n=1, k=30, dim=40, seed=seed, collinearity=1.0)
+        assert largest_eigenvalue_bound(gram_KK) >= float(torch.linalg.eigvalsh(gram_KK)[-1])
+        exact = float(torch.linalg.eigvalsh(gram_KK.square())[-1])
+        assert exact <= largest_eigenvalue_bound(gram_KK.square()) <= 1.05 * exact
+
+
+def test_the_cost_rule_prefers_products_where_launches_are_dear(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert accelerated_is_faster("cuda", 256, 20_000)
+    assert not accelerated_is_faster("cpu", 256, 1365)
+    assert sweeps_for(torch.eye(8)) < sweeps_for(torch.full((8, 8), 0.6) + 0.4 * torch.eye(8))
+    t_NK, gram_KK = problem(n=20, k=6, dim=30, seed=3, collinearity=1.0)
+    start_KN, t_KN = torch.zeros(6, 20, dtype=torch.float64), t_NK.T.contiguous()
+    assert torch.equal(descend_(start_KN.clone(), t_KN, gram_KK, 3), hals_(start_KN.clone(), t_KN, gram_KK, 3))
+    monkeypatch.setitem(descend_.__globals__, "accelerated_is_faster", lambda *_: True)
+    chosen = descend_(start_KN.clone(), t_KN, gram_KK, 3)
+    assert torch.equal(chosen, accelerated_(start_KN.clone(), t_KN, gram_KK, 12))

@@ -115,7 +115,7 @@ def test_a_rejected_trial_is_repeated_from_the_best_state_with_more_damping() ->
     assert rejected.mu == 8 * state.mu
     assert rejected.iteration == 2
     assert rejected.n_accepted == 1
-    assert rejected.best_loss == first.loss
+    assert rejected.best_objective == first.loss
     assert torch.equal(rejected.best_components_KD, state.best_components_KD)
     shift, shorter = (s.components_KD - s.best_components_KD for s in (state, rejected))
     assert 0 < torch.linalg.norm(shorter) < torch.linalg.norm(shift)

@@ -210,6 +210,7 @@ def _history() -> pa.Table:
             "accepted": accepted,
             "n_dead": [1] * 30,
             "seconds": [0.2] * 30,
+            "sent_bytes": [0] * 30,
         }
     )
 

@@ -14,9 +14,10 @@ import ray
 import torch
 
 from pipeline.factorization import IterationRecord
-from pipeline.runtime import ray_executor
+from pipeline.runtime import placement, ray_executor, solver_driver
 from pipeline.runtime.executor import ExecutorError, SerialExecutor, WorkerLostError, WorkerSpec
 from pipeline.runtime.ray_executor import ATTEMPTS, RayExecutor
+from pipeline.runtime.solver_actor import Step
 from pipeline.runtime.solver_driver import LOSSES, run_solver
 from pipeline.store import CheckpointStore
 
@@ -201,7 +202,7 @@ class StubSolver:
             self._mark.touch()
             os.kill(os.getpid(), signal.SIGSTOP)
         record = IterationRecord(iteration=self._iteration, loss=1.0, explained=0.0, mu=1.0, accepted=True, n_dead=0)
-        return record, "counted" if self._iteration == 6 else None
+        return Step(record, "counted" if self._iteration == 6 else None, 0)
 
     def save(self, folder: Path):
         return {"iteration": torch.tensor(self._iteration).numpy()}
@@ -258,7 +259,8 @@ class _NeverThere:
         raise WorkerLostError("load: a worker was lost (ActorDiedError)")
 
 
-def test_the_solver_is_given_up_when_groups_are_lost_without_progress(tmp_path):
+def test_the_solver_is_given_up_when_groups_are_lost_without_progress(tmp_path, monkeypatch):
+    monkeypatch.setattr(solver_driver, "_BACK_OFF_S", 0.1)
     events: list[str] = []
     with pytest.raises(ExecutorError, match=f"lost {LOSSES} times in a row .*run the same command again"):
         run_solver(
@@ -298,7 +300,7 @@ def test_workers_hold_their_lease_until_their_processes_are_gone(executor, tmp_p
 
 
 def test_more_cpus_than_the_cluster_has_are_refused_in_one_line(executor, monkeypatch):
-    monkeypatch.setattr(ray_executor, "_TOO_SMALL_S", 0.5)
+    monkeypatch.setattr(placement, "_TOO_SMALL_S", 0.5)
     with pytest.raises(
         ExecutorError, match=r"does not give 64 workers with 1 CPU each .*lower executor\.workers"
     ) as error:

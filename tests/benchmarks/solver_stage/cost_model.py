@@ -1,0 +1,135 @@
+"""What an iteration costs on machines that are not here: formulas, their constants, and what they predict.
+
+    products     4·N·R·D·K flop / (speed · devices)                       the two GEMMs of the pass
+    coefficients 2·s·N·K² flop / (speed · devices)                        s sweeps of HALS; as GEMMs on a GPU
+    factors      bytes·N·R·D / (bandwidth · devices), read twice          where that is slower than the products
+    all-reduce   2·8·(K·D + K²)·(devices − 1)/devices / link              a ring's, float64
+    step         (2·K²·D·c + K³/3 + 20·8·K³) flop / float64 speed           Cholesky, the row space, 20 CG iterations
+
+    memory of a device: factors bytes·N·R·D/devices, coefficients 4·N·K/devices, state 8·m·K·D
+
+Constants for this machine are measured; those of a GPU are its data sheet's, at a share that large GEMMs reach.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.factorization import SolverOptions, Statistics, advance, initial_state
+
+_STATE_TENSORS = 10
+"""K×D tensors in float64 that are alive in a step: two trials, two statistics, the packed one, the step's own."""
+_STEP_PRODUCTS = 6
+"""K×D by K×K (or D×Q by Q×K) products of a step, the QR of the components included."""
+_SWEEPS = 4
+
+
+@dataclass(frozen=True)
+class Machine:
+    name: str
+    devices: int
+    speed: float
+    """Flop/s of the GEMMs of the pass, of one device."""
+    bandwidth: float
+    """Bytes/s of its memory."""
+    float64_speed: float
+    link: float
+    """Bytes/s of the all-reduce's slowest link."""
+    factor_bytes: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    n_examples: int
+    rank: int
+    dim: int
+    n_components: int
+
+
+H100_NODE = Machine(
+    "8 × H100 SXM (data sheet × 0.6)", 8, 0.5 * 0.6 * 989e12, 0.6 * 3.35e12, 0.6 * 67e12, 0.6 * 450e9, 2
+)
+"""Half of the float16 speed: the components go in as a sum of two float16 matrices."""
+
+
+def iteration(problem: Problem, machine: Machine) -> dict[str, float]:
+    """Seconds of each term, and the bytes of a device."""
+    n, r, d, k = problem.n_examples, problem.rank, problem.dim, problem.n_components
+    per_device = n / machine.devices
+    products = 4 * per_device * r * d * k / machine.speed
+    factors = 2 * machine.factor_bytes * per_device * r * d / machine.bandwidth
+    share = (machine.devices - 1) / machine.devices
+    seconds = {
+        "products": max(products, factors),
+        "coefficients": 2 * _SWEEPS * per_device * k * k / machine.speed,
+        "all-reduce": 2 * 8 * (k * d + k * k) * share / machine.link,
+        "step": (_STEP_PRODUCTS * 2 * k * k * d + k**3 / 3 + 20 * 8 * k**3) / machine.float64_speed,
+    }
+    memory = machine.factor_bytes * per_device * r * d + 4 * per_device * k + _STATE_TENSORS * 8 * k * d
+    return {**seconds, "total": sum(seconds.values()), "bytes of a device": memory}
+
+
+def model(measured_pass: dict[str, Any] | None, tiny: bool) -> dict[str, Any]:
+    """This machine's constants, the model beside a measured pass, and the prediction for a million examples."""
+    here = _measured(tiny)
+    print(f"measured: {here.speed / 1e9:.1f} Gflop/s float32, {here.float64_speed / 1e9:.1f} float64,", end=" ")
+    print(f"{here.bandwidth / 1e9:.1f} GB/s, one thread")
+    found: dict[str, Any] = {"machine": asdict(here)}
+    if measured_pass is not None:
+        problem = Problem(measured_pass["n_examples"], 2, measured_pass["dim"], measured_pass["n_components"])
+        found["pass here"] = iteration(problem, here)
+        predicted = found["pass here"]["products"] + found["pass here"]["coefficients"]
+        print(f"one pass here: {predicted:.3f} s predicted, {measured_pass['cpu_s']['float32']:.3f} s measured")
+    found["step here"] = _measured_step(here, tiny)
+    large = Problem(1_000_000, 2, 16_384, 512)
+    found["N = 1e6"] = iteration(large, H100_NODE)
+    print(f"N = 1e6, R = 2, D = 16,384, K = 512 on {H100_NODE.name}:")
+    for name, value in found["N = 1e6"].items():
+        print(f"  {name:<20} {value / 2**30:9.1f} GiB" if "bytes" in name else f"  {name:<20} {1000 * value:9.2f} ms")
+    return found
+
+
+def _measured(tiny: bool) -> Machine:
+    torch.set_num_threads(1)
+    n = 256 if tiny else 2048
+
+    def seconds(work: Any) -> float:
+        times = []
+        for _ in range(4):
+            began = time.process_time()
+            work()
+            times.append(time.process_time() - began)
+        return float(np.min(times))
+
+    a, b = torch.randn(256, 4096), torch.randn(4096, n)
+    a64, b64 = a.double(), b.double()
+    source, target = torch.randn(2**24), torch.empty(2**24)
+    return Machine(
+        "this machine, one thread",
+        1,
+        2 * a.numel() * n / seconds(lambda: a @ b),
+        2 * source.nbytes / seconds(lambda: target.copy_(source)),
+        2 * a.numel() * n / seconds(lambda: a64 @ b64),
+        1e9,
+        4,
+    )
+
+
+def _measured_step(here: Machine, tiny: bool) -> dict[str, float]:
+    k, d = (16, 256) if tiny else (256, 4096)
+    options = SolverOptions(n_components=k)
+    h_KD = torch.nn.functional.normalize(torch.randn(k, d, dtype=torch.float64), dim=1)
+    w_NK = torch.rand(4 * k, k, dtype=torch.float64)
+    state = initial_state(h_KD, options)
+    statistics = Statistics(w_NK.T @ w_NK @ h_KD, w_NK.T @ w_NK, 1.0, 1e9, 4 * k)
+    began = time.process_time()
+    advance(state, statistics, options)
+    measured = time.process_time() - began
+    predicted = iteration(Problem(1, 2, d, k), here)["step"]
+    print(f"one step here, K = {k}, D = {d}: {predicted:.3f} s predicted, {measured:.3f} s measured")
+    return {"predicted": predicted, "measured": measured}

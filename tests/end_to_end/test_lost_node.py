@@ -1,0 +1,39 @@
+"""A solver's node is lost, and another one comes: it goes on with fewer workers, then with more, to the same result."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from end_to_end import cluster_faults
+
+
+@pytest.mark.timeout(600)
+def test_a_node_is_lost_and_another_comes_and_the_losses_are_the_undisturbed_ones(tmp_path: Path) -> None:
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    done = subprocess.run(
+        [sys.executable, "-m", "end_to_end.cluster_faults", tmp_path],
+        env={**os.environ, **token, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["token_authentication"]
+    events = [event for event, _ in found["events"]]
+    assert events[0] == "node removed"
+    assert "starting the workers again from iteration" in events[1]
+    assert events[-2].startswith("there is room for more workers")
+    assert events[-1].startswith("going on from iteration")
+    assert "node added" in events
+    sent = found["sent_bytes"]
+    assert 0 in sent, "one worker has nobody to send to"
+    assert sent[0] == sent[-1] > 0
+    assert found["n_iterations"] == [cluster_faults.ITERATIONS] * 2
+    assert found["largest_difference_of_losses"] < 1e-6
