@@ -24,6 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 _VARIABLE = re.compile(r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
+MAX_ITERATIONS = "factorization.max_iterations"
+
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -132,6 +134,27 @@ class FactorizationConfig(_Section):
     """Share of the examples that the components are not fitted on, so that they can be verified there."""
     checkpoint_every: PositiveInt = 5
     """Iterations between checkpoints: what a crash can cost."""
+    l1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Sparsity of the coefficients: a component that explains less than this share of a Fisher's norm, alone, gets
+    none. The penalty is 2·l1·Σ ‖F̂_i‖·W_ij."""
+    orthogonality: Annotated[float, Field(ge=0.0)] = 0.0
+    """Pressure against components that are alike: this much of the explained share is given up for a mean squared
+    cosine that is lower by one."""
+    start_from: str | None = None
+    """Directory of a run with the same model, parameters, sketch and seed: start from its components, as many."""
+    expand: str | None = None
+    """Directory of such a run: its components are the first ones, and stay; ``n_components`` counts them too."""
+    examples: Literal["all", "mispredicted"] = "all"
+    """Which examples to fit on, and to report on; all of them get coefficients."""
+    metrics: Literal["none", "jsonl", "tensorboard"] = "none"
+    """Where the history goes, besides its table, while it is made: ``metrics/factorize.jsonl``, or TensorBoard events
+    in ``metrics/`` (``pip install tensorboard``)."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if self.start_from is not None and self.expand is not None:
+            raise ValueError("start_from and expand exclude each other: remove one")
+        return self
 
 
 class LiftConfig(_Section):
@@ -232,11 +255,26 @@ class RunConfig(_Section):
         return self.model_copy(update={"executor": executor})
 
     def differences(self, other: RunConfig) -> list[str]:
-        """Dotted names of the keys whose values differ, those apart that change no result (``run_dir``, ``executor``,
-        ``lift``, ``report``): the same run may go on elsewhere, with other workers, or with another memory limit."""
+        """Dotted names of the keys whose values differ from an earlier configuration's, those apart that change no
+        result (``run_dir``, ``executor``, ``lift``, ``report``, checkpoints and metrics), and a larger
+        ``factorization.max_iterations``: the same run may go on elsewhere, with other workers, or for longer."""
         free = {"run_dir", "executor", "lift", "report"}
         mine, theirs = (_flatten(config.model_dump(mode="json", exclude=free)) for config in (self, other))
-        return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+        may_differ = {"factorization.checkpoint_every", "factorization.metrics"}
+        if self.factorization.max_iterations >= other.factorization.max_iterations:
+            may_differ.add(MAX_ITERATIONS)
+        different = (key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+        return sorted(key for key in different if key not in may_differ)
+
+    def with_max_iterations(self, max_iterations: int) -> RunConfig:
+        """This configuration with another limit on the solver's passes."""
+        factorization = self.factorization.model_copy(update={"max_iterations": max_iterations})
+        return self.model_copy(update={"factorization": factorization})
+
+    def factorization_signature(self) -> str:
+        """Short hash of what the solver's checkpoints depend on, besides the Fishers: not on when it stops."""
+        wanted = self.factorization.model_dump(mode="json", exclude={"max_iterations", "checkpoint_every", "metrics"})
+        return hashlib.sha256(json.dumps([wanted, self.seed], sort_keys=True).encode()).hexdigest()[:16]
 
     def signature(self, *sections: str) -> str:
         """Short hash of the named top-level sections: what a stage's stored results depend on."""

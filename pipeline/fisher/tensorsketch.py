@@ -28,7 +28,7 @@ from pipeline.fisher.contributions import Contribution, Outer, Rows, blocks, cac
 # product accumulated
 _MULTIPLY_NS, _SCATTER_NS, _FOLD_NS, _FFT_NS, _PRODUCT_NS = 0.025, 0.8, 0.2, 0.09, 0.5
 
-WINDOWS, SMALLEST_WINDOWED, FEWEST_GROUPS = 4, 1024, 16
+WINDOWS, SMALLEST_WINDOWED, FEWEST_GROUPS = 4, 1024, 12
 
 
 def window_width(dim: int, names: Iterable[str]) -> int:

@@ -1,7 +1,7 @@
 """Stage 2 on workers: each holds some shards' Fishers and coefficients; a step is one pass and one all-reduce.
 
 Every worker keeps the whole (small) solver state and advances it by the same arithmetic from the same all-reduced
-numbers, so nothing but those numbers is ever sent: K·D + K² + 3 of them per step, however many examples there are.
+numbers, so nothing but those numbers is ever sent: K·D + K² + 4 of them per step, however many examples there are.
 
 Shapes: N examples, R rank, D sketch, K components.
 """
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ from pipeline.factorization import (
     advance,
     canonical_order,
     explained,
+    free_dead,
     initial_state,
     initialize,
     merge_candidates,
@@ -45,6 +47,17 @@ from pipeline.store import Checkpoint, FisherStore, read_table, write_checkpoint
 class SolverPaths:
     fishers: Path
     examples: Path
+    mispredicted_only: bool = False
+    """Fit, and report, on no other examples."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Components of another run, to start from."""
+
+    components_KD: NDArray[np.float64]
+    frozen: bool
+    """Whether they are to stay, with others beside them."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,8 @@ class SolverResult:
     coefficients: dict[int, NDArray[np.float32]]
     """Per shard (n, K); NaN rows for invalid examples."""
     loss: float
+    objective: float
+    """The loss with the penalties."""
     explained: float
     explained_held_out: float | None
     """Explained share on the held-out examples, their coefficients fitted with the components fixed; None if none."""
@@ -62,12 +77,14 @@ class SolverResult:
 
 @dataclass
 class _LoadedShard:
-    """One stored shard, cut into the examples that the components are fitted on, and the others."""
+    """One stored shard, cut into the examples that the components are fitted on, those held out, and the others."""
 
     fit: ExampleShard
     held_out: ExampleShard
+    others: ExampleShard
     fit_rows: NDArray[np.int64]
     held_out_rows: NDArray[np.int64]
+    other_rows: NDArray[np.int64]
     n_examples: int
 
 
@@ -75,13 +92,21 @@ class SolverWorker:
     """Worker ``rank`` of ``size``; holds the shards rank, rank + size, …"""
 
     def __init__(
-        self, paths: SolverPaths, options: SolverOptions, device: str, timeout_s: float, rank: int, size: int
+        self,
+        paths: SolverPaths,
+        options: SolverOptions,
+        device: str,
+        timeout_s: float,
+        rank: int,
+        size: int,
+        origin: Origin | None = None,
     ) -> None:
         self._store = FisherStore.open(paths.fishers)
         table = read_table(paths.examples, "examples")
-        valid_N = table["valid"].to_numpy()
-        held_out_N = np.asarray(table["split"].to_pylist()) == "held_out"
-        self._fit_N, self._held_out_N = valid_N & ~held_out_N, valid_N & held_out_N
+        valid_N, fit_N = table["valid"].to_numpy(), np.asarray(table["split"].to_pylist()) == "fit"
+        chosen_N = valid_N & chosen_examples(table, paths.mispredicted_only)
+        self._fit_N, self._held_out_N, self._other_N = chosen_N & fit_N, chosen_N & ~fit_N, valid_N & ~chosen_N
+        self._origin = origin
         self._options, self._device, self._timeout_s = options, torch.device(device), timeout_s
         self._rank, self._size = rank, size
         self._shards: dict[int, _LoadedShard] = {}
@@ -131,21 +156,36 @@ class SolverWorker:
         for shard in sorted(checksums)[self._rank :: self._size]:
             arrays = self._store.read_shard(shard, checksums[shard])
             bounds = slice(*self._store.plan.bounds(shard))
-            fit_rows, held_out_rows = (np.flatnonzero(mask[bounds]) for mask in (self._fit_N, self._held_out_N))
+            fit_rows, held_out_rows, other_rows = (
+                np.flatnonzero(mask[bounds]) for mask in (self._fit_N, self._held_out_N, self._other_N)
+            )
             self._shards[shard] = _LoadedShard(
                 fit=self._example_shard(arrays["factors"][fit_rows]),
                 held_out=self._example_shard(arrays["factors"][held_out_rows]),
+                others=self._example_shard(arrays["factors"][other_rows]),
                 fit_rows=fit_rows,
                 held_out_rows=held_out_rows,
+                other_rows=other_rows,
                 n_examples=len(arrays["factors"]),
             )
 
     def initialize(self) -> NDArray[np.float64]:
-        """Starting components, from a subsample that depends on the seed and the examples only."""
+        """Starting components, from a subsample that depends on the seed and the examples only, or of another run."""
+        if self._origin is not None and not self._origin.frozen:
+            return self._origin.components_KD
         fit = np.flatnonzero(self._fit_N)
         chosen = fit[subsample_indices(len(fit), self._options.subsample, self._options.seed)]
         factors_MRD = torch.from_numpy(self._store.read_rows(chosen, ["factors"])["factors"]).to(self._device)
-        start_KD = initialize(factors_MRD, self._options.n_components, self._options.seed, self._options.n_starts)
+        options, origin = self._options, self._origin
+        start_KD = initialize(
+            factors_MRD,
+            options.n_components,
+            options.seed,
+            options.n_starts,
+            frozen_KD=torch.from_numpy(origin.components_KD.copy()) if origin is not None else None,
+            l1=options.l1,
+            orthogonality=options.orthogonality,
+        )
         return start_KD.cpu().numpy()
 
     def start(self, components_KD: NDArray[np.float64]) -> None:
@@ -165,9 +205,9 @@ class SolverWorker:
         state = self._current_state()
         statistics = self._reduced(
             Statistics.zeros(*state.components_KD.shape, device=self._device),
-            (shard.fit.accumulate(state.components_KD) for shard in self._shards.values()),
+            (shard.fit.accumulate(state.components_KD, l1=self._options.l1) for shard in self._shards.values()),
         )
-        candidates = self._candidates(state) if bool(statistics.dead_K.any()) else None
+        candidates = self._candidates(state) if bool(free_dead(statistics, self._options).any()) else None
         self._state, record = advance(state, statistics, self._options, candidates)
         return record, stopping_reason(self._state, self._options)
 
@@ -180,17 +220,20 @@ class SolverWorker:
 
     def finish(self) -> SolverResult:
         """The best accepted components in canonical order, and coefficients that are optimal for them."""
-        best_KD = self._current_state().best_components_KD
+        best_KD, l1 = self._current_state().best_components_KD, self._options.l1
         zeros = Statistics.zeros(*best_KD.shape, device=self._device)
-        fit = self._reduced(zeros, (shard.fit.finish(best_KD) for shard in self._shards.values()))
+        fit = self._reduced(zeros, (shard.fit.finish(best_KD, l1=l1) for shard in self._shards.values()))
         zeros = Statistics.zeros(*best_KD.shape, device=self._device)
-        held_out = self._reduced(zeros, (shard.held_out.finish(best_KD) for shard in self._shards.values()))
-        order_K, signs_K = canonical_order(best_KD, fit.energy_K)
+        held_out = self._reduced(zeros, (shard.held_out.finish(best_KD, l1=l1) for shard in self._shards.values()))
+        for shard in self._shards.values():
+            shard.others.finish(best_KD, l1=l1)
+        order_K, signs_K = canonical_order(best_KD, fit.energy_K, self._options.n_frozen)
         loss = fit.loss(best_KD)
         return SolverResult(
             components_KD=(best_KD[order_K] * signs_K[:, None]).cpu().numpy(),
             coefficients={number: _all_rows(shard, order_K) for number, shard in self._shards.items()},
             loss=loss,
+            objective=loss + fit.penalties(best_KD, l1, self._options.orthogonality),
             explained=explained(loss, fit.fisher_square_sum),
             explained_held_out=(
                 explained(held_out.loss(best_KD), held_out.fisher_square_sum)
@@ -235,6 +278,13 @@ class SolverWorker:
         return merge_candidates([Candidates.unpack(candidates) for candidates in gathered])
 
 
+def chosen_examples(examples: pa.Table, mispredicted_only: bool) -> NDArray[np.bool_]:
+    """Which examples (N,) count: all, or those whose prediction is known to be wrong."""
+    if not mispredicted_only:
+        return np.ones(len(examples), dtype=bool)
+    return np.array([correct is False for correct in examples["correct"].to_pylist()])
+
+
 def _coefficients_name(shard: int) -> str:
     return f"coefficients/{shard:05d}"
 
@@ -242,7 +292,8 @@ def _coefficients_name(shard: int) -> str:
 def _all_rows(shard: _LoadedShard, order_K: Tensor) -> NDArray[np.float32]:
     """Coefficients of a stored shard's examples, in their places; invalid ones are NaN."""
     rows_NK = np.full((shard.n_examples, len(order_K)), np.nan, dtype=np.float32)
-    for part, rows in ((shard.fit, shard.fit_rows), (shard.held_out, shard.held_out_rows)):
+    parts = ((shard.fit, shard.fit_rows), (shard.held_out, shard.held_out_rows), (shard.others, shard.other_rows))
+    for part, rows in parts:
         assert part.coefficients_NK is not None
         rows_NK[rows] = part.coefficients_NK[:, order_K].float().cpu().numpy()
     return rows_NK

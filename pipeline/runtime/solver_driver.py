@@ -17,7 +17,7 @@ from pipeline.store import CheckpointStore
 LOSSES = 3
 """Groups that may be lost, one after the other, without a new checkpoint before the stage is given up."""
 
-_HISTORY = ("iteration", "loss", "explained", "mu", "accepted", "n_dead", "seconds")
+_HISTORY = ("iteration", "loss", "objective", "explained", "mu", "accepted", "n_dead", "seconds")
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,9 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "top_examples": _schema("component:int split:str rank:int example:int coefficient:float"),
     "coefficients": _schema("example:int component:int coefficient:float"),
-    "history": _schema("iteration:int loss:float explained:float mu:float accepted:bool n_dead:int seconds:float"),
+    "history": _schema(
+        "iteration:int loss:float objective:float explained:float mu:float accepted:bool n_dead:int seconds:float"
+    ),
     "layer_energy": _schema("component:int parameter:str energy:float"),
     "verification": _schema(
         "component:int examples:str sign:int epsilon:float n_top:int n_baseline:int "
@@ -68,7 +70,7 @@ components: `mass` Σ_i W_ij and `energy` Σ_i W_ij² over the fit examples; `ne
     single component; `lift_cosine` of the sketched direction to the component, null before the lift.
 top_examples: `rank` from 0, per component and split.
 coefficients: the non-zero W_ij, by component, then descending.
-history: one row per iteration of the solver.
+history: one row per iteration of the solver; `objective` is the loss with the penalties.
 layer_energy: share of the squared norm of a component's direction in each parameter; sums to 1.
 verification: one row per (component, examples "fit" or "held_out", sign +1 or -1); accuracies are null without labels.
 """

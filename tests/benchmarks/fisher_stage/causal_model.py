@@ -5,6 +5,7 @@ Legend: N texts, T tokens.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from pipeline.fisher import IGNORED, UNKNOWN, LabelSpec, label_rows
 
 WORDS, TOPICS, TOPIC_WORDS, SUCCESSORS = 2000, 16, 200, 4
-STEPS, TRAINED_AT_ONCE = 300, 16
+TRAINED_AT_ONCE = 16
 SAMPLED = LabelSpec("sampled", rank=1, seed=0)
 
 
@@ -40,7 +41,18 @@ class Texts:
         return torch.stack(tokens, 1)
 
 
-def make(folder: Path, n_texts: int, length: int) -> None:
+@dataclass(frozen=True)
+class Size:
+    """Of a model and its texts."""
+
+    width: int
+    length: int
+    n_texts: int
+    steps: int
+    """Of training."""
+
+
+def make(folder: Path, size: Size) -> None:
     """Save the trained model to `folder`, and ``data.npz`` beside it: ``input_ids`` and ``labels``, (N, T) int64.
 
     ``labels[:, t + 1]`` is drawn from the logits at position t; the first is no label.
@@ -48,26 +60,26 @@ def make(folder: Path, n_texts: int, length: int) -> None:
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=WORDS,
-        n_positions=length,
-        n_embd=256,
+        n_positions=size.length,
+        n_embd=size.width,
         n_layer=6,
-        n_head=4,
+        n_head=size.width // 64,
         tie_word_embeddings=False,
         bos_token_id=0,
         eos_token_id=0,
     )
     model, texts = GPT2LMHeadModel(config), Texts()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    for _ in range(STEPS):
-        tokens = texts.draw(TRAINED_AT_ONCE, length)
+    for _ in range(size.steps):
+        tokens = texts.draw(TRAINED_AT_ONCE, size.length)
         optimizer.zero_grad()
         model(tokens, labels=tokens).loss.backward()
         optimizer.step()
     model.eval()
-    input_ids_NT = texts.draw(n_texts, length)
+    input_ids_NT = texts.draw(size.n_texts, size.length)
     labels_NT = torch.full_like(input_ids_NT, IGNORED)
-    for start in range(0, n_texts, TRAINED_AT_ONCE):
-        numbers = range(start, min(start + TRAINED_AT_ONCE, n_texts))
+    for start in range(0, size.n_texts, TRAINED_AT_ONCE):
+        numbers = range(start, min(start + TRAINED_AT_ONCE, size.n_texts))
         tokens = input_ids_NT[list(numbers)]
         with torch.no_grad():
             logits = model(tokens).logits

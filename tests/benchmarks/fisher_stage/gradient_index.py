@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,16 @@ from transformers import AutoModelForCausalLM
 
 from fisher_stage import causal_model
 from fisher_stage.accuracy import inner_products, normalised_rows, off_diagonal_error
+from fisher_stage.causal_model import Size
 from fisher_stage.workload import Workload, median_and_spread
 from pipeline.fisher import ParameterLayout, select_parameters
 from pipeline.store import FisherStore
 
 HERE = Path(__file__).parent
-N_TEXTS, LENGTH, BATCH, THREADS, PROJECTION, DIM = 256, 128, 16, 1, 16, 4096
+SIZES = (Size(width=768, length=32, n_texts=256, steps=60), Size(width=256, length=128, n_texts=256, steps=300))
+"""A model as wide as the smallest that are in use, on texts of a sentence or two; and a narrow one on long texts, where
+inner products of positions weigh most."""
+BATCH, THREADS, PROJECTION, DIM = 16, 1, 16, 1024
 COMPARED = ("cpu_s", "wall_s", "peak_memory_bytes", "peak_memory_above_model_bytes", "index_bytes")
 
 
@@ -35,10 +40,15 @@ def bergson(python: Path | None, rounds: int) -> dict[str, Any] | None:
     if python is None:
         print("bergson: not run, as --bergson-python names no Python of an environment with bergson 2.5.1")
         return None
+    results = [_compared(python, rounds, size) for size in SIZES]
+    return {"sizes": results}
+
+
+def _compared(python: Path, rounds: int, size: Size) -> dict[str, Any]:
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # to train; each index is built with one
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        causal_model.make(folder / "model", N_TEXTS, LENGTH)
+        causal_model.make(folder / "model", size)
         given = ["--model", str(folder / "model"), "--data", str(folder / "model" / "data.npz")]
         given += ["--threads", str(THREADS), "--batch-size", str(BATCH), "--rounds", "2"]
         commands = {
@@ -56,8 +66,9 @@ def bergson(python: Path | None, rounds: int) -> dict[str, Any] | None:
             raise ValueError(f"not the same weights: {sorted(weights['ours'] ^ weights['bergson'])}")
         errors = _errors(folder)
     result: dict[str, Any] = {
-        "n_texts": N_TEXTS,
-        "length": LENGTH,
+        **asdict(size),
+        "dim": DIM,
+        "projection": PROJECTION,
         "threads": THREADS,
         "rounds": rounds,
         "errors": errors,
@@ -99,8 +110,8 @@ def _errors(folder: Path) -> dict[str, float]:
     theirs_ND = theirs_ND / norms_N.sqrt()[:, None].float()
     exact_NN = _exact(work, norms_N)
     return {
-        "ours": off_diagonal_error(inner_products(ours_ND, N_TEXTS), exact_NN),
-        "bergson": off_diagonal_error(inner_products(theirs_ND, N_TEXTS), exact_NN),
+        "ours": off_diagonal_error(inner_products(ours_ND, len(ours_ND)), exact_NN),
+        "bergson": off_diagonal_error(inner_products(theirs_ND, len(theirs_ND)), exact_NN),
     }
 
 
@@ -129,7 +140,8 @@ def _exact(work: Workload, norms_N: Tensor) -> Tensor:
 
 
 def _show(result: dict[str, Any]) -> None:
-    print(f"bergson, {result['n_texts']} texts of {result['length']} tokens, {result['rounds']} rounds, one thread")
+    about = f"width {result['width']}, {result['n_texts']} texts of {result['length']} tokens"
+    print(f"bergson, {about}, {result['rounds']} rounds, one thread")
     units = {"cpu_s": (1, "s"), "wall_s": (1, "s")} | dict.fromkeys(COMPARED[2:], (2**20, "MiB"))
     for name, (divisor, unit) in units.items():
         ours, theirs = (result["medians"][who][name] / divisor for who in ("ours", "bergson"))
