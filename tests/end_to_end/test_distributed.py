@@ -304,7 +304,7 @@ def test_a_dead_component_is_reseeded_from_the_worst_example_of_all_workers(
     for shard, (first, last) in enumerate(store.plan):
         write_checkpoint_array(folder, f"coefficients/{shard:05d}", np.zeros((fit_N[first:last].sum(), 6), np.float32))
     state = initial_state(torch.from_numpy(start_KD), options)
-    checkpoints.commit(0, {**state.to_arrays(), "history": np.empty((0, 7))})
+    checkpoints.commit(0, {**state.to_arrays(), "history": np.empty((0, 8))})
     arguments = {
         "paths": SolverPaths(run.fishers, run.table("examples")),
         "options": options,
