@@ -68,21 +68,32 @@ Workers = Annotated[
 Address = Annotated[
     str | None, typer.Option("--address", help="Ray to use instead of the run file's: local, auto or host:port.")
 ]
+MaxIterations = Annotated[
+    int | None, typer.Option("--max-iterations", min=1, help="Raise the run's limit: a finished factorization goes on.")
+]
 Format = Annotated[OutputFormat, typer.Option("--format", help="How to print the answer.")]
 
 
 def _open(
-    run: Path, run_dir: Path | None = None, workers: int | None = None, address: str | None = None
+    run: Path,
+    run_dir: Path | None = None,
+    workers: int | None = None,
+    address: str | None = None,
+    max_iterations: int | None = None,
 ) -> RunDirectory:
     """The run that a run file or a run directory names, with what the command line replaces in it."""
     if run.is_dir():
         if run_dir is not None:
             raise typer.BadParameter("--run-dir goes with a run file, not with the directory of a run")
         opened = RunDirectory.open(run)
+        if max_iterations is not None:
+            opened = RunDirectory.create(opened.config.with_max_iterations(max_iterations))
         return RunDirectory(opened.path, _replaced(opened.config, workers, address))
     config = RunConfig.from_yaml(run)
     if run_dir is not None:
         config = config.model_copy(update={"run_dir": str(run_dir)})
+    if max_iterations is not None:
+        config = config.with_max_iterations(max_iterations)
     return RunDirectory.create(_replaced(config, workers, address))
 
 
@@ -126,7 +137,37 @@ def _stage_command(name: str, stage: Callable[..., Any]) -> None:
 
 
 for _name, _stage in stages.STAGES.items():
-    _stage_command(_name, _stage)
+    if _name != "factorize":
+        _stage_command(_name, _stage)
+
+
+@app.command("factorize")
+def factorize_command(
+    run: Run,
+    run_dir: RunDir = None,
+    workers: Workers = None,
+    address: Address = None,
+    max_iterations: MaxIterations = None,
+) -> None:
+    """Fit non-negative coefficients and components to the stored Fishers; goes on from the last checkpoint."""
+    opened = _open(run, run_dir, workers, address, max_iterations)
+    progress = default_progress()
+    stages.factorize(opened, progress=progress)
+    progress.say(f"factorize: complete, in {opened.path}")
+
+
+@app.command("transform")
+def transform_command(
+    source: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run whose components are used.")],
+    run: Annotated[Path, typer.Option("--run", help="A run file of the new examples, or its directory.")],
+    workers: Workers = None,
+    address: Address = None,
+) -> None:
+    """Coefficients of new examples: their Fishers, and a run's components as they are."""
+    opened = _open(run, None, workers, address)
+    progress = default_progress()
+    stages.transform(opened, source, progress=progress)
+    progress.say(f"transform: complete, in {opened.path}")
 
 
 @app.command("estimate")

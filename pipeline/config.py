@@ -24,6 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 _VARIABLE = re.compile(r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
+MAX_ITERATIONS = "factorization.max_iterations"
+
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -135,6 +137,27 @@ class FactorizationConfig(_Section):
     memory_limit_mb: PositiveInt = 4096
     """Memory, of a GPU where workers have one, in which a worker keeps its share of the Fishers. A share that takes
     more, in half precision where that is how it is stored, is read from the store in every pass. Changes no result."""
+    l1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Sparsity of the coefficients: a component that explains less than this share of a Fisher's norm, alone, gets
+    none. The penalty is 2·l1·Σ ‖F̂_i‖·W_ij."""
+    orthogonality: Annotated[float, Field(ge=0.0)] = 0.0
+    """Pressure against components that are alike: this much of the explained share is given up for a mean squared
+    cosine that is lower by one."""
+    start_from: str | None = None
+    """Directory of a run with the same model, parameters, sketch and seed: start from its components, as many."""
+    expand: str | None = None
+    """Directory of such a run: its components are the first ones, and stay; ``n_components`` counts them too."""
+    examples: Literal["all", "mispredicted"] = "all"
+    """Which examples to fit on, and to report on; all of them get coefficients."""
+    metrics: Literal["none", "jsonl", "tensorboard"] = "none"
+    """Where the history goes, besides its table, while it is made: ``metrics/factorize.jsonl``, or TensorBoard events
+    in ``metrics/`` (``pip install tensorboard``)."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if self.start_from is not None and self.expand is not None:
+            raise ValueError("start_from and expand exclude each other: remove one")
+        return self
 
 
 class LiftConfig(_Section):
@@ -182,7 +205,7 @@ class ExecutorConfig(_Section):
 
 _FREE: dict[str, Any] = {
     **dict.fromkeys(("run_dir", "executor", "lift", "report"), True),
-    "factorization": {"memory_limit_mb"},
+    "factorization": {"memory_limit_mb", "checkpoint_every", "metrics"},
 }
 """Keys that change no result."""
 
@@ -242,11 +265,24 @@ class RunConfig(_Section):
         return self.model_copy(update={"executor": executor})
 
     def differences(self, other: RunConfig) -> list[str]:
-        """Dotted names of the keys whose values differ, those apart that change no result (``run_dir``, ``executor``,
-        ``lift``, ``report``, ``factorization.memory_limit_mb``): the same run may go on elsewhere, with other workers,
-        or with another memory limit."""
+        """Dotted names of the keys whose values differ from an earlier configuration's, those apart that change no
+        result, and a larger ``factorization.max_iterations``: the same run may go on elsewhere, with other workers or
+        another memory limit, or for longer."""
         mine, theirs = (_flatten(config.model_dump(mode="json", exclude=_FREE)) for config in (self, other))
-        return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+        different = {key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)}
+        if self.factorization.max_iterations >= other.factorization.max_iterations:
+            different.discard(MAX_ITERATIONS)
+        return sorted(different)
+
+    def with_max_iterations(self, max_iterations: int) -> RunConfig:
+        """This configuration with another limit on the solver's passes."""
+        factorization = self.factorization.model_copy(update={"max_iterations": max_iterations})
+        return self.model_copy(update={"factorization": factorization})
+
+    def factorization_signature(self) -> str:
+        """Short hash of what the solver's checkpoints depend on, besides the Fishers: not on when it stops."""
+        wanted = self.factorization.model_dump(mode="json", exclude=_FREE["factorization"] | {"max_iterations"})
+        return hashlib.sha256(json.dumps([wanted, self.seed], sort_keys=True).encode()).hexdigest()[:16]
 
     def signature(self, *sections: str) -> str:
         """Short hash of the named top-level sections: what a stage's stored results depend on."""

@@ -54,7 +54,8 @@ class RunDirectory:
         """Make the run's folder, or take up an existing one that holds the same configuration.
 
         ``executor``, ``lift``, ``report`` and ``run_dir`` may differ from the stored configuration (no result depends
-        on them); any other difference is refused, and nothing is written.
+        on them), and ``factorization.max_iterations`` may be larger, which ``run.yaml`` then says; any other difference
+        is refused, and nothing is written.
 
         Raises:
             RunDirectoryError: the folder holds another run, is not a run's folder, or cannot be written.
@@ -82,7 +83,7 @@ class RunDirectory:
                     f"cannot write to {path} (permission denied): mend this or choose another run_dir"
                 )
             run = cls(path, config)
-            if not stored.exists():
+            if not stored.exists() or _stored_config(stored).factorization != config.factorization:
                 run._write("run.yaml", config.to_yaml())
             if not (path / "provenance.json").exists():
                 run._write("provenance.json", json.dumps(_provenance(config), indent=2))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from pipeline.config import RunConfig
@@ -20,7 +21,7 @@ from pipeline.interchange import IMPORTED_TASK
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import Executor, ExecutorError, WorkerSpec, make_executor
 from pipeline.runtime.model import ModelSpec
-from pipeline.store import FisherStore, ShardRecords, StoreError
+from pipeline.store import FisherStore, ShardRecords, StoreError, open_factorization
 
 Summary = dict[str, Any]
 
@@ -53,9 +54,16 @@ def recorded(run: RunDirectory, stage: str) -> Summary | None:
         outputs.append(run.diagonal_fisher)
     if record is None or not all(path.exists() for path in outputs):
         return None
+    if stage == "factorize" and _may_go_on(run.config, record):
+        return None
     if stage == "fishers" and len(finished(run.shard_records)) < record["n_shards"]:
         return None
     return record
+
+
+def _may_go_on(config: RunConfig, factorized: Summary) -> bool:
+    """Whether the factorization ended at a limit that has been raised since."""
+    return factorized["stopped"] == "max_iterations" and factorized["n_iter"] < config.factorization.max_iterations
 
 
 @dataclass(frozen=True)
@@ -156,6 +164,32 @@ def inspection_of(config: RunConfig) -> tuple[SketchSpec, int | Literal["auto"],
 def fingerprint_of(run: RunDirectory) -> str:
     """Of the model that the stored Fishers are of."""
     return str(FisherStore.open(run.fishers).attrs["model_fingerprint"])
+
+
+_SAME_SPACE = {
+    "sketch": "sketch or seed",
+    "parameter_layout": "parameters",
+    "model_fingerprint": "model",
+}
+"""Attributes of a Fisher store that must agree where components of one run are used in another, in a user's words."""
+
+
+def components_of(run: RunDirectory, other: str | Path) -> np.ndarray:
+    """The components (K, D) of another run, which mean the same in this one.
+
+    Raises:
+        RunDirectoryError: its model, parameters, sketch or seed is another, or it has no components yet.
+    """
+    source = RunDirectory.open(Path(other).expanduser())
+    record_of(source, "factorize")
+    mine, theirs = (FisherStore.open(each.fishers).attrs for each in (run, source))
+    different = [words for name, words in _SAME_SPACE.items() if mine.get(name) != theirs.get(name)]
+    if different:
+        raise RunDirectoryError(
+            f"the components of {source.path} mean nothing in {run.path}: the runs differ in {', '.join(different)}; "
+            "make both with the same model, parameters, fishers.sketch and seed"
+        )
+    return open_factorization(source.factorization).read_components()
 
 
 def checksums_of(run: RunDirectory) -> dict[int, str]:

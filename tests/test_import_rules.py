@@ -33,7 +33,8 @@ ALLOWED: dict[str, set[str]] = {
         f"pipeline.{name}"
         for name in ("config", "factorization", "progress", "result_tables", "run_directory", "store")
     },
-    "stage": {"torch"}
+    "metrics": {"torch", "pipeline.config"},
+    "stage": {"numpy", "torch"}
     | {
         f"pipeline.{name}"
         for name in ("config", "factorization", "fisher", "interchange", "run_directory", "runtime", "store")

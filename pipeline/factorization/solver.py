@@ -283,7 +283,7 @@ def solve(
     shards: Sequence[ExampleShard],
     start_KD: Tensor,
     options: SolverOptions,
-    on_iteration: Callable[[SolverState, IterationRecord], None] | None = None,
+    on_iteration: Callable[[SolverState, IterationRecord], object] | None = None,
 ) -> Factorization:
     """Factorize the examples of all shards in this process, from the given components.
 

@@ -1,7 +1,7 @@
 """Stage 2 on workers: each has some shards' Fishers and coefficients; a step is one pass and one all-reduce.
 
 Every worker keeps the whole (small) solver state and advances it by the same arithmetic from the same all-reduced
-numbers, so nothing but those numbers is ever sent: K·D + K² + 3 of them per step, however many examples there are.
+numbers, so nothing but those numbers is ever sent: K·D + K² + 4 of them per step, however many examples there are.
 
 Shapes: N examples, R rank, D sketch, K components.
 """
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ from pipeline.factorization import (
     advance,
     canonical_order,
     explained,
+    free_dead,
     initial_state,
     initialize,
     merge_candidates,
@@ -46,6 +48,17 @@ from pipeline.store import Checkpoint, FisherStore, read_table, write_checkpoint
 class SolverPaths:
     fishers: Path
     examples: Path
+    mispredicted_only: bool = False
+    """Fit, and report, on no other examples."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Components of another run, to start from."""
+
+    components_KD: NDArray[np.float64]
+    frozen: bool
+    """Whether they are to stay, with others beside them."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,8 @@ class SolverResult:
     coefficients: dict[int, NDArray[np.float32]]
     """Per shard (n, K); NaN rows for invalid examples."""
     loss: float
+    objective: float
+    """The loss with the penalties."""
     explained: float
     explained_held_out: float | None
     """Explained share on the held-out examples, their coefficients fitted with the components fixed; None if none."""
@@ -88,20 +103,23 @@ class SolverWorker:
         memory_limit_bytes: int,
         rank: int,
         size: int,
+        origin: Origin | None = None,
     ) -> None:
         self._store = FisherStore.open(paths.fishers)
         table = read_table(paths.examples, "examples")
-        valid_N = table["valid"].to_numpy()
-        held_out_N = np.asarray(table["split"].to_pylist()) == "held_out"
-        self._fit_N, self._held_out_N = valid_N & ~held_out_N, valid_N & held_out_N
+        valid_N, fit_N = table["valid"].to_numpy(), np.asarray(table["split"].to_pylist()) == "fit"
+        chosen_N = valid_N & chosen_examples(table, paths.mispredicted_only)
+        self._fit_N, self._held_out_N, self._other_N = chosen_N & fit_N, chosen_N & ~fit_N, valid_N & ~chosen_N
+        self._origin = origin
         self._options, self._device, self._timeout_s = options, torch.device(device), timeout_s
         self._memory_limit_bytes = memory_limit_bytes
         self._rank, self._size = rank, size
         self._fit: list[ShardRows] = []
         self._held_out: list[ShardRows] = []
-        """Of this worker's shards: the examples that the components are fitted on, and the others."""
+        self._others: list[ShardRows] = []
+        """Of this worker's shards: the examples that the components are fitted on, those held out, and the others."""
         self._examples: ExampleShard | None = None
-        """The former."""
+        """The first."""
         self._state: SolverState | None = None
         self._rendezvous: dist.TCPStore | None = None
         self._sent_bytes = 0
@@ -148,16 +166,28 @@ class SolverWorker:
         """
         for shard in sorted(checksums)[self._rank :: self._size]:
             bounds = slice(*self._store.plan.bounds(shard))
-            for own, chosen_N in ((self._fit, self._fit_N), (self._held_out, self._held_out_N)):
+            parts = ((self._fit, self._fit_N), (self._held_out, self._held_out_N), (self._others, self._other_N))
+            for own, chosen_N in parts:
                 own.append(ShardRows(shard, checksums[shard], np.flatnonzero(chosen_N[bounds])))
         self._examples = self._example_shard(self._fit, self._memory_limit_bytes)
 
     def initialize(self) -> NDArray[np.float64]:
-        """Starting components, from a subsample that depends on the seed and the examples only."""
+        """Starting components, from a subsample that depends on the seed and the examples only, or of another run."""
+        if self._origin is not None and not self._origin.frozen:
+            return self._origin.components_KD
         fit = np.flatnonzero(self._fit_N)
         chosen = fit[subsample_indices(len(fit), self._options.subsample, self._options.seed)]
         factors_MRD = torch.from_numpy(self._store.read_rows(chosen, ["factors"])["factors"]).to(self._device)
-        start_KD = initialize(factors_MRD, self._options.n_components, self._options.seed, self._options.n_starts)
+        options, origin = self._options, self._origin
+        start_KD = initialize(
+            factors_MRD,
+            options.n_components,
+            options.seed,
+            options.n_starts,
+            frozen_KD=torch.from_numpy(origin.components_KD.copy()) if origin is not None else None,
+            l1=options.l1,
+            orthogonality=options.orthogonality,
+        )
         return start_KD.cpu().numpy()
 
     def start(self, components_KD: NDArray[np.float64]) -> None:
@@ -176,8 +206,8 @@ class SolverWorker:
     def step(self) -> Step:
         """One pass and one step."""
         state, sent_before = self._current_state(), self._sent_bytes
-        statistics = self._reduced(self._own_examples().accumulate(state.components_KD))
-        candidates = self._candidates(state) if bool(statistics.dead_K.any()) else None
+        statistics = self._reduced(self._own_examples().accumulate(state.components_KD, l1=self._options.l1))
+        candidates = self._candidates(state) if bool(free_dead(statistics, self._options).any()) else None
         self._state, record = advance(state, statistics, self._options, candidates)
         return Step(record, stopping_reason(self._state, self._options), self._sent_bytes - sent_before)
 
@@ -189,17 +219,21 @@ class SolverWorker:
 
     def finish(self) -> SolverResult:
         """The best accepted components in canonical order, and coefficients that are optimal for them."""
-        best_KD = self._current_state().best_components_KD
-        fit = self._reduced(self._own_examples().finish(best_KD))
+        best_KD, l1 = self._current_state().best_components_KD, self._options.l1
+        fit = self._reduced(self._own_examples().finish(best_KD, l1=l1))
         # They are needed once: it does not pay to keep them in memory.
-        held_out_examples = self._example_shard(self._held_out, memory_limit_bytes=0)
-        held_out = self._reduced(held_out_examples.finish(best_KD))
-        order_K, signs_K = canonical_order(best_KD, fit.energy_K)
+        held_out_examples, other_examples = (
+            self._example_shard(chosen, memory_limit_bytes=0) for chosen in (self._held_out, self._others)
+        )
+        held_out = self._reduced(held_out_examples.finish(best_KD, l1=l1))
+        other_examples.finish(best_KD, l1=l1)
+        order_K, signs_K = canonical_order(best_KD, fit.energy_K, self._options.n_frozen)
         loss = fit.loss(best_KD)
         return SolverResult(
             components_KD=(best_KD[order_K] * signs_K[:, None]).cpu().numpy(),
-            coefficients=self._all_coefficients(held_out_examples, order_K),
+            coefficients=self._all_coefficients(held_out_examples, other_examples, order_K),
             loss=loss,
+            objective=loss + fit.penalties(best_KD, l1, self._options.orthogonality),
             explained=explained(loss, fit.fisher_square_sum),
             explained_held_out=(
                 explained(held_out.loss(best_KD), held_out.fisher_square_sum)
@@ -219,10 +253,13 @@ class SolverWorker:
     def _example_shard(self, chosen: list[ShardRows], memory_limit_bytes: int) -> ExampleShard:
         return ExampleShard(stored_factors(self._store, chosen, self._device, memory_limit_bytes))
 
-    def _all_coefficients(self, held_out: ExampleShard, order_K: Tensor) -> dict[int, NDArray[np.float32]]:
+    def _all_coefficients(
+        self, held_out: ExampleShard, others: ExampleShard, order_K: Tensor
+    ) -> dict[int, NDArray[np.float32]]:
         """Coefficients of every stored shard's examples, in their places; invalid ones are NaN."""
         found: dict[int, NDArray[np.float32]] = {}
-        for part, examples in ((self._fit, self._own_examples()), (self._held_out, held_out)):
+        parts = ((self._fit, self._own_examples()), (self._held_out, held_out), (self._others, others))
+        for part, examples in parts:
             for chosen, coefficients_NK in _by_shard(part, examples):
                 start, stop = self._store.plan.bounds(chosen.shard)
                 rows_NK = found.setdefault(
@@ -256,6 +293,13 @@ class SolverWorker:
             except RuntimeError as error:
                 raise WorkerLostError(f"the all-gather failed ({_first_line(error)})") from None
         return merge_candidates([Candidates.unpack(candidates) for candidates in gathered])
+
+
+def chosen_examples(examples: pa.Table, mispredicted_only: bool) -> NDArray[np.bool_]:
+    """Which examples (N,) count: all, or those whose prediction is known to be wrong."""
+    if not mispredicted_only:
+        return np.ones(len(examples), dtype=bool)
+    return np.array([correct is False for correct in examples["correct"].to_pylist()])
 
 
 def _coefficients_name(shard: int) -> str:

@@ -19,7 +19,7 @@ LOSSES = 3
 _BACK_OFF_S = 5.0
 """Wait before the next group where one was lost without progress: a cluster takes a while to see that a node died."""
 
-_HISTORY = ("iteration", "loss", "explained", "mu", "accepted", "n_dead", "seconds", "sent_bytes")
+_HISTORY = ("iteration", "loss", "objective", "explained", "mu", "accepted", "n_dead", "seconds", "sent_bytes")
 
 
 @dataclass(frozen=True)

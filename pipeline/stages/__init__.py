@@ -26,6 +26,7 @@ from pipeline.stage import executor_for, recorded
 from pipeline.stages.factorize_stage import factorize
 from pipeline.stages.fisher_stage import compute_fishers
 from pipeline.stages.lift_stage import lift
+from pipeline.stages.transform_stage import transform
 from pipeline.stages.verify_stage import verify
 from pipeline.store import StoreError
 from pipeline.tasks import TaskError
@@ -40,6 +41,7 @@ __all__ = [
     "report",
     "run",
     "submit",
+    "transform",
     "verify",
 ]
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipeline.factorization import InvalidProblemError, SolverOptions, near_duplicates
+from pipeline.metrics import metrics_writer
 from pipeline.progress import ProgressDisplay, SilentProgress
 from pipeline.result_tables import (
     rows_to_columns,
@@ -15,11 +18,12 @@ from pipeline.result_tables import (
 )
 from pipeline.run_directory import RunDirectory
 from pipeline.runtime.executor import Executor
-from pipeline.runtime.solver_actor import SolverPaths, SolverWorker
+from pipeline.runtime.solver_actor import Origin, SolverPaths, SolverWorker, chosen_examples
 from pipeline.runtime.solver_driver import SolverRun, run_solver
 from pipeline.stage import (
     Summary,
     checksums_of,
+    components_of,
     device_of,
     executor_for,
     open_stage,
@@ -45,10 +49,11 @@ def factorize(
         progress, config, wanted = progress or SilentProgress(), run.config, run.config.factorization
         fishers, checksums, n_fit = record_of(run, "fishers"), checksums_of(run), _count_fit_examples(run)
         validate_problem(config, n_fit, fishers["rank"])
+        origin, metrics = _origin(run), metrics_writer(run.path / "metrics", wanted.metrics)
         worker = worker_spec(
             run,
             SolverWorker,
-            paths=SolverPaths(run.fishers, run.table("examples")),
+            paths=SolverPaths(run.fishers, run.table("examples"), wanted.examples == "mispredicted"),
             options=SolverOptions(
                 n_components=wanted.n_components,
                 max_iterations=wanted.max_iterations,
@@ -56,23 +61,32 @@ def factorize(
                 n_starts=wanted.n_starts,
                 subsample=wanted.subsample,
                 seed=config.seed,
+                l1=wanted.l1,
+                orthogonality=wanted.orthogonality,
+                n_frozen=len(origin.components_KD) if origin is not None and origin.frozen else 0,
             ),
+            origin=origin,
             device=device_of(config),
             timeout_s=config.executor.timeout_s,
             memory_limit_bytes=wanted.memory_limit_mb * 2**20,
         )
-        config_hash = config.signature("factorization", "seed") + fishers["signature"]
+        config_hash = config.factorization_signature() + fishers["signature"]
         with (
             executor_for(run, executor) as workers,
             progress.stage("factorize", wanted.max_iterations, "steps") as tick,
         ):
+
+            def on_iteration(row: dict[str, Any]) -> None:
+                metrics(row)
+                tick(row["iteration"], f"explained {row['explained']:.4f}")
+
             solved = run_solver(
                 workers,
                 worker,
                 CheckpointStore(run.checkpoints, config_hash=config_hash),
                 checksums,
                 checkpoint_every=wanted.checkpoint_every,
-                on_iteration=lambda row: tick(row["iteration"], f"explained {row['explained']:.4f}"),
+                on_iteration=on_iteration,
                 on_event=progress.say,
             )
             tick(solved.history[-1]["iteration"], solved.stopped, last=True)
@@ -92,7 +106,14 @@ def _count_fit_examples(run: RunDirectory) -> int:
         InvalidProblemError: there is nothing in them to factorize.
     """
     examples = read_table(run.table("examples"), "examples")
-    n_fit = int((examples["valid"].to_numpy() & (np.asarray(examples["split"].to_pylist()) == "fit")).sum())
+    valid_N, fit_N = examples["valid"].to_numpy(), np.asarray(examples["split"].to_pylist()) == "fit"
+    mispredicted_only = run.config.factorization.examples == "mispredicted"
+    n_fit = int((valid_N & fit_N & chosen_examples(examples, mispredicted_only)).sum())
+    if n_fit == 0 and mispredicted_only and bool((valid_N & fit_N).any()):
+        raise InvalidProblemError(
+            "no example to fit on is known to be mispredicted: set factorization.examples: all, or give examples with "
+            "labels"
+        )
     if n_fit == 0:
         raise InvalidProblemError(
             "none of the examples that the components are to be fitted on has finite logits and gradients: look for "
@@ -106,6 +127,25 @@ def _count_fit_examples(run: RunDirectory) -> int:
     return n_fit
 
 
+def _origin(run: RunDirectory) -> Origin | None:
+    """The components of another run that this one starts from or expands.
+
+    Raises:
+        RunDirectoryError: they are of another space.
+        InvalidProblemError: their number does not fit.
+    """
+    wanted = run.config.factorization
+    if (other := wanted.start_from or wanted.expand) is None:
+        return None
+    components_KD = components_of(run, other)
+    if wanted.start_from is not None and len(components_KD) != wanted.n_components:
+        raise InvalidProblemError(
+            f"{other} has {len(components_KD)} components: set factorization.n_components to that, or use "
+            "factorization.expand to add some"
+        )
+    return Origin(components_KD, frozen=wanted.expand is not None)
+
+
 def _write_solution(run: RunDirectory, solved: SolverRun, n_fit: int) -> Summary:
     """Everything that the solver's workers found, on disk; what is worth saying of it."""
     result = solved.results[0]
@@ -114,6 +154,7 @@ def _write_solution(run: RunDirectory, solved: SolverRun, n_fit: int) -> Summary
     summary = {
         "n_components": len(result.components_KD),
         "loss": result.loss,
+        "objective": result.objective,
         "explained": result.explained,
         "explained_held_out": result.explained_held_out,
         "n_iter": solved.history[-1]["iteration"],
@@ -121,12 +162,23 @@ def _write_solution(run: RunDirectory, solved: SolverRun, n_fit: int) -> Summary
         "n_fit": n_fit,
         "near_duplicates": near_duplicates(torch.tensor(result.components_KD)),
     }
+    write_solution(run, result.components_KD, coefficients_NK, solved.history, summary)
+    return summary
+
+
+def write_solution(
+    run: RunDirectory,
+    components_KD: NDArray[np.float64],
+    coefficients_NK: NDArray[np.float32],
+    history: list[dict[str, Any]],
+    summary: Summary,
+) -> None:
+    """Components and coefficients on disk, and their tables; what followed from former ones is taken away."""
     run.reopen("factorize")
-    for stage in ("lift", "verify"):  # which are of the components that were there before, if there were any
+    for stage in ("lift", "verify"):
         run.reopen(stage)
         shutil.rmtree(run.partial_results(stage), ignore_errors=True)
     shutil.rmtree(run.directions, ignore_errors=True)
-    write_factorization(run.factorization, result.components_KD, coefficients_NK, summary)
-    write_component_tables(run, result.components_KD, coefficients_NK)
-    write_table(run.table("history"), "history", rows_to_columns(solved.history, "history"))
-    return summary
+    write_factorization(run.factorization, components_KD, coefficients_NK, summary)
+    write_component_tables(run, components_KD, coefficients_NK)
+    write_table(run.table("history"), "history", rows_to_columns(history, "history"))

@@ -47,7 +47,8 @@ SCHEMAS: dict[str, pa.Schema] = {
     "top_examples": _schema("component:int split:str rank:int example:int coefficient:float"),
     "coefficients": _schema("example:int component:int coefficient:float"),
     "history": _schema(
-        "iteration:int loss:float explained:float mu:float accepted:bool n_dead:int seconds:float sent_bytes:int"
+        "iteration:int loss:float objective:float explained:float mu:float accepted:bool n_dead:int seconds:float"
+        " sent_bytes:int"
     ),
     "layer_energy": _schema("component:int parameter:str energy:float"),
     "verification": _schema(
@@ -70,7 +71,8 @@ components: `mass` Σ_i W_ij and `energy` Σ_i W_ij² over the fit examples; `ne
     single component; `lift_cosine` of the sketched direction to the component, null before the lift.
 top_examples: `rank` from 0, per component and split.
 coefficients: the non-zero W_ij, by component, then descending.
-history: one row per iteration of the solver; `sent_bytes` by each worker to all others together, in that iteration.
+history: one row per iteration of the solver; `objective` is the loss with the penalties, `sent_bytes` are those of each
+    worker to all others together, in that iteration.
 layer_energy: share of the squared norm of a component's direction in each parameter; sums to 1.
 verification: one row per (component, examples "fit" or "held_out", sign +1 or -1); accuracies are null without labels.
 """

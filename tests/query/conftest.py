@@ -205,6 +205,7 @@ def _history() -> pa.Table:
         {
             "iteration": list(range(30)),
             "loss": losses,
+            "objective": losses,
             "explained": 1 - losses / 300,
             "mu": 0.1 * 0.8 ** np.arange(30),
             "accepted": accepted,

@@ -201,7 +201,9 @@ class StubSolver:
         if self._rank == 1 and self._iteration == self._stops_at and not self._mark.exists():
             self._mark.touch()
             os.kill(os.getpid(), signal.SIGSTOP)
-        record = IterationRecord(iteration=self._iteration, loss=1.0, explained=0.0, mu=1.0, accepted=True, n_dead=0)
+        record = IterationRecord(
+            iteration=self._iteration, loss=1.0, objective=1.0, explained=0.0, mu=1.0, accepted=True, n_dead=0
+        )
         return Step(record, "counted" if self._iteration == 6 else None, 0)
 
     def save(self, folder: Path):

@@ -1,0 +1,65 @@
+"""The solver's history while it is made, for those who watch: JSON lines, or TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.config import ConfigError
+
+Metrics = Callable[[dict[str, Any]], None]
+"""Is given each new row of the history. An iteration that comes again, after a crash, replaces what came after it."""
+
+
+def metrics_writer(folder: Path, kind: Literal["none", "jsonl", "tensorboard"]) -> Metrics:
+    """What the run file's ``factorization.metrics`` asks for.
+
+    Raises:
+        ConfigError: TensorBoard is not installed.
+    """
+    if kind == "none":
+        return lambda _: None
+    return _JsonLines(folder / "factorize.jsonl") if kind == "jsonl" else _TensorBoard(folder)
+
+
+class _JsonLines:
+    def __init__(self, path: Path) -> None:
+        self._path, self._last = path, float("inf")
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        if row["iteration"] <= self._last:
+            self._rewind(row["iteration"])
+        self._last = row["iteration"]
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _rewind(self, iteration: int) -> None:
+        """Keep the lines of earlier iterations; a line that a crash cut short is none."""
+        self._path.parent.mkdir(exist_ok=True)
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True) if self._path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] < iteration]
+        self._path.write_text("".join(kept), encoding="utf-8")
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError(
+                "factorization.metrics: tensorboard needs TensorBoard: pip install tensorboard, or choose jsonl"
+            ) from None
+        self._make = lambda iteration: SummaryWriter(str(folder), purge_step=iteration)
+        self._writer: Any = None
+        self._last = float("inf")
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        if row["iteration"] <= self._last:
+            self._writer = self._make(row["iteration"])
+        self._last = row["iteration"]
+        for name, value in row.items():
+            if name != "iteration":
+                self._writer.add_scalar(f"factorize/{name}", float(value), row["iteration"])
+        self._writer.flush()

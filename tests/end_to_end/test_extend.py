@@ -1,0 +1,192 @@
+"""Going on with a finished factorization, and using one run's components in another."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import stages
+from pipeline.cli import main
+from pipeline.config import ConfigError, RunConfig
+from pipeline.factorization import InvalidProblemError, nnls
+from pipeline.metrics import metrics_writer
+from pipeline.run_directory import RunDirectory, RunDirectoryError
+from pipeline.runtime.solver_actor import SolverWorker
+from pipeline.stage import recorded
+from pipeline.store import FisherStore, open_factorization, read_table
+
+
+def config(run_dir: Path, limit: int = 60, seed: int = 0, **factorization: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "run_dir": str(run_dir),
+            "seed": seed,
+            "task": {"name": "digits", "options": {"limit": limit, "epochs": 1}},
+            "fishers": {"sketch": {"dim": 64}, "shard_size": 16},
+            "factorization": {"n_components": 3, "max_iterations": 4, "tolerance": 1e-12} | factorization,
+            "executor": {"kind": "serial"},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def factorized(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    run = RunDirectory.create(config(tmp_path_factory.mktemp("extend") / "run"))
+    stages.compute_fishers(run)
+    stages.factorize(run)
+    return run
+
+
+def beside(run: RunDirectory, run_dir: Path, **factorization: Any) -> RunDirectory:
+    """Another run with the Fishers of `run`."""
+    other = RunDirectory.create(config(run_dir, **factorization))
+    shutil.copytree(run.path, run_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns("run.yaml", "checkpoints"))
+    for stage in ("factorize",):
+        other.reopen(stage)
+    shutil.rmtree(other.factorization)
+    return other
+
+
+def arrays(run: RunDirectory) -> tuple[np.ndarray, np.ndarray]:
+    stored = open_factorization(run.factorization)
+    return stored.read_components(), stored.read_coefficients()
+
+
+def test_a_raised_limit_continues_a_finished_run_bit_for_bit(factorized: RunDirectory, tmp_path: Path) -> None:
+    shutil.copytree(factorized.path, tmp_path / "short")
+    with pytest.raises(SystemExit) as end:
+        main(["factorize", str(tmp_path / "short"), "--max-iterations", "9"])
+    assert end.value.code in (0, None)
+    continued = RunDirectory.open(tmp_path / "short")
+    assert continued.config.factorization.max_iterations == 9
+    whole = beside(factorized, tmp_path / "whole", max_iterations=9)
+    stages.factorize(whole)
+    for one, other in zip(arrays(continued), arrays(whole), strict=True):
+        np.testing.assert_array_equal(one, other)
+    columns = ["iteration", "loss", "mu", "accepted"]
+    histories = [read_table(run.table("history"), "history").select(columns) for run in (continued, whole)]
+    assert histories[0].equals(histories[1])
+    assert len(histories[0]) == 9
+    again = stages.factorize(continued)
+    assert again["n_iter"] == 9
+    with pytest.raises(RunDirectoryError, match=r"differs in factorization\.max_iterations"):
+        RunDirectory.create(continued.config.with_max_iterations(5))
+
+
+def test_a_run_that_crashed_repeats_the_same_bits(
+    factorized: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = beside(factorized, tmp_path / "broken", max_iterations=8, checkpoint_every=3, metrics="jsonl")
+    step, calls = SolverWorker.step, []
+
+    def dying_step(worker: SolverWorker) -> Any:
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return step(worker)
+
+    monkeypatch.setattr(SolverWorker, "step", dying_step)
+    with pytest.raises(KeyboardInterrupt):
+        stages.factorize(broken)
+    stages.factorize(broken)
+    whole = beside(factorized, tmp_path / "whole", max_iterations=8)
+    stages.factorize(whole)
+    for one, other in zip(arrays(broken), arrays(whole), strict=True):
+        np.testing.assert_array_equal(one, other)
+    lines = (broken.path / "metrics" / "factorize.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == list(range(1, 9))
+
+
+def test_a_run_starts_from_the_components_of_another(factorized: RunDirectory, tmp_path: Path) -> None:
+    before = recorded(factorized, "factorize")
+    warm = beside(factorized, tmp_path / "warm", start_from=str(factorized.path), max_iterations=2)
+    summary = stages.factorize(warm)
+    assert before is not None
+    assert summary["loss"] <= before["loss"] * (1 + 1e-6)
+    wrong = beside(factorized, tmp_path / "wrong", start_from=str(factorized.path), n_components=4)
+    with pytest.raises(InvalidProblemError, match="has 3 components"):
+        stages.factorize(wrong)
+
+
+def test_an_expanded_run_keeps_the_components_and_adds_others(factorized: RunDirectory, tmp_path: Path) -> None:
+    more = beside(factorized, tmp_path / "more", expand=str(factorized.path), n_components=5)
+    summary = stages.factorize(more)
+    np.testing.assert_allclose(arrays(more)[0][:3], arrays(factorized)[0], rtol=0, atol=1e-14)
+    assert len(arrays(more)[0]) == summary["n_components"] == 5
+    assert summary["explained"] > recorded(factorized, "factorize")["explained"]  # type: ignore[index]
+    with pytest.raises(InvalidProblemError, match="leave none to fit"):
+        stages.factorize(beside(factorized, tmp_path / "none", expand=str(factorized.path)))
+
+
+def test_only_mispredicted_examples_are_fitted_and_all_get_coefficients(
+    factorized: RunDirectory, tmp_path: Path
+) -> None:
+    run = beside(factorized, tmp_path / "wrong", examples="mispredicted")
+    summary = stages.factorize(run)
+    examples = read_table(run.table("examples"), "examples").to_pandas()
+    chosen = (~examples["correct"].astype(bool) & (examples["split"] == "fit")).to_numpy()
+    assert 0 < summary["n_fit"] == chosen.sum() < (examples["split"] == "fit").sum()
+    components_KD, coefficients_NK = arrays(run)
+    factors_NRD = FisherStore.open(run.fishers).read_rows(np.arange(len(examples)), ["factors"])["factors"]
+    h_KD, a_NRD = torch.from_numpy(components_KD), torch.from_numpy(factors_NRD).double()
+    expected = nnls((a_NRD @ h_KD.T).square().sum(dim=1), (h_KD @ h_KD.T).square())
+    np.testing.assert_allclose(coefficients_NK, expected, atol=1e-5)
+    fishers = a_NRD.mT @ a_NRD
+    residuals = fishers - torch.einsum("nk,kd,ke->nde", expected, h_KD, h_KD)
+    assert summary["loss"] == pytest.approx(float(residuals[chosen].square().sum()), rel=1e-4)
+
+
+def test_new_examples_are_transformed_in_a_new_run(factorized: RunDirectory, tmp_path: Path) -> None:
+    file = tmp_path / "new.yaml"
+    file.write_text(config(tmp_path / "new", limit=40).to_yaml())
+    with pytest.raises(SystemExit) as end:
+        main(["transform", str(factorized.path), "--run", str(file)])
+    assert end.value.code in (0, None)
+    new = RunDirectory.open(tmp_path / "new")
+    components_KD, coefficients_NK = arrays(new)
+    np.testing.assert_array_equal(components_KD, arrays(factorized)[0])
+    factors_NRD = FisherStore.open(new.fishers).read_rows(np.arange(40), ["factors"])["factors"]
+    h_KD, a_NRD = torch.from_numpy(components_KD), torch.from_numpy(factors_NRD).double()
+    expected = nnls((a_NRD @ h_KD.T).square().sum(dim=1), (h_KD @ h_KD.T).square())
+    np.testing.assert_allclose(coefficients_NK, expected, atol=1e-5)
+    assert stages.transform(new, factorized.path)["stopped"] == "transformed"
+    assert stages.open_components(new.path).top_examples(0, n=2).num_rows == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"seed": 1}, "sketch or seed"), ({"n_components": 4}, "has 3 components")]
+)
+def test_a_run_of_another_space_is_refused(
+    factorized: RunDirectory, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    new = RunDirectory.create(config(tmp_path / "new", limit=20, **changes))
+    with pytest.raises(stages.USER_ERRORS, match=said) as caught:
+        stages.transform(new, factorized.path)
+    assert "\n" not in str(caught.value)
+    assert not new.factorization.exists()
+
+
+def test_another_model_and_other_parameters_are_refused(factorized: RunDirectory, tmp_path: Path) -> None:
+    document = config(tmp_path / "new", limit=20).model_dump()
+    document["task"]["options"]["epochs"] = 2
+    document["parameters"] = {"exclude": ["*bias"]}
+    with pytest.raises(RunDirectoryError, match="differ in parameters, model"):
+        stages.transform(RunDirectory.create(RunConfig.model_validate(document)), factorized.path)
+
+
+def test_a_run_with_components_of_its_own_is_not_transformed(factorized: RunDirectory, tmp_path: Path) -> None:
+    shutil.copytree(factorized.path, tmp_path / "run")
+    with pytest.raises(RunDirectoryError, match="components of its own"):
+        stages.transform(RunDirectory.open(tmp_path / "run"), factorized.path)
+
+
+def test_metrics_without_tensorboard_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match="pip install tensorboard"):
+        metrics_writer(tmp_path, "tensorboard")
