@@ -21,7 +21,7 @@ def test_packing_is_exact_and_packs_add_up_to_the_pack_of_the_merge() -> None:
     unpacked = Statistics.unpack(parts[0].pack(), 5, 8)
     assert torch.equal(unpacked.pack(), parts[0].pack())
     assert unpacked.n_examples == 11
-    assert packed.shape == (5 * 8 + 5 * 5 + 3,)
+    assert packed.shape == (5 * 8 + 5 * 5 + 4,)
     merged = Statistics.zeros(5, 8)
     for part in parts:
         merged.merge(part)
