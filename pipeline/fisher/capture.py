@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from pipeline.fisher.errors import UnsupportedModelError
+from pipeline.fisher.layer_rules import linear, rule_for
 
 LogitsFunction = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> logits (B, C)."""
@@ -125,9 +126,7 @@ def watch(
 
     # first in line, so that the output is the module's own and not what another hook made of it
     handles = [
-        module.register_forward_hook(
-            hook_for(name, type(module).forward is nn.Linear.forward), prepend=True, with_kwargs=True
-        )
+        module.register_forward_hook(hook_for(name, rule_for(module, ()) is linear), prepend=True, with_kwargs=True)
         for name, module in modules.items()
     ]
     try:

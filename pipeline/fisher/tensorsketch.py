@@ -107,8 +107,8 @@ class Hashes:
 
     Drawn from (seed, name) and nothing else, by a counter-based generator. Parameters of one group (the query, key and
     value of an attention) share the window and the columns' hashes, as if they were one matrix: where they read the
-    same inputs they need one transform. Of the two sides one has random buckets, so that entries of a parameter meet
-    with probability 1/w whatever their rows and columns.
+    same inputs they need one transform. The longer side has stretches of consecutive buckets, which cost little, and
+    the other random ones, so that entries of a parameter meet with probability 1/w whatever their rows and columns.
     """
 
     start: int
@@ -122,8 +122,12 @@ class Hashes:
         group = _group(name)
         n_columns = math.prod(shape[1:])
         window = int(random_bits(f"window:{seed}:{group}", 1)[0] % np.uint64(dim // width))
-        rows = Side.rotated(f"rows:{seed}:{name}", shape[0] if shape else 1, width)
-        return cls(window * width, width, rows, Side.permuted(f"columns:{seed}:{group}:{n_columns}", n_columns, width))
+        n_rows = shape[0] if shape else 1
+        draw_rows, draw_columns = Side.rotated, Side.permuted
+        if n_rows < n_columns:
+            draw_rows, draw_columns = draw_columns, draw_rows
+        rows = draw_rows(f"rows:{seed}:{name}", n_rows, width)
+        return cls(window * width, width, rows, draw_columns(f"columns:{seed}:{group}:{n_columns}", n_columns, width))
 
     def to(self, device: torch.device) -> Hashes:
         return Hashes(self.start, self.width, self.rows.to(device), self.columns.to(device))
@@ -289,6 +293,6 @@ def fourier_is_cheaper(outer: Outer, width: int) -> bool:
     entries = R * G * o * i
     scattering = entries * (T * _MULTIPLY_NS + _SCATTER_NS)
     transform = width * math.log2(width) * _FFT_NS if width > 1 else 0.0
-    deltas_ns, inputs_ns = (_SCATTER_NS, _FOLD_NS) if outer.inputs_first else (_FOLD_NS, _SCATTER_NS)
+    deltas_ns, inputs_ns = (_FOLD_NS, _SCATTER_NS) if o > i else (_SCATTER_NS, _FOLD_NS)
     sketching = live * (R * (o * deltas_ns + transform + width / 2 * _PRODUCT_NS) + i * inputs_ns + transform)
     return sketching < scattering

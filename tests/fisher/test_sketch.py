@@ -99,13 +99,16 @@ def test_hashes_depend_on_seed_and_names_only() -> None:
     one = Hashes.draw(3, "block.layer.weight", (5, 7), 4096, 1024)
     # pinned: a stored sketch must mean the same with every later version
     assert (one.start, one.width) == (1024, 1024)
-    assert one.rows.buckets.tolist() == [136, 137, 138, 139, 140]
+    assert one.rows.buckets.tolist() == [393, 521, 57, 795, 718]
     assert one.rows.signs.tolist() == [1, -1, 1, 1, -1]
-    assert one.columns.buckets.tolist() == [977, 260, 400, 657, 610, 468, 959]
+    assert one.columns.buckets.tolist() == list(range(474, 481))
     assert one.columns.signs.tolist() == [1, 1, 1, 1, 1, -1, 1]
     for seed, name in ((4, "block.layer.weight"), (3, "block.other.weight")):
         assert not torch.equal(one.rows.buckets, Hashes.draw(seed, name, (5, 7), 4096, 1024).rows.buckets)
     assert torch.equal(one.rows.buckets, Hashes.draw(3, "block.layer.weight", (5, 70), 4096, 1024).rows.buckets)
+    tall = Hashes.draw(3, "block.layer.weight", (7, 5), 4096, 1024)
+    assert tall.rows.buckets.tolist() == list(range(136, 143))
+    assert tall.columns.stretches is None
 
 
 def test_rows_collide_only_where_there_are_more_than_buckets() -> None:
