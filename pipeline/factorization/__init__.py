@@ -9,6 +9,15 @@ from pipeline.factorization.matching import canonical_order, match_components, n
 from pipeline.factorization.nnls import hals_, nnls
 from pipeline.factorization.objective import Candidates, Statistics, explained, merge_candidates
 from pipeline.factorization.problem import InvalidProblemError, validate_factors, validate_size
+from pipeline.factorization.selection import (
+    Evidence,
+    Recommendation,
+    evidence,
+    recommend,
+    search,
+    split_halves,
+    stability,
+)
 from pipeline.factorization.solver import (
     Factorization,
     IterationRecord,
@@ -22,15 +31,18 @@ from pipeline.factorization.solver import (
 
 __all__ = [
     "Candidates",
+    "Evidence",
     "ExampleShard",
     "Factorization",
     "InvalidProblemError",
     "IterationRecord",
+    "Recommendation",
     "SolverOptions",
     "SolverState",
     "Statistics",
     "advance",
     "canonical_order",
+    "evidence",
     "explained",
     "gauss_newton_step",
     "hals_",
@@ -40,7 +52,11 @@ __all__ = [
     "merge_candidates",
     "near_duplicates",
     "nnls",
+    "recommend",
+    "search",
     "solve",
+    "split_halves",
+    "stability",
     "stopping_reason",
     "subsample_indices",
     "validate_factors",

@@ -27,6 +27,7 @@ from pipeline.stage import (
     validate_problem,
     worker_spec,
 )
+from pipeline.stages.stability import component_stability
 from pipeline.store import (
     CheckpointStore,
     read_table,
@@ -43,7 +44,7 @@ def factorize(
         if stage.done:
             return stage.done
         progress, config, wanted = progress or SilentProgress(), run.config, run.config.factorization
-        fishers, checksums, n_fit = record_of(run, "fishers"), checksums_of(run), _count_fit_examples(run)
+        fishers, checksums, n_fit = record_of(run, "fishers"), checksums_of(run), count_fit_examples(run)
         validate_problem(config, n_fit, fishers["rank"])
         worker = worker_spec(
             run,
@@ -75,7 +76,8 @@ def factorize(
                 on_event=progress.say,
             )
             tick(solved.history[-1]["iteration"], solved.stopped, last=True)
-        summary = _write_solution(run, solved, n_fit)
+            stability_K = component_stability(run, workers, solved.results[0].components_KD, progress)
+        summary = _write_solution(run, solved, n_fit, stability_K)
         progress.say(
             f"explained {summary['explained']:.4f} of the fitted Fishers"
             + (f", {summary['explained_held_out']:.4f} of the held-out ones" if summary["explained_held_out"] else "")
@@ -84,7 +86,7 @@ def factorize(
         return stage.complete(summary)
 
 
-def _count_fit_examples(run: RunDirectory) -> int:
+def count_fit_examples(run: RunDirectory) -> int:
     """Examples that the components are fitted on.
 
     Raises:
@@ -105,7 +107,7 @@ def _count_fit_examples(run: RunDirectory) -> int:
     return n_fit
 
 
-def _write_solution(run: RunDirectory, solved: SolverRun, n_fit: int) -> Summary:
+def _write_solution(run: RunDirectory, solved: SolverRun, n_fit: int, stability_K: np.ndarray | None) -> Summary:
     """Everything that the solver's workers found, on disk; what is worth saying of it."""
     result = solved.results[0]
     coefficients = {shard: rows for part in solved.results for shard, rows in part.coefficients.items()}
@@ -118,6 +120,7 @@ def _write_solution(run: RunDirectory, solved: SolverRun, n_fit: int) -> Summary
         "n_iter": solved.history[-1]["iteration"],
         "stopped": solved.stopped,
         "n_fit": n_fit,
+        "median_stability": None if stability_K is None else float(np.median(stability_K)),
         "near_duplicates": near_duplicates(torch.tensor(result.components_KD)),
     }
     run.reopen("factorize")
@@ -126,6 +129,6 @@ def _write_solution(run: RunDirectory, solved: SolverRun, n_fit: int) -> Summary
         shutil.rmtree(run.partial_results(stage), ignore_errors=True)
     shutil.rmtree(run.directions, ignore_errors=True)
     write_factorization(run.factorization, result.components_KD, coefficients_NK, summary)
-    write_component_tables(run, result.components_KD, coefficients_NK)
+    write_component_tables(run, result.components_KD, coefficients_NK, stability_K)
     write_table(run.table("history"), "history", rows_to_columns(solved.history, "history"))
     return summary
