@@ -10,7 +10,7 @@ import pyarrow as pa
 from planted import Planted
 
 from pipeline.config import RunConfig
-from pipeline.result_tables import write_example_tables
+from pipeline.result_tables import write_example_tables, write_parameter_table
 from pipeline.run_directory import RunDirectory
 from pipeline.store import CompletionRecord, FisherStore, ShardRecords
 
@@ -18,7 +18,7 @@ _SIGNATURE = "planted"
 
 
 def write_planted_run(path: Path, planted: Planted, **sections: dict[str, Any]) -> RunDirectory:
-    """A run with a complete stage of Fishers, at `path`; `sections` of its run file, of the serial executor by default."""
+    """A run with a complete stage of Fishers, at `path`; `sections` of its run file, serial by default."""
     n_examples, rank, dim = planted.factors_NRD.shape
     document = {
         "run_dir": str(path),
@@ -37,6 +37,7 @@ def write_planted_run(path: Path, planted: Planted, **sections: dict[str, Any]) 
         records.write(CompletionRecord(shard, start, stop, checksum, 0, 0.0, _SIGNATURE))
     ids = [f"example-{i}" for i in range(n_examples)]
     write_example_tables(run, pa.table({"id": ids}), ["no", "yes"])
+    write_parameter_table(run, {"weight": (dim,)}, {})
     run.complete("fishers", {"n_examples": n_examples, "n_invalid": 0, "n_classes": 2, "rank": rank, "sketch_dim": dim,
                              "n_shards": store.plan.n_shards, "signature": _SIGNATURE})  # fmt: skip
     return run

@@ -242,6 +242,6 @@ def _reason(rows: Sequence[Evidence], best: int, saturated: int, sharp: bool) ->
         )
     return (
         f"{found}; a further one adds less than {_IMMATERIAL:.0%} of what these do on average, yet explained variance "
-        f"goes on rising slowly ({above.explained_held_out:.3f} with {above.n_components}): no number is clearly right, "
-        "this one is a compromise"
+        f"rises on ({above.explained_held_out:.3f} with {above.n_components}): no number is clearly right, this one is "
+        "a compromise"
     )

@@ -62,20 +62,18 @@ def factorize(
             timeout_s=config.executor.timeout_s,
         )
         config_hash = config.signature("factorization", "seed") + fishers["signature"]
-        with (
-            executor_for(run, executor) as workers,
-            progress.stage("factorize", wanted.max_iterations, "steps") as tick,
-        ):
-            solved = run_solver(
-                workers,
-                worker,
-                CheckpointStore(run.checkpoints, config_hash=config_hash),
-                checksums,
-                checkpoint_every=wanted.checkpoint_every,
-                on_iteration=lambda row: tick(row["iteration"], f"explained {row['explained']:.4f}"),
-                on_event=progress.say,
-            )
-            tick(solved.history[-1]["iteration"], solved.stopped, last=True)
+        with executor_for(run, executor) as workers:
+            with progress.stage("factorize", wanted.max_iterations, "steps") as tick:
+                solved = run_solver(
+                    workers,
+                    worker,
+                    CheckpointStore(run.checkpoints, config_hash=config_hash),
+                    checksums,
+                    checkpoint_every=wanted.checkpoint_every,
+                    on_iteration=lambda row: tick(row["iteration"], f"explained {row['explained']:.4f}"),
+                    on_event=progress.say,
+                )
+                tick(solved.history[-1]["iteration"], solved.stopped, last=True)
             stability_K = component_stability(run, workers, solved.results[0].components_KD, progress)
         summary = _write_solution(run, solved, n_fit, stability_K)
         progress.say(
