@@ -48,9 +48,9 @@ SCHEMAS: dict[str, pa.Schema] = {
     "coefficients": _schema("example:int component:int coefficient:float"),
     "history": _schema("iteration:int loss:float explained:float mu:float accepted:bool n_dead:int seconds:float"),
     "selection": _schema(
-        "n_components:int n_fits:int explained:float explained_held_out:float explained_held_out_sd:float? "
-        "cosine_seeds:float? cosine_halves:float n_come_back:float balance:float "
-        "silhouette_mean:float? silhouette_min:float? recommended:bool"
+        "n_components:int recommended:bool explained_held_out:float n_come_back:float balance:float "
+        "cosine_seeds:float? cosine_halves:float silhouette_mean:float? silhouette_min:float? "
+        "explained:float explained_held_out_sd:float? n_fits:int"
     ),
     "selection_fits": _schema(
         "n_components:int seed:int part:str explained:float explained_held_out:float? n_iter:int stopped:str "
