@@ -68,7 +68,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/selection.json"))
     arguments = parser.parse_args()
     selection = {"components": arguments.components, "seeds": arguments.seeds}
-    results = []
+    output: Path = arguments.output
+    output.parent.mkdir(parents=True, exist_ok=True)
+    about, results = machine(), []
     print(f"{'planted':>8}{'data seed':>10}{'found':>7}{'sharp':>7}{'fits':>6}{'CPU s':>8}")
     for n_components in arguments.planted:
         for data_seed in arguments.data_seeds:
@@ -79,11 +81,10 @@ def main() -> None:
                 f"{row['cpu_seconds']:>8.0f}",
                 flush=True,
             )
+            output.write_text(json.dumps({"machine": about, "results": results}, indent=2) + "\n")
     near = sum(abs(row["found"] - row["planted"]) <= 1 for row in results)
     print(f"{near} of {len(results)} within 1 of what was planted")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n")
-    print(f"written to {arguments.output}")
+    print(f"written to {output}")
 
 
 if __name__ == "__main__":
