@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipeline.factorization.estimator import NPEFF
     from pipeline.query import ComponentStore
     from pipeline.run_directory import RunDirectory
-    from pipeline.stages import compute_fishers, factorize, lift, report, run, verify
+    from pipeline.stages import compute_fishers, factorize, lift, report, run, select, verify
     from pipeline.tasks import Examples, Task
 
 _HOMES = {
@@ -32,6 +32,7 @@ _HOMES = {
     "compute_fishers": "pipeline.stages",
     "factorize": "pipeline.stages",
     "lift": "pipeline.stages",
+    "select": "pipeline.stages",
     "verify": "pipeline.stages",
     "report": "pipeline.stages",
 }
@@ -48,6 +49,7 @@ __all__ = [
     "lift",
     "report",
     "run",
+    "select",
     "verify",
 ]
 

@@ -170,6 +170,30 @@ def transform_command(
     progress.say(f"transform: complete, in {opened.path}")
 
 
+@app.command("select")
+def select_command(
+    run: Run,
+    components: Annotated[
+        str | None, typer.Option(help="Numbers of components to try: 8,16,32 or 8:64:8 (from, to, step).")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds, and splits into halves, to fit each with.")] = None,
+    refine: Annotated[
+        bool | None, typer.Option("--refine/--no-refine", help="Try further ones around the best of these.")
+    ] = None,
+    run_dir: RunDir = None,
+    workers: Workers = None,
+    address: Address = None,
+) -> None:
+    """How many components there should be: fits of a range of them, compared; asked again, it goes on."""
+    opened = _open(run, run_dir, workers, address)
+    asked = {"components": components, "seeds": seeds, "refine": refine}
+    changes = {name: value for name, value in asked.items() if value is not None}
+    opened = RunDirectory(opened.path, opened.config.with_selection(**changes))
+    stages.select(opened, progress=default_progress())
+    _print_for_people(stages.open_components(opened.path).table("selection"))
+    print(f"plot: {stages.report(opened)}#selection")
+
+
 @app.command("estimate")
 def estimate_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run file (YAML).")],
@@ -310,6 +334,12 @@ def similar(
 def components(context: typer.Context, output: Format = OutputFormat.TABLE) -> None:
     """All components, a row each."""
     _print_table(context.obj.components_table(), output)
+
+
+@query_app.command()
+def selection(context: typer.Context, output: Format = OutputFormat.TABLE) -> None:
+    """What `npeff select` found, a row for every number of components tried."""
+    _print_table(context.obj.table("selection"), output)
 
 
 @query_app.command()

@@ -20,7 +20,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 _VARIABLE = re.compile(r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -152,12 +162,62 @@ class FactorizationConfig(_Section):
     metrics: Literal["none", "jsonl", "tensorboard"] = "none"
     """Where the history goes, besides its table, while it is made: ``metrics/factorize.jsonl``, or TensorBoard events
     in ``metrics/`` (``pip install tensorboard``)."""
+    stability_examples: NonNegativeInt = 4096
+    """Examples, at most, whose two halves the components are fitted to again, to see which come back: the column
+    ``stability`` of the table of components. 0 leaves it null."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if self.start_from is not None and self.expand is not None:
             raise ValueError("start_from and expand exclude each other: remove one")
         return self
+
+
+class SelectionConfig(_Section):
+    components: tuple[PositiveInt, ...] = (8, 16, 24, 32, 48, 64)
+    """Numbers of components that ``npeff select`` tries at first: a list, or a text such as ``8:64:8``."""
+    refine: bool = True
+    """Whether to try further ones between the best of these and its neighbours, until these are next to it."""
+    seeds: PositiveInt = 3
+    """For each number and seed there are three fits: of all examples, and of the two halves of a split of its own."""
+    max_examples: PositiveInt = 4096
+    """Examples that a fit is of, at most, and as many held-out ones that it is judged on."""
+    max_iterations: PositiveInt = 40
+    tolerance: PositiveFloat = 1e-4
+    n_starts: PositiveInt = 2
+    """These three as in ``factorization``; less is asked of the many fits of a search."""
+
+    @field_validator("components", mode="before")
+    @classmethod
+    def _numbers_of_a_text(cls, value: Any) -> Any:
+        return component_numbers(value) if isinstance(value, str) else value
+
+    @field_validator("components")
+    @classmethod
+    def _there_are_some(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value:
+            raise ValueError("give at least one number of components to try, such as 8:64:8")
+        return tuple(sorted(set(value)))
+
+
+def component_numbers(text: str) -> tuple[int, ...]:
+    """The numbers that ``8,16,24`` lists, or ``8:64:8`` goes through, its end among them (and the step 1 unless given).
+
+    Raises:
+        ValueError: it is neither.
+    """
+    numbers: list[int] = []
+    try:
+        for part in text.split(","):
+            ends = [int(number) for number in part.split(":")]
+            if len(ends) > 3 or (len(ends) == 3 and ends[2] < 1) or min(ends) < 1:
+                raise ValueError
+            numbers += ends if len(ends) == 1 else range(ends[0], ends[1] + 1, *ends[2:])
+    except ValueError:
+        numbers = []
+    if not numbers:
+        raise ValueError(f"{text!r} are no numbers of components: give 8,16,32 or 8:64:8 (from, to, step)")
+    return tuple(numbers)
 
 
 class LiftConfig(_Section):
@@ -194,7 +254,7 @@ class ExecutorConfig(_Section):
     timeout_s: PositiveFloat = 600.0
     """Longest wait for one call of a worker before it counts as hung: the task's preparation (training, say), two
     shards, reading the solver's shards and starting it, a solver step, a block of directions, a component's
-    verification."""
+    verification, a fit of ``npeff select`` or for the components' stability."""
 
     @model_validator(mode="after")
     def _serial_is_one_worker(self) -> Self:
@@ -204,7 +264,7 @@ class ExecutorConfig(_Section):
 
 
 _FREE: dict[str, Any] = {
-    **dict.fromkeys(("run_dir", "executor", "lift", "report"), True),
+    **dict.fromkeys(("run_dir", "executor", "selection", "lift", "report"), True),
     "factorization": {"memory_limit_mb", "checkpoint_every", "metrics"},
 }
 """Keys that change no result."""
@@ -219,6 +279,7 @@ class RunConfig(_Section):
     """Seeds the sketch, the split into fitted and held-out examples, the initialization and the random controls."""
     parameters: ParametersConfig = ParametersConfig()
     fishers: FishersConfig = FishersConfig()
+    selection: SelectionConfig = SelectionConfig()
     lift: LiftConfig = LiftConfig()
     verification: VerificationConfig = VerificationConfig()
     report: ReportConfig = ReportConfig()
@@ -258,11 +319,19 @@ class RunConfig(_Section):
 
     def with_executor(self, **changes: Any) -> RunConfig:
         """This configuration with some of ``executor``'s values replaced."""
+        return self._with_section("executor", changes)
+
+    def with_selection(self, **changes: Any) -> RunConfig:
+        """This configuration with some of ``selection``'s values replaced."""
+        return self._with_section("selection", changes)
+
+    def _with_section(self, name: str, changes: dict[str, Any]) -> RunConfig:
+        section: _Section = getattr(self, name)
         try:
-            executor = ExecutorConfig.model_validate(self.executor.model_dump() | changes)
+            changed = type(section).model_validate(section.model_dump() | changes)
         except ValidationError as error:
-            raise ConfigError(f"executor: {_one_line(error)}") from None
-        return self.model_copy(update={"executor": executor})
+            raise ConfigError(f"{name}: {_one_line(error)}") from None
+        return self.model_copy(update={name: changed})
 
     def differences(self, other: RunConfig) -> list[str]:
         """Dotted names of the keys whose values differ from an earlier configuration's, those apart that change no

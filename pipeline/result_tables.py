@@ -72,7 +72,10 @@ def write_parameter_table(run: RunDirectory, shapes: Mapping[str, Sequence[int]]
 
 
 def write_component_tables(
-    run: RunDirectory, components_KD: NDArray[np.float64], coefficients_NK: NDArray[np.float32]
+    run: RunDirectory,
+    components_KD: NDArray[np.float64],
+    coefficients_NK: NDArray[np.float32],
+    stability_K: NDArray[np.float64] | None = None,
 ) -> None:
     """``components``, ``top_examples`` and ``coefficients``."""
     examples = read_table(run.table("examples"), "examples")
@@ -94,6 +97,7 @@ def write_component_tables(
             "nearest_component": [None] if alone else cosines_KK.argmax(axis=1),
             "nearest_cosine": [None] if alone else cosines_KK.max(axis=1),
             "lift_cosine": [None] * n_components,
+            "stability": [None] * n_components if stability_K is None else stability_K,
         },
     )
     top: list[dict[str, Any]] = []

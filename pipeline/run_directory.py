@@ -53,9 +53,10 @@ class RunDirectory:
     def create(cls, config: RunConfig) -> RunDirectory:
         """Make the run's folder, or take up an existing one that holds the same configuration.
 
-        ``executor``, ``lift``, ``report`` and ``run_dir`` may differ from the stored configuration (no result depends
-        on them), and ``factorization.max_iterations`` may be larger, which ``run.yaml`` then says; any other difference
-        is refused, and nothing is written.
+        ``executor``, ``selection``, ``lift``, ``report`` and ``run_dir`` may differ from the stored configuration (no
+        result depends on them), ``factorization.n_components`` as long as nothing is factorized (`npeff select` may
+        have found a better one), and ``factorization.max_iterations`` may be larger, which ``run.yaml`` then says. Any
+        other difference is refused, and nothing is written.
 
         Raises:
             RunDirectoryError: the folder holds another run, is not a run's folder, or cannot be written.
@@ -69,7 +70,9 @@ class RunDirectory:
         try:
             if stored.exists():
                 different = config.differences(_stored_config(stored))
-                if different:
+                if different == ["factorization.n_components"] and not cls(path, config)._has_factorization():
+                    cls(path, config)._write("run.yaml", config.to_yaml())
+                elif different:
                     harmless = "" if cls(path, config)._has_results() else " (it has no results yet)"
                     raise RunDirectoryError(
                         f"{path} holds a run with another configuration (it differs in {', '.join(different)}): "
@@ -246,6 +249,9 @@ class RunDirectory:
 
     def _has_results(self) -> bool:
         return any(path.exists() for path in (self.fishers, self.path / "stages"))
+
+    def _has_factorization(self) -> bool:
+        return self.checkpoints.exists() or self.factorization.exists() or self.record("factorize") is not None
 
     def _write(self, name: str, text: str) -> None:
         target = self.path / name

@@ -35,6 +35,7 @@ _OUTPUTS = {
         "factorization.zarr",
         *(f"tables/{name}.parquet" for name in ("components", "top_examples", "coefficients", "history")),
     ),
+    "select": ("tables/selection.parquet", "tables/selection_fits.parquet"),
     "lift": ("directions.zarr", "tables/layer_energy.parquet"),
     "verify": ("tables/verification.parquet",),
 }

@@ -37,9 +37,19 @@ def status(run: RunDirectory) -> list[StageStatus]:
         if record is None and state is StageState.COMPLETE:
             state = StageState.PARTIAL
         rows.append(StageStatus(stage, state, done, _details(stage, record)))
+    if run.partial_results("select").exists():
+        rows.insert(1, _selection_status(run))
     written = run.report.exists()
     state = StageState.COMPLETE if written else StageState.MISSING
     return [*rows, StageStatus("report", state, "", str(run.report) if written else "")]
+
+
+def _selection_status(run: RunDirectory) -> StageStatus:
+    """Of the search for the number of components, which a run does without unless it is asked for."""
+    record = recorded(run, "select")
+    state = StageState.PARTIAL if record is None else StageState.COMPLETE
+    details = f"recommends {record['n_components']} components" if record else ""
+    return StageStatus("select", state, f"{len(list(run.partial_results('select').glob('*.json')))} fits", details)
 
 
 def _details(stage: str, record: dict[str, Any] | None) -> str:

@@ -34,14 +34,15 @@ def test_links_and_run_files_exist() -> None:
 def test_commands_exist() -> None:
     commands = set(
         re.findall(
-            r"npeff (run|fishers|factorize|lift|verify|report|status|submit|query|estimate|import|export)\b", README
+            r"npeff (run|fishers|select|factorize|lift|verify|report|status|submit|query|estimate|import|export)\b",
+            README,
         )
     )
     shown = subprocess.run(
         [sys.executable, "-m", "pipeline.cli", "--help"], capture_output=True, text=True, check=True
     ).stdout
     assert {command for command in commands if not re.search(rf"^  {command}\b", shown, re.MULTILINE)} == set()
-    assert len(commands) == 12
+    assert len(commands) == 13
 
 
 def test_the_example_of_an_own_task_runs_from_its_own_folder(tmp_path: Path) -> None:

@@ -10,6 +10,15 @@ from pipeline.factorization.matching import canonical_order, match_components, n
 from pipeline.factorization.nnls import accelerated_, accelerated_is_faster, descend_, hals_, nnls, sweeps_for
 from pipeline.factorization.objective import Candidates, Statistics, explained, merge_candidates
 from pipeline.factorization.problem import InvalidProblemError, validate_factors, validate_size
+from pipeline.factorization.selection import (
+    Evidence,
+    Recommendation,
+    evidence,
+    recommend,
+    search,
+    split_halves,
+    stability,
+)
 from pipeline.factorization.solver import (
     Factorization,
     IterationRecord,
@@ -25,12 +34,14 @@ from pipeline.factorization.solver import (
 __all__ = [
     "BLOCK_ROWS",
     "Candidates",
+    "Evidence",
     "ExampleShard",
     "FactorSource",
     "Factorization",
     "FactorsInMemory",
     "InvalidProblemError",
     "IterationRecord",
+    "Recommendation",
     "SolverOptions",
     "SolverState",
     "Statistics",
@@ -40,6 +51,7 @@ __all__ = [
     "advance",
     "canonical_order",
     "descend_",
+    "evidence",
     "explained",
     "free_dead",
     "gauss_newton_step",
@@ -50,7 +62,11 @@ __all__ = [
     "merge_candidates",
     "near_duplicates",
     "nnls",
+    "recommend",
+    "search",
     "solve",
+    "split_halves",
+    "stability",
     "stopping_reason",
     "subsample_indices",
     "sweeps_for",

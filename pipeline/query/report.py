@@ -17,6 +17,7 @@ import jinja2
 from pipeline.query.cards import CardWriter
 from pipeline.query.charts import log_axis, loss_chart, ratio_chart
 from pipeline.query.components import ComponentStore
+from pipeline.query.selection_chart import selection_chart
 from pipeline.query.verdict import Verdict, scoreboard, verdicts
 from pipeline.store.atomic import write_file_atomically
 
@@ -72,6 +73,8 @@ def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
         "provenance": _flat(provenance),
         "configuration": configuration.read_text(encoding="utf-8") if configuration.is_file() else None,
         "loss": loss_chart(store.table("history").to_pylist()) if tables.has("history") else None,
+        "selection": selection_chart(store.table("selection").to_pylist()) if tables.has("selection") else None,
+        "selection_reason": tables.json("stages", "select.json").get("reason"),
         "scores": scoreboard(found),
         "ratio_charts": _ratio_charts(found),
         "strip": log_axis(_ratios(found), 6, 194),

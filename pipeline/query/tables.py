@@ -26,6 +26,8 @@ WRITTEN_BY = {
     "top_examples": "factorize",
     "coefficients": "factorize",
     "history": "factorize",
+    "selection": "select",
+    "selection_fits": "select",
     "layer_energy": "lift",
     "verification": "verify",
 }
@@ -98,7 +100,10 @@ class RunTables:
 
     def stages(self) -> dict[str, dict[str, Any]]:
         """Every stage summary that is there, in the order in which the stages run."""
-        order = {name: position for position, name in enumerate(("fishers", "factorize", "lift", "verify", "report"))}
+        order = {
+            name: position
+            for position, name in enumerate(("fishers", "select", "factorize", "lift", "verify", "report"))
+        }
         names = sorted(
             (path.stem for path in (self.run_dir / "stages").glob("*.json")),
             key=lambda name: (order.get(name, len(order)), name),

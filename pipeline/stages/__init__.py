@@ -6,6 +6,10 @@
     verify            directions, model      → tables/verification
     report            tables                 → report/index.html
 
+and, beside them, before the factorization is paid for:
+
+    select            fishers.zarr           → tables/selection: how many components there should be
+
 A stage that is complete returns what it recorded. All may be called again after any crash.
 """
 
@@ -26,6 +30,7 @@ from pipeline.stage import executor_for, recorded
 from pipeline.stages.factorize_stage import factorize
 from pipeline.stages.fisher_stage import compute_fishers
 from pipeline.stages.lift_stage import lift
+from pipeline.stages.select_stage import select
 from pipeline.stages.transform_stage import transform
 from pipeline.stages.verify_stage import verify
 from pipeline.store import StoreError
@@ -40,6 +45,7 @@ __all__ = [
     "open_components",
     "report",
     "run",
+    "select",
     "submit",
     "transform",
     "verify",

@@ -31,6 +31,7 @@ from pipeline.stage import (
     validate_problem,
     worker_spec,
 )
+from pipeline.stages.stability import component_stability
 from pipeline.store import (
     CheckpointStore,
     read_table,
@@ -47,7 +48,7 @@ def factorize(
         if stage.done:
             return stage.done
         progress, config, wanted = progress or SilentProgress(), run.config, run.config.factorization
-        fishers, checksums, n_fit = record_of(run, "fishers"), checksums_of(run), _count_fit_examples(run)
+        fishers, checksums, n_fit = record_of(run, "fishers"), checksums_of(run), count_fit_examples(run)
         validate_problem(config, n_fit, fishers["rank"])
         origin, metrics = _origin(run), metrics_writer(run.path / "metrics", wanted.metrics)
         worker = worker_spec(
@@ -71,26 +72,25 @@ def factorize(
             memory_limit_bytes=wanted.memory_limit_mb * 2**20,
         )
         config_hash = config.factorization_signature() + fishers["signature"]
-        with (
-            executor_for(run, executor) as workers,
-            progress.stage("factorize", wanted.max_iterations, "steps") as tick,
-        ):
+        with executor_for(run, executor) as workers:
+            with progress.stage("factorize", wanted.max_iterations, "steps") as tick:
 
-            def on_iteration(row: dict[str, Any]) -> None:
-                metrics(row)
-                tick(row["iteration"], f"explained {row['explained']:.4f}")
+                def on_iteration(row: dict[str, Any]) -> None:
+                    metrics(row)
+                    tick(row["iteration"], f"explained {row['explained']:.4f}")
 
-            solved = run_solver(
-                workers,
-                worker,
-                CheckpointStore(run.checkpoints, config_hash=config_hash),
-                checksums,
-                checkpoint_every=wanted.checkpoint_every,
-                on_iteration=on_iteration,
-                on_event=progress.say,
-            )
-            tick(solved.history[-1]["iteration"], solved.stopped, last=True)
-        summary = _write_solution(run, solved, n_fit)
+                solved = run_solver(
+                    workers,
+                    worker,
+                    CheckpointStore(run.checkpoints, config_hash=config_hash),
+                    checksums,
+                    checkpoint_every=wanted.checkpoint_every,
+                    on_iteration=on_iteration,
+                    on_event=progress.say,
+                )
+                tick(solved.history[-1]["iteration"], solved.stopped, last=True)
+            stability_K = component_stability(run, workers, solved.results[0].components_KD, progress)
+        summary = _write_solution(run, solved, n_fit, stability_K)
         progress.say(
             f"explained {summary['explained']:.4f} of the fitted Fishers"
             + (f", {summary['explained_held_out']:.4f} of the held-out ones" if summary["explained_held_out"] else "")
@@ -99,7 +99,7 @@ def factorize(
         return stage.complete(summary)
 
 
-def _count_fit_examples(run: RunDirectory) -> int:
+def count_fit_examples(run: RunDirectory) -> int:
     """Examples that the components are fitted on.
 
     Raises:
@@ -146,7 +146,7 @@ def _origin(run: RunDirectory) -> Origin | None:
     return Origin(components_KD, frozen=wanted.expand is not None)
 
 
-def _write_solution(run: RunDirectory, solved: SolverRun, n_fit: int) -> Summary:
+def _write_solution(run: RunDirectory, solved: SolverRun, n_fit: int, stability_K: np.ndarray | None) -> Summary:
     """Everything that the solver's workers found, on disk; what is worth saying of it."""
     result = solved.results[0]
     coefficients = {shard: rows for part in solved.results for shard, rows in part.coefficients.items()}
@@ -160,9 +160,10 @@ def _write_solution(run: RunDirectory, solved: SolverRun, n_fit: int) -> Summary
         "n_iter": solved.history[-1]["iteration"],
         "stopped": solved.stopped,
         "n_fit": n_fit,
+        "median_stability": None if stability_K is None else float(np.median(stability_K)),
         "near_duplicates": near_duplicates(torch.tensor(result.components_KD)),
     }
-    write_solution(run, result.components_KD, coefficients_NK, solved.history, summary)
+    write_solution(run, result.components_KD, coefficients_NK, solved.history, summary, stability_K)
     return summary
 
 
@@ -172,6 +173,7 @@ def write_solution(
     coefficients_NK: NDArray[np.float32],
     history: list[dict[str, Any]],
     summary: Summary,
+    stability_K: np.ndarray | None = None,
 ) -> None:
     """Components and coefficients on disk, and their tables; what followed from former ones is taken away."""
     run.reopen("factorize")
@@ -180,5 +182,5 @@ def write_solution(
         shutil.rmtree(run.partial_results(stage), ignore_errors=True)
     shutil.rmtree(run.directions, ignore_errors=True)
     write_factorization(run.factorization, components_KD, coefficients_NK, summary)
-    write_component_tables(run, components_KD, coefficients_NK)
+    write_component_tables(run, components_KD, coefficients_NK, stability_K)
     write_table(run.table("history"), "history", rows_to_columns(history, "history"))

@@ -8,6 +8,7 @@ from pipeline.store.diagonal_store import DiagonalSums
 from pipeline.store.direction_store import DirectionStore
 from pipeline.store.errors import StoreError
 from pipeline.store.fisher_store import FisherStore, fisher_store_bytes
+from pipeline.store.fit_store import FitStore, StoredFit
 from pipeline.store.layout import ShardPlan, inner_chunk_examples
 from pipeline.store.manifest import (
     CompletionRecord,
@@ -26,10 +27,12 @@ __all__ = [
     "DiagonalSums",
     "DirectionStore",
     "FisherStore",
+    "FitStore",
     "ShardPlan",
     "ShardRecords",
     "StoreError",
     "StoredFactorization",
+    "StoredFit",
     "checksum",
     "fisher_store_bytes",
     "inner_chunk_examples",

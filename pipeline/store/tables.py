@@ -42,13 +42,22 @@ SCHEMAS: dict[str, pa.Schema] = {
     "parameters": _schema("parameter:str shape:str? size:int? taken:bool reason:str?"),
     "components": _schema(
         "component:int n_active:int mass:float energy:float nearest_component:int? nearest_cosine:float? "
-        "lift_cosine:float?"
+        "lift_cosine:float? stability:float?"
     ),
     "top_examples": _schema("component:int split:str rank:int example:int coefficient:float"),
     "coefficients": _schema("example:int component:int coefficient:float"),
     "history": _schema(
         "iteration:int loss:float objective:float explained:float mu:float accepted:bool n_dead:int seconds:float"
         " sent_bytes:int"
+    ),
+    "selection": _schema(
+        "n_components:int recommended:bool explained_held_out:float n_come_back:float balance:float "
+        "cosine_seeds:float? cosine_halves:float silhouette_mean:float? silhouette_min:float? "
+        "explained:float explained_held_out_sd:float? n_fits:int"
+    ),
+    "selection_fits": _schema(
+        "n_components:int seed:int part:str explained:float explained_held_out:float? n_iter:int stopped:str "
+        "seconds:float"
     ),
     "layer_energy": _schema("component:int parameter:str energy:float"),
     "verification": _schema(
@@ -68,11 +77,17 @@ examples: one row per example; `split` "fit" or "held_out"; `image` a PNG; `fish
 classes: the names of the model's classes.
 parameters: of the model; `shape` as 384x384, of those that are `taken`; `reason` why the others are not.
 components: `mass` Σ_i W_ij and `energy` Σ_i W_ij² over the fit examples; `nearest_*` by |cos| in the sketch, null for a
-    single component; `lift_cosine` of the sketched direction to the component, null before the lift.
+    single component; `lift_cosine` of the sketched direction to the component, null before the lift; `stability` the
+    mean |cos| with its match in fits of two halves of the examples, null where that was not computed.
 top_examples: `rank` from 0, per component and split.
 coefficients: the non-zero W_ij, by component, then descending.
 history: one row per iteration of the solver; `objective` is the loss with the penalties, `sent_bytes` are those of each
     worker to all others together, in that iteration.
+selection: one row per number of components tried; `explained_held_out` on held-out examples (or, where there are none,
+    of each half on the other), its mean and standard deviation over fits; `cosine_seeds`, `cosine_halves` mean matched
+    |cos| of fits of the same examples, and of two halves; `n_come_back` components with a match of at least 0.9, and
+    `balance` Σ (2 cos² − 1), the lesser of the means over pairs of seeds and of halves; silhouettes over clusters.
+selection_fits: one row per fit; `part` of the examples: "all", or the "first" or "second" half of the seed's split.
 layer_energy: share of the squared norm of a component's direction in each parameter; sums to 1.
 verification: one row per (component, examples "fit" or "held_out", sign +1 or -1); accuracies are null without labels.
 """

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.query.charts import Axis, log_axis, loss_chart, ratio_chart
+from pipeline.query.selection_chart import selection_chart
 from pipeline.query.verdict import verdicts
 
 positive = st.floats(1e-6, 1e6)
@@ -102,3 +103,29 @@ def test_many_components_keep_their_labels_apart() -> None:
     assert chart is not None
     labelled = [slot.x for slot in chart.slots if slot.labelled]
     assert min(b - a for a, b in pairwise(labelled)) >= 24
+
+
+def test_the_plot_of_a_search_has_a_point_for_every_number_and_leaves_out_what_was_not_measured() -> None:
+    rows = [
+        {
+            "n_components": k,
+            "explained_held_out": 0.1 * k,
+            "n_come_back": k / 2,
+            "cosine_halves": 0.9,
+            "cosine_seeds": None,
+            "silhouette_mean": None if k == 1 else -0.2,
+            "recommended": k == 4,
+        }
+        for k in (8, 1, 4)
+    ]
+    chart = selection_chart(rows)
+    assert chart is not None
+    assert (chart.recommended, chart.recommended_x) == (4, chart.x_axis.position(4))
+    assert chart.y_axis.low == -0.2
+    assert {series.name: len(series.points) for series in chart.series} == {
+        "held_out": 3, "share_back": 3, "cosine_halves": 3, "silhouette": 2
+    }  # fmt: skip
+    for series in chart.series:
+        assert [x for x, _ in series.points] == sorted(x for x, _ in series.points)
+    assert {y for _, y in chart.series[1].points} == {chart.y_axis.position(0.5)}
+    assert selection_chart([]) is None

@@ -1,0 +1,141 @@
+"""Fits of a search for the number of components: one call each, on a worker that keeps the examples in memory.
+
+Shapes: N examples, R rank, D sketch, K components.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.factorization import (
+    ExampleShard,
+    SolverOptions,
+    explained,
+    initialize,
+    solve,
+    split_halves,
+    subsample_indices,
+)
+from pipeline.runtime.solver_actor import SolverPaths, chosen_examples
+from pipeline.store import FisherStore, read_table
+
+Part = Literal["all", "first", "second"]
+PARTS: tuple[Part, ...] = ("all", "first", "second")
+"""Of the examples: all, or either half of the split that belongs to the seed."""
+
+
+@dataclass(frozen=True)
+class FitRequest:
+    """One fit; its name is that of its files."""
+
+    n_components: int
+    seed: int
+    part: Part
+
+    @property
+    def name(self) -> str:
+        return f"{self.n_components:05d}-{self.seed:03d}-{self.part}"
+
+
+@dataclass(frozen=True)
+class FitResult:
+    components_KD: NDArray[np.float32]
+    explained: float
+    """Of the examples that it was fitted on."""
+    explained_held_out: float | None
+    """Of examples that it was not: the held-out ones, or, where there are none, the other half."""
+    n_iter: int
+    stopped: str
+    seconds: float
+
+
+class SelectionWorker:
+    """Fits components to the same examples, or to halves of them, over and over.
+
+    Args:
+        fishers: the run's Fisher store.
+        examples: its table of examples, which says which of them are fitted on and which are held out.
+        options: of every fit, but for the number of components and the seed.
+        max_examples: more examples than these are replaced by a seeded sample, of the fitted and of the held-out ones.
+        seed: of that sample, of the splits, and, with that of a request, of the fit.
+        device: to compute on.
+    """
+
+    def __init__(self, paths: SolverPaths, options: SolverOptions, max_examples: int, seed: int, device: str) -> None:
+        store = FisherStore.open(paths.fishers)
+        table = read_table(paths.examples, "examples")
+        split_N = np.asarray(table["split"].to_pylist())
+        chosen_N = table["valid"].to_numpy() & chosen_examples(table, paths.mispredicted_only)
+        self._options, self._seed = options, seed
+
+        def factors(split: str) -> Tensor:
+            rows = np.flatnonzero(chosen_N & (split_N == split))
+            rows = rows[subsample_indices(len(rows), max_examples, seed)]
+            return torch.from_numpy(store.read_rows(rows, ["factors"])["factors"]).to(device)
+
+        self._fit_NRD, self._held_out_NRD = factors("fit"), factors("held_out")
+
+    def fit(self, request: FitRequest) -> FitResult:
+        """Fit the components that are asked for.
+
+        Raises:
+            InvalidProblemError: there are too few examples, or nothing but zeros.
+        """
+        began = time.monotonic()
+        factors_NRD, judged_NRD = self._examples(request)
+        options = dataclasses.replace(
+            self._options, n_components=request.n_components, seed=_solver_seed(self._seed, request)
+        )
+        subsample = torch.from_numpy(subsample_indices(len(factors_NRD), options.subsample, options.seed))
+        start_KD = initialize(
+            factors_NRD[subsample.to(factors_NRD.device)], options.n_components, options.seed, options.n_starts
+        )
+        found = solve([ExampleShard(factors_NRD)], start_KD, options)
+        return FitResult(
+            components_KD=found.components_KD.float().cpu().numpy(),
+            explained=found.explained,
+            explained_held_out=_explained(judged_NRD, found.components_KD),
+            n_iter=found.n_iter,
+            stopped=found.stopped,
+            seconds=time.monotonic() - began,
+        )
+
+    def _examples(self, request: FitRequest) -> tuple[Tensor, Tensor]:
+        """Those to fit on, and those to be judged on."""
+        if request.part == "all":
+            return self._fit_NRD, self._held_out_NRD
+        halves = split_halves(len(self._fit_NRD), _split_seed(self._seed, request))
+        mine, other = halves if request.part == "first" else halves[::-1]
+        factors_NRD = self._fit_NRD[torch.from_numpy(mine).to(self._fit_NRD.device)]
+        if len(self._held_out_NRD):
+            return factors_NRD, self._held_out_NRD
+        return factors_NRD, self._fit_NRD[torch.from_numpy(other).to(self._fit_NRD.device)]
+
+
+def _explained(factors_NRD: Tensor, components_KD: Tensor) -> float | None:
+    """With the coefficients that are optimal for these components; None of no examples."""
+    if not len(factors_NRD):
+        return None
+    statistics = ExampleShard(factors_NRD).finish(components_KD)
+    if not statistics.fisher_square_sum > 0:
+        return None
+    return explained(statistics.loss(components_KD), statistics.fisher_square_sum)
+
+
+def _split_seed(seed: int, request: FitRequest) -> int:
+    """Both halves of a seed are of one split, whatever the number of components."""
+    return int(np.random.SeedSequence([seed, request.seed]).generate_state(1)[0])
+
+
+def _solver_seed(seed: int, request: FitRequest) -> int:
+    """Another one for each fit: those of two halves have nothing in common but the data."""
+    key = [seed, request.seed, request.n_components, PARTS.index(request.part) + 1]
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
