@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+from pipeline.factorization.diagonal import DiagonalShard, DiagonalStatistics
+from pipeline.factorization.diagonal_initialization import initialize_diagonal
+from pipeline.factorization.diagonal_solver import (
+    DiagonalState,
+    advance_diagonal,
+    diagonal_stopping_reason,
+    initial_diagonal_state,
+    solve_diagonal,
+    step_diagonal,
+    unit_components,
+)
 from pipeline.factorization.example_shard import ExampleShard
 from pipeline.factorization.gauss_newton import gauss_newton_step
 from pipeline.factorization.initialization import initialize, subsample_indices
@@ -22,6 +33,9 @@ from pipeline.factorization.solver import (
 
 __all__ = [
     "Candidates",
+    "DiagonalShard",
+    "DiagonalState",
+    "DiagonalStatistics",
     "ExampleShard",
     "Factorization",
     "InvalidProblemError",
@@ -30,19 +44,26 @@ __all__ = [
     "SolverState",
     "Statistics",
     "advance",
+    "advance_diagonal",
     "canonical_order",
+    "diagonal_stopping_reason",
     "explained",
     "gauss_newton_step",
     "hals_",
+    "initial_diagonal_state",
     "initial_state",
     "initialize",
+    "initialize_diagonal",
     "match_components",
     "merge_candidates",
     "near_duplicates",
     "nnls",
     "solve",
+    "solve_diagonal",
+    "step_diagonal",
     "stopping_reason",
     "subsample_indices",
+    "unit_components",
     "validate_factors",
     "validate_size",
 ]
