@@ -120,6 +120,10 @@ class FishersConfig(_Section):
 class FactorizationConfig(_Section):
     n_components: PositiveInt
     """Number of components K."""
+    kind: Literal["fishers", "diagonal_groups", "diagonal_entries"] = "fishers"
+    """What is factorized. ``fishers``: the low-rank Fishers (NPEFF). ``diagonal_groups``: their diagonals, summed over
+    output units; ``diagonal_entries``: the largest entries of the diagonals (D-NPEFF). The latter two need
+    ``fishers.diagonal.groups`` and ``fishers.diagonal.top_entries``; their components are not lifted or verified."""
     max_iterations: PositiveInt = 100
     """Passes over the Fishers, rejected steps included."""
     tolerance: PositiveFloat = 1e-6
@@ -190,6 +194,15 @@ class RunConfig(_Section):
     verification: VerificationConfig = VerificationConfig()
     report: ReportConfig = ReportConfig()
     executor: ExecutorConfig = ExecutorConfig()
+
+    @model_validator(mode="after")
+    def _what_is_factorized_is_stored(self) -> Self:
+        kind, stored = self.factorization.kind, self.fishers.diagonal
+        if kind == "diagonal_groups" and not stored.groups:
+            raise ValueError("factorization.kind: diagonal_groups needs fishers.diagonal.groups: true")
+        if kind == "diagonal_entries" and stored.top_entries is None:
+            raise ValueError("factorization.kind: diagonal_entries needs fishers.diagonal.top_entries: 1024, say")
+        return self
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> RunConfig:

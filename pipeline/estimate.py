@@ -69,9 +69,19 @@ def estimate(config: RunConfig) -> Estimate:
         start_up_seconds=start_up,
         seconds=start_up + trial.seconds_per_example * n_examples * share,
         store_bytes=store_bytes,
-        solver_bytes=4 * n_examples * facts.rank * facts.sketch_dim // workers,
+        solver_bytes=n_examples * _solver_bytes_per_example(config, trial) // workers,
         direction_bytes=4 * config.factorization.n_components * facts.layout.size,
     )
+
+
+def _solver_bytes_per_example(config: RunConfig, trial: Trial) -> int:
+    """Of what is factorized, in float32; of entries with their places."""
+    match config.factorization.kind:
+        case "diagonal_groups":
+            return 4 * trial.facts.n_groups
+        case "diagonal_entries":
+            return 8 * (config.fishers.diagonal.top_entries or 0)
+    return 4 * trial.facts.rank * trial.facts.sketch_dim
 
 
 def rows(found: Estimate, config: RunConfig) -> list[tuple[str, str]]:

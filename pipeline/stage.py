@@ -79,6 +79,10 @@ def open_stage(run: RunDirectory, name: str, after: str | None = None) -> Iterat
         RunDirectoryError: the run is in use, or the stage before is not complete.
     """
     with run.lock():
+        if (reason := left_out(run.config, name)) is not None:
+            raise RunDirectoryError(
+                f"stage {name} has no part in {run.path}: {reason}; set factorization.kind: fishers in a new run_dir"
+            )
         stage = Stage(run, name, recorded(run, name), time.monotonic())
         if stage.done is None and after is not None:
             record_of(run, after)
@@ -99,6 +103,14 @@ def record_of(run: RunDirectory, stage: str) -> Summary:
     if record is None:
         raise RunDirectoryError(f"stage {stage} of {run.path} is not complete: run `npeff {stage} {run.path}` first")
     return record
+
+
+def left_out(config: RunConfig, stage: str) -> str | None:
+    """Why a stage has no part in such a run; None where it has."""
+    kind = config.factorization.kind
+    if stage in ("lift", "verify") and kind != "fishers":
+        return f"components of kind {kind} are no directions in parameter space to move along"
+    return None
 
 
 def executor_for(run: RunDirectory, given: Executor | None) -> AbstractContextManager[Executor]:
@@ -179,6 +191,8 @@ def validate_problem(config: RunConfig, n_fit: int, rank: int) -> None:
         InvalidProblemError: more components than factor rows, of all fitted examples or of the subsample.
     """
     wanted = config.factorization
+    if wanted.kind != "fishers":
+        rank = 1
     validate_size(n_fit, rank, wanted.n_components)
     if wanted.subsample * rank < wanted.n_components:
         raise InvalidProblemError(

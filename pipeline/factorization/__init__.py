@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipeline.factorization.diagonal import DiagonalShard, DiagonalStatistics
+from pipeline.factorization.diagonal_blocks import entries_by_column
 from pipeline.factorization.diagonal_initialization import initialize_diagonal
 from pipeline.factorization.diagonal_solver import (
     DiagonalState,
@@ -47,6 +48,7 @@ __all__ = [
     "advance_diagonal",
     "canonical_order",
     "diagonal_stopping_reason",
+    "entries_by_column",
     "explained",
     "gauss_newton_step",
     "hals_",

@@ -100,12 +100,18 @@ class DiagonalShard:
         fishers_NP: f_i/‖f_i‖₂, non-negative, float32 or float64: a dense tensor or array, which is not copied, or a
             SciPy sparse matrix, whose products are computed on the CPU.
         coefficients_NK: where the first pass starts from; zeros by default.
+        outside_N: squares of entries that are in no column, which no component explains; none by default.
 
     Raises:
         InvalidProblemError: it is not a finite, non-negative matrix of floating-point numbers.
     """
 
-    def __init__(self, fishers_NP: Any, coefficients_NK: Tensor | np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        fishers_NP: Any,
+        coefficients_NK: Tensor | np.ndarray | None = None,
+        outside_N: Tensor | None = None,
+    ) -> None:
         if len(fishers_NP.shape) != 2:
             raise InvalidProblemError(f"diagonal Fishers must be a matrix, not of shape {tuple(fishers_NP.shape)}")
         self.n_examples, self.dim = fishers_NP.shape
@@ -113,7 +119,9 @@ class DiagonalShard:
         self._blocks = [(place, block_of(fishers_NP[place])) for place in _slices(self.n_examples)]
         self.dtype, self.device = empty.dtype, empty.device
         self.squares_N = torch.cat([block.squares_B() for block in (empty, *(block for _, block in self._blocks))])
-        """‖x_i‖², float64."""
+        """‖x_i‖², those outside of the columns included, float64."""
+        if outside_N is not None:
+            self.squares_N += outside_N
         if not bool(torch.isfinite(self.squares_N).all()):
             first = int((~torch.isfinite(self.squares_N)).nonzero()[0, 0])
             raise InvalidProblemError(f"the diagonal Fisher of example {first} is not finite: leave such examples out")

@@ -1,6 +1,6 @@
 """Rows of a non-negative matrix, dense or sparse, and the two products that factorizing it takes.
 
-Shapes: B rows of a block, P columns, K components.
+Shapes: N examples, k entries of each, B rows of a block, P columns, K components.
 """
 
 from __future__ import annotations
@@ -106,6 +106,26 @@ class SparseBlock:
 
     def double(self) -> SparseBlock:
         return SparseBlock(self._columns.astype(np.float64))
+
+
+def entries_by_column(
+    values_Nk: np.ndarray, indices_Nk: np.ndarray, columns_P: np.ndarray
+) -> tuple[scipy.sparse.csr_array, Tensor]:
+    """Largest entries of each example as a sparse matrix (N, P), and Σ of squares of those that are in no column (N,).
+
+    Args:
+        values_Nk: zero where an example has fewer entries.
+        indices_Nk: which entries they are.
+        columns_P: which entry each column of the matrix is, ascending.
+    """
+    places_Nk = np.searchsorted(columns_P, indices_Nk)
+    inside_Nk = np.append(columns_P, -1)[places_Nk] == indices_Nk
+    outside_N = np.square(values_Nk.astype(np.float64) * ~inside_Nk).sum(axis=1)
+    inside_Nk &= values_Nk > 0
+    starts = np.concatenate([[0], inside_Nk.sum(axis=1).cumsum()])
+    shape = (len(values_Nk), len(columns_P))
+    rows_NP = scipy.sparse.csr_array((values_Nk[inside_Nk], places_Nk[inside_Nk], starts), shape=shape)
+    return rows_NP, torch.from_numpy(outside_N)
 
 
 def _refuse_negative(values: Tensor) -> None:

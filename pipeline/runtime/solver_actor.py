@@ -8,16 +8,12 @@ Shapes: N examples, R rank, D sketch, K components.
 
 from __future__ import annotations
 
-import datetime
-import os
-import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -37,7 +33,7 @@ from pipeline.factorization import (
     stopping_reason,
     subsample_indices,
 )
-from pipeline.runtime.executor import WorkerLostError
+from pipeline.runtime.process_group import ProcessGroup
 from pipeline.store import Checkpoint, FisherStore, read_table, write_checkpoint_array
 
 
@@ -58,6 +54,8 @@ class SolverResult:
     explained: float
     explained_held_out: float | None
     """Explained share on the held-out examples, their coefficients fitted with the components fixed; None if none."""
+    columns_D: NDArray[np.int64] | None = None
+    """Of diagonal entries: where in the flat parameter vector each coordinate of the components is."""
 
 
 @dataclass
@@ -82,29 +80,15 @@ class SolverWorker:
         valid_N = table["valid"].to_numpy()
         held_out_N = np.asarray(table["split"].to_pylist()) == "held_out"
         self._fit_N, self._held_out_N = valid_N & ~held_out_N, valid_N & held_out_N
-        self._options, self._device, self._timeout_s = options, torch.device(device), timeout_s
+        self._options, self._device = options, torch.device(device)
         self._rank, self._size = rank, size
         self._shards: dict[int, _LoadedShard] = {}
         self._state: SolverState | None = None
-        self._rendezvous: dist.TCPStore | None = None
+        self._peers = ProcessGroup(self._device, timeout_s, rank, size)
 
     def open_rendezvous(self) -> tuple[str, int]:
         """On worker 0: listen, on this node's own address only, for the others."""
-        import ray
-
-        host = ray.util.get_node_ip_address()
-        listener = socket.create_server((host, 0))
-        port = listener.getsockname()[1]
-        self._rendezvous = dist.TCPStore(
-            host,
-            port,
-            self._size,
-            is_master=True,
-            timeout=datetime.timedelta(seconds=self._timeout_s),
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
-        return host, port
+        return self._peers.open_rendezvous()
 
     def connect(self, host: str, port: int) -> None:
         """Form the process group; a peer that is lost later raises, at the latest after the timeout.
@@ -112,15 +96,7 @@ class SolverWorker:
         Raises:
             WorkerLostError: not all workers came.
         """
-        timeout = datetime.timedelta(seconds=self._timeout_s)
-        if host == "127.0.0.1":
-            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        try:
-            store = self._rendezvous or dist.TCPStore(host, port, self._size, is_master=False, timeout=timeout)
-            backend = "nccl" if self._device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=self._rank, world_size=self._size, timeout=timeout)
-        except RuntimeError as error:
-            raise WorkerLostError(f"the workers could not connect ({_first_line(error)})") from None
+        self._peers.connect(host, port)
 
     def load(self, checksums: dict[int, str]) -> None:
         """Read and verify this worker's shards.
@@ -212,26 +188,13 @@ class SolverWorker:
             total.merge(statistics)
         if self._size == 1:
             return total
-        packed = total.pack()
-        try:
-            dist.all_reduce(packed)
-        except RuntimeError as error:
-            raise WorkerLostError(f"the all-reduce failed ({_first_line(error)})") from None
-        return Statistics.unpack(packed, *total.u_KD.shape)
+        return Statistics.unpack(self._peers.sum_(total.pack()), *total.u_KD.shape)
 
     def _candidates(self, state: SolverState) -> Candidates:
         """Replacements for dead components, from the worst-fitted examples of all workers."""
         none = Candidates.none(self._store.dim, device=self._device)
         own = [shard.fit.candidates(state.components_KD) for shard in self._shards.values()]
-        packed = merge_candidates([none, *own]).pack()
-        gathered: list[Tensor] = [torch.empty_like(packed) for _ in range(self._size)]
-        if self._size == 1:
-            gathered = [packed]
-        else:
-            try:
-                dist.all_gather(gathered, packed)
-            except RuntimeError as error:
-                raise WorkerLostError(f"the all-gather failed ({_first_line(error)})") from None
+        gathered = self._peers.gathered(merge_candidates([none, *own]).pack())
         return merge_candidates([Candidates.unpack(candidates) for candidates in gathered])
 
 
@@ -246,7 +209,3 @@ def _all_rows(shard: _LoadedShard, order_K: Tensor) -> NDArray[np.float32]:
         assert part.coefficients_NK is not None
         rows_NK[rows] = part.coefficients_NK[:, order_K].float().cpu().numpy()
     return rows_NK
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or "no details").splitlines()[0]

@@ -14,6 +14,7 @@ from pipeline.result_tables import (
     write_component_tables,
 )
 from pipeline.run_directory import RunDirectory
+from pipeline.runtime.diagonal_solver_actor import DiagonalSolverWorker
 from pipeline.runtime.executor import Executor
 from pipeline.runtime.solver_actor import SolverPaths, SolverWorker
 from pipeline.runtime.solver_driver import SolverRun, run_solver
@@ -44,10 +45,12 @@ def factorize(
             return stage.done
         progress, config, wanted = progress or SilentProgress(), run.config, run.config.factorization
         fishers, checksums, n_fit = record_of(run, "fishers"), checksums_of(run), _count_fit_examples(run)
+        diagonal = wanted.kind != "fishers"
         validate_problem(config, n_fit, fishers["rank"])
         worker = worker_spec(
             run,
-            SolverWorker,
+            DiagonalSolverWorker if diagonal else SolverWorker,
+            **({"kind": wanted.kind} if diagonal else {}),
             paths=SolverPaths(run.fishers, run.table("examples")),
             options=SolverOptions(
                 n_components=wanted.n_components,
@@ -77,7 +80,7 @@ def factorize(
             tick(solved.history[-1]["iteration"], solved.stopped, last=True)
         summary = _write_solution(run, solved, n_fit)
         progress.say(
-            f"explained {summary['explained']:.4f} of the fitted Fishers"
+            f"explained {summary['explained']:.4f} of the fitted {'diagonal ' if diagonal else ''}Fishers"
             + (f", {summary['explained_held_out']:.4f} of the held-out ones" if summary["explained_held_out"] else "")
             + f" ({solved.stopped} after {summary['n_iter']} steps)"
         )
@@ -112,6 +115,7 @@ def _write_solution(run: RunDirectory, solved: SolverRun, n_fit: int) -> Summary
     coefficients_NK = np.concatenate([coefficients[shard] for shard in sorted(coefficients)])
     summary = {
         "n_components": len(result.components_KD),
+        "factorized": run.config.factorization.kind,
         "loss": result.loss,
         "explained": result.explained,
         "explained_held_out": result.explained_held_out,
@@ -125,7 +129,7 @@ def _write_solution(run: RunDirectory, solved: SolverRun, n_fit: int) -> Summary
         run.reopen(stage)
         shutil.rmtree(run.partial_results(stage), ignore_errors=True)
     shutil.rmtree(run.directions, ignore_errors=True)
-    write_factorization(run.factorization, result.components_KD, coefficients_NK, summary)
+    write_factorization(run.factorization, result.components_KD, coefficients_NK, summary, result.columns_D)
     write_component_tables(run, result.components_KD, coefficients_NK)
     write_table(run.table("history"), "history", rows_to_columns(solved.history, "history"))
     return summary

@@ -68,7 +68,7 @@ components: `mass` Σ_i W_ij and `energy` Σ_i W_ij² over the fit examples; `ne
     single component; `lift_cosine` of the sketched direction to the component, null before the lift.
 top_examples: `rank` from 0, per component and split.
 coefficients: the non-zero W_ij, by component, then descending.
-history: one row per iteration of the solver.
+history: one row per iteration of the solver; `mu` is the damping, or, of diagonals, the weight of the extrapolation.
 layer_energy: share of the squared norm of a component's direction in each parameter; sums to 1.
 verification: one row per (component, examples "fit" or "held_out", sign +1 or -1); accuracies are null without labels.
 """
