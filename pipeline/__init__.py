@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
+    from pipeline.factorization.diagonal_estimator import DiagonalNPEFF
     from pipeline.factorization.estimator import NPEFF
     from pipeline.query import ComponentStore
     from pipeline.run_directory import RunDirectory
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "RunConfig": "pipeline.config",
     "RunDirectory": "pipeline.run_directory",
+    "DiagonalNPEFF": "pipeline.factorization.diagonal_estimator",
     "NPEFF": "pipeline.factorization.estimator",
     "ComponentStore": "pipeline.query",
     "Task": "pipeline.tasks",
@@ -40,6 +42,7 @@ _HOMES = {
 __all__ = [
     "NPEFF",
     "ComponentStore",
+    "DiagonalNPEFF",
     "Examples",
     "RunConfig",
     "RunDirectory",

@@ -132,6 +132,10 @@ class FishersConfig(_Section):
 class FactorizationConfig(_Section):
     n_components: PositiveInt
     """Number of components K."""
+    kind: Literal["fishers", "diagonal_groups", "diagonal_entries"] = "fishers"
+    """What is factorized. ``fishers``: the low-rank Fishers (NPEFF). ``diagonal_groups``: their diagonals, summed over
+    output units; ``diagonal_entries``: the largest entries of the diagonals (D-NPEFF). The latter two need
+    ``fishers.diagonal.groups`` and ``fishers.diagonal.top_entries``; their components are not lifted or verified."""
     max_iterations: PositiveInt = 100
     """Passes over the Fishers, rejected steps included."""
     tolerance: PositiveFloat = 1e-6
@@ -167,9 +171,12 @@ class FactorizationConfig(_Section):
     ``stability`` of the table of components. 0 leaves it null."""
 
     @model_validator(mode="after")
-    def _one_origin(self) -> Self:
+    def _options_go_together(self) -> Self:
         if self.start_from is not None and self.expand is not None:
             raise ValueError("start_from and expand exclude each other: remove one")
+        for name in ("l1", "orthogonality", "start_from", "expand", "examples"):
+            if self.kind != "fishers" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is for kind: fishers: remove it")
         return self
 
 
@@ -284,6 +291,15 @@ class RunConfig(_Section):
     verification: VerificationConfig = VerificationConfig()
     report: ReportConfig = ReportConfig()
     executor: ExecutorConfig = ExecutorConfig()
+
+    @model_validator(mode="after")
+    def _what_is_factorized_is_stored(self) -> Self:
+        kind, stored = self.factorization.kind, self.fishers.diagonal
+        if kind == "diagonal_groups" and not stored.groups:
+            raise ValueError("factorization.kind: diagonal_groups needs fishers.diagonal.groups: true")
+        if kind == "diagonal_entries" and stored.top_entries is None:
+            raise ValueError("factorization.kind: diagonal_entries needs fishers.diagonal.top_entries: 1024, say")
+        return self
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> RunConfig:

@@ -71,17 +71,23 @@ def estimate(config: RunConfig) -> Estimate:
         start_up_seconds=start_up,
         seconds=start_up + trial.seconds_per_example * n_examples * share,
         store_bytes=store_bytes,
-        solver_bytes=_solver_bytes(config, n_examples * facts.rank * facts.sketch_dim),
+        solver_bytes=_solver_bytes(config, trial),
         direction_bytes=4 * config.factorization.n_components * facts.layout.size,
     )
 
 
-def _solver_bytes(config: RunConfig, n_numbers: int) -> int:
-    wanted = config.factorization
-    share = math.ceil(n_numbers * (1 - wanted.held_out_fraction) / config.executor.workers)
-    limit = wanted.memory_limit_mb * 2**20
-    kept = kept_precision(share, config.fishers.store_dtype, device_of(config), limit)
-    return share * kept.itemsize if kept is not None else 0
+def _solver_bytes(config: RunConfig, trial: Trial) -> int:
+    """What a worker of the solver keeps: Fishers, or, in float32, what is factorized of diagonals."""
+    wanted, facts = config.factorization, trial.facts
+    share = math.ceil(len(facts.examples) * (1 - wanted.held_out_fraction) / config.executor.workers)
+    match wanted.kind:
+        case "diagonal_groups":
+            return share * 4 * facts.n_groups
+        case "diagonal_entries":
+            return share * 8 * (config.fishers.diagonal.top_entries or 0)
+    n_numbers, limit = share * facts.rank * facts.sketch_dim, wanted.memory_limit_mb * 2**20
+    kept = kept_precision(n_numbers, config.fishers.store_dtype, device_of(config), limit)
+    return n_numbers * kept.itemsize if kept is not None else 0
 
 
 def rows(found: Estimate, config: RunConfig) -> list[tuple[str, str]]:

@@ -303,6 +303,11 @@ def export_factorization(run_dir: str | Path, file: str | Path) -> None:
         StoreError: the factorization is missing or damaged, or the file cannot be written.
     """
     run = RunDirectory.open(run_dir)
+    if run.config.factorization.kind != "fishers":
+        raise RunDirectoryError(
+            f"the components of {run.path} are of kind {run.config.factorization.kind}: only those of kind fishers "
+            "can be exported"
+        )
     stored = open_factorization(run.factorization)
     components_KD = stored.read_components()
     sketch = stored.attrs.get("sketch") or FisherStore.open(run.fishers).attrs["sketch"]

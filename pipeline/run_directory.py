@@ -40,6 +40,8 @@ class StageState(StrEnum):
     MISSING = "missing"
     PARTIAL = "partial"
     COMPLETE = "complete"
+    SKIPPED = "skipped"
+    """It has no part in such a run."""
 
 
 @dataclass(frozen=True)

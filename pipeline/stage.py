@@ -88,6 +88,10 @@ def open_stage(run: RunDirectory, name: str, after: str | None = None) -> Iterat
         RunDirectoryError: the run is in use, or the stage before is not complete.
     """
     with run.lock():
+        if (reason := left_out(run.config, name)) is not None:
+            raise RunDirectoryError(
+                f"stage {name} has no part in {run.path}: {reason}; set factorization.kind: fishers in a new run_dir"
+            )
         stage = Stage(run, name, recorded(run, name), time.monotonic())
         if stage.done is None and after is not None:
             record_of(run, after)
@@ -108,6 +112,16 @@ def record_of(run: RunDirectory, stage: str) -> Summary:
     if record is None:
         raise RunDirectoryError(f"stage {stage} of {run.path} is not complete: run `npeff {stage} {run.path}` first")
     return record
+
+
+def left_out(config: RunConfig, stage: str) -> str | None:
+    """Why a stage has no part in such a run; None where it has."""
+    kind = config.factorization.kind
+    if stage in ("lift", "verify") and kind != "fishers":
+        return f"components of kind {kind} are no directions in parameter space to move along"
+    if stage == "select" and kind != "fishers":
+        return f"it compares factorizations of Fishers, not of kind {kind}"
+    return None
 
 
 def executor_for(run: RunDirectory, given: Executor | None) -> AbstractContextManager[Executor]:
@@ -183,6 +197,10 @@ def components_of(run: RunDirectory, other: str | Path) -> np.ndarray:
     """
     source = RunDirectory.open(Path(other).expanduser())
     record_of(source, "factorize")
+    if (kind := source.config.factorization.kind) != "fishers":
+        raise RunDirectoryError(
+            f"the components of {source.path} are of kind {kind}: give a run with factorization.kind: fishers"
+        )
     mine, theirs = (FisherStore.open(each.fishers).attrs for each in (run, source))
     different = [words for name, words in _SAME_SPACE.items() if mine.get(name) != theirs.get(name)]
     if different:
@@ -214,6 +232,8 @@ def validate_problem(config: RunConfig, n_fit: int, rank: int) -> None:
         InvalidProblemError: more components than factor rows, of all fitted examples or of the subsample.
     """
     wanted = config.factorization
+    if wanted.kind != "fishers":
+        rank = 1
     validate_size(n_fit, rank, wanted.n_components)
     if wanted.subsample * rank < wanted.n_components:
         raise InvalidProblemError(

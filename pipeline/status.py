@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.run_directory import RunDirectory, StageState
-from pipeline.stage import finished, recorded
+from pipeline.stage import finished, left_out, recorded
 from pipeline.store import FisherStore
 
 
@@ -33,6 +33,9 @@ def status(run: RunDirectory) -> list[StageStatus]:
     }
     rows = []
     for stage, (outputs, done) in stages.items():
+        if (reason := left_out(run.config, stage)) is not None:
+            rows.append(StageStatus(stage, StageState.SKIPPED, "", reason))
+            continue
         record, state = recorded(run, stage), run.state(stage, outputs)
         if record is None and state is StageState.COMPLETE:
             state = StageState.PARTIAL

@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+from pipeline.factorization.diagonal import DiagonalShard, DiagonalStatistics
+from pipeline.factorization.diagonal_blocks import entries_by_column
+from pipeline.factorization.diagonal_initialization import initialize_diagonal
+from pipeline.factorization.diagonal_solver import (
+    DiagonalState,
+    advance_diagonal,
+    diagonal_stopping_reason,
+    initial_diagonal_state,
+    solve_diagonal,
+    step_diagonal,
+    unit_components,
+)
 from pipeline.factorization.example_shard import ExampleShard
 from pipeline.factorization.factor_source import BLOCK_ROWS, FactorsInMemory, FactorSource, StreamedFactors
 from pipeline.factorization.gauss_newton import gauss_newton_step
@@ -34,6 +46,9 @@ from pipeline.factorization.solver import (
 __all__ = [
     "BLOCK_ROWS",
     "Candidates",
+    "DiagonalShard",
+    "DiagonalState",
+    "DiagonalStatistics",
     "Evidence",
     "ExampleShard",
     "FactorSource",
@@ -49,15 +64,20 @@ __all__ = [
     "accelerated_",
     "accelerated_is_faster",
     "advance",
+    "advance_diagonal",
     "canonical_order",
     "descend_",
+    "diagonal_stopping_reason",
+    "entries_by_column",
     "evidence",
     "explained",
     "free_dead",
     "gauss_newton_step",
     "hals_",
+    "initial_diagonal_state",
     "initial_state",
     "initialize",
+    "initialize_diagonal",
     "match_components",
     "merge_candidates",
     "near_duplicates",
@@ -65,11 +85,14 @@ __all__ = [
     "recommend",
     "search",
     "solve",
+    "solve_diagonal",
     "split_halves",
     "stability",
+    "step_diagonal",
     "stopping_reason",
     "subsample_indices",
     "sweeps_for",
+    "unit_components",
     "validate_factors",
     "validate_size",
 ]

@@ -69,6 +69,7 @@ def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
         "title": str(provenance.get("task") or store.run_dir.resolve().name),
         "run_dir": str(store.run_dir),
         "summary": store.summary(),
+        "diagonal": tables.json("stages", "factorize.json").get("factorized", "fishers") != "fishers",
         "stages": [_stage(name, record) for name, record in tables.stages().items()],
         "provenance": _flat(provenance),
         "configuration": configuration.read_text(encoding="utf-8") if configuration.is_file() else None,

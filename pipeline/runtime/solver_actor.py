@@ -8,9 +8,6 @@ Shapes: N examples, R rank, D sketch, K components.
 
 from __future__ import annotations
 
-import datetime
-import os
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -39,7 +35,7 @@ from pipeline.factorization import (
     stopping_reason,
     subsample_indices,
 )
-from pipeline.runtime.executor import WorkerLostError
+from pipeline.runtime.process_group import ProcessGroup
 from pipeline.runtime.stored_factors import ShardRows, stored_factors
 from pipeline.store import Checkpoint, FisherStore, read_table, write_checkpoint_array
 
@@ -74,6 +70,8 @@ class SolverResult:
     explained: float
     explained_held_out: float | None
     """Explained share on the held-out examples, their coefficients fitted with the components fixed; None if none."""
+    columns_D: NDArray[np.int64] | None = None
+    """Of diagonal entries: where in the flat parameter vector each coordinate of the components is."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ class SolverWorker:
         chosen_N = valid_N & chosen_examples(table, paths.mispredicted_only)
         self._fit_N, self._held_out_N, self._other_N = chosen_N & fit_N, chosen_N & ~fit_N, valid_N & ~chosen_N
         self._origin = origin
-        self._options, self._device, self._timeout_s = options, torch.device(device), timeout_s
+        self._options, self._device = options, torch.device(device)
         self._memory_limit_bytes = memory_limit_bytes
         self._rank, self._size = rank, size
         self._fit: list[ShardRows] = []
@@ -121,26 +119,11 @@ class SolverWorker:
         self._examples: ExampleShard | None = None
         """The first."""
         self._state: SolverState | None = None
-        self._rendezvous: dist.TCPStore | None = None
-        self._sent_bytes = 0
+        self._peers = ProcessGroup(self._device, timeout_s, rank, size)
 
     def open_rendezvous(self) -> tuple[str, int]:
         """On worker 0: listen, on this node's own address only, for the others."""
-        import ray
-
-        host = ray.util.get_node_ip_address()
-        listener = socket.create_server((host, 0))
-        port = listener.getsockname()[1]
-        self._rendezvous = dist.TCPStore(
-            host,
-            port,
-            self._size,
-            is_master=True,
-            timeout=datetime.timedelta(seconds=self._timeout_s),
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
-        return host, port
+        return self._peers.open_rendezvous()
 
     def connect(self, host: str, port: int) -> None:
         """Form the process group; a peer that is lost later raises, at the latest after the timeout.
@@ -148,15 +131,7 @@ class SolverWorker:
         Raises:
             WorkerLostError: not all workers came.
         """
-        timeout = datetime.timedelta(seconds=self._timeout_s)
-        if host == "127.0.0.1":
-            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        try:
-            store = self._rendezvous or dist.TCPStore(host, port, self._size, is_master=False, timeout=timeout)
-            backend = "nccl" if self._device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=self._rank, world_size=self._size, timeout=timeout)
-        except RuntimeError as error:
-            raise WorkerLostError(f"the workers could not connect ({_first_line(error)})") from None
+        self._peers.connect(host, port)
 
     def load(self, checksums: dict[int, str]) -> None:
         """Read and verify this worker's shards.
@@ -205,11 +180,11 @@ class SolverWorker:
 
     def step(self) -> Step:
         """One pass and one step."""
-        state, sent_before = self._current_state(), self._sent_bytes
+        state, sent_before = self._current_state(), self._peers.sent_bytes
         statistics = self._reduced(self._own_examples().accumulate(state.components_KD, l1=self._options.l1))
         candidates = self._candidates(state) if bool(free_dead(statistics, self._options).any()) else None
         self._state, record = advance(state, statistics, self._options, candidates)
-        return Step(record, stopping_reason(self._state, self._options), self._sent_bytes - sent_before)
+        return Step(record, stopping_reason(self._state, self._options), self._peers.sent_bytes - sent_before)
 
     def save(self, folder: Path) -> dict[str, np.ndarray]:
         """Write this worker's coefficients, one file per shard, into a checkpoint's folder; returns the state."""
@@ -272,26 +247,11 @@ class SolverWorker:
         """The sum over all workers."""
         if self._size == 1:
             return own
-        packed = own.pack()
-        self._sent_bytes += packed.nbytes
-        try:
-            dist.all_reduce(packed)
-        except RuntimeError as error:
-            raise WorkerLostError(f"the all-reduce failed ({_first_line(error)})") from None
-        return Statistics.unpack(packed, *own.u_KD.shape)
+        return Statistics.unpack(self._peers.sum_(own.pack()), *own.u_KD.shape)
 
     def _candidates(self, state: SolverState) -> Candidates:
         """Replacements for dead components, from the worst-fitted examples of all workers."""
-        packed = self._own_examples().candidates(state.components_KD).pack()
-        gathered: list[Tensor] = [torch.empty_like(packed) for _ in range(self._size)]
-        if self._size == 1:
-            gathered = [packed]
-        else:
-            self._sent_bytes += packed.nbytes
-            try:
-                dist.all_gather(gathered, packed)
-            except RuntimeError as error:
-                raise WorkerLostError(f"the all-gather failed ({_first_line(error)})") from None
+        gathered = self._peers.gathered(self._own_examples().candidates(state.components_KD).pack())
         return merge_candidates([Candidates.unpack(candidates) for candidates in gathered])
 
 
@@ -310,7 +270,3 @@ def _by_shard(chosen: list[ShardRows], examples: ExampleShard) -> Iterator[tuple
     """Coefficients of the examples chosen from each shard."""
     parts = examples.coefficients_NK.split([len(shard.rows) for shard in chosen])
     return zip(chosen, parts, strict=True)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or "no details").splitlines()[0]

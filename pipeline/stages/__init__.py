@@ -26,7 +26,7 @@ from pipeline.progress import ProgressDisplay
 from pipeline.query import ComponentStore, QueryError, write_report
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import ExecutorError
-from pipeline.stage import executor_for, recorded
+from pipeline.stage import executor_for, left_out, recorded
 from pipeline.stages.factorize_stage import factorize
 from pipeline.stages.fisher_stage import compute_fishers
 from pipeline.stages.lift_stage import lift
@@ -68,6 +68,8 @@ def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = 
     """Every stage in order, going on from whatever is there already."""
     directory = config if isinstance(config, RunDirectory) else RunDirectory.create(config)
     stages = {"fishers": compute_fishers, "factorize": factorize, "lift": lift, "verify": verify}
+    skipped = {name: reason for name in stages if (reason := left_out(directory.config, name)) is not None}
+    stages = {name: stage for name, stage in stages.items() if name not in skipped}
     if progress is not None:
         progress.say(f"run {directory.path}")
     unfinished = any(recorded(directory, name) is None for name in stages)
@@ -76,6 +78,8 @@ def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = 
         with executor_for(directory, None) if unfinished else nullcontext() as executor:
             for stage in stages.values():
                 stage(directory, executor=executor, progress=progress)
+        if progress is not None and skipped:
+            progress.say(f"{', '.join(skipped)}: skipped, as {next(iter(skipped.values()))}")
         report(directory, progress=progress)
     return directory
 

@@ -17,6 +17,7 @@ from pipeline.result_tables import (
     write_component_tables,
 )
 from pipeline.run_directory import RunDirectory
+from pipeline.runtime.diagonal_solver_actor import DiagonalSolverWorker
 from pipeline.runtime.executor import Executor
 from pipeline.runtime.solver_actor import Origin, SolverPaths, SolverWorker, chosen_examples
 from pipeline.runtime.solver_driver import SolverRun, run_solver
@@ -49,11 +50,14 @@ def factorize(
             return stage.done
         progress, config, wanted = progress or SilentProgress(), run.config, run.config.factorization
         fishers, checksums, n_fit = record_of(run, "fishers"), checksums_of(run), count_fit_examples(run)
+        diagonal = wanted.kind != "fishers"
         validate_problem(config, n_fit, fishers["rank"])
         origin, metrics = _origin(run), metrics_writer(run.path / "metrics", wanted.metrics)
+        limit = wanted.memory_limit_mb * 2**20
         worker = worker_spec(
             run,
-            SolverWorker,
+            DiagonalSolverWorker if diagonal else SolverWorker,
+            **({"kind": wanted.kind} if diagonal else {"origin": origin, "memory_limit_bytes": limit}),
             paths=SolverPaths(run.fishers, run.table("examples"), wanted.examples == "mispredicted"),
             options=SolverOptions(
                 n_components=wanted.n_components,
@@ -66,10 +70,8 @@ def factorize(
                 orthogonality=wanted.orthogonality,
                 n_frozen=len(origin.components_KD) if origin is not None and origin.frozen else 0,
             ),
-            origin=origin,
             device=device_of(config),
             timeout_s=config.executor.timeout_s,
-            memory_limit_bytes=wanted.memory_limit_mb * 2**20,
         )
         config_hash = config.factorization_signature() + fishers["signature"]
         with executor_for(run, executor) as workers:
@@ -92,7 +94,7 @@ def factorize(
             stability_K = component_stability(run, workers, solved.results[0].components_KD, progress)
         summary = _write_solution(run, solved, n_fit, stability_K)
         progress.say(
-            f"explained {summary['explained']:.4f} of the fitted Fishers"
+            f"explained {summary['explained']:.4f} of the fitted {'diagonal ' if diagonal else ''}Fishers"
             + (f", {summary['explained_held_out']:.4f} of the held-out ones" if summary["explained_held_out"] else "")
             + f" ({solved.stopped} after {summary['n_iter']} steps)"
         )
@@ -153,6 +155,7 @@ def _write_solution(run: RunDirectory, solved: SolverRun, n_fit: int, stability_
     coefficients_NK = np.concatenate([coefficients[shard] for shard in sorted(coefficients)])
     summary = {
         "n_components": len(result.components_KD),
+        "factorized": run.config.factorization.kind,
         "loss": result.loss,
         "objective": result.objective,
         "explained": result.explained,
@@ -163,7 +166,7 @@ def _write_solution(run: RunDirectory, solved: SolverRun, n_fit: int, stability_
         "median_stability": None if stability_K is None else float(np.median(stability_K)),
         "near_duplicates": near_duplicates(torch.tensor(result.components_KD)),
     }
-    write_solution(run, result.components_KD, coefficients_NK, solved.history, summary, stability_K)
+    write_solution(run, result.components_KD, coefficients_NK, solved.history, summary, stability_K, result.columns_D)
     return summary
 
 
@@ -174,6 +177,7 @@ def write_solution(
     history: list[dict[str, Any]],
     summary: Summary,
     stability_K: np.ndarray | None = None,
+    columns_D: np.ndarray | None = None,
 ) -> None:
     """Components and coefficients on disk, and their tables; what followed from former ones is taken away."""
     run.reopen("factorize")
@@ -181,6 +185,6 @@ def write_solution(
         run.reopen(stage)
         shutil.rmtree(run.partial_results(stage), ignore_errors=True)
     shutil.rmtree(run.directions, ignore_errors=True)
-    write_factorization(run.factorization, components_KD, coefficients_NK, summary)
+    write_factorization(run.factorization, components_KD, coefficients_NK, summary, columns_D)
     write_component_tables(run, components_KD, coefficients_NK, stability_K)
     write_table(run.table("history"), "history", rows_to_columns(history, "history"))

@@ -42,10 +42,11 @@ def component_stability(
 
     The halves are disjoint, and their fits start from seeds of their own: what both find again is in the data. They are
     of at most `factorization.stability_examples` examples together, which bounds their cost, so that rare components
-    may seem less stable than they are. None where that is 0, or a half has fewer rows than there are components.
+    may seem less stable than they are. None where that is 0, for diagonals, or where a half has fewer rows than there
+    are components.
     """
     max_examples = run.config.factorization.stability_examples
-    if max_examples == 0:
+    if max_examples == 0 or run.config.factorization.kind != "fishers":
         return None
     worker = fitting_worker(
         run, max_examples, max_iterations=_REFIT_ITERATIONS, tolerance=_REFIT_TOLERANCE, n_starts=_REFIT_STARTS

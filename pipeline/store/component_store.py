@@ -1,6 +1,7 @@
 """What the factorization leaves behind, in a Zarr folder that is replaced whole.
 
-    factorization.zarr   components (K, D) float64, coefficients (N, K) float32, NaN rows for examples left out
+    factorization.zarr   components (K, D) float64, coefficients (N, K) float32, NaN rows for examples left out;
+                         columns (D,) int64 where the coordinates are single entries of the flat parameter vector
 
 Legend: N examples, K components, D sketch dimension.
 """
@@ -36,6 +37,8 @@ class StoredFactorization:
     coefficients: zarr.Array
     """(N, K) float32; NaN rows for examples that were left out."""
     attrs: dict[str, Any]
+    columns: zarr.Array | None = None
+    """(D,) int64, the parameters that the components' coordinates are; None where they are no single parameters."""
 
     def read_components(self) -> np.ndarray:
         """(K, D) float64. Raises StoreError when a chunk is missing or corrupt."""
@@ -58,7 +61,11 @@ class StoredFactorization:
 
 
 def write_factorization(
-    path: str | Path, components_KD: np.ndarray, coefficients_NK: np.ndarray, attrs: Mapping[str, Any]
+    path: str | Path,
+    components_KD: np.ndarray,
+    coefficients_NK: np.ndarray,
+    attrs: Mapping[str, Any],
+    columns_D: np.ndarray | None = None,
 ) -> None:
     """Create or replace ``factorization.zarr``; `attrs` (JSON: loss, explained, why it stopped, ...) are kept.
 
@@ -80,18 +87,23 @@ def write_factorization(
         "components": components_KD.astype(np.float64),
         "coefficients": coefficients_NK.astype(np.float32),
     }
+    if columns_D is not None:
+        if columns_D.shape != components_KD.shape[1:]:
+            raise ValueError(f"columns {columns_D.shape} and components {components_KD.shape} do not agree")
+        arrays["columns"] = columns_D.astype(np.int64)
     checksums = {name: checksum({name: values}) for name, values in arrays.items()}
     with replacing_directory(Path(path)) as partial:
         group = create_group(partial, _KIND, SCHEMA_VERSION, {"checksums": checksums}, attrs)
         for name, values in arrays.items():
             chunk_rows = min(len(values), -(-MIN_CHUNK_BYTES // values[0].nbytes))
+            empty = np.nan if values.dtype.kind == "f" else -1
             array = group.create_array(
                 name,
                 shape=values.shape,
                 dtype=values.dtype,
-                chunks=(chunk_rows, values.shape[1]),
+                chunks=(chunk_rows, *values.shape[1:]),
                 compressors=Crc32cCodec(),
-                fill_value=np.nan,
+                fill_value=empty,
             )
             array[...] = values
 
@@ -105,4 +117,5 @@ def open_factorization(path: str | Path) -> StoredFactorization:
     path = Path(path)
     group, attrs = open_group(path, _KIND, SCHEMA_VERSION, "factorize")
     components, coefficients = (open_array(group, path, name, "factorize") for name in ("components", "coefficients"))
-    return StoredFactorization(path, components, coefficients, attrs)
+    columns = open_array(group, path, "columns", "factorize") if "columns" in attrs["checksums"] else None
+    return StoredFactorization(path, components, coefficients, attrs, columns)

@@ -81,7 +81,8 @@ components: `mass` Σ_i W_ij and `energy` Σ_i W_ij² over the fit examples; `ne
     mean |cos| with its match in fits of two halves of the examples, null where that was not computed.
 top_examples: `rank` from 0, per component and split.
 coefficients: the non-zero W_ij, by component, then descending.
-history: one row per iteration of the solver; `objective` is the loss with the penalties, `sent_bytes` are those of each
+history: one row per iteration of the solver; `mu` is the damping, or, of diagonals, the weight of the extrapolation;
+    `objective` is the loss with the penalties, `sent_bytes` are those of each
     worker to all others together, in that iteration.
 selection: one row per number of components tried; `explained_held_out` on held-out examples (or, where there are none,
     of each half on the other), its mean and standard deviation over fits; `cosine_seeds`, `cosine_halves` mean matched

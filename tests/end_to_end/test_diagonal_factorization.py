@@ -1,0 +1,285 @@
+"""D-NPEFF through the stages: what is factorized, that workers and interruptions change nothing, and how a run ends.
+
+Legend: N examples, P parameters, K components.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse
+from end_to_end.nan_digits import DAMAGED
+from scipy.optimize import nnls
+
+from pipeline import cli, stages
+from pipeline.config import ConfigError, RunConfig
+from pipeline.factorization import entries_by_column
+from pipeline.interchange import export_run
+from pipeline.progress import SilentProgress
+from pipeline.query import ComponentStore
+from pipeline.run_directory import RunDirectory, RunDirectoryError
+from pipeline.runtime import diagonal_solver_actor
+from pipeline.runtime.executor import Executor, SerialExecutor, make_executor
+from pipeline.runtime.ray_executor import RayExecutor
+from pipeline.stage import recorded
+from pipeline.status import status
+from pipeline.store import FisherStore, open_factorization, read_table
+
+N, K, TOP = 120, 4, 60
+KINDS = ("diagonal_groups", "diagonal_entries")
+
+
+def config_of(path: Path, kind: str, shard_size: int = 30, **factorization: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "run_dir": str(path),
+            "task": {"name": "end_to_end.nan_digits:NanDigits", "options": {"limit": N, "epochs": 2}},
+            "fishers": {
+                "sketch": {"dim": 64},
+                "shard_size": shard_size,
+                "diagonal": {"top_entries": TOP, "groups": True},
+            },
+            "factorization": {
+                "n_components": K,
+                "kind": kind,
+                "checkpoint_every": 2,
+                "max_iterations": 12,
+                "tolerance": 1e-9,
+                **factorization,
+            },
+            "executor": {"kind": "serial"},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def fishers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Runs with Fishers alone, by their number of shards."""
+    folders = {}
+    for n_shards in (1, 4):
+        run = RunDirectory.create(config_of(tmp_path_factory.mktemp("fishers") / "run", KINDS[0], -(-N // n_shards)))
+        stages.compute_fishers(run)
+        folders[n_shards] = run.path
+    return folders
+
+
+def prepared(path: Path, fishers: dict[int, Path], kind: str, n_shards: int = 4, **factorization: Any) -> RunDirectory:
+    """A run whose Fishers are there, of a configuration that differs in its factorization."""
+    shutil.copytree(fishers[n_shards], path)
+    (path / "run.yaml").write_text(config_of(path, kind, -(-N // n_shards), **factorization).to_yaml())
+    return RunDirectory.open(path)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def finished(request: pytest.FixtureRequest, fishers: dict[int, Path], tmp_path_factory: Any) -> RunDirectory:
+    run = prepared(tmp_path_factory.mktemp("finished") / "run", fishers, request.param)
+    return stages.run(run)
+
+
+def rows_of(run: RunDirectory) -> tuple[np.ndarray, np.ndarray]:
+    """What is factorized, dense: the fitted examples' rows and the others', over all parameters or groups."""
+    store = FisherStore.open(run.fishers)
+    stored = store.read_rows(np.arange(N))
+    if run.config.factorization.kind == "diagonal_groups":
+        x = stored["grouped_diagonal"].astype(np.float64)
+        x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30)
+    else:
+        layout = store.attrs["parameter_layout"]
+        x = np.zeros((N, sum(int(np.prod(shape)) for shape in layout["shapes"])))
+        np.add.at(x, (np.arange(N)[:, None], stored["diagonal_indices"]), stored["diagonal_values"])
+    fit = np.asarray(read_table(run.table("examples"), "examples")["split"].to_pylist()) == "fit"
+    return x[fit & stored["valid"]], x[~fit & stored["valid"]]
+
+
+def dense_components(run: RunDirectory, dim: int) -> np.ndarray:
+    stored = open_factorization(run.factorization)
+    h_KD = np.zeros((K, dim))
+    columns = np.arange(dim) if stored.columns is None else np.asarray(stored.columns[...])
+    h_KD[:, columns] = stored.read_components()
+    return h_KD
+
+
+def test_the_factorization_is_of_the_stored_diagonals(finished: RunDirectory) -> None:
+    fit, held_out = rows_of(finished)
+    h = dense_components(finished, fit.shape[1])
+    stored = open_factorization(finished.factorization)
+    w = stored.read_coefficients()
+    assert np.isnan(w[DAMAGED]).all()
+    split = np.asarray(read_table(finished.table("examples"), "examples")["split"].to_pylist())
+    w_fit = w[(split == "fit") & ~np.isnan(w[:, 0])].astype(np.float64)
+    record = finished.record("factorize")
+    assert record is not None
+    assert record["factorized"] == finished.config.factorization.kind
+    assert record["loss"] == pytest.approx(np.square(fit - w_fit @ h).sum(), rel=1e-5)
+    assert record["explained"] == pytest.approx(1 - record["loss"] / np.square(fit).sum(), rel=1e-6)
+    residuals = sum(nnls(h.T, row)[1] ** 2 for row in held_out)
+    assert record["explained_held_out"] == pytest.approx(1 - residuals / np.square(held_out).sum(), rel=1e-5)
+    assert record["explained"] > 0.5
+    np.testing.assert_allclose(np.linalg.norm(h, axis=1), 1, rtol=1e-6)
+    assert (h >= 0).all()
+    assert (np.diff(np.square(w_fit).sum(0)) <= 1e-9).all()
+    if finished.config.factorization.kind == "diagonal_entries":
+        assert stored.columns is not None
+        assert np.asarray(stored.columns[...]).tolist() == np.flatnonzero(fit.any(0)).tolist()
+
+
+def test_the_run_ends_well_and_says_what_it_leaves_out(
+    finished: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    states = {row.stage: (row.state, row.details) for row in status(finished)}
+    assert {stage: state for stage, (state, _) in states.items()} == {
+        "fishers": "complete",
+        "factorize": "complete",
+        "lift": "skipped",
+        "verify": "skipped",
+        "report": "complete",
+    }
+    assert "no directions" in states["lift"][1]
+    said: list[str] = []
+    progress = SilentProgress()
+    progress.say = said.append  # type: ignore[method-assign]
+    stages.run(finished, progress=progress)
+    assert [line for line in said if line.startswith("lift, verify: skipped, as")]
+    for stage in (stages.lift, stages.verify):
+        with pytest.raises(RunDirectoryError, match=r"has no part in .*factorization\.kind: fishers"):
+            stage(finished)
+    with pytest.raises(RunDirectoryError, match="only those of kind fishers can be exported"):
+        export_run(finished.path, finished.path / "x.h5", what="factorization")
+    with pytest.raises(SystemExit) as end:
+        cli.main(["verify", str(finished.path)])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_component_store_answers(finished: RunDirectory) -> None:
+    store = ComponentStore.open(finished.path)
+    h = np.asarray(open_factorization(finished.factorization).read_components())
+    similar = store.similar_components(0)
+    np.testing.assert_allclose(similar["cosine"].to_numpy(), np.sort((h @ h[0])[1:])[::-1], atol=1e-9)
+    assert len(store.top_examples(0, n=5)) == 5
+    assert len(store.components_table()) == K
+    assert store.summary()["explained"] > 0.5
+    page = finished.report.read_text()
+    assert "diagonal Fishers" in page
+    assert "npeff lift" not in page
+    assert "npeff verify" not in page
+
+
+# --- Workers, shards, interruptions -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def three_actors() -> Iterator[Executor]:
+    with make_executor(
+        "ray", address="local", workers=3, cpus_per_worker=1, gpus_per_worker=0.0, timeout_s=120.0
+    ) as executor:
+        yield executor
+
+
+def losses_of(run: RunDirectory) -> list[float]:
+    return read_table(run.table("history"), "history")["loss"].to_pylist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_and_workers_change_no_loss(
+    kind: str, fishers: dict[int, Path], tmp_path: Path, three_actors: RayExecutor
+) -> None:
+    n_shards = {"one": 1, "four": 4, "actors": 4}
+    if kind == "diagonal_entries":
+        n_shards["idle actors"] = 1
+    runs = {name: prepared(tmp_path / name, fishers, kind, n) for name, n in n_shards.items()}
+    for name, run in runs.items():
+        stages.factorize(run, executor=three_actors if "actors" in name else SerialExecutor())
+    for name in set(n_shards) - {"one"}:
+        np.testing.assert_allclose(losses_of(runs[name]), losses_of(runs["one"]), rtol=1e-8)
+        one, other = (open_factorization(runs[n].factorization) for n in ("one", name))
+        np.testing.assert_allclose(other.read_components(), one.read_components(), atol=1e-6)
+        np.testing.assert_allclose(other.read_coefficients(), one.read_coefficients(), atol=1e-5)
+
+
+def test_large_data_are_worked_on_in_single_precision_to_losses_equal_to_1e_6(
+    fishers: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = {n: prepared(tmp_path / str(n), fishers, "diagonal_groups", n, tolerance=1e-6) for n in (1, 4)}
+    double = prepared(tmp_path / "double", fishers, "diagonal_groups", 4, tolerance=1e-6)
+    stages.factorize(double)
+    monkeypatch.setattr(diagonal_solver_actor, "_DOUBLE_BYTES", 0)
+    for run in runs.values():
+        stages.factorize(run)
+    n = min(len(losses_of(run)) for run in (*runs.values(), double))
+    assert losses_of(runs[4]) != losses_of(double)
+    np.testing.assert_allclose(losses_of(runs[1])[:n], losses_of(runs[4])[:n], rtol=1e-6)
+    np.testing.assert_allclose(losses_of(double)[:n], losses_of(runs[4])[:n], rtol=3e-6)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(
+    kind: str, fishers: dict[int, Path], tmp_path: Path
+) -> None:
+    whole, broken = (prepared(tmp_path / name, fishers, kind) for name in ("whole", "broken"))
+    stages.factorize(whole)
+
+    class Progress(SilentProgress):
+        def stage(self, *arguments: Any, **more: Any) -> Any:
+            from contextlib import nullcontext
+
+            def tick(done: int, fact: str = "", last: bool = False) -> None:
+                if done == 7:
+                    raise Interrupted
+
+            return nullcontext(tick)
+
+    with pytest.raises(Interrupted):
+        stages.factorize(broken, progress=Progress())
+    assert recorded(broken, "factorize") is None
+    said: list[str] = []
+    progress = SilentProgress()
+    progress.say = said.append  # type: ignore[method-assign]
+    stages.factorize(broken, progress=progress)
+    assert "going on from iteration 6" in said
+    one, other = (open_factorization(run.factorization) for run in (whole, broken))
+    np.testing.assert_array_equal(one.read_components(), other.read_components())
+    np.testing.assert_array_equal(one.read_coefficients(), other.read_coefficients())
+    assert losses_of(whole) == losses_of(broken)
+
+
+def test_entries_in_no_column_are_counted_and_left_out() -> None:
+    values = np.array([[3.0, 2.0, 0.0], [2.0, 1.0, 1.0]])
+    indices = np.array([[7, 2, 0], [9, 4, 2]])
+    rows, outside = entries_by_column(values, indices, np.array([2, 7]))
+    np.testing.assert_array_equal(rows.toarray(), [[2, 3], [1, 0]])
+    np.testing.assert_array_equal(outside, [0, 5])
+    assert isinstance(rows, scipy.sparse.csr_array)
+    nothing, outside = entries_by_column(values, indices, np.zeros(0, np.int64))
+    assert nothing.shape == (2, 0)
+    np.testing.assert_array_equal(outside, [13, 6])
+
+
+# --- Refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"), [("diagonal_groups", "groups: true"), ("diagonal_entries", "top_entries: 1024, say")]
+)
+def test_diagonals_that_are_not_stored_are_refused(kind: str, key: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    document = {"run_dir": "x", "task": {"name": "digits"}, "factorization": {"n_components": 2, "kind": kind}}
+    path.write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match=f"kind: {kind} needs fishers.diagonal.{key}$"):
+        RunConfig.from_yaml(path)
+
+
+def test_more_components_than_examples_are_refused(fishers: dict[int, Path], tmp_path: Path) -> None:
+    run = prepared(tmp_path / "run", fishers, "diagonal_groups", n_components=N)
+    with pytest.raises(stages.USER_ERRORS, match=f"n_components={N} exceeds"):
+        stages.factorize(run)
