@@ -9,14 +9,12 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from typer.exceptions import TyperException
 
 from pipeline import stages
@@ -25,6 +23,7 @@ from pipeline.estimate import estimate
 from pipeline.estimate import rows as estimate_rows
 from pipeline.interchange import ImportOptions, export_run, import_run
 from pipeline.progress import default_progress
+from pipeline.query_output import OutputFormat, print_table
 from pipeline.run_directory import RunDirectory
 from pipeline.status import outcome
 from pipeline.status import status as status_of
@@ -49,13 +48,6 @@ _DISK_ERRORS = {
     errno.EPERM: "permission denied",
     errno.EROFS: "the file system is read-only",
 }
-
-
-class OutputFormat(StrEnum):
-    TABLE = "table"
-    JSON = "json"
-    CSV = "csv"
-    PARQUET = "parquet"
 
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run file (YAML), or the directory of an existing run.")]
@@ -190,7 +182,7 @@ def select_command(
     changes = {name: value for name, value in asked.items() if value is not None}
     opened = RunDirectory(opened.path, opened.config.with_selection(**changes))
     stages.select(opened, progress=default_progress())
-    _print_for_people(stages.open_components(opened.path).table("selection"))
+    print_table(stages.open_components(opened.path).table("selection"), OutputFormat.TABLE)
     print(f"plot: {stages.report(opened)}#selection")
 
 
@@ -306,7 +298,7 @@ def top(
     output: Format = OutputFormat.TABLE,
 ) -> None:
     """The examples with a component's largest coefficients."""
-    _print_table(context.obj.top_examples(component, n=n, split=split), output)
+    print_table(context.obj.top_examples(component, n=n, split=split), output)
 
 
 @query_app.command()
@@ -316,7 +308,7 @@ def example(
     output: Format = OutputFormat.TABLE,
 ) -> None:
     """One example's components, largest first."""
-    _print_table(context.obj.example(example), output)
+    print_table(context.obj.example(example), output)
 
 
 @query_app.command()
@@ -327,19 +319,19 @@ def similar(
     output: Format = OutputFormat.TABLE,
 ) -> None:
     """The components most like one, by |cos|."""
-    _print_table(context.obj.similar_components(component, n=n), output)
+    print_table(context.obj.similar_components(component, n=n), output)
 
 
 @query_app.command()
 def components(context: typer.Context, output: Format = OutputFormat.TABLE) -> None:
     """All components, a row each."""
-    _print_table(context.obj.components_table(), output)
+    print_table(context.obj.components_table(), output)
 
 
 @query_app.command()
 def selection(context: typer.Context, output: Format = OutputFormat.TABLE) -> None:
     """What `npeff select` found, a row for every number of components tried."""
-    _print_table(context.obj.table("selection"), output)
+    print_table(context.obj.table("selection"), output)
 
 
 @query_app.command()
@@ -349,90 +341,7 @@ def sql(
     output: Format = OutputFormat.TABLE,
 ) -> None:
     """SQL over all tables of the run."""
-    _print_table(context.obj.sql(query), output)
-
-
-def _print_table(table: Any, output: OutputFormat) -> None:
-    """``table`` (a pyarrow.Table) to standard output; long cells are cut in the ``table`` format only."""
-    import pyarrow
-
-    try:
-        _write_table(table, output)
-    except pyarrow.ArrowNotImplementedError as error:
-        raise typer.BadParameter(
-            f"{output} cannot hold this answer ({str(error).splitlines()[0]}): cast the column to text, or use "
-            "--format json"
-        ) from None
-
-
-def _write_table(table: Any, output: OutputFormat) -> None:
-    match output:
-        case OutputFormat.JSON:
-            import base64
-            import json
-
-            def encode(value: Any) -> Any:
-                return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
-
-            print(json.dumps(table.to_pylist(), default=encode, indent=1))
-        case OutputFormat.CSV:
-            import pyarrow.csv
-
-            nested = [field.name for field in table.schema if _is_nested(field.type)]
-            if nested:
-                print(f"npeff: left out, as CSV holds no lists: {', '.join(nested)}", file=sys.stderr)
-            pyarrow.csv.write_csv(table.drop_columns(nested), sys.stdout.buffer)
-        case OutputFormat.PARQUET:
-            import pyarrow.parquet
-
-            if sys.stdout.isatty():
-                raise typer.BadParameter("parquet is binary: send it to a file, --format parquet > answer.parquet")
-            pyarrow.parquet.write_table(table, sys.stdout.buffer)
-        case OutputFormat.TABLE:
-            _print_for_people(table)
-
-
-def _print_for_people(table: Any) -> None:
-    """As many columns as the terminal has room for, from the left, without those that are empty."""
-    filled = [name for name in table.column_names if table[name].null_count < len(table)] or table.column_names
-    cells = {name: [_cell(value) for value in table[name].to_pylist()] for name in filled}
-    room = Console().width if sys.stdout.isatty() else sys.maxsize
-    shown: list[str] = []
-    width = 1
-    for name in filled:
-        width += 3 + max(map(len, [name, *cells[name]]))
-        if shown and width > room:
-            break
-        shown.append(name)
-    left_out = [name for name in filled if name not in shown]
-    grid = Table(*shown)
-    for row in zip(*(cells[name] for name in shown), strict=True):
-        grid.add_row(*(Text(cell) for cell in row))
-    console = Console(width=None if sys.stdout.isatty() else max(width, 20))
-    console.print(grid)
-    if left_out:
-        console.print(f"no room for {', '.join(left_out)}: widen the window, or use --format csv", markup=False)
-
-
-def _is_nested(kind: Any) -> bool:
-    import pyarrow.types
-
-    return bool(pyarrow.types.is_nested(kind))
-
-
-def _cell(value: Any) -> str:
-    match value:
-        case None:
-            return ""
-        case float():
-            return f"{value:.4g}"
-        case bytes():
-            return f"{len(value)} bytes"
-        case list():
-            return " ".join(_cell(item) for item in value[:4]) + (" …" if len(value) > 4 else "")
-        case _:
-            text = str(value)
-            return text if len(text) <= 80 else text[:79] + "…"
+    print_table(context.obj.sql(query), output)
 
 
 def _print_outcome(run: RunDirectory) -> None:

@@ -41,10 +41,20 @@ ALLOWED: dict[str, set[str]] = {
     },
     "estimate": {f"pipeline.{name}" for name in ("config", "runtime", "stage", "store")},
     "status": {f"pipeline.{name}" for name in ("run_directory", "stage", "store")},
-    "cli": {"typer", "rich", "pyarrow"}
+    "query_output": {"typer", "rich", "pyarrow"},
+    "cli": {"typer", "rich"}
     | {
         f"pipeline.{name}"
-        for name in ("stages", "status", "estimate", "interchange", "config", "run_directory", "progress")
+        for name in (
+            "stages",
+            "status",
+            "estimate",
+            "interchange",
+            "config",
+            "run_directory",
+            "progress",
+            "query_output",
+        )
     },
     "jobs": {"pipeline.cli"},
 }

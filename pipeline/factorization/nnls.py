@@ -27,7 +27,8 @@ _HALS_BLOCK = 32
 """Components between two matrix products of `hals_`: what lies outside their block changes only there."""
 
 _STEPS_PER_SWEEP = 4
-"""Steps of `accelerated_` that come as far as one sweep of `hals_` (measured: tests/benchmarks/README.md)."""
+"""Steps of `accelerated_` that come as far as one sweep of `hals_`: in the solver, on a planted problem with a shared
+direction, 64 steps and 16 sweeps reach the same point."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ _COSTS = {
     "cpu": _DeviceCosts(launch=5e-6, product=5e-11, stream=1.6e-10),
     "cuda": _DeviceCosts(launch=6e-6, product=5e-14, stream=2e-12),
 }
-"""Of one CPU core, measured; of a large GPU, from its data sheet: the launches decide there by a wide margin."""
+"""Of one CPU core, measured; of a large GPU, assumed from usual figures: the launches decide there by a wide margin."""
 
 
 def descend_(coefficients_KN: Tensor, targets_KN: Tensor, gram_KK: Tensor, sweeps: int | None = None) -> Tensor:
