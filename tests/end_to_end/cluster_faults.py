@@ -30,7 +30,7 @@ from pipeline.runtime.solver_driver import SolverRun, run_solver
 from pipeline.store import CheckpointStore, ShardRecords
 
 NODE = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 80 * 2**20, "include_dashboard": False}
-N_COMPONENTS, LOST_AT, ITERATIONS = 8, 5, 24
+N_COMPONENTS, LOST_AT, ITERATIONS = 8, 5, 16
 
 
 def main(folder: Path) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def main(folder: Path) -> dict[str, Any]:
                 n_components=N_COMPONENTS, max_iterations=ITERATIONS, tolerance=1e-15, subsample=200
             ),
             "device": "cpu",
-            "timeout_s": 120.0,
+            "timeout_s": 300.0,
             "memory_limit_bytes": 2**30,
         }
         solved = run_solver(
@@ -84,7 +84,7 @@ def main(folder: Path) -> dict[str, Any]:
 
     try:
         with contextlib.closing(
-            RayExecutor(cluster.address, workers=2, cpus_per_worker=1, gpus_per_worker=0.0, timeout_s=120.0)
+            RayExecutor(cluster.address, workers=2, cpus_per_worker=1, gpus_per_worker=0.0, timeout_s=300.0)
         ) as executor:
             _, undisturbed_s = solve(executor, "undisturbed", lambda row: None)
             disturbed, disturbed_s = solve(executor, "disturbed", disturb)
