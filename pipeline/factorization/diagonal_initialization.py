@@ -1,8 +1,10 @@
 """Where D-NPEFF starts: several seeded starts on a small dense part of the data, the best kept.
 
 The part is a subsample's heaviest columns: the entries or groups with the largest sums of squares. One start there is
-NNDSVD (Boutsidis & Gallopoulos, Pattern Recognition 41, 2008), the others are examples drawn as k-means++ draws them,
-by what the ones before leave unexplained. Each is polished by iterations of the solver; the one of least loss goes on.
+NNDSVD with its zeros filled in (Boutsidis & Gallopoulos, Pattern Recognition 41, 2008), the others are means of a few
+examples. All are positive, and smoothed by some multiplicative updates (Lee & Seung, NIPS 2000), whose many small steps
+lead to clearly better minima than HALS finds from the same starts. Then each is polished by iterations of the solver;
+the one of least loss goes on.
 
 Of NNDSVD only H is needed, as the coefficients follow from the components. For the same reason the columns outside of
 the part may begin at zero: the first pass over all data finds coefficients by the others, and then fills them in.
@@ -29,7 +31,11 @@ from pipeline.factorization.diagonal_solver import (
 from pipeline.factorization.problem import InvalidProblemError, validate_size
 from pipeline.factorization.solver import SolverOptions
 
-_MOST_COLUMNS = 2048
+_MOST_COLUMNS = 1024
+_EXTRA_DIMENSIONS = 16
+_POWER_ITERATIONS = 2
+_EXAMPLES_OF_A_MEAN = 5
+_SMOOTHING_ITERATIONS = 20
 _TRIAL_ITERATIONS = 30
 _MOST_ITERATIONS = 150
 _TOLERANCE = 1e-5
@@ -52,8 +58,9 @@ def initialize_diagonal(fishers_MP: Any, n_components: int, seed: int, n_starts:
     if not bool(part_MC.any()):
         raise InvalidProblemError("every diagonal Fisher is zero: there is nothing to factorize")
     generator = torch.Generator().manual_seed(seed)
-    trials = [_polished(part_MC, _nndsvd(part_MC, n_components, generator))]
-    trials += [_polished(part_MC, _spread_examples(part_MC, n_components, generator)) for _ in range(n_starts - 1)]
+    starts = [_nndsvd(part_MC, n_components, generator)]
+    starts += [_means_of_examples(part_MC, n_components, generator) for _ in range(n_starts - 1)]
+    trials = [_polished(part_MC, _smoothed(part_MC, start_KC)) for start_KC in starts]
     shard, state = min(trials, key=lambda trial: trial[1].best_loss)
     options = SolverOptions(n_components=n_components, max_iterations=_MOST_ITERATIONS, tolerance=_TOLERANCE)
     while diagonal_stopping_reason(state, options) is None:
@@ -89,38 +96,37 @@ def _polished(part_MC: Tensor, start_KC: Tensor) -> tuple[DiagonalShard, Diagona
 def _nndsvd(part_MC: Tensor, n_components: int, generator: torch.Generator) -> Tensor:
     """Of each leading singular pair (u, v) the sign whose positive parts are larger, ‖u₊‖‖v₊‖ or ‖u₋‖‖v₋‖: its v.
 
-    Components beyond the rank are examples.
+    Unit rows with the mean in place of zeros. Components beyond the rank are means of examples.
     """
     n_leading = min(n_components, *part_MC.shape)
-    probe = torch.randn(part_MC.shape[1], min(n_leading + 16, *part_MC.shape), generator=generator).to(part_MC)
-    for _ in range(2):
+    n_probes = min(n_leading + _EXTRA_DIMENSIONS, *part_MC.shape)
+    probe = torch.randn(part_MC.shape[1], n_probes, dtype=torch.float64, generator=generator).to(part_MC)
+    for _ in range(_POWER_ITERATIONS):
         probe = torch.linalg.qr(part_MC.T @ (part_MC @ probe)).Q
     u_MQ, _, rotation = torch.linalg.svd(part_MC @ probe, full_matrices=False)
-    u_MK, v_CK = u_MQ[:, :n_leading], (probe @ rotation.T)[:, :n_leading]
-    weights = [
-        torch.linalg.norm((s * u_MK).clamp(min=0), dim=0) * torch.linalg.norm((s * v_CK).clamp(min=0), dim=0)
-        for s in (1, -1)
-    ]
-    signs_K = torch.where(weights[0] >= weights[1], 1.0, -1.0).to(part_MC)
-    start_KC = (v_CK * signs_K).clamp(min=0.0).T.contiguous()
-    missing = n_components - n_leading
-    return start_KC if not missing else torch.cat([start_KC, _spread_examples(part_MC, missing, generator)])
+    pairs = [(sign * u_MQ[:, :n_leading], sign * (probe @ rotation.T)[:, :n_leading]) for sign in (1, -1)]
+    positive = [(u_MK.clamp(min=0.0), v_CK.clamp(min=0.0)) for u_MK, v_CK in pairs]
+    weights = [torch.linalg.norm(u_MK, dim=0) * torch.linalg.norm(v_CK, dim=0) for u_MK, v_CK in positive]
+    start_KC = torch.where(weights[0] >= weights[1], positive[0][1], positive[1][1]).T
+    start_KC = torch.nn.functional.normalize(start_KC, dim=1)
+    start_KC = torch.where(start_KC > 0, start_KC, start_KC.mean())
+    more_KC = _means_of_examples(part_MC, n_components - n_leading, generator)
+    return torch.cat([start_KC, more_KC])
 
 
-def _spread_examples(part_MC: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """Examples, each drawn with probability proportional to the squared sine of its angle to the nearest before it,
-    times its squared length; any example when no such one is left.
+def _means_of_examples(part_MC: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """Unit rows, each the mean of a few random examples, with the mean over all rows in place of zeros."""
+    drawn = torch.randint(len(part_MC), (n, _EXAMPLES_OF_A_MEAN), generator=generator).to(part_MC.device)
+    start_KC = torch.nn.functional.normalize(part_MC[drawn].mean(dim=1), dim=1)
+    return torch.where(start_KC > 0, start_KC, start_KC.mean()) if n else start_KC
 
-    Source: Arthur & Vassilvitskii, k-means++ (SODA 2007), by what a non-negative multiple of a drawn one leaves.
-    """
-    squares_M = part_MC.square().sum(dim=1).double()
-    left_M, drawn = squares_M.clone(), []
-    for _ in range(n):
-        weights_M = left_M if bool((left_M > 0).any()) else squares_M
-        drawn.append(int(torch.multinomial(weights_M.cpu(), 1, generator=generator)))
-        row_C = part_MC[drawn[-1]]
-        length = float(torch.linalg.norm(row_C))
-        along_M = (part_MC @ (row_C / length)).double()
-        left_M = torch.minimum(left_M, (squares_M - along_M.square()).clamp(min=0.0))
-        left_M[drawn[-1]] = 0.0
-    return part_MC[drawn].clone()
+
+def _smoothed(part_MC: Tensor, start_KC: Tensor) -> Tensor:
+    """The components after multiplicative updates of both factors, from coefficients X Hᵀ of the best common scale."""
+    h_KC, w_MK = start_KC, part_MC @ start_KC.T
+    w_MK = w_MK * (w_MK.square().sum() / torch.sum((w_MK.T @ w_MK) * (h_KC @ h_KC.T)))
+    tiny = torch.finfo(part_MC.dtype).tiny
+    for _ in range(_SMOOTHING_ITERATIONS):
+        w_MK = w_MK * (part_MC @ h_KC.T) / (w_MK @ (h_KC @ h_KC.T)).clamp(min=tiny)
+        h_KC = h_KC * (w_MK.T @ part_MC) / ((w_MK.T @ w_MK) @ h_KC).clamp(min=tiny)
+    return h_KC
