@@ -9,7 +9,7 @@ Legend: B batch, C classes, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from pipeline.fisher.layer_rules import per_example, rule_for
 from pipeline.fisher.module_rule import ModuleCall, module_rows
 from pipeline.fisher.owners import Owners, find_owners, move_up
 from pipeline.fisher.parameters import ParameterLayout
+from pipeline.fisher.threads import in_threads
 
 _INDEPENDENT = (
     "the logits do not depend on the output of any module with selected parameters: do not detach them or compute them "
@@ -89,9 +90,14 @@ class GradientCollector:
             labels = label_rows(self.labels, logits.detach(), numbers, targets)
             deltas = _output_gradients(logits, uses, labels.directions)
             accurate = _Accurate()
+            pieces = [
+                self._rows(use, delta, n_examples, accurate)
+                for use, delta in zip(uses, deltas, strict=True)
+                if any(rows is not None for rows in delta)
+            ]
             found: dict[str, list[Contribution]] = {}
-            for use, delta in zip(uses, deltas, strict=True):
-                for name, part in self._rows(use, delta, n_examples, accurate):
+            for parts in in_threads(lambda piece: piece(), pieces, logits.device):
+                for name, part in parts.items():
                     found.setdefault(name, []).append(part)
         if not found:
             raise UnsupportedModelError(_INDEPENDENT)
@@ -166,26 +172,29 @@ class GradientCollector:
 
     def _rows(
         self, use: Use, deltas: tuple[_Rows | None, ...], n_examples: int, accurate: _Accurate
-    ) -> Iterator[tuple[str, Contribution]]:
+    ) -> Callable[[], dict[str, Contribution]]:
+        """What gives the contributions of a use of a module, by the parameters' names in the layout."""
         assert self._owners is not None
         wanted = self._owners[use.module_name]
-        if all(delta is None for delta in deltas):
-            return
         use.check_inputs()
         rule = rule_for(use.module, wanted)
         if rule is None:
-            parts = self._general_rows(use, deltas, n_examples)
-        else:
-            (delta,) = deltas
-            assert delta is not None
-            args, kwargs = use.inputs
-            inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
-            if use.shared:
-                inputs = repeat(inputs, n_examples)
-            rows = [_accurate(per_example(row, n_examples)) for row in delta]
-            parts = rule(use.module, per_example(accurate(inputs), n_examples), rows, frozenset(wanted))
-        for name, part in parts.items():
-            yield wanted[name], part
+            general = self._general_rows(use, deltas, n_examples)  # takes much memory: one at a time
+            return lambda: {wanted[name]: part for name, part in general.items()}
+        (delta,) = deltas
+        assert delta is not None
+        args, kwargs = use.inputs
+        inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if use.shared:
+            inputs = repeat(inputs, n_examples)
+        inputs = per_example(accurate(inputs), n_examples)
+
+        def rows() -> dict[str, Contribution]:
+            accurate_rows = [_accurate(per_example(row, n_examples)) for row in delta]
+            parts = rule(use.module, inputs, accurate_rows, frozenset(wanted))
+            return {wanted[name]: part for name, part in parts.items()}
+
+        return rows
 
     def _general_rows(self, use: Use, deltas: tuple[_Rows | None, ...], n_examples: int) -> dict[str, Contribution]:
         assert self._owners is not None

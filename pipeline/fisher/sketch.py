@@ -7,7 +7,7 @@ Legend: B batch, R rank, P parameters, D sketch, w window, F = w // 2 + 1.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any, Literal, Protocol, get_args
@@ -19,6 +19,7 @@ from pipeline.fisher.contributions import Contribution, Dense, Outer, Sum, flat_
 from pipeline.fisher.kronecker import Projection
 from pipeline.fisher.parameters import ParameterLayout
 from pipeline.fisher.tensorsketch import Hashes, fourier, fourier_is_cheaper, scatter, window_width
+from pipeline.fisher.threads import in_threads
 
 SketchKind = Literal["identity", "tensorsketch", "kronecker", "topk"]
 Method = Literal["auto", "fft", "scatter"]
@@ -134,25 +135,31 @@ class TensorSketch:
 
     def apply(self, contributions: Mapping[str, Contribution], method: Method = "auto") -> Tensor:
         out_BRD = _zeros(contributions, self.dim)
-        width = self._width
-        transforms: dict[int, Tensor] = {}
-        parts: list[tuple[Contribution, Hashes]] = []
+        windows: dict[int, list[tuple[Contribution, Hashes]]] = {}
         for name, contribution in contributions.items():
             hashes = self._hashes[name] = self._hashes[name].to(out_BRD.device)
-            parts += [(p, hashes) for p in (contribution.parts if isinstance(contribution, Sum) else (contribution,))]
-        reading: dict[tuple[Hashable, int], list[tuple[Outer, Hashes]]] = {}
+            parts = contribution.parts if isinstance(contribution, Sum) else (contribution,)
+            windows.setdefault(hashes.start, []).extend((part, hashes) for part in parts)
+        # windows are disjoint
+        in_threads(lambda parts: self._add_window(parts, method, out_BRD), list(windows.values()), out_BRD.device)
+        return out_BRD
+
+    def _add_window(self, parts: Sequence[tuple[Contribution, Hashes]], method: Method, out_BRD: Tensor) -> None:
+        """Add the sketch of the parameters that share a window."""
+        width = self._width
+        reading: dict[Hashable, list[tuple[Outer, Hashes]]] = {}
         for part, hashes in parts:
             if isinstance(part, Outer) and (method == "fft" or (method == "auto" and fourier_is_cheaper(part, width))):
-                reading.setdefault((part.inputs_key(), hashes.start), []).append((part, hashes))
+                reading.setdefault(part.inputs_key(), []).append((part, hashes))
             else:
                 scatter(part, hashes, out_BRD)
-        for (_, start), group in reading.items():
-            if start not in transforms:
-                transforms[start] = torch.fft.rfft(torch.zeros_like(out_BRD[..., :width]))
-            fourier([part for part, _ in group], [hashes for _, hashes in group], transforms[start])
-        for start, out_BRF in transforms.items():
-            out_BRD[..., start : start + width] += torch.fft.irfft(out_BRF, n=width)
-        return out_BRD
+        if not reading:
+            return
+        out_BRw = parts[0][1].window(out_BRD)
+        transformed_BRF = torch.fft.rfft(torch.zeros_like(out_BRw))
+        for group in reading.values():
+            fourier([part for part, _ in group], [hashes for _, hashes in group], transformed_BRF)
+        out_BRw += torch.fft.irfft(transformed_BRF, n=width)
 
     def apply_dense(self, vectors: Mapping[str, Tensor]) -> Tensor:
         return self.apply(_vectors_as_rows(vectors), "scatter")[:, 0]
