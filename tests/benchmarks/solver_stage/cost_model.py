@@ -1,12 +1,14 @@
 """What an iteration costs on machines that are not here: formulas, their constants, and what they predict.
 
-    products     4·N·R·D·K flop / (speed · devices)                       the two GEMMs of the pass
-    coefficients 2·s·N·K² flop / (speed · devices)                        s sweeps of HALS; as GEMMs on a GPU
-    factors      bytes·N·R·D / (bandwidth · devices), read twice          where that is slower than the products
-    all-reduce   2·8·(K·D + K²)·(devices − 1)/devices / link              a ring's, float64
-    step         (2·K²·D·c + K³/3 + 20·8·K³) flop / float64 speed           Cholesky, the row space, 20 CG iterations
+    products     4·n·R·D·K flop / speed, n = N / devices          the two GEMMs of the pass; or where that takes longer
+                 2·bytes·n·R·D / bandwidth                        reading the factors twice
+    coefficients s·(2·n·K² flop / float32 speed + 4·p·n·K / bandwidth)
+                 HALS on a CPU: s = 5 sweeps, p = 38 times the coefficients are read or written in one;
+                 accelerated descent on a GPU: s = 20 steps, p = 16
+    all-reduce   2·8·(K·D + K²)·(1 − 1/devices) / link            a ring's, float64
+    step         (6·2·K²·D + K³/3 + 20·8·K³) flop / (0.4·float64 speed)   products with K×D, Cholesky, 20 CG iterations
 
-    memory of a device: factors bytes·N·R·D/devices, coefficients 4·N·K/devices, state 8·m·K·D
+    memory of a device: factors bytes·n·R·D, coefficients 4·n·K, state 10·8·K·D
 
 Constants for this machine are measured; those of a GPU are its data sheet's, at a share that large GEMMs reach.
 """
@@ -26,7 +28,13 @@ _STATE_TENSORS = 10
 """K×D tensors in float64 that are alive in a step: two trials, two statistics, the packed one, the step's own."""
 _STEP_PRODUCTS = 6
 """K×D by K×K (or D×Q by Q×K) products of a step, the QR of the components included."""
-_SWEEPS = 4
+_SWEEPS, _SWEEP_PASSES = 5, 38
+_STEPS, _STEP_PASSES = 20, 16
+"""Of HALS and of accelerated descent, where components are little correlated; see `pipeline.factorization.nnls`."""
+_STEP_SHARE = 0.4
+"""Of the speed of a GEMM, which the step's QR and triangular solves do not have (measured here)."""
+_SHARE = 0.6
+"""Of a data sheet's figures that is counted on."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +43,15 @@ class Machine:
     devices: int
     speed: float
     """Flop/s of the GEMMs of the pass, of one device."""
+    float32_speed: float
+    """Of float32 GEMMs without tensor cores, for the coefficients."""
     bandwidth: float
     """Bytes/s of its memory."""
     float64_speed: float
     link: float
     """Bytes/s of the all-reduce's slowest link."""
     factor_bytes: int
+    accelerated: bool
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,15 @@ class Problem:
 
 
 H100_NODE = Machine(
-    "8 × H100 SXM (data sheet × 0.6)", 8, 0.5 * 0.6 * 989e12, 0.6 * 3.35e12, 0.6 * 67e12, 0.6 * 450e9, 2
+    f"8 × H100 SXM (data sheet × {_SHARE})",
+    devices=8,
+    speed=_SHARE * 989e12 / 2,
+    float32_speed=_SHARE * 67e12,
+    bandwidth=_SHARE * 3.35e12,
+    float64_speed=_SHARE * 67e12,
+    link=_SHARE * 450e9,
+    factor_bytes=2,
+    accelerated=True,
 )
 """Half of the float16 speed: the components go in as a sum of two float16 matrices."""
 
@@ -63,12 +82,14 @@ def iteration(problem: Problem, machine: Machine) -> dict[str, float]:
     per_device = n / machine.devices
     products = 4 * per_device * r * d * k / machine.speed
     factors = 2 * machine.factor_bytes * per_device * r * d / machine.bandwidth
+    rounds, passes = (_STEPS, _STEP_PASSES) if machine.accelerated else (_SWEEPS, _SWEEP_PASSES)
     share = (machine.devices - 1) / machine.devices
     seconds = {
         "products": max(products, factors),
-        "coefficients": 2 * _SWEEPS * per_device * k * k / machine.speed,
+        "coefficients": rounds
+        * (2 * per_device * k * k / machine.float32_speed + 4 * passes * per_device * k / machine.bandwidth),
         "all-reduce": 2 * 8 * (k * d + k * k) * share / machine.link,
-        "step": (_STEP_PRODUCTS * 2 * k * k * d + k**3 / 3 + 20 * 8 * k**3) / machine.float64_speed,
+        "step": (_STEP_PRODUCTS * 2 * k * k * d + k**3 / 3 + 20 * 8 * k**3) / (_STEP_SHARE * machine.float64_speed),
     }
     memory = machine.factor_bytes * per_device * r * d + 4 * per_device * k + _STATE_TENSORS * 8 * k * d
     return {**seconds, "total": sum(seconds.values()), "bytes of a device": memory}
@@ -109,14 +130,17 @@ def _measured(tiny: bool) -> Machine:
     a, b = torch.randn(256, 4096), torch.randn(4096, n)
     a64, b64 = a.double(), b.double()
     source, target = torch.randn(2**24), torch.empty(2**24)
+    float32_speed = 2 * a.numel() * n / seconds(lambda: a @ b)
     return Machine(
         "this machine, one thread",
-        1,
-        2 * a.numel() * n / seconds(lambda: a @ b),
-        2 * source.nbytes / seconds(lambda: target.copy_(source)),
-        2 * a.numel() * n / seconds(lambda: a64 @ b64),
-        1e9,
-        4,
+        devices=1,
+        speed=float32_speed,
+        float32_speed=float32_speed,
+        bandwidth=2 * source.nbytes / seconds(lambda: target.copy_(source)),
+        float64_speed=2 * a.numel() * n / seconds(lambda: a64 @ b64),
+        link=1e9,
+        factor_bytes=4,
+        accelerated=False,
     )
 
 
