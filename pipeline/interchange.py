@@ -548,7 +548,7 @@ def _write_factorization(
         }
         n_dead = int((~coefficients_NK.any(axis=0)).sum())
         row = {"iteration": 0, "loss": loss, "explained": summary["explained"], "mu": 0.0, "accepted": True}
-        history = [row | {"n_dead": n_dead, "seconds": 0.0, "sent_bytes": 0}]
+        history = [row | {"objective": row["loss"], "n_dead": n_dead, "seconds": 0.0, "sent_bytes": 0}]
         coefficients_NK[~store.read_rows(np.arange(store.plan.n_examples), ["valid"])["valid"]] = np.nan
     run.reopen("factorize")
     attrs = summary | {"sketch": coordinates.to_json()}
