@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -368,6 +369,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
+    # zarr leaves a coroutine behind where it is interrupted as it hands over a write, which is not done then
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
     sys.path.insert(0, os.getcwd())  # tasks named by import path may lie beside the run file's user
     try:
         code = app(arguments, prog_name="npeff", standalone_mode=False)
