@@ -370,7 +370,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
     signal.signal(signal.SIGTERM, interrupt)
     # zarr leaves a coroutine behind where it is interrupted as it hands over a write, which is not done then
-    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
+    warnings.filterwarnings("ignore", "coroutine '_runner' was never awaited", RuntimeWarning)
     sys.path.insert(0, os.getcwd())  # tasks named by import path may lie beside the run file's user
     try:
         code = app(arguments, prog_name="npeff", standalone_mode=False)

@@ -72,9 +72,8 @@ class RunDirectory:
         try:
             if stored.exists():
                 different = config.differences(_stored_config(stored))
-                if different == ["factorization.n_components"] and not cls(path, config)._has_factorization():
-                    cls(path, config)._write("run.yaml", config.to_yaml())
-                elif different:
+                another_number = different == ["factorization.n_components"]
+                if different and not (another_number and not cls(path, config)._has_factorization()):
                     harmless = "" if cls(path, config)._has_results() else " (it has no results yet)"
                     raise RunDirectoryError(
                         f"{path} holds a run with another configuration (it differs in {', '.join(different)}): "

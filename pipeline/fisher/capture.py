@@ -145,10 +145,11 @@ def _own_node(value: Tensor, n_examples: int | None, anew: bool, unread: bool) -
     """
     if not value.requires_grad:
         value = value.detach().requires_grad_()
-    elif n_examples is None and not anew and not value._is_view():
-        return value
-    elif n_examples is None and not anew and unread:
-        return cast(Tensor, torch.ops.aten._unsafe_view(value, value.shape))
+    elif n_examples is None and not anew:
+        if not value._is_view():
+            return value
+        if unread:
+            return cast(Tensor, torch.ops.aten._unsafe_view(value, value.shape))
     return (value if n_examples is None else repeat(value, n_examples)).clone()
 
 

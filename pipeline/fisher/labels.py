@@ -200,8 +200,8 @@ def _drawn(spec: LabelSpec, predictions: _Predictions, logits: Tensor, examples:
         uniforms_nR = _uniforms(spec.seed, examples, predictions.counts_B().tolist(), rank).to(logits.device)
     precision = torch.promote_types(logits.dtype, torch.float32)
     p_xC = torch.zeros(logits.shape, dtype=precision, device=logits.device).flatten(0, -2)
-    divided_n, losses_n = (torch.ones(len(targets_n), dtype=torch.float64, device=logits.device) for _ in range(2))
-    others_nR = divided_n.new_zeros(labels_nR.shape)
+    divided_n = torch.ones(len(targets_n), dtype=torch.float64, device=logits.device)
+    losses_n, others_nR = divided_n.new_zeros(len(targets_n)), divided_n.new_zeros(labels_nR.shape)
     size = max(1, _BLOCK // logits.shape[-1])
     for start in range(0, len(targets_n), size):
         which = slice(start, start + size)
