@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.runtime.executor import Executor, ExecutorError, Group, WorkerLostError, WorkerSpec
 from pipeline.runtime.solver_actor import SolverResult, Step
-from pipeline.store import CheckpointStore
+from pipeline.store import SCHEMAS, CheckpointStore
 
 LOSSES = 3
 """Groups that may be lost, one after the other, without a new checkpoint before the stage is given up."""
@@ -19,7 +20,8 @@ LOSSES = 3
 _BACK_OFF_S = 5.0
 """Wait before the next group where one was lost without progress: a cluster takes a while to see that a node died."""
 
-_HISTORY = ("iteration", "loss", "objective", "explained", "mu", "accepted", "n_dead", "seconds", "sent_bytes")
+_HISTORY = SCHEMAS["history"]
+_TYPES = {pa.int64(): int, pa.bool_(): bool}
 
 
 @dataclass(frozen=True)
@@ -118,12 +120,11 @@ def _history_row(step: Step, seconds: float) -> dict[str, Any]:
 
 
 def _history_array(history: list[dict[str, Any]]) -> np.ndarray:
-    return np.array([[float(row[name]) for name in _HISTORY] for row in history], dtype=np.float64)
+    return np.array([[float(row[name]) for name in _HISTORY.names] for row in history], dtype=np.float64)
 
 
 def _history_rows(array: np.ndarray) -> list[dict[str, Any]]:
-    types = {"iteration": int, "accepted": bool, "n_dead": int, "sent_bytes": int}
     return [
-        {name: types.get(name, float)(value) for name, value in zip(_HISTORY, row, strict=True)}
+        {field.name: _TYPES.get(field.type, float)(value) for field, value in zip(_HISTORY, row, strict=True)}
         for row in array.tolist()
     ]
