@@ -39,9 +39,9 @@ from pipeline.factorization import (
     subsample_indices,
     unit_components,
 )
-from pipeline.runtime.process_group import ProcessGroup
-from pipeline.runtime.solver_actor import SolverPaths, SolverResult, Step
-from pipeline.store import Checkpoint, FisherStore, read_table, write_checkpoint_array
+from pipeline.runtime.process_group import ProcessGroup, ProcessGroupMember
+from pipeline.runtime.solver_actor import SolverPaths, SolverResult, Step, coefficients_name
+from pipeline.store import Checkpoint, FisherStore, write_checkpoint_array
 
 DiagonalKind = Literal["diagonal_groups", "diagonal_entries"]
 
@@ -69,7 +69,7 @@ class _Part:
         return dict(zip(self.rows, self.examples.coefficients_NK.split(lengths), strict=True))
 
 
-class DiagonalSolverWorker:
+class DiagonalSolverWorker(ProcessGroupMember):
     """Worker ``rank`` of ``size``; holds the shards rank, rank + size, …"""
 
     def __init__(
@@ -84,15 +84,11 @@ class DiagonalSolverWorker:
     ) -> None:
         # Sparse products are SciPy's.
         self._device = torch.device("cpu" if kind == "diagonal_entries" else device)
-        self._peers = ProcessGroup(self._device, timeout_s, rank, size)
-        self._store = FisherStore.open(paths.fishers)
-        table = read_table(paths.examples, "examples")
-        valid_N = table["valid"].to_numpy()
-        held_out_N = np.asarray(table["split"].to_pylist()) == "held_out"
-        self._fit_N, self._held_out_N = valid_N & ~held_out_N, valid_N & held_out_N
+        super().__init__(ProcessGroup(self._device, timeout_s, rank, size))
+        self._store, self._splits = FisherStore.open(paths.fishers), paths.splits()
         self._kind, self._options = kind, options
         width = self._store.n_groups if kind == "diagonal_groups" else self._store.top_entries
-        small = 8 * int(self._fit_N.sum()) * (width or 1) <= _DOUBLE_BYTES
+        small = 8 * int(self._splits.fit_N.sum()) * (width or 1) <= _DOUBLE_BYTES
         self._dtype = np.float64 if small else np.float32
         self._columns_P: Tensor | None = None
         """Of entries: where in the flat parameter vector each column is, ascending."""
@@ -101,18 +97,6 @@ class DiagonalSolverWorker:
         self._held_out: _Part | None = None
         self._state: DiagonalState | None = None
 
-    def open_rendezvous(self) -> tuple[str, int]:
-        """On worker 0: listen, on this node's own address only, for the others."""
-        return self._peers.open_rendezvous()
-
-    def connect(self, host: str, port: int) -> None:
-        """Form the process group.
-
-        Raises:
-            WorkerLostError: not all workers came.
-        """
-        self._peers.connect(host, port)
-
     def load(self, checksums: dict[int, str]) -> None:
         """Read and verify this worker's shards; all workers together say what the columns are.
 
@@ -120,7 +104,8 @@ class DiagonalSolverWorker:
             StoreError: a shard is missing or damaged.
         """
         self._shards = sorted(checksums)[self._peers.rank :: self._peers.size]
-        fit_rows, held_out_rows = ({n: self._chosen(n, mask) for n in self._shards} for mask in self._splits())
+        masks = (self._splits.fit_N, self._splits.held_out_N)
+        fit_rows, held_out_rows = ({n: self._chosen(n, mask) for n in self._shards} for mask in masks)
         fit, held_out = [_no_rows(self._store, self._kind)], [_no_rows(self._store, self._kind)]
         for shard in self._shards:
             stored = self._store.read_shard(shard, checksums[shard])
@@ -135,7 +120,7 @@ class DiagonalSolverWorker:
 
     def initialize(self) -> NDArray[Any]:
         """Starting components, from a subsample that depends on the seed and the examples only."""
-        fit = np.flatnonzero(self._fit_N)
+        fit = np.flatnonzero(self._splits.fit_N)
         chosen = fit[subsample_indices(len(fit), self._options.subsample, self._options.seed)]
         rows_MP, _ = self._rows(self._store.read_rows(chosen, _ARRAYS[self._kind]))
         options = self._options
@@ -149,7 +134,7 @@ class DiagonalSolverWorker:
         """Go on from a checkpoint, whatever number of workers wrote it; says if there is no step left to do."""
         self._state = DiagonalState.from_arrays(checkpoint.arrays).to(self._device)
         examples = self._loaded(self._fit).examples
-        stored = [torch.from_numpy(checkpoint.read(_coefficients_name(shard))) for shard in self._shards]
+        stored = [torch.from_numpy(checkpoint.read(coefficients_name(shard))) for shard in self._shards]
         if stored:
             examples.coefficients_NK = torch.cat(stored).to(examples.coefficients_NK)
         return diagonal_stopping_reason(self._state, self._options)
@@ -169,7 +154,7 @@ class DiagonalSolverWorker:
     def save(self, folder: Path) -> dict[str, np.ndarray]:
         """Write this worker's coefficients, one file per shard, into a checkpoint's folder; returns the state."""
         for shard, coefficients_NK in self._loaded(self._fit).by_shard().items():
-            write_checkpoint_array(folder, _coefficients_name(shard), coefficients_NK.cpu().numpy())
+            write_checkpoint_array(folder, coefficients_name(shard), coefficients_NK.cpu().numpy())
         return self._current_state().to_arrays()
 
     def finish(self) -> SolverResult:
@@ -192,9 +177,6 @@ class DiagonalSolverWorker:
             ),
             columns_D=None if self._columns_P is None else self._columns_P.numpy(),
         )
-
-    def _splits(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        return self._fit_N, self._held_out_N
 
     def _chosen(self, shard: int, mask_N: NDArray[np.bool_]) -> NDArray[np.int64]:
         return np.flatnonzero(mask_N[slice(*self._store.plan.bounds(shard))])
@@ -246,7 +228,3 @@ def _no_rows(store: FisherStore, kind: DiagonalKind) -> dict[str, NDArray[Any]]:
 
 def _joined(parts: list[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _coefficients_name(shard: int) -> str:
-    return f"coefficients/{shard:05d}"

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.fisher import GradientCollector, LabelSpec, SketchSpec, make_sketch
 from pipeline.runtime.model import ModelSpec
-from pipeline.store import DirectionStore, FisherStore, open_factorization, read_table, write_json_atomically
+from pipeline.store import DirectionStore, FisherStore, Splits, open_factorization, read_table, write_json_atomically
 from pipeline.verification import accumulate_directions, lift_weights, zero_directions
 
 
@@ -53,7 +52,7 @@ class LiftWorker:
         self._components_KD = torch.from_numpy(factorization.read_components())
         self._coefficients_NK = torch.from_numpy(factorization.read_coefficients())
         table = read_table(paths.examples, "examples")
-        fit_N = table["valid"].to_numpy() & (np.asarray(table["split"].to_pylist()) == "fit")
+        fit_N = Splits.of(table).fit_N
         self._coefficients_NK[torch.from_numpy(~fit_N)] = 0.0
         self._paths, self._checksums, self._batch_size = paths, checksums, batch_size
 

@@ -95,5 +95,24 @@ class ProcessGroup:
         return torch.cat(parts).unique()
 
 
+class ProcessGroupMember:
+    """A worker that a driver has join the others."""
+
+    def __init__(self, peers: ProcessGroup) -> None:
+        self._peers = peers
+
+    def open_rendezvous(self) -> tuple[str, int]:
+        """On worker 0: listen, on this node's own address only, for the others."""
+        return self._peers.open_rendezvous()
+
+    def connect(self, host: str, port: int) -> None:
+        """Form the process group.
+
+        Raises:
+            WorkerLostError: not all workers came.
+        """
+        self._peers.connect(host, port)
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or "no details").splitlines()[0]

@@ -24,8 +24,8 @@ from pipeline.factorization import (
     split_halves,
     subsample_indices,
 )
-from pipeline.runtime.solver_actor import SolverPaths, chosen_examples
-from pipeline.store import FisherStore, read_table
+from pipeline.runtime.solver_actor import SolverPaths
+from pipeline.store import FisherStore
 
 Part = Literal["all", "first", "second"]
 PARTS: tuple[Part, ...] = ("all", "first", "second")
@@ -61,8 +61,7 @@ class SelectionWorker:
     """Fits components to the same examples, or to halves of them, over and over.
 
     Args:
-        fishers: the run's Fisher store.
-        examples: its table of examples, which says which of them are fitted on and which are held out.
+        paths: the run's Fisher store, and its examples, which are fitted on or held out.
         options: of every fit, but for the number of components and the seed.
         max_examples: more examples than these are replaced by a seeded sample, of the fitted and of the held-out ones.
         seed: of that sample, of the splits, and, with that of a request, of the fit.
@@ -71,17 +70,15 @@ class SelectionWorker:
 
     def __init__(self, paths: SolverPaths, options: SolverOptions, max_examples: int, seed: int, device: str) -> None:
         store = FisherStore.open(paths.fishers)
-        table = read_table(paths.examples, "examples")
-        split_N = np.asarray(table["split"].to_pylist())
-        chosen_N = table["valid"].to_numpy() & chosen_examples(table, paths.mispredicted_only)
+        splits = paths.splits()
         self._options, self._seed = options, seed
 
-        def factors(split: str) -> Tensor:
-            rows = np.flatnonzero(chosen_N & (split_N == split))
+        def factors(chosen_N: NDArray[np.bool_]) -> Tensor:
+            rows = np.flatnonzero(chosen_N)
             rows = rows[subsample_indices(len(rows), max_examples, seed)]
             return torch.from_numpy(store.read_rows(rows, ["factors"])["factors"]).to(device)
 
-        self._fit_NRD, self._held_out_NRD = factors("fit"), factors("held_out")
+        self._fit_NRD, self._held_out_NRD = factors(splits.fit_N), factors(splits.held_out_N)
 
     def fit(self, request: FitRequest) -> FitResult:
         """Fit the components that are asked for.

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -35,9 +34,9 @@ from pipeline.factorization import (
     stopping_reason,
     subsample_indices,
 )
-from pipeline.runtime.process_group import ProcessGroup
+from pipeline.runtime.process_group import ProcessGroup, ProcessGroupMember
 from pipeline.runtime.stored_factors import ShardRows, stored_factors
-from pipeline.store import Checkpoint, FisherStore, read_table, write_checkpoint_array
+from pipeline.store import Checkpoint, FisherStore, Splits, read_table, write_checkpoint_array
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,9 @@ class SolverPaths:
     examples: Path
     mispredicted_only: bool = False
     """Fit, and report, on no other examples."""
+
+    def splits(self) -> Splits:
+        return Splits.of(read_table(self.examples, "examples"), self.mispredicted_only)
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Step:
     """What this worker gave to the collective operations of the step: the size of their tensors."""
 
 
-class SolverWorker:
+class SolverWorker(ProcessGroupMember):
     """Worker ``rank`` of ``size``; has the shards rank, rank + size, …
 
     Its Fishers stay in memory where they take no more than `memory_limit_bytes`, and are read from the store in every
@@ -103,15 +105,11 @@ class SolverWorker:
         size: int,
         origin: Origin | None = None,
     ) -> None:
-        self._store = FisherStore.open(paths.fishers)
-        table = read_table(paths.examples, "examples")
-        valid_N, fit_N = table["valid"].to_numpy(), np.asarray(table["split"].to_pylist()) == "fit"
-        chosen_N = valid_N & chosen_examples(table, paths.mispredicted_only)
-        self._fit_N, self._held_out_N, self._other_N = chosen_N & fit_N, chosen_N & ~fit_N, valid_N & ~chosen_N
-        self._origin = origin
-        self._options, self._device = options, torch.device(device)
+        self._device = torch.device(device)
+        super().__init__(ProcessGroup(self._device, timeout_s, rank, size))
+        self._store, self._splits = FisherStore.open(paths.fishers), paths.splits()
+        self._origin, self._options = origin, options
         self._memory_limit_bytes = memory_limit_bytes
-        self._rank, self._size = rank, size
         self._fit: list[ShardRows] = []
         self._held_out: list[ShardRows] = []
         self._others: list[ShardRows] = []
@@ -119,19 +117,6 @@ class SolverWorker:
         self._examples: ExampleShard | None = None
         """The first."""
         self._state: SolverState | None = None
-        self._peers = ProcessGroup(self._device, timeout_s, rank, size)
-
-    def open_rendezvous(self) -> tuple[str, int]:
-        """On worker 0: listen, on this node's own address only, for the others."""
-        return self._peers.open_rendezvous()
-
-    def connect(self, host: str, port: int) -> None:
-        """Form the process group; a peer that is lost later raises, at the latest after the timeout.
-
-        Raises:
-            WorkerLostError: not all workers came.
-        """
-        self._peers.connect(host, port)
 
     def load(self, checksums: dict[int, str]) -> None:
         """Read and verify this worker's shards.
@@ -139,9 +124,13 @@ class SolverWorker:
         Raises:
             StoreError: a shard is missing or damaged.
         """
-        for shard in sorted(checksums)[self._rank :: self._size]:
+        for shard in sorted(checksums)[self._peers.rank :: self._peers.size]:
             bounds = slice(*self._store.plan.bounds(shard))
-            parts = ((self._fit, self._fit_N), (self._held_out, self._held_out_N), (self._others, self._other_N))
+            parts = (
+                (self._fit, self._splits.fit_N),
+                (self._held_out, self._splits.held_out_N),
+                (self._others, self._splits.others_N),
+            )
             for own, chosen_N in parts:
                 own.append(ShardRows(shard, checksums[shard], np.flatnonzero(chosen_N[bounds])))
         self._examples = self._example_shard(self._fit, self._memory_limit_bytes)
@@ -150,7 +139,7 @@ class SolverWorker:
         """Starting components, from a subsample that depends on the seed and the examples only, or of another run."""
         if self._origin is not None and not self._origin.frozen:
             return self._origin.components_KD
-        fit = np.flatnonzero(self._fit_N)
+        fit = np.flatnonzero(self._splits.fit_N)
         chosen = fit[subsample_indices(len(fit), self._options.subsample, self._options.seed)]
         factors_MRD = torch.from_numpy(self._store.read_rows(chosen, ["factors"])["factors"]).to(self._device)
         options, origin = self._options, self._origin
@@ -172,7 +161,7 @@ class SolverWorker:
     def resume(self, checkpoint: Checkpoint) -> str | None:
         """Go on from a checkpoint, whatever number of workers wrote it; says if there is no step left to do."""
         self._state = SolverState.from_arrays(checkpoint.arrays).to(self._device)
-        stored = [torch.from_numpy(checkpoint.read(_coefficients_name(shard.shard))) for shard in self._fit]
+        stored = [torch.from_numpy(checkpoint.read(coefficients_name(shard.shard))) for shard in self._fit]
         if stored:
             fit = self._own_examples()
             fit.coefficients_NK = torch.cat(stored).to(fit.coefficients_NK)
@@ -189,7 +178,7 @@ class SolverWorker:
     def save(self, folder: Path) -> dict[str, np.ndarray]:
         """Write this worker's coefficients, one file per shard, into a checkpoint's folder; returns the state."""
         for shard, coefficients_NK in _by_shard(self._fit, self._own_examples()):
-            write_checkpoint_array(folder, _coefficients_name(shard.shard), coefficients_NK.cpu().numpy())
+            write_checkpoint_array(folder, coefficients_name(shard.shard), coefficients_NK.cpu().numpy())
         return self._current_state().to_arrays()
 
     def finish(self) -> SolverResult:
@@ -245,7 +234,7 @@ class SolverWorker:
 
     def _reduced(self, own: Statistics) -> Statistics:
         """The sum over all workers."""
-        if self._size == 1:
+        if self._peers.size == 1:
             return own
         return Statistics.unpack(self._peers.sum_(own.pack()), *own.u_KD.shape)
 
@@ -255,14 +244,8 @@ class SolverWorker:
         return merge_candidates([Candidates.unpack(candidates) for candidates in gathered])
 
 
-def chosen_examples(examples: pa.Table, mispredicted_only: bool) -> NDArray[np.bool_]:
-    """Which examples (N,) count: all, or those whose prediction is known to be wrong."""
-    if not mispredicted_only:
-        return np.ones(len(examples), dtype=bool)
-    return np.array([correct is False for correct in examples["correct"].to_pylist()])
-
-
-def _coefficients_name(shard: int) -> str:
+def coefficients_name(shard: int) -> str:
+    """Of a stored shard's array in a checkpoint."""
     return f"coefficients/{shard:05d}"
 
 

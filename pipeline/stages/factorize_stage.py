@@ -19,7 +19,7 @@ from pipeline.result_tables import (
 from pipeline.run_directory import RunDirectory
 from pipeline.runtime.diagonal_solver_actor import DiagonalSolverWorker
 from pipeline.runtime.executor import Executor
-from pipeline.runtime.solver_actor import Origin, SolverPaths, SolverWorker, chosen_examples
+from pipeline.runtime.solver_actor import Origin, SolverPaths, SolverWorker
 from pipeline.runtime.solver_driver import SolverRun, run_solver
 from pipeline.stage import (
     Summary,
@@ -35,6 +35,7 @@ from pipeline.stage import (
 from pipeline.stages.stability import component_stability
 from pipeline.store import (
     CheckpointStore,
+    Splits,
     read_table,
     write_factorization,
     write_table,
@@ -108,10 +109,9 @@ def count_fit_examples(run: RunDirectory) -> int:
         InvalidProblemError: there is nothing in them to factorize.
     """
     examples = read_table(run.table("examples"), "examples")
-    valid_N, fit_N = examples["valid"].to_numpy(), np.asarray(examples["split"].to_pylist()) == "fit"
     mispredicted_only = run.config.factorization.examples == "mispredicted"
-    n_fit = int((valid_N & fit_N & chosen_examples(examples, mispredicted_only)).sum())
-    if n_fit == 0 and mispredicted_only and bool((valid_N & fit_N).any()):
+    n_fit = int(Splits.of(examples, mispredicted_only).fit_N.sum())
+    if n_fit == 0 and mispredicted_only and bool(Splits.of(examples).fit_N.any()):
         raise InvalidProblemError(
             "no example to fit on is known to be mispredicted: set factorization.examples: all, or give examples with "
             "labels"

@@ -17,6 +17,7 @@ from pipeline.store.manifest import (
     read_json,
     write_json_atomically,
 )
+from pipeline.store.splits import Splits
 from pipeline.store.tables import SCHEMAS, read_table, write_table
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "FitStore",
     "ShardPlan",
     "ShardRecords",
+    "Splits",
     "StoreError",
     "StoredFactorization",
     "StoredFit",
