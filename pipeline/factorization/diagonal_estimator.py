@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from scipy import sparse
-from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.preprocessing import normalize
 from sklearn.utils import Tags, check_random_state
 from sklearn.utils.validation import check_is_fitted, check_non_negative, validate_data
@@ -19,11 +18,12 @@ from sklearn.utils.validation import check_is_fitted, check_non_negative, valida
 from pipeline.factorization.diagonal import DiagonalShard
 from pipeline.factorization.diagonal_initialization import initialize_diagonal
 from pipeline.factorization.diagonal_solver import solve_diagonal
+from pipeline.factorization.estimator_base import Factorizer
 from pipeline.factorization.initialization import subsample_indices
 from pipeline.factorization.solver import SolverOptions
 
 
-class DiagonalNPEFF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+class DiagonalNPEFF(Factorizer):
     """Non-negative factorization of diagonal per-example Fishers (D-NPEFF; Matena & Raffel, arXiv 2310.04649).
 
     Minimises ‖X − W H‖²_F over W ≥ 0 and H ≥ 0 with unit rows, where the rows of X are the diagonals f_i/‖f_i‖₂. Input
@@ -88,19 +88,8 @@ class DiagonalNPEFF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         indices = subsample_indices(fishers_NP.shape[0], options.subsample, options.seed)
         start_KP = initialize_diagonal(fishers_NP[indices], options.n_components, options.seed, options.n_starts)
         result = solve_diagonal([DiagonalShard(fishers_NP)], start_KP, options)
-        self.components_ = result.components_KD.numpy()
-        self.coefficients_ = result.coefficients_NK.numpy()
-        self.loss_ = result.loss
-        self.explained_ = result.explained
-        self.history_ = result.history
-        self.n_iter_ = result.n_iter
-        self.stopped_ = result.stopped
-        self.near_duplicates_ = result.near_duplicates
+        self._keep(result)
         return self
-
-    def fit_transform(self, X: ArrayLike, y: None = None, **fit_params: Any) -> np.ndarray:
-        """Fit, and return the coefficients (N, K) of the same examples."""
-        return self.fit(X, y, **fit_params).coefficients_
 
     def transform(self, X: ArrayLike) -> np.ndarray:
         """The optimal coefficients (M, K) of new examples' diagonals (M, P) at the fitted components."""
@@ -113,10 +102,6 @@ class DiagonalNPEFF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         """The normalised diagonals (M, P) that coefficients (M, K) stand for."""
         check_is_fitted(self)
         return np.asarray(X) @ self.components_
-
-    @property
-    def _n_features_out(self) -> int:
-        return len(self.components_)
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()

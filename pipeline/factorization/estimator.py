@@ -6,23 +6,22 @@ Shapes: N examples, R rank of the Fisher factors, D sketch or parameters, K comp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import Tags, check_array, check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor
 
+from pipeline.factorization.estimator_base import Factorizer
 from pipeline.factorization.example_shard import ExampleShard
 from pipeline.factorization.initialization import initialize, subsample_indices
 from pipeline.factorization.problem import InvalidProblemError
 from pipeline.factorization.solver import IterationRecord, SolverOptions, solve
 
 
-class NPEFF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+class NPEFF(Factorizer):
     """Non-negative per-example Fisher factorization (Matena & Raffel, arXiv 2310.04649).
 
     Minimises Σ_i ‖Â_iᵀ Â_i − Σ_j W_ij h_j h_jᵀ‖²_F over W ≥ 0 and unit h_j, where Â_i = A_i/√‖A_iᵀ A_i‖_F. Input is
@@ -112,20 +111,9 @@ class NPEFF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             start_KD = _start(shard, frozen_KD, options)
         start_KD[: len(frozen_KD)] = frozen_KD
         result = solve([shard], start_KD, options, lambda _, record: [call(record) for call in self.callbacks])
-        self.components_ = result.components_KD.numpy()
-        self.coefficients_ = result.coefficients_NK.numpy()
-        self.loss_ = result.loss
+        self._keep(result)
         self.objective_ = result.objective
-        self.explained_ = result.explained
-        self.history_ = result.history
-        self.n_iter_ = result.n_iter
-        self.stopped_ = result.stopped
-        self.near_duplicates_ = result.near_duplicates
         return self
-
-    def fit_transform(self, X: ArrayLike, y: None = None, **fit_params: Any) -> np.ndarray:
-        """Fit, and return the coefficients (N, K) of the same examples."""
-        return self.fit(X, y, **fit_params).coefficients_
 
     def transform(self, X: ArrayLike) -> np.ndarray:
         """The optimal coefficients (M, K) of new examples' factors (M, R, D) at the fitted components."""
@@ -133,10 +121,6 @@ class NPEFF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         shard = self._shard(X, reset=False)
         shard.finish(torch.from_numpy(self.components_), l1=self.l1)
         return shard.coefficients_NK.numpy()
-
-    @property
-    def _n_features_out(self) -> int:
-        return len(self.components_)
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
