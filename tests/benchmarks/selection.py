@@ -23,7 +23,7 @@ from quickstart import machine
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from planted import planted_fishers
-from planted_run import write_planted_run
+from planted_run import planted_run
 
 from pipeline import select
 from pipeline.progress import LogProgress, SilentProgress
@@ -38,7 +38,7 @@ def recommended(n_components: int, data_seed: int, selection: dict[str, Any], *,
     size = SIZES["small" if n_components <= 24 else "large"]
     planted = planted_fishers(rank=3, n_components=n_components, noise=noise, seed=data_seed, **size)
     with tempfile.TemporaryDirectory() as folder:
-        run = write_planted_run(Path(folder) / "run", planted, selection=selection)
+        run = planted_run(Path(folder) / "run", planted, selection=selection)
         began, cpu_began = time.monotonic(), time.process_time()
         found = select(run, progress=LogProgress() if verbose else SilentProgress())
         table = read_table(run.table("selection"), "selection").to_pylist()

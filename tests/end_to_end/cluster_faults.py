@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from end_to_end.planted_runs import SIGNATURE, prepared
 from planted import planted_fishers
+from planted_run import SIGNATURE, planted_run
 from ray.cluster_utils import Cluster
 
 from pipeline.factorization import SolverOptions
@@ -35,7 +35,7 @@ N_COMPONENTS, LOST_AT, ITERATIONS = 8, 5, 16
 
 def main(folder: Path) -> dict[str, Any]:
     truth = planted_fishers(n_examples=900, rank=3, dim=64, n_components=N_COMPONENTS, noise=0.3, seed=0)
-    run = prepared(folder / "run", truth, n_shards=5)
+    run = planted_run(folder / "run", truth, shard_size=180)
     records = ShardRecords(run.shard_records, SIGNATURE).complete()
     events: list[tuple[str, float]] = []
     began = time.monotonic()

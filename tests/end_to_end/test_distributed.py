@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 from end_to_end.nan_digits import DAMAGED
-from end_to_end.planted_runs import HELD_OUT, SIGNATURE, prepared
 from planted import Planted, planted_fishers
+from planted_run import SIGNATURE, planted_run
 
 from pipeline import NPEFF, cli, stages
 from pipeline.config import RunConfig
@@ -40,6 +40,13 @@ from pipeline.store import (
     read_table,
     write_checkpoint_array,
 )
+
+HELD_OUT = 0.2
+
+
+def prepared(path: Path, planted: Planted, n_shards: int) -> RunDirectory:
+    options = {"held_out_fraction": HELD_OUT, "tolerance": 1e-8, "checkpoint_every": 2}
+    return planted_run(path, planted, -(-len(planted.factors_NRD) // n_shards), factorization=options)
 
 
 @pytest.fixture(scope="module")

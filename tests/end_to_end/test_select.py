@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from planted import planted_fishers
-from planted_run import write_planted_run
+from planted_run import planted_run
 
 from pipeline import RunConfig, factorize, select
 from pipeline.cli import main
@@ -26,8 +26,8 @@ PROBLEM = planted_fishers(n_examples=480, rank=3, dim=32, n_components=PLANTED, 
 SELECTION = {"components": [2, 4, 9, 12], "seeds": 2}
 
 
-def planted_run(path: Path, **sections: Any) -> RunDirectory:
-    return write_planted_run(path, PROBLEM, **{"selection": SELECTION, **sections})
+def prepared(path: Path, **sections: Any) -> RunDirectory:
+    return planted_run(path, PROBLEM, **{"selection": SELECTION, **sections})
 
 
 class Counting(SerialExecutor):
@@ -51,7 +51,7 @@ def table(run: RunDirectory) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def selected(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    run = planted_run(tmp_path_factory.mktemp("select") / "run")
+    run = prepared(tmp_path_factory.mktemp("select") / "run")
     select(run)
     return run
 
@@ -70,7 +70,7 @@ def test_the_planted_number_is_found_and_said_to_be_clear(selected: RunDirectory
 
 
 def test_a_killed_search_goes_on_and_finds_the_same(selected: RunDirectory, tmp_path: Path) -> None:
-    run = planted_run(tmp_path / "run")
+    run = prepared(tmp_path / "run")
     n_fits = len(table(selected)) * 6
     with pytest.raises(KeyboardInterrupt):
         select(run, executor=Counting(limit=10))
@@ -93,7 +93,7 @@ def test_a_killed_search_goes_on_and_finds_the_same(selected: RunDirectory, tmp_
 
 
 def test_ray_actors_find_the_same(selected: RunDirectory, tmp_path: Path) -> None:
-    run = planted_run(tmp_path / "run")
+    run = prepared(tmp_path / "run")
     with make_executor(
         "ray", address="local", workers=2, cpus_per_worker=1, gpus_per_worker=0, timeout_s=120
     ) as executor:
@@ -103,7 +103,7 @@ def test_ray_actors_find_the_same(selected: RunDirectory, tmp_path: Path) -> Non
 
 def test_halves_judge_each_other_where_nothing_is_held_out(tmp_path: Path) -> None:
     few = {"components": [3, 6], "seeds": 1, "refine": False}
-    run = planted_run(tmp_path / "run", factorization={"n_components": 6, "held_out_fraction": 0.0}, selection=few)
+    run = prepared(tmp_path / "run", factorization={"n_components": 6, "held_out_fraction": 0.0}, selection=few)
     select(run)
     fits = read_table(run.table("selection_fits"), "selection_fits").to_pylist()
     judged = {(fit["n_components"], fit["part"]): fit["explained_held_out"] for fit in fits}
@@ -133,7 +133,7 @@ def test_the_result_can_be_asked_for_and_is_in_the_report(
 def test_components_of_a_fit_carry_their_stability(tmp_path: Path) -> None:
     lowest = []
     for n_components in (PLANTED, PLANTED + 3):
-        run = planted_run(tmp_path / str(n_components), factorization={"n_components": n_components})
+        run = prepared(tmp_path / str(n_components), factorization={"n_components": n_components})
         factorize(run)
         stability_K = read_table(run.table("components"), "components")["stability"].to_numpy()
         lowest.append(stability_K.min())
@@ -143,8 +143,8 @@ def test_components_of_a_fit_carry_their_stability(tmp_path: Path) -> None:
 
 
 def test_stability_is_null_where_it_was_not_asked_for_or_cannot_be_had(tmp_path: Path) -> None:
-    off = planted_run(tmp_path / "off", factorization={"n_components": 3, "stability_examples": 0})
-    few = planted_run(tmp_path / "few", factorization={"n_components": 9, "stability_examples": 4})
+    off = prepared(tmp_path / "off", factorization={"n_components": 3, "stability_examples": 0})
+    few = prepared(tmp_path / "few", factorization={"n_components": 9, "stability_examples": 4})
     for run in (off, few):
         summary = factorize(run)
         components = read_table(run.table("components"), "components")
@@ -153,7 +153,7 @@ def test_stability_is_null_where_it_was_not_asked_for_or_cannot_be_had(tmp_path:
 
 
 def test_the_recommended_number_may_be_taken_up_until_something_is_factorized(tmp_path: Path) -> None:
-    run = planted_run(tmp_path / "run", factorization={"n_components": 3})
+    run = prepared(tmp_path / "run", factorization={"n_components": 3})
     taken = run.config.model_copy(
         update={"factorization": run.config.factorization.model_copy(update={"n_components": 4})}
     )
@@ -164,7 +164,7 @@ def test_the_recommended_number_may_be_taken_up_until_something_is_factorized(tm
 
 
 def test_what_cannot_be_searched_is_refused_in_one_line(tmp_path: Path) -> None:
-    run = planted_run(tmp_path / "run", selection={"components": [4, 600]})
+    run = prepared(tmp_path / "run", selection={"components": [4, 600]})
     with pytest.raises(InvalidProblemError, match="n_components=600 exceeds the 480 factor rows of 160 examples"):
         select(run)
     with pytest.raises(ConfigError, match="are no numbers of components"):

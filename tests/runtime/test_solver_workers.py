@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from end_to_end.planted_runs import SIGNATURE, prepared
 from planted import planted_fishers
+from planted_run import SIGNATURE, planted_run
 from runtime.forked import ForkedExecutor
 
 from pipeline.factorization import FactorsInMemory, SolverOptions, Statistics, StreamedFactors
@@ -27,9 +27,15 @@ IN_FLOAT32, AS_STORED, STREAMED = 2**30, 400_000, 1_000
 """Memory limits, in bytes, for the 2,000 examples of `undisturbed`."""
 
 
-def planted_run(path: Path, n_examples: int, **options: Any) -> RunDirectory:
+def prepared(path: Path, n_examples: int, held_out_fraction: float = 0.2) -> RunDirectory:
     truth = planted_fishers(n_examples=n_examples, rank=3, dim=DIM, n_components=N_COMPONENTS, noise=0.3, seed=0)
-    return prepared(path, truth, n_shards=9, store_dtype="float16", **options)
+    return planted_run(
+        path,
+        truth,
+        shard_size=-(-n_examples // 9),
+        fishers={"store_dtype": "float16"},
+        factorization={"held_out_fraction": held_out_fraction},
+    )
 
 
 def checksums(run: RunDirectory) -> dict[int, str]:
@@ -76,7 +82,7 @@ def coefficients(solved: SolverRun) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    return planted_run(tmp_path_factory.mktemp("solver") / "run", 2000)
+    return prepared(tmp_path_factory.mktemp("solver") / "run", 2000)
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +136,9 @@ def test_bytes_sent_do_not_depend_on_the_number_of_examples(tmp_path: Path, undi
     assert expected < 8 * (N_COMPONENTS * DIM + N_COMPONENTS**2 + 10)
     assert {row["sent_bytes"] for row in undisturbed.history} == {expected}
     for n_examples in (1_000, 10_000):
-        solved = solve(planted_run(tmp_path / f"{n_examples}", n_examples), 2)
+        solved = solve(prepared(tmp_path / f"{n_examples}", n_examples), 2)
         assert {row["sent_bytes"] for row in solved.history} == {expected}
-    assert {row["sent_bytes"] for row in solve(planted_run(tmp_path / "one", 1_000), 1).history} == {0}
+    assert {row["sent_bytes"] for row in solve(prepared(tmp_path / "one", 1_000), 1).history} == {0}
 
 
 @pytest.mark.parametrize(("what", "timeout_s"), [(signal.SIGKILL, 50.0), (signal.SIGSTOP, 3.0)])

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from planted_run import SIGNATURE
 
 from pipeline.factorization import BLOCK_ROWS, ExampleShard, SolverOptions
 from pipeline.run_directory import RunDirectory
@@ -22,7 +23,7 @@ from pipeline.runtime.executor import WorkerSpec, make_executor
 from pipeline.runtime.solver_actor import SolverPaths, SolverWorker
 from pipeline.runtime.solver_driver import run_solver
 from pipeline.store import CheckpointStore, ShardRecords
-from solver_stage.synthetic import SIGNATURE, synthetic_run
+from solver_stage.synthetic import synthetic_run
 
 _IN_MEMORY, _STREAMED = 8 * 2**30, 2**20
 """Memory limits of a worker in bytes."""
