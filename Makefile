@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 	$(BIN)/npeff run jobs/quickstart.yaml
 
 test: $(VENV)/installed-dev lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -78,6 +78,15 @@ class Browser:
         self._session: str | None = None
         self.complaints: list[str] = []
         self.requests: list[str] = []
+        self._patience_s = 120.0  # a first start reads hundreds of megabytes from a disk that others may use
+        try:
+            self._attach()
+        except Exception:
+            self.close()
+            raise
+        self._patience_s = 30.0
+
+    def _attach(self) -> None:
         targets = self.call("Target.getTargets")["targetInfos"]
         page = next(target["targetId"] for target in targets if target["type"] == "page")
         self._session = self.call("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
@@ -142,8 +151,8 @@ class Browser:
         elif method == "Page.javascriptDialogOpening":
             self.complaints.append(f"a dialog: {parameters['message']}")
 
-    def _next_message(self, timeout_s: float = 30) -> dict[str, Any]:
-        deadline = time.monotonic() + timeout_s
+    def _next_message(self) -> dict[str, Any]:
+        deadline = time.monotonic() + self._patience_s
         while b"\0" not in self._buffer:
             if time.monotonic() > deadline or self._process.poll() is not None:
                 raise TimeoutError("the browser does not answer")
