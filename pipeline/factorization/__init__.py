@@ -21,7 +21,7 @@ from pipeline.factorization.initialization import initialize, subsample_indices
 from pipeline.factorization.matching import canonical_order, match_components, near_duplicates
 from pipeline.factorization.nnls import accelerated_, accelerated_is_faster, descend_, hals_, nnls, sweeps_for
 from pipeline.factorization.objective import Candidates, Statistics, explained, merge_candidates
-from pipeline.factorization.problem import InvalidProblemError, validate_factors, validate_size
+from pipeline.factorization.problem import InvalidProblemError, validate_shape, validate_size
 from pipeline.factorization.selection import (
     Evidence,
     Recommendation,
@@ -93,6 +93,6 @@ __all__ = [
     "subsample_indices",
     "sweeps_for",
     "unit_components",
-    "validate_factors",
+    "validate_shape",
     "validate_size",
 ]

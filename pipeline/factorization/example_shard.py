@@ -19,7 +19,7 @@ from pipeline.factorization.factor_source import FactorsInMemory, FactorSource
 from pipeline.factorization.half_products import HALVES, product
 from pipeline.factorization.nnls import descend_, nnls, sweeps_for
 from pipeline.factorization.objective import N_CANDIDATES, Candidates, Statistics
-from pipeline.factorization.problem import InvalidProblemError, refuse_not_finite, validate_factors
+from pipeline.factorization.problem import InvalidProblemError, refuse_not_finite, validate_shape
 
 _UPCAST_EXAMPLES = 64
 """Examples converted to float64 at a time for a few operations only: these should not leave the cache."""
@@ -48,7 +48,7 @@ class ExampleShard:
     ) -> None:
         if isinstance(factors, Tensor | np.ndarray):
             factors_NRD = torch.as_tensor(factors)
-            validate_factors(factors_NRD)
+            validate_shape(factors_NRD)
             factors = FactorsInMemory([factors_NRD])
         self.source: FactorSource = factors
         self.device, self.rank, self.dim = factors.device, factors.rank, factors.dim
@@ -60,7 +60,7 @@ class ExampleShard:
         if coefficients_NK is not None:
             self.coefficients_NK = torch.as_tensor(coefficients_NK).to(self.coefficients_NK, copy=True)
         self.fisher_squares_N = self._fisher_squares()
-        refuse_not_finite(self.fisher_squares_N.isfinite())
+        refuse_not_finite(self.fisher_squares_N)
         self.weights_N = self._weights(weights_N)
         self.misfits_N = self.fisher_squares_N.clone()
         """‖F̂_i − Σ_j W_ij h_j h_jᵀ‖² at the last pass, float64."""
@@ -171,11 +171,13 @@ class ExampleShard:
 
     def _fisher_squares(self) -> Tensor:
         squares = torch.empty(self.n_examples, dtype=torch.float64, device=self.device)
+        # into the same memory each time: fresh pages take longer than the conversion and the products
+        exact = squares.new_empty(_UPCAST_EXAMPLES, self.rank, self.dim)
         for block, factors_BRD in self._blocks():
             for part, rows_BRD in zip(
                 squares[block].split(_UPCAST_EXAMPLES), factors_BRD.split(_UPCAST_EXAMPLES), strict=True
             ):
-                exact_BRD = rows_BRD.double()
+                exact_BRD = exact[: len(rows_BRD)].copy_(rows_BRD)
                 part[:] = (exact_BRD @ exact_BRD.mT).square().sum(dim=(1, 2))
         return squares
 

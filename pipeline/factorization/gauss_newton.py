@@ -31,7 +31,7 @@ def gauss_newton_step(
     *,
     orthogonality: float = 0.0,
     n_frozen: int = 0,
-    max_iterations: int = 20,
+    max_iterations: int = 12,
 ) -> Tensor:
     """Solve the system above for Δ (K, D), all in float64.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -29,27 +28,26 @@ def validate_size(n_examples: int, rank: int, n_components: int) -> None:
         )
 
 
-def validate_factors(factors_NRD: Tensor) -> None:
-    """Refuse factors that are not a finite floating-point array of shape (N, R, D).
+def validate_shape(factors_NRD: Tensor) -> None:
+    """Refuse factors that are not a floating-point array of shape (N, R, D).
 
     Raises:
-        InvalidProblemError: naming the shape or the first example that is not finite.
+        InvalidProblemError: naming the shape.
     """
     if factors_NRD.ndim != 3 or not factors_NRD.is_floating_point():
         raise InvalidProblemError(
             f"factors must be a floating-point array of shape (examples, rank, dim),"
             f" not {factors_NRD.dtype} of shape {tuple(factors_NRD.shape)}"
         )
-    # The sum of a row is finite unless an entry is not (or the row overflows, which is as unusable): no N·R·D mask.
-    refuse_not_finite(torch.isfinite(factors_NRD.sum(dim=(1, 2))))
 
 
-def refuse_not_finite(finite_N: Tensor) -> None:
-    """Refuse factors of which some examples' are not finite.
+def refuse_not_finite(fisher_squares_N: Tensor) -> None:
+    """Refuse factors with entries that are not finite, which the float64 norms of their Fishers tell.
 
     Raises:
         InvalidProblemError: with the first of them.
     """
+    finite_N = fisher_squares_N.isfinite()
     if not bool(finite_N.all()):
         first = int((~finite_N).nonzero()[0, 0])
         raise InvalidProblemError(

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from pipeline.factorization import InvalidProblemError, validate_factors, validate_size
+from pipeline.factorization import ExampleShard, InvalidProblemError, validate_shape, validate_size
 
 
 def test_as_many_components_as_factor_rows_are_allowed_and_one_more_is_not() -> None:
@@ -25,13 +25,13 @@ def test_the_first_example_that_is_not_finite_is_named(value: float) -> None:
     factors_NRD = torch.ones(6, 2, 3)
     factors_NRD[4, 1, 2] = factors_NRD[5, 0, 0] = value
     with pytest.raises(InvalidProblemError, match=r"2 examples are not finite .* example 4"):
-        validate_factors(factors_NRD)
+        ExampleShard(factors_NRD)
 
 
 @pytest.mark.parametrize("factors", [torch.ones(4, 3), torch.ones(4, 3, 2, dtype=torch.int64)])
 def test_factors_of_another_shape_or_kind_are_refused(factors: torch.Tensor) -> None:
     with pytest.raises(InvalidProblemError, match="examples, rank, dim"):
-        validate_factors(factors)
+        validate_shape(factors)
 
 
 def test_a_refusal_survives_the_journey_between_processes() -> None:

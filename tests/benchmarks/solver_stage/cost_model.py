@@ -6,7 +6,7 @@
                  HALS on a CPU: s = 5 sweeps, p = 38 times the coefficients are read or written in one;
                  accelerated descent on a GPU: s = 20 steps, p = 16
     all-reduce   2·8·(K·D + K²)·(1 − 1/devices) / link            a ring's, float64
-    step         (6·2·K²·D + K³/3 + 20·8·K³) flop / (0.4·float64 speed)   products with K×D, Cholesky, 20 CG iterations
+    step         (6·2·K²·D + K³/3 + 12·8·K³) flop / (0.4·float64 speed)   products with K×D, Cholesky, 12 CG iterations
 
     memory of a device: factors bytes·n·R·D, coefficients 4·n·K, state 10·8·K·D
 
@@ -89,7 +89,7 @@ def iteration(problem: Problem, machine: Machine) -> dict[str, float]:
         "coefficients": rounds
         * (2 * per_device * k * k / machine.float32_speed + 4 * passes * per_device * k / machine.bandwidth),
         "all-reduce": 2 * 8 * (k * d + k * k) * share / machine.link,
-        "step": (_STEP_PRODUCTS * 2 * k * k * d + k**3 / 3 + 20 * 8 * k**3) / (_STEP_SHARE * machine.float64_speed),
+        "step": (_STEP_PRODUCTS * 2 * k * k * d + k**3 / 3 + 12 * 8 * k**3) / (_STEP_SHARE * machine.float64_speed),
     }
     memory = machine.factor_bytes * per_device * r * d + 4 * per_device * k + _STATE_TENSORS * 8 * k * d
     return {**seconds, "total": sum(seconds.values()), "bytes of a device": memory}

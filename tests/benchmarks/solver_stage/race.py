@@ -31,6 +31,8 @@ from pipeline.runtime.probe import peak_bytes
 from solver_stage.minilm_fishers import minilm_factors
 from solver_stage.reference_updates import best_reference_run
 
+ROUNDS = 5
+"""Of the way to the reference's loss, which takes a second: the median counts. The reference takes half a minute."""
 WANTED = {"shared direction": 15}
 """Times less CPU time than the reference; 4 in the other planted problems, 30 on MiniLM/SICK."""
 
@@ -82,24 +84,19 @@ def minilm(cache: Path, tiny: bool) -> dict[str, Any] | None:
 def race(factors_NRD: Tensor, n_components: int, seed: int, passes: int) -> dict[str, Any]:
     """The reference with its best step size, then this solver: to the reference's loss, and to its own end."""
     reference, *others = best_reference_run(factors_NRD, n_components, passes, seed)
-    to_loss: list[tuple[float, int]] = []
     began = time.process_time()
-
-    def look(state: SolverState, record: IterationRecord) -> None:
-        if record.accepted and record.loss <= reference.loss and not to_loss:
-            to_loss.append((time.process_time() - began, record.iteration))
-
-    start_KD = _start(factors_NRD, n_components, seed)
-    start_s = time.process_time() - began
-    solved = _solved(factors_NRD, start_KD, n_components, seed, look)
+    solved = _solved(factors_NRD, _start(factors_NRD, n_components, seed), n_components, seed)
     cpu_s = time.process_time() - began
+    reached = [record.iteration for record in solved.history if record.accepted and record.loss <= reference.loss]
+    to_loss_s = [_seconds_of(factors_NRD, n_components, seed, reached[0]) for _ in range(ROUNDS if reached else 0)]
+    to_its_loss_s = statistics.median(to_loss_s) if reached else None
     return {
         "reference": asdict(reference),
         "other_step_sizes": [asdict(run) for run in others],
-        "start_cpu_s": start_s,
-        "to_its_loss_cpu_s": to_loss[0][0] if to_loss else None,
-        "to_its_loss_passes": to_loss[0][1] if to_loss else None,
-        "times_less": reference.cpu_s / to_loss[0][0] if to_loss else None,
+        "to_its_loss_cpu_s": to_its_loss_s,
+        "to_its_loss_rounds_cpu_s": to_loss_s,
+        "to_its_loss_passes": reached[0] if reached else None,
+        "times_less": reference.cpu_s / to_its_loss_s if reached else None,
         "cpu_s": cpu_s,
         "passes": solved.n_iter,
         "stopped": solved.stopped,
@@ -110,14 +107,30 @@ def race(factors_NRD: Tensor, n_components: int, seed: int, passes: int) -> dict
     }
 
 
+def _seconds_of(factors_NRD: Tensor, n_components: int, seed: int, passes: int) -> float:
+    """CPU time of a start and of so many passes."""
+    began = time.process_time()
+    start_KD = _start(factors_NRD, n_components, seed)
+    ended: list[float] = []
+
+    def look(state: SolverState, _record: IterationRecord) -> None:
+        if state.iteration == passes:
+            ended.append(time.process_time())
+
+    _solved(factors_NRD, start_KD, n_components, seed, look, max_iterations=passes)
+    return ended[0] - began
+
+
 def _start(factors_NRD: Tensor, n_components: int, seed: int) -> Tensor:
     options = SolverOptions(n_components=n_components, seed=seed)
     chosen = torch.from_numpy(subsample_indices(len(factors_NRD), options.subsample, seed))
     return initialize(factors_NRD[chosen], n_components, seed, options.n_starts)
 
 
-def _solved(factors_NRD: Tensor, start_KD: Tensor, n_components: int, seed: int, look: Any = None) -> Factorization:
-    options = SolverOptions(n_components=n_components, seed=seed)
+def _solved(
+    factors_NRD: Tensor, start_KD: Tensor, n_components: int, seed: int, look: Any = None, **limits: int
+) -> Factorization:
+    options = SolverOptions(n_components=n_components, seed=seed, **limits)
     if len(start_KD) != n_components:
         start_KD = start_KD[:n_components]
     return solve([ExampleShard(factors_NRD)], start_KD, options, look)
