@@ -17,7 +17,13 @@ from pipeline.factorization.diagonal_solver import (
 from pipeline.factorization.example_shard import ExampleShard
 from pipeline.factorization.factor_source import BLOCK_ROWS, FactorsInMemory, FactorSource, StreamedFactors
 from pipeline.factorization.gauss_newton import gauss_newton_step
-from pipeline.factorization.initialization import initialize, subsample_indices
+from pipeline.factorization.initialization import (
+    initialize,
+    most_useful,
+    n_candidates,
+    starting_components,
+    subsample_indices,
+)
 from pipeline.factorization.matching import canonical_order, match_components, near_duplicates
 from pipeline.factorization.nnls import accelerated_, accelerated_is_faster, descend_, hals_, nnls, sweeps_for
 from pipeline.factorization.objective import Candidates, Statistics, explained, merge_candidates
@@ -80,6 +86,8 @@ __all__ = [
     "initialize_diagonal",
     "match_components",
     "merge_candidates",
+    "most_useful",
+    "n_candidates",
     "near_duplicates",
     "nnls",
     "recommend",
@@ -88,6 +96,7 @@ __all__ = [
     "solve_diagonal",
     "split_halves",
     "stability",
+    "starting_components",
     "step_diagonal",
     "stopping_reason",
     "subsample_indices",

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from pipeline.factorization.estimator_base import Factorizer
 from pipeline.factorization.example_shard import ExampleShard
-from pipeline.factorization.initialization import initialize, subsample_indices
-from pipeline.factorization.problem import InvalidProblemError
+from pipeline.factorization.initialization import starting_components
 from pipeline.factorization.solver import IterationRecord, SolverOptions, solve
 
 
@@ -108,7 +107,7 @@ class NPEFF(Factorizer):
         )
         start_KD = self._given_components(self.start_components, shard.dim)
         if self.start_components is None:
-            start_KD = _start(shard, frozen_KD, options)
+            start_KD = starting_components(shard, options, frozen_KD)
         start_KD[: len(frozen_KD)] = frozen_KD
         result = solve([shard], start_KD, options, lambda _, record: [call(record) for call in self.callbacks])
         self._keep(result)
@@ -152,21 +151,3 @@ class NPEFF(Factorizer):
         norms_N = shard.fisher_squares_N.sqrt()
         scale_N = torch.where(norms_N > 0, norms_N, 1.0).rsqrt().to(factors)
         return ExampleShard(factors * scale_N[:, None, None])
-
-
-def _start(shard: ExampleShard, frozen_KD: Tensor, options: SolverOptions) -> Tensor:
-    """Starting components from a subsample of the examples that have a weight."""
-    weighted = shard.weights_N.nonzero()[:, 0]
-    if not len(weighted):
-        raise InvalidProblemError("every example has weight zero: there is nothing to factorize")
-    chosen = weighted[torch.from_numpy(subsample_indices(len(weighted), options.subsample, options.seed))]
-    return initialize(
-        shard.factors_NRD[chosen],
-        options.n_components,
-        options.seed,
-        options.n_starts,
-        weights_M=shard.weights_N[chosen],
-        frozen_KD=frozen_KD,
-        l1=options.l1,
-        orthogonality=options.orthogonality,
-    )

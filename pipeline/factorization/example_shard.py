@@ -90,6 +90,18 @@ class ExampleShard:
             self._add_block(statistics, block, rows, b_KBR, t_KB, w_KB, gram_KK)
         return statistics
 
+    def coefficient_products(self, components_KD: Tensor, *, l1: float = 0.0) -> Tensor:
+        """WᵀW (K, K), float64, of coefficients that are fitted to these components and then forgotten."""
+        h_KD, gram_KK = self._components_and_gram(components_KD)
+        sweeps, h_KD, gram_low_KK = sweeps_for(gram_KK), h_KD.to(self.dtype), gram_KK.to(self.dtype)
+        ww_KK = torch.zeros_like(gram_KK)
+        for block, factors_BRD in self._blocks():
+            _, b_KBR = self._project(factors_BRD, h_KD)
+            t_KB = b_KBR.square().sum(dim=2)
+            w_KB = descend_(torch.zeros_like(t_KB), self._targets(t_KB, block, l1), gram_low_KK, sweeps).double()
+            ww_KK.addmm_(w_KB * self.weights_N[block], w_KB.T)
+        return ww_KK
+
     def finish(self, components_KD: Tensor, *, l1: float = 0.0) -> Statistics:
         """Set the coefficients to their optimum at these components; the statistics at the result.
 

@@ -6,6 +6,9 @@ Abel 1993, the algorithm attributed to Jennrich), provided the ratios λ differ.
 starts are polished by some iterations of the solver and judged by their losses; the worse half of them are given up
 early (successive halving: Jamieson & Talwalkar, AISTATS 2016).
 
+Which components are worth having depends on examples that the subsample does not have: `n_candidates`, a quarter more
+than are asked for, are tried, and all examples say in a pass of their own, of half the cost, which are `most_useful`.
+
 All starts share one compression: the leading right singular vectors V (D, Q) of the stacked factor rows. Components
 within the span of V have the same loss, up to a constant, on the compressed factors ÂV, where D is replaced by Q.
 
@@ -25,14 +28,19 @@ from torch import Tensor
 
 from pipeline.factorization.example_shard import ExampleShard
 from pipeline.factorization.matching import match_components
+from pipeline.factorization.nnls import sweeps_for
 from pipeline.factorization.problem import InvalidProblemError, validate_size
 from pipeline.factorization.solver import SolverOptions, SolverState, advance, free_dead, initial_state, stopping_reason
 
 _EXTRA_DIMENSIONS = 32
 _POWER_ITERATIONS = 2
-_POLISHING_ITERATIONS = (4, 8, 16)
-"""In all, at the ends of rounds; after each but the last the better half of the starts go on. On planted problems and
-a real model's Fishers the best of four after 4 was the best after 20, or within 0.7% of its loss (once 1.1%)."""
+_SCOUTING_ITERATIONS = (3, 3)
+"""On half of the subsample; after each so many the better half of the starts go on. On planted problems and on a real
+model's Fishers the best of four after 3 was the best after 20, or within 0.7% of its loss (once 1.1%)."""
+_SCOUTING_ROWS = 8
+"""Factor rows per component that the subsample must have for half of it to be enough."""
+_POLISHING_ITERATIONS = 8
+_RIDGE = 1e-9
 _RANK_TOLERANCE = 1e-6
 """Singular values below this fraction of the largest carry no direction worth starting from."""
 
@@ -43,6 +51,71 @@ def subsample_indices(n_examples: int, size: int, seed: int) -> np.ndarray:
         return np.arange(n_examples, dtype=np.int64)
     chosen = np.random.default_rng([seed, n_examples]).choice(n_examples, size=size, replace=False)
     return np.sort(chosen).astype(np.int64)
+
+
+def n_candidates(n_components: int, shape: Sequence[int]) -> int:
+    """How many components to try where so many are asked for and the subsample's factors have shape (M, R, D)."""
+    n_examples, rank, dim = shape
+    return max(n_components, min(n_components + math.ceil(n_components / 4), n_examples * rank, dim))
+
+
+def most_useful(candidates_CD: Tensor, ww_CC: Tensor, n_components: int, n_frozen: int = 0) -> Tensor:
+    """The candidates (K, D), in their order, that are left when one after the other is taken away for which the loss
+    rises least; the first ones, which are frozen, stay.
+
+    Without component j, and with the other coefficients refitted, the loss rises by (WᵀW)_jj / (G⁻¹)_jj, with
+    G = (H Hᵀ)∘(H Hᵀ), as long as none of them turns negative; refitting takes w_j (G⁻¹)_j / (G⁻¹)_jj from them
+    (Hassibi & Stork, NeurIPS 1992, for the weights of networks).
+
+    Args:
+        candidates_CD: unit rows.
+        ww_CC: WᵀW over all examples.
+        n_components: K.
+        n_frozen: how many of the first rows are to stay.
+    """
+    gram_CC = (candidates_CD @ candidates_CD.T).square().cpu()
+    gram_CC.diagonal().add_(_RIDGE)
+    inverse_CC, ww_CC = torch.linalg.inv(gram_CC), ww_CC.cpu().clone()
+    kept_C = torch.ones(len(gram_CC), dtype=torch.bool)
+    for _ in range(len(gram_CC) - n_components):
+        rises_C = ww_CC.diagonal() / inverse_CC.diagonal()
+        rises_C[:n_frozen] = rises_C[~kept_C] = math.inf
+        j = int(rises_C.argmin())
+        kept_C[j] = False
+        refit_C = inverse_CC[j] / inverse_CC[j, j]
+        moved_C = ww_CC[j] - ww_CC[j, j] / 2 * refit_C
+        ww_CC -= torch.outer(moved_C, refit_C) + torch.outer(refit_C, moved_C)
+        inverse_CC -= torch.outer(inverse_CC[:, j], refit_C)
+        inverse_CC[j, j] = 1.0  # not to divide by zero
+    return candidates_CD[kept_C.to(candidates_CD.device)]
+
+
+def starting_components(shard: ExampleShard, options: SolverOptions, frozen_KD: Tensor | None = None) -> Tensor:
+    """Starting components (K, D) for all examples of a shard in memory: those of `initialize` that are most useful.
+
+    Raises:
+        InvalidProblemError: as `initialize` does, or every example has weight zero.
+    """
+    weighted = shard.weights_N.nonzero()[:, 0]
+    if not len(weighted):
+        raise InvalidProblemError("every example has weight zero: there is nothing to factorize")
+    chosen = weighted[
+        torch.from_numpy(subsample_indices(len(weighted), options.subsample, options.seed)).to(weighted.device)
+    ]
+    factors_MRD = shard.factors_NRD[chosen]
+    validate_size(len(factors_MRD), shard.rank, options.n_components)
+    candidates_CD = initialize(
+        factors_MRD,
+        n_candidates(options.n_components, factors_MRD.shape),
+        options.seed,
+        options.n_starts,
+        weights_M=shard.weights_N[chosen],
+        frozen_KD=frozen_KD,
+        l1=options.l1,
+        orthogonality=options.orthogonality,
+    )
+    ww_CC = shard.coefficient_products(candidates_CD, l1=options.l1)
+    return most_useful(candidates_CD, ww_CC, options.n_components, options.n_frozen)
 
 
 def initialize(
@@ -90,8 +163,11 @@ def initialize(
         n_components=n_components, l1=l1, orthogonality=orthogonality, n_frozen=len(frozen_KD), n_starts=n_starts
     )
     compressed = ExampleShard(compressed_MRQ, weights_N=shard.weights_N)
-    starts = [_start(compressed, frozen_KD @ basis_DQ, n_leading, options, generator) for _ in range(n_starts)]
-    best = _best_polished(compressed, starts, options)
+    scouted = compressed
+    if len(rows) >= _SCOUTING_ROWS * n_components:
+        scouted = ExampleShard(compressed_MRQ[::2], weights_N=shard.weights_N[::2])
+    starts = [_start(scouted, frozen_KD @ basis_DQ, n_leading, options, generator) for _ in range(n_starts)]
+    best = _best_polished(scouted, compressed, starts, options)
     components_KD = best.best_components_KD @ basis_DQ.T
     components_KD[: len(frozen_KD)] = frozen_KD
     return components_KD / torch.linalg.norm(components_KD, dim=1, keepdim=True)
@@ -134,22 +210,31 @@ def _start(
     return initial_state(_beside(frozen_KQ, components_KQ), options)
 
 
-def _best_polished(shard: ExampleShard, starts: Sequence[SolverState], options: SolverOptions) -> SolverState:
-    """The start with the lowest objective after the last round of polishing."""
+def _best_polished(
+    scouted: ExampleShard, compressed: ExampleShard, starts: Sequence[SolverState], options: SolverOptions
+) -> SolverState:
+    """The best of the starts that were not given up, after the last iterations, on the whole subsample."""
     # a start goes on with the coefficients that it had
-    going_on = [(state, shard.factors_NRD.new_zeros(shard.n_examples, 0)) for state in starts]
-    for stop_at in _POLISHING_ITERATIONS:
-        until = dataclasses.replace(options, max_iterations=stop_at)
+    going_on = [(state, scouted.factors_NRD.new_zeros(scouted.n_examples, 0)) for state in starts]
+    for further in _SCOUTING_ITERATIONS:
+        further_options = [dataclasses.replace(options, max_iterations=s.iteration + further) for s, _ in going_on]
         polished = []
-        for state, shard.coefficients_NK in going_on:
-            polished.append((_polished(shard, state, until), shard.coefficients_NK))
+        for (state, scouted.coefficients_NK), until in zip(going_on, further_options, strict=True):
+            polished.append((_polished(scouted, state, until), scouted.coefficients_NK))
         going_on = sorted(polished, key=lambda pair: pair[0].best_objective)[: math.ceil(len(polished) / 2)]
-    return going_on[0][0]
+    last = dataclasses.replace(options, max_iterations=_POLISHING_ITERATIONS)
+    finished = []
+    for state, _ in going_on:
+        compressed.coefficients_NK = compressed.factors_NRD.new_zeros(compressed.n_examples, 0)
+        finished.append(_polished(compressed, initial_state(state.best_components_KD, options), last))
+    return min(finished, key=lambda state: state.best_objective)
 
 
 def _polished(shard: ExampleShard, state: SolverState, options: SolverOptions) -> SolverState:
+    """After further passes over the subsample, with half the sweeps of the solver: enough to compare starts."""
     while stopping_reason(state, options) is None:
-        statistics = shard.accumulate(state.components_KD, l1=options.l1)
+        gram_KK = (state.components_KD @ state.components_KD.T).square()
+        statistics = shard.accumulate(state.components_KD, sweeps=math.ceil(sweeps_for(gram_KK) / 2), l1=options.l1)
         candidates = shard.candidates(state.components_KD) if bool(free_dead(statistics, options).any()) else None
         state, _ = advance(state, statistics, options, candidates)
     return state

@@ -1,6 +1,6 @@
 """Per-example Fisher factors of a torch model, exact or sketched."""
 
-from pipeline.fisher.capture import LogitsFunction
+from pipeline.fisher.capture import LogitsFunction, frozen
 from pipeline.fisher.coverage import check_coverage
 from pipeline.fisher.diagonal import (
     GroupLayout,
@@ -38,6 +38,7 @@ __all__ = [
     "diagonal_norms",
     "diagonal_sum",
     "exact_label_factor",
+    "frozen",
     "grouped_sums",
     "label_rows",
     "left_out",

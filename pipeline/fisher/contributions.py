@@ -23,8 +23,6 @@ from typing import Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from pipeline.fisher.threads import in_threads
-
 # Temporaries are kept near this many numbers by working on blocks of examples: in memory, and within a core's cache.
 MEMORY_ELEMENTS, CACHE_ELEMENTS = 1 << 25, 1 << 19
 
@@ -241,8 +239,7 @@ def with_same_inputs(contributions: Iterable[Contribution]) -> tuple[list[list[O
 def total_gram(contributions: Iterable[Contribution]) -> Tensor:
     """(B, R, R), float64: the Gram matrices of all parameters' rows together, A Aᵀ."""
     groups, others = with_same_inputs(contributions)
-    device = (groups[0][0] if groups else others[0]).new_zeros(0).device
-    return torch.stack([*in_threads(outer_gram, groups, device), *(part.gram() for part in others)]).sum(0)
+    return torch.stack([*map(outer_gram, groups), *(part.gram() for part in others)]).sum(0)
 
 
 def outer_gram(outers: Sequence[Outer]) -> Tensor:

@@ -9,7 +9,8 @@ Legend: B batch, C classes, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence, Set
+import copy
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,7 +27,6 @@ from pipeline.fisher.layer_rules import per_example, rule_for
 from pipeline.fisher.module_rule import ModuleCall, module_rows
 from pipeline.fisher.owners import Owners, find_owners, move_up
 from pipeline.fisher.parameters import ParameterLayout
-from pipeline.fisher.threads import in_threads
 
 _INDEPENDENT = (
     "the logits do not depend on the output of any module with selected parameters: do not detach them or compute them "
@@ -90,19 +90,25 @@ class GradientCollector:
             labels = label_rows(self.labels, logits.detach(), numbers, targets)
             deltas = _output_gradients(logits, uses, labels.directions)
             accurate = _Accurate()
-            pieces = [
-                self._rows(use, delta, n_examples, accurate)
-                for use, delta in zip(uses, deltas, strict=True)
-                if any(rows is not None for rows in delta)
-            ]
             found: dict[str, list[Contribution]] = {}
-            for parts in in_threads(lambda piece: piece(), pieces, logits.device):
-                for name, part in parts.items():
-                    found.setdefault(name, []).append(part)
+            for use, delta in zip(uses, deltas, strict=True):
+                if any(rows is not None for rows in delta):
+                    for name, part in self._rows(use, delta, n_examples, accurate).items():
+                        found.setdefault(name, []).append(part)
         if not found:
             raise UnsupportedModelError(_INDEPENDENT)
         contributions = {name: add(found[name]) for name in self.layout.names if name in found}
         return Collected(logits.detach(), labels, contributions)
+
+    def replica(self) -> GradientCollector:
+        """One that knows what this one learnt, of a copy of the modules with the same parameters and buffers.
+
+        Inside `frozen` both may collect at the same time.
+        """
+        tensors = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
+        copied = GradientCollector(copy.deepcopy(self.model, tensors), self.logits_fn, self.layout, self.labels)
+        copied._owners, copied._shared = self._owners, self._shared
+        return copied
 
     def _logits(self, batch: Any, n_examples: int | None, n_axes: int) -> Tensor:
         logits = self.logits_fn(self.model, batch)
@@ -172,31 +178,28 @@ class GradientCollector:
 
     def _rows(
         self, use: Use, deltas: tuple[_Rows | None, ...], n_examples: int, accurate: _Accurate
-    ) -> Callable[[], dict[str, Contribution]]:
-        """What gives the contributions of a use of a module, by the parameters' names in the layout."""
+    ) -> dict[str, Contribution]:
+        """The contributions of a use of a module, by the parameters' names in the layout."""
         assert self._owners is not None
         wanted = self._owners[use.module_name]
         use.check_inputs()
         rule = rule_for(use.module, wanted)
         if rule is None:
-            general = self._general_rows(use, deltas, n_examples)  # takes much memory: one at a time
-            return lambda: {wanted[name]: part for name, part in general.items()}
+            parts = self._general_rows(use, deltas, n_examples)
+            return {wanted[name]: part for name, part in parts.items()}
         (delta,) = deltas
         assert delta is not None
         args, kwargs = use.inputs
         inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
         if use.shared:
             inputs = repeat(inputs, n_examples)
-        inputs = per_example(accurate(inputs), n_examples)
+        with torch.no_grad():
+            inputs = per_example(accurate(inputs), n_examples)
+            rows = [_accurate(per_example(row, n_examples)) for row in delta]
+            parts = rule(use.module, inputs, rows, frozenset(wanted))
+        return {wanted[name]: part for name, part in parts.items()}
 
-        def rows() -> dict[str, Contribution]:
-            accurate_rows = [_accurate(per_example(row, n_examples)) for row in delta]
-            parts = rule(use.module, inputs, accurate_rows, frozenset(wanted))
-            return {wanted[name]: part for name, part in parts.items()}
-
-        return rows
-
-    def _general_rows(self, use: Use, deltas: tuple[_Rows | None, ...], n_examples: int) -> dict[str, Contribution]:
+    def _general_rows(self, use: Use, deltas: tuple[_Rows | None, ...], n_examples: int) -> Mapping[str, Contribution]:
         assert self._owners is not None
         live = [place for place, delta in enumerate(deltas) if delta is not None]
         call = ModuleCall(

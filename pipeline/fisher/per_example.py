@@ -5,6 +5,7 @@ Legend: B batch, T positions, C classes, R rank, D sketch.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +62,12 @@ class PerExampleFishers:
     ) -> None:
         self.collector = GradientCollector(model, logits_fn, layout, labels or LabelSpec())
         self.sketch = sketch
+
+    def replica(self) -> PerExampleFishers:
+        """One with the same sketch; see `GradientCollector.replica`."""
+        copied = copy.copy(self)
+        copied.collector = self.collector.replica()
+        return copied
 
     def __call__(
         self, batch: Any, examples: Sequence[int] | int | None = None, targets: Tensor | None = None

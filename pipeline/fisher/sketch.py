@@ -19,7 +19,6 @@ from pipeline.fisher.contributions import Contribution, Dense, Outer, Sum, flat_
 from pipeline.fisher.kronecker import Projection
 from pipeline.fisher.parameters import ParameterLayout
 from pipeline.fisher.tensorsketch import Hashes, fourier, fourier_is_cheaper, scatter, window_width
-from pipeline.fisher.threads import in_threads
 
 SketchKind = Literal["identity", "tensorsketch", "kronecker", "topk"]
 Method = Literal["auto", "fft", "scatter"]
@@ -140,8 +139,8 @@ class TensorSketch:
             hashes = self._hashes[name] = self._hashes[name].to(out_BRD.device)
             parts = contribution.parts if isinstance(contribution, Sum) else (contribution,)
             windows.setdefault(hashes.start, []).extend((part, hashes) for part in parts)
-        # windows are disjoint
-        in_threads(lambda parts: self._add_window(parts, method, out_BRD), list(windows.values()), out_BRD.device)
+        for window in windows.values():
+            self._add_window(window, method, out_BRD)
         return out_BRD
 
     def _add_window(self, parts: Sequence[tuple[Contribution, Hashes]], method: Method, out_BRD: Tensor) -> None:

@@ -1,13 +1,13 @@
 """Stage 1 on a worker: compute and store the Fishers of whole shards.
 
-While a batch is computed the next one is made ready, and while a shard is computed the one before is written.
+While a shard is computed the one before is written.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ from pipeline.fisher import (
     SketchSpec,
     diagonal_norms,
     diagonal_sum,
+    frozen,
     grouped_sums,
     make_sketch,
     top_entries,
 )
-from pipeline.runtime.model import LoadedModel, ModelSpec
+from pipeline.runtime.model import ModelSpec
+from pipeline.runtime.streams import Streams
 from pipeline.store import CompletionRecord, DiagonalSums, FisherStore, ShardRecords
 from pipeline.tasks import TaskError
 
@@ -47,13 +49,9 @@ class FisherWorker:
         sums: DiagonalSums | None = None,
     ) -> None:
         self._loaded = model.load()
-        self._fishers = PerExampleFishers(
-            self._loaded.model,
-            self._loaded.logits,
-            self._loaded.layout,
-            make_sketch(sketch, self._loaded.layout),
-            labels,
-        )
+        linear_map = make_sketch(sketch, self._loaded.layout)
+        fishers = PerExampleFishers(self._loaded.model, self._loaded.logits, self._loaded.layout, linear_map, labels)
+        self._streams = Streams(self._loaded, fishers)
         self._groups = GroupLayout.of(self._loaded.model, self._loaded.layout)
         self._store, self._records, self._batch_size = FisherStore.open(store), records, batch_size
         self._sums = sums
@@ -95,7 +93,7 @@ class FisherWorker:
     def _compute_all(self, shards: tuple[int, ...], total: dict[str, Tensor] | None) -> list[CompletionRecord]:
         """The diagonals are added to `total`, in the order of the shards and of their batches."""
         written: list[Future[CompletionRecord]] = []
-        with ThreadPoolExecutor(1, "writer") as writer:
+        with ThreadPoolExecutor(1, "writer") as writer, frozen(self._loaded.model):
             for shard in shards:
                 began = time.monotonic()
                 arrays = self._compute(shard, total)
@@ -107,19 +105,24 @@ class FisherWorker:
     def _compute(self, shard: int, total: dict[str, Tensor] | None) -> dict[str, np.ndarray]:
         start, stop = self._store.plan.bounds(shard)
         plan = self._loaded.batches(range(start, stop), self._batch_size)
-        parts = [self._compute_batch(batch, examples, total) for examples, batch in ready_ahead(self._loaded, plan)]
+        parts = []
+        for stored, collected in self._streams.map(partial(self._compute_batch, keep=total is not None), plan):
+            parts.append(stored)
+            if total is not None and collected is not None:
+                diagonal_sum(collected.contributions, collected.labels.scales_B, stored["valid"], total)
         # from the order in which they were computed to that of the examples
         order = torch.tensor([example for examples in plan for example in examples]).argsort()
         arrays = {name: torch.cat([part[name] for part in parts]).cpu()[order].numpy() for name in parts[0]}
         return arrays | {"labels": self._loaded.labels_N[start:stop]}
 
-    def _compute_batch(self, batch: Any, examples: list[int], total: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        collected = self._fishers.collector.collect(batch, examples, self._loaded.targets(batch, examples))
-        result = self._fishers.factors(collected)
-        if total is not None:
-            diagonal_sum(collected.contributions, collected.labels.scales_B, result.valid_B, total)
+    def _compute_batch(
+        self, fishers: PerExampleFishers, batch: Any, examples: list[int], *, keep: bool
+    ) -> tuple[dict[str, Tensor], Collected | None]:
+        """What is stored of a batch, and its gradient rows if they are to be kept."""
+        collected = fishers.collector.collect(batch, examples, self._loaded.targets(batch, examples))
+        result = fishers.factors(collected)
         stored = _stored_form(result, self._dtype, "logits" in self._store.array_names)
-        return stored | self._diagonals(collected, result.valid_B)
+        return stored | self._diagonals(collected, result.valid_B), collected if keep else None
 
     def _diagonals(self, collected: Collected, valid_B: Tensor) -> dict[str, Tensor]:
         """What the store keeps of the diagonals: divided by their norms, and zero for examples that are not valid."""
@@ -156,18 +159,6 @@ class FisherWorker:
         )
         self._records.write(record)
         return record
-
-
-def ready_ahead(loaded: LoadedModel, plan: Sequence[list[int]]) -> Iterator[tuple[list[int], Any]]:
-    """Every batch of the plan, the next one being tokenized, collated and sent to the device meanwhile."""
-    with ThreadPoolExecutor(1, "loader") as loader:
-        waiting = loader.submit(loaded.batch, plan[0]) if plan else None
-        for place, examples in enumerate(plan):
-            assert waiting is not None
-            batch = waiting.result()
-            if place + 1 < len(plan):
-                waiting = loader.submit(loaded.batch, plan[place + 1])
-            yield examples, batch
 
 
 def _stored_form(batch: FisherBatch, dtype: torch.dtype, with_logits: bool) -> dict[str, Tensor]:

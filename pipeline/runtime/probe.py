@@ -10,14 +10,15 @@ import torch
 
 from pipeline.fisher import PerExampleFishers
 from pipeline.runtime.model import LoadedModel
+from pipeline.runtime.streams import n_streams
 
 _LARGEST = {"cpu": 32, "cuda": 512}
 """Beyond these a larger batch is no faster."""
 
 
 def largest_batch_size(loaded: LoadedModel, fishers: PerExampleFishers, limit: int) -> int:
-    """The largest power of two of examples whose Fishers need at most `limit` bytes beside the model, tried on the
-    largest examples of the data set; at least 1."""
+    """The largest power of two of examples whose Fishers need at most `limit` bytes beside the model, with as many
+    batches at a time as there are streams, tried on the largest examples of the data set; at least 1."""
     ordered = [example for batch in loaded.batches(range(len(loaded.examples)), 1) for example in batch]
     size, before = 1, _held_bytes(loaded.device)
     while 2 * size <= min(_LARGEST[loaded.device.type], len(ordered)):
@@ -29,7 +30,7 @@ def largest_batch_size(loaded: LoadedModel, fishers: PerExampleFishers, limit: i
             fishers(batch, examples, loaded.targets(batch, examples))
         except torch.OutOfMemoryError:
             break
-        if peak_bytes(loaded.device) - before > limit:
+        if n_streams(loaded.device) * (peak_bytes(loaded.device) - before) > limit:
             break
         size *= 2
     return size

@@ -19,9 +19,9 @@ from pipeline.factorization import (
     ExampleShard,
     SolverOptions,
     explained,
-    initialize,
     solve,
     split_halves,
+    starting_components,
     subsample_indices,
 )
 from pipeline.runtime.solver_actor import SolverPaths
@@ -91,11 +91,8 @@ class SelectionWorker:
         options = dataclasses.replace(
             self._options, n_components=request.n_components, seed=_solver_seed(self._seed, request)
         )
-        subsample = torch.from_numpy(subsample_indices(len(factors_NRD), options.subsample, options.seed))
-        start_KD = initialize(
-            factors_NRD[subsample.to(factors_NRD.device)], options.n_components, options.seed, options.n_starts
-        )
-        found = solve([ExampleShard(factors_NRD)], start_KD, options)
+        shard = ExampleShard(factors_NRD)
+        found = solve([shard], starting_components(shard, options), options)
         return FitResult(
             components_KD=found.components_KD.float().cpu().numpy(),
             explained=found.explained,

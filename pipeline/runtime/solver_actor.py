@@ -31,8 +31,11 @@ from pipeline.factorization import (
     initial_state,
     initialize,
     merge_candidates,
+    most_useful,
+    n_candidates,
     stopping_reason,
     subsample_indices,
+    validate_size,
 )
 from pipeline.runtime.process_group import ProcessGroup, ProcessGroupMember
 from pipeline.runtime.stored_factors import ShardRows, stored_factors
@@ -136,27 +139,33 @@ class SolverWorker(ProcessGroupMember):
         self._examples = self._example_shard(self._fit, self._memory_limit_bytes)
 
     def initialize(self) -> NDArray[np.float64]:
-        """Starting components, from a subsample that depends on the seed and the examples only, or of another run."""
+        """Candidates for the components to start from, of a subsample that depends on the seed and the examples only;
+        or the components of another run."""
         if self._origin is not None and not self._origin.frozen:
             return self._origin.components_KD
         fit = np.flatnonzero(self._splits.fit_N)
         chosen = fit[subsample_indices(len(fit), self._options.subsample, self._options.seed)]
         factors_MRD = torch.from_numpy(self._store.read_rows(chosen, ["factors"])["factors"]).to(self._device)
         options, origin = self._options, self._origin
-        start_KD = initialize(
+        validate_size(len(factors_MRD), self._store.rank, options.n_components)
+        candidates_CD = initialize(
             factors_MRD,
-            options.n_components,
+            n_candidates(options.n_components, factors_MRD.shape),
             options.seed,
             options.n_starts,
             frozen_KD=torch.from_numpy(origin.components_KD.copy()) if origin is not None else None,
             l1=options.l1,
             orthogonality=options.orthogonality,
         )
-        return start_KD.cpu().numpy()
+        return candidates_CD.cpu().numpy()
 
-    def start(self, components_KD: NDArray[np.float64]) -> None:
-        """Begin at these components."""
-        self._state = initial_state(torch.from_numpy(components_KD.copy()).to(self._device), self._options)
+    def start(self, candidates_CD: NDArray[np.float64]) -> None:
+        """Begin at these components, or at the most useful ones where they are more than are asked for."""
+        candidates, options = torch.from_numpy(candidates_CD.copy()).to(self._device), self._options
+        if len(candidates) > options.n_components:
+            ww_CC = self._peers.sum_(self._own_examples().coefficient_products(candidates, l1=options.l1))
+            candidates = most_useful(candidates, ww_CC, options.n_components, options.n_frozen)
+        self._state = initial_state(candidates, options)
 
     def resume(self, checkpoint: Checkpoint) -> str | None:
         """Go on from a checkpoint, whatever number of workers wrote it; says if there is no step left to do."""

@@ -5,7 +5,17 @@ import pytest
 import torch
 from planted import planted_fishers
 
-from pipeline.factorization import ExampleShard, InvalidProblemError, initialize, match_components, subsample_indices
+from pipeline.factorization import (
+    ExampleShard,
+    InvalidProblemError,
+    SolverOptions,
+    initialize,
+    match_components,
+    most_useful,
+    n_candidates,
+    starting_components,
+    subsample_indices,
+)
 
 
 def test_a_subsample_is_distinct_ascending_and_the_same_again() -> None:
@@ -78,3 +88,63 @@ def test_components_beyond_the_rank_of_the_data_still_get_a_start() -> None:
 def test_impossible_problems_are_refused(factors: torch.Tensor, message: str) -> None:
     with pytest.raises(InvalidProblemError, match=message):
         initialize(factors, 2, seed=0)
+
+
+def test_what_is_taken_away_is_what_a_refit_misses_least() -> None:
+    """Against the definition: the loss after each removal, with all remaining coefficients refitted, signs free."""
+    rng = torch.Generator().manual_seed(0)
+    h_CD = torch.nn.functional.normalize(torch.randn(9, 12, dtype=torch.float64, generator=rng) + 0.4, dim=1)
+    targets_NC = torch.rand(50, 9, dtype=torch.float64, generator=rng)
+    gram_CC = (h_CD @ h_CD.T).square()
+    w_NC = torch.linalg.solve(gram_CC, targets_NC.T).T
+
+    def loss_without(gone: list[int]) -> float:
+        left = [j for j in range(9) if j not in gone]
+        t, g = targets_NC[:, left], gram_CC[left][:, left]
+        return -float((t * torch.linalg.solve(g, t.T).T).sum())
+
+    for n_frozen in (0, 3):
+        gone: list[int] = []
+        for n_components in range(8, 3, -1):
+            free = [j for j in range(n_frozen, 9) if j not in gone]
+            gone.append(min(free, key=lambda j: loss_without([*gone, j])))
+            expected = h_CD[[j for j in range(9) if j not in gone]]
+            found = most_useful(h_CD, w_NC.T @ w_NC, n_components, n_frozen)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_coefficient_products_are_those_of_the_optimal_coefficients() -> None:
+    planted = planted_fishers(n_examples=300, rank=3, dim=24, n_components=6, noise=0.2, seed=0)
+    h_KD = torch.from_numpy(planted.components_KD)
+    weights_N = torch.arange(300) % 3
+    shard = ExampleShard(planted.factors_NRD, weights_N=weights_N)
+    found = shard.coefficient_products(h_KD)
+    assert shard.coefficients_NK.shape[1] == 0
+    shard.finish(h_KD)
+    w_NK = shard.coefficients_NK
+    torch.testing.assert_close(found, (w_NK * weights_N[:, None]).T @ w_NK, rtol=1e-3, atol=1e-3)
+
+
+def test_of_more_true_components_the_most_useful_to_all_examples_are_chosen() -> None:
+    """Examples outside the subsample of 150 use some components ten times as often."""
+    planted = planted_fishers(
+        n_examples=3000, rank=3, dim=48, n_components=10, noise=0.05, n_active=2, seed=3, zipf=1.0
+    )
+    shard = ExampleShard(planted.factors_NRD)
+    options = SolverOptions(n_components=8, subsample=150)
+    start_KD = starting_components(shard, options)
+    shard.finish(torch.from_numpy(planted.components_KD))
+    energy_K = shard.coefficients_NK.square().sum(0)
+    pairs, cosines = match_components(start_KD.numpy(), planted.components_KD)
+    assert cosines.min() > 0.95
+    assert set(pairs[:, 1].tolist()) == set(energy_K.argsort(descending=True)[:8].tolist())
+
+
+@pytest.mark.parametrize(("shape", "expected"), [((100, 3, 64), 10), ((100, 3, 9), 9), ((3, 3, 64), 9), ((2, 4, 6), 8)])
+def test_there_are_no_more_candidates_than_factor_rows_or_dimensions(shape: tuple[int, ...], expected: int) -> None:
+    assert n_candidates(8, shape) == expected
+
+
+def test_examples_without_weight_are_nothing_to_start_from() -> None:
+    with pytest.raises(InvalidProblemError, match="weight zero"):
+        starting_components(ExampleShard(np.ones((3, 1, 2)), weights_N=np.zeros(3)), SolverOptions(n_components=1))

@@ -22,10 +22,9 @@ from pipeline.factorization import (
     IterationRecord,
     SolverOptions,
     SolverState,
-    initialize,
     match_components,
     solve,
-    subsample_indices,
+    starting_components,
 )
 from pipeline.runtime.probe import peak_bytes
 from solver_stage.minilm_fishers import minilm_factors
@@ -122,9 +121,7 @@ def _seconds_of(factors_NRD: Tensor, n_components: int, seed: int, passes: int) 
 
 
 def _start(factors_NRD: Tensor, n_components: int, seed: int) -> Tensor:
-    options = SolverOptions(n_components=n_components, seed=seed)
-    chosen = torch.from_numpy(subsample_indices(len(factors_NRD), options.subsample, seed))
-    return initialize(factors_NRD[chosen], n_components, seed, options.n_starts)
+    return starting_components(ExampleShard(factors_NRD), SolverOptions(n_components=n_components, seed=seed))
 
 
 def _solved(
