@@ -114,9 +114,9 @@ class FishersConfig(_Section):
     """Examples in one shard: one task of one actor, one file, one completion record."""
     batch_size: PositiveInt | Literal["auto"] = "auto"
     """Examples in one forward pass; batches never cross a shard's border. ``auto`` finds it once, on the largest
-    examples, and records it in the store."""
+    examples, and records it in the store. A worker with several CPU cores computes up to four batches at a time."""
     memory_limit_mb: PositiveInt = 2048
-    """Memory that a batch may take beside the model, where its size is found."""
+    """Memory that batches may take beside the model, those of a worker together, where their size is found."""
 
     @model_validator(mode="after")
     def _labels_have_what_they_need(self) -> Self:

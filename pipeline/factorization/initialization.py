@@ -39,7 +39,7 @@ _SCOUTING_ITERATIONS = (3, 3)
 model's Fishers the best of four after 3 was the best after 20, or within 0.7% of its loss (once 1.1%)."""
 _SCOUTING_ROWS = 8
 """Factor rows per component that the subsample must have for half of it to be enough."""
-_POLISHING_ITERATIONS = 8
+_POLISHING_ITERATIONS = 6
 _RIDGE = 1e-9
 _RANK_TOLERANCE = 1e-6
 """Singular values below this fraction of the largest carry no direction worth starting from."""
