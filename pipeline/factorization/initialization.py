@@ -60,8 +60,8 @@ def n_candidates(n_components: int, shape: Sequence[int]) -> int:
 
 
 def most_useful(candidates_CD: Tensor, ww_CC: Tensor, n_components: int, n_frozen: int = 0) -> Tensor:
-    """The candidates (K, D), in their order, that are left when one after the other is taken away for which the loss
-    rises least; the first ones, which are frozen, stay.
+    """Mask (C,) of the K candidates that are left when one after the other is taken away for which the loss rises
+    least; the first ones, which are frozen, stay.
 
     Without component j, and with the other coefficients refitted, the loss rises by (WᵀW)_jj / (G⁻¹)_jj, with
     G = (H Hᵀ)∘(H Hᵀ), as long as none of them turns negative; refitting takes w_j (G⁻¹)_j / (G⁻¹)_jj from them
@@ -87,7 +87,7 @@ def most_useful(candidates_CD: Tensor, ww_CC: Tensor, n_components: int, n_froze
         ww_CC -= torch.outer(moved_C, refit_C) + torch.outer(refit_C, moved_C)
         inverse_CC -= torch.outer(inverse_CC[:, j], refit_C)
         inverse_CC[j, j] = 1.0  # not to divide by zero
-    return candidates_CD[kept_C.to(candidates_CD.device)]
+    return kept_C.to(candidates_CD.device)
 
 
 def starting_components(shard: ExampleShard, options: SolverOptions, frozen_KD: Tensor | None = None) -> Tensor:
@@ -115,7 +115,7 @@ def starting_components(shard: ExampleShard, options: SolverOptions, frozen_KD: 
         orthogonality=options.orthogonality,
     )
     ww_CC = shard.coefficient_products(candidates_CD, l1=options.l1)
-    return most_useful(candidates_CD, ww_CC, options.n_components, options.n_frozen)
+    return candidates_CD[most_useful(candidates_CD, ww_CC, options.n_components, options.n_frozen)]
 
 
 def initialize(
@@ -163,9 +163,9 @@ def initialize(
         n_components=n_components, l1=l1, orthogonality=orthogonality, n_frozen=len(frozen_KD), n_starts=n_starts
     )
     compressed = ExampleShard(compressed_MRQ, weights_N=shard.weights_N)
-    scouted = compressed
-    if len(rows) >= _SCOUTING_ROWS * n_components:
-        scouted = ExampleShard(compressed_MRQ[::2], weights_N=shard.weights_N[::2])
+    scouted, live = compressed, (compressed.weights_N * compressed.fisher_squares_N).nonzero()[:, 0]
+    if len(live) * shard.rank >= _SCOUTING_ROWS * n_components:
+        scouted = ExampleShard(compressed_MRQ[live[::2]], weights_N=shard.weights_N[live[::2]])
     starts = [_start(scouted, frozen_KD @ basis_DQ, n_leading, options, generator) for _ in range(n_starts)]
     best = _best_polished(scouted, compressed, starts, options)
     components_KD = best.best_components_KD @ basis_DQ.T

@@ -78,14 +78,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def called_modules(model: nn.Module) -> Iterator[set[str]]:
-    """Names of the modules that are called inside the context."""
+def called_modules(modules: Mapping[str, nn.Module]) -> Iterator[set[str]]:
+    """Names of those of `modules` that are called inside the context."""
     called: set[str] = set()
 
     def hook_for(name: str) -> Callable[..., None]:
         return lambda *_: called.add(name)
 
-    handles = [module.register_forward_hook(hook_for(name)) for name, module in model.named_modules()]
+    handles = [module.register_forward_hook(hook_for(name)) for name, module in modules.items()]
     try:
         yield called
     finally:

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pipeline.fisher.capture import LogitsFunction, Place, Use, frozen, repeat, watch
+from pipeline.fisher.capture import LogitsFunction, Place, Use, called_modules, frozen, repeat, watch
 from pipeline.fisher.contributions import Contribution, Dense, add
 from pipeline.fisher.errors import UnsupportedModelError
 from pipeline.fisher.labels import LabelRows, LabelSpec, label_rows
 from pipeline.fisher.layer_rules import per_example, rule_for
 from pipeline.fisher.module_rule import ModuleCall, module_rows
-from pipeline.fisher.owners import Owners, find_owners, move_up
+from pipeline.fisher.owners import Owners, find_owners, move_up, with_new_places, without_owner
 from pipeline.fisher.parameters import ParameterLayout
 
 _INDEPENDENT = (
@@ -49,8 +49,9 @@ class Collected:
 class GradientCollector:
     """Collects the gradient rows of the parameters of `layout`, batch after batch.
 
-    What is learnt once about the model is kept: which module accounts for which parameter, and which outputs of modules
-    are shared by all examples. Batches may differ in size and length.
+    What is learnt about the model is kept: which module accounts for which parameter, and which outputs of modules are
+    shared by all examples; more of it when a batch calls modules that none before did. Batches may differ in size and
+    length.
     """
 
     model: nn.Module
@@ -58,7 +59,10 @@ class GradientCollector:
     layout: ParameterLayout
     labels: LabelSpec = field(default_factory=LabelSpec)
     _owners: Owners | None = field(default=None, init=False)
-    _shared: frozenset[Place] | None = field(default=None, init=False)
+    _idle: dict[str, nn.Module] = field(default_factory=dict, init=False)
+    """Modules with parameters of the layout that no batch called so far."""
+    _shared: frozenset[Place] = field(default=frozenset(), init=False)
+    _shared_known: bool = field(default=False, init=False)
 
     def collect(
         self, batch: Any, examples: Sequence[int] | int | None = None, targets: Tensor | None = None
@@ -82,11 +86,8 @@ class GradientCollector:
                     n_examples = len(self._logits(batch, None, n_axes))
             run = partial(self._logits, batch, n_examples, n_axes)
             if self._owners is None:
-                self._owners = find_owners(self.model, self.layout, run)
-            if self._shared is None and n_examples > 1:
-                self._shared = self._find_shared(run, n_examples)
-            shared = self._shared if self._shared and n_examples > 1 else frozenset[Place]()
-            logits, uses = self._watch(run, shared, n_examples)
+                self._learn(run)
+            logits, uses = self._forward(run, n_examples)
             labels = label_rows(self.labels, logits.detach(), numbers, targets)
             deltas = _output_gradients(logits, uses, labels.directions)
             accurate = _Accurate()
@@ -101,14 +102,51 @@ class GradientCollector:
         return Collected(logits.detach(), labels, contributions)
 
     def replica(self) -> GradientCollector:
-        """One that knows what this one learnt, of a copy of the modules with the same parameters and buffers.
+        """One of a copy of the modules with the same parameters; it learns for itself.
 
-        Inside `frozen` both may collect at the same time.
+        Inside `frozen` both may collect at the same time, if `has_rules` is true.
         """
-        tensors = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
-        copied = GradientCollector(copy.deepcopy(self.model, tensors), self.logits_fn, self.layout, self.labels)
-        copied._owners, copied._shared = self._owners, self._shared
-        return copied
+        parameters = {id(parameter): parameter for parameter in self.model.parameters()}
+        return GradientCollector(copy.deepcopy(self.model, parameters), self.logits_fn, self.layout, self.labels)
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether every module with parameters of the layout, or that accounts for some, has a rule of its own.
+
+        `module_rows`, which stands in for a missing one, changes settings of the whole process for a while.
+        """
+        places = self._owners or {}
+        own = without_owner(self.model, self.layout, {})
+        modules = dict(self.model.named_modules())
+        return all(rule_for(modules[name], places[name]) is not None for name in places) and all(
+            rule_for(module, dict(module.named_parameters(recurse=False))) is not None for module in own.values()
+        )
+
+    def _learn(self, run: Callable[[], Tensor]) -> None:
+        """Which module accounts for which parameter, from a batch that calls modules which none before did."""
+        self._owners = with_new_places(self._owners or {}, find_owners(self.model, self.layout, run))
+        self._idle = without_owner(self.model, self.layout, self._owners)
+        self._shared_known = False
+
+    def _forward(self, run: Callable[[], Tensor], n_examples: int) -> tuple[Tensor, list[Use]]:
+        with called_modules(self._idle) as called:
+            try:
+                found = self._watch_known(run, n_examples)
+            except UnsupportedModelError:
+                if not called:
+                    raise
+        if not called:
+            return found
+        self._learn(run)
+        return self._watch_known(run, n_examples)
+
+    def _watch_known(self, run: Callable[[], Tensor], n_examples: int) -> tuple[Tensor, list[Use]]:
+        if n_examples == 1:
+            return self._watch(run, frozenset(), n_examples)
+        if not self._shared_known:
+            self._shared |= self._find_shared(run, n_examples)
+            self._shared_known = True
+        return self._watch(run, self._shared, n_examples)
 
     def _logits(self, batch: Any, n_examples: int | None, n_axes: int) -> Tensor:
         logits = self.logits_fn(self.model, batch)

@@ -30,10 +30,9 @@ def find_owners(model: nn.Module, layout: ParameterLayout, run: Callable[[], Ten
     Places that the logits do not depend on have no owner. Raises UnsupportedModelError if no module that accounts for
     a parameter is called.
     """
-    names = dict(layout_names(model, layout))
-    with called_modules(model) as called, torch.no_grad():
+    names, modules = dict(layout_names(model, layout)), dict(model.named_modules())
+    with called_modules(modules) as called, torch.no_grad():
         run()
-    modules = dict(model.named_modules())
     owners: Owners = {}
     idle: list[tuple[str, str, nn.Parameter]] = []
     for module_name, module in modules.items():
@@ -53,7 +52,7 @@ def find_owners(model: nn.Module, layout: ParameterLayout, run: Callable[[], Ten
         for (module_name, local, parameter), gradient in zip(idle, used, strict=True):
             if gradient is not None:
                 owner = _nearest_called(module_name, called)
-                place = f"{module_name}.{local}" if module_name else local
+                place = _place(module_name, local)
                 if owner is None:
                     raise UnsupportedModelError(
                         f"parameter {place!r} is used, but no module that holds it is called: call the model itself "
@@ -63,12 +62,37 @@ def find_owners(model: nn.Module, layout: ParameterLayout, run: Callable[[], Ten
     return owners
 
 
+def with_new_places(owners: Owners, found: Owners) -> Owners:
+    """Those of `owners`, and those of `found` for places that nobody accounts for yet."""
+    owned = {_place(module_name, local) for module_name, own in owners.items() for local in own}
+    merged = {name: dict(own) for name, own in owners.items()}
+    for module_name, own in found.items():
+        new = {local: full for local, full in own.items() if _place(module_name, local) not in owned}
+        if new:
+            merged.setdefault(module_name, {}).update(new)
+    return merged
+
+
+def without_owner(model: nn.Module, layout: ParameterLayout, owners: Owners) -> dict[str, nn.Module]:
+    """Modules that were not called so far and have parameters that nobody accounts for."""
+    names = dict(layout_names(model, layout))
+    owned = {_place(module_name, local) for module_name, own in owners.items() for local in own}
+    return {
+        module_name: module
+        for module_name, module in model.named_modules()
+        if any(
+            parameter in names and _place(module_name, local) not in owned
+            for local, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+        )
+    }
+
+
 def move_up(model: nn.Module, owners: Owners, module_names: Iterable[str], run: Callable[[], Tensor]) -> Owners:
     """The same, but what `module_names` own is accounted for by the nearest called module above each.
 
     Raises UnsupportedModelError if there is none.
     """
-    with called_modules(model) as called, torch.no_grad():
+    with called_modules(dict(model.named_modules())) as called, torch.no_grad():
         run()
     moved = {name: dict(owned) for name, owned in owners.items()}
     for name in module_names:
@@ -90,6 +114,10 @@ def layout_names(model: nn.Module, layout: ParameterLayout) -> Iterator[tuple[nn
         if name not in found or tuple(found[name].shape) != shape:
             raise UnsupportedModelError(f"the model has no parameter {name!r} of shape {shape}")
         yield found[name], name
+
+
+def _place(module_name: str, local: str) -> str:
+    return f"{module_name}.{local}" if module_name else local
 
 
 def _nearest_called(module_name: str, called: set[str]) -> str | None:

@@ -24,7 +24,6 @@ from pipeline.fisher import (
     SketchSpec,
     diagonal_norms,
     diagonal_sum,
-    frozen,
     grouped_sums,
     make_sketch,
     top_entries,
@@ -93,7 +92,7 @@ class FisherWorker:
     def _compute_all(self, shards: tuple[int, ...], total: dict[str, Tensor] | None) -> list[CompletionRecord]:
         """The diagonals are added to `total`, in the order of the shards and of their batches."""
         written: list[Future[CompletionRecord]] = []
-        with ThreadPoolExecutor(1, "writer") as writer, frozen(self._loaded.model):
+        with ThreadPoolExecutor(1, "writer") as writer:
             for shard in shards:
                 began = time.monotonic()
                 arrays = self._compute(shard, total)
@@ -110,6 +109,7 @@ class FisherWorker:
             parts.append(stored)
             if total is not None and collected is not None:
                 diagonal_sum(collected.contributions, collected.labels.scales_B, stored["valid"], total)
+            del collected  # its rows are not to be kept while the next batch is computed
         # from the order in which they were computed to that of the examples
         order = torch.tensor([example for examples in plan for example in examples]).argsort()
         arrays = {name: torch.cat([part[name] for part in parts]).cpu()[order].numpy() for name in parts[0]}

@@ -164,7 +164,9 @@ class SolverWorker(ProcessGroupMember):
         candidates, options = torch.from_numpy(candidates_CD.copy()).to(self._device), self._options
         if len(candidates) > options.n_components:
             ww_CC = self._peers.sum_(self._own_examples().coefficient_products(candidates, l1=options.l1))
-            candidates = most_useful(candidates, ww_CC, options.n_components, options.n_frozen)
+            kept_C = most_useful(candidates, ww_CC, options.n_components, options.n_frozen).double()
+            # as worker 0 says: where two are equally useful, rounding on unlike machines must not tell
+            candidates = candidates[self._peers.sum_(kept_C if self._peers.rank == 0 else 0 * kept_C) > 0]
         self._state = initial_state(candidates, options)
 
     def resume(self, checkpoint: Checkpoint) -> str | None:

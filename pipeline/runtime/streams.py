@@ -2,8 +2,8 @@
 
 Most operations of a pass over a batch are too small to be worth splitting, and Python runs between them: whole batches
 on a share of the cores each, beside one another, beat one batch after the other on all of them. Every stream of batches
-is a thread with modules of its own, because a watched module can be in one pass only; parameters and buffers are the
-same ones. A GPU computes one batch at a time.
+is a thread with modules of its own, because a watched module can be in one pass only; only their parameters are shared.
+A GPU computes one batch at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from pipeline.fisher import PerExampleFishers
+from pipeline.fisher import PerExampleFishers, frozen
 from pipeline.runtime.model import LoadedModel
 
 Result = TypeVar("Result")
@@ -46,6 +46,12 @@ class Streams:
 
         The batch after those that are computed is tokenized, collated and sent to the device meanwhile.
         """
+        with frozen(self._first.collector.model):
+            yield from self._mapped(compute, plan)
+
+    def _mapped(
+        self, compute: Callable[[PerExampleFishers, Any, list[int]], Result], plan: Sequence[list[int]]
+    ) -> Iterator[Result]:
         self._all = self._all or self._found(plan)
         batches = ready_ahead(self._loaded, plan)
         if not self._all or len(self._all) == 1:
@@ -65,7 +71,7 @@ class Streams:
                 free.put(stream)
 
         running: deque[Future[Result]] = deque()
-        each = n_threads // len(self._all)
+        each = -(-n_threads // len(self._all))
         try:
             with ThreadPoolExecutor(len(self._all), "stream", torch.set_num_threads, (each,)) as pool:
                 for examples, batch in batches:
@@ -78,10 +84,11 @@ class Streams:
             torch.set_num_threads(n_threads)  # what a thread sets is also what further threads begin with
 
     def _found(self, plan: Sequence[list[int]]) -> list[PerExampleFishers] | None:
-        """As many streams as there may be; the first alone where a copy of the modules does not give the same results:
-        it may hold a function that calls the modules it was copied from, or refuse to be made.
+        """As many streams as there may be; None if all examples that were tried are invalid.
 
-        What there is to know of the model is learnt here, from two examples. None if all that were tried are invalid.
+        The first is alone where a layer has no rule of its own, and where a copy of the modules does not give the same
+        results: it may hold a function that calls the modules it was copied from, or refuse to be made. The model is
+        learnt here, from two examples, which costs less than from a batch.
         """
         for batch_examples in plan:
             examples = [batch_examples[-1], *batch_examples[:1]][: len(batch_examples)]
@@ -93,6 +100,8 @@ class Streams:
                 break
         else:
             return None
+        if not self._first.collector.has_rules:
+            return [self._first]
         try:
             replicas = [self._first.replica() for _ in range(n_streams(self._loaded.device) - 1)]
             found = replicas[0].collector.collect(batch, examples, targets) if replicas else expected
