@@ -18,6 +18,7 @@ from pipeline.factorization.example_shard import ExampleShard
 from pipeline.factorization.factor_source import BLOCK_ROWS, FactorsInMemory, FactorSource, StreamedFactors
 from pipeline.factorization.gauss_newton import gauss_newton_step
 from pipeline.factorization.initialization import (
+    candidate_components,
     initialize,
     most_useful,
     n_candidates,
@@ -71,6 +72,7 @@ __all__ = [
     "accelerated_is_faster",
     "advance",
     "advance_diagonal",
+    "candidate_components",
     "canonical_order",
     "descend_",
     "diagonal_stopping_reason",

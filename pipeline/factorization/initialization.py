@@ -90,6 +90,27 @@ def most_useful(candidates_CD: Tensor, ww_CC: Tensor, n_components: int, n_froze
     return kept_C.to(candidates_CD.device)
 
 
+def candidate_components(
+    factors_MRD: Tensor, options: SolverOptions, weights_M: Tensor | None = None, frozen_KD: Tensor | None = None
+) -> Tensor:
+    """Candidates (C, D) for the components that are asked for, `n_candidates` of them, by `initialize`.
+
+    Raises:
+        InvalidProblemError: as `initialize` does, and if fewer rows than components were given.
+    """
+    validate_size(factors_MRD.shape[0], factors_MRD.shape[1], options.n_components)
+    return initialize(
+        factors_MRD,
+        n_candidates(options.n_components, factors_MRD.shape),
+        options.seed,
+        options.n_starts,
+        weights_M=weights_M,
+        frozen_KD=frozen_KD,
+        l1=options.l1,
+        orthogonality=options.orthogonality,
+    )
+
+
 def starting_components(shard: ExampleShard, options: SolverOptions, frozen_KD: Tensor | None = None) -> Tensor:
     """Starting components (K, D) for all examples of a shard in memory: those of `initialize` that are most useful.
 
@@ -102,18 +123,7 @@ def starting_components(shard: ExampleShard, options: SolverOptions, frozen_KD: 
     chosen = weighted[
         torch.from_numpy(subsample_indices(len(weighted), options.subsample, options.seed)).to(weighted.device)
     ]
-    factors_MRD = shard.factors_NRD[chosen]
-    validate_size(len(factors_MRD), shard.rank, options.n_components)
-    candidates_CD = initialize(
-        factors_MRD,
-        n_candidates(options.n_components, factors_MRD.shape),
-        options.seed,
-        options.n_starts,
-        weights_M=shard.weights_N[chosen],
-        frozen_KD=frozen_KD,
-        l1=options.l1,
-        orthogonality=options.orthogonality,
-    )
+    candidates_CD = candidate_components(shard.factors_NRD[chosen], options, shard.weights_N[chosen], frozen_KD)
     ww_CC = shard.coefficient_products(candidates_CD, l1=options.l1)
     return candidates_CD[most_useful(candidates_CD, ww_CC, options.n_components, options.n_frozen)]
 

@@ -25,17 +25,15 @@ from pipeline.factorization import (
     SolverState,
     Statistics,
     advance,
+    candidate_components,
     canonical_order,
     explained,
     free_dead,
     initial_state,
-    initialize,
     merge_candidates,
     most_useful,
-    n_candidates,
     stopping_reason,
     subsample_indices,
-    validate_size,
 )
 from pipeline.runtime.process_group import ProcessGroup, ProcessGroupMember
 from pipeline.runtime.stored_factors import ShardRows, stored_factors
@@ -146,18 +144,8 @@ class SolverWorker(ProcessGroupMember):
         fit = np.flatnonzero(self._splits.fit_N)
         chosen = fit[subsample_indices(len(fit), self._options.subsample, self._options.seed)]
         factors_MRD = torch.from_numpy(self._store.read_rows(chosen, ["factors"])["factors"]).to(self._device)
-        options, origin = self._options, self._origin
-        validate_size(len(factors_MRD), self._store.rank, options.n_components)
-        candidates_CD = initialize(
-            factors_MRD,
-            n_candidates(options.n_components, factors_MRD.shape),
-            options.seed,
-            options.n_starts,
-            frozen_KD=torch.from_numpy(origin.components_KD.copy()) if origin is not None else None,
-            l1=options.l1,
-            orthogonality=options.orthogonality,
-        )
-        return candidates_CD.cpu().numpy()
+        frozen_KD = torch.from_numpy(self._origin.components_KD.copy()) if self._origin is not None else None
+        return candidate_components(factors_MRD, self._options, frozen_KD=frozen_KD).cpu().numpy()
 
     def start(self, candidates_CD: NDArray[np.float64]) -> None:
         """Begin at these components, or at the most useful ones where they are more than are asked for."""
