@@ -78,13 +78,8 @@ class GradientCollector:
         handled.
         """
         numbers = range(examples) if isinstance(examples, int) else examples
-        n_examples = _leading_size(batch) if numbers is None else len(numbers)
-        n_axes = 2 if targets is None else targets.dim() + 1
         with frozen(self.model):
-            if n_examples is None:
-                with torch.no_grad():
-                    n_examples = len(self._logits(batch, None, n_axes))
-            run = partial(self._logits, batch, n_examples, n_axes)
+            run, n_examples = self._run(batch, numbers, targets)
             if self._owners is None:
                 self._learn(run)
             logits, uses = self._forward(run, n_examples)
@@ -100,6 +95,27 @@ class GradientCollector:
             raise UnsupportedModelError(_INDEPENDENT)
         contributions = {name: add(found[name]) for name in self.layout.names if name in found}
         return Collected(logits.detach(), labels, contributions)
+
+    def learn(self, batch: Any, examples: Sequence[int], targets: Tensor | None = None) -> None:
+        """What `collect` learns of the model from its first batch, and no rows: two examples are enough.
+
+        Raises as `collect` does.
+        """
+        with frozen(self.model):
+            run, n_examples = self._run(batch, examples, targets)
+            self._learn(run)
+            self._know_shared(run, n_examples)
+
+    def _run(
+        self, batch: Any, numbers: Sequence[int] | None, targets: Tensor | None
+    ) -> tuple[Callable[[], Tensor], int]:
+        """What computes the logits of a batch, and how many examples it has."""
+        n_examples = _leading_size(batch) if numbers is None else len(numbers)
+        n_axes = 2 if targets is None else targets.dim() + 1
+        if n_examples is None:
+            with torch.no_grad():
+                n_examples = len(self._logits(batch, None, n_axes))
+        return partial(self._logits, batch, n_examples, n_axes), n_examples
 
     def replica(self) -> GradientCollector:
         """One of a copy of the modules with the same parameters; it learns for itself.
@@ -141,12 +157,13 @@ class GradientCollector:
         return self._watch_known(run, n_examples)
 
     def _watch_known(self, run: Callable[[], Tensor], n_examples: int) -> tuple[Tensor, list[Use]]:
-        if n_examples == 1:
-            return self._watch(run, frozenset(), n_examples)
-        if not self._shared_known:
+        self._know_shared(run, n_examples)
+        return self._watch(run, self._shared if n_examples > 1 else frozenset(), n_examples)
+
+    def _know_shared(self, run: Callable[[], Tensor], n_examples: int) -> None:
+        if n_examples > 1 and not self._shared_known:
             self._shared |= self._find_shared(run, n_examples)
             self._shared_known = True
-        return self._watch(run, self._shared, n_examples)
 
     def _logits(self, batch: Any, n_examples: int | None, n_axes: int) -> Tensor:
         logits = self.logits_fn(self.model, batch)

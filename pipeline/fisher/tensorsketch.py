@@ -207,11 +207,19 @@ def fourier(outers: Sequence[Outer], hashes: Sequence[Hashes], out_BRF: Tensor) 
         for block in _blocks(live_BT, n_positions):
             inputs_ni = block.taken(first.inputs_BGTi[:, group])
             for alike in sharing:
-                transformed_nF = torch.fft.rfft(block.sketch([inputs_ni], [sides[alike[0]][1]], width))
+                transformed_nF = torch.fft.rfft(block.without_dead(_sketched([inputs_ni], [sides[alike[0]][1]], width)))
                 for row in range(first.rank):
                     deltas = [block.taken(outers[place].deltas[row][:, group]) for place in alike]
-                    sketch_nw = block.sketch(deltas, [rows[place] for place in alike], width)
+                    sketch_nw = _sketched(deltas, [rows[place] for place in alike], width)
                     block.add_to(out_BRF[:, row], torch.fft.rfft(sketch_nw).mul_(transformed_nF))
+
+
+def _sketched(parts: Sequence[Tensor], sides: Sequence[Side], width: int) -> Tensor:
+    """(n, width): the count sketches of values (n, x) added up."""
+    sketch_nw = parts[0].new_zeros(len(parts[0]), width)
+    for values_nx, side in zip(parts, sides, strict=True):
+        side.add_count_sketch(values_nx, sketch_nw)
+    return sketch_nw
 
 
 def _alike(inputs: Sequence[Side]) -> list[list[int]]:
@@ -250,12 +258,9 @@ class _Block:
         # several times faster than indexing with both
         return values_BTx.flatten(0, 1).index_select(0, self.examples_n * self.n_positions + self.positions_n)
 
-    def sketch(self, parts: Sequence[Tensor], sides: Sequence[Side], width: int) -> Tensor:
-        """(n, w): the count sketches of values (n, x) added up, zero at dead positions."""
-        sketch_nw = parts[0].new_zeros(len(parts[0]), width)
-        for values_nx, side in zip(parts, sides, strict=True):
-            side.add_count_sketch(values_nx, sketch_nw)
-        return sketch_nw if self.dead_n is None else sketch_nw.masked_fill_(self.dead_n[:, None], 0)
+    def without_dead(self, values_nx: Tensor) -> Tensor:
+        """The inputs' sketches, zero at dead positions: as the deltas' are, where inputs may be anything."""
+        return values_nx if self.dead_n is None else values_nx.masked_fill_(self.dead_n[:, None], 0)
 
     def add_to(self, out_BF: Tensor, values_nF: Tensor) -> None:
         if self.whole is not None:

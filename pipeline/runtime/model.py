@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.fisher import ParameterLayout, UnsupportedModelError, left_out, model_fingerprint, select_parameters
 from pipeline.runtime.executor import ExecutorError
+from pipeline.runtime.heap import keep_freed_memory
 from pipeline.tasks import IGNORED, UNKNOWN, Examples, Task, TaskError, load_task, to_device, user_code
 from pipeline.verification import kl_divergence
 
@@ -61,6 +62,7 @@ class ModelSpec:
         device = torch.device(self.device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ExecutorError("torch finds no GPU where the work runs: set executor.gpus_per_worker to 0")
+        keep_freed_memory()
         task = load_task(self.task, self.options)
         with self.user_code(task, "model"):
             model = task.model(self.cache)

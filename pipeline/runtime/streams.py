@@ -94,6 +94,9 @@ class Streams:
             examples = [batch_examples[-1], *batch_examples[:1]][: len(batch_examples)]
             batch = self._loaded.batch(examples)
             targets = self._loaded.targets(batch, examples)
+            if n_streams(self._loaded.device) == 1:
+                self._first.collector.learn(batch, examples, targets)
+                return [self._first]
             expected = self._first.collector.collect(batch, examples, targets)
             expected_BRD = self._first.factors(expected).factors_BRD
             if bool(expected_BRD.any()):

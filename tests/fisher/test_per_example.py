@@ -87,6 +87,24 @@ def test_padding_changes_nothing(name: str) -> None:
         assert relative_error(longer, plain) < (1e-12 if spec == IDENTITY else 1e-11)
 
 
+@pytest.mark.parametrize("name", models.NAMES)
+def test_what_is_learnt_from_two_examples_serves_every_batch(name: str) -> None:
+    case = models.make(name)
+    plain, learnt = fishers_of(case), fishers_of(case)
+    expected = plain(case.batch(range(5)))
+    learnt.collector.learn(case.batch([6, 2]), [6, 2])
+    passes = []
+
+    def counted(model: nn.Module, batch: Tensor) -> Tensor:
+        passes.append(batch)
+        return case.logits_fn(model, batch)
+
+    learnt.collector.logits_fn = counted
+    found = learnt(case.batch(range(5)))
+    assert len(passes) == 1, "nothing is left to be learnt"
+    assert torch.equal(found.factors_BRD, expected.factors_BRD)
+
+
 def test_positions_shared_by_all_examples_are_told_from_a_batch_even_at_equal_length() -> None:
     torch.manual_seed(0)
     shared, batched = (models.TiedEncoder(batched_positions=each).double() for each in (False, True))

@@ -176,3 +176,20 @@ def test_a_missing_adapter_or_library_is_one_line(
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(TaskError, match="adapter needs the package peft: pip install"):
         load(model, data, adapter=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu_fast", "gelu_accurate"])
+def test_gelus_tanh_approximation_is_computed_by_one_kernel(activation: str, tmp_path: Path, data: str) -> None:
+    config = GPT2Config(
+        n_embd=16, n_layer=2, n_head=2, n_positions=32, activation_function=activation, bos_token_id=2, eos_token_id=3,
+        **tiny.SIZE,
+    )  # fmt: skip
+    plain = tiny.save_model(tmp_path / "gpt2", AutoModelForCausalLM, config).double()
+    tiny.save_tokenizer(tmp_path / "gpt2", template="$A")
+    loaded = tiny.load("causal-lm", tmp_path / "gpt2", data, text_column="text")
+    assert not {type(module).__name__ for module in loaded.model.modules()} & {
+        type(layer.mlp.act).__name__ for layer in plain.transformer.h
+    }
+    inputs = torch.arange(8)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model.double()(inputs).logits, plain(inputs).logits, rtol=1e-9, atol=1e-9)

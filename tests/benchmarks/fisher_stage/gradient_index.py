@@ -29,7 +29,7 @@ from pipeline.fisher import ParameterLayout, select_parameters
 from pipeline.store import FisherStore
 
 HERE = Path(__file__).parent
-SIZES = (Size(width=768, length=32, n_texts=256, steps=150), Size(width=256, length=128, n_texts=256, steps=300))
+SIZES = (Size(width=768, length=32, n_texts=512, steps=150), Size(width=256, length=128, n_texts=256, steps=300))
 """A model as wide as the smallest that are in use, on texts of a sentence or two; and a narrow one on long texts, where
 inner products of positions weigh most."""
 BATCH, THREADS, PROJECTION, DIM = 16, 1, 16, 1024

@@ -24,7 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from fisher_stage.bergson_index import memory, read_data, reset_peak_memory
 from fisher_stage.causal_model import SAMPLED, targets_of
 from pipeline.fisher import PerExampleFishers, SketchSpec, make_sketch, select_parameters
+from pipeline.runtime.heap import keep_freed_memory
 from pipeline.store import FisherStore
+from pipeline.tasks.huggingface.pretrained import with_fused_gelu
 
 WEIGHTS = ("transformer.h.*.attn.*.weight", "transformer.h.*.mlp.*.weight")
 SHARD = 64
@@ -47,7 +49,7 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     tokens_NT = torch.from_numpy(read_data(arguments.data)[0])
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    model = with_fused_gelu(AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)).eval()
     layout = select_parameters(model, WEIGHTS, ())
     path = arguments.out / "fishers.zarr"
 
@@ -68,7 +70,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             attrs={},
             with_logits=False,
         )
-        stored(fishers, tokens_NT, range(2))  # what there is to know of the model is learnt from two examples
+        fishers.collector.learn(tokens_NT[:2], range(2), targets_of(tokens_NT[:2]))
         for shard in range(store.plan.n_shards):
             start, stop = store.plan.bounds(shard)
             parts = [
@@ -78,6 +80,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             store.write_shard(shard, arrays)
 
+    keep_freed_memory()
     memory_before = reset_peak_memory()
     cpu_s, wall_s, memory_peak = [], [], 0
     for _ in range(arguments.rounds):
