@@ -31,7 +31,7 @@ from pipeline.factorization.diagonal_solver import (
 from pipeline.factorization.problem import InvalidProblemError, validate_size
 from pipeline.factorization.solver import SolverOptions
 
-_MOST_COLUMNS = 1024
+_MOST_COLUMNS = 2048
 _EXTRA_DIMENSIONS = 16
 _POWER_ITERATIONS = 2
 _EXAMPLES_OF_A_MEAN = 5
