@@ -163,6 +163,8 @@ class FactorizationConfig(_Section):
     """Directory of such a run: its components are the first ones, and stay; ``n_components`` counts them too."""
     examples: Literal["all", "mispredicted"] = "all"
     """Which examples to fit on, and to report on; all of them get coefficients."""
+    example_weights: str | None = None
+    """Column of the examples' table (metadata of the task, say) with their weights in the loss, 0 or more."""
     metrics: Literal["none", "jsonl", "tensorboard"] = "none"
     """Where the history goes, besides its table, while it is made: ``metrics/factorize.jsonl``, or TensorBoard events
     in ``metrics/`` (``pip install tensorboard``)."""
@@ -174,7 +176,7 @@ class FactorizationConfig(_Section):
     def _options_go_together(self) -> Self:
         if self.start_from is not None and self.expand is not None:
             raise ValueError("start_from and expand exclude each other: remove one")
-        for name in ("l1", "orthogonality", "start_from", "expand", "examples"):
+        for name in ("l1", "orthogonality", "start_from", "expand", "examples", "example_weights"):
             if self.kind != "fishers" and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} is for kind: fishers: remove it")
         return self

@@ -20,6 +20,7 @@ from pipeline.fisher import LabelSpec, SketchSpec
 from pipeline.interchange import IMPORTED_TASK
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import Executor, ExecutorError, WorkerSpec, make_executor
+from pipeline.runtime.fitted_examples import FittedExamples
 from pipeline.runtime.model import ModelSpec
 from pipeline.store import FisherStore, ShardRecords, StoreError, open_factorization
 
@@ -159,6 +160,12 @@ def model_spec(run: RunDirectory, fingerprint: str | None) -> ModelSpec:
             f"{run.path} was imported from a file and has no model: only factorize, query and report"
         )
     return model_of(config, run.task_cache, fingerprint)
+
+
+def fitted_examples(run: RunDirectory) -> FittedExamples:
+    """Which examples components are fitted on, as the run file says."""
+    wanted = run.config.factorization
+    return FittedExamples(run.fishers, run.table("examples"), wanted.examples == "mispredicted", wanted.example_weights)
 
 
 def sketch_spec(config: RunConfig) -> SketchSpec:

@@ -39,8 +39,9 @@ from pipeline.factorization import (
     subsample_indices,
     unit_components,
 )
+from pipeline.runtime.fitted_examples import FittedExamples
 from pipeline.runtime.process_group import ProcessGroup, ProcessGroupMember
-from pipeline.runtime.solver_actor import SolverPaths, SolverResult, Step, coefficients_name
+from pipeline.runtime.solver_actor import SolverResult, Step, coefficients_name
 from pipeline.store import Checkpoint, FisherStore, write_checkpoint_array
 
 DiagonalKind = Literal["diagonal_groups", "diagonal_entries"]
@@ -75,7 +76,7 @@ class DiagonalSolverWorker(ProcessGroupMember):
     def __init__(
         self,
         kind: DiagonalKind,
-        paths: SolverPaths,
+        examples: FittedExamples,
         options: SolverOptions,
         device: str,
         timeout_s: float,
@@ -85,7 +86,7 @@ class DiagonalSolverWorker(ProcessGroupMember):
         # Sparse products are SciPy's.
         self._device = torch.device("cpu" if kind == "diagonal_entries" else device)
         super().__init__(ProcessGroup(self._device, timeout_s, rank, size))
-        self._store, self._splits = FisherStore.open(paths.fishers), paths.splits()
+        self._store, self._splits = FisherStore.open(examples.fishers), examples.splits()
         self._kind, self._options = kind, options
         width = self._store.n_groups if kind == "diagonal_groups" else self._store.top_entries
         small = 8 * int(self._splits.fit_N.sum()) * (width or 1) <= _DOUBLE_BYTES

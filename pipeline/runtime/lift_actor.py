@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 
 from pipeline.fisher import GradientCollector, LabelSpec, SketchSpec, make_sketch
+from pipeline.runtime.fitted_examples import FittedExamples
 from pipeline.runtime.model import ModelSpec
-from pipeline.store import DirectionStore, FisherStore, Splits, open_factorization, read_table, write_json_atomically
+from pipeline.store import DirectionStore, FisherStore, open_factorization, write_json_atomically
 from pipeline.verification import accumulate_directions, lift_weights, zero_directions
 
 
 @dataclass(frozen=True)
 class LiftPaths:
-    fishers: Path
     factorization: Path
-    examples: Path
     directions: Path
     results: Path
     """Folder of one JSON file per finished component."""
@@ -39,6 +38,7 @@ class LiftWorker:
         model: ModelSpec,
         labels: LabelSpec,
         sketch: SketchSpec,
+        examples: FittedExamples,
         paths: LiftPaths,
         checksums: dict[int, str],
         batch_size: int,
@@ -46,26 +46,25 @@ class LiftWorker:
         self._loaded = model.load()
         self._collector = GradientCollector(self._loaded.model, self._loaded.logits, self._loaded.layout, labels)
         self._sketch = make_sketch(sketch, self._loaded.layout)
-        self._fishers = FisherStore.open(paths.fishers)
+        self._fishers = FisherStore.open(examples.fishers)
         self._directions = DirectionStore.open(paths.directions)
         factorization = open_factorization(paths.factorization)
         self._components_KD = torch.from_numpy(factorization.read_components())
         self._coefficients_NK = torch.from_numpy(factorization.read_coefficients())
-        table = read_table(paths.examples, "examples")
-        fit_N = Splits.of(table).fit_N
-        self._coefficients_NK[torch.from_numpy(~fit_N)] = 0.0
+        self._coefficients_NK[torch.from_numpy(~examples.splits().fit_N)] = 0.0
+        self._weighted_NK = self._coefficients_NK * torch.from_numpy(examples.weights())[:, None]
         self._paths, self._checksums, self._batch_size = paths, checksums, batch_size
 
     def lift(self, block: tuple[int, ...]) -> list[dict[str, Any]]:
         """Write these components' unit directions; per component, what is worth knowing of its direction."""
         directions = zero_directions(self._loaded.layout, len(block), self._loaded.device)
-        gram_KK = self._coefficients_NK.double().T @ self._coefficients_NK.double()
+        gram_KK = self._coefficients_NK.double().T @ self._weighted_NK
         for shard, checksum in sorted(self._checksums.items()):
             start, stop = self._fishers.plan.bounds(shard)
             arrays = self._fishers.read_shard(shard, checksum)
             weights_kNR = lift_weights(
                 torch.from_numpy(arrays["factors"]),
-                self._coefficients_NK[start:stop],
+                self._weighted_NK[start:stop],
                 self._components_KD,
                 gram_KK,
                 block,

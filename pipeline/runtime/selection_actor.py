@@ -24,7 +24,7 @@ from pipeline.factorization import (
     starting_components,
     subsample_indices,
 )
-from pipeline.runtime.solver_actor import SolverPaths
+from pipeline.runtime.fitted_examples import FittedExamples
 from pipeline.store import FisherStore
 
 Part = Literal["all", "first", "second"]
@@ -61,24 +61,27 @@ class SelectionWorker:
     """Fits components to the same examples, or to halves of them, over and over.
 
     Args:
-        paths: the run's Fisher store, and its examples, which are fitted on or held out.
+        examples: of the run, which are fitted on or held out.
         options: of every fit, but for the number of components and the seed.
         max_examples: more examples than these are replaced by a seeded sample, of the fitted and of the held-out ones.
         seed: of that sample, of the splits, and, with that of a request, of the fit.
         device: to compute on.
     """
 
-    def __init__(self, paths: SolverPaths, options: SolverOptions, max_examples: int, seed: int, device: str) -> None:
-        store = FisherStore.open(paths.fishers)
-        splits = paths.splits()
+    def __init__(
+        self, examples: FittedExamples, options: SolverOptions, max_examples: int, seed: int, device: str
+    ) -> None:
+        store, weights_N = FisherStore.open(examples.fishers), torch.from_numpy(examples.weights())
+        splits = examples.splits()
         self._options, self._seed = options, seed
 
-        def factors(chosen_N: NDArray[np.bool_]) -> Tensor:
+        def shard(chosen_N: NDArray[np.bool_]) -> ExampleShard:
             rows = np.flatnonzero(chosen_N)
             rows = rows[subsample_indices(len(rows), max_examples, seed)]
-            return torch.from_numpy(store.read_rows(rows, ["factors"])["factors"]).to(device)
+            factors_NRD = torch.from_numpy(store.read_rows(rows, ["factors"])["factors"]).to(device)
+            return ExampleShard(factors_NRD, weights_N=weights_N[rows])
 
-        self._fit_NRD, self._held_out_NRD = factors(splits.fit_N), factors(splits.held_out_N)
+        self._fit, self._held_out = shard(splits.fit_N), shard(splits.held_out_N)
 
     def fit(self, request: FitRequest) -> FitResult:
         """Fit the components that are asked for.
@@ -87,38 +90,40 @@ class SelectionWorker:
             InvalidProblemError: there are too few examples, or nothing but zeros.
         """
         began = time.monotonic()
-        factors_NRD, judged_NRD = self._examples(request)
+        shard, judged = self._examples(request)
         options = dataclasses.replace(
             self._options, n_components=request.n_components, seed=_solver_seed(self._seed, request)
         )
-        shard = ExampleShard(factors_NRD)
         found = solve([shard], starting_components(shard, options), options)
         return FitResult(
             components_KD=found.components_KD.float().cpu().numpy(),
             explained=found.explained,
-            explained_held_out=_explained(judged_NRD, found.components_KD),
+            explained_held_out=_explained(judged, found.components_KD),
             n_iter=found.n_iter,
             stopped=found.stopped,
             seconds=time.monotonic() - began,
         )
 
-    def _examples(self, request: FitRequest) -> tuple[Tensor, Tensor]:
+    def _examples(self, request: FitRequest) -> tuple[ExampleShard, ExampleShard]:
         """Those to fit on, and those to be judged on."""
         if request.part == "all":
-            return self._fit_NRD, self._held_out_NRD
-        halves = split_halves(len(self._fit_NRD), _split_seed(self._seed, request))
+            return _part(self._fit, slice(None)), self._held_out
+        halves = split_halves(self._fit.n_examples, _split_seed(self._seed, request))
         mine, other = halves if request.part == "first" else halves[::-1]
-        factors_NRD = self._fit_NRD[torch.from_numpy(mine).to(self._fit_NRD.device)]
-        if len(self._held_out_NRD):
-            return factors_NRD, self._held_out_NRD
-        return factors_NRD, self._fit_NRD[torch.from_numpy(other).to(self._fit_NRD.device)]
+        return _part(self._fit, mine), self._held_out if self._held_out.n_examples else _part(self._fit, other)
 
 
-def _explained(factors_NRD: Tensor, components_KD: Tensor) -> float | None:
+def _part(shard: ExampleShard, chosen: slice | NDArray[np.int64]) -> ExampleShard:
+    """Some examples of a shard, without its coefficients."""
+    places = chosen if isinstance(chosen, slice) else torch.from_numpy(chosen).to(shard.device)
+    return ExampleShard(shard.factors_NRD[places], weights_N=shard.weights_N[places])
+
+
+def _explained(judged: ExampleShard, components_KD: Tensor) -> float | None:
     """With the coefficients that are optimal for these components; None of no examples."""
-    if not len(factors_NRD):
+    if not judged.n_examples:
         return None
-    statistics = ExampleShard(factors_NRD).finish(components_KD)
+    statistics = _part(judged, slice(None)).finish(components_KD)
     if not statistics.fisher_square_sum > 0:
         return None
     return explained(statistics.loss(components_KD), statistics.fisher_square_sum)

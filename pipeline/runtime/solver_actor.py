@@ -35,20 +35,10 @@ from pipeline.factorization import (
     stopping_reason,
     subsample_indices,
 )
+from pipeline.runtime.fitted_examples import FittedExamples
 from pipeline.runtime.process_group import ProcessGroup, ProcessGroupMember
 from pipeline.runtime.stored_factors import ShardRows, stored_factors
-from pipeline.store import Checkpoint, FisherStore, Splits, read_table, write_checkpoint_array
-
-
-@dataclass(frozen=True)
-class SolverPaths:
-    fishers: Path
-    examples: Path
-    mispredicted_only: bool = False
-    """Fit, and report, on no other examples."""
-
-    def splits(self) -> Splits:
-        return Splits.of(read_table(self.examples, "examples"), self.mispredicted_only)
+from pipeline.store import Checkpoint, FisherStore, write_checkpoint_array
 
 
 @dataclass(frozen=True)
@@ -97,7 +87,7 @@ class SolverWorker(ProcessGroupMember):
 
     def __init__(
         self,
-        paths: SolverPaths,
+        examples: FittedExamples,
         options: SolverOptions,
         device: str,
         timeout_s: float,
@@ -108,7 +98,8 @@ class SolverWorker(ProcessGroupMember):
     ) -> None:
         self._device = torch.device(device)
         super().__init__(ProcessGroup(self._device, timeout_s, rank, size))
-        self._store, self._splits = FisherStore.open(paths.fishers), paths.splits()
+        self._store, self._splits = FisherStore.open(examples.fishers), examples.splits()
+        self._weights_N = torch.from_numpy(examples.weights())
         self._origin, self._options = origin, options
         self._memory_limit_bytes = memory_limit_bytes
         self._fit: list[ShardRows] = []
@@ -141,11 +132,12 @@ class SolverWorker(ProcessGroupMember):
         or the components of another run."""
         if self._origin is not None and not self._origin.frozen:
             return self._origin.components_KD
-        fit = np.flatnonzero(self._splits.fit_N)
+        fit = np.flatnonzero(self._splits.fit_N & (self._weights_N.numpy() > 0))
         chosen = fit[subsample_indices(len(fit), self._options.subsample, self._options.seed)]
         factors_MRD = torch.from_numpy(self._store.read_rows(chosen, ["factors"])["factors"]).to(self._device)
         frozen_KD = torch.from_numpy(self._origin.components_KD.copy()) if self._origin is not None else None
-        return candidate_components(factors_MRD, self._options, frozen_KD=frozen_KD).cpu().numpy()
+        weights_M = self._weights_N[chosen].to(self._device)
+        return candidate_components(factors_MRD, self._options, weights_M, frozen_KD).cpu().numpy()
 
     def start(self, candidates_CD: NDArray[np.float64]) -> None:
         """Begin at these components, or at the most useful ones where they are more than are asked for."""
@@ -214,7 +206,10 @@ class SolverWorker(ProcessGroupMember):
         return self._examples
 
     def _example_shard(self, chosen: list[ShardRows], memory_limit_bytes: int) -> ExampleShard:
-        return ExampleShard(stored_factors(self._store, chosen, self._device, memory_limit_bytes))
+        factors = stored_factors(self._store, chosen, self._device, memory_limit_bytes)
+        none: NDArray[np.int64] = np.empty(0, np.int64)
+        rows = np.concatenate([none, *(self._store.plan.bounds(part.shard)[0] + part.rows for part in chosen)])
+        return ExampleShard(factors, weights_N=self._weights_N[rows])
 
     def _all_coefficients(
         self, held_out: ExampleShard, others: ExampleShard, order_K: Tensor

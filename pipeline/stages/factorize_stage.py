@@ -19,7 +19,7 @@ from pipeline.result_tables import (
 from pipeline.run_directory import RunDirectory
 from pipeline.runtime.diagonal_solver_actor import DiagonalSolverWorker
 from pipeline.runtime.executor import Executor
-from pipeline.runtime.solver_actor import Origin, SolverPaths, SolverWorker
+from pipeline.runtime.solver_actor import Origin, SolverWorker
 from pipeline.runtime.solver_driver import SolverRun, run_solver
 from pipeline.stage import (
     Summary,
@@ -27,6 +27,7 @@ from pipeline.stage import (
     components_of,
     device_of,
     executor_for,
+    fitted_examples,
     open_stage,
     record_of,
     validate_problem,
@@ -59,7 +60,7 @@ def factorize(
             run,
             DiagonalSolverWorker if diagonal else SolverWorker,
             **({"kind": wanted.kind} if diagonal else {"origin": origin, "memory_limit_bytes": limit}),
-            paths=SolverPaths(run.fishers, run.table("examples"), wanted.examples == "mispredicted"),
+            examples=fitted_examples(run),
             options=SolverOptions(
                 n_components=wanted.n_components,
                 max_iterations=wanted.max_iterations,
@@ -108,9 +109,15 @@ def count_fit_examples(run: RunDirectory) -> int:
     Raises:
         InvalidProblemError: there is nothing in them to factorize.
     """
-    examples = read_table(run.table("examples"), "examples")
-    mispredicted_only = run.config.factorization.examples == "mispredicted"
-    n_fit = int(Splits.of(examples, mispredicted_only).fit_N.sum())
+    fitted = fitted_examples(run)
+    examples, mispredicted_only = read_table(fitted.table, "examples"), fitted.mispredicted_only
+    fit_N, weights_N = fitted.splits().fit_N, fitted.weights()
+    n_fit = int((fit_N & (weights_N > 0)).sum())
+    if n_fit == 0 and bool(fit_N.any()):
+        raise InvalidProblemError(
+            f"every example to fit on has weight zero: look at column {fitted.weight_column!r}, which "
+            "factorization.example_weights names"
+        )
     if n_fit == 0 and mispredicted_only and bool(Splits.of(examples).fit_N.any()):
         raise InvalidProblemError(
             "no example to fit on is known to be mispredicted: set factorization.examples: all, or give examples with "

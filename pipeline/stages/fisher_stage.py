@@ -13,6 +13,7 @@ from pipeline.result_tables import (
 from pipeline.run_directory import RunDirectory
 from pipeline.runtime.executor import Executor
 from pipeline.runtime.fisher_actor import FisherWorker
+from pipeline.runtime.fitted_examples import example_weights
 from pipeline.runtime.task_actor import TaskFacts, TaskWorker
 from pipeline.stage import (
     Summary,
@@ -26,6 +27,7 @@ from pipeline.stage import (
     worker_spec,
 )
 from pipeline.store import (
+    SCHEMAS,
     DiagonalSums,
     FisherStore,
     ShardRecords,
@@ -106,6 +108,9 @@ def _inspect(run: RunDirectory, workers: Executor) -> TaskFacts:
     n_examples = len(facts.examples)
     n_fit = n_examples - int(run.config.factorization.held_out_fraction * n_examples)
     validate_problem(run.config, n_fit, facts.rank)
+    weights = run.config.factorization.example_weights
+    if weights is not None and weights not in SCHEMAS["examples"].names:
+        example_weights(facts.examples, weights)  # refused before anything is computed
     if (wanted.diagonal.top_entries or 0) > facts.layout.size:
         raise ConfigError(
             f"fishers.diagonal.top_entries = {wanted.diagonal.top_entries} must be at most {facts.layout.size}, the "

@@ -20,6 +20,7 @@ from pipeline.stage import (
     executor_for,
     fingerprint_of,
     finished,
+    fitted_examples,
     label_spec,
     model_spec,
     open_stage,
@@ -59,7 +60,8 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
             model=model,
             labels=label_spec(config),
             sketch=sketch_spec(config),
-            paths=LiftPaths(run.fishers, run.factorization, run.table("examples"), run.directions, results),
+            examples=fitted_examples(run),
+            paths=LiftPaths(run.factorization, run.directions, results),
             checksums=checksums_of(run),
             batch_size=FisherStore.open(run.fishers).attrs["batch_size"],
         )

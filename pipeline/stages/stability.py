@@ -11,8 +11,7 @@ from pipeline.progress import ProgressDisplay
 from pipeline.run_directory import RunDirectory
 from pipeline.runtime.executor import Executor, WorkerSpec
 from pipeline.runtime.selection_actor import FitRequest, SelectionWorker
-from pipeline.runtime.solver_actor import SolverPaths
-from pipeline.stage import device_of, worker_spec
+from pipeline.stage import device_of, fitted_examples, worker_spec
 
 _REFIT_ITERATIONS = 40
 _REFIT_TOLERANCE = 1e-4
@@ -25,7 +24,7 @@ def fitting_worker(run: RunDirectory, max_examples: int, **options: Any) -> Work
     return worker_spec(
         run,
         SelectionWorker,
-        paths=SolverPaths(run.fishers, run.table("examples"), wanted.examples == "mispredicted"),
+        examples=fitted_examples(run),
         options=SolverOptions(
             n_components=1, subsample=wanted.subsample, l1=wanted.l1, orthogonality=wanted.orthogonality, **options
         ),

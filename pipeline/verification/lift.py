@@ -34,6 +34,7 @@ def lift_weights(
     """Weights (k, N, R), float64, of the gradient rows A_ir in the directions of `component_ids`.
 
     `factors_NRD` are Â = A Qᵀ/√‖F‖, of any part of the examples; `coefficient_gram_KK` is WᵀW over all of them. Where
+    the loss weighs examples by v_i, `coefficients_NK` are v_i W_i and the Gram matrix is Σ_i v_i W_i W_iᵀ. Where
     S is singular, as for components that no example uses, its pseudo-inverse is taken: their weights are zero. So are
     those of examples whose norm is zero.
     """

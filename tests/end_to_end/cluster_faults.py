@@ -24,8 +24,9 @@ from ray.cluster_utils import Cluster
 from pipeline.factorization import SolverOptions
 from pipeline.runtime import ray_executor
 from pipeline.runtime.executor import Executor, SerialExecutor, WorkerSpec
+from pipeline.runtime.fitted_examples import FittedExamples
 from pipeline.runtime.ray_executor import RayExecutor
-from pipeline.runtime.solver_actor import SolverPaths, SolverWorker
+from pipeline.runtime.solver_actor import SolverWorker
 from pipeline.runtime.solver_driver import SolverRun, run_solver
 from pipeline.store import CheckpointStore, ShardRecords
 
@@ -46,7 +47,7 @@ def main(folder: Path) -> dict[str, Any]:
     def solve(executor: Executor, name: str, on_iteration: Any) -> tuple[SolverRun, float]:
         start = time.monotonic()
         arguments = {
-            "paths": SolverPaths(run.fishers, run.table("examples")),
+            "examples": FittedExamples(run.fishers, run.table("examples")),
             "options": SolverOptions(
                 n_components=N_COMPONENTS, max_iterations=ITERATIONS, tolerance=1e-15, subsample=200
             ),

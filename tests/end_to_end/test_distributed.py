@@ -26,8 +26,9 @@ from pipeline.progress import SilentProgress
 from pipeline.result_tables import held_out
 from pipeline.run_directory import RunDirectory
 from pipeline.runtime.executor import Executor, SerialExecutor, WorkerSpec, make_executor
+from pipeline.runtime.fitted_examples import FittedExamples
 from pipeline.runtime.model import ModelSpec
-from pipeline.runtime.solver_actor import SolverPaths, SolverWorker
+from pipeline.runtime.solver_actor import SolverWorker
 from pipeline.runtime.solver_driver import run_solver
 from pipeline.runtime.verification_actor import VerificationPaths, VerificationWorker
 from pipeline.status import status
@@ -241,7 +242,7 @@ def test_a_dead_component_is_reseeded_from_the_worst_example_of_all_workers(
     state = initial_state(torch.from_numpy(start_KD), options)
     checkpoints.commit(0, {**state.to_arrays(), "history": np.empty((0, 8))})
     arguments = {
-        "paths": SolverPaths(run.fishers, run.table("examples")),
+        "examples": FittedExamples(run.fishers, run.table("examples")),
         "options": options,
         "device": "cpu",
         "timeout_s": 60.0,

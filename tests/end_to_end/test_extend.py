@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ from pipeline.metrics import metrics_writer
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.solver_actor import SolverWorker
 from pipeline.stage import recorded
-from pipeline.store import FisherStore, open_factorization, read_table
+from pipeline.store import FisherStore, open_factorization, read_table, write_table
 
 
 def config(run_dir: Path, limit: int = 60, seed: int = 0, **factorization: Any) -> RunConfig:
@@ -142,6 +143,62 @@ def test_only_mispredicted_examples_are_fitted_and_all_get_coefficients(
     assert summary["loss"] == pytest.approx(float(residuals[chosen].square().sum()), rel=1e-4)
 
 
+def with_column(run: RunDirectory, name: str, values: Any) -> RunDirectory:
+    examples = read_table(run.table("examples"), "examples")
+    write_table(run.table("examples"), "examples", examples.append_column(name, pa.array(values)))
+    return run
+
+
+def test_examples_are_weighed_by_a_column_of_their_table(factorized: RunDirectory, tmp_path: Path) -> None:
+    weights_N = np.random.default_rng(0).choice([0.0, 0.5, 1.0, 20.0], 60)
+    plain = with_column(beside(factorized, tmp_path / "plain", max_iterations=60), "weight", weights_N)
+    stages.factorize(plain)
+    run = with_column(
+        beside(factorized, tmp_path / "run", max_iterations=60, example_weights="weight"), "weight", weights_N
+    )
+    summary = stages.factorize(run)
+    fit_N = np.array(read_table(run.table("examples"), "examples")["split"].to_pylist()) == "fit"
+    factors_NRD = FisherStore.open(run.fishers).read_rows(np.arange(60), ["factors"])["factors"]
+
+    def weighted_loss(run: RunDirectory) -> float:
+        """Σ v_i ‖F̂_i − Σ_j W_ij h_j h_jᵀ‖² by the definition, over the examples fitted on."""
+        h_KD, w_NK = arrays(run)
+        a_NRD = factors_NRD.astype(np.float64)
+        fishers = a_NRD.transpose(0, 2, 1) @ a_NRD
+        residuals = fishers - np.einsum("nk,kd,ke->nde", w_NK.astype(np.float64), h_KD, h_KD)
+        return float((np.square(residuals).sum((1, 2)) * weights_N)[fit_N].sum())
+
+    assert summary["loss"] == pytest.approx(weighted_loss(run), rel=1e-5)
+    assert weighted_loss(run) < weighted_loss(plain) * 0.999
+    assert summary["n_fit"] == (fit_N & (weights_N > 0)).sum()
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (None, "have no column 'weight' for factorization.example_weights: name one of example, id"),
+        (np.where(np.arange(60) == 3, -1.0, 1.0), "every weight must be a finite number, 0 or more"),
+        (np.where(np.arange(60) == 3, np.nan, 1.0), "every weight must be a finite number, 0 or more"),
+        (["heavy"] * 60, "every weight must be a finite number, 0 or more"),
+        (np.zeros(60), "every example to fit on has weight zero"),
+    ],
+)
+def test_weights_that_cannot_be_are_refused(values: Any, said: str, factorized: RunDirectory, tmp_path: Path) -> None:
+    run = beside(factorized, tmp_path / "run", example_weights="weight")
+    if values is not None:
+        with_column(run, "weight", values)
+    with pytest.raises(InvalidProblemError, match=said):
+        stages.factorize(run)
+    assert not run.factorization.exists()
+
+
+def test_a_column_of_weights_that_the_task_does_not_give_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    run = RunDirectory.create(config(tmp_path / "run", example_weights="importance"))
+    with pytest.raises(InvalidProblemError, match="have no column 'importance'"):
+        stages.compute_fishers(run)
+    assert not run.fishers.exists()
+
+
 def test_new_examples_are_transformed_in_a_new_run(factorized: RunDirectory, tmp_path: Path) -> None:
     file = tmp_path / "new.yaml"
     file.write_text(config(tmp_path / "new", limit=40).to_yaml())
@@ -190,3 +247,19 @@ def test_metrics_without_tensorboard_say_what_to_install(tmp_path: Path, monkeyp
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match="pip install tensorboard"):
         metrics_writer(tmp_path, "tensorboard")
+
+
+def test_metrics_are_events_that_tensorboard_reads(factorized: RunDirectory, tmp_path: Path) -> None:
+    reader = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs pip install tensorboard"
+    )
+    run = beside(factorized, tmp_path / "run", metrics="tensorboard")
+    stages.factorize(run)
+    events = reader.EventAccumulator(str(run.path / "metrics")).Reload()
+    history = read_table(run.table("history"), "history").to_pydict()
+    for tag in events.Tags()["scalars"]:
+        found = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert [step for step, _ in found] == history["iteration"]
+        if (column := tag.rpartition("/")[2]) in ("loss", "explained"):
+            np.testing.assert_allclose([value for _, value in found], history[column], rtol=1e-6)
+    assert {"loss", "explained"} <= {tag.rpartition("/")[2] for tag in events.Tags()["scalars"]}

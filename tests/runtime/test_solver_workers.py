@@ -17,7 +17,8 @@ from runtime.forked import ForkedExecutor
 from pipeline.factorization import FactorsInMemory, SolverOptions, Statistics, StreamedFactors
 from pipeline.run_directory import RunDirectory
 from pipeline.runtime.executor import WorkerSpec
-from pipeline.runtime.solver_actor import SolverPaths, SolverWorker
+from pipeline.runtime.fitted_examples import FittedExamples
+from pipeline.runtime.solver_actor import SolverWorker
 from pipeline.runtime.solver_driver import SolverRun, run_solver
 from pipeline.runtime.stored_factors import ShardRows, stored_factors
 from pipeline.store import CheckpointStore, FisherStore, ShardRecords, StoreError
@@ -54,7 +55,7 @@ def solve(
     events: list[str] | None = None,
 ) -> SolverRun:
     arguments = {
-        "paths": SolverPaths(run.fishers, run.table("examples")),
+        "examples": FittedExamples(run.fishers, run.table("examples")),
         "options": SolverOptions(n_components=N_COMPONENTS, max_iterations=14, tolerance=1e-15, subsample=200),
         "device": "cpu",
         "timeout_s": timeout_s,

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.factorization.estimator import NPEFF
 from pipeline.fisher import (
     GradientCollector,
     ParameterLayout,
@@ -87,6 +89,19 @@ def test_the_lift_is_one_alternating_least_squares_step_for_any_blocks() -> None
         accumulate_directions(collector, inputs, weights, directions)
         found.append(flat(directions, layout))
     torch.testing.assert_close(torch.cat(found), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_at_the_end_of_a_weighted_fit_the_weighted_lift_is_the_component() -> None:
+    """There the components are a fixed point of alternating least squares with the examples' weights."""
+    rng = np.random.default_rng(0)
+    factors, importance = rng.standard_normal((40, 2, 8)), rng.choice([0.1, 1.0, 10.0], 40)
+    fit = NPEFF(3, random_state=0, tol=1e-15, max_iter=3000, normalize=False).fit(factors, sample_weight=importance)
+    coefficients, components = torch.from_numpy(fit.transform(factors)), torch.from_numpy(fit.components_)
+    weighted = coefficients * torch.from_numpy(importance)[:, None]
+    gram, norms = weighted.T @ coefficients, torch.ones(40).double()
+    weights = lift_weights(torch.from_numpy(factors), weighted, components, gram, range(3), norms)
+    lifted = torch.einsum("knr,nrd->kd", weights, torch.from_numpy(factors))
+    torch.testing.assert_close(lifted, components, rtol=0, atol=1e-4)
 
 
 def test_weights_of_shards_are_the_weights_of_all_examples() -> None:

@@ -20,7 +20,8 @@ from planted_run import SIGNATURE
 from pipeline.factorization import BLOCK_ROWS, ExampleShard, SolverOptions
 from pipeline.run_directory import RunDirectory
 from pipeline.runtime.executor import WorkerSpec, make_executor
-from pipeline.runtime.solver_actor import SolverPaths, SolverWorker
+from pipeline.runtime.fitted_examples import FittedExamples
+from pipeline.runtime.solver_actor import SolverWorker
 from pipeline.runtime.solver_driver import run_solver
 from pipeline.store import CheckpointStore, ShardRecords
 from solver_stage.synthetic import synthetic_run
@@ -95,7 +96,7 @@ def _factorized(run: RunDirectory, n_components: int, workers: int, limit: int, 
     checkpoints = run.path / "checkpoints"
     shutil.rmtree(checkpoints, ignore_errors=True)
     arguments = {
-        "paths": SolverPaths(run.fishers, run.table("examples")),
+        "examples": FittedExamples(run.fishers, run.table("examples")),
         "options": SolverOptions(n_components=n_components, max_iterations=iterations, tolerance=1e-15, n_starts=1),
         "device": "cpu",
         "timeout_s": 3600.0,
