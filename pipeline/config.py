@@ -241,6 +241,13 @@ class VerificationConfig(_Section):
     """Random examples, disjoint from the top ones, that it should not."""
     target_kl: PositiveFloat = 0.1
     """Mean KL divergence (nats) on the top examples that the step size is chosen for."""
+    epsilon: PositiveFloat | None = None
+    """A step of this length along every (unit) direction, instead of one for each that reaches `target_kl`."""
+    selectivity_examples: NonNegativeInt = 8
+    """Top examples of every component whose KL is measured while the model is moved along each of the others: the
+    selectivity matrix. 0 leaves its table empty."""
+    correlation_examples: NonNegativeInt = 500
+    """Examples at most, drawn at random, over which coefficients and KLs are ranked and compared. 0 leaves that out."""
 
 
 class ReportConfig(_Section):

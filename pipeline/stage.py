@@ -38,7 +38,7 @@ _OUTPUTS = {
     ),
     "select": ("tables/selection.parquet", "tables/selection_fits.parquet"),
     "lift": ("directions.zarr", "tables/layer_energy.parquet"),
-    "verify": ("tables/verification.parquet",),
+    "verify": ("tables/verification.parquet", "tables/selectivity.parquet"),
 }
 
 

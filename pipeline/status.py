@@ -77,7 +77,8 @@ def score_line(score: dict[str, Any]) -> str:
     return (
         f"{examples} examples, {sign} direction: median KL ratio {score['median_kl_ratio']:.2f} "
         f"over {score['n']} components, "
-        f"{score['share_above_1']:.0%} above 1, {score['share_above_controls']:.0%} above both controls"
+        f"{score['share_above_1']:.0%} above 1, {score['share_above_controls']:.0%} above all controls"
+        f" ({score['share_surely_above_controls']:.0%} with 95% confidence)"
     )
 
 

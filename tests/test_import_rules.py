@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "factorization": PURE | {"scipy", "sklearn"},
     "store": {"zarr", "pyarrow", "numpy", "h5py", "safetensors"},
     "tasks": PURE | {"transformers", "sklearn", "pyarrow", "safetensors", "PIL", "datasets", "peft"},
-    "verification": PURE | {"pipeline.fisher"},
+    "verification": PURE | {"scipy", "pipeline.fisher"},
     "runtime": PURE
     | {"ray", "pyarrow"}
     | {f"pipeline.{name}" for name in ("tasks", "fisher", "factorization", "verification", "store")},

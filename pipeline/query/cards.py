@@ -111,7 +111,7 @@ class Card:
 
     @property
     def passed(self) -> tuple[int, int]:
-        """How many verified rows are above both controls, and how many rows there are."""
+        """How many verified rows are above all controls, and how many rows there are."""
         measured = [v for v in self.verdicts if v.above_controls is not None]
         return sum(bool(v.above_controls) for v in measured), len(measured)
 

@@ -142,13 +142,14 @@ def _explained_ticks(steps: Sequence[LossStep], y_axis: Axis) -> list[Tick]:
 
 @dataclass(frozen=True)
 class Lollipop:
-    """One verified row: a stem from its best control to its KL ratio, and marks for both controls."""
+    """One verified row: a stem from its best control to its KL ratio, and marks for the controls."""
 
     x: float
     ratio_y: float
     best_control_y: float | None
     norm_y: float | None
     random_y: float | None
+    other_y: float | None
     verdict: Verdict
 
     @property
@@ -219,6 +220,7 @@ def _lollipop(row: Verdict, x: float, axis: Axis) -> Lollipop:
         best_control_y=position(row.best_control),
         norm_y=position(row.norm_control),
         random_y=position(row.random_control),
+        other_y=position(row.other_control),
         verdict=row,
     )
 

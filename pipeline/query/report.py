@@ -92,7 +92,7 @@ def _ratio_charts(found: list[Verdict]) -> list[Any]:
 
 
 def _ratios(found: list[Verdict]) -> list[float | None]:
-    return [value for v in found for value in (v.kl_ratio, v.norm_control, v.random_control)]
+    return [value for v in found for value in (v.kl_ratio, v.norm_control, v.random_control, v.other_control)]
 
 
 def _stage(name: str, record: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Whether a component's direction moves its own examples, and more than its controls do.
 
 Moving the parameters along a component's direction should change the predictions on its top examples and leave a random
-baseline alone: KL ratio = mean KL on top examples / mean KL on baseline examples. It has to beat two controls:
-(a) the ratio of the two groups' mean Fisher norms, because large Fishers move under any step, and
-(b) the KL ratio of a random direction with the same norm in every tensor.
+baseline alone: KL ratio = mean KL on top examples / mean KL on baseline examples. It has to beat three controls:
+(a) the ratio of the two groups' mean Fisher norms, because large Fishers move under any step,
+(b) the KL ratio of a random direction with the same norm in every tensor, and
+(c) that of another component's direction, on the same examples.
 Steps of both signs are separate rows and are never averaged.
 """
 
@@ -26,16 +27,19 @@ class Verdict:
     kl_ratio: float | None
     norm_control: float | None
     random_control: float | None
+    other_control: float | None
     row: dict[str, Any]
 
     @property
     def best_control(self) -> float | None:
-        controls = [value for value in (self.norm_control, self.random_control) if value is not None]
+        controls = [
+            value for value in (self.norm_control, self.random_control, self.other_control) if value is not None
+        ]
         return max(controls) if controls else None
 
     @property
     def above_controls(self) -> bool | None:
-        """True if the KL ratio is above both controls; None where it was not measured."""
+        """True if the KL ratio is above all controls; None where it was not measured."""
         if self.kl_ratio is None or self.best_control is None:
             return None
         return self.kl_ratio > self.best_control
@@ -51,6 +55,7 @@ def verdicts(rows: Iterable[dict[str, Any]]) -> list[Verdict]:
             kl_ratio=_measured(row["kl_ratio"]),
             norm_control=_measured(row["fisher_norm_ratio"]),
             random_control=_measured(row["random_kl_ratio"]),
+            other_control=_measured(row["other_kl_ratio"]),
             row=row,
         )
         for row in rows
@@ -67,8 +72,11 @@ class Scores:
     median_kl_ratio: float
     median_norm_control: float | None
     median_random_control: float | None
+    median_other_control: float | None
     share_above_1: float
     share_above_controls: float
+    share_surely_above_controls: float
+    """With 95% confidence."""
 
 
 def scoreboard(all_verdicts: Iterable[Verdict]) -> list[Scores]:
@@ -85,8 +93,10 @@ def scoreboard(all_verdicts: Iterable[Verdict]) -> list[Scores]:
             median_kl_ratio=statistics.median(v.kl_ratio for v in group if v.kl_ratio is not None),
             median_norm_control=_median(v.norm_control for v in group),
             median_random_control=_median(v.random_control for v in group),
+            median_other_control=_median(v.other_control for v in group),
             share_above_1=sum(v.kl_ratio is not None and v.kl_ratio > 1 for v in group) / len(group),
             share_above_controls=sum(v.above_controls is True for v in group) / len(group),
+            share_surely_above_controls=sum(v.row["above_controls"] is True for v in group) / len(group),
         )
         for (examples, sign), group in sorted(groups.items(), key=lambda item: (item[0][0] == "fit", -item[0][1]))
     ]

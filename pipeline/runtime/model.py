@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -210,8 +210,10 @@ class Predictions:
     logits: list[Tensor]
     classes: list[Tensor]
 
-    def __getitem__(self, which: slice) -> Predictions:
-        return Predictions(self.logits[which], self.classes[which])
+    def at(self, places: Iterable[int]) -> Predictions:
+        """Those at these places, which may be named again."""
+        chosen = list(places)
+        return Predictions([self.logits[place] for place in chosen], [self.classes[place] for place in chosen])
 
     def accuracy(self) -> float | None:
         """Share of right ones among the predictions of known class; None if there are none."""
@@ -219,10 +221,11 @@ class Predictions:
         predicted, known = torch.cat([logits.argmax(-1) for logits in self.logits]), classes >= 0
         return float((predicted == classes)[known].double().mean()) if known.any() else None
 
-    def mean_kl(self, original: Predictions) -> float:
-        """Mean over the examples of KL(p ‖ p_original), nats; an example's is the mean over its predictions."""
+    def kl(self, original: Predictions) -> NDArray[np.float64]:
+        """KL(p ‖ p_original) of every example, nats: the mean over its predictions, NaN where it has none."""
         pairs = zip(self.logits, original.logits, strict=True)
-        return float(torch.stack([kl_divergence(moved, before).mean() for moved, before in pairs]).nanmean())
+        means = [kl_divergence(moved, before).mean() for moved, before in pairs]
+        return torch.stack(means).numpy() if means else np.empty(0)
 
 
 def _kind(value: object) -> str:

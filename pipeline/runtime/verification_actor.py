@@ -1,11 +1,12 @@
-"""Stage 3 on a worker: move the model along one component's direction and measure what changes."""
+"""Stage 4 on a worker: move the model along one component's direction and measure what changes, beside the controls."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,19 +16,22 @@ from torch import Tensor
 from pipeline.runtime.model import ModelSpec, Predictions
 from pipeline.store import SCHEMAS, DirectionStore, open_factorization, read_table, write_table
 from pipeline.verification import (
+    Measured,
+    StepSize,
+    another_component,
     baseline_examples,
+    confidence,
     find_step_size,
-    fisher_norm_ratio,
     moved,
     parameter_norm,
     random_direction,
+    rank_correlation,
     top_examples,
 )
 
 SPLITS = ("fit", "held_out")
 
-_KL_ROUNDING = 1e-12
-"""Mean KL that rounding of float32 logits can cause; a baseline below it counts as this much."""
+Direction = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,42 +40,71 @@ class VerificationPaths:
     directions: Path
     examples: Path
     results: Path
-    """Folder of one Parquet file per finished component."""
+    """Folder of one Parquet file per finished component, and of `selectivity_file` beside them."""
+
+    def selectivity_file(self, component: int) -> Path:
+        return self.results / "selectivity" / f"{component:05d}.parquet"
+
+
+@dataclass(frozen=True)
+class VerificationOptions:
+    """As in the run file."""
+
+    n_top: int
+    n_baseline: int
+    target_kl: float
+    epsilon: float | None
+    """A step of that length, whatever KL it gives."""
+    n_selectivity: int
+    n_correlation: int
+    seed: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some examples, and what the model predicts on them where it is."""
+
+    examples: NDArray[np.int64]
+    before: Predictions
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What a step of size ``epsilon`` did; predictions are those after it."""
+    """What a step did; predictions are those after it."""
 
-    epsilon: float
-    reached_target: bool
-    kl_top: float
-    kl_baseline: float
+    step: StepSize
     top: Predictions
     baseline: Predictions
+    kl: Measured
 
-    @property
-    def kl_ratio(self) -> float:
-        return self.kl_top / max(self.kl_baseline, _KL_ROUNDING)
+    def columns(self, name: str) -> dict[str, float]:
+        """Of a control in the verification table."""
+        return {
+            f"{name}_epsilon": self.step.epsilon,
+            f"{name}_kl_top": float(np.nanmean(self.kl.top_n)),
+            f"{name}_kl_baseline": float(np.nanmean(self.kl.baseline_m)),
+            f"{name}_kl_ratio": self.kl.ratio,
+        }
+
+
+@dataclass(frozen=True)
+class Onlookers:
+    """Examples that are looked at whichever component the model is moved along."""
+
+    split: str
+    group: Group
+    n_of_component: list[int]
+    """How many of the first ones are the first component's top examples, how many of the next ones the second's, …
+    What follows them is drawn at random."""
 
 
 class VerificationWorker:
     """Verifies components, one call each."""
 
-    def __init__(
-        self,
-        model: ModelSpec,
-        paths: VerificationPaths,
-        *,
-        n_top: int,
-        n_baseline: int,
-        target_kl: float,
-        seed: int,
-        batch_size: int,
-    ) -> None:
+    def __init__(self, model: ModelSpec, paths: VerificationPaths, options: VerificationOptions) -> None:
         self._loaded = model.load()
-        self._paths, self._n_top, self._n_baseline = paths, n_top, n_baseline
-        self._target_kl, self._seed, self._batch_size = target_kl, seed, batch_size
+        self._paths, self._options = paths, options
         table = read_table(paths.examples, "examples")
         self._norms_N = table["fisher_norm"].to_numpy()
         valid_N = table["valid"].to_numpy()
@@ -81,87 +114,125 @@ class VerificationWorker:
         self._directions = DirectionStore.open(paths.directions)
 
     def verify(self, component: int) -> list[dict[str, Any]]:
-        """The component's rows of the verification table, one per split and sign; also left in a file."""
-        direction = {name: torch.from_numpy(array) for name, array in self._directions.read(component).items()}
-        controls = random_direction(direction, seed=_seed(self._seed, component, "random direction"))
-        rows = []
+        """The component's rows of the verification table, one per split and sign; also left in a file, and those of the
+        selectivity matrix in another."""
+        direction = self._direction(component)
+        random = random_direction(direction, seed=self._seed(component, "random direction"))
+        n_components = self._coefficients_NK.shape[1]
+        other = another_component(component, n_components, self._seed(component, "another component"))
+        controls = {"random": random} | ({} if other is None else {"other": self._direction(other)})
+        rows: list[dict[str, Any]] = []
+        selectivity: list[dict[str, Any]] = []
         for split, members_N in self._members.items():
-            top = top_examples(self._coefficients_NK[:, component], members_N, self._n_top)
-            baseline = baseline_examples(
-                members_N, top, self._n_baseline, _seed(self._seed, component, f"baseline {split}")
-            )
+            top = top_examples(self._coefficients_NK[:, component], members_N, self._options.n_top)
+            seed = self._seed(component, f"baseline {split}")
+            baseline = baseline_examples(members_N, top, self._options.n_baseline, seed)
             if len(top) == 0 or len(baseline) == 0:
                 continue
+            groups = self._group(top), self._group(baseline)
             for sign in (1, -1):
-                rows.append(
-                    {"component": component, "examples": split, "sign": sign}
-                    | self._compare(direction, controls, sign, top, baseline)
-                )
-        columns = {name: [row[name] for row in rows] for name in SCHEMAS["verification"].names}
-        write_table(self._paths.results / f"{component:05d}.parquet", "verification", columns)
+                own = self._effect(direction, sign, *groups)
+                beside = {name: self._effect(control, sign, *groups) for name, control in controls.items()}
+                row = {"component": component, "examples": split, "sign": sign, "other_component": other}
+                row |= self._compared(own, beside, *groups, seed) | {"kl_correlation": None}
+                if split == self._onlookers.split:
+                    kl_n = self._kl_of_onlookers(direction, sign * own.step.epsilon)
+                    row["kl_correlation"] = self._correlation(component, kl_n)
+                    place = {"moved": component, "examples": split, "sign": sign}
+                    selectivity += [place | found for found in self._selectivity(kl_n)]
+                rows.append(row)
+        write_table(self._paths.selectivity_file(component), "selectivity", _columns(selectivity, "selectivity"))
+        write_table(self._paths.results / f"{component:05d}.parquet", "verification", _columns(rows, "verification"))
         return rows
 
-    def _compare(
-        self,
-        direction: Mapping[str, Tensor],
-        random: Mapping[str, Tensor],
-        sign: int,
-        top: NDArray[np.int64],
-        baseline: NDArray[np.int64],
+    def _compared(
+        self, own: Effect, controls: Mapping[str, Effect], top: Group, baseline: Group, seed: int
     ) -> dict[str, Any]:
-        before = self._loaded.predict(np.concatenate([top, baseline]).tolist(), self._batch_size)
-        effect = self._step(direction, sign, top, baseline, before)
-        control = self._step(random, sign, top, baseline, before)
+        norms = Measured(self._norms_N[top.examples], self._norms_N[baseline.examples])
+        sure = confidence(own.kl, [norms, *(control.kl for control in controls.values())], seed)
+        measured = {
+            name: value for which, control in controls.items() for name, value in control.columns(which).items()
+        }
         return {
-            "epsilon": effect.epsilon,
-            "n_top": len(top),
-            "n_baseline": len(baseline),
-            "kl_top": effect.kl_top,
-            "kl_baseline": effect.kl_baseline,
-            "kl_ratio": effect.kl_ratio,
-            "fisher_norm_ratio": fisher_norm_ratio(self._norms_N, top, baseline),
-            "random_epsilon": control.epsilon,
-            "random_kl_top": control.kl_top,
-            "random_kl_baseline": control.kl_baseline,
-            "random_kl_ratio": control.kl_ratio,
-            "accuracy_top_before": before[: len(top)].accuracy(),
-            "accuracy_top_after": effect.top.accuracy(),
-            "accuracy_baseline_before": before[len(top) :].accuracy(),
-            "accuracy_baseline_after": effect.baseline.accuracy(),
-            "reached_target": effect.reached_target,
+            **dict.fromkeys((f"other_{name}" for name in ("epsilon", "kl_top", "kl_baseline", "kl_ratio")), None),
+            **measured,
+            "epsilon": own.step.epsilon,
+            "n_top": len(top.examples),
+            "n_baseline": len(baseline.examples),
+            "kl_top": float(np.nanmean(own.kl.top_n)),
+            "kl_baseline": float(np.nanmean(own.kl.baseline_m)),
+            "kl_ratio": own.kl.ratio,
+            "kl_ratio_low": sure.low,
+            "kl_ratio_high": sure.high,
+            "above_controls": sure.above_controls,
+            "fisher_norm_ratio": norms.ratio,
+            "accuracy_top_before": top.before.accuracy(),
+            "accuracy_top_after": own.top.accuracy(),
+            "accuracy_baseline_before": baseline.before.accuracy(),
+            "accuracy_baseline_after": own.baseline.accuracy(),
+            "reached_target": own.step.reached_target,
         }
 
-    def _step(
-        self,
-        direction: Mapping[str, Tensor],
-        sign: int,
-        top: NDArray[np.int64],
-        baseline: NDArray[np.int64],
-        before: Predictions,
-    ) -> Effect:
-        """The effect of the step that moves the top examples by the target KL."""
+    def _effect(self, direction: Direction, sign: int, top: Group, baseline: Group) -> Effect:
+        """Of the step that moves the top examples by the target KL, or of the fixed one."""
 
-        def at(epsilon: float) -> Predictions:
+        def kl_at(epsilon: float) -> float:
             with moved(self._loaded.model, direction, sign * epsilon):
-                return self._loaded.predict(top.tolist(), self._batch_size)
+                return float(np.nanmean(self._predict(top.examples).kl(top.before)))
 
-        step = find_step_size(
-            lambda epsilon: at(epsilon).mean_kl(before[: len(top)]),
-            self._target_kl,
-            longest=parameter_norm(self._loaded.model, direction),
-        )
-        with moved(self._loaded.model, direction, sign * step.epsilon):
-            after = self._loaded.predict(baseline.tolist(), self._batch_size)
-        return Effect(
-            epsilon=step.epsilon,
-            reached_target=step.reached_target,
-            kl_top=step.kl,
-            kl_baseline=after.mean_kl(before[len(top) :]),
-            top=at(step.epsilon),
-            baseline=after,
-        )
+        fixed, longest = self._options.epsilon, parameter_norm(self._loaded.model, direction)
+        found = None if fixed is not None else find_step_size(kl_at, self._options.target_kl, longest=longest)
+        epsilon = found.epsilon if found is not None else cast(float, fixed)
+        with moved(self._loaded.model, direction, sign * epsilon):
+            after_top, after_baseline = self._predict(top.examples), self._predict(baseline.examples)
+        kl = Measured(after_top.kl(top.before), after_baseline.kl(baseline.before))
+        return Effect(found or StepSize(epsilon, float(np.nanmean(kl.top_n)), True), after_top, after_baseline, kl)
+
+    @cached_property
+    def _onlookers(self) -> Onlookers:
+        """Held-out ones, where there are any."""
+        split = "held_out" if self._members["held_out"].any() else "fit"
+        members_N, seed = self._members[split], self._seed(0, "onlookers")
+        tops = [top_examples(w_N, members_N, self._options.n_selectivity) for w_N in self._coefficients_NK.T]
+        drawn = baseline_examples(members_N, np.empty(0, np.int64), self._options.n_correlation, seed)
+        return Onlookers(split, self._group(np.concatenate([*tops, drawn])), [len(top) for top in tops])
+
+    def _kl_of_onlookers(self, direction: Direction, step: float) -> NDArray[np.float64]:
+        group = self._onlookers.group
+        if not len(group.examples):
+            return np.empty(0)
+        distinct, places = np.unique(group.examples, return_inverse=True)
+        with moved(self._loaded.model, direction, step):
+            after = self._predict(distinct)
+        return after.at(places).kl(group.before)
+
+    def _selectivity(self, kl_n: NDArray[np.float64]) -> Iterator[dict[str, Any]]:
+        counts = self._onlookers.n_of_component
+        for component, part_n in enumerate(np.split(kl_n, np.cumsum(counts))[:-1]):
+            if len(part_n):
+                yield {"component": component, "n_examples": len(part_n), "kl": float(np.nanmean(part_n))}
+
+    def _correlation(self, component: int, kl_n: NDArray[np.float64]) -> float | None:
+        n_top = sum(self._onlookers.n_of_component)
+        drawn = self._onlookers.group.examples[n_top:]
+        return rank_correlation(self._coefficients_NK[drawn, component], kl_n[n_top:])
+
+    def _direction(self, component: int) -> Direction:
+        return {name: torch.from_numpy(array) for name, array in self._directions.read(component).items()}
+
+    def _group(self, examples: NDArray[np.int64]) -> Group:
+        """With the predictions where the model is: it must not be moved now."""
+        distinct, places = np.unique(examples, return_inverse=True)
+        return Group(examples, self._predict(distinct).at(places))
+
+    def _predict(self, examples: NDArray[np.int64]) -> Predictions:
+        return self._loaded.predict(examples.tolist(), self._options.batch_size)
+
+    def _seed(self, component: int, purpose: str) -> int:
+        words = np.frombuffer(purpose.encode().ljust(-len(purpose) % 4 + len(purpose), b" "), dtype=np.uint32)
+        entropy = [self._options.seed, component, *words.tolist()]
+        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _seed(seed: int, component: int, purpose: str) -> int:
-    words = np.frombuffer(purpose.encode().ljust(-len(purpose) % 4 + len(purpose), b" "), dtype=np.uint32)
-    return int(np.random.SeedSequence([seed, component, *words.tolist()]).generate_state(1, np.uint64)[0] >> 1)
+def _columns(rows: Sequence[dict[str, Any]], table: str) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in SCHEMAS[table].names}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+import pyarrow as pa
+
 from pipeline.progress import ProgressDisplay, SilentProgress
 from pipeline.query import scoreboard, verdicts
 from pipeline.result_tables import (
@@ -11,7 +13,7 @@ from pipeline.result_tables import (
 )
 from pipeline.run_directory import RunDirectory
 from pipeline.runtime.executor import Executor
-from pipeline.runtime.verification_actor import VerificationPaths, VerificationWorker
+from pipeline.runtime.verification_actor import VerificationOptions, VerificationPaths, VerificationWorker
 from pipeline.stage import (
     Summary,
     executor_for,
@@ -39,16 +41,22 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         verified = {
             component: read_table(path, "verification").to_pylist() for component, path in finished(results).items()
         }
+        paths = VerificationPaths(run.factorization, run.directions, run.table("examples"), results)
         worker = worker_spec(
             run,
             VerificationWorker,
             model=model_spec(run, fingerprint_of(run)),
-            paths=VerificationPaths(run.factorization, run.directions, run.table("examples"), results),
-            n_top=wanted.top_examples,
-            n_baseline=wanted.baseline_examples,
-            target_kl=wanted.target_kl,
-            seed=config.seed,
-            batch_size=FisherStore.open(run.fishers).attrs["batch_size"],
+            paths=paths,
+            options=VerificationOptions(
+                n_top=wanted.top_examples,
+                n_baseline=wanted.baseline_examples,
+                target_kl=wanted.target_kl,
+                epsilon=wanted.epsilon,
+                n_selectivity=wanted.selectivity_examples,
+                n_correlation=wanted.correlation_examples,
+                seed=config.seed,
+                batch_size=FisherStore.open(run.fishers).attrs["batch_size"],
+            ),
         )
         missing = [component for component in range(n_components) if component not in verified]
         with (
@@ -60,5 +68,7 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
                 tick(len(verified))
         rows = [row for component in sorted(verified) for row in verified[component]]
         write_table(run.table("verification"), "verification", rows_to_columns(rows, "verification"))
+        parts = [read_table(paths.selectivity_file(component), "selectivity") for component in sorted(verified)]
+        write_table(run.table("selectivity"), "selectivity", pa.concat_tables(parts))
         scores = [asdict(score) for score in scoreboard(verdicts(rows))]
         return stage.complete({"n_components": n_components, "scores": scores})

@@ -62,11 +62,15 @@ SCHEMAS: dict[str, pa.Schema] = {
     "layer_energy": _schema("component:int parameter:str energy:float"),
     "verification": _schema(
         "component:int examples:str sign:int epsilon:float n_top:int n_baseline:int "
-        "kl_top:float kl_baseline:float kl_ratio:float fisher_norm_ratio:float "
+        "kl_top:float kl_baseline:float kl_ratio:float kl_ratio_low:float kl_ratio_high:float above_controls:bool "
+        "fisher_norm_ratio:float "
         "random_epsilon:float random_kl_top:float random_kl_baseline:float random_kl_ratio:float "
+        "other_component:int? other_epsilon:float? other_kl_top:float? other_kl_baseline:float? other_kl_ratio:float? "
+        "kl_correlation:float? "
         "accuracy_top_before:float? accuracy_top_after:float? "
         "accuracy_baseline_before:float? accuracy_baseline_after:float? reached_target:bool"
     ),
+    "selectivity": _schema("moved:int component:int examples:str sign:int n_examples:int kl:float"),
 }
 """By table name.
 
@@ -90,7 +94,12 @@ selection: one row per number of components tried; `explained_held_out` on held-
     `balance` Σ (2 cos² − 1), the lesser of the means over pairs of seeds and of halves; silhouettes over clusters.
 selection_fits: one row per fit; `part` of the examples: "all", or the "first" or "second" half of the seed's split.
 layer_energy: share of the squared norm of a component's direction in each parameter; sums to 1.
-verification: one row per (component, examples "fit" or "held_out", sign +1 or -1); accuracies are null without labels.
+verification: one row per (component, examples "fit" or "held_out", sign +1 or -1), beside the controls of
+    `pipeline.verification.controls`; accuracies are null without labels. `kl_ratio_low` and `_high` are the ends of a
+    95% interval, and `above_controls` says whether the ratio is above 1 and all controls with 95% confidence.
+    `kl_correlation` is the rank correlation of coefficients and KLs over examples drawn at random.
+selectivity: mean KL on the first top examples of `component` while the model is moved along the direction of `moved`,
+    by the step that its own verification took; of held-out examples where there are any.
 """
 
 _MAY_HAVE_MORE_COLUMNS = ("examples",)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pipeline.verification.controls import baseline_examples, fisher_norm_ratio, random_direction, top_examples
+from pipeline.verification.confidence import Confidence, Measured, confidence, rank_correlation
+from pipeline.verification.controls import another_component, baseline_examples, random_direction, top_examples
 from pipeline.verification.lift import accumulate_directions, lift_weights, zero_directions
 from pipeline.verification.perturbation import (
     StepSize,
@@ -13,16 +14,20 @@ from pipeline.verification.perturbation import (
 )
 
 __all__ = [
+    "Confidence",
+    "Measured",
     "StepSize",
     "accumulate_directions",
+    "another_component",
     "baseline_examples",
+    "confidence",
     "find_step_size",
-    "fisher_norm_ratio",
     "kl_divergence",
     "lift_weights",
     "moved",
     "parameter_norm",
     "random_direction",
+    "rank_correlation",
     "top_examples",
     "zero_directions",
 ]

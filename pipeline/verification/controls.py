@@ -1,9 +1,10 @@
 """What a KL ratio must be compared with before it means anything.
 
-(a) `fisher_norm_ratio`: examples with large Fishers move whatever the direction; a component says more than its
-examples' norms only if its KL ratio is larger than theirs. (b) `random_direction`: a direction drawn at random with
-the same norm in every tensor, so that neither the layer nor the size of the step explains the ratio. (d) held-out
-examples are chosen by the caller, with `baseline_examples` for both sides of the split.
+(a) the ratio of mean Fisher norms: examples with large Fishers move whatever the direction; a component says more than
+its examples' norms only if its KL ratio is larger than theirs. (b) `random_direction`: a direction drawn at random with
+the same norm in every tensor, so that neither the layer nor the size of the step explains the ratio. (c)
+`another_component`: its direction on these examples; any component's would do if it were not this one that they share.
+(d) held-out examples are chosen by the caller, with `baseline_examples` for both sides of the split.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ def baseline_examples(among: NDArray[np.bool_], without: NDArray[np.int64], coun
     return np.sort(np.random.default_rng(seed).permutation(candidates)[:count])
 
 
-def fisher_norm_ratio(
-    frobenius_norms_N: NDArray[np.floating], top: NDArray[np.int64], baseline: NDArray[np.int64]
-) -> float:
-    """Control (a): mean ‖F‖_F of the top examples over that of the baseline."""
-    return float(frobenius_norms_N[top].mean() / frobenius_norms_N[baseline].mean())
+def another_component(component: int, n_components: int, seed: int) -> int | None:
+    """Control (c): one of the other components, at random; None where there is no other."""
+    if n_components < 2:
+        return None
+    drawn = int(np.random.default_rng(seed).integers(n_components - 1))
+    return drawn + (drawn >= component)
 
 
 def random_direction(direction: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:

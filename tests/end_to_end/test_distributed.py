@@ -18,6 +18,7 @@ import torch
 from end_to_end.nan_digits import DAMAGED
 from planted import Planted, planted_fishers
 from planted_run import SIGNATURE, planted_run
+from scipy import stats
 
 from pipeline import NPEFF, cli, stages
 from pipeline.config import RunConfig
@@ -30,7 +31,7 @@ from pipeline.runtime.fitted_examples import FittedExamples
 from pipeline.runtime.model import ModelSpec
 from pipeline.runtime.solver_actor import SolverWorker
 from pipeline.runtime.solver_driver import run_solver
-from pipeline.runtime.verification_actor import VerificationPaths, VerificationWorker
+from pipeline.runtime.verification_actor import VerificationOptions, VerificationPaths, VerificationWorker
 from pipeline.status import status
 from pipeline.store import (
     CheckpointStore,
@@ -41,6 +42,7 @@ from pipeline.store import (
     read_table,
     write_checkpoint_array,
 )
+from pipeline.tasks import load_task
 
 HELD_OUT = 0.2
 
@@ -407,15 +409,72 @@ def test_every_component_is_verified_in_both_signs_on_both_splits_with_controls(
         (component, examples, sign) for component in range(4) for examples in ("fit", "held_out") for sign in (1, -1)
     ]
     for row in rows:
-        assert all(value is not None and np.isfinite(value) for name, value in row.items() if name != "examples")
+        measured = {name: value for name, value in row.items() if name not in ("examples", "kl_correlation")}
+        assert all(value is not None and np.isfinite(value) for value in measured.values())
+        assert (row["kl_correlation"] is None) == (row["examples"] == "fit")
         assert row["n_baseline"] == 20
         assert 1 <= row["n_top"] <= 8
         assert row["kl_ratio"] == pytest.approx(row["kl_top"] / row["kl_baseline"])
         assert row["random_kl_ratio"] == pytest.approx(row["random_kl_top"] / row["random_kl_baseline"])
+        assert row["other_kl_ratio"] == pytest.approx(row["other_kl_top"] / row["other_kl_baseline"])
+        assert row["other_component"] != row["component"]
+        assert row["kl_ratio_low"] <= row["kl_ratio"] <= row["kl_ratio_high"]
         assert row["fisher_norm_ratio"] > 0
         if row["reached_target"]:
             assert row["kl_top"] == pytest.approx(0.1, rel=0.011)
     assert sum(row["reached_target"] for row in rows) >= 12
+
+
+def test_selectivity_and_correlation_are_by_their_definition(converged: RunDirectory) -> None:
+    """Moved along every direction by the step of its own verification, with nothing of the workers' code."""
+    task = load_task(converged.config.task.name, converged.config.task.options)
+    model, examples = task.model(converged.task_cache), task.examples(converged.task_cache)
+    held_out = np.flatnonzero(np.array(read_table(converged.table("examples"), "examples")["split"]) == "held_out")
+    coefficients_NK = open_factorization(converged.factorization).read_coefficients()
+    directions = DirectionStore.open(converged.directions)
+    rows = read_table(converged.table("verification"), "verification").to_pylist()
+    matrix = read_table(converged.table("selectivity"), "selectivity").to_pylist()
+
+    def log_p() -> torch.Tensor:
+        with torch.no_grad():
+            return task.logits(model, examples.batch(range(100))).double().log_softmax(-1)
+
+    before = log_p()
+    for row in rows:
+        if row["examples"] == "fit":
+            continue
+        with torch.no_grad():
+            kept = {name: value.clone() for name, value in model.state_dict().items()}
+            for name, value in directions.read(row["component"]).items():
+                model.get_parameter(name).add_(torch.from_numpy(value), alpha=row["sign"] * row["epsilon"])
+        after = log_p()
+        model.load_state_dict(kept)
+        kl_N = (after.exp() * (after - before)).sum(-1).numpy()
+        rank = stats.spearmanr(coefficients_NK[held_out, row["component"]], kl_N[held_out]).statistic
+        assert row["kl_correlation"] == pytest.approx(rank, abs=0.01)
+        found = {m["component"]: m for m in matrix if (m["moved"], m["sign"]) == (row["component"], row["sign"])}
+        assert sorted(found) == list(range(4))
+        for component, entry in found.items():
+            w_n = coefficients_NK[held_out, component]
+            top = held_out[np.argsort(-w_n, kind="stable")[: min(8, (w_n > 0).sum())]]
+            assert (entry["n_examples"], entry["examples"]) == (len(top), "held_out")
+            assert entry["kl"] == pytest.approx(kl_N[top].mean(), rel=1e-3)
+
+
+def test_a_fixed_step_is_taken_by_every_direction(converged: RunDirectory, tmp_path: Path) -> None:
+    shutil.copytree(converged.path, tmp_path / "run")
+    document = converged.config.model_dump() | {"run_dir": str(tmp_path / "run")}
+    document["verification"] |= {"epsilon": 0.05, "selectivity_examples": 0, "correlation_examples": 0}
+    (tmp_path / "run" / "run.yaml").write_text(RunConfig.model_validate(document).to_yaml())
+    run = RunDirectory.open(tmp_path / "run")
+    run.reopen("verify")
+    shutil.rmtree(run.partial_results("verify"))
+    stages.verify(run)
+    rows = read_table(run.table("verification"), "verification").to_pylist()
+    assert {row[name] for row in rows for name in ("epsilon", "random_epsilon", "other_epsilon")} == {0.05}
+    assert len({row["kl_top"] for row in rows}) == len(rows)
+    assert all(row["reached_target"] and row["kl_correlation"] is None for row in rows)
+    assert not len(read_table(run.table("selectivity"), "selectivity"))
 
 
 def test_verifying_leaves_the_parameters_as_they_were(converged: RunDirectory, tmp_path: Path) -> None:
@@ -424,11 +483,16 @@ def test_verifying_leaves_the_parameters_as_they_were(converged: RunDirectory, t
     worker = VerificationWorker(
         ModelSpec(task.name, task.options, converged.task_cache, ("*",), (), "cpu"),
         VerificationPaths(converged.factorization, converged.directions, converged.table("examples"), tmp_path),
-        n_top=8,
-        n_baseline=20,
-        target_kl=0.1,
-        seed=0,
-        batch_size=32,
+        VerificationOptions(
+            n_top=8,
+            n_baseline=20,
+            target_kl=0.1,
+            epsilon=None,
+            n_selectivity=8,
+            n_correlation=500,
+            seed=0,
+            batch_size=32,
+        ),
     )
     rows = read_table(converged.table("verification"), "verification").to_pylist()
     for component in (3, 0):

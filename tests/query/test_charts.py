@@ -74,7 +74,7 @@ def test_components_are_sorted_by_their_weaker_sign_and_signs_stand_apart() -> N
     values = {0: (9.0, 2.0), 1: (4.0, 5.0), 2: (1.0, 30.0)}
     rows = [
         {"component": j, "examples": "fit", "sign": sign, "kl_ratio": ratio, "fisher_norm_ratio": 1.0,
-         "random_kl_ratio": 3.0}
+         "random_kl_ratio": 3.0, "other_kl_ratio": None}
         for j, pair in values.items() for sign, ratio in zip((1, -1), pair, strict=True)
     ]  # fmt: skip
     chart = ratio_chart("fit", verdicts(rows), log_axis([9.0, 30.0], 330, 14))
@@ -96,6 +96,7 @@ def test_many_components_keep_their_labels_apart() -> None:
             "kl_ratio": 2.0,
             "fisher_norm_ratio": 1.0,
             "random_kl_ratio": 1.0,
+            "other_kl_ratio": 0.5,
         }
         for j in range(512)
     ]

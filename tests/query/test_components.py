@@ -81,7 +81,7 @@ def test_the_components_table_carries_the_verified_rows_without_mixing_signs(sto
     for row in store.table("verification").to_pylist():
         suffix = f"{row['examples']}_{'plus' if row['sign'] > 0 else 'minus'}"
         assert table[row["component"]][f"kl_ratio_{suffix}"] == row["kl_ratio"]
-        control = max(row["fisher_norm_ratio"], row["random_kl_ratio"])
+        control = max(row["fisher_norm_ratio"], row["random_kl_ratio"], row["other_kl_ratio"])
         assert table[row["component"]][f"best_control_{suffix}"] == control
     assert table[11]["kl_ratio_fit_plus"] is None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pipeline.verification import baseline_examples, fisher_norm_ratio, random_direction, top_examples
+from pipeline.verification import another_component, baseline_examples, random_direction, top_examples
 
 
 def test_top_examples_are_the_largest_positive_coefficients_among_the_members() -> None:
@@ -31,8 +31,11 @@ def test_a_baseline_larger_than_what_is_there_takes_all_of_it() -> None:
     assert baseline_examples(np.ones(5, dtype=bool), np.array([1]), 50, seed=0).tolist() == [0, 2, 3, 4]
 
 
-def test_the_norm_ratio_is_of_means() -> None:
-    assert fisher_norm_ratio(np.array([1.0, 3.0, 4.0]), np.array([0, 1]), np.array([2])) == 0.5
+def test_another_component_is_any_of_the_others() -> None:
+    drawn = [another_component(2, 4, seed) for seed in range(200)]
+    assert {j: drawn.count(j) > 40 for j in set(drawn)} == {0: True, 1: True, 3: True}
+    assert another_component(2, 4, 5) == drawn[5]
+    assert another_component(0, 1, 0) is None
 
 
 def test_a_random_direction_has_the_norm_of_the_real_one_in_every_tensor_and_nothing_else_of_it() -> None:
