@@ -6,7 +6,7 @@ its inner products (`gram`) or for its sketch. Every form has the same face:
 
     dense()             rows (B, R, *shape), formed
     gram()              (B, R, R), float64: inner products of the rows of each example
-    weighted_sum(w_KBR) (K, *shape): Σ_{b,r} w[k,b,r] row[b,r]
+    add_weighted_sum    to (K, *shape): Σ_{b,r} w[k,b,r] row[b,r]
     examples(which)     the same for a part of the batch, given by a slice or a mask
 
 Legend: B batch, R rank, T positions, G groups of a convolution, o outputs and i inputs of a group, V rows of an
@@ -25,6 +25,10 @@ from torch import Tensor
 
 # Temporaries are kept near this many numbers by working on blocks of examples: in memory, and within a core's cache.
 MEMORY_ELEMENTS, CACHE_ELEMENTS = 1 << 25, 1 << 19
+
+_PART_ELEMENTS = 1 << 20
+"""Numbers of rows formed at a time for a part of a parameter on a CPU: more, and each leaves the cache before it is
+used; fewer, and the products become narrow."""
 
 
 class Contribution(Protocol):
@@ -49,7 +53,8 @@ class Contribution(Protocol):
 
     def gram(self) -> Tensor: ...
 
-    def weighted_sum(self, weights_KBR: Tensor) -> Tensor: ...
+    def add_weighted_sum(self, weights_KBR: Tensor, total: Tensor) -> None:
+        """In place; `total` (K, *shape), contiguous."""
 
     def examples(self, which: slice | Tensor) -> Self: ...
 
@@ -84,12 +89,10 @@ def _dense_gram(contribution: Contribution) -> Tensor:
     return torch.cat([(rows @ rows.transpose(1, 2)).double() for _, _, rows in flat_blocks(contribution)])
 
 
-def _dense_weighted_sum(contribution: Contribution, weights_KBR: Tensor) -> Tensor:
-    total = contribution.new_zeros(len(weights_KBR), math.prod(contribution.shape))
+def _add_dense_weighted_sum(contribution: Contribution, weights_KBR: Tensor, total: Tensor) -> None:
     weights_KBR = weights_KBR.to(total)
     for start, stop, rows in flat_blocks(contribution, MEMORY_ELEMENTS):
-        total += weights_KBR[:, start:stop].flatten(1) @ rows.flatten(0, 1)
-    return total.reshape(len(weights_KBR), *contribution.shape)
+        total.view(len(total), -1).addmm_(weights_KBR[:, start:stop].flatten(1), rows.flatten(0, 1).to(total))
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,8 @@ class Dense:
     def gram(self) -> Tensor:
         return _dense_gram(self)
 
-    def weighted_sum(self, weights_KBR: Tensor) -> Tensor:
-        return _dense_weighted_sum(self, weights_KBR)
+    def add_weighted_sum(self, weights_KBR: Tensor, total: Tensor) -> None:
+        _add_dense_weighted_sum(self, weights_KBR, total)
 
     def examples(self, which: slice | Tensor) -> Self:
         return type(self)(self.rows[which])
@@ -164,25 +167,42 @@ class Outer:
         """Σ_{t,u} (δ_t·δ_u)(a_t·a_u) where that is less work than forming the rows, else from the rows."""
         return outer_gram([self])
 
-    def weighted_sum(self, weights_KBR: Tensor) -> Tensor:
-        """Weights into the deltas first, then one product over examples and positions, where that is less work."""
+    def add_weighted_sum(self, weights_KBR: Tensor, total: Tensor) -> None:
+        """Weights into the deltas first, then one product over examples and positions, where that is less work; else
+        rows are formed, for a part of the parameter at a time that stays in the cache."""
         K, R = len(weights_KBR), self.rank
+        T, i = self.inputs_BGTi.shape[2:]
+        if K * T * (R + i) < i * R * (T + K):
+            self._add_by_positions(weights_KBR.to(total), total)
+        else:
+            self._add_by_rows(weights_KBR.to(total).flatten(1), total.flatten(1))
+
+    def _add_by_positions(self, weights_KBR: Tensor, total: Tensor) -> None:
+        K = len(weights_KBR)
         _, G, T, o = self.deltas[0].shape
-        i = self.inputs_BGTi.shape[-1]
-        if K * T * (R + i) >= i * R * (T + K):
-            return _dense_weighted_sum(self, weights_KBR)
-        total = self.new_zeros(G, K * o, i)
-        weights_KBR = weights_KBR.to(total)
+        total_KGoi = total.view(K, G, -1, o).mT if self.inputs_first else total.view(K, G, o, -1)
         for start, stop, part in blocks(self, K * G * T * o, MEMORY_ELEMENTS):
-            deltas_GKoBT = self.new_zeros(G, K, o, stop - start, T)
+            deltas_GKoBT = total.new_zeros(G, K, o, stop - start, T)
             for row, deltas_BGTo in enumerate(part.deltas):
                 weights_KB = weights_KBR[:, start:stop, row]
                 deltas_GKoBT += weights_KB[:, None, :, None] * deltas_BGTo.permute(1, 3, 0, 2)[:, None]
-            total += deltas_GKoBT.flatten(3).flatten(1, 2) @ part.inputs_BGTi.transpose(0, 1).flatten(1, 2)
-        total_KGoi = total.unflatten(1, (K, o)).transpose(0, 1)
-        if self.inputs_first:
-            total_KGoi = total_KGoi.transpose(2, 3)
-        return total_KGoi.reshape(K, *self.shape)
+            found = deltas_GKoBT.flatten(3).flatten(1, 2) @ part.inputs_BGTi.transpose(0, 1).flatten(1, 2).to(total)
+            total_KGoi += found.unflatten(1, (K, o)).transpose(0, 1)
+
+    def _add_by_rows(self, weights_Kn: Tensor, total_Kx: Tensor) -> None:
+        deltas_BRGTo = torch.stack(self.deltas, dim=1).to(total_Kx)
+        inputs_BRGTi = self.inputs_BGTi[:, None].to(total_Kx)
+        left, right = (inputs_BRGTi, deltas_BRGTo) if self.inputs_first else (deltas_BRGTo, inputs_BRGTi)
+        B, R, G, _, _ = deltas_BRGTo.shape
+        n_left, n_right = left.shape[-1], right.shape[-1]
+        most = _PART_ELEMENTS if total_Kx.device.type == "cpu" else MEMORY_ELEMENTS
+        step = max(1, most // (B * R * n_right))
+        for group in range(G):
+            for start in range(0, n_left, step):
+                part = left[:, :, group, :, start : start + step]
+                rows_nx = (part.mT @ right[:, :, group]).view(B * R, -1)
+                first = (group * n_left + start) * n_right
+                total_Kx[:, first : first + rows_nx.shape[1]].addmm_(weights_Kn, rows_nx)
 
     def examples(self, which: slice | Tensor) -> Self:
         deltas = tuple(deltas_BGTo[which] for deltas_BGTo in self.deltas)
@@ -331,12 +351,10 @@ class Rows:
         grams = torch.zeros(B, R, R, dtype=torch.float64, device=sums_nRi.device)
         return grams.index_add_(0, distinct_n // self.shape[0], (sums_nRi @ sums_nRi.transpose(1, 2)).double())
 
-    def weighted_sum(self, weights_KBR: Tensor) -> Tensor:
-        total = self.new_zeros(len(weights_KBR), *self.shape)
+    def add_weighted_sum(self, weights_KBR: Tensor, total: Tensor) -> None:
         for weights_BR, component in zip(weights_KBR.to(total), total, strict=True):
-            deltas_BTi = torch.einsum("br,btri->bti", weights_BR, self.deltas_BTRi)
+            deltas_BTi = torch.einsum("br,btri->bti", weights_BR, self.deltas_BTRi.to(total))
             component.index_add_(0, self.indices_BT.flatten(), deltas_BTi.flatten(0, 1))
-        return total
 
     def examples(self, which: slice | Tensor) -> Self:
         return type(self)(self.deltas_BTRi[which], self.indices_BT[which], self.shape)
@@ -372,11 +390,9 @@ class Sum:
     def gram(self) -> Tensor:
         return _dense_gram(self)
 
-    def weighted_sum(self, weights_KBR: Tensor) -> Tensor:
-        total = self.parts[0].weighted_sum(weights_KBR)
-        for part in self.parts[1:]:
-            total = total + part.weighted_sum(weights_KBR)
-        return total
+    def add_weighted_sum(self, weights_KBR: Tensor, total: Tensor) -> None:
+        for part in self.parts:
+            part.add_weighted_sum(weights_KBR, total)
 
     def examples(self, which: slice | Tensor) -> Self:
         return type(self)(tuple(part.examples(which) for part in self.parts))

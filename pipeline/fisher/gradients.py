@@ -23,7 +23,7 @@ from pipeline.fisher.capture import LogitsFunction, Place, Use, called_modules, 
 from pipeline.fisher.contributions import Contribution, Dense, add
 from pipeline.fisher.errors import UnsupportedModelError
 from pipeline.fisher.labels import LabelRows, LabelSpec, label_rows
-from pipeline.fisher.layer_rules import per_example, rule_for
+from pipeline.fisher.layer_rules import Rule, per_example, rule_for
 from pipeline.fisher.module_rule import ModuleCall, module_rows
 from pipeline.fisher.owners import Owners, find_owners, move_up, with_new_places, without_owner
 from pipeline.fisher.parameters import ParameterLayout
@@ -32,6 +32,10 @@ _INDEPENDENT = (
     "the logits do not depend on the output of any module with selected parameters: do not detach them or compute them "
     "under torch.no_grad, or select other parameters"
 )
+
+
+_Rows = tuple[Tensor, ...]
+"""The gradients at one output of a module, one tensor of its shape for each direction."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,51 @@ class Collected:
     labels: LabelRows
     contributions: dict[str, Contribution]
     """The rows, which are divided by `labels.scales_B`, as the directions are."""
+
+
+@dataclass(frozen=True)
+class WatchedCall:
+    """One call of a module that accounts for parameters, and the gradients at its outputs."""
+
+    use: Use
+    deltas: tuple[_Rows | None, ...]
+    """For each of its floating-point outputs; None where the logits do not depend on it. At least one is there."""
+    names: Mapping[str, str]
+    """{a parameter's name within the module: its name in the layout}"""
+
+    @property
+    def rule(self) -> Rule | None:
+        """The layer's own rule, None where the general one is to be taken."""
+        return rule_for(self.use.module, self.names)
+
+    @property
+    def module_call(self) -> ModuleCall:
+        """The call as the general rule takes it: only with the outputs that have a gradient."""
+        live = [place for place, delta in enumerate(self.deltas) if delta is not None]
+        return ModuleCall(
+            self.use.module,
+            self.use.inputs,
+            tuple(self.use.places[place] for place in live),
+            tuple(self.use.outputs[place] for place in live),
+            tuple(torch.stack(delta) for delta in self.deltas if delta is not None),
+        )
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Those it accounts for, by name within the module."""
+        own = dict(self.use.module.named_parameters(remove_duplicate=False))
+        return {name: own[name].detach() for name in self.names}
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A batch's logits and label directions, and the calls that its rows are made from."""
+
+    logits: Tensor
+    """(B, C) or (B, T, C)."""
+    labels: LabelRows
+    calls: list[WatchedCall]
+    n_examples: int
 
 
 @dataclass
@@ -77,24 +126,38 @@ class GradientCollector:
         Raises UnsupportedModelError if the logits are not B×C or B×T×C, the targets do not fit, or a layer cannot be
         handled.
         """
-        numbers = range(examples) if isinstance(examples, int) else examples
         with frozen(self.model):
-            run, n_examples = self._run(batch, numbers, targets)
-            if self._owners is None:
-                self._learn(run)
-            logits, uses = self._forward(run, n_examples)
-            labels = label_rows(self.labels, logits.detach(), numbers, targets)
-            deltas = _output_gradients(logits, uses, labels.directions)
+            watched = self.watched(batch, examples, targets)
             accurate = _Accurate()
             found: dict[str, list[Contribution]] = {}
-            for use, delta in zip(uses, deltas, strict=True):
-                if any(rows is not None for rows in delta):
-                    for name, part in self._rows(use, delta, n_examples, accurate).items():
-                        found.setdefault(name, []).append(part)
-        if not found:
-            raise UnsupportedModelError(_INDEPENDENT)
+            for call in watched.calls:
+                for name, part in _rows(call, watched.n_examples, accurate).items():
+                    found.setdefault(name, []).append(part)
         contributions = {name: add(found[name]) for name in self.layout.names if name in found}
-        return Collected(logits.detach(), labels, contributions)
+        return Collected(watched.logits, watched.labels, contributions)
+
+    def watched(
+        self, batch: Any, examples: Sequence[int] | int | None = None, targets: Tensor | None = None
+    ) -> Watched:
+        """The forward pass and the backward passes of `collect`, whose arguments these are, without the rows.
+
+        To be called inside `frozen(model)`, in which the calls are looked at too. Raises as `collect` does.
+        """
+        numbers = range(examples) if isinstance(examples, int) else examples
+        run, n_examples = self._run(batch, numbers, targets)
+        if self._owners is None:
+            self._learn(run)
+        logits, uses = self._forward(run, n_examples)
+        labels = label_rows(self.labels, logits.detach(), numbers, targets)
+        assert self._owners is not None
+        calls = []
+        for use, deltas in zip(uses, _output_gradients(logits, uses, labels.directions), strict=True):
+            if any(delta is not None for delta in deltas):
+                use.check_inputs()
+                calls.append(WatchedCall(use, deltas, self._owners[use.module_name]))
+        if not calls:
+            raise UnsupportedModelError(_INDEPENDENT)
+        return Watched(logits.detach(), labels, calls, n_examples)
 
     def learn(self, batch: Any, examples: Sequence[int], targets: Tensor | None = None) -> None:
         """What `collect` learns of the model from its first batch, and no rows: two examples are enough.
@@ -231,47 +294,24 @@ class GradientCollector:
                 shared.add((use.module_name, place))
         return frozenset(shared)
 
-    def _rows(
-        self, use: Use, deltas: tuple[_Rows | None, ...], n_examples: int, accurate: _Accurate
-    ) -> dict[str, Contribution]:
-        """The contributions of a use of a module, by the parameters' names in the layout."""
-        assert self._owners is not None
-        wanted = self._owners[use.module_name]
-        use.check_inputs()
-        rule = rule_for(use.module, wanted)
-        if rule is None:
-            parts = self._general_rows(use, deltas, n_examples)
-            return {wanted[name]: part for name, part in parts.items()}
-        (delta,) = deltas
-        assert delta is not None
-        args, kwargs = use.inputs
-        inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
-        if use.shared:
-            inputs = repeat(inputs, n_examples)
-        with torch.no_grad():
-            inputs = per_example(accurate(inputs), n_examples)
-            rows = [_accurate(per_example(row, n_examples)) for row in delta]
-            parts = rule(use.module, inputs, rows, frozenset(wanted))
-        return {wanted[name]: part for name, part in parts.items()}
 
-    def _general_rows(self, use: Use, deltas: tuple[_Rows | None, ...], n_examples: int) -> Mapping[str, Contribution]:
-        assert self._owners is not None
-        live = [place for place, delta in enumerate(deltas) if delta is not None]
-        call = ModuleCall(
-            use.module,
-            use.inputs,
-            tuple(use.places[place] for place in live),
-            tuple(use.outputs[place] for place in live),
-            tuple(torch.stack(delta) for delta in deltas if delta is not None),
-        )
-        own = dict(use.module.named_parameters(remove_duplicate=False))
-        parameters = {name: own[name].detach() for name in self._owners[use.module_name]}
-        rows = module_rows(call, parameters, n_examples)
-        return {name: Dense(_accurate(value)) for name, value in rows.items()}
-
-
-_Rows = tuple[Tensor, ...]
-"""The gradients at one output of a module, one tensor of its shape for each direction."""
+def _rows(call: WatchedCall, n_examples: int, accurate: _Accurate) -> dict[str, Contribution]:
+    """The contributions of a call of a module, by the parameters' names in the layout."""
+    use, rule = call.use, call.rule
+    if rule is None:
+        general = module_rows(call.module_call, call.parameters, n_examples)
+        return {call.names[name]: Dense(_accurate(value)) for name, value in general.items()}
+    (delta,) = call.deltas
+    assert delta is not None
+    args, kwargs = use.inputs
+    inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
+    if use.shared:
+        inputs = repeat(inputs, n_examples)
+    with torch.no_grad():
+        inputs = per_example(accurate(inputs), n_examples)
+        rows = [_accurate(per_example(row, n_examples)) for row in delta]
+        parts = rule(use.module, inputs, rows, frozenset(call.names))
+    return {call.names[name]: part for name, part in parts.items()}
 
 
 def _output_gradients(

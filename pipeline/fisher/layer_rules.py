@@ -25,6 +25,14 @@ The m uses an example makes of a layer that sees them as one larger batch are m 
 """
 
 
+def check_supported(module: Any) -> None:
+    """Raise UnsupportedModelError for a layer with a rule whose settings leave it no rows of single examples."""
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        raise UnsupportedModelError("an Embedding with max_norm changes its weights when it is read: exclude it")
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+        raise UnsupportedModelError("a BatchNorm without running statistics makes examples depend on each other")
+
+
 _WORTH_COPYING = 0.75
 """Share of the positions that may be live in some example where the others are left out at the price of a copy."""
 
@@ -89,8 +97,7 @@ def convolution(
 
 def embedding(module: Any, inputs: Tensor, deltas: Sequence[Tensor], wanted: frozenset[str]) -> dict[str, Contribution]:
     """y_t = row a_t of the table; the padding row has no gradient, as in autograd."""
-    if module.max_norm is not None:
-        raise UnsupportedModelError("an Embedding with max_norm changes its weights when it is read: exclude it")
+    check_supported(module)
     indices_BT = inputs.flatten(1)
     deltas_BTRi = torch.stack([_positions(delta, 1) for delta in deltas], dim=2)
     if module.padding_idx is not None:
@@ -136,9 +143,8 @@ def channel_norm(
     flat = inputs.flatten(0, 1)
     if isinstance(module, nn.GroupNorm):
         normalised = functional.group_norm(flat, module.num_groups, None, None, module.eps)
-    elif module.running_mean is None:
-        raise UnsupportedModelError("a BatchNorm without running statistics makes examples depend on each other")
     else:
+        check_supported(module)
         normalised = functional.batch_norm(
             flat, module.running_mean, module.running_var, None, None, False, 0.0, module.eps
         )

@@ -112,6 +112,59 @@ def _find_axes(
     ) from failure
 
 
+def output_axes(call: ModuleCall, parameters: Mapping[str, Tensor], n_examples: int) -> list[int]:
+    """The axis that holds the examples in each of `call.outputs`; 0 if there is one example, to which all belongs.
+
+    `parameters` and what is raised as of `module_rows`.
+    """
+    if n_examples == 1:
+        return [0] * len(call.outputs)
+    _, axes = _find_axes(_Slices(call), parameters, n_examples)
+    return axes
+
+
+def moved_outputs(
+    call: ModuleCall, parameters: Mapping[str, Tensor], directions: Sequence[Mapping[str, Tensor]]
+) -> list[list[Tensor]]:
+    """For each direction g in `parameters`, d/dε of each of `call.outputs` at θ + ε·g: (∂outputs/∂θ) g.
+
+    By differentiating the backward pass, u ↦ ⟨(∂outputs/∂θ)ᵀ u, g⟩, which is linear in u: this is the adjoint of what
+    autograd takes gradients by, whatever a module does to these on the way. Raises RuntimeError where a backward pass
+    has no derivative, as that of cuDNN's recurrent layers, or a wrong one.
+    """
+    function = _Slices(call)
+    generator = torch.Generator().manual_seed(0)
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+        outputs = function.run(leaves, [function.leaves[place] for place in function.tensors])
+        differ = [place for place, value in enumerate(outputs) if value.requires_grad]  # with the parameters
+        live = [outputs[place] for place in differ]
+        adjoints = [torch.randn(value.shape, generator=generator).to(value).requires_grad_() for value in live]
+        rows = torch.autograd.grad(live, list(leaves.values()), adjoints, create_graph=True, allow_unused=True)
+        used = {name: row for name, row in zip(leaves, rows, strict=True) if row is not None}
+        found = []
+        for direction in directions:
+            weights = [direction[name].to(row) for name, row in used.items()]
+            moved = torch.autograd.grad(list(used.values()), adjoints, weights, retain_graph=True)
+            _check_adjoint(adjoints, moved, list(used.values()), weights)
+            motions = dict(zip(differ, moved, strict=True))
+            found.append([motions.get(place, torch.zeros_like(value)) for place, value in enumerate(outputs)])
+    return found
+
+
+def _check_adjoint(
+    adjoints: Sequence[Tensor], moved: Sequence[Tensor], rows: Sequence[Tensor], directions: Sequence[Tensor]
+) -> None:
+    """⟨u, J g⟩ = ⟨Jᵀ u, g⟩ for the random u: else a backward pass within has hidden from autograd what it did."""
+    with torch.no_grad():
+        outer = sum(float((u.double() * value).sum()) for u, value in zip(adjoints, moved, strict=True))
+        inner = sum(float((row.double() * g).sum()) for row, g in zip(rows, directions, strict=True))
+        scale = sum(float(value.double().square().sum()) for value in moved) ** 0.5
+        tolerance = min(0.1, 10 * max(torch.finfo(value.dtype).eps for value in moved) ** 0.5)
+    if abs(outer - inner) > tolerance * scale:  # not so where an example is not finite, which says nothing
+        raise RuntimeError("a backward pass that its own derivative does not fit")
+
+
 @dataclass(frozen=True)
 class _Split:
     """Inputs and output gradients with the examples on an axis of their own; None for an input all of them share."""

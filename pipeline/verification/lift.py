@@ -81,4 +81,4 @@ def accumulate_directions(
     weights_kBR = (weights_kBR.to(scales_B) * scales_B[:, None])[:, live_B]
     with torch.no_grad():
         for name, contribution in collected.contributions.items():
-            directions[name] += contribution.examples(live_B).weighted_sum(weights_kBR)
+            contribution.examples(live_B).add_weighted_sum(weights_kBR, directions[name])

@@ -87,7 +87,10 @@ def test_every_form_agrees_with_its_formed_rows(form: str) -> None:
     for n_components in (1, 40):
         weights = draw(n_components, 5, 2)
         expected = torch.einsum("kbr,brp->kp", weights, flat).reshape(n_components, *value.shape)
-        torch.testing.assert_close(value.weighted_sum(weights), expected, rtol=1e-12, atol=1e-12)
+        total = draw(*expected.shape)
+        before = total.clone()
+        value.add_weighted_sum(weights, total)
+        torch.testing.assert_close(total, before + expected, rtol=1e-12, atol=1e-12)
     mask = torch.tensor([True, False, True, True, False])
     torch.testing.assert_close(value.examples(mask).dense(), rows[mask], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(value.examples(slice(1, 3)).dense(), rows[1:3], rtol=1e-12, atol=1e-12)

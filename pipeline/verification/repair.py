@@ -1,0 +1,142 @@
+"""Does a component stand for a mistake, and does a step along its direction mend it: the statistics of a repair.
+
+A component whose top examples are wrong more often than others is a candidate (`over_represented`). A step along its
+direction, of a sign and size chosen on a tuning split (`choose_step`), is then judged on examples that had no part in
+any choice, by predictions that changed (`mcnemar`).
+
+Legend: N examples, K components.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+_ROUNDING = 1e-9
+"""Examples by which a share of a number of them may be off for want of digits."""
+
+
+@dataclass(frozen=True)
+class OverRepresentation:
+    """Wrong predictions among each component's top examples, against those among all examples. Arrays of K."""
+
+    n_top_K: NDArray[np.int64]
+    n_wrong_K: NDArray[np.int64]
+    """Wrong ones of the top examples."""
+    odds_ratios_K: NDArray[np.float64]
+    """Odds of being wrong in the top over those outside, as counted; infinite if all wrong ones are in the top or all
+    of the top is wrong, NaN if that is 0/0."""
+    p_values_K: NDArray[np.float64]
+    """P(so many wrong ones or more) if the top were drawn at random without replacement; 1 where it is empty."""
+    q_values_K: NDArray[np.float64]
+    """To call significant all with q ≤ α keeps the expected share of false ones among them at most α (Benjamini &
+    Hochberg, Journal of the Royal Statistical Society B 57, 1995, 289-300)."""
+
+
+def over_represented(
+    top_examples: Sequence[NDArray[np.int64]], wrong_N: NDArray[np.bool_], among_N: NDArray[np.bool_]
+) -> OverRepresentation:
+    """One-sided hypergeometric tests (Fisher's exact test) of each component.
+
+    Args:
+        top_examples: numbers of each component's top examples, all marked in ``among_N``, none twice.
+        wrong_N: whether the prediction is wrong.
+        among_N: marks the examples that could have been in the top: those whose label is known, of the split in use.
+
+    Raises ValueError if a top example is not marked or there twice.
+    """
+    n_all, n_wrong = int(among_N.sum()), int((wrong_N & among_N).sum())
+    for top in top_examples:
+        if not among_N[top].all() or len(np.unique(top)) != len(top):
+            raise ValueError("top examples must be different ones of those that are marked")
+    n_top_K = np.array([len(top) for top in top_examples], dtype=np.int64)
+    n_wrong_K = np.array([wrong_N[top].sum() for top in top_examples], dtype=np.int64)
+    right_K = n_top_K - n_wrong_K
+    outside_wrong_K = n_wrong - n_wrong_K
+    outside_right_K = n_all - n_wrong - right_K
+    with np.errstate(divide="ignore", invalid="ignore"):
+        odds_ratios_K = (n_wrong_K * outside_right_K) / (right_K * outside_wrong_K)
+    p_values_K = np.minimum(stats.hypergeom.sf(n_wrong_K - 1, n_all, n_wrong, n_top_K), 1.0)
+    q_values_K = stats.false_discovery_control(p_values_K) if len(p_values_K) else p_values_K
+    return OverRepresentation(n_top_K, n_wrong_K, odds_ratios_K, p_values_K, q_values_K)
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Predictions of the same examples before and after a change of the model."""
+
+    n: int
+    broken: int
+    """b: right before and wrong after."""
+    mended: int
+    """c: wrong before and right after."""
+    p_value: float
+    """Exact, two-sided: how likely a split at least as uneven is if a change breaks as often as it mends."""
+    change: float
+    """Of the accuracy, (c − b)/n."""
+    low: float
+    high: float
+    """Ends of the 95% confidence interval of the change, of which it need not be the middle."""
+
+
+def mcnemar(correct_before_N: NDArray[np.bool_], correct_after_N: NDArray[np.bool_]) -> McNemar:
+    """McNemar's exact test and a paired interval.
+
+    The test is binomial on the b + c examples that changed. The interval is Wald's with half an example added to each
+    of the four cells: d ± z √((b + c + 1) − (c − b)²/(n + 2)) / (n + 2), d = (c − b)/(n + 2) (Agresti & Min, Statistics
+    in Medicine 24, 2005, 729-740), cut off at ±1. Raises ValueError without examples, or for unequal numbers of them.
+    """
+    if correct_before_N.shape != correct_after_N.shape or not correct_before_N.size:
+        raise ValueError("the same examples, at least one, must be given before and after")
+    n = correct_before_N.size
+    broken = int((correct_before_N & ~correct_after_N).sum())
+    mended = int((~correct_before_N & correct_after_N).sum())
+    difference, n_added = mended - broken, n + 2
+    spread = math.sqrt(broken + mended + 1 - difference**2 / n_added)
+    margin = NormalDist().inv_cdf(0.975) * spread / n_added
+    middle = difference / n_added
+    p_value = float(stats.binomtest(mended, broken + mended).pvalue) if broken + mended else 1.0
+    return McNemar(n, broken, mended, p_value, difference / n, max(-1.0, middle - margin), min(1.0, middle + margin))
+
+
+@dataclass(frozen=True)
+class RepairCandidate:
+    """A step along a component's direction, and what it does on the tuning split."""
+
+    component: int
+    sign: int
+    step: float
+    """Length, above 0."""
+    target_N: NDArray[np.bool_]
+    """What is to be mended: the component's top examples that are wrong. The others are to stay as they are."""
+    correct_after_N: NDArray[np.bool_]
+
+
+def choose_step(
+    candidates: Sequence[RepairCandidate], correct_before_N: NDArray[np.bool_], max_harm: float
+) -> RepairCandidate | None:
+    """The candidate with the best accuracy after it on the whole tuning split, of those that do no harm elsewhere.
+
+    Harmless is one by which the accuracy on the examples that are not its target falls by at most ``max_harm`` (a
+    share: 0.01 is one of a hundred). None if no harmless candidate mends a target and betters the accuracy. Of equals
+    the smaller step is taken, then the lower component, then the positive sign. The accuracy of the chosen one is the
+    best of many, so it says nothing: measure it on other examples. Raises ValueError for a candidate of another number
+    of examples.
+    """
+    helpful: list[tuple[tuple[float, ...], RepairCandidate]] = []
+    for candidate in candidates:
+        if candidate.correct_after_N.shape != correct_before_N.shape:
+            raise ValueError("candidates must be of the tuning split whose correctness before is given")
+        change_N = candidate.correct_after_N.astype(np.int64) - correct_before_N
+        target_N = candidate.target_N
+        mended, lost = int(change_N[target_N].sum()), -int(change_N[~target_N].sum())
+        if lost <= max_harm * int((~target_N).sum()) + _ROUNDING and mended > 0 and mended > lost:
+            rank = (lost - mended, candidate.step, candidate.component, -candidate.sign)
+            helpful.append((rank, candidate))
+    return min(helpful, key=lambda pair: pair[0])[1] if helpful else None
