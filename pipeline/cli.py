@@ -187,6 +187,18 @@ def select_command(
     print(f"plot: {stages.report(opened)}#selection")
 
 
+@app.command("repair")
+def repair_command(run: Run, run_dir: RunDir = None, workers: Workers = None, address: Address = None) -> None:
+    """Edit the model along components whose top examples it gets wrong; judged on held-out examples."""
+    opened = _open(run, run_dir, workers, address)
+    summary = stages.repair(opened, progress=default_progress())
+    print_table(stages.open_components(opened.path).table("repair"), OutputFormat.TABLE)
+    if summary["edits"]:
+        print(
+            f"edited model: {opened.repaired / 'model.safetensors'}; what was done: {opened.repaired / 'repair.json'}"
+        )
+
+
 @app.command("estimate")
 def estimate_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run file (YAML).")],

@@ -250,6 +250,26 @@ class VerificationConfig(_Section):
     """Examples at most, drawn at random, over which coefficients and KLs are ranked and compared. 0 leaves that out."""
 
 
+class RepairConfig(_Section):
+    top_examples: PositiveInt = 64
+    """Of a component, with a known label: among them wrong predictions are counted, and to be mended."""
+    significance: Annotated[float, Field(gt=0.0, le=1.0)] = 0.05
+    """Components are tried whose wrong predictions are over-represented at this false discovery rate."""
+    kl_steps: tuple[PositiveFloat, ...] = (0.03, 0.1, 0.3, 1.0)
+    """Mean KLs on the top examples for which steps of both signs are tried."""
+    max_harm: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
+    """By how much the accuracy on all other tuning examples may fall."""
+    max_edits: PositiveInt = 3
+    """Components to move along, one after the other, as long as it helps."""
+
+    @field_validator("kl_steps")
+    @classmethod
+    def _in_order(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value:
+            raise ValueError("give at least one mean KL to try, such as [0.1]")
+        return tuple(sorted(set(value)))
+
+
 class ReportConfig(_Section):
     top_examples: PositiveInt = 12
     """Examples shown on a component's card."""
@@ -280,7 +300,7 @@ class ExecutorConfig(_Section):
 
 
 _FREE: dict[str, Any] = {
-    **dict.fromkeys(("run_dir", "executor", "selection", "lift", "report"), True),
+    **dict.fromkeys(("run_dir", "executor", "selection", "lift", "repair", "report"), True),
     "factorization": {"memory_limit_mb", "checkpoint_every", "metrics"},
 }
 """Keys that change no result."""
@@ -298,6 +318,7 @@ class RunConfig(_Section):
     selection: SelectionConfig = SelectionConfig()
     lift: LiftConfig = LiftConfig()
     verification: VerificationConfig = VerificationConfig()
+    repair: RepairConfig = RepairConfig()
     report: ReportConfig = ReportConfig()
     executor: ExecutorConfig = ExecutorConfig()
 

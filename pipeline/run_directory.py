@@ -55,10 +55,10 @@ class RunDirectory:
     def create(cls, config: RunConfig) -> RunDirectory:
         """Make the run's folder, or take up an existing one that holds the same configuration.
 
-        ``executor``, ``selection``, ``lift``, ``report`` and ``run_dir`` may differ from the stored configuration (no
-        result depends on them), ``factorization.n_components`` as long as nothing is factorized (`npeff select` may
-        have found a better one), and ``factorization.max_iterations`` may be larger, which ``run.yaml`` then says. Any
-        other difference is refused, and nothing is written.
+        ``executor``, ``selection``, ``lift``, ``repair``, ``report`` and ``run_dir`` may differ from the stored
+        configuration (no other stage's result depends on them), ``factorization.n_components`` as long as nothing is
+        factorized (`npeff select` may have found a better one), and ``factorization.max_iterations`` may be larger,
+        which ``run.yaml`` then says. Any other difference is refused, and nothing is written.
 
         Raises:
             RunDirectoryError: the folder holds another run, is not a run's folder, or cannot be written.
@@ -145,6 +145,11 @@ class RunDirectory:
     @property
     def report(self) -> Path:
         return self.path / "report" / "index.html"
+
+    @property
+    def repaired(self) -> Path:
+        """The edited model, and what was done to it."""
+        return self.path / "repair"
 
     @property
     def task_cache(self) -> Path:

@@ -38,6 +38,7 @@ _OUTPUTS = {
     ),
     "select": ("tables/selection.parquet", "tables/selection_fits.parquet"),
     "lift": ("directions.zarr", "tables/layer_energy.parquet"),
+    "repair": ("tables/repair.parquet", "tables/repair_steps.parquet"),
     "verify": ("tables/verification.parquet", "tables/selectivity.parquet"),
 }
 
@@ -118,7 +119,7 @@ def record_of(run: RunDirectory, stage: str) -> Summary:
 def left_out(config: RunConfig, stage: str) -> str | None:
     """Why a stage has no part in such a run; None where it has."""
     kind = config.factorization.kind
-    if stage in ("lift", "verify") and kind != "fishers":
+    if stage in ("lift", "verify", "repair") and kind != "fishers":
         return f"components of kind {kind} are no directions in parameter space to move along"
     if stage == "select" and kind != "fishers":
         return f"it compares factorizations of Fishers, not of kind {kind}"

@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": PURE | {"transformers", "sklearn", "pyarrow", "safetensors", "PIL", "datasets", "peft"},
     "verification": PURE | {"scipy", "pipeline.fisher"},
     "runtime": PURE
-    | {"ray", "pyarrow"}
+    | {"ray", "pyarrow", "safetensors"}
     | {f"pipeline.{name}" for name in ("tasks", "fisher", "factorization", "verification", "store")},
     "query": {"numpy", "zarr", "dask", "pyarrow", "duckdb", "jinja2", "markupsafe", "yaml"} | {"pipeline.store"},
     "config": {"pydantic", "yaml"},

@@ -34,7 +34,7 @@ def test_links_and_run_files_exist() -> None:
 def test_commands_exist() -> None:
     commands = set(
         re.findall(
-            r"npeff (run|fishers|select|factorize|lift|verify|report|status|submit|query|estimate|import|export)\b",
+            r"npeff (run|fishers|select|factorize|lift|verify|repair|report|status|submit|query|estimate|import|export)\b",
             README,
         )
     )
@@ -42,7 +42,7 @@ def test_commands_exist() -> None:
         [sys.executable, "-m", "pipeline.cli", "--help"], capture_output=True, text=True, check=True
     ).stdout
     assert {command for command in commands if not re.search(rf"^  {command}\b", shown, re.MULTILINE)} == set()
-    assert len(commands) == 13
+    assert len(commands) == 14
 
 
 def test_the_example_of_an_own_task_runs_from_its_own_folder(tmp_path: Path) -> None:

@@ -221,6 +221,11 @@ class Predictions:
         predicted, known = torch.cat([logits.argmax(-1) for logits in self.logits]), classes >= 0
         return float((predicted == classes)[known].double().mean()) if known.any() else None
 
+    def correct(self) -> NDArray[np.bool_]:
+        """Of each example, whether all its predictions are of its classes."""
+        pairs = zip(self.logits, self.classes, strict=True)
+        return np.array([bool((logits.argmax(-1) == classes).all()) for logits, classes in pairs], dtype=bool)
+
     def kl(self, original: Predictions) -> NDArray[np.float64]:
         """KL(p ‖ p_original) of every example, nats: the mean over its predictions, NaN where it has none."""
         pairs = zip(self.logits, original.logits, strict=True)

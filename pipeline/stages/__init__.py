@@ -10,6 +10,10 @@ and, beside them, before the factorization is paid for:
 
     select            fishers.zarr           → tables/selection: how many components there should be
 
+and, after the lift, where labels are known:
+
+    repair            directions, model      → tables/repair, repair/model.safetensors: wrong predictions, mended
+
 A stage that is complete returns what it recorded. All may be called again after any crash.
 """
 
@@ -30,6 +34,7 @@ from pipeline.stage import executor_for, left_out, recorded
 from pipeline.stages.factorize_stage import factorize
 from pipeline.stages.fisher_stage import compute_fishers
 from pipeline.stages.lift_stage import lift
+from pipeline.stages.repair_stage import repair
 from pipeline.stages.select_stage import select
 from pipeline.stages.transform_stage import transform
 from pipeline.stages.verify_stage import verify
@@ -43,6 +48,7 @@ __all__ = [
     "factorize",
     "lift",
     "open_components",
+    "repair",
     "report",
     "run",
     "select",

@@ -188,10 +188,11 @@ def write_solution(
 ) -> None:
     """Components and coefficients on disk, and their tables; what followed from former ones is taken away."""
     run.reopen("factorize")
-    for stage in ("lift", "verify"):
+    for stage in ("lift", "verify", "repair"):
         run.reopen(stage)
         shutil.rmtree(run.partial_results(stage), ignore_errors=True)
-    shutil.rmtree(run.directions, ignore_errors=True)
+    for folder in (run.directions, run.repaired):
+        shutil.rmtree(folder, ignore_errors=True)
     write_factorization(run.factorization, components_KD, coefficients_NK, summary, columns_D)
     write_component_tables(run, components_KD, coefficients_NK, stability_K)
     write_table(run.table("history"), "history", rows_to_columns(history, "history"))

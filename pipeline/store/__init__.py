@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipeline.store.atomic import replacing_directory
 from pipeline.store.checkpoint import Checkpoint, CheckpointStore, write_checkpoint_array
 from pipeline.store.component_store import StoredFactorization, open_factorization, write_factorization
 from pipeline.store.diagonal_store import DiagonalSums
@@ -41,6 +42,7 @@ __all__ = [
     "open_factorization",
     "read_json",
     "read_table",
+    "replacing_directory",
     "write_checkpoint_array",
     "write_factorization",
     "write_json_atomically",

@@ -70,6 +70,11 @@ SCHEMAS: dict[str, pa.Schema] = {
         "accuracy_top_before:float? accuracy_top_after:float? "
         "accuracy_baseline_before:float? accuracy_baseline_after:float? reached_target:bool"
     ),
+    "repair": _schema("component:int n_top:int n_wrong:int odds_ratio:float p_value:float q_value:float"),
+    "repair_steps": _schema(
+        "edit:int component:int sign:int step:float n_target:int mended_target:int lost_elsewhere:int "
+        "accuracy_tuning:float chosen:bool"
+    ),
     "selectivity": _schema("moved:int component:int examples:str sign:int n_examples:int kl:float"),
 }
 """By table name.
@@ -100,6 +105,10 @@ verification: one row per (component, examples "fit" or "held_out", sign +1 or -
     `kl_correlation` is the rank correlation of coefficients and KLs over examples drawn at random.
 selectivity: mean KL on the first top examples of `component` while the model is moved along the direction of `moved`,
     by the step that its own verification took; of held-out examples where there are any.
+repair: wrong predictions among each component's top examples, with a one-sided hypergeometric test and its
+    Benjamini-Hochberg q-value, the least likely by chance first.
+repair_steps: one row per step tried: how many of its wrong top examples it mends, how many others it loses on balance,
+    and the accuracy on the tuning examples after it; `edit` counts the steps taken before it.
 """
 
 _MAY_HAVE_MORE_COLUMNS = ("examples",)

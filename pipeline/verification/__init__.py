@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipeline.verification.attribution import PositionShares, position_shares
 from pipeline.verification.confidence import Confidence, Measured, confidence, rank_correlation
 from pipeline.verification.controls import another_component, baseline_examples, random_direction, top_examples
 from pipeline.verification.lift import accumulate_directions, lift_weights, zero_directions
@@ -12,20 +13,36 @@ from pipeline.verification.perturbation import (
     moved,
     parameter_norm,
 )
+from pipeline.verification.repair import (
+    McNemar,
+    OverRepresentation,
+    RepairCandidate,
+    choose_step,
+    mcnemar,
+    over_represented,
+)
 
 __all__ = [
     "Confidence",
+    "McNemar",
     "Measured",
+    "OverRepresentation",
+    "PositionShares",
+    "RepairCandidate",
     "StepSize",
     "accumulate_directions",
     "another_component",
     "baseline_examples",
+    "choose_step",
     "confidence",
     "find_step_size",
     "kl_divergence",
     "lift_weights",
+    "mcnemar",
     "moved",
+    "over_represented",
     "parameter_norm",
+    "position_shares",
     "random_direction",
     "rank_correlation",
     "top_examples",

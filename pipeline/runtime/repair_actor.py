@@ -1,0 +1,133 @@
+"""Repair on a worker: move the model along components' directions, and see which predictions get right or wrong.
+
+One task is a component: steps of both signs and several sizes on the tuning examples, from where earlier edits have
+left the model. A finished one is left in a file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_model
+
+from pipeline.runtime.model import ModelSpec, Predictions
+from pipeline.store import DirectionStore, replacing_directory, write_json_atomically
+from pipeline.verification import find_step_size, moved, parameter_norm
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A step along a component's unit direction: its sign times its length."""
+
+    component: int
+    step: float
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What is to be tried: steps along a component's direction, after the edits."""
+
+    edits: tuple[Edit, ...]
+    component: int
+    top: NDArray[np.int64]
+    """Examples whose mean KL is what steps are measured by."""
+
+    @property
+    def file(self) -> str:
+        return f"{len(self.edits):03d}-{self.component:05d}.json"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One step that was tried."""
+
+    sign: int
+    length: float
+    kl: float
+    """Mean over the top examples."""
+    correct: list[int]
+    """Tuning examples that are right after it: their places among all tuning examples."""
+
+
+class RepairWorker:
+    """Holds the model and the directions.
+
+    Args:
+        model: of the run.
+        directions: its `DirectionStore`.
+        results: folder of one JSON file per finished attempt.
+        tuning: numbers of the examples that steps are chosen by.
+        kl_steps: mean KLs on the top examples that steps are taken for.
+        batch_size: of the predictions.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        directions: Path,
+        results: Path,
+        tuning: NDArray[np.int64],
+        kl_steps: Sequence[float],
+        batch_size: int,
+    ) -> None:
+        self._loaded = model.load()
+        self._directions, self._results = DirectionStore.open(directions), results
+        self._tuning, self._kl_steps, self._batch_size = tuning, kl_steps, batch_size
+
+    def attempt(self, wanted: Attempt) -> list[dict[str, Any]]:
+        """A `Trial`, as a dictionary, for each sign and KL; also left in a file."""
+        direction = self._direction(wanted.component)
+        trials: list[dict[str, Any]] = []
+        with self._edited(wanted.edits):
+            before, longest = self._predict(wanted.top), parameter_norm(self._loaded.model, direction)
+
+            for sign in (1, -1):
+
+                def kl_at(length: float, sign: int = sign) -> float:
+                    with moved(self._loaded.model, direction, sign * length):
+                        return float(np.nanmean(self._predict(wanted.top).kl(before)))
+
+                for target in self._kl_steps:
+                    step = find_step_size(kl_at, target, longest=longest)
+                    if not step.reached_target:
+                        break  # nor is a larger one
+                    with moved(self._loaded.model, direction, sign * step.epsilon):
+                        correct = np.flatnonzero(self._predict(self._tuning).correct()).tolist()
+                    trials.append(asdict(Trial(sign, step.epsilon, step.kl, correct)))
+        write_json_atomically(self._results / wanted.file, {"trials": trials})
+        return trials
+
+    def judge(self, wanted: tuple[tuple[Edit, ...], NDArray[np.int64]]) -> list[list[bool]]:
+        """Whether each of some examples is right, before and after the edits."""
+        edits, examples = wanted
+        before = self._predict(examples).correct()
+        with self._edited(edits):
+            return [before.tolist(), self._predict(examples).correct().tolist()]
+
+    def save(self, wanted: tuple[tuple[Edit, ...], Path, dict[str, Any]]) -> None:
+        """Write the edited model, and the record of what was done, to a folder."""
+        edits, folder, record = wanted
+        with self._edited(edits), replacing_directory(folder) as partial:
+            save_model(self._loaded.model, str(partial / "model.safetensors"), {"npeff": json.dumps(record)})
+            (partial / "repair.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    @contextmanager
+    def _edited(self, edits: Sequence[Edit]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for edit in edits:
+                stack.enter_context(moved(self._loaded.model, self._direction(edit.component), edit.step))
+            yield
+
+    def _direction(self, component: int) -> dict[str, torch.Tensor]:
+        return {name: torch.from_numpy(array) for name, array in self._directions.read(component).items()}
+
+    def _predict(self, examples: NDArray[np.int64]) -> Predictions:
+        return self._loaded.predict(examples.tolist(), self._batch_size)

@@ -1,0 +1,202 @@
+"""Beside the stages: mend wrong predictions by steps along the components that stand for them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.progress import ProgressDisplay, SilentProgress
+from pipeline.result_tables import rows_to_columns
+from pipeline.run_directory import RunDirectory, RunDirectoryError
+from pipeline.runtime.executor import Executor, WorkerSpec
+from pipeline.runtime.repair_actor import Attempt, Edit, RepairWorker
+from pipeline.stage import Summary, executor_for, fingerprint_of, model_spec, open_stage, record_of, worker_spec
+from pipeline.store import FisherStore, open_factorization, read_json, read_table, write_json_atomically, write_table
+from pipeline.verification import RepairCandidate, choose_step, mcnemar, over_represented, top_examples
+
+
+def repair(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
+    """Edit the model along components whose top examples it gets wrong, and judge that on held-out examples."""
+    with open_stage(run, "repair", after="lift") as stage:
+        progress, wanted = progress or SilentProgress(), run.config.repair
+        request = _request(run)
+        if stage.done and stage.done["request"] == request:
+            progress.say(_outcome(stage.done))
+            return stage.done
+        run.reopen("repair")
+        _forget_others(run, request)
+        examples = _Examples.of(run)
+        with executor_for(run, executor) as workers:
+            search = _Search(run, workers, progress, examples)
+            rows = search.over_represented()
+            edits, steps = search.edits([row["component"] for row in rows if row["q_value"] <= wanted.significance])
+            summary: Summary = {"request": request, "edits": [asdict(edit) for edit in edits], "held_out": None}
+            if edits and len(examples.held_out):
+                before, after = search.ask("judge", (tuple(edits), examples.held_out))
+                result = mcnemar(np.array(before), np.array(after))
+                summary["held_out"] = {**asdict(result), "accuracy_before": float(np.mean(before))}
+            if edits:
+                search.ask("save", (tuple(edits), run.repaired, {"run": run.path.name, **summary}))
+        write_table(run.table("repair"), "repair", rows_to_columns(rows, "repair"))
+        write_table(run.table("repair_steps"), "repair_steps", rows_to_columns(steps, "repair_steps"))
+        progress.say(_outcome(summary))
+        return stage.complete(summary)
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """Those with a label and one prediction, by number."""
+
+    tuning: NDArray[np.int64]
+    """That the components were fitted on: signs and steps are chosen by them."""
+    held_out: NDArray[np.int64]
+    wrong_N: NDArray[np.bool_]
+    coefficients_NK: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, run: RunDirectory) -> _Examples:
+        table = read_table(run.table("examples"), "examples")
+        known_N = table["correct"].is_valid().to_numpy() & table["valid"].to_numpy()
+        fit_N = np.asarray(table["split"].to_pylist()) == "fit"
+        if not bool((known_N & fit_N).any()):
+            raise RunDirectoryError(
+                f"the examples of {run.path} have no known labels, or several predictions each: repair needs examples "
+                "with one prediction, and their labels"
+            )
+        return cls(
+            tuning=np.flatnonzero(known_N & fit_N),
+            held_out=np.flatnonzero(known_N & ~fit_N),
+            wrong_N=~table["correct"].fill_null(True).to_numpy(),
+            coefficients_NK=open_factorization(run.factorization).read_coefficients(),
+        )
+
+
+class _Search:
+    """For the edits, on workers."""
+
+    def __init__(self, run: RunDirectory, workers: Executor, progress: ProgressDisplay, examples: _Examples) -> None:
+        self._run, self._workers, self._progress, self._examples = run, workers, progress, examples
+        among_N = np.zeros(len(examples.wrong_N), dtype=bool)
+        among_N[examples.tuning] = True
+        self._among_N = among_N
+        count = run.config.repair.top_examples
+        self._tops = [top_examples(w_N, among_N, count) for w_N in examples.coefficients_NK.T]
+
+    def over_represented(self) -> list[dict[str, Any]]:
+        """Rows of the table `repair`, the least likely by chance first."""
+        found = over_represented(self._tops, self._examples.wrong_N, self._among_N)
+        rows = [
+            {
+                "component": component,
+                "n_top": int(found.n_top_K[component]),
+                "n_wrong": int(found.n_wrong_K[component]),
+                "odds_ratio": float(found.odds_ratios_K[component]),
+                "p_value": float(found.p_values_K[component]),
+                "q_value": float(found.q_values_K[component]),
+            }
+            for component in range(len(self._tops))
+        ]
+        return sorted(rows, key=lambda row: (row["p_value"], row["component"]))
+
+    def edits(self, components: list[int]) -> tuple[list[Edit], list[dict[str, Any]]]:
+        """The edits, one after the other, as long as one helps; and rows of the table `repair_steps`."""
+        wanted, edits, rows = self._run.config.repair, list[Edit](), list[dict[str, Any]]()
+        correct_n = ~self._examples.wrong_N[self._examples.tuning]
+        while len(edits) < wanted.max_edits:
+            left = [component for component in components if component not in {edit.component for edit in edits}]
+            tried = [
+                RepairCandidate(
+                    component=component,
+                    sign=trial["sign"],
+                    step=trial["length"],
+                    target_N=np.isin(self._examples.tuning, self._tops[component]) & ~correct_n,
+                    correct_after_N=np.isin(np.arange(len(correct_n)), trial["correct"]),
+                )
+                for component, trials in self._attempts(tuple(edits), left).items()
+                for trial in trials
+            ]
+            chosen = choose_step(tried, correct_n, wanted.max_harm)
+            rows += [_step_row(len(edits), candidate, correct_n, candidate is chosen) for candidate in tried]
+            if chosen is None:
+                break
+            edits.append(Edit(chosen.component, chosen.sign * chosen.step))
+            correct_n = chosen.correct_after_N
+        return edits, rows
+
+    def ask(self, method: str, argument: object) -> Any:
+        """One call of one worker."""
+        return next(iter(self._workers.map(self._worker(), method, [argument])))[1]
+
+    def _attempts(self, edits: tuple[Edit, ...], components: list[int]) -> dict[int, list[dict[str, Any]]]:
+        attempts = [Attempt(edits, component, self._tops[component]) for component in components]
+        files = {attempt.component: self._run.partial_results("repair") / attempt.file for attempt in attempts}
+        found = {j: read_json(file)["trials"] for j, file in files.items() if file.exists()}
+        missing = [attempt for attempt in attempts if attempt.component not in found]
+        with self._progress.stage("repair", len(attempts), "components", done=len(found)) as tick:
+            for attempt, trials in self._workers.map(self._worker(), "attempt", missing) if missing else ():
+                found[attempt.component] = trials
+                tick(len(found))
+        return {component: found[component] for component in components}
+
+    def _worker(self) -> WorkerSpec:
+        return worker_spec(
+            self._run,
+            RepairWorker,
+            model=model_spec(self._run, fingerprint_of(self._run)),
+            directions=self._run.directions,
+            results=self._run.partial_results("repair"),
+            tuning=self._examples.tuning,
+            kl_steps=self._run.config.repair.kl_steps,
+            batch_size=FisherStore.open(self._run.fishers).attrs["batch_size"],
+        )
+
+
+def _step_row(edit: int, candidate: RepairCandidate, correct_n: NDArray[np.bool_], chosen: bool) -> dict[str, Any]:
+    change_n = candidate.correct_after_N.astype(int) - correct_n.astype(int)
+    return {
+        "edit": edit,
+        "component": candidate.component,
+        "sign": candidate.sign,
+        "step": candidate.step,
+        "n_target": int(candidate.target_N.sum()),
+        "mended_target": int(change_n[candidate.target_N].sum()),
+        "lost_elsewhere": -int(change_n[~candidate.target_N].sum()),
+        "accuracy_tuning": float(candidate.correct_after_N.mean()),
+        "chosen": chosen,
+    }
+
+
+def _request(run: RunDirectory) -> str:
+    """What the outcome depends on, as a hash."""
+    facts = [run.config.repair.model_dump(mode="json"), record_of(run, "factorize"), record_of(run, "lift")]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _forget_others(run: RunDirectory, request: str) -> None:
+    """Attempts that were made for another request are of no use."""
+    results = run.partial_results("repair")
+    asked = results / "request.json"
+    if not asked.exists() or read_json(asked)["request"] != request:
+        shutil.rmtree(results, ignore_errors=True)
+        shutil.rmtree(run.repaired, ignore_errors=True)
+        write_json_atomically(asked, {"request": request})
+
+
+def _outcome(summary: Summary) -> str:
+    if not summary["edits"]:
+        return "repair: no component's direction mends wrong predictions without harm; the model stays as it is"
+    edits = ", ".join(f"component {edit['component']} by {edit['step']:+.3g}" for edit in summary["edits"])
+    found = summary["held_out"]
+    if found is None:
+        return f"repair: {edits}; no held-out examples to judge it on"
+    return (
+        f"repair: {edits}; held-out accuracy {found['accuracy_before']:.2%} → "
+        f"{found['accuracy_before'] + found['change']:.2%} ({found['mended']} mended, {found['broken']} broken of "
+        f"{found['n']}; change {found['low']:+.2%} to {found['high']:+.2%}, p = {found['p_value']:.2g})"
+    )

@@ -1,0 +1,185 @@
+"""Repair: an edit along the components that stand for mistakes, judged on examples that had no part in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from pipeline import stages
+from pipeline.cli import main
+from pipeline.config import RunConfig
+from pipeline.run_directory import RunDirectory, RunDirectoryError
+from pipeline.runtime.repair_actor import RepairWorker
+from pipeline.store import DirectionStore, open_factorization, read_table, write_table
+from pipeline.tasks import load_task
+from pipeline.verification import mcnemar, over_represented, top_examples
+
+LIMIT = 400
+
+
+def config(run_dir: Path, **repair: Any) -> RunConfig:
+    """A network that was trained on few examples: it makes many mistakes."""
+    return RunConfig.model_validate(
+        {
+            "run_dir": str(run_dir),
+            "task": {"name": "digits", "options": {"limit": LIMIT, "epochs": 6, "train_examples": 200}},
+            "fishers": {"sketch": {"dim": 128}, "shard_size": 100},
+            "factorization": {"n_components": 8, "max_iterations": 30, "stability_examples": 0},
+            "repair": {"kl_steps": [0.03, 0.1, 0.3], "significance": 0.1, **repair},
+            "executor": {"kind": "serial"},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def lifted(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    run = RunDirectory.create(config(tmp_path_factory.mktemp("repair") / "run"))
+    for stage in (stages.compute_fishers, stages.factorize, stages.lift):
+        stage(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def repaired(lifted: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    run = copied(lifted, tmp_path_factory.mktemp("repaired") / "run")
+    stages.repair(run)
+    return run
+
+
+def copied(run: RunDirectory, path: Path, **repair: Any) -> RunDirectory:
+    shutil.copytree(run.path, path)
+    (path / "run.yaml").write_text(config(path, **repair).to_yaml())
+    return RunDirectory.open(path)
+
+
+def correct(run: RunDirectory, edits: list[dict[str, Any]]) -> np.ndarray:
+    """Which examples the network gets right after the edits, with nothing of the workers' code."""
+    task = load_task(run.config.task.name, run.config.task.options)
+    model, examples = task.model(run.task_cache), task.examples(run.task_cache)
+    directions = DirectionStore.open(run.directions)
+    with torch.no_grad():
+        for edit in edits:
+            for name, value in directions.read(edit["component"]).items():
+                model.get_parameter(name).add_(torch.from_numpy(value), alpha=edit["step"])
+        predictions = task.logits(model, examples.batch(range(LIMIT))).argmax(-1).numpy()
+    return predictions == np.array(examples.table()["label"])
+
+
+def test_the_edits_are_judged_on_held_out_examples(repaired: RunDirectory) -> None:
+    summary = repaired.record("repair")
+    assert summary is not None
+    assert 1 <= len(summary["edits"]) <= 3
+    split = np.array(read_table(repaired.table("examples"), "examples")["split"].to_pylist())
+    before, after = correct(repaired, []), correct(repaired, summary["edits"])
+    expected = mcnemar(before[split == "held_out"], after[split == "held_out"])
+    found = summary["held_out"]
+    assert {name: found[name] for name in ("n", "broken", "mended")} == {
+        "n": expected.n, "broken": expected.broken, "mended": expected.mended
+    }  # fmt: skip
+    assert found["change"] == pytest.approx(expected.change)
+    assert found["low"] <= found["change"] <= found["high"]
+    assert after[split == "fit"].mean() > before[split == "fit"].mean(), "what the edits were chosen by"
+
+
+def test_components_are_tried_whose_top_examples_are_wrong_too_often(repaired: RunDirectory) -> None:
+    table = read_table(repaired.table("examples"), "examples")
+    fit = np.array(table["split"].to_pylist()) == "fit"
+    wrong = ~np.array(table["correct"].to_pylist(), dtype=bool)
+    coefficients_NK = open_factorization(repaired.factorization).read_coefficients()
+    expected = over_represented([top_examples(w_N, fit, 64) for w_N in coefficients_NK.T], wrong, fit)
+    rows = read_table(repaired.table("repair"), "repair").to_pylist()
+    assert sorted(row["component"] for row in rows) == list(range(8))
+    assert [row["p_value"] for row in rows] == sorted(row["p_value"] for row in rows)
+    for row in rows:
+        assert row["q_value"] == pytest.approx(expected.q_values_K[row["component"]])
+    steps = read_table(repaired.table("repair_steps"), "repair_steps").to_pylist()
+    assert {row["component"] for row in steps} <= {row["component"] for row in rows if row["q_value"] <= 0.1}
+    chosen = [row for row in steps if row["chosen"]]
+    summary = repaired.record("repair")
+    assert summary is not None
+    assert [(row["component"], row["sign"] * row["step"]) for row in chosen] == [
+        (edit["component"], edit["step"]) for edit in summary["edits"]
+    ]
+    before = correct(repaired, [])
+    for number, row in enumerate(chosen):
+        after = correct(repaired, summary["edits"][: number + 1])
+        assert row["accuracy_tuning"] == pytest.approx(after[fit].mean())
+        assert row["lost_elsewhere"] <= 0.01 * (fit.sum() - row["n_target"])
+        gained = row["mended_target"] - row["lost_elsewhere"]
+        assert gained == after[fit].sum() - before[fit].sum() > 0
+        before = after
+
+
+def test_the_edited_model_is_saved_with_a_record_and_the_runs_own_is_not_touched(repaired: RunDirectory) -> None:
+    summary = repaired.record("repair")
+    assert summary is not None
+    task = load_task(repaired.config.task.name, repaired.config.task.options)
+    model = task.model(repaired.task_cache)
+    saved = load_file(repaired.repaired / "model.safetensors")
+    directions = DirectionStore.open(repaired.directions)
+    for name, value in model.state_dict().items():
+        for edit in summary["edits"]:
+            value = value + edit["step"] * torch.from_numpy(directions.read(edit["component"])[name])
+        torch.testing.assert_close(saved[name], value, rtol=1e-6, atol=1e-7)
+    with safe_open(repaired.repaired / "model.safetensors", "pt") as file:
+        record = json.loads(file.metadata()["npeff"])
+    assert record == json.loads((repaired.repaired / "repair.json").read_text())
+    assert record["edits"] == summary["edits"]
+    assert record["held_out"] == summary["held_out"]
+
+
+def test_an_interrupted_repair_goes_on_to_the_same_end(
+    lifted: RunDirectory, repaired: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copied(lifted, tmp_path / "run")
+    attempt, calls = RepairWorker.attempt, []
+
+    def dying(worker: RepairWorker, wanted: Any) -> Any:
+        calls.append((len(wanted.edits), wanted.component))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return attempt(worker, wanted)
+
+    monkeypatch.setattr(RepairWorker, "attempt", dying)
+    with pytest.raises(KeyboardInterrupt):
+        stages.repair(run)
+    summary, expected = stages.repair(run), repaired.record("repair")
+    assert expected is not None
+    assert calls[2] == calls[1], "what was interrupted is done again"
+    assert calls.count(calls[0]) == 1, "and what was finished is not"
+    assert {name: summary[name] for name in ("edits", "held_out")} == {
+        name: expected[name] for name in ("edits", "held_out")
+    }
+    calls.clear()
+    assert stages.repair(run) == summary
+    assert not calls, "a complete stage is not repeated"
+
+
+def test_another_request_is_another_repair(repaired: RunDirectory, tmp_path: Path) -> None:
+    run = copied(repaired, tmp_path / "run", significance=1e-12)
+    summary = stages.repair(run)
+    assert summary["edits"] == []
+    assert not run.repaired.exists(), "the model of the former one is not left beside this record"
+
+
+def test_examples_without_labels_cannot_be_repaired(
+    lifted: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copied(lifted, tmp_path / "run")
+    examples = read_table(run.table("examples"), "examples").to_pydict()
+    examples["correct"] = [None] * LIMIT
+    write_table(run.table("examples"), "examples", examples)
+    with pytest.raises(SystemExit) as end:
+        main(["repair", str(run.path)])
+    assert end.value.code == 2
+    assert "repair needs examples with one prediction, and their labels" in capsys.readouterr().err
+    with pytest.raises(RunDirectoryError, match="have no known labels"):
+        stages.repair(run)
