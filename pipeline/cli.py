@@ -64,6 +64,7 @@ Address = Annotated[
 MaxIterations = Annotated[
     int | None, typer.Option("--max-iterations", min=1, help="Raise the run's limit: a finished factorization goes on.")
 ]
+Exported = Literal["fishers", "factorization", "direction"]
 Format = Annotated[OutputFormat, typer.Option("--format", help="How to print the answer.")]
 
 
@@ -265,12 +266,22 @@ def import_command(
 @app.command("export")
 def export_command(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run.")],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The HDF5 file to write.")],
-    what: Annotated[Literal["fishers", "factorization"], typer.Option(help="What of the run.")] = "fishers",
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The HDF5 or safetensors file to write.")],
+    what: Annotated[
+        Literal["fishers", "factorization", "direction"], typer.Option(help="What of the run.")
+    ] = "fishers",
     values: Annotated[int | None, typer.Option(min=1, help="Only so many largest values of each example.")] = None,
+    component: Annotated[
+        int | None, typer.Option("--component", "-c", min=0, help="Of the direction, a safetensors file.")
+    ] = None,
 ) -> None:
-    """Write a run's Fishers or factorization as an HDF5 file that the NPEFF reference reads."""
-    export_run(run_dir, file, what=what, n_values=values)
+    """Write Fishers or a factorization as an HDF5 file of the NPEFF reference, or a direction as safetensors."""
+    if (what == "direction") != (component is not None):
+        raise typer.BadParameter("--component goes with --what direction, and is needed there")
+    if component is not None:
+        stages.export_direction(RunDirectory.open(run_dir), component, file)
+    elif what != "direction":
+        export_run(run_dir, file, what=what, n_values=values)
     default_progress().say(f"export: {what} of {run_dir} written to {file}")
 
 

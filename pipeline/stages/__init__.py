@@ -30,7 +30,7 @@ from pipeline.progress import ProgressDisplay
 from pipeline.query import ComponentStore, QueryError, write_report
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import ExecutorError
-from pipeline.stage import executor_for, left_out, recorded
+from pipeline.stage import executor_for, left_out, record_of, recorded
 from pipeline.stages.factorize_stage import factorize
 from pipeline.stages.fisher_stage import compute_fishers
 from pipeline.stages.lift_stage import lift
@@ -38,13 +38,14 @@ from pipeline.stages.repair_stage import repair
 from pipeline.stages.select_stage import select
 from pipeline.stages.transform_stage import transform
 from pipeline.stages.verify_stage import verify
-from pipeline.store import StoreError
+from pipeline.store import DirectionStore, StoreError
 from pipeline.tasks import TaskError
 
 __all__ = [
     "STAGES",
     "USER_ERRORS",
     "compute_fishers",
+    "export_direction",
     "factorize",
     "lift",
     "open_components",
@@ -94,6 +95,15 @@ def report(run: RunDirectory, *, progress: ProgressDisplay | None = None) -> Pat
     """Write the report, one HTML file, from whatever is there."""
     with run.lock():
         return write_report(run.path, top_examples=run.config.report.top_examples)
+
+
+def export_direction(run: RunDirectory, component: int, file: str | Path) -> None:
+    """Write a component's unit direction as a safetensors file under the parameters' names."""
+    record_of(run, "lift")
+    directions = DirectionStore.open(run.directions)
+    if component >= directions.n_components:
+        raise RunDirectoryError(f"{run.path} has components 0 to {directions.n_components - 1}, no {component}")
+    directions.export(component, file)
 
 
 def open_components(run_dir: str | Path) -> ComponentStore:

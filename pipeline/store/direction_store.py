@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import zarr
+from safetensors.numpy import save
 from zarr.codecs import Crc32cCodec
 
-from pipeline.store.atomic import replacing_directory
+from pipeline.store.atomic import replacing_directory, write_file_atomically
 from pipeline.store.errors import StoreError
 from pipeline.store.groups import create_group, open_array, open_group, write_durably
 
@@ -100,6 +101,17 @@ class DirectionStore:
         """
         self._check(component)
         return {name: self._read(name, component) for name in self.arrays}
+
+    def export(self, component: int, file: str | Path) -> None:
+        """Write one component's unit direction as a safetensors file under the parameters' names.
+
+        Raises:
+            IndexError, StoreError: as `read` does, or it cannot be written; a former `file` is then untouched.
+        """
+        # what numpy makes of a scalar is no array, and safetensors takes strides for granted
+        tensors = {name: np.require(values, requirements="C") for name, values in self.read(component).items()}
+        content = save(tensors, {"component": str(component)})
+        write_file_atomically(Path(file), lambda stream: stream.write(content))
 
     def _check(self, component: int) -> None:
         if not 0 <= component < self.n_components:

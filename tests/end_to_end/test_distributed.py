@@ -18,6 +18,7 @@ import torch
 from end_to_end.nan_digits import DAMAGED
 from planted import Planted, planted_fishers
 from planted_run import SIGNATURE, planted_run
+from safetensors.torch import load_file
 from scipy import stats
 
 from pipeline import NPEFF, cli, stages
@@ -401,6 +402,24 @@ def test_without_a_sketch_the_lifted_directions_are_the_components(converged: Ru
     energy = read_table(converged.table("layer_energy"), "layer_energy")
     assert energy["parameter"].to_pylist() == 4 * layout
     np.testing.assert_allclose(energy["energy"].to_numpy().reshape(4, -1).sum(axis=1), 1)
+
+
+def test_a_direction_is_exported_under_the_parameters_names(
+    converged: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def export(*arguments: str) -> int | str | None:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["export", str(converged.path), str(tmp_path / "d.safetensors"), *arguments])
+        return ended.value.code
+
+    assert export("--what", "direction", "--component", "2") in (0, None)
+    found, expected = load_file(tmp_path / "d.safetensors"), DirectionStore.open(converged.directions).read(2)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name].numpy(), values)
+    for mistake in (["--what", "direction"], ["--component", "2"], ["--what", "direction", "--component", "4"]):
+        assert export(*mistake) == 2
+    assert "has components 0 to 3, no 4" in capsys.readouterr().err
 
 
 def test_every_component_is_verified_in_both_signs_on_both_splits_with_controls(converged: RunDirectory) -> None:
