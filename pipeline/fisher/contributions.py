@@ -26,7 +26,7 @@ from torch import Tensor
 # Temporaries are kept near this many numbers by working on blocks of examples: in memory, and within a core's cache.
 MEMORY_ELEMENTS, CACHE_ELEMENTS = 1 << 25, 1 << 19
 
-_PART_ELEMENTS = 1 << 20
+_PART_ELEMENTS = 1 << 18
 """Numbers of rows formed at a time for a part of a parameter on a CPU: more, and each leaves the cache before it is
 used; fewer, and the products become narrow."""
 
@@ -190,18 +190,19 @@ class Outer:
             total_KGoi += found.unflatten(1, (K, o)).transpose(0, 1)
 
     def _add_by_rows(self, weights_Kn: Tensor, total_Kx: Tensor) -> None:
-        deltas_BRGTo = torch.stack(self.deltas, dim=1).to(total_Kx)
-        inputs_BRGTi = self.inputs_BGTi[:, None].to(total_Kx)
-        left, right = (inputs_BRGTi, deltas_BRGTo) if self.inputs_first else (deltas_BRGTo, inputs_BRGTi)
-        B, R, G, _, _ = deltas_BRGTo.shape
-        n_left, n_right = left.shape[-1], right.shape[-1]
+        R, (B, G, T, _) = self.rank, self.deltas[0].shape[:4]
         most = _PART_ELEMENTS if total_Kx.device.type == "cpu" else MEMORY_ELEMENTS
-        step = max(1, most // (B * R * n_right))
         for group in range(G):
-            for start in range(0, n_left, step):
-                part = left[:, :, group, :, start : start + step]
-                rows_nx = (part.mT @ right[:, :, group]).view(B * R, -1)
+            deltas_BRTo = torch.stack([deltas_BGTo[:, group] for deltas_BGTo in self.deltas], dim=1).to(total_Kx)
+            inputs_BTi = self.inputs_BGTi[:, group].to(total_Kx)
+            # the left factor is cut up: it lies so that each of its parts is read through
+            left = (inputs_BTi[:, None] if self.inputs_first else deltas_BRTo).mT.contiguous()
+            n_left, n_right = left.shape[2], (deltas_BRTo if self.inputs_first else inputs_BTi).shape[-1]
+            for start in range(0, n_left, step := max(1, most // (B * R * n_right))):
+                part = left[:, :, start : start + step]
+                rows = part @ deltas_BRTo if self.inputs_first else part.reshape(B, -1, T) @ inputs_BTi
                 first = (group * n_left + start) * n_right
+                rows_nx = rows.reshape(B * R, -1)
                 total_Kx[:, first : first + rows_nx.shape[1]].addmm_(weights_Kn, rows_nx)
 
     def examples(self, which: slice | Tensor) -> Self:

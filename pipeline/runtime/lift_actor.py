@@ -70,11 +70,8 @@ class LiftWorker:
                 block,
                 torch.from_numpy(arrays["frobenius_norms"]),
             )
-            used = set((start + weights_kNR.abs().amax(dim=(0, 2)).nonzero()[:, 0]).tolist())
-            # the batches of the Fishers themselves: with other padding a logit could round to another draw of a label
-            for examples in self._loaded.batches(range(start, stop), self._batch_size):
-                if used.isdisjoint(examples):
-                    continue
+            used = (start + weights_kNR.abs().amax(dim=(0, 2)).nonzero()[:, 0]).tolist()
+            for examples in self._batches(range(start, stop), used):
                 batch = self._loaded.batch(examples)
                 weights_kBR = weights_kNR[:, torch.tensor(examples) - start]
                 targets = self._loaded.targets(batch, examples)
@@ -83,6 +80,17 @@ class LiftWorker:
             self._write(component, {name: tensor[position] for name, tensor in directions.items()})
             for position, component in enumerate(block)
         ]
+
+    def _batches(self, shard: range, used: list[int]) -> list[list[int]]:
+        """Batches of a shard with the examples that are used.
+
+        Where labels are drawn they are those that the Fishers were computed in: with other padding a logit could round
+        to another draw.
+        """
+        if self._collector.labels.kind != "sampled":
+            return self._loaded.batches(used, self._batch_size)
+        batches = self._loaded.batches(shard, self._batch_size)
+        return [examples for examples in batches if not set(used).isdisjoint(examples)]
 
     def _write(self, component: int, direction: Mapping[str, Tensor]) -> dict[str, Any]:
         squares = {name: float(tensor.double().square().sum()) for name, tensor in direction.items()}

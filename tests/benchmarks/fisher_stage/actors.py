@@ -18,7 +18,7 @@ from fisher_stage.workload import median_and_spread
 from pipeline import stages
 from pipeline.run_directory import RunDirectory
 
-N_EXAMPLES, SHARD, BATCH = 1024, 64, 32
+N_EXAMPLES, SHARD, BATCH = 4927, 64, 32
 LIMIT = 1.7
 
 
