@@ -34,7 +34,8 @@ def test_links_and_run_files_exist() -> None:
 def test_commands_exist() -> None:
     commands = set(
         re.findall(
-            r"npeff (run|fishers|select|factorize|lift|verify|repair|report|status|submit|query|estimate|import|export)\b",
+            r"npeff (run|fishers|select|factorize|lift|verify|repair|report|status|submit|query|estimate|import|"
+            r"export)\b",
             README,
         )
     )
