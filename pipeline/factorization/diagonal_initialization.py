@@ -1,10 +1,10 @@
 """Where D-NPEFF starts: several seeded starts on a small dense part of the data, the best kept.
 
 The part is a subsample's heaviest columns: the entries or groups with the largest sums of squares. One start there is
-NNDSVD with its zeros filled in (Boutsidis & Gallopoulos, Pattern Recognition 41, 2008), the others are means of a few
-examples. All are positive, and smoothed by some multiplicative updates (Lee & Seung, NIPS 2000), whose many small steps
-lead to clearly better minima than HALS finds from the same starts. Then each is polished by iterations of the solver;
-the one of least loss goes on.
+NNDSVD (Boutsidis & Gallopoulos, Pattern Recognition 41, 2008), another the same with its zeros filled in, the others
+are means of a few examples. All but the first are positive, and smoothed by some multiplicative updates (Lee & Seung,
+NIPS 2000), whose many small steps mostly lead to better minima than HALS finds from the same starts. Then each is
+polished by iterations of the solver; the one of least loss goes on.
 
 Of NNDSVD only H is needed, as the coefficients follow from the components. For the same reason the columns outside of
 the part may begin at zero: the first pass over all data finds coefficients by the others, and then fills them in.
@@ -48,7 +48,7 @@ def initialize_diagonal(fishers_MP: Any, n_components: int, seed: int, n_starts:
         fishers_MP: of the subsample, dense or a SciPy sparse matrix.
         n_components: K, at most M.
         seed: of the starts.
-        n_starts: how many are tried.
+        n_starts: how many positive ones are tried.
 
     Raises:
         InvalidProblemError: if the diagonals are not finite and non-negative, all zero, or fewer than components.
@@ -58,9 +58,11 @@ def initialize_diagonal(fishers_MP: Any, n_components: int, seed: int, n_starts:
     if not bool(part_MC.any()):
         raise InvalidProblemError("every diagonal Fisher is zero: there is nothing to factorize")
     generator = torch.Generator().manual_seed(seed)
-    starts = [_nndsvd(part_MC, n_components, generator)]
-    starts += [_means_of_examples(part_MC, n_components, generator) for _ in range(n_starts - 1)]
-    trials = [_polished(part_MC, _smoothed(part_MC, start_KC)) for start_KC in starts]
+    nndsvd_KC = _nndsvd(part_MC, n_components, generator)
+    positive = [torch.where(nndsvd_KC > 0, nndsvd_KC, nndsvd_KC.mean())]
+    positive += [_means_of_examples(part_MC, n_components, generator) for _ in range(n_starts - 1)]
+    starts = [nndsvd_KC, *(_smoothed(part_MC, start_KC) for start_KC in positive)]
+    trials = [_polished(part_MC, start_KC) for start_KC in starts]
     shard, state = min(trials, key=lambda trial: trial[1].best_loss)
     options = SolverOptions(n_components=n_components, max_iterations=_MOST_ITERATIONS, tolerance=_TOLERANCE)
     while diagonal_stopping_reason(state, options) is None:
@@ -96,7 +98,7 @@ def _polished(part_MC: Tensor, start_KC: Tensor) -> tuple[DiagonalShard, Diagona
 def _nndsvd(part_MC: Tensor, n_components: int, generator: torch.Generator) -> Tensor:
     """Of each leading singular pair (u, v) the sign whose positive parts are larger, ‖u₊‖‖v₊‖ or ‖u₋‖‖v₋‖: its v.
 
-    Unit rows with the mean in place of zeros. Components beyond the rank are means of examples.
+    Unit rows. Components beyond the rank are means of examples.
     """
     n_leading = min(n_components, *part_MC.shape)
     n_probes = min(n_leading + _EXTRA_DIMENSIONS, *part_MC.shape)
@@ -109,7 +111,6 @@ def _nndsvd(part_MC: Tensor, n_components: int, generator: torch.Generator) -> T
     weights = [torch.linalg.norm(u_MK, dim=0) * torch.linalg.norm(v_CK, dim=0) for u_MK, v_CK in positive]
     start_KC = torch.where(weights[0] >= weights[1], positive[0][1], positive[1][1]).T
     start_KC = torch.nn.functional.normalize(start_KC, dim=1)
-    start_KC = torch.where(start_KC > 0, start_KC, start_KC.mean())
     more_KC = _means_of_examples(part_MC, n_components - n_leading, generator)
     return torch.cat([start_KC, more_KC])
 
