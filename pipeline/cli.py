@@ -267,9 +267,7 @@ def import_command(
 def export_command(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run.")],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The HDF5 or safetensors file to write.")],
-    what: Annotated[
-        Literal["fishers", "factorization", "direction"], typer.Option(help="What of the run.")
-    ] = "fishers",
+    what: Annotated[Exported, typer.Option(help="What of the run.")] = "fishers",
     values: Annotated[int | None, typer.Option(min=1, help="Only so many largest values of each example.")] = None,
     component: Annotated[
         int | None, typer.Option("--component", "-c", min=0, help="Of the direction, a safetensors file.")

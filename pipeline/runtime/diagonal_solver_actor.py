@@ -86,7 +86,7 @@ class DiagonalSolverWorker(ProcessGroupMember):
         # Sparse products are SciPy's.
         self._device = torch.device("cpu" if kind == "diagonal_entries" else device)
         super().__init__(ProcessGroup(self._device, timeout_s, rank, size))
-        self._store, self._splits = FisherStore.open(examples.fishers), examples.splits()
+        self._store, (self._splits, _) = FisherStore.open(examples.fishers), examples.read()
         self._kind, self._options = kind, options
         width = self._store.n_groups if kind == "diagonal_groups" else self._store.top_entries
         small = 8 * int(self._splits.fit_N.sum()) * (width or 1) <= _DOUBLE_BYTES

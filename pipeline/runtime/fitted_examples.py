@@ -30,13 +30,15 @@ class FittedExamples:
     weight_column: str | None = None
     """Of the table: the examples' weights in the loss; 1 each if None."""
 
-    def splits(self) -> Splits:
-        return Splits.of(read_table(self.table, "examples"), self.mispredicted_only)
+    def read(self) -> tuple[Splits, NDArray[np.float64]]:
+        """`of` the table as it is stored."""
+        return self.of(read_table(self.table, "examples"))
 
-    def weights(self) -> NDArray[np.float64]:
-        """(N,). Raises InvalidProblemError as `example_weights` does."""
-        table = read_table(self.table, "examples")
-        return np.ones(len(table)) if self.weight_column is None else example_weights(table, self.weight_column)
+    def of(self, examples: pa.Table) -> tuple[Splits, NDArray[np.float64]]:
+        """The splits, and the weights (N,). Raises InvalidProblemError as `example_weights` does."""
+        column = self.weight_column
+        weights_N = np.ones(len(examples)) if column is None else example_weights(examples, column)
+        return Splits.of(examples, self.mispredicted_only), weights_N
 
 
 def example_weights(examples: pa.Table, column: str) -> NDArray[np.float64]:

@@ -51,8 +51,9 @@ class LiftWorker:
         factorization = open_factorization(paths.factorization)
         self._components_KD = torch.from_numpy(factorization.read_components())
         self._coefficients_NK = torch.from_numpy(factorization.read_coefficients())
-        self._coefficients_NK[torch.from_numpy(~examples.splits().fit_N)] = 0.0
-        self._weighted_NK = self._coefficients_NK * torch.from_numpy(examples.weights())[:, None]
+        splits, weights_N = examples.read()
+        self._coefficients_NK[torch.from_numpy(~splits.fit_N)] = 0.0
+        self._weighted_NK = self._coefficients_NK * torch.from_numpy(weights_N)[:, None]
         self._paths, self._checksums, self._batch_size = paths, checksums, batch_size
 
     def lift(self, block: tuple[int, ...]) -> list[dict[str, Any]]:

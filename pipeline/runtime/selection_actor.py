@@ -71,8 +71,8 @@ class SelectionWorker:
     def __init__(
         self, examples: FittedExamples, options: SolverOptions, max_examples: int, seed: int, device: str
     ) -> None:
-        store, weights_N = FisherStore.open(examples.fishers), torch.from_numpy(examples.weights())
-        splits = examples.splits()
+        store, (splits, weights) = FisherStore.open(examples.fishers), examples.read()
+        weights_N = torch.from_numpy(weights)
         self._options, self._seed = options, seed
 
         def shard(chosen_N: NDArray[np.bool_]) -> ExampleShard:

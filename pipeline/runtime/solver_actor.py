@@ -98,8 +98,9 @@ class SolverWorker(ProcessGroupMember):
     ) -> None:
         self._device = torch.device(device)
         super().__init__(ProcessGroup(self._device, timeout_s, rank, size))
-        self._store, self._splits = FisherStore.open(examples.fishers), examples.splits()
-        self._weights_N = torch.from_numpy(examples.weights())
+        self._store = FisherStore.open(examples.fishers)
+        self._splits, weights_N = examples.read()
+        self._weights_N = torch.from_numpy(weights_N)
         self._origin, self._options = origin, options
         self._memory_limit_bytes = memory_limit_bytes
         self._fit: list[ShardRows] = []

@@ -111,7 +111,8 @@ def count_fit_examples(run: RunDirectory) -> int:
     """
     fitted = fitted_examples(run)
     examples, mispredicted_only = read_table(fitted.table, "examples"), fitted.mispredicted_only
-    fit_N, weights_N = fitted.splits().fit_N, fitted.weights()
+    splits, weights_N = fitted.of(examples)
+    fit_N = splits.fit_N
     n_fit = int((fit_N & (weights_N > 0)).sum())
     if n_fit == 0 and bool(fit_N.any()):
         raise InvalidProblemError(
