@@ -131,7 +131,7 @@ def _stage_command(name: str, stage: Callable[..., Any]) -> None:
 
 
 for _name, _stage in stages.STAGES.items():
-    if _name != "factorize":
+    if _name not in ("factorize", "lift"):
         _stage_command(_name, _stage)
 
 
@@ -148,6 +148,25 @@ def factorize_command(
     progress = default_progress()
     stages.factorize(opened, progress=progress)
     progress.say(f"factorize: complete, in {opened.path}")
+
+
+@app.command("lift")
+def lift_command(
+    run: Run,
+    component: Annotated[
+        list[int] | None, typer.Option("--component", "-c", min=0, help="Only this one; may be given again.")
+    ] = None,
+    run_dir: RunDir = None,
+    workers: Workers = None,
+    address: Address = None,
+) -> None:
+    """Lift components from the sketch to directions in parameter space; others may be added later."""
+    opened = _open(run, run_dir, workers, address)
+    if component:
+        opened = RunDirectory(opened.path, opened.config.with_lift(components=tuple(component)))
+    progress = default_progress()
+    stages.lift(opened, progress=progress)
+    progress.say(f"lift: complete, in {opened.path}")
 
 
 @app.command("transform")

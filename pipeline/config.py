@@ -232,6 +232,17 @@ def component_numbers(text: str) -> tuple[int, ...]:
 class LiftConfig(_Section):
     memory_limit_mb: PositiveInt = 1024
     """Directions accumulated at one time by one actor may take this much memory; decides the block of components."""
+    components: tuple[NonNegativeInt, ...] | None = None
+    """Components to lift, and so to verify; all unless given. A later lift of others adds them."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Of the stored directions; ``float16`` takes half the disk."""
+
+    @field_validator("components")
+    @classmethod
+    def _each_once(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is not None and not value:
+            raise ValueError("give at least one component to lift, or leave it out for all")
+        return None if value is None else tuple(sorted(set(value)))
 
 
 class VerificationConfig(_Section):
@@ -248,6 +259,20 @@ class VerificationConfig(_Section):
     selectivity matrix. 0 leaves its table empty."""
     correlation_examples: NonNegativeInt = 500
     """Examples at most, drawn at random, over which coefficients and KLs are ranked and compared. 0 leaves that out."""
+    orthogonalize: Literal["none", "semi"] = "none"
+    """``semi``: every direction is first made orthogonal to those of heavier components that overlap with it, so that
+    only what it has for itself is tested."""
+    ablation: bool = False
+    """Also take out of the parameters their own part along every direction: the table ``ablation``."""
+    ablation_origin: str | None = None
+    """A safetensors file of parameters, such as those before fine-tuning, that this part is counted from; zero unless
+    given."""
+
+    @model_validator(mode="after")
+    def _origin_is_of_an_ablation(self) -> Self:
+        if self.ablation_origin is not None and not self.ablation:
+            raise ValueError("ablation_origin goes with ablation: true")
+        return self
 
 
 class RepairConfig(_Section):
@@ -300,7 +325,8 @@ class ExecutorConfig(_Section):
 
 
 _FREE: dict[str, Any] = {
-    **dict.fromkeys(("run_dir", "executor", "selection", "lift", "repair", "report"), True),
+    **dict.fromkeys(("run_dir", "executor", "selection", "repair", "report"), True),
+    "lift": {"memory_limit_mb", "components"},
     "factorization": {"memory_limit_mb", "checkpoint_every", "metrics"},
 }
 """Keys that change no result."""
@@ -370,6 +396,10 @@ class RunConfig(_Section):
     def with_selection(self, **changes: Any) -> RunConfig:
         """This configuration with some of ``selection``'s values replaced."""
         return self._with_section("selection", changes)
+
+    def with_lift(self, **changes: Any) -> RunConfig:
+        """This configuration with some of ``lift``'s values replaced."""
+        return self._with_section("lift", changes)
 
     def _with_section(self, name: str, changes: dict[str, Any]) -> RunConfig:
         section: _Section = getattr(self, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,7 +23,14 @@ from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import Executor, ExecutorError, WorkerSpec, make_executor
 from pipeline.runtime.fitted_examples import FittedExamples
 from pipeline.runtime.model import ModelSpec
-from pipeline.store import FisherStore, ShardRecords, StoreError, open_factorization
+from pipeline.store import (
+    FisherStore,
+    ShardRecords,
+    StoreError,
+    open_factorization,
+    read_json,
+    write_json_atomically,
+)
 
 Summary = dict[str, Any]
 
@@ -38,6 +46,7 @@ _OUTPUTS = {
     ),
     "select": ("tables/selection.parquet", "tables/selection_fits.parquet"),
     "lift": ("directions.zarr", "tables/layer_energy.parquet"),
+    "attribute": ("tables/position_shares.parquet",),
     "repair": ("tables/repair.parquet", "tables/repair_steps.parquet"),
     "verify": ("tables/verification.parquet", "tables/selectivity.parquet"),
 }
@@ -116,10 +125,26 @@ def record_of(run: RunDirectory, stage: str) -> Summary:
     return record
 
 
+def lifted_components(run: RunDirectory) -> list[int]:
+    """Those that have a direction."""
+    record = record_of(run, "lift")
+    return list(record.get("components", range(record["n_components"])))
+
+
+def forget_other_requests(results: Path, request: str) -> bool:
+    """Take away the results of units, in ``results``, that were made for another request; whether that was so."""
+    asked = results / "request.json"
+    if asked.exists() and read_json(asked)["request"] == request:
+        return False
+    shutil.rmtree(results, ignore_errors=True)
+    write_json_atomically(asked, {"request": request})
+    return True
+
+
 def left_out(config: RunConfig, stage: str) -> str | None:
     """Why a stage has no part in such a run; None where it has."""
     kind = config.factorization.kind
-    if stage in ("lift", "verify", "repair") and kind != "fishers":
+    if stage in ("lift", "verify", "attribute", "repair") and kind != "fishers":
         return f"components of kind {kind} are no directions in parameter space to move along"
     if stage == "select" and kind != "fishers":
         return f"it compares factorizations of Fishers, not of kind {kind}"

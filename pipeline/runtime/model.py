@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pipeline.fisher import ParameterLayout, UnsupportedModelError, left_out, model_fingerprint, select_parameters
 from pipeline.runtime.executor import ExecutorError
 from pipeline.runtime.heap import keep_freed_memory
-from pipeline.tasks import IGNORED, UNKNOWN, Examples, Task, TaskError, load_task, to_device, user_code
+from pipeline.tasks import IGNORED, UNKNOWN, Examples, Task, TaskError, Token, load_task, to_device, user_code
 from pipeline.verification import kl_divergence
 
 _REQUIRED = ("id", "label")
@@ -146,6 +146,18 @@ class LoadedModel:
         if self.lengths is not None:
             ordered.sort(key=self.lengths.__getitem__)
         return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+    def tokens(self, indices: Sequence[int]) -> list[list[Token]] | None:
+        """What is at each position of these examples; None where the task does not say."""
+        with self.spec.user_code(self.task, "examples().tokens"):
+            found = self.examples.tokens(indices)
+            rows = None if found is None else [[Token(*token) for token in row] for row in found]
+        if rows is not None and (len(rows) != len(indices) or not all(rows)):
+            raise TaskError(
+                f"task {self.spec.task!r}: examples().tokens() must give a list of one or more tokens for each of the "
+                f"{len(indices)} examples that it is asked for"
+            )
+        return rows
 
     def logits(self, model: nn.Module, batch: Any) -> Tensor:
         with self.spec.user_code(self.task, "logits"):

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.runtime.model import ModelSpec, Predictions
 from pipeline.store import SCHEMAS, DirectionStore, open_factorization, read_table, write_table
+from pipeline.tasks import TaskError
 from pipeline.verification import (
     Measured,
     StepSize,
     another_component,
     baseline_examples,
     confidence,
+    displacement,
     find_step_size,
     moved,
+    orthogonalized,
     parameter_norm,
     random_direction,
     rank_correlation,
@@ -31,7 +36,12 @@ from pipeline.verification import (
 
 SPLITS = ("fit", "held_out")
 
+LEAST_OVERLAP = 0.05
+"""|cos| of two components in the sketch from which on the lighter one's direction is made orthogonal to the other's. Of
+random ones in 4,096 coordinates it is 0.016."""
+
 Direction = Mapping[str, Tensor]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -40,10 +50,13 @@ class VerificationPaths:
     directions: Path
     examples: Path
     results: Path
-    """Folder of one Parquet file per finished component, and of `selectivity_file` beside them."""
+    """Folder of one Parquet file per finished component, and of the following beside them."""
 
     def selectivity_file(self, component: int) -> Path:
         return self.results / "selectivity" / f"{component:05d}.parquet"
+
+    def ablation_file(self, component: int) -> Path:
+        return self.results / "ablation" / f"{component:05d}.parquet"
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,12 @@ class VerificationOptions:
     n_correlation: int
     seed: int
     batch_size: int
+    lifted: Sequence[int] | None = None
+    """Components that have a direction; all of them if None."""
+    semi_orthogonal: bool = False
+    ablation: bool = False
+    origin: Path | None = None
+    """File of the parameters that displacements are counted from; zero if None."""
 
 
 @dataclass(frozen=True)
@@ -110,19 +129,28 @@ class VerificationWorker:
         valid_N = table["valid"].to_numpy()
         split_N = np.asarray(table["split"].to_pylist())
         self._members = {split: valid_N & (split_N == split) for split in SPLITS}
-        self._coefficients_NK = open_factorization(paths.factorization).read_coefficients()
+        factorization = open_factorization(paths.factorization)
+        self._coefficients_NK, self._components_KD = factorization.read_coefficients(), factorization.read_components()
         self._directions = DirectionStore.open(paths.directions)
+        self._lifted = list(range(len(self._components_KD)) if options.lifted is None else options.lifted)
+        self._origin = None if options.origin is None else self._read_origin(options.origin)
 
     def verify(self, component: int) -> list[dict[str, Any]]:
         """The component's rows of the verification table, one per split and sign; also left in a file, and those of the
-        selectivity matrix in another."""
-        direction = self._direction(component)
+        selectivity matrix and of the ablation in others. None where nothing is left of a direction made orthogonal."""
+        direction = self._tested_direction(component)
+        rows, selectivity, ablation = ([], [], []) if direction is None else self._rows(component, direction)
+        write_table(self._paths.selectivity_file(component), "selectivity", _columns(selectivity, "selectivity"))
+        write_table(self._paths.ablation_file(component), "ablation", _columns(ablation, "ablation"))
+        write_table(self._paths.results / f"{component:05d}.parquet", "verification", _columns(rows, "verification"))
+        return rows
+
+    def _rows(self, component: int, direction: Direction) -> tuple[list[Row], list[Row], list[Row]]:
+        """Of the tables `verification`, `selectivity` and `ablation`."""
         random = random_direction(direction, seed=self._seed(component, "random direction"))
-        n_components = self._coefficients_NK.shape[1]
-        other = another_component(component, n_components, self._seed(component, "another component"))
+        other = another_component(component, self._lifted, self._seed(component, "another component"))
         controls = {"random": random} | ({} if other is None else {"other": self._direction(other)})
-        rows: list[dict[str, Any]] = []
-        selectivity: list[dict[str, Any]] = []
+        rows, selectivity, ablation = list[Row](), list[Row](), list[Row]()
         for split, members_N in self._members.items():
             top = top_examples(self._coefficients_NK[:, component], members_N, self._options.n_top)
             seed = self._seed(component, f"baseline {split}")
@@ -141,9 +169,13 @@ class VerificationWorker:
                     place = {"moved": component, "examples": split, "sign": sign}
                     selectivity += [place | found for found in self._selectivity(kl_n)]
                 rows.append(row)
-        write_table(self._paths.selectivity_file(component), "selectivity", _columns(selectivity, "selectivity"))
-        write_table(self._paths.results / f"{component:05d}.parquet", "verification", _columns(rows, "verification"))
-        return rows
+            if self._options.ablation:
+                along = displacement(self._loaded.model, direction, self._origin)
+                own = self._step(direction, -along, *groups)
+                beside = {name: self._step(control, -along, *groups) for name, control in controls.items()}
+                row = {"component": component, "examples": split, "displacement": along, "other_component": other}
+                ablation.append(row | self._compared(own, beside, *groups, seed))
+        return rows, selectivity, ablation
 
     def _compared(
         self, own: Effect, controls: Mapping[str, Effect], top: Group, baseline: Group, seed: int
@@ -180,13 +212,17 @@ class VerificationWorker:
             with moved(self._loaded.model, direction, sign * epsilon):
                 return float(np.nanmean(self._predict(top.examples).kl(top.before)))
 
-        fixed, longest = self._options.epsilon, parameter_norm(self._loaded.model, direction)
-        found = None if fixed is not None else find_step_size(kl_at, self._options.target_kl, longest=longest)
-        epsilon = found.epsilon if found is not None else cast(float, fixed)
-        with moved(self._loaded.model, direction, sign * epsilon):
+        if self._options.epsilon is not None:
+            return self._step(direction, sign * self._options.epsilon, top, baseline)
+        longest = parameter_norm(self._loaded.model, direction)
+        found = find_step_size(kl_at, self._options.target_kl, longest=longest)
+        return replace(self._step(direction, sign * found.epsilon, top, baseline), step=found)
+
+    def _step(self, direction: Direction, step: float, top: Group, baseline: Group) -> Effect:
+        with moved(self._loaded.model, direction, step):
             after_top, after_baseline = self._predict(top.examples), self._predict(baseline.examples)
         kl = Measured(after_top.kl(top.before), after_baseline.kl(baseline.before))
-        return Effect(found or StepSize(epsilon, float(np.nanmean(kl.top_n)), True), after_top, after_baseline, kl)
+        return Effect(StepSize(abs(step), float(np.nanmean(kl.top_n)), True), after_top, after_baseline, kl)
 
     @cached_property
     def _onlookers(self) -> Onlookers:
@@ -219,6 +255,33 @@ class VerificationWorker:
 
     def _direction(self, component: int) -> Direction:
         return {name: torch.from_numpy(array) for name, array in self._directions.read(component).items()}
+
+    def _tested_direction(self, component: int) -> Direction | None:
+        """The component's, or what it has for itself: what is left of it outside the span of heavier components'."""
+        own = self._direction(component)
+        if not self._options.semi_orthogonal:
+            return own
+        masses_K: NDArray[np.float64] = np.nansum(self._coefficients_NK[self._members["fit"]], axis=0, dtype=np.float64)
+        cosines_K = np.abs(self._components_KD @ self._components_KD[component])
+        heavier = [
+            other
+            for other in self._lifted
+            if masses_K[other] > masses_K[component] and cosines_K[other] >= LEAST_OVERLAP
+        ]
+        return orthogonalized(own, [self._direction(other) for other in heavier])
+
+    def _read_origin(self, file: Path) -> Direction:
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise TaskError(f"verification.ablation_origin: cannot read {file} ({error})") from None
+        shapes = dict(zip(self._loaded.layout.names, self._loaded.layout.shapes, strict=True))
+        wrong = [name for name, shape in shapes.items() if name not in tensors or tensors[name].shape != shape]
+        if wrong:
+            raise TaskError(
+                f"verification.ablation_origin: {file} has no parameter {wrong[0]!r} of shape {tuple(shapes[wrong[0]])}"
+            )
+        return {name: tensors[name] for name in shapes}
 
     def _group(self, examples: NDArray[np.int64]) -> Group:
         """With the predictions where the model is: it must not be moved now."""

@@ -4,6 +4,7 @@
     factorize         fishers.zarr           → factorization.zarr, tables/components, coefficients, history, …
     lift              fishers, factorization → directions.zarr, tables/layer_energy
     verify            directions, model      → tables/verification
+    attribute         directions, model      → tables/position_shares: the tokens where a direction acts
     report            tables                 → report/index.html
 
 and, beside them, before the factorization is paid for:
@@ -30,7 +31,8 @@ from pipeline.progress import ProgressDisplay
 from pipeline.query import ComponentStore, QueryError, write_report
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import ExecutorError
-from pipeline.stage import executor_for, left_out, record_of, recorded
+from pipeline.stage import executor_for, left_out, lifted_components, record_of, recorded
+from pipeline.stages.attribute_stage import attribute
 from pipeline.stages.factorize_stage import factorize
 from pipeline.stages.fisher_stage import compute_fishers
 from pipeline.stages.lift_stage import lift
@@ -44,6 +46,7 @@ from pipeline.tasks import TaskError
 __all__ = [
     "STAGES",
     "USER_ERRORS",
+    "attribute",
     "compute_fishers",
     "export_direction",
     "factorize",
@@ -74,7 +77,13 @@ USER_ERRORS = (
 def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = None) -> RunDirectory:
     """Every stage in order, going on from whatever is there already."""
     directory = config if isinstance(config, RunDirectory) else RunDirectory.create(config)
-    stages = {"fishers": compute_fishers, "factorize": factorize, "lift": lift, "verify": verify}
+    stages = {
+        "fishers": compute_fishers,
+        "factorize": factorize,
+        "lift": lift,
+        "verify": verify,
+        "attribute": attribute,
+    }
     skipped = {name: reason for name in stages if (reason := left_out(directory.config, name)) is not None}
     stages = {name: stage for name, stage in stages.items() if name not in skipped}
     if progress is not None:
@@ -103,6 +112,10 @@ def export_direction(run: RunDirectory, component: int, file: str | Path) -> Non
     directions = DirectionStore.open(run.directions)
     if component >= directions.n_components:
         raise RunDirectoryError(f"{run.path} has components 0 to {directions.n_components - 1}, no {component}")
+    if component not in lifted_components(run):
+        raise RunDirectoryError(
+            f"component {component} is not lifted: run `npeff lift {run.path} -c {component}` first"
+        )
     directions.export(component, file)
 
 
@@ -126,5 +139,6 @@ STAGES: dict[str, Callable[..., object]] = {
     "factorize": factorize,
     "lift": lift,
     "verify": verify,
+    "attribute": attribute,
     "report": report,
 }

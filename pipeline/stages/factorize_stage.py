@@ -189,7 +189,7 @@ def write_solution(
 ) -> None:
     """Components and coefficients on disk, and their tables; what followed from former ones is taken away."""
     run.reopen("factorize")
-    for stage in ("lift", "verify", "repair"):
+    for stage in ("lift", "verify", "attribute", "repair"):
         run.reopen(stage)
         shutil.rmtree(run.partial_results(stage), ignore_errors=True)
     for folder in (run.directions, run.repaired):

@@ -11,7 +11,7 @@ from pipeline.progress import ProgressDisplay, SilentProgress
 from pipeline.result_tables import (
     rows_to_columns,
 )
-from pipeline.run_directory import RunDirectory
+from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import Executor
 from pipeline.runtime.lift_actor import LiftPaths, LiftWorker
 from pipeline.stage import (
@@ -22,6 +22,7 @@ from pipeline.stage import (
     finished,
     fitted_examples,
     label_spec,
+    lifted_components,
     model_spec,
     open_stage,
     sketch_spec,
@@ -39,10 +40,15 @@ from pipeline.store import (
 def lift(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
     """Lift the components from the sketch to directions in parameter space."""
     with open_stage(run, "lift", after="factorize") as stage:
-        if stage.done:
+        config, n_components = run.config, run.config.factorization.n_components
+        chosen = list(config.lift.components or range(n_components))
+        if chosen[-1] >= n_components:
+            raise RunDirectoryError(
+                f"{run.path} has components 0 to {n_components - 1}, no {chosen[-1]}: correct lift.components"
+            )
+        if stage.done and set(chosen) <= set(lifted_components(run)):
             return stage.done
-        progress, config = progress or SilentProgress(), run.config
-        n_components = config.factorization.n_components
+        progress = progress or SilentProgress()
         layout = FisherStore.open(run.fishers).attrs["parameter_layout"]
         shapes = {name: tuple(shape) for name, shape in zip(layout["names"], layout["shapes"], strict=True)}
         n_parameters = sum(math.prod(shape) for shape in shapes.values())
@@ -51,9 +57,11 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
         if not run.directions.exists():
             run.reopen("lift")  # or a crash would leave a complete stage with an empty store
             shutil.rmtree(results, ignore_errors=True)  # of directions that somebody deleted
-            DirectionStore.create(run.directions, n_components=n_components, shapes=shapes, attrs={})
+            dtype = config.lift.dtype
+            DirectionStore.create(run.directions, n_components=n_components, shapes=shapes, attrs={}, dtype=dtype)
         lifted = {component: read_json(path) for component, path in finished(results).items()}
-        missing = [component for component in range(n_components) if component not in lifted]
+        missing = [component for component in chosen if component not in lifted]
+        total = len(lifted) + len(missing)
         worker = worker_spec(
             run,
             LiftWorker,
@@ -66,23 +74,25 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
             batch_size=FisherStore.open(run.fishers).attrs["batch_size"],
         )
         with (
-            progress.stage("lift", n_components, "directions", done=len(lifted)) as tick,
+            progress.stage("lift", total, "directions", done=len(lifted)) as tick,
             executor_for(run, executor) as workers,
         ):
             for block, facts in workers.map(worker, "lift", _blocks(run, missing, n_parameters, workers.workers)):
                 lifted |= dict(zip(block, facts, strict=True))
                 tick(len(lifted))
-        facts = [lifted[component] for component in range(n_components)]
+        facts = [lifted[component] for component in sorted(lifted)]
         energy = [
             {"component": fact["component"], "parameter": name, "energy": share}
             for fact in facts
             for name, share in fact["energy"].items()
         ]
-        cosines = [fact["cosine"] for fact in facts]
-        components = read_table(run.table("components"), "components").to_pydict() | {"lift_cosine": cosines}
+        cosines = {fact["component"]: fact["cosine"] for fact in facts}
+        column = [cosines.get(component) for component in range(n_components)]
+        components = read_table(run.table("components"), "components").to_pydict() | {"lift_cosine": column}
         write_table(run.table("layer_energy"), "layer_energy", rows_to_columns(energy, "layer_energy"))
         write_table(run.table("components"), "components", components)
-        return stage.complete({"n_components": n_components, "median_cosine": float(np.median(cosines))})
+        median = float(np.median(list(cosines.values())))
+        return stage.complete({"n_components": len(lifted), "components": sorted(lifted), "median_cosine": median})
 
 
 def _blocks(run: RunDirectory, missing: list[int], n_parameters: int, workers: int) -> list[tuple[int, ...]]:

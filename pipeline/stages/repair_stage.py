@@ -16,8 +16,18 @@ from pipeline.result_tables import rows_to_columns
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import Executor, WorkerSpec
 from pipeline.runtime.repair_actor import Attempt, Edit, RepairWorker
-from pipeline.stage import Summary, executor_for, fingerprint_of, model_spec, open_stage, record_of, worker_spec
-from pipeline.store import FisherStore, open_factorization, read_json, read_table, write_json_atomically, write_table
+from pipeline.stage import (
+    Summary,
+    executor_for,
+    fingerprint_of,
+    forget_other_requests,
+    lifted_components,
+    model_spec,
+    open_stage,
+    record_of,
+    worker_spec,
+)
+from pipeline.store import FisherStore, open_factorization, read_json, read_table, write_table
 from pipeline.verification import RepairCandidate, choose_step, mcnemar, over_represented, top_examples
 
 
@@ -30,12 +40,15 @@ def repair(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
             progress.say(_outcome(stage.done))
             return stage.done
         run.reopen("repair")
-        _forget_others(run, request)
+        if forget_other_requests(run.partial_results("repair"), request):
+            shutil.rmtree(run.repaired, ignore_errors=True)
         examples = _Examples.of(run)
         with executor_for(run, executor) as workers:
             search = _Search(run, workers, progress, examples)
             rows = search.over_represented()
-            edits, steps = search.edits([row["component"] for row in rows if row["q_value"] <= wanted.significance])
+            lifted = set(lifted_components(run))
+            likely = [row["component"] for row in rows if row["q_value"] <= wanted.significance]
+            edits, steps = search.edits([component for component in likely if component in lifted])
             summary: Summary = {"request": request, "edits": [asdict(edit) for edit in edits], "held_out": None}
             if edits and len(examples.held_out):
                 before, after = search.ask("judge", (tuple(edits), examples.held_out))
@@ -176,16 +189,6 @@ def _request(run: RunDirectory) -> str:
     """What the outcome depends on, as a hash."""
     facts = [run.config.repair.model_dump(mode="json"), record_of(run, "factorize"), record_of(run, "lift")]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _forget_others(run: RunDirectory, request: str) -> None:
-    """Attempts that were made for another request are of no use."""
-    results = run.partial_results("repair")
-    asked = results / "request.json"
-    if not asked.exists() or read_json(asked)["request"] != request:
-        shutil.rmtree(results, ignore_errors=True)
-        shutil.rmtree(run.repaired, ignore_errors=True)
-        write_json_atomically(asked, {"request": request})
 
 
 def _outcome(summary: Summary) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 import pyarrow as pa
 
@@ -19,6 +20,7 @@ from pipeline.stage import (
     executor_for,
     fingerprint_of,
     finished,
+    lifted_components,
     model_spec,
     open_stage,
     worker_spec,
@@ -33,11 +35,11 @@ from pipeline.store import (
 def verify(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
     """Move the model along every direction and compare what changes with the controls."""
     with open_stage(run, "verify", after="lift") as stage:
-        if stage.done:
+        components, results = lifted_components(run), run.partial_results("verify")
+        if stage.done and set(components) <= set(stage.done.get("components", range(stage.done["n_components"]))):
             return stage.done
+        run.reopen("verify")
         progress, config, wanted = progress or SilentProgress(), run.config, run.config.verification
-        n_components = config.factorization.n_components
-        results = run.partial_results("verify")
         verified = {
             component: read_table(path, "verification").to_pylist() for component, path in finished(results).items()
         }
@@ -56,11 +58,15 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
                 n_correlation=wanted.correlation_examples,
                 seed=config.seed,
                 batch_size=FisherStore.open(run.fishers).attrs["batch_size"],
+                lifted=components,
+                semi_orthogonal=wanted.orthogonalize == "semi",
+                ablation=wanted.ablation,
+                origin=None if wanted.ablation_origin is None else Path(wanted.ablation_origin).expanduser().absolute(),
             ),
         )
-        missing = [component for component in range(n_components) if component not in verified]
+        missing = [component for component in components if component not in verified]
         with (
-            progress.stage("verify", n_components, "components", done=len(verified)) as tick,
+            progress.stage("verify", len(components), "components", done=len(verified)) as tick,
             executor_for(run, executor) as workers,
         ):
             for component, rows in workers.map(worker, "verify", missing):
@@ -70,5 +76,8 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         write_table(run.table("verification"), "verification", rows_to_columns(rows, "verification"))
         parts = [read_table(paths.selectivity_file(component), "selectivity") for component in sorted(verified)]
         write_table(run.table("selectivity"), "selectivity", pa.concat_tables(parts))
+        if wanted.ablation:
+            parts = [read_table(paths.ablation_file(component), "ablation") for component in sorted(verified)]
+            write_table(run.table("ablation"), "ablation", pa.concat_tables(parts))
         scores = [asdict(score) for score in scoreboard(verdicts(rows))]
-        return stage.complete({"n_components": n_components, "scores": scores})
+        return stage.complete({"n_components": len(verified), "components": sorted(verified), "scores": scores})

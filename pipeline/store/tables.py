@@ -70,6 +70,15 @@ SCHEMAS: dict[str, pa.Schema] = {
         "accuracy_top_before:float? accuracy_top_after:float? "
         "accuracy_baseline_before:float? accuracy_baseline_after:float? reached_target:bool"
     ),
+    "ablation": _schema(
+        "component:int examples:str displacement:float n_top:int n_baseline:int "
+        "kl_top:float kl_baseline:float kl_ratio:float kl_ratio_low:float kl_ratio_high:float above_controls:bool "
+        "fisher_norm_ratio:float random_kl_top:float random_kl_baseline:float random_kl_ratio:float "
+        "other_component:int? other_kl_top:float? other_kl_baseline:float? other_kl_ratio:float? "
+        "accuracy_top_before:float? accuracy_top_after:float? "
+        "accuracy_baseline_before:float? accuracy_baseline_after:float?"
+    ),
+    "position_shares": _schema("component:int example:int position:int start:int? stop:int? token:str? share:float"),
     "repair": _schema("component:int n_top:int n_wrong:int odds_ratio:float p_value:float q_value:float"),
     "repair_steps": _schema(
         "edit:int component:int sign:int step:float n_target:int mended_target:int lost_elsewhere:int "
@@ -105,6 +114,11 @@ verification: one row per (component, examples "fit" or "held_out", sign +1 or -
     `kl_correlation` is the rank correlation of coefficients and KLs over examples drawn at random.
 selectivity: mean KL on the first top examples of `component` while the model is moved along the direction of `moved`,
     by the step that its own verification took; of held-out examples where there are any.
+ablation: as `verification`, of the step that takes the parameters' own part along a direction, `displacement`, out of
+    them; the controls' steps are as long. One row per (component, examples), where that was asked for.
+position_shares: the evidence ‖A_i ĝ_j‖² that a top example gives for a direction, split over the example's tokens:
+    share of it, which may be negative; what their sum lacks to 1 is of layers without positions. `start` and `stop` are
+    characters of the example's text, null for a token that is not in it.
 repair: wrong predictions among each component's top examples, with a one-sided hypergeometric test and its
     Benjamini-Hochberg q-value, the least likely by chance first.
 repair_steps: one row per step tried: how many of its wrong top examples it mends, how many others it loses on balance,

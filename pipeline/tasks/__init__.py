@@ -6,10 +6,10 @@ import importlib
 import inspect
 from typing import Any
 
-from pipeline.tasks.base import IGNORED, UNKNOWN, Examples, Task, TaskError, to_device
+from pipeline.tasks.base import IGNORED, UNKNOWN, Examples, Task, TaskError, Token, to_device
 from pipeline.tasks.user_code import user_code
 
-__all__ = ["IGNORED", "UNKNOWN", "Examples", "Task", "TaskError", "load_task", "to_device", "user_code"]
+__all__ = ["IGNORED", "UNKNOWN", "Examples", "Task", "TaskError", "Token", "load_task", "to_device", "user_code"]
 
 _HUGGING_FACE = "pipeline.tasks.huggingface"
 _BUILT_IN = {

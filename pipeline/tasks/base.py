@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
@@ -24,6 +24,16 @@ UNKNOWN = -1
 
 class TaskError(ValueError):
     """A task that cannot be used as it was asked for; the message says what to change."""
+
+
+class Token(NamedTuple):
+    """What is at one position of an example, for people to look at."""
+
+    text: str | None
+    start: int | None = None
+    """Where it begins in the example's ``text`` in the table, in characters; None for what is not in there."""
+    stop: int | None = None
+    """Where it ends: ``text[start:stop]``."""
 
 
 class Examples(ABC):
@@ -48,6 +58,21 @@ class Examples(ABC):
         """Size of each example, such as its number of tokens: examples of like size are put into one batch. None where
         all have one size."""
         return None
+
+    def tokens(self, indices: Sequence[int]) -> list[list[Token]] | None:
+        """What is at each position of these examples, in the order that the layers' outputs have them after the
+        examples, as in a batch of that one example. None where examples have no one axis of positions that means
+        something to people: evidence is then not split over positions."""
+        return None
+
+
+def placed_words(words: Sequence[str], start: int = 0) -> list[Token]:
+    """Words that the text has with a space between them, from this character on."""
+    tokens = []
+    for word in words:
+        tokens.append(Token(word, start, start + len(word)))
+        start += len(word) + 1
+    return tokens
 
 
 class Task(ABC):

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from pipeline.tasks.base import Examples, Task, TaskError
+from pipeline.tasks.base import Examples, Task, TaskError, Token, placed_words
 from pipeline.tasks.compiled_program import (
     CLASSES,
     FILLERS,
@@ -124,6 +124,9 @@ class _Sequences(Examples):
 
     def batch(self, indices: Sequence[int]) -> Tensor:
         return self._tokens_NT[torch.as_tensor(indices, dtype=torch.int64)]
+
+    def tokens(self, indices: Sequence[int]) -> list[list[Token]]:
+        return [placed_words(self._words_N[index]) for index in indices]
 
     def table(self) -> pa.Table:
         fired_NR = np.array([fired(words) for words in self._words_N])

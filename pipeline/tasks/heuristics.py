@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.tasks.base import Examples, Task, TaskError
+from pipeline.tasks.base import Examples, Task, TaskError, Token, placed_words
 from pipeline.tasks.sentence_pairs import (
     ANTONYMS,
     CLASSES,
@@ -58,6 +58,8 @@ _LONGEST = 2 * 15 + 3
 """Two full clauses, [CLS] and two [SEP]."""
 _HEADS, _BATCH, _LEARNING_RATE = 4, 64, 3e-3
 _MODEL_FILE = "heuristics-model.safetensors"
+_ARROW = " → "
+"""Between premise and hypothesis, where people read them."""
 
 
 class _Pairs(Examples):
@@ -81,6 +83,9 @@ class _Pairs(Examples):
     def lengths(self) -> Sequence[int]:
         return [len(tokens_T) for tokens_T in self._tokens]
 
+    def tokens(self, indices: Sequence[int]) -> list[list[Token]]:
+        return [_tokens(self._pairs[index]) for index in indices]
+
     def table(self) -> pa.Table:
         """``part`` halves the pairs of each heuristic that are alike in whether it is wrong: one half to repair the
         model with, one to test it on."""
@@ -96,7 +101,7 @@ class _Pairs(Examples):
             {
                 "id": pa.array([f"pair-{number:05d}" for number in range(len(pairs))], pa.string()),
                 "label": pa.array(self.labels, pa.int64()),
-                "text": pa.array([f"{p} → {h}" for p, h in zip(premises, hypotheses, strict=True)], pa.string()),
+                "text": pa.array([f"{p}{_ARROW}{h}" for p, h in zip(premises, hypotheses, strict=True)], pa.string()),
                 "premise": pa.array(premises, pa.string()),
                 "hypothesis": pa.array(hypotheses, pa.string()),
                 "template": pa.array([pair.template for pair in pairs], pa.string()),
@@ -107,6 +112,14 @@ class _Pairs(Examples):
                 "part": pa.array(parts, pa.string()),
             }
         )
+
+
+def _tokens(pair: Pair) -> list[Token]:
+    """With their places in the text that people read."""
+    premise = placed_words(pair.premise)
+    ends_at = premise[-1].stop or 0
+    hypothesis = placed_words(pair.hypothesis, ends_at + len(_ARROW))
+    return [Token(_CLS), *premise, Token(_SEP), *hypothesis, Token(_SEP)]
 
 
 class _Block(nn.Module):

@@ -8,9 +8,11 @@ from pipeline.verification.controls import another_component, baseline_examples,
 from pipeline.verification.lift import accumulate_directions, lift_weights, zero_directions
 from pipeline.verification.perturbation import (
     StepSize,
+    displacement,
     find_step_size,
     kl_divergence,
     moved,
+    orthogonalized,
     parameter_norm,
 )
 from pipeline.verification.repair import (
@@ -35,11 +37,13 @@ __all__ = [
     "baseline_examples",
     "choose_step",
     "confidence",
+    "displacement",
     "find_step_size",
     "kl_divergence",
     "lift_weights",
     "mcnemar",
     "moved",
+    "orthogonalized",
     "over_represented",
     "parameter_norm",
     "position_shares",

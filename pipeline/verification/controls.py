@@ -10,7 +10,7 @@ the same norm in every tensor, so that neither the layer nor the size of the ste
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -31,12 +31,10 @@ def baseline_examples(among: NDArray[np.bool_], without: NDArray[np.int64], coun
     return np.sort(np.random.default_rng(seed).permutation(candidates)[:count])
 
 
-def another_component(component: int, n_components: int, seed: int) -> int | None:
-    """Control (c): one of the other components, at random; None where there is no other."""
-    if n_components < 2:
-        return None
-    drawn = int(np.random.default_rng(seed).integers(n_components - 1))
-    return drawn + (drawn >= component)
+def another_component(component: int, among: Sequence[int], seed: int) -> int | None:
+    """Control (c): one of the other components, at random, of those named; None where there is no other."""
+    others = [other for other in among if other != component]
+    return others[int(np.random.default_rng(seed).integers(len(others)))] if others else None
 
 
 def random_direction(direction: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ examples with that on a baseline: their quotient is the KL ratio.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +19,8 @@ RELATIVE_TOLERANCE = 0.01
 """How close to its target the mean KL must come."""
 
 _MAX_EVALUATIONS = 60
+
+_LEAST_LEFT = 1e-3
 
 
 @contextmanager
@@ -99,6 +101,47 @@ def _share_of_the_way(kl_below: float, kl_above: float, target_kl: float) -> flo
     if kl_below <= 0 or math.isinf(kl_above):
         return 0.5
     return min(max(math.log(target_kl / kl_below) / math.log(kl_above / kl_below), 0.02), 0.98)
+
+
+def displacement(
+    model: nn.Module, direction: Mapping[str, Tensor], origin: Mapping[str, Tensor] | None = None
+) -> float:
+    """ĝᵀ(θ − θ₀), how far the parameters have gone along a unit direction ĝ from `origin`, θ₀, or from zero.
+
+    A step of minus this takes that part out of them: θ − ĝ ĝᵀ(θ − θ₀), the projection that leaves nothing along ĝ.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    total = 0.0
+    for name, tensor in direction.items():
+        moved_by = parameters[name].detach().double()
+        if origin is not None:
+            moved_by = moved_by - origin[name].to(moved_by)
+        total += float((moved_by * tensor.to(moved_by)).sum())
+    return total
+
+
+def orthogonalized(direction: Mapping[str, Tensor], others: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
+    """The unit direction of what is left of a unit direction outside the span of others; None if that is too little
+    (a thousandth of it) to be told from rounding."""
+    if not others:
+        return dict(direction)
+    gram_ll = torch.tensor([[_product(first, second) for second in others] for first in others], dtype=torch.float64)
+    products_l = torch.tensor([_product(other, direction) for other in others], dtype=torch.float64)
+    weights_l = torch.linalg.pinv(gram_ll, hermitian=True) @ products_l
+    left = {}
+    for name, tensor in direction.items():
+        rest = tensor.double()
+        for weight, other in zip(weights_l.tolist(), others, strict=True):
+            rest = rest - weight * other[name].to(rest)
+        left[name] = rest
+    length = math.sqrt(_product(left, left))
+    if length < _LEAST_LEFT:
+        return None
+    return {name: (rest / length).to(direction[name]) for name, rest in left.items()}
+
+
+def _product(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+    return sum(float((first[name].double() * second[name].to(first[name]).double()).sum()) for name in first)
 
 
 def parameter_norm(model: nn.Module, direction: Mapping[str, Tensor]) -> float:

@@ -36,6 +36,21 @@ def test_directions_are_read_as_they_were_written(store: DirectionStore) -> None
         np.testing.assert_array_equal(array[...], [direction_of(component)[name] for component in range(K)])
 
 
+def test_half_precision_takes_half_the_disk_and_reads_as_float32(store: DirectionStore, tmp_path: Path) -> None:
+    shape = {"weight": (100, 100)}
+    unit = np.random.default_rng(0).normal(size=(100, 100))
+    unit = {"weight": (unit / np.linalg.norm(unit)).astype(np.float32)}
+    sizes = {}
+    for dtype in ("float16", "float32"):
+        made = DirectionStore.create(tmp_path / dtype, n_components=1, shapes=shape, attrs={}, dtype=dtype)
+        made.write(0, unit)
+        sizes[dtype] = sum(path.stat().st_size for path in (tmp_path / dtype / "weight" / "c").rglob("*"))
+        found = DirectionStore.open(tmp_path / dtype).read(0)["weight"]
+        assert found.dtype == np.float32
+        assert np.linalg.norm(found - unit["weight"]) < (5e-4 if dtype == "float16" else 1e-9)
+    assert sizes["float16"] < 0.6 * sizes["float32"]
+
+
 def test_components_may_be_written_by_several_at_the_same_time(store: DirectionStore) -> None:
     with ThreadPoolExecutor(K) as pool:
         list(

@@ -95,6 +95,19 @@ def test_a_position_is_predicted_from_its_prefix(model: Path, data: str) -> None
         torch.testing.assert_close(row, called_directly(loaded, tokens[:t])[-1], rtol=1e-5, atol=1e-5)
 
 
+def test_tokens_are_the_positions_that_the_model_reads(model: Path, data: str) -> None:
+    rows, positions = load(model, data, prompt_column="prompt"), load(model, data, examples="positions")
+    for index, (text, tokens) in enumerate(zip(rows.column("text"), rows.examples.tokens(range(4)) or [], strict=True)):
+        assert len(tokens) == rows.examples.batch([index])["inputs"]["input_ids"].shape[1]
+        placed = [token for token in tokens if token.start is not None]
+        assert len(placed) > 1
+        assert all(text[token.start : token.stop] == token.text for token in placed)
+    chosen = [0, 3, 5]
+    for index, tokens in zip(chosen, positions.examples.tokens(chosen) or [], strict=True):
+        assert len(tokens) == positions.examples.batch([index])["inputs"]["input_ids"].shape[1]
+        assert {token.start for token in tokens} == {None}, "the text that people read has a mark in it"
+
+
 def test_a_prompt_is_read_and_not_predicted(gpt2: Path, data: str) -> None:
     loaded = load(gpt2, data, prompt_column="prompt")
     tiny.check_batches(loaded)

@@ -165,6 +165,24 @@ def test_pairs_are_read_together_and_shown_together(tiny_bert: Path, data: str) 
     assert not torch.allclose(logits_of(pairs, range(1)), logits_of(swapped, range(1)))
 
 
+@pytest.mark.parametrize("columns", [["text"], ["text", "other"]])
+def test_tokens_are_those_of_the_batch_with_their_places_in_the_text(
+    columns: list[str], tiny_bert: Path, data: str
+) -> None:
+    loaded = load(tiny_bert, data, text_columns=columns, max_length=14)
+    shown = loaded.examples.table()["text"].to_pylist()
+    found = loaded.tokens([3, 1])
+    assert found is not None
+    for index, tokens in zip([3, 1], found, strict=True):
+        assert len(tokens) == loaded.batch([index])["input_ids"].shape[1]
+        assert tokens[0] == ("[CLS]", None, None)
+        assert tokens[-1] == ("[SEP]", None, None)
+        places = [(token.start, token.stop) for token in tokens if token.start is not None]
+        assert places == sorted(places)
+        assert [shown[index][start:stop] for start, stop in places] == [t.text for t in tokens if t.start is not None]
+    assert [token.text for token in found[1]][:5] == ["[CLS]", "the", "dog", "sleep", "s"]
+
+
 def test_texts_are_cut_at_max_length_and_rows_at_limit(tiny_bert: Path, data: str) -> None:
     loaded = load(tiny_bert, data, max_length=5, limit=4)
     assert len(loaded.examples) == len(loaded.examples.table()) == 4

@@ -68,6 +68,17 @@ def test_a_word_is_classified_at_its_first_token(model: Path, data: str) -> None
     assert loaded.column("year") == [1, 2, 3]
 
 
+@pytest.mark.parametrize("examples", ["sequences", "positions"])
+def test_tokens_have_their_places_in_the_text_with_its_marks(examples: str, model: Path, data: str) -> None:
+    loaded = load(model, data, examples=examples)
+    texts = loaded.column("text")
+    for index, tokens in enumerate(loaded.examples.tokens(range(len(texts))) or []):
+        assert len(tokens) == loaded.examples.batch([index])["inputs"]["input_ids"].shape[1]
+        placed = [token for token in tokens if token.start is not None]
+        assert len(placed) == len(tokens) - 2
+        assert all(texts[index][token.start : token.stop] == token.text for token in placed)
+
+
 def test_a_position_is_a_word_in_its_whole_sentence(model: Path, data: str) -> None:
     loaded = load(model, data, examples="positions", tags_column="numbers")
     tiny.check_batches(loaded)

@@ -32,10 +32,11 @@ def test_a_baseline_larger_than_what_is_there_takes_all_of_it() -> None:
 
 
 def test_another_component_is_any_of_the_others() -> None:
-    drawn = [another_component(2, 4, seed) for seed in range(200)]
+    drawn = [another_component(2, range(4), seed) for seed in range(200)]
     assert {j: drawn.count(j) > 40 for j in set(drawn)} == {0: True, 1: True, 3: True}
-    assert another_component(2, 4, 5) == drawn[5]
-    assert another_component(0, 1, 0) is None
+    assert another_component(2, range(4), 5) == drawn[5]
+    assert {another_component(2, [2, 7, 9], seed) for seed in range(50)} == {7, 9}
+    assert another_component(0, [0], 0) is None
 
 
 def test_a_random_direction_has_the_norm_of_the_real_one_in_every_tensor_and_nothing_else_of_it() -> None:

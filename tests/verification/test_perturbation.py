@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.verification import find_step_size, kl_divergence, moved, parameter_norm
+from pipeline.verification import (
+    displacement,
+    find_step_size,
+    kl_divergence,
+    moved,
+    orthogonalized,
+    parameter_norm,
+)
 
 
 def model() -> nn.Module:
@@ -30,6 +37,43 @@ def test_parameters_move_by_the_step_and_come_back_to_their_bits() -> None:
             expected = before[name] + 0.3 * along[name] if name in along else before[name]
             torch.testing.assert_close(parameter.detach(), expected)
     assert all(torch.equal(parameter, before[name]) for name, parameter in net.named_parameters())
+
+
+def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors.values()]).double()
+
+
+def unit(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor / flat(tensors).norm() for name, tensor in tensors.items()}
+
+
+def test_a_step_of_minus_the_displacement_leaves_nothing_along_the_direction() -> None:
+    net = model()
+    along, origin = unit(direction(net)), {name: torch.randn_like(p) for name, p in net.named_parameters()}
+    for start in (None, origin):
+        far = displacement(net, along, start)
+        assert abs(far) > 0.01
+        with moved(net, along, -far):
+            assert displacement(net, along, start) == pytest.approx(0, abs=1e-5)
+    parameters = {name: p.detach() for name, p in net.named_parameters() if name in along}
+    assert displacement(net, along) == pytest.approx(float(flat(along) @ flat(parameters)), abs=1e-6)
+    assert displacement(net, along, parameters) == 0
+
+
+def test_a_direction_made_orthogonal_is_what_is_left_outside_the_span_of_the_others() -> None:
+    net = model()
+    own, *others = (unit(direction(net)) for _ in range(4))
+    left = orthogonalized(own, others)
+    assert left is not None
+    basis = torch.linalg.qr(torch.stack([flat(other) for other in others], 1))[0]
+    expected = flat(own) - basis @ (basis.T @ flat(own))
+    torch.testing.assert_close(flat(left), expected / expected.norm(), rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(left_alone, own[name]) for name, left_alone in (orthogonalized(own, []) or {}).items())
+    twice = orthogonalized(own, [others[0], others[0]])
+    assert twice is not None, "the others need not be independent"
+    assert flat(twice) @ flat(others[0]) == pytest.approx(0, abs=1e-6)
+    mixed = unit({name: own[name] + 2 * others[0][name] for name in own})
+    assert orthogonalized(mixed, [own, others[0]]) is None
 
 
 def test_parameters_come_back_after_an_exception() -> None:

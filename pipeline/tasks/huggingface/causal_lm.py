@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from pipeline.tasks.base import IGNORED, Examples
+from pipeline.tasks.base import IGNORED, Examples, Token
 from pipeline.tasks.huggingface.predictions import PredictionOptions, Predictions, at_places, marked
 from pipeline.tasks.huggingface.pretrained import PretrainedTask
-from pipeline.tasks.huggingface.tokens import pad_token_id, tokenize
+from pipeline.tasks.huggingface.tokens import pad_token_id, placed_tokens, tokenize
 from pipeline.tasks.tables import texts
 
 
@@ -64,7 +64,7 @@ class _Texts(Examples):
         if options.prompt_column is not None:
             prompts = texts(self._rows, options.prompt_column, options.data)
         self._texts = [prompt + rest for prompt, rest in zip(prompts, text, strict=True)]
-        self._tokenizer = options.tokenizer()
+        self._tokenizer, self._options = options.tokenizer(), options
         padding = pad_token_id(self._tokenizer, options.config())
         self._tokens, prompt_lengths = tokenize(
             self._tokenizer,
@@ -96,6 +96,17 @@ class _Texts(Examples):
         live = (made["targets"] != IGNORED).any(0)
         kept = live.nonzero()[:, 0] if live.any() else torch.zeros(1, dtype=torch.int64)
         return {"inputs": self._tokens.batch(rows), "kept": kept, "targets": made["targets"][:, kept]}
+
+    def tokens(self, indices: Sequence[int]) -> list[list[Token]]:
+        """Without places where the text that people read has a mark in it."""
+        found, places = [], self._predictions.places
+        for index in indices:
+            text = self._texts[self._predictions.rows[index]]
+            tokens = placed_tokens(self._tokenizer, self._options, text, starts=(0,))
+            if places is not None:
+                tokens = [Token(token.text) for token in tokens[: places[index] + 1]]
+            found.append(tokens)
+        return found
 
     def table(self) -> pa.Table:
         predictions = self._predictions

@@ -10,9 +10,9 @@ import pyarrow as pa
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from pipeline.tasks.base import Examples, TaskError
+from pipeline.tasks.base import Examples, TaskError, Token
 from pipeline.tasks.huggingface.pretrained import PretrainedTask, classes
-from pipeline.tasks.huggingface.tokens import TextOptions, Tokens, pad_token_id, padding_side, tokenize
+from pipeline.tasks.huggingface.tokens import TextOptions, Tokens, pad_token_id, padding_side, placed_tokens, tokenize
 from pipeline.tasks.tables import class_numbers, example_table, texts
 
 
@@ -52,13 +52,15 @@ class _Texts(Examples):
     def __init__(self, options: SequenceClassificationOptions) -> None:
         self._used = [*options.text_columns, *([options.label_column] if options.label_column else [])]
         self._rows = options.read(self._used)
-        config, tokenizer = options.config(), options.tokenizer()
+        config, self._tokenizer, self._options = options.config(), options.tokenizer(), options
         self.class_names = classes(config, options.label_names, options.model)
         labels = self._rows[options.label_column].to_pylist() if options.label_column else [None] * len(self._rows)
         self._labels = class_numbers(labels, self.class_names, options.data)
         self._texts = [texts(self._rows, column, options.data) for column in options.text_columns]
         ids = self._rows["id"].to_pylist()
-        self._tokens: Tokens = tokenize(tokenizer, pad_token_id(tokenizer, config), options, ids, *self._texts)[0]
+        self._tokens: Tokens = tokenize(
+            self._tokenizer, pad_token_id(self._tokenizer, config), options, ids, *self._texts
+        )[0]
         self._side = padding_side(config)
 
     def __len__(self) -> int:
@@ -69,6 +71,14 @@ class _Texts(Examples):
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         return self._tokens.batch(indices, self._side)
+
+    def tokens(self, indices: Sequence[int]) -> list[list[Token]]:
+        found = []
+        for index in indices:
+            parts = [column[index] for column in self._texts]
+            starts = (0, len(parts[0]) + 1)  # a line break is between them
+            found.append(placed_tokens(self._tokenizer, self._options, *parts, starts=starts))
+        return found
 
     def table(self) -> pa.Table:
         text = ["\n".join(parts) for parts in zip(*self._texts, strict=True)]

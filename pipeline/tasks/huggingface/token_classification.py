@@ -12,10 +12,10 @@ import pyarrow as pa
 from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification
 
-from pipeline.tasks.base import IGNORED, UNKNOWN, Examples, TaskError
+from pipeline.tasks.base import IGNORED, UNKNOWN, Examples, TaskError, Token, placed_words
 from pipeline.tasks.huggingface.predictions import PredictionOptions, Predictions, at_places
 from pipeline.tasks.huggingface.pretrained import PretrainedTask, classes
-from pipeline.tasks.huggingface.tokens import pad_token_id, tokenize
+from pipeline.tasks.huggingface.tokens import pad_token_id, placed_tokens, tokenize
 from pipeline.tasks.tables import class_numbers
 
 _OUTSIDE = "O"
@@ -61,9 +61,10 @@ class _Words(Examples):
         ids = self._rows["id"].to_pylist()
         self._words = [list(map(str, row)) for row in _lists(self._rows, options.words_column, options.data)]
         self._tags = self._read_tags(ids, options)
-        tokenizer = options.tokenizer()
+        tokenizer, self._options = options.tokenizer(), options
         if getattr(tokenizer, "add_prefix_space", None) is False:  # which such a tokenizer needs to be given words
             tokenizer = options.tokenizer(add_prefix_space=True)
+        self._tokenizer = tokenizer
         self._tokens, self._word_of_token = tokenize(
             tokenizer,
             pad_token_id(tokenizer, config),
@@ -103,17 +104,37 @@ class _Words(Examples):
         rows = self._predictions.rows[list(indices)].tolist()
         return {"inputs": self._tokens.batch(rows), **self._predictions.batch(indices)}
 
+    def tokens(self, indices: Sequence[int]) -> list[list[Token]]:
+        found = []
+        for index in indices:
+            row, number = self._predictions.rows[index], self._chosen_word(index)
+            starts = [token.start or 0 for token in placed_words(self._shown(index))]
+            if number is not None:
+                starts[number] += 1  # after the bracket
+            words = self._words[row]
+            found.append(placed_tokens(self._tokenizer, self._options, words, starts=starts, is_split_into_words=True))
+        return found
+
     def table(self) -> pa.Table:
+        text = [" ".join(self._shown(index)) for index in range(len(self))]
         if self._predictions.places is None:
-            text = [" ".join(map(self._tagged, *row)) for row in zip(self._words, self._tags, strict=True)]
             return self._predictions.table(self._rows, text, [], self._used)
-        text, numbers, chosen = [], [], []
-        for row, place in zip(self._predictions.rows, self._predictions.places, strict=True):
-            words, number = self._words[row], int(self._word_of_token[row][place])
-            text.append(" ".join([*words[:number], f"[{words[number]}]", *words[number + 1 :]]))
-            numbers.append(number)
-            chosen.append(words[number])
+        numbers = [self._chosen_word(index) or 0 for index in range(len(self))]
+        chosen = [self._words[row][number] for row, number in zip(self._predictions.rows, numbers, strict=True)]
         return self._predictions.table(self._rows, text, numbers, self._used, word=chosen)
+
+    def _chosen_word(self, index: int) -> int | None:
+        """Number of the word that the example is the prediction at; None where an example is all of a row."""
+        places = self._predictions.places
+        return None if places is None else int(self._word_of_token[self._predictions.rows[index]][places[index]])
+
+    def _shown(self, index: int) -> list[str]:
+        """The words as people read them: with their tags, or the chosen one in brackets."""
+        row, number = self._predictions.rows[index], self._chosen_word(index)
+        words = self._words[row]
+        if number is None:
+            return list(map(self._tagged, words, self._tags[row]))
+        return [*words[:number], f"[{words[number]}]", *words[number + 1 :]]
 
     def _tagged(self, word: str, tag: int) -> str:
         return word if tag == UNKNOWN or self.class_names[tag] == _OUTSIDE else f"{word}/{self.class_names[tag]}"

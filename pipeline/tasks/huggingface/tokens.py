@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.tasks.base import TaskError
+from pipeline.tasks.base import TaskError, Token
 from pipeline.tasks.huggingface.pretrained import PretrainedOptions
 
 _TEXTS_AT_ONCE = 1024
@@ -120,6 +120,31 @@ def tokenize(
         if not len(row):
             raise TaskError(f"{options.data}: the text of row {example!r} has no tokens: leave the row out with filter")
     return Tokens(inputs, {"input_ids": pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}), notes
+
+
+def placed_tokens(
+    tokenizer: Any, options: TextOptions, *texts: Any, starts: Sequence[int], **further: Any
+) -> list[Token]:
+    """The tokens that `tokenize` makes of one text, or of a pair, with their places where the tokenizer is a fast one.
+
+    Args:
+        texts: one or two of them; the one, in words, with ``is_split_into_words``.
+        starts: where each text, or each word, begins in what people read.
+        further: arguments of the tokenizer.
+    """
+    encoded = tokenizer(*texts, truncation=True, max_length=options.max_length, **further)
+    if encoded.encodings is None:
+        return [Token(piece) for piece in tokenizer.convert_ids_to_tokens(encoded["input_ids"])]
+    (encoding,) = encoded.encodings
+    words = further.get("is_split_into_words", False)
+    owners, parts = (encoding.word_ids, texts[0]) if words else (encoding.sequence_ids, texts)
+    tokens = []
+    for piece, (start, stop), owner in zip(encoding.tokens, encoding.offsets, owners, strict=True):
+        if owner is None or start == stop:  # a token that stands for no text
+            tokens.append(Token(piece))
+        else:
+            tokens.append(Token(parts[owner][start:stop], starts[owner] + start, starts[owner] + stop))
+    return tokens
 
 
 def pad_token_id(tokenizer: Any, config: Any) -> int:

@@ -1,0 +1,67 @@
+"""Beside verification: where in its top examples each direction acts."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from pipeline.progress import ProgressDisplay, SilentProgress
+from pipeline.run_directory import RunDirectory
+from pipeline.runtime.attribution_actor import AttributionPaths, AttributionWorker
+from pipeline.runtime.executor import Executor
+from pipeline.stage import (
+    Summary,
+    executor_for,
+    fingerprint_of,
+    finished,
+    forget_other_requests,
+    label_spec,
+    lifted_components,
+    model_spec,
+    open_stage,
+    worker_spec,
+)
+from pipeline.store import SCHEMAS, read_table, write_table
+
+_TABLE = "position_shares"
+
+
+def attribute(
+    run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None
+) -> Summary:
+    """Split the evidence of the components' top examples over their tokens, where the task can name them."""
+    with open_stage(run, "attribute", after="lift") as stage:
+        components, count = lifted_components(run), run.config.report.top_examples
+        if stage.done and stage.done["top_examples"] == count and stage.done["components"] == components:
+            return stage.done
+        run.reopen("attribute")
+        progress, results = progress or SilentProgress(), run.partial_results("attribute")
+        forget_other_requests(results, f"{count} top examples")
+        top = read_table(run.table("top_examples"), "top_examples").select(["component", "rank", "example"])
+        examples: dict[int, list[int]] = {component: [] for component in components}
+        for row in top.to_pylist():
+            if row["rank"] < count and row["component"] in examples:
+                examples[row["component"]].append(row["example"])
+        worker = worker_spec(
+            run,
+            AttributionWorker,
+            model=model_spec(run, fingerprint_of(run)),
+            labels=label_spec(run.config),
+            paths=AttributionPaths(run.directions, results),
+            examples=examples,
+        )
+        done = finished(results)
+        missing = [component for component in components if component not in done]
+        with (
+            progress.stage("attribute", len(components), "components", done=len(components) - len(missing)) as tick,
+            executor_for(run, executor) as workers,
+        ):
+            n_done = len(components) - len(missing)
+            for _ in workers.map(worker, "attribute", missing) if missing else ():
+                n_done += 1
+                tick(n_done)
+        files = finished(results)
+        table = pa.concat_tables(
+            [SCHEMAS[_TABLE].empty_table(), *(read_table(files[component], _TABLE) for component in components)]
+        )
+        write_table(run.table(_TABLE), _TABLE, table)
+        return stage.complete({"top_examples": count, "components": components, "n_rows": len(table)})
