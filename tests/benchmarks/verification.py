@@ -1,0 +1,184 @@
+"""Whether components do what they claim on a real model, beside those of other methods under the same protocol.
+
+    python tests/benchmarks/verification.py [minilm] [--methods npeff gradient-kmeans …] [--components 8]
+                                            [--cache FOLDER] [--output FILE]
+
+MiniLM on SICK, K = 32, fitted on two thirds of the pairs; top examples are held-out ones. Every method's coefficients
+and components go into a run directory of their own that shares the Fishers, and from there through the package's own
+lift and verification: same numbers of examples, same target KL, same controls. All components of npeff are verified,
+and of the others some, by seeded numbers; npeff's of these numbers are summed up too. Asked again with more, it goes
+on. Needs NPEFF_SHARED_DATA, and about two hours of CPU time for all components of all methods. `README.md` beside this
+file keeps results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from quickstart import machine
+from solver_stage.minilm_fishers import DIM, minilm_factors
+from verify_stage.baselines import METHODS, Data, pooled_output
+
+from pipeline import stages
+from pipeline.config import RunConfig
+from pipeline.run_directory import RunDirectory
+from pipeline.runtime.verification_actor import VerificationOptions, VerificationPaths, VerificationWorker
+from pipeline.stage import fingerprint_of, finished, lifted_components, model_spec
+from pipeline.stages.factorize_stage import write_solution
+from pipeline.store import FisherStore, Splits, read_table, write_table
+
+N_COMPONENTS = 32
+TARGETS = {"median KL ratio": 4.0, "above 1": 0.9, "above all controls": 0.85}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sections", nargs="*", help="minilm")
+    parser.add_argument("--methods", nargs="+", default=["npeff", *METHODS], choices=["npeff", *METHODS])
+    parser.add_argument("--components", type=int, default=8, help="of each method but npeff, to verify")
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "npeff-benchmarks")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/verification.json"))
+    arguments = parser.parse_args()
+    if unknown := set(arguments.sections) - {"minilm"}:
+        parser.error(f"no section {sorted(unknown)[0]!r}: choose from minilm")
+    torch.set_num_threads(1)
+    if minilm_factors(arguments.cache) is None:
+        print("minilm: not run, as NPEFF_SHARED_DATA names no folder with the model and the data")
+        return
+    about, found = machine(), dict[str, Any]()
+    some = np.random.default_rng(0).permutation(N_COMPONENTS)[: arguments.components].tolist()
+    for method in arguments.methods:
+        chosen = [*some, *(set(range(N_COMPONENTS)) - set(some))] if method == "npeff" else some
+        run = _run(arguments.cache, method, chosen)
+        rows = _verified(run, chosen)
+        found[method] = _summary(rows)
+        _print(method, found[method])
+        if method == "npeff":
+            same = f"npeff, {len(some)} components"
+            found[same] = _summary([row for row in rows if row["component"] in some])
+            _print(same, found[same])
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    everything = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    everything["minilm"] = {"machine": about, "targets": TARGETS, "methods": found}
+    arguments.output.write_text(json.dumps(everything, indent=2) + "\n")
+    print(f"written to {arguments.output}")
+
+
+def _run(cache: Path, method: str, components: list[int]) -> RunDirectory:
+    """A run with the components of a method, lifted."""
+    fishers = RunDirectory.open(cache / f"minilm-sick-{DIM}-all")
+    document = fishers.config.model_dump() | {"run_dir": str(cache / f"verification-{method}")}
+    document["factorization"] |= {"n_components": N_COMPONENTS, "stability_examples": 0}
+    document["lift"] = {"memory_limit_mb": 2048, "components": components}
+    run = RunDirectory.create(RunConfig.model_validate(document))
+    if not (run.path / "stages").exists():
+        for name in ("fishers.zarr", "shards", "task"):
+            (run.path / name).symlink_to(fishers.path / name)
+        for name in ("tables", "stages"):
+            shutil.copytree(fishers.path / name, run.path / name)
+    if method == "npeff":
+        stages.factorize(run)
+    elif run.record("factorize") is None:
+        _factorize(run, method)
+    began = time.monotonic()
+    lifted = stages.lift(run)
+    print(
+        f"{method}: lifted, median cosine {lifted['median_cosine']:.3f} ({time.monotonic() - began:.0f} s)", flush=True
+    )
+    return run
+
+
+def _factorize(run: RunDirectory, method: str) -> None:
+    """What the stage would write, of another method's components."""
+    began = time.monotonic()
+    store = FisherStore.open(run.fishers)
+    rows = store.read_rows(np.arange(store.plan.n_examples), ["factors", "logits"])
+    loaded = model_spec(run, fingerprint_of(run)).load()
+    data = Data(
+        factors_NRD=torch.from_numpy(rows["factors"]),
+        logits_NC=torch.from_numpy(rows["logits"]),
+        fit_N=Splits.of(read_table(run.table("examples"), "examples")).fit_N,
+        activations=lambda: pooled_output(loaded, store.attrs["batch_size"]),
+    )
+    coefficients_NK, components_KD = METHODS[method](data, N_COMPONENTS, run.config.seed)
+    write_solution(run, components_KD, coefficients_NK, [], {"factorized": method})
+    run.complete("factorize", {"n_iter": 0, "stopped": "converged", "seconds": time.monotonic() - began})
+
+
+def _verified(run: RunDirectory, components: list[int]) -> list[dict[str, Any]]:
+    """Rows of the verification table, of these components and held-out examples."""
+    examples = read_table(run.table("examples"), "examples")
+    table, held_out = run.path / "held_out.parquet", pc.equal(examples["split"], "held_out")
+    valid = examples.column_names.index("valid")
+    write_table(table, "examples", examples.set_column(valid, "valid", pc.and_(examples["valid"], held_out)))
+    results, wanted = run.partial_results("verify-held-out"), run.config.verification
+    worker = VerificationWorker(
+        model_spec(run, fingerprint_of(run)),
+        VerificationPaths(run.factorization, run.directions, table, results),
+        VerificationOptions(
+            n_top=wanted.top_examples,
+            n_baseline=wanted.baseline_examples,
+            target_kl=wanted.target_kl,
+            epsilon=wanted.epsilon,
+            n_selectivity=0,
+            n_correlation=0,
+            seed=run.config.seed,
+            batch_size=FisherStore.open(run.fishers).attrs["batch_size"],
+            lifted=lifted_components(run),
+        ),
+    )
+    rows: list[dict[str, Any]] = []
+    for component in components:
+        began, done = time.monotonic(), finished(results)
+        if component in done:
+            rows += read_table(done[component], "verification").to_pylist()
+        else:
+            rows += worker.verify(component)
+            print(f"  {run.path.name}: component {component}, {time.monotonic() - began:.0f} s", flush=True)
+    return rows
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of both signs together: a row is a component and a sign. Components without held-out examples have none."""
+    controls = {"a": "fisher_norm_ratio", "b": "random_kl_ratio", "c": "other_kl_ratio"}
+
+    def share(values: list[bool]) -> float:
+        return sum(values) / len(rows)
+
+    return {
+        "components": len({row["component"] for row in rows}),
+        "rows": len(rows),
+        "median KL ratio": statistics.median(row["kl_ratio"] for row in rows),
+        "above 1": share([row["kl_ratio"] > 1 for row in rows]),
+        **{f"above ({x})": share([row["kl_ratio"] > row[name] for row in rows]) for x, name in controls.items()},
+        "above all controls": share([row["kl_ratio"] > max(row[name] for name in controls.values()) for row in rows]),
+        "with 95% confidence": share([row["above_controls"] for row in rows]),
+        "reached target": share([row["reached_target"] for row in rows]),
+        **{f"median ({x})": statistics.median(row[name] for row in rows) for x, name in controls.items()},
+        "median of signs": {
+            sign: statistics.median(row["kl_ratio"] for row in rows if row["sign"] == sign) for sign in (1, -1)
+        },
+    }
+
+
+def _print(method: str, found: dict[str, Any]) -> None:
+    print(f"{method}: {found['components']} components with held-out top examples, {found['rows']} rows")
+    for name, value in found.items():
+        if isinstance(value, float):
+            target = f"  (at least {TARGETS[name]:g})" if name in TARGETS else ""
+            print(f"  {name:22s}{value:8.2f}{target}")
+    print(flush=True)
+
+
+if __name__ == "__main__":
+    main()
