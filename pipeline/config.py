@@ -315,7 +315,7 @@ class ExecutorConfig(_Section):
     timeout_s: PositiveFloat = 600.0
     """Longest wait for one call of a worker before it counts as hung: the task's preparation (training, say), two
     shards, reading the solver's shards and starting it, a solver step, a block of directions, a component's
-    verification, a fit of ``npeff select`` or for the components' stability."""
+    verification or attribution, a fit of ``npeff select`` or for the components' stability."""
 
     @model_validator(mode="after")
     def _serial_is_one_worker(self) -> Self:

@@ -72,8 +72,14 @@ def estimate(config: RunConfig) -> Estimate:
         seconds=start_up + trial.seconds_per_example * n_examples * share,
         store_bytes=store_bytes,
         solver_bytes=_solver_bytes(config, trial),
-        direction_bytes=4 * config.factorization.n_components * facts.layout.size,
+        direction_bytes=_direction_bytes(config, facts.layout.size),
     )
+
+
+def _direction_bytes(config: RunConfig, n_parameters: int) -> int:
+    lifted = config.lift.components
+    n_lifted = config.factorization.n_components if lifted is None else len(lifted)
+    return n_lifted * n_parameters * {"float32": 4, "float16": 2}[config.lift.dtype]
 
 
 def _solver_bytes(config: RunConfig, trial: Trial) -> int:

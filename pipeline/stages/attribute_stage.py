@@ -33,7 +33,6 @@ def attribute(
         components, count = lifted_components(run), run.config.report.top_examples
         if stage.done and stage.done["top_examples"] == count and stage.done["components"] == components:
             return stage.done
-        run.reopen("attribute")
         progress, results = progress or SilentProgress(), run.partial_results("attribute")
         forget_other_requests(results, f"{count} top examples")
         top = read_table(run.table("top_examples"), "top_examples").select(["component", "rank", "example"])

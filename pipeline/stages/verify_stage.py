@@ -38,7 +38,6 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         components, results = lifted_components(run), run.partial_results("verify")
         if stage.done and set(components) <= set(stage.done.get("components", range(stage.done["n_components"]))):
             return stage.done
-        run.reopen("verify")
         progress, config, wanted = progress or SilentProgress(), run.config, run.config.verification
         verified = {
             component: read_table(path, "verification").to_pylist() for component, path in finished(results).items()

@@ -64,6 +64,9 @@ def test_the_task_of_the_page_works(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     task.prepare(tmp_path)
     loaded = tiny.Loaded(task, task.model(tmp_path).eval(), task.examples(tmp_path))
     tiny.check_batches(loaded)
+    for text, tokens in zip(loaded.column("text"), loaded.examples.tokens(range(30)) or [], strict=True):
+        assert [text[token.start : token.stop] for token in tokens] == [token.text for token in tokens]
+        assert len(tokens) == text.count("+") + 1
     logits, targets = loaded.logits(range(30)), loaded.targets(range(30))
     assert targets is not None
     live = targets != IGNORED

@@ -214,3 +214,14 @@ def test_bad_options_are_refused_in_one_line(options: dict[str, object], said: s
         load_task(NAME, options)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_tokens_are_the_words_and_marks_that_the_model_reads(tmp_path: Path) -> None:
+    examples = PlantedHeuristicsTask(n_examples=20, n_train=30).examples(tmp_path)
+    texts = examples.table()["text"].to_pylist()
+    for index, tokens in enumerate(examples.tokens(range(20)) or []):
+        assert len(tokens) == examples.batch([index]).shape[1]
+        assert [token.text for token in tokens if token.start is None] == ["[CLS]", "[SEP]", "[SEP]"]
+        words = [texts[index][token.start : token.stop] for token in tokens if token.start is not None]
+        assert words == [token.text for token in tokens if token.start is not None]
+        assert words == texts[index].replace(" → ", " ").split()
