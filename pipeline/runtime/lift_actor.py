@@ -99,7 +99,8 @@ class LiftWorker:
         unit = {name: tensor / total**0.5 if total > 0 else tensor for name, tensor in direction.items()}
         sketched_D = self._sketch.apply_dense({name: tensor[None] for name, tensor in unit.items()})[0].double().cpu()
         cosine = sketched_D @ self._components_KD[component] / sketched_D.norm().clamp_min(1e-300)
-        self._directions.write(component, {name: tensor.float().cpu().numpy() for name, tensor in unit.items()})
+        dtype: torch.dtype = getattr(torch, self._directions.dtype)  # torch rounds much faster than numpy does
+        self._directions.write(component, {name: tensor.to(dtype).cpu().numpy() for name, tensor in unit.items()})
         facts = {
             "component": component,
             "cosine": float(cosine),

@@ -34,6 +34,7 @@ class DirectionStore:
         self.arrays = dict(arrays)
         self.attrs = dict(attrs)
         self.n_components: int = attrs["n_components"]
+        self.dtype = str(next(iter(self.arrays.values())).dtype)
 
     @classmethod
     def create(

@@ -145,7 +145,7 @@ def test_the_run_ends_well_and_says_what_it_leaves_out(
     progress = SilentProgress()
     progress.say = said.append  # type: ignore[method-assign]
     stages.run(finished, progress=progress)
-    assert [line for line in said if line.startswith("lift, verify: skipped, as")]
+    assert [line for line in said if line.startswith("lift, verify, attribute: skipped, as")]
     for stage in (stages.lift, stages.verify):
         with pytest.raises(RunDirectoryError, match=r"has no part in .*factorization\.kind: fishers"):
             stage(finished)
