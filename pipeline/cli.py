@@ -25,7 +25,7 @@ from pipeline.estimate import rows as estimate_rows
 from pipeline.interchange import ImportOptions, export_run, import_run
 from pipeline.progress import default_progress
 from pipeline.query_output import OutputFormat, print_table
-from pipeline.run_directory import RunDirectory
+from pipeline.run_directory import RunDirectory, location
 from pipeline.status import outcome
 from pipeline.status import status as status_of
 
@@ -51,9 +51,20 @@ _DISK_ERRORS = {
 }
 
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run file (YAML), or the directory of an existing run.")]
+Run = Annotated[
+    Path,
+    typer.Argument(parser=location, metavar="RUN", help="A run file (YAML), or the directory of an existing run."),
+]
+RunFile = Annotated[Path, typer.Argument(parser=location, metavar="RUN", help="A run file (YAML).")]
+ExistingRun = Annotated[Path, typer.Argument(parser=location, metavar="RUN_DIR", help="Directory of a run.")]
 RunDir = Annotated[
-    Path | None, typer.Option("--run-dir", help="Write to this directory instead of the run file's run_dir.")
+    Path | None,
+    typer.Option(
+        "--run-dir",
+        parser=location,
+        metavar="RUN_DIR",
+        help="Write to this directory instead of the run file's run_dir.",
+    ),
 ]
 Workers = Annotated[
     int | None, typer.Option("--workers", min=1, help="Actors to use instead of the run file's number.")
@@ -152,8 +163,13 @@ def factorize_command(
 
 @app.command("transform")
 def transform_command(
-    source: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run whose components are used.")],
-    run: Annotated[Path, typer.Option("--run", help="A run file of the new examples, or its directory.")],
+    source: Annotated[
+        Path, typer.Argument(parser=location, metavar="RUN_DIR", help="The run whose components are used.")
+    ],
+    run: Annotated[
+        Path,
+        typer.Option("--run", parser=location, metavar="RUN", help="A run file of the new examples, or its directory."),
+    ],
     workers: Workers = None,
     address: Address = None,
 ) -> None:
@@ -202,7 +218,7 @@ def repair_command(run: Run, run_dir: RunDir = None, workers: Workers = None, ad
 
 @app.command("estimate")
 def estimate_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run file (YAML).")],
+    run: RunFile,
     workers: Workers = None,
     address: Address = None,
     parameters: Annotated[bool, typer.Option(help="List every parameter: taken, or why not.")] = False,
@@ -225,7 +241,9 @@ def estimate_command(
 
 
 @app.command()
-def status(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run.")]) -> None:
+def status(
+    run_dir: ExistingRun,
+) -> None:
     """How far each stage of a run has come: missing, partial or complete."""
     table = Table("stage", "state", "done", "details")
     for row in status_of(RunDirectory.open(run_dir)):
@@ -235,10 +253,13 @@ def status(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Dire
 
 @app.command("import")
 def import_command(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="An HDF5 file of the NPEFF reference.")],
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A new directory for the run.")],
+    file: Annotated[Path, typer.Argument(parser=location, metavar="FILE", help="An HDF5 file of the NPEFF reference.")],
+    run_dir: Annotated[Path, typer.Argument(parser=location, metavar="RUN_DIR", help="A new directory for the run.")],
     fishers: Annotated[
-        Path | None, typer.Option(help="With a decomposition: the PEF file that it is a decomposition of.")
+        Path | None,
+        typer.Option(
+            parser=location, metavar="FILE", help="With a decomposition: the PEF file that it is a decomposition of."
+        ),
     ] = None,
     components: Annotated[int, typer.Option(min=1, help="Components to factorize the Fishers into.")] = 32,
     max_dim: Annotated[int, typer.Option(min=1, help="Keep up to so many parameters as they are; hash more.")] = 65_536,
@@ -265,8 +286,10 @@ def import_command(
 
 @app.command("export")
 def export_command(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run.")],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The HDF5 or safetensors file to write.")],
+    run_dir: ExistingRun,
+    file: Annotated[
+        Path, typer.Argument(parser=location, metavar="FILE", help="The HDF5 or safetensors file to write.")
+    ],
     what: Annotated[Exported, typer.Option(help="What of the run.")] = "fishers",
     values: Annotated[int | None, typer.Option(min=1, help="Only so many largest values of each example.")] = None,
     component: Annotated[
@@ -285,7 +308,7 @@ def export_command(
 
 @app.command()
 def submit(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run file (YAML).")],
+    run: RunFile,
     address: Annotated[str, typer.Option(help="The cluster's job server.")] = "http://127.0.0.1:8265",
     run_dir: RunDir = None,
     py_modules: Annotated[
@@ -306,7 +329,8 @@ def submit(
 
 @query_app.callback()
 def query(
-    context: typer.Context, run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run.")]
+    context: typer.Context,
+    run_dir: ExistingRun,
 ) -> None:
     context.obj = stages.open_components(run_dir)
 

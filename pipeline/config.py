@@ -339,7 +339,7 @@ class RunConfig(_Section):
             ConfigError: the file is missing, is not YAML, names an environment variable that is not set, or a key is
                 missing, unknown or has a value that is refused.
         """
-        path = Path(path)
+        path = Path(path) if isinstance(path, str) else path  # it may be on an object store
         try:
             document = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
         except FileNotFoundError:

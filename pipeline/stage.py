@@ -22,7 +22,7 @@ from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import Executor, ExecutorError, WorkerSpec, make_executor
 from pipeline.runtime.fitted_examples import FittedExamples
 from pipeline.runtime.model import ModelSpec
-from pipeline.store import FisherStore, ShardRecords, StoreError, open_factorization
+from pipeline.store import FisherStore, ShardRecords, StoreError, is_committed, open_factorization
 
 Summary = dict[str, Any]
 
@@ -55,7 +55,7 @@ def recorded(run: RunDirectory, stage: str) -> Summary | None:
     outputs = [run.path / name for name in _OUTPUTS[stage]]
     if stage == "fishers" and run.config.fishers.diagonal.mean:
         outputs.append(run.diagonal_fisher)
-    if record is None or not all(path.exists() for path in outputs):
+    if record is None or not all(is_committed(path) for path in outputs):
         return None
     if stage == "factorize" and _may_go_on(run.config, record):
         return None
@@ -203,7 +203,7 @@ def components_of(run: RunDirectory, other: str | Path) -> np.ndarray:
     Raises:
         RunDirectoryError: its model, parameters, sketch or seed is another, or it has no components yet.
     """
-    source = RunDirectory.open(Path(other).expanduser())
+    source = RunDirectory.open(other)
     record_of(source, "factorize")
     if (kind := source.config.factorization.kind) != "fishers":
         raise RunDirectoryError(

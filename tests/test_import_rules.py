@@ -17,7 +17,7 @@ PURE = {"torch", "numpy"}
 ALLOWED: dict[str, set[str]] = {
     "fisher": PURE,
     "factorization": PURE | {"scipy", "sklearn"},
-    "store": {"zarr", "pyarrow", "numpy", "h5py", "safetensors"},
+    "store": {"zarr", "pyarrow", "numpy", "h5py", "safetensors", "upath", "fsspec", "s3fs", "botocore", "aiohttp"},
     "tasks": PURE | {"transformers", "sklearn", "pyarrow", "safetensors", "PIL", "datasets", "peft"},
     "verification": PURE | {"scipy", "pipeline.fisher"},
     "runtime": PURE
@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     | {f"pipeline.{name}" for name in ("tasks", "fisher", "factorization", "verification", "store")},
     "query": {"numpy", "zarr", "dask", "pyarrow", "duckdb", "jinja2", "markupsafe", "yaml"} | {"pipeline.store"},
     "config": {"pydantic", "yaml"},
-    "run_directory": {"pipeline.config"},
+    "run_directory": {"pipeline.config", "pipeline.store"},
     "progress": {"rich"},
     "result_tables": {"numpy", "pyarrow"} | {f"pipeline.{name}" for name in ("run_directory", "store", "verification")},
     "interchange": {"numpy", "pyarrow", "torch"}
@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
         f"pipeline.{name}"
         for name in ("config", "factorization", "progress", "result_tables", "run_directory", "store")
     },
-    "metrics": {"torch", "pipeline.config"},
+    "metrics": {"torch", "pipeline.config", "pipeline.store"},
     "stage": {"numpy", "torch"}
     | {
         f"pipeline.{name}"

@@ -22,7 +22,14 @@ from pipeline.query.errors import QueryError
 from pipeline.query.sql import run_sql
 from pipeline.query.tables import EXAMPLE_COLUMNS, RunTables, missing
 from pipeline.query.verdict import scoreboard, verdicts
-from pipeline.store import DirectionStore, StoredFactorization, StoreError, open_factorization
+from pipeline.store import (
+    DirectionStore,
+    StoredFactorization,
+    StoreError,
+    is_committed,
+    location,
+    open_factorization,
+)
 
 _TOO_WIDE_TO_LIST = ("image", "logits", "valid")
 """Columns of the examples table that a list of examples leaves out."""
@@ -48,7 +55,7 @@ class ComponentStore:
         Raises:
             QueryError: the folder does not exist or is not a run directory.
         """
-        path = Path(run_dir)
+        path = location(run_dir)
         if not path.is_dir():
             wrong = "is a file" if path.exists() else "does not exist"
             raise QueryError(f"{path} {wrong}: give the run directory of an `npeff run`")
@@ -70,7 +77,7 @@ class ComponentStore:
     def directions(self) -> Mapping[str, da.Array]:
         """Parameter name to (K, *shape): each component as a unit direction in parameter space."""
         path = self.run_dir / "directions.zarr"
-        if not path.is_dir():
+        if not is_committed(path):
             raise missing(self.run_dir, "directions.zarr", "lift")
         try:
             arrays = DirectionStore.open(path).arrays
@@ -264,7 +271,7 @@ class ComponentStore:
     @cached_property
     def _factorization(self) -> StoredFactorization:
         path = self.run_dir / "factorization.zarr"
-        if not path.is_dir():
+        if not is_committed(path):
             raise missing(self.run_dir, "factorization.zarr", "factorize")
         try:
             return open_factorization(path)

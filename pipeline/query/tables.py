@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from pipeline.query.errors import QueryError
-from pipeline.store import SCHEMAS
+from pipeline.store import SCHEMAS, is_remote
+from pipeline.store.objects import file_system, key_of
 
 WRITTEN_BY = {
     "examples": "fishers",
@@ -72,6 +73,8 @@ class RunTables:
                 raise missing(self.run_dir, f"table '{name}'", WRITTEN_BY[name])
             raise QueryError(f"there is no table '{name}': this run has {', '.join(self.names()) or 'no tables yet'}")
         try:
+            if is_remote(path):
+                return ds.dataset(key_of(path), format=_PARQUET, filesystem=file_system(path))
             return ds.dataset(path, format=_PARQUET)
         except (pa.ArrowInvalid, OSError) as error:
             raise self._damaged(name) from error

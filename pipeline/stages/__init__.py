@@ -38,7 +38,7 @@ from pipeline.stages.repair_stage import repair
 from pipeline.stages.select_stage import select
 from pipeline.stages.transform_stage import transform
 from pipeline.stages.verify_stage import verify
-from pipeline.store import DirectionStore, StoreError
+from pipeline.store import DirectionStore, ObjectStoreError, StoreError, location
 from pipeline.tasks import TaskError
 
 __all__ = [
@@ -65,6 +65,7 @@ USER_ERRORS = (
     UnsupportedModelError,
     InvalidProblemError,
     StoreError,
+    ObjectStoreError,
     QueryError,
     ExecutorError,
 )
@@ -117,7 +118,7 @@ def submit(
     """The whole run as a Ray job on another machine's cluster; its exit code, or 0 at once if it is not followed."""
     from pipeline.runtime.job import submit_job
 
-    there = config.model_copy(update={"run_dir": str(Path(config.run_dir).expanduser().absolute())})
+    there = config.model_copy(update={"run_dir": str(location(config.run_dir).expanduser().absolute())})
     return submit_job(there.to_yaml(), address, py_modules=py_modules, follow=follow, say=say)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 import numpy as np
@@ -38,6 +37,7 @@ from pipeline.store import (
     CheckpointStore,
     Splits,
     read_table,
+    remove_directory,
     write_factorization,
     write_table,
 )
@@ -191,9 +191,9 @@ def write_solution(
     run.reopen("factorize")
     for stage in ("lift", "verify", "repair"):
         run.reopen(stage)
-        shutil.rmtree(run.partial_results(stage), ignore_errors=True)
+        remove_directory(run.partial_results(stage))
     for folder in (run.directions, run.repaired):
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_directory(folder)
     write_factorization(run.factorization, components_KD, coefficients_NK, summary, columns_D)
     write_component_tables(run, components_KD, coefficients_NK, stability_K)
     write_table(run.table("history"), "history", rows_to_columns(history, "history"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 from pipeline.config import ConfigError
 from pipeline.progress import ProgressDisplay, SilentProgress
 from pipeline.result_tables import (
@@ -32,6 +30,8 @@ from pipeline.store import (
     FisherStore,
     ShardRecords,
     StoreError,
+    is_committed,
+    remove_directory,
 )
 
 _MOST_SHARDS_PER_CALL = 2
@@ -56,6 +56,7 @@ def compute_fishers(
             units = sums.missing() if summed else []
             in_units = {shard for unit in units for shard in sums.shards(unit)}
             missing = [shard for shard in range(store.plan.n_shards) if shard not in in_units | complete.keys()]
+            records.withdraw(in_units & complete.keys())
             worker = worker_spec(
                 run,
                 FisherWorker,
@@ -81,7 +82,7 @@ def compute_fishers(
             sums.fold(last=True)
             metadata = {"labels": config.fishers.labels, "model_fingerprint": facts.model_fingerprint}
             sums.write_mean(run.diagonal_fisher, n_examples - n_invalid, metadata)
-        shutil.rmtree(sums.folder, ignore_errors=True)
+        remove_directory(sums.folder)
         write_example_tables(run, facts.examples, facts.class_names)
         shapes = dict(zip(facts.layout.names, facts.layout.shapes, strict=True))
         write_parameter_table(run, shapes, facts.left_out)
@@ -124,7 +125,7 @@ def _open_fishers(run: RunDirectory, facts: TaskFacts) -> tuple[ShardRecords, Fi
     config = run.config
     signature = f"{config.signature('task', 'parameters', 'fishers', 'seed')}-{facts.model_fingerprint[:16]}"
     records = ShardRecords(run.shard_records, signature)
-    if run.fishers.exists():
+    if is_committed(run.fishers):
         there = FisherStore.open(run.fishers)
         laid_out = (there.plan.n_examples, there.n_classes, there.dim)
         if laid_out != (len(facts.examples), facts.n_classes, facts.sketch_dim):
@@ -135,7 +136,7 @@ def _open_fishers(run: RunDirectory, facts: TaskFacts) -> tuple[ShardRecords, Fi
             )
         return records, there
     for former in (run.shard_records, run.partial_results("diagonal")):  # of Fishers that somebody deleted
-        shutil.rmtree(former, ignore_errors=True)
+        remove_directory(former)
     run.diagonal_fisher.unlink(missing_ok=True)
     store = FisherStore.create(
         run.fishers,

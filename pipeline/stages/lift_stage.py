@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 
 import numpy as np
 
@@ -30,8 +29,10 @@ from pipeline.stage import (
 from pipeline.store import (
     DirectionStore,
     FisherStore,
+    is_committed,
     read_json,
     read_table,
+    remove_directory,
     write_table,
 )
 
@@ -48,9 +49,9 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
         n_parameters = sum(math.prod(shape) for shape in shapes.values())
         model = model_spec(run, fingerprint_of(run))  # refused before anything is written where there is none
         results = run.partial_results("lift")
-        if not run.directions.exists():
+        if not is_committed(run.directions):
             run.reopen("lift")  # or a crash would leave a complete stage with an empty store
-            shutil.rmtree(results, ignore_errors=True)  # of directions that somebody deleted
+            remove_directory(results)  # of directions that somebody deleted
             DirectionStore.create(run.directions, n_components=n_components, shapes=shapes, attrs={})
         lifted = {component: read_json(path) for component, path in finished(results).items()}
         missing = [component for component in range(n_components) if component not in lifted]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +16,15 @@ from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import Executor, WorkerSpec
 from pipeline.runtime.repair_actor import Attempt, Edit, RepairWorker
 from pipeline.stage import Summary, executor_for, fingerprint_of, model_spec, open_stage, record_of, worker_spec
-from pipeline.store import FisherStore, open_factorization, read_json, read_table, write_json_atomically, write_table
+from pipeline.store import (
+    FisherStore,
+    open_factorization,
+    read_json,
+    read_table,
+    remove_directory,
+    write_json_atomically,
+    write_table,
+)
 from pipeline.verification import RepairCandidate, choose_step, mcnemar, over_represented, top_examples
 
 
@@ -183,8 +190,8 @@ def _forget_others(run: RunDirectory, request: str) -> None:
     results = run.partial_results("repair")
     asked = results / "request.json"
     if not asked.exists() or read_json(asked)["request"] != request:
-        shutil.rmtree(results, ignore_errors=True)
-        shutil.rmtree(run.repaired, ignore_errors=True)
+        remove_directory(results)
+        remove_directory(run.repaired)
         write_json_atomically(asked, {"request": request})
 
 

@@ -23,6 +23,7 @@ from pipeline.stage import (
 )
 from pipeline.stages.factorize_stage import write_solution
 from pipeline.stages.fisher_stage import compute_fishers
+from pipeline.store import location
 
 
 def transform(
@@ -48,7 +49,7 @@ def transform(
             raise InvalidProblemError(
                 f"{source} has {len(components_KD)} components: set factorization.n_components of the new run to that"
             )
-        origin = str(Path(source).expanduser().absolute())
+        origin = str(location(source).expanduser().absolute())
         with open_stage(run, "factorize", after="fishers") as stage:
             if stage.done and stage.done.get("transformed_from") == origin:
                 return stage.done

@@ -21,6 +21,7 @@ from pipeline.store.atomic import replacing_directory
 from pipeline.store.errors import StoreError
 from pipeline.store.groups import create_group, open_array, open_group
 from pipeline.store.layout import MIN_CHUNK_BYTES
+from pipeline.store.location import location
 from pipeline.store.manifest import checksum
 
 SCHEMA_VERSION = 1
@@ -92,7 +93,7 @@ def write_factorization(
             raise ValueError(f"columns {columns_D.shape} and components {components_KD.shape} do not agree")
         arrays["columns"] = columns_D.astype(np.int64)
     checksums = {name: checksum({name: values}) for name, values in arrays.items()}
-    with replacing_directory(Path(path)) as partial:
+    with replacing_directory(location(path)) as partial:
         group = create_group(partial, _KIND, SCHEMA_VERSION, {"checksums": checksums}, attrs)
         for name, values in arrays.items():
             chunk_rows = min(len(values), -(-MIN_CHUNK_BYTES // values[0].nbytes))
@@ -114,7 +115,7 @@ def open_factorization(path: str | Path) -> StoredFactorization:
     Raises:
         StoreError: there is none, or it is damaged.
     """
-    path = Path(path)
+    path = location(path)
     group, attrs = open_group(path, _KIND, SCHEMA_VERSION, "factorize")
     components, coefficients = (open_array(group, path, name, "factorize") for name in ("components", "coefficients"))
     columns = open_array(group, path, "columns", "factorize") if "columns" in attrs["checksums"] else None

@@ -18,14 +18,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from pipeline.store.atomic import write_file_atomically
+from pipeline.store.atomic import local_copy, write_file_atomically
 from pipeline.store.errors import StoreError, os_errors_explained
+from pipeline.store.location import is_remote
+from pipeline.store.objects import read_range
 
 _MOST_SHARDS = 4
 """In one unit: a worker gives it back in time that is counted in shards, and a crash costs no more."""
@@ -127,15 +129,11 @@ class DiagonalSums:
             entries = list(self.folder.iterdir()) if self.folder.is_dir() else []
         found = {entry: int(entry.stem) for entry in entries if re.fullmatch(r"[0-9]{5,}\.safetensors", entry.name)}
         for path in found:
-            with self._opened(path):
-                pass
+            self._metadata(path)
         return set(found.values())
 
     def _n_folded(self) -> int:
-        if not self._total.exists():
-            return 0
-        with self._opened(self._total) as file:
-            return int(file.metadata()["units"])
+        return int(self._metadata(self._total)["units"]) if self._total.exists() else 0
 
     def _added(self, paths: list[Path]) -> dict[str, np.ndarray]:
         """The sum of the files, from the first to the last."""
@@ -149,15 +147,25 @@ class DiagonalSums:
                     sums[name] = sums[name] + values if name in sums else values
         return sums
 
+    def _metadata(self, path: Path) -> dict[str, str]:
+        if not is_remote(path):
+            with self._opened(path) as file:
+                return dict(file.metadata())
+        metadata: dict[str, str] = _header(path).get("__metadata__", {})  # an object is whole, and may be large
+        self._check(path, metadata)
+        return metadata
+
+    def _check(self, path: Path, metadata: Mapping[str, str]) -> None:
+        if metadata.get("signature") != self.signature:
+            raise StoreError(
+                f"{path} is of another run: choose another run_dir, or delete {self.folder} to compute it again"
+            )
+
     @contextmanager
     def _opened(self, path: Path) -> Iterator[safe_open]:
         try:
-            with os_errors_explained("read", path), safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("signature") != self.signature:
-                    raise StoreError(
-                        f"{path} is of another run: choose another run_dir, or delete {self.folder} to compute it again"
-                    )
+            with os_errors_explained("read", path), local_copy(path) as copy, safe_open(copy, "numpy") as file:
+                self._check(path, file.metadata() or {})
                 yield file
         except SafetensorError as error:
             raise self._damaged(path) from error
@@ -165,6 +173,13 @@ class DiagonalSums:
     def _damaged(self, path: Path) -> StoreError:
         # without the total the units that it is of are missing again
         return StoreError(f"{path} is damaged: delete it and run the same command again")
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """Of a safetensors object: a JSON text after 8 bytes that say how long it is."""
+    length = int.from_bytes(read_range(path, 0, 8), "little")
+    header: dict[str, Any] = json.loads(read_range(path, 8, 8 + length))
+    return header
 
 
 def _write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:

@@ -20,7 +20,8 @@ from zarr.codecs import Crc32cCodec
 
 from pipeline.store.atomic import replacing_directory, write_file_atomically
 from pipeline.store.errors import StoreError
-from pipeline.store.groups import create_group, open_array, open_group, write_durably
+from pipeline.store.groups import Part, create_group, open_array, open_group, write_durably
+from pipeline.store.location import location
 
 SCHEMA_VERSION = 1
 _KIND = "a store of directions"
@@ -47,7 +48,7 @@ class DirectionStore:
         Raises:
             StoreError: it cannot be written.
         """
-        path = Path(path)
+        path = location(path)
         own = {"n_components": n_components, "parameters": list(shapes)}
         with replacing_directory(path) as partial:
             group = create_group(partial, _KIND, SCHEMA_VERSION, own, attrs)
@@ -69,7 +70,7 @@ class DirectionStore:
         Raises:
             StoreError: there is none, or it is damaged.
         """
-        path = Path(path)
+        path = location(path)
         group, attrs = open_group(path, _KIND, SCHEMA_VERSION, "lift")
         return cls(path, {name: open_array(group, path, name, "lift") for name in attrs["parameters"]}, attrs)
 
@@ -89,8 +90,11 @@ class DirectionStore:
                 raise ValueError(f"{name} must have shape {array.shape[1:]}, not {values.shape}")
             if not np.isfinite(values).all():
                 raise ValueError(f"the direction in {name} is not finite")
-        for name, values in direction.items():
-            write_durably(self.path, name, self.arrays[name], component, component, values.astype(np.float32))
+        parts = (
+            Part(name, self.arrays[name], component, component, values.astype(np.float32))
+            for name, values in direction.items()
+        )
+        write_durably(self.path, parts)
 
     def read(self, component: int) -> dict[str, np.ndarray]:
         """One component's direction, by parameter name.
@@ -111,7 +115,7 @@ class DirectionStore:
         # what numpy makes of a scalar is no array, and safetensors takes strides for granted
         tensors = {name: np.require(values, requirements="C") for name, values in self.read(component).items()}
         content = save(tensors, {"component": str(component)})
-        write_file_atomically(Path(file), lambda stream: stream.write(content))
+        write_file_atomically(location(file), lambda stream: stream.write(content))
 
     def _check(self, component: int) -> None:
         if not 0 <= component < self.n_components:

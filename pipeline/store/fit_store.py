@@ -18,6 +18,7 @@ import numpy as np
 
 from pipeline.store.atomic import write_file_atomically
 from pipeline.store.errors import StoreError
+from pipeline.store.location import location
 from pipeline.store.manifest import checksum, read_json, write_json_atomically
 
 
@@ -37,7 +38,7 @@ class FitStore:
     """
 
     def __init__(self, directory: str | Path, signature: str) -> None:
-        self.directory, self.signature = Path(directory), signature
+        self.directory, self.signature = location(directory), signature
 
     def write(self, name: str, components_KD: np.ndarray, facts: Mapping[str, Any]) -> None:
         """Store a fit, or replace it; `facts` (JSON) are kept in its record.
@@ -70,7 +71,8 @@ class FitStore:
         try:
             record = read_json(record_path) if record_path.is_file() else {}
             signature, expected, facts = record["signature"], record["checksum"], dict(record["facts"])
-            components_KD: np.ndarray = np.load(self._components(name), allow_pickle=False)
+            with self._components(name).open("rb") as stream:
+                components_KD: np.ndarray = np.load(stream, allow_pickle=False)
         except (StoreError, OSError, ValueError, EOFError, KeyError, TypeError):
             return None
         if signature != self.signature or checksum({"components": components_KD}) != expected:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
+from zarr.core.buffer import Buffer
+from zarr.storage import FsspecStore, MemoryStore, StorePath
 
-from pipeline.store.atomic import PARTIAL, fsync
+from pipeline.store import objects
+from pipeline.store.atomic import PARTIAL, fsync, is_committed
 from pipeline.store.errors import StoreError, os_errors_explained
+from pipeline.store.location import is_remote
 from pipeline.store.manifest import read_json
 
 
@@ -35,7 +40,7 @@ def open_group(path: Path, kind: str, version: int, command: str) -> tuple[zarr.
         StoreError: there is none, or it is damaged, something else, or of another schema version.
     """
     with os_errors_explained("read", path):
-        exists = path.is_dir()
+        exists = is_committed(path) if is_remote(path) else path.is_dir()
     if not exists:
         raise StoreError(f"{path} does not exist: run `npeff {command} {path.parent}` first")
     try:
@@ -51,7 +56,7 @@ def open_group(path: Path, kind: str, version: int, command: str) -> tuple[zarr.
             "use the version that wrote it, or choose another run_dir"
         )
     try:
-        return zarr.open_group(path, mode="r+"), attrs
+        return zarr.open_group(_zarr_store(path), mode="r+"), attrs
     except (KeyError, ValueError, TypeError) as error:
         raise StoreError(_damaged(path / "zarr.json", path, command)) from error
 
@@ -66,6 +71,14 @@ def open_array(group: zarr.Group, path: Path, name: str, command: str) -> zarr.A
     return array
 
 
+def _zarr_store(path: Path) -> Path | FsspecStore:
+    if not is_remote(path):
+        return path
+    from pipeline.store.s3 import S3
+
+    return FsspecStore(S3(asynchronous=True), path=objects.key_of(path))
+
+
 def _damaged(what: Path, group_path: Path, command: str) -> str:
     return f"{what} is damaged: delete {group_path} and run `npeff {command} {group_path.parent}` again"
 
@@ -75,21 +88,56 @@ def stored_path(group_path: Path, name: str, array: zarr.Array, index: int) -> P
     return group_path / name / array.metadata.encode_chunk_key((index, *[0] * (array.ndim - 1)))
 
 
-def write_durably(
-    group_path: Path, name: str, array: zarr.Array, index: int, rows: int | slice, values: np.ndarray
-) -> None:
-    """Write the rows that make up the `index`-th shard or chunk, whole, so that they survive a power failure.
+def stored_bytes(path: Path) -> int:
+    """Size of a file; 0 where there is none."""
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The rows that make up the `index`-th shard, or chunk, of an array, whole."""
+
+    name: str
+    array: zarr.Array
+    index: int
+    rows: int | slice
+    values: np.ndarray
+
+
+def write_durably(group_path: Path, parts: Iterator[Part]) -> None:
+    """Write parts of arrays of a group, so that they survive a power failure.
 
     Raises:
-        StoreError: the disk refuses. Other shards are untouched; this one may be gone.
+        StoreError: the disk refuses. Other parts are untouched; this one may be gone.
     """
-    path = stored_path(group_path, name, array, index)
-    with os_errors_explained("write", path):
-        for litter in path.parent.glob(f"{path.name}.*{PARTIAL}"):  # of a writer killed inside Zarr
-            litter.unlink()
-        path.unlink(missing_ok=True)  # Zarr would read a former shard first, and fail on a corrupt one
-        array[rows] = values
-        for entry in (path, *path.parents):
-            fsync(entry)
-            if entry == group_path:
-                break
+    if is_remote(group_path):
+        objects.put_all(dict(_encoded(group_path, part) for part in parts))
+        return
+    for part in parts:
+        path = stored_path(group_path, part.name, part.array, part.index)
+        with os_errors_explained("write", path):
+            for litter in path.parent.glob(f"{path.name}.*{PARTIAL}"):  # of a writer killed inside Zarr
+                litter.unlink()
+            path.unlink(missing_ok=True)  # Zarr would read a former shard first, and fail on a corrupt one
+            part.array[part.rows] = part.values
+            for entry in (path, *path.parents):
+                fsync(entry)
+                if entry == group_path:
+                    break
+
+
+def _encoded(group_path: Path, part: Part) -> tuple[Path, bytes]:
+    """The object that a part is stored as.
+
+    Zarr makes it in memory. Through it, a former one would have to be deleted first, and a second worker with the same
+    shard would take away what the first has recorded.
+    """
+    made: dict[str, Buffer] = {}
+    in_memory = StorePath(MemoryStore(made), part.name)
+    zarr.Array(dataclasses.replace(part.array.async_array, store_path=in_memory))[part.rows] = part.values
+    path = stored_path(group_path, part.name, part.array, part.index)
+    (content,) = made.values()
+    return path, content.to_bytes()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,20 @@ import numpy as np
 
 from pipeline.store.atomic import write_file_atomically
 from pipeline.store.errors import StoreError, os_errors_explained
+from pipeline.store.location import is_remote, location
+from pipeline.store.objects import create
 
 _CHECKSUM_BYTES = 16
 
 
 def write_json_atomically(path: Path, obj: Any) -> None:
     """Create or replace a JSON file. NaN and infinity are refused (ValueError): they are not JSON."""
-    text = json.dumps(obj, indent=2, allow_nan=False) + "\n"
-    write_file_atomically(path, lambda stream: stream.write(text.encode()))
+    content = _json(obj)
+    write_file_atomically(path, lambda stream: stream.write(content))
+
+
+def _json(obj: Any) -> bytes:
+    return (json.dumps(obj, indent=2, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:
@@ -96,7 +102,7 @@ class ShardRecords:
 
     def __init__(self, directory: str | Path, signature: str) -> None:
         """`signature`: hash of everything a shard of this run depends on; records of another one are refused."""
-        self.directory = Path(directory)
+        self.directory = location(directory)
         self.signature = signature
 
     def complete(self) -> dict[int, CompletionRecord]:
@@ -111,10 +117,30 @@ class ShardRecords:
         return {int(path.stem): self._read(path) for path in sorted(paths, key=lambda path: int(path.stem))}
 
     def write(self, record: CompletionRecord) -> None:
-        """Record a shard as complete. Its arrays must be durable already (`FisherStore.write_shard` returned)."""
+        """Record a shard as complete. Its arrays must be durable already (`FisherStore.write_shard` returned).
+
+        On an object store two workers may come to the same shard, where one was thought lost: the first records it, and
+        the second's must be equal.
+
+        Raises:
+            StoreError: it is not, or the record cannot be written.
+        """
         if record.signature != self.signature:
             raise ValueError(f"record of signature {record.signature!r} among records of {self.signature!r}")
-        write_json_atomically(record_path(self.directory, record.shard), asdict(record))
+        path = record_path(self.directory, record.shard)
+        if not is_remote(path):
+            write_json_atomically(path, asdict(record))
+        elif not create(path, _json(asdict(record))) and (first := self._read(path).checksum) != record.checksum:
+            raise StoreError(
+                f"shard {record.shard} was computed twice with different results, of checksum {first} and "
+                f"{record.checksum}: delete {path} and run the same command again"
+            )
+
+    def withdraw(self, shards: Iterable[int]) -> None:
+        """Before shards that are complete are computed again: on an object store the first record of a shard stands."""
+        for path in (record_path(self.directory, shard) for shard in shards):
+            if is_remote(path):
+                path.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> CompletionRecord:
         content = read_json(path)

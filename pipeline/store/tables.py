@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.store.atomic import write_file_atomically
 from pipeline.store.errors import StoreError, os_errors_explained
+from pipeline.store.location import location
 
 _TYPES = {
     "int": pa.int64(),
@@ -127,7 +128,7 @@ def write_table(path: str | Path, name: str, columns: Mapping[str, Any] | pa.Tab
     if isinstance(columns, pa.Table):
         columns = {column: columns[column] for column in columns.column_names}
     table = _checked(name, columns)
-    write_file_atomically(Path(path), lambda stream: pq.write_table(table, stream, write_page_checksum=True))
+    write_file_atomically(location(path), lambda stream: pq.write_table(table, stream, write_page_checksum=True))
 
 
 def read_table(path: str | Path, name: str) -> pa.Table:
@@ -136,7 +137,7 @@ def read_table(path: str | Path, name: str) -> pa.Table:
     Raises:
         StoreError: the file is missing, damaged, or has not the columns of that table.
     """
-    path = Path(path)
+    path = location(path)
     with os_errors_explained("read", path):
         exists = path.is_file()
     if not exists:
