@@ -163,7 +163,6 @@ def emptied(store: ObjectStore, cache: Path, monkeypatch: pytest.MonkeyPatch) ->
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "HTTP_PROXY", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(S3, "retries", 1)
-    S3.clear_instance_cache()
     get_backend("s3")[DEFAULT_ACCOUNT_ID]["aws"].reset()
     store.faults.clear()
     store.behind = timedelta(0)
@@ -171,4 +170,14 @@ def emptied(store: ObjectStore, cache: Path, monkeypatch: pytest.MonkeyPatch) ->
     store.requests.clear()
     yield store
     store.faults.clear()
+
+
+@contextmanager
+def other_environment(monkeypatch: pytest.MonkeyPatch, **variables: str | None) -> Iterator[None]:
+    """Clients, which are costly to make and kept, that have read other variables."""
+    with monkeypatch.context() as changed:
+        for name, value in variables.items():
+            changed.delenv(name) if value is None else changed.setenv(name, value)
+        S3.clear_instance_cache()
+        yield
     S3.clear_instance_cache()

@@ -46,8 +46,9 @@ def preparing(folder: Path) -> Iterator[Path]:
         yield folder
         return
     before = task_files(folder)
-    with os_errors_explained("write", _cache(folder)), tempfile.TemporaryDirectory(dir=_cache(folder)) as temporary:
-        made = Path(shutil.copytree(before, Path(temporary, "task")))
+    with tempfile.TemporaryDirectory(dir=_cache(folder)) as temporary:
+        with os_errors_explained("write", _cache(folder)):
+            made = Path(shutil.copytree(before, Path(temporary, "task")))
         stamps = _stamps(made)
         yield made
         changed = {name: stamp for name, stamp in _stamps(made).items() if stamps.get(name) != stamp}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from object_store import BROKEN, DENIED, SLOW_DOWN, Answer, ObjectStore, Request
+from object_store import BROKEN, DENIED, SLOW_DOWN, Answer, ObjectStore, Request, other_environment
 
 from pipeline.store import (
     CheckpointStore,
@@ -335,16 +335,18 @@ def test_what_is_throttled_now_and_then_is_asked_again(s3: ObjectStore, monkeypa
 
 
 def test_without_credentials_one_line_says_what_to_set(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    S3.clear_instance_cache()
-    with pytest.raises(ObjectStoreError, match=r"there are no credentials.*AWS_ACCESS_KEY_ID"):
+    with (
+        other_environment(monkeypatch, AWS_ACCESS_KEY_ID=None),
+        pytest.raises(ObjectStoreError, match=r"there are no credentials.*AWS_ACCESS_KEY_ID"),
+    ):
         write(location(f"{RUN}/a"), b"")
 
 
 def test_an_unreachable_endpoint_is_one_clear_line(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    S3.clear_instance_cache()
-    with pytest.raises(ObjectStoreError, match=r"cannot reach s3://runs/some/run/a .*AWS_ENDPOINT_URL"):
+    with (
+        other_environment(monkeypatch, AWS_ENDPOINT_URL="http://127.0.0.1:9"),
+        pytest.raises(ObjectStoreError, match=r"cannot reach s3://runs/some/run/a .*AWS_ENDPOINT_URL"),
+    ):
         write(location(f"{RUN}/a"), b"")
 
 
