@@ -69,6 +69,8 @@ class ObjectStore:
             if (answer := fault(request)) is not None:
                 environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
                 body = f"<Error><Code>{answer[1]}</Code><Message>{answer[1]}, says the test</Message></Error>".encode()
+                if request.method == "HEAD":  # has no body, and so no code
+                    body = b""
                 start_response(answer[0], [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
                 return [body]
 

@@ -120,8 +120,12 @@ def test_whatever_request_fails_the_same_command_goes_on_to_the_same_result(
                 assert len(failed) > n_failed
                 assert "team/digits/.lock" not in s3.objects()
                 assert before <= set(s3.contents(f"{RUN}/shards")), "what is finished is kept"
-    assert {"GET", "HEAD", "LIST", "PUT run.yaml", "PUT task", "PUT fishers.zarr", "PUT shards", "PUT stages"} <= set(failed)
-    assert {"PUT checkpoints", "PUT factorization.zarr", "PUT directions.zarr", "PUT partial", "PUT tables"} <= set(failed)
+    assert {"GET", "HEAD", "LIST", "PUT run.yaml", "PUT task", "PUT fishers.zarr", "PUT shards", "PUT stages"} <= set(
+        failed
+    )
+    assert {"PUT checkpoints", "PUT factorization.zarr", "PUT directions.zarr", "PUT partial", "PUT tables"} <= set(
+        failed
+    )
     assert differences(s3, reference) == []
     assert s3.uploads() == []
     ask(s3, run)
