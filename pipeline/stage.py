@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,16 +18,12 @@ from pipeline.factorization import InvalidProblemError, validate_size
 from pipeline.fisher import LabelSpec, SketchSpec
 from pipeline.interchange import IMPORTED_TASK
 from pipeline.run_directory import RunDirectory, RunDirectoryError
-from pipeline.runtime.executor import Executor, ExecutorError, WorkerSpec, make_executor
+from pipeline.runtime.executor import Executor, ExecutorError, WorkerSpec, make_executor, out_of_memory
 from pipeline.runtime.fitted_examples import FittedExamples
 from pipeline.runtime.model import ModelSpec
 from pipeline.store import FisherStore, ShardRecords, StoreError, open_factorization
 
 Summary = dict[str, Any]
-
-_OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)
-"""In the message of torch's plain RuntimeError, where memory of the CPU runs out."""
-
 
 _OUTPUTS = {
     "fishers": ("fishers.zarr", *(f"tables/{name}.parquet" for name in ("examples", "classes", "parameters"))),
@@ -100,7 +95,7 @@ def open_stage(run: RunDirectory, name: str, after: str | None = None) -> Iterat
         try:
             yield stage
         except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
+            if not out_of_memory(error):
                 raise
             raise ExecutorError(
                 f"stage {name} ran out of memory ({str(error).splitlines()[0] if str(error) else 'no details'}): lower "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
+from functools import partial
 
 from pipeline.config import ConfigError
 from pipeline.progress import ProgressDisplay, SilentProgress
@@ -11,7 +13,7 @@ from pipeline.result_tables import (
     write_parameter_table,
 )
 from pipeline.run_directory import RunDirectory
-from pipeline.runtime.executor import Executor
+from pipeline.runtime.executor import ATTEMPTS, Executor, ExecutorError, FailedItem, ItemsFailedError
 from pipeline.runtime.fisher_actor import FisherWorker
 from pipeline.runtime.fitted_examples import example_weights
 from pipeline.runtime.task_actor import TaskFacts, TaskWorker
@@ -35,6 +37,8 @@ from pipeline.store import (
 )
 
 _MOST_SHARDS_PER_CALL = 2
+_MOST_NAMED = 5
+"""Failed shards that an error's one line names."""
 
 
 def compute_fishers(
@@ -158,6 +162,30 @@ def _open_fishers(run: RunDirectory, facts: TaskFacts) -> tuple[ShardRecords, Fi
         n_groups=facts.n_groups if config.fishers.diagonal.groups else None,
     )
     return records, store
+
+
+def _unrecorded(records: ShardRecords, shards: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """What is to be tried again of a span, shard by shard: those that a worker had recorded before it failed are not."""
+    complete = records.complete()
+    return [(shard,) for shard in shards if shard not in complete]
+
+
+def _failed_shards(failed: list[FailedItem], store: FisherStore, facts: TaskFacts) -> ExecutorError:
+    """Which shards could not be computed, and of which examples they are."""
+    ids, named = facts.examples["id"], []
+    for each in failed[:_MOST_NAMED]:
+        first, last = each.item[0], each.item[-1]
+        start, stop = store.plan.bounds(first)[0], store.plan.bounds(last)[1]
+        shards = f"shard {first}" if first == last else f"shards {first} to {last}"
+        whose = f"{ids[start].as_py()!r} to {ids[stop - 1].as_py()!r}"
+        named.append(f"{shards} (examples {start} to {stop - 1}, {whose}) failed {ATTEMPTS} times: {each.reason}")
+    if len(failed) > _MOST_NAMED:
+        named.append(f"and {len(failed) - _MOST_NAMED} more")
+    return ExecutorError(
+        f"{'; '.join(named)}. All other shards are finished and kept: mend these examples, or have the task give NaN as "
+        "their logits, which leaves them out, or give the workers more memory where it ran out, "
+        "and run the same command again, which computes only what failed"
+    )
 
 
 def _spans(missing: list[int], workers: int) -> list[tuple[int, ...]]:

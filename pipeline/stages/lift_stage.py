@@ -69,7 +69,8 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
             progress.stage("lift", n_components, "directions", done=len(lifted)) as tick,
             executor_for(run, executor) as workers,
         ):
-            for block, facts in workers.map(worker, "lift", _blocks(run, missing, n_parameters, workers.workers)):
+            blocks = _blocks(run, missing, n_parameters, workers.workers)
+            for block, facts in workers.map(worker, "lift", blocks, keep_going=True):
                 lifted |= dict(zip(block, facts, strict=True))
                 tick(len(lifted))
         facts = [lifted[component] for component in range(n_components)]

@@ -139,7 +139,8 @@ class _Search:
         found = {j: read_json(file)["trials"] for j, file in files.items() if file.exists()}
         missing = [attempt for attempt in attempts if attempt.component not in found]
         with self._progress.stage("repair", len(attempts), "components", done=len(found)) as tick:
-            for attempt, trials in self._workers.map(self._worker(), "attempt", missing) if missing else ():
+            tried = self._workers.map(self._worker(), "attempt", missing, keep_going=True) if missing else ()
+            for attempt, trials in tried:
                 found[attempt.component] = trials
                 tick(len(found))
         return {component: found[component] for component in components}
