@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from typer.exceptions import TyperException
 
@@ -40,6 +41,7 @@ app = typer.Typer(
 query_app = typer.Typer(help="Ask a run's component store.", context_settings=_HELP)
 app.add_typer(query_app, name="query")
 
+EXIT_DAMAGED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 _DISK_ERRORS = {
@@ -233,6 +235,30 @@ def status(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Dire
     Console().print(table)
 
 
+@app.command("check")
+def check_command(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run.")],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Delete what is damaged, nothing else, and compute that again.")
+    ] = False,
+    workers: Workers = None,
+    address: Address = None,
+) -> None:
+    """Read everything in a run's directory and verify it; exit code 1 where something is damaged."""
+    run = RunDirectory.open(run_dir)
+    run = RunDirectory(run.path, _replaced(run.config, workers, address))
+    progress = default_progress()
+    damaged = stages.check(run, repair=repair, progress=progress)
+    if not damaged:
+        progress.say(f"check: everything in {run.path} is whole")
+        return
+    table = Table("what", "where", "why", "what to do")
+    for each in damaged:
+        table.add_row(*(escape(str(text)) for text in (each.what, each.where, each.why, each.remedy)))
+    Console(soft_wrap=True).print(table)
+    raise typer.Exit(EXIT_DAMAGED)
+
+
 @app.command("import")
 def import_command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="An HDF5 file of the NPEFF reference.")],
@@ -384,7 +410,8 @@ def job(command: str) -> NoReturn:
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line; exit code 0 done, 2 a mistake that one line explains, 130 interrupted and resumable."""
+    """Run the command line; exit code 0 done, 1 `check` found damage, 2 a mistake that one line explains, 130
+    interrupted and resumable."""
 
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt

@@ -21,7 +21,7 @@ from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import Executor, ExecutorError, WorkerSpec, make_executor, out_of_memory
 from pipeline.runtime.fitted_examples import FittedExamples
 from pipeline.runtime.model import ModelSpec
-from pipeline.store import FisherStore, ShardRecords, StoreError, open_factorization
+from pipeline.store import FisherStore, ShardRecords, StoreError, open_factorization, sealed, unsealed
 
 Summary = dict[str, Any]
 
@@ -46,16 +46,40 @@ def finished(folder: Path) -> dict[int, Path]:
 def recorded(run: RunDirectory, stage: str) -> Summary | None:
     """What a complete stage said of itself; None before that, and after something that it wrote has been deleted: this
     is how damaged files are made again."""
-    record = run.record(stage)
-    outputs = [run.path / name for name in _OUTPUTS[stage]]
-    if stage == "fishers" and run.config.fishers.diagonal.mean:
-        outputs.append(run.diagonal_fisher)
-    if record is None or not all(path.exists() for path in outputs):
+    record = record_as_sealed(run, stage)
+    if record is None or not all(path.exists() for path in outputs_of(run, stage)):
         return None
     if stage == "factorize" and _may_go_on(run.config, record):
         return None
     if stage == "fishers" and len(finished(run.shard_records)) < record["n_shards"]:
         return None
+    return record
+
+
+def outputs_of(run: RunDirectory, stage: str) -> list[Path]:
+    """What is there of a complete stage."""
+    outputs = [run.path / name for name in _OUTPUTS[stage]]
+    if stage == "fishers" and run.config.fishers.diagonal.mean:
+        outputs.append(run.diagonal_fisher)
+    return outputs
+
+
+def record_as_sealed(run: RunDirectory, stage: str) -> Summary | None:
+    """The record of a complete stage, whatever has become of what it wrote; None before that.
+
+    Raises:
+        RunDirectoryError: it is damaged.
+    """
+    record = run.record(stage)
+    if record is None:
+        return None
+    try:
+        unsealed({key: value for key, value in record.items() if key not in ("stage", "completed_at")})
+    except ValueError as error:
+        path = run.path / "stages" / f"{stage}.json"
+        raise RunDirectoryError(
+            f"{path} is damaged ({error}): delete it and run `npeff {stage} {run.path}` again"
+        ) from None
     return record
 
 
@@ -74,7 +98,7 @@ class Stage:
     began: float
 
     def complete(self, summary: Summary) -> Summary:
-        return self.run.complete(self.name, {**summary, "seconds": time.monotonic() - self.began})
+        return self.run.complete(self.name, sealed({**summary, "seconds": time.monotonic() - self.began}))
 
 
 @contextmanager

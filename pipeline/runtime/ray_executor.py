@@ -9,7 +9,9 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 import signal
+import socket
 import threading
 import time
 import uuid
@@ -39,6 +41,7 @@ from pipeline.runtime.placement import WorkerPlacement
 _LOOK_EVERY_S = 1.0
 """How long a wait for workers goes on before it looks whether Ray itself is still there."""
 
+_CONNECTS_WITHIN_S = 10.0
 _OBJECT_STORE_BYTES = 256 * 2**20  # a private Ray passes components and records through it, never Fishers
 _logger = logging.getLogger(__name__)
 
@@ -286,6 +289,8 @@ class RayExecutor:
     def _connect(self, address: str) -> None:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+        if not in_job and (host_and_port := re.fullmatch(r"([^/]+):([0-9]+)", address)) is not None:
+            _refuse_where_nobody_listens(address, host_and_port[1], int(host_and_port[2]))
         try:
             with _own_reaction_to_sigterm():
                 if address == "local" and not in_job:
@@ -348,6 +353,16 @@ class _RayGroup:
         except (RayError, ConnectionError) as error:
             raise WorkerLostError(f"{method}: a worker was lost ({type(error).__name__})") from None
         return [results[ref] for ref in refs]
+
+
+def _refuse_where_nobody_listens(address: str, host: str, port: int) -> None:
+    """Ray would try for minutes, and then end this process itself."""
+    try:
+        socket.create_connection((host, port), timeout=_CONNECTS_WITHIN_S).close()
+    except (OSError, OverflowError) as error:
+        raise ExecutorError(
+            f"cannot reach Ray at {address!r} ({error}): start it with `ray start --head`, or set executor.address: local"
+        ) from None
 
 
 def _end_private_ray() -> None:

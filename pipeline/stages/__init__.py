@@ -14,6 +14,10 @@ and, after the lift, where labels are known:
 
     repair            directions, model      → tables/repair, repair/model.safetensors: wrong predictions, mended
 
+and, at any time:
+
+    check             everything             → what of it is damaged; makes that again
+
 A stage that is complete returns what it recorded. All may be called again after any crash.
 """
 
@@ -31,6 +35,7 @@ from pipeline.query import ComponentStore, QueryError, write_report
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import ExecutorError
 from pipeline.stage import executor_for, left_out, record_of, recorded
+from pipeline.stages.check_stage import Damage, check
 from pipeline.stages.factorize_stage import factorize
 from pipeline.stages.fisher_stage import compute_fishers
 from pipeline.stages.lift_stage import lift
@@ -44,6 +49,8 @@ from pipeline.tasks import TaskError
 __all__ = [
     "STAGES",
     "USER_ERRORS",
+    "Damage",
+    "check",
     "compute_fishers",
     "export_direction",
     "factorize",

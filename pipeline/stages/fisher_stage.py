@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
-from functools import partial
+from typing import Any
 
 from pipeline.config import ConfigError
 from pipeline.progress import ProgressDisplay, SilentProgress
@@ -13,7 +12,7 @@ from pipeline.result_tables import (
     write_parameter_table,
 )
 from pipeline.run_directory import RunDirectory
-from pipeline.runtime.executor import ATTEMPTS, Executor, ExecutorError, FailedItem, ItemsFailedError
+from pipeline.runtime.executor import ATTEMPTS, Executor, ExecutorError, FailedItem
 from pipeline.runtime.fisher_actor import FisherWorker
 from pipeline.runtime.fitted_examples import example_weights
 from pipeline.runtime.task_actor import TaskFacts, TaskWorker
@@ -128,8 +127,30 @@ def _open_fishers(run: RunDirectory, facts: TaskFacts) -> tuple[ShardRecords, Fi
     config = run.config
     signature = f"{config.signature('task', 'parameters', 'fishers', 'seed')}-{facts.model_fingerprint[:16]}"
     records = ShardRecords(run.shard_records, signature)
+    layout: dict[str, Any] = {
+        "n_examples": len(facts.examples),
+        "rank": facts.rank,
+        "dim": facts.sketch_dim,
+        "n_classes": facts.n_classes,
+        "shard_size": config.fishers.shard_size,
+        "store_dtype": config.fishers.store_dtype,
+        "attrs": {
+            "labels": label_spec(config).to_json(),
+            "batch_size": facts.batch_size,
+            "parameter_layout": facts.layout.to_json(),
+            **({"diagonal_groups": facts.groups} if config.fishers.diagonal.groups else {}),
+            "sketch": sketch_spec(config).to_json(),
+            "model_fingerprint": facts.model_fingerprint,
+        },
+        "with_logits": facts.with_logits,
+        "top_entries": config.fishers.diagonal.top_entries,
+        "n_groups": facts.n_groups if config.fishers.diagonal.groups else None,
+    }
     if run.fishers.exists():
-        there = FisherStore.open(run.fishers)
+        try:
+            there = FisherStore.open(run.fishers)
+        except StoreError:
+            there = FisherStore.restore(run.fishers, **layout)  # of which somebody deleted what was damaged
         laid_out = (there.plan.n_examples, there.n_classes, there.dim)
         if laid_out != (len(facts.examples), facts.n_classes, facts.sketch_dim):
             raise StoreError(
@@ -141,27 +162,7 @@ def _open_fishers(run: RunDirectory, facts: TaskFacts) -> tuple[ShardRecords, Fi
     for former in (run.shard_records, run.partial_results("diagonal")):  # of Fishers that somebody deleted
         shutil.rmtree(former, ignore_errors=True)
     run.diagonal_fisher.unlink(missing_ok=True)
-    store = FisherStore.create(
-        run.fishers,
-        n_examples=len(facts.examples),
-        rank=facts.rank,
-        dim=facts.sketch_dim,
-        n_classes=facts.n_classes,
-        shard_size=config.fishers.shard_size,
-        store_dtype=config.fishers.store_dtype,
-        attrs={
-            "labels": label_spec(config).to_json(),
-            "batch_size": facts.batch_size,
-            "parameter_layout": facts.layout.to_json(),
-            **({"diagonal_groups": facts.groups} if config.fishers.diagonal.groups else {}),
-            "sketch": sketch_spec(config).to_json(),
-            "model_fingerprint": facts.model_fingerprint,
-        },
-        with_logits=facts.with_logits,
-        top_entries=config.fishers.diagonal.top_entries,
-        n_groups=facts.n_groups if config.fishers.diagonal.groups else None,
-    )
-    return records, store
+    return records, FisherStore.create(run.fishers, **layout)
 
 
 def _unrecorded(records: ShardRecords, shards: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -30,6 +30,7 @@ from pipeline.stage import (
 from pipeline.store import (
     DirectionStore,
     FisherStore,
+    StoreError,
     read_json,
     read_table,
     write_table,
@@ -52,6 +53,10 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
             run.reopen("lift")  # or a crash would leave a complete stage with an empty store
             shutil.rmtree(results, ignore_errors=True)  # of directions that somebody deleted
             DirectionStore.create(run.directions, n_components=n_components, shapes=shapes, attrs={})
+        try:
+            DirectionStore.open(run.directions)
+        except StoreError:  # of which somebody deleted what was damaged
+            DirectionStore.restore(run.directions, n_components=n_components, shapes=shapes, attrs={})
         lifted = {component: read_json(path) for component, path in finished(results).items()}
         missing = [component for component in range(n_components) if component not in lifted]
         worker = worker_spec(

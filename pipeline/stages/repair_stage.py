@@ -42,7 +42,8 @@ def repair(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
                 result = mcnemar(np.array(before), np.array(after))
                 summary["held_out"] = {**asdict(result), "accuracy_before": float(np.mean(before))}
             if edits:
-                search.ask("save", (tuple(edits), run.repaired, {"run": run.path.name, **summary}))
+                asked = (tuple(edits), run.repaired, {"run": run.path.name, **summary})
+                summary["model_checksum"] = search.ask("save", asked)
         write_table(run.table("repair"), "repair", rows_to_columns(rows, "repair"))
         write_table(run.table("repair_steps"), "repair_steps", rows_to_columns(steps, "repair_steps"))
         progress.say(_outcome(summary))
@@ -175,7 +176,10 @@ def _step_row(edit: int, candidate: RepairCandidate, correct_n: NDArray[np.bool_
 
 def _request(run: RunDirectory) -> str:
     """What the outcome depends on, as a hash."""
-    facts = [run.config.repair.model_dump(mode="json"), record_of(run, "factorize"), record_of(run, "lift")]
+    record_of(run, "lift")
+    # the directions follow from the components: lifted again, they are the same
+    components = open_factorization(run.factorization).attrs["checksums"]
+    facts = [run.config.repair.model_dump(mode="json"), components]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

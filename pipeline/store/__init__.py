@@ -4,24 +4,34 @@ from __future__ import annotations
 
 from pipeline.store.atomic import replacing_directory
 from pipeline.store.checkpoint import Checkpoint, CheckpointStore, write_checkpoint_array
-from pipeline.store.component_store import StoredFactorization, open_factorization, write_factorization
-from pipeline.store.diagonal_store import DiagonalSums
+from pipeline.store.component_store import (
+    StoredFactorization,
+    factorization_checksums,
+    open_factorization,
+    write_factorization,
+)
+from pipeline.store.diagonal_store import DiagonalSums, read_diagonal
 from pipeline.store.direction_store import DirectionStore
 from pipeline.store.errors import StoreError
 from pipeline.store.fisher_store import FisherStore, fisher_store_bytes
 from pipeline.store.fit_store import FitStore, StoredFit
+from pipeline.store.groups import METADATA
 from pipeline.store.layout import ShardPlan, inner_chunk_examples
 from pipeline.store.manifest import (
     CompletionRecord,
     ShardRecords,
     checksum,
+    file_checksum,
     read_json,
+    sealed,
+    unsealed,
     write_json_atomically,
 )
 from pipeline.store.splits import Splits
 from pipeline.store.tables import SCHEMAS, read_table, write_table
 
 __all__ = [
+    "METADATA",
     "SCHEMAS",
     "Checkpoint",
     "CheckpointStore",
@@ -37,12 +47,17 @@ __all__ = [
     "StoredFactorization",
     "StoredFit",
     "checksum",
+    "factorization_checksums",
+    "file_checksum",
     "fisher_store_bytes",
     "inner_chunk_examples",
     "open_factorization",
+    "read_diagonal",
     "read_json",
     "read_table",
     "replacing_directory",
+    "sealed",
+    "unsealed",
     "write_checkpoint_array",
     "write_factorization",
     "write_json_atomically",

@@ -48,6 +48,10 @@ class StoredFactorization:
         """(N, K) float32. Raises StoreError when a chunk is missing or corrupt."""
         return self._read("coefficients", self.coefficients)
 
+    def read_columns(self) -> np.ndarray | None:
+        """(D,) int64, or None. Raises StoreError when a chunk is missing or corrupt."""
+        return None if self.columns is None else self._read("columns", self.columns)
+
     def _read(self, name: str, array: zarr.Array) -> np.ndarray:
         damage = f"{name} of {self.path} are corrupt: delete it and run `npeff factorize {self.path.parent}` again"
         try:
@@ -83,14 +87,9 @@ def write_factorization(
     left_out = np.isnan(coefficients_NK).all(axis=1)
     if not np.isfinite(coefficients_NK[~left_out]).all():
         raise ValueError("coefficients are not finite in rows that are not all NaN")
-    arrays: dict[str, np.ndarray] = {
-        "components": components_KD.astype(np.float64),
-        "coefficients": coefficients_NK.astype(np.float32),
-    }
-    if columns_D is not None:
-        if columns_D.shape != components_KD.shape[1:]:
-            raise ValueError(f"columns {columns_D.shape} and components {components_KD.shape} do not agree")
-        arrays["columns"] = columns_D.astype(np.int64)
+    if columns_D is not None and columns_D.shape != components_KD.shape[1:]:
+        raise ValueError(f"columns {columns_D.shape} and components {components_KD.shape} do not agree")
+    arrays = _stored(components_KD, coefficients_NK, columns_D)
     checksums = {name: checksum({name: values}) for name, values in arrays.items()}
     with replacing_directory(Path(path)) as partial:
         group = create_group(partial, _KIND, SCHEMA_VERSION, {"checksums": checksums}, attrs)
@@ -106,6 +105,24 @@ def write_factorization(
                 fill_value=empty,
             )
             array[...] = values
+
+
+def factorization_checksums(
+    components_KD: np.ndarray, coefficients_NK: np.ndarray, columns_D: np.ndarray | None = None
+) -> dict[str, str]:
+    """The attribute ``checksums`` of a factorization that is stored: equal where what is stored is."""
+    stored = _stored(components_KD, coefficients_NK, columns_D)
+    return {name: checksum({name: values}) for name, values in stored.items()}
+
+
+def _stored(
+    components_KD: np.ndarray, coefficients_NK: np.ndarray, columns_D: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    arrays: dict[str, np.ndarray] = {
+        "components": components_KD.astype(np.float64),
+        "coefficients": coefficients_NK.astype(np.float32),
+    }
+    return arrays if columns_D is None else arrays | {"columns": columns_D.astype(np.int64)}
 
 
 def open_factorization(path: str | Path) -> StoredFactorization:

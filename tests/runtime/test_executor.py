@@ -150,9 +150,7 @@ def test_items_that_fail_three_times_are_told_after_all_others_are_finished(exec
     spec, finished = WorkerSpec(Calculator, {"scratch": tmp_path}), []
     spans = [(0, 1), (2, 3), (4, 5)]
     with pytest.raises(ItemsFailedError) as error:
-        for _, squares in executor.map(
-            spec, "die_at_two_and_raise_at_three", spans, keep_going=True, split=one_by_one
-        ):
+        for _, squares in executor.map(spec, "die_at_two_and_raise_at_three", spans, keep_going=True, split=one_by_one):
             finished += squares
     assert sorted(finished) == [0, 1, 16, 25]
     failed = {each.item: each.reason for each in error.value.failed}
