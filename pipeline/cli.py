@@ -42,6 +42,8 @@ query_app = typer.Typer(help="Ask a run's component store.", context_settings=_H
 app.add_typer(query_app, name="query")
 
 EXIT_DAMAGED = 1
+_LOG_WIDTH = 320
+"""Columns of a table that is not read on a terminal: paths are not cut."""
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 _DISK_ERRORS = {
@@ -255,7 +257,7 @@ def check_command(
     table = Table("what", "where", "why", "what to do")
     for each in damaged:
         table.add_row(*(escape(str(text)) for text in (each.what, each.where, each.why, each.remedy)))
-    Console(soft_wrap=True).print(table)
+    Console(width=None if sys.stdout.isatty() else _LOG_WIDTH).print(table)
     raise typer.Exit(EXIT_DAMAGED)
 
 

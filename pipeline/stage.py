@@ -21,7 +21,7 @@ from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import Executor, ExecutorError, WorkerSpec, make_executor, out_of_memory
 from pipeline.runtime.fitted_examples import FittedExamples
 from pipeline.runtime.model import ModelSpec
-from pipeline.store import FisherStore, ShardRecords, StoreError, open_factorization, sealed, unsealed
+from pipeline.store import FisherStore, ShardRecords, StoreError, file_checksum, json_checksum, open_factorization
 
 Summary = dict[str, Any]
 
@@ -32,7 +32,7 @@ _OUTPUTS = {
         *(f"tables/{name}.parquet" for name in ("components", "top_examples", "coefficients", "history")),
     ),
     "select": ("tables/selection.parquet", "tables/selection_fits.parquet"),
-    "lift": ("directions.zarr", "tables/layer_energy.parquet"),
+    "lift": ("directions.zarr", "tables/layer_energy.parquet", "tables/components.parquet"),
     "repair": ("tables/repair.parquet", "tables/repair_steps.parquet"),
     "verify": ("tables/verification.parquet", "tables/selectivity.parquet"),
 }
@@ -64,6 +64,12 @@ def outputs_of(run: RunDirectory, stage: str) -> list[Path]:
     return outputs
 
 
+def vouched_for(output: Path, stage: str) -> bool:
+    """Whether the record of a stage holds the checksum of this output's file: a table that no later stage writes again.
+    Parquet's own checksums are of its pages only."""
+    return output.suffix == ".parquet" and (output.stem != "components" or stage == "lift")
+
+
 def record_as_sealed(run: RunDirectory, stage: str) -> Summary | None:
     """The record of a complete stage, whatever has become of what it wrote; None before that.
 
@@ -73,13 +79,12 @@ def record_as_sealed(run: RunDirectory, stage: str) -> Summary | None:
     record = run.record(stage)
     if record is None:
         return None
-    try:
-        unsealed({key: value for key, value in record.items() if key not in ("stage", "completed_at")})
-    except ValueError as error:
+    said = {key: value for key, value in record.items() if key not in ("stage", "completed_at", "checksum")}
+    if record.get("checksum") not in (None, json_checksum(said)):
         path = run.path / "stages" / f"{stage}.json"
         raise RunDirectoryError(
-            f"{path} is damaged ({error}): delete it and run `npeff {stage} {run.path}` again"
-        ) from None
+            f"{path} is damaged (it does not match its checksum): delete it and run `npeff {stage} {run.path}` again"
+        )
     return record
 
 
@@ -98,7 +103,10 @@ class Stage:
     began: float
 
     def complete(self, summary: Summary) -> Summary:
-        return self.run.complete(self.name, sealed({**summary, "seconds": time.monotonic() - self.began}))
+        outputs = outputs_of(self.run, self.name)
+        tables = {path.stem: file_checksum(path) for path in outputs if vouched_for(path, self.name)}
+        said = {**summary, "tables": tables, "seconds": time.monotonic() - self.began}
+        return self.run.complete(self.name, {**said, "checksum": json_checksum(said)})
 
 
 @contextmanager

@@ -52,8 +52,7 @@ class ItemsFailedError(ExecutorError):
         more = f" (and so did {len(failed) - 1} more)" if len(failed) > 1 else ""
         super().__init__(
             f"{method} {failed[0].item} was given up after {ATTEMPTS} attempts{more}; the last: {failed[0].reason}; "
-            "everything else is finished and kept: mend the cause and run the same command again, which tries only what "
-            "failed"
+            "all else is finished and kept: mend this and run the same command again, which tries only what failed"
         )
 
 

@@ -361,7 +361,8 @@ def _refuse_where_nobody_listens(address: str, host: str, port: int) -> None:
         socket.create_connection((host, port), timeout=_CONNECTS_WITHIN_S).close()
     except (OSError, OverflowError) as error:
         raise ExecutorError(
-            f"cannot reach Ray at {address!r} ({error}): start it with `ray start --head`, or set executor.address: local"
+            f"cannot reach Ray at {address!r} ({error}): start it with `ray start --head`, or set executor.address: "
+            "local"
         ) from None
 
 

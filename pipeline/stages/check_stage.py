@@ -21,7 +21,7 @@ from pipeline.stages.factorize_stage import factorize
 from pipeline.stages.fisher_stage import compute_fishers
 from pipeline.stages.lift_stage import lift
 from pipeline.stages.repair_stage import repair
-from pipeline.stages.run_parts import Part, delete, has_record, parts_of
+from pipeline.stages.run_parts import Part, complete_stages, delete, parts_of
 from pipeline.stages.select_stage import select
 from pipeline.stages.verify_stage import verify
 from pipeline.store import StoreError
@@ -71,7 +71,7 @@ def check(
     with run.lock():
         damaged = _damaged(run, progress)
         if repair:
-            complete = [stage for stage in _STAGES if has_record(run, stage)]
+            complete = complete_stages(run)
             reported = run.report.exists()
             for _ in range(_ROUNDS):
                 mendable = [part for part, _ in damaged if part.mendable]

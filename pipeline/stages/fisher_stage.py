@@ -166,7 +166,7 @@ def _open_fishers(run: RunDirectory, facts: TaskFacts) -> tuple[ShardRecords, Fi
 
 
 def _unrecorded(records: ShardRecords, shards: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """What is to be tried again of a span, shard by shard: those that a worker had recorded before it failed are not."""
+    """What is to be tried again of a span, shard by shard: not those that were recorded before the worker failed."""
     complete = records.complete()
     return [(shard,) for shard in shards if shard not in complete]
 
@@ -183,8 +183,8 @@ def _failed_shards(failed: list[FailedItem], store: FisherStore, facts: TaskFact
     if len(failed) > _MOST_NAMED:
         named.append(f"and {len(failed) - _MOST_NAMED} more")
     return ExecutorError(
-        f"{'; '.join(named)}. All other shards are finished and kept: mend these examples, or have the task give NaN as "
-        "their logits, which leaves them out, or give the workers more memory where it ran out, "
+        f"{'; '.join(named)}. All other shards are finished and kept: mend these examples, or have the task give NaN "
+        "as their logits, which leaves them out, or give the workers more memory where it ran out, "
         "and run the same command again, which computes only what failed"
     )
 

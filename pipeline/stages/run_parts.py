@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.run_directory import RunDirectory, RunDirectoryError
-from pipeline.stage import finished, outputs_of, record_as_sealed
+from pipeline.stage import finished, outputs_of, record_as_sealed, vouched_for
 from pipeline.store import (
     METADATA,
     CheckpointStore,
@@ -59,6 +59,12 @@ def delete(path: Path) -> None:
 def has_record(run: RunDirectory, stage: str) -> bool:
     """Whether a stage was complete, even where its record cannot be read."""
     return _record(run, stage).exists()
+
+
+def complete_stages(run: RunDirectory) -> list[str]:
+    """Stages that were complete, in their order, even where a record is missing that a later one rests on."""
+    last = max((place for place, stage in enumerate(_ORDER) if has_record(run, stage)), default=-1)
+    return [*_ORDER[: last + 1], *(stage for stage in _BESIDE if has_record(run, stage))]
 
 
 def parts_of(run: RunDirectory) -> list[Part]:
@@ -112,12 +118,21 @@ def _stage_parts(run: RunDirectory, stage: str) -> Iterator[Part]:
     elif stage in _ORDER and any(has_record(run, later) for later in _ORDER[_ORDER.index(stage) + 1 :]):
         yield Part(f"record of {stage}", record, partial(_missing, record))
     for output in outputs_of(run, stage):
-        if output.suffix == ".parquet" and (output.exists() or record.exists()):
-            yield Part(f"table {output.stem}", output, partial(read_table, output, output.stem), (output,))
+        if output.suffix == ".parquet" and (vouched_for(output, stage) or not has_record(run, "lift")):
+            if output.exists() or record.exists():
+                yield Part(f"table {output.stem}", output, partial(_verify_table, run, stage, output), (output,))
         elif not output.exists() and record.exists():
             yield Part(output.name, output, partial(_missing, output))
         elif output.suffix == ".safetensors" and output.exists():
             yield Part("diagonal Fisher", output, partial(read_diagonal, output), (output, record))
+
+
+def _verify_table(run: RunDirectory, stage: str, path: Path) -> None:
+    read_table(path, path.stem)
+    record = run.record(stage) if _is_intact(run, stage) else None
+    expected = (record or {}).get("tables", {}).get(path.stem)
+    if expected is not None and file_checksum(path) != expected:
+        raise StoreError(f"{path} does not match its checksum")
 
 
 def _fisher_parts(run: RunDirectory) -> Iterator[Part]:

@@ -46,8 +46,8 @@ def transform(
     record_of(given, "factorize")
     if (wanted := config.factorization.n_components) != given.config.factorization.n_components:
         raise InvalidProblemError(
-            f"{source} has {given.config.factorization.n_components} components, and the new run asks for {wanted}: set "
-            "its factorization.n_components to that"
+            f"{source} has {given.config.factorization.n_components} components, and the new run asks for {wanted}: "
+            "set its factorization.n_components to that"
         )
     with run.lock(), executor_for(run, executor) as workers:
         compute_fishers(run, executor=workers, progress=progress)

@@ -133,7 +133,7 @@ class DirectionStore:
 
     def _read(self, name: str, component: int) -> np.ndarray:
         damage = (
-            f"{name} of direction {component} in {self.path} is corrupt: run `npeff check --repair {self.path.parent}`, "
+            f"{name} of direction {component} in {self.path} is corrupt: run `npeff check --repair {self.path.parent}` "
             f"or delete {self.path} and run `npeff lift {self.path.parent}` again"
         )
         try:

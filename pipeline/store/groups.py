@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import zarr
@@ -75,11 +76,15 @@ def restore_metadata(path: Path, create: Callable[[Path], object]) -> None:
         try:
             create(fresh)
             for source in sorted(fresh.rglob(METADATA)):
-                target, content = path / source.relative_to(fresh), source.read_bytes()
+                target = path / source.relative_to(fresh)
                 if not target.exists():
-                    write_file_atomically(target, lambda stream, content=content: stream.write(content))
+                    write_file_atomically(target, partial(_copy, source))
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _copy(source: Path, stream: BinaryIO) -> None:
+    stream.write(source.read_bytes())
 
 
 def open_array(group: zarr.Group, path: Path, name: str, command: str) -> zarr.Array:

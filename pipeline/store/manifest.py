@@ -29,24 +29,25 @@ SEAL = "seal"
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON object with its seal, which `unsealed` verifies. NaN and infinity are refused (ValueError)."""
-    return {**content, SEAL: _seal(content)}
+    return {**content, SEAL: json_checksum(content)}
 
 
 def unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """What was sealed; an object without a seal as it is. Raises ValueError when it is not what was sealed."""
     rest = {key: value for key, value in content.items() if key != SEAL}
-    if SEAL in content and content[SEAL] != _seal(rest):
+    if SEAL in content and content[SEAL] != json_checksum(rest):
         raise ValueError("it does not match its seal")
     return rest
 
 
-def _seal(content: Mapping[str, Any]) -> str:
+def json_checksum(content: Mapping[str, Any]) -> str:
+    """BLAKE2b, in hex, of a JSON object, whatever the order of its keys. Raises ValueError where it is not JSON."""
     read_again = json.loads(json.dumps(content, allow_nan=False))  # keys are strings then, tuples are lists
     return hashlib.blake2b(json.dumps(read_again, sort_keys=True).encode(), digest_size=_CHECKSUM_BYTES).hexdigest()
 
 
 def write_json_atomically(path: Path, obj: Any) -> None:
-    """Create or replace a JSON file; objects are sealed. NaN and infinity are refused (ValueError): they are not JSON."""
+    """Create or replace a JSON file; objects are sealed. NaN and infinity are no JSON and refused (ValueError)."""
     content = sealed(obj) if isinstance(obj, dict) else obj
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     write_file_atomically(path, lambda stream: stream.write(text.encode()))

@@ -51,7 +51,7 @@ KINDS = {
     "checkpoint's array": "checkpoints/*/components.npy",
     "checkpoint's manifest": "checkpoints/*/MANIFEST.json",
     "record of factorize": "stages/factorize.json",
-    "direction": "directions.zarr/*/c/1/0*",
+    "direction": "directions.zarr/*.bias/c/1/0",
     "direction's record": "partial/lift/00001.json",
     "metadata of the directions": "directions.zarr/zarr.json",
     "table of layers": "tables/layer_energy.parquet",

@@ -2,8 +2,8 @@
 
     PYTHONPATH=tests python -m end_to_end.faults [--only kill:driver:lift] [--all-points] [--folder DIR] [--json FILE]
 
-prints one table and writes it as JSON. `test_faults.py` runs some of it; `kills.py`, `damage.py` and `surroundings.py` are
-the faults; those of object stores are injected where these are tested, in `tests/store`.
+prints one table and writes it as JSON. `test_faults.py` runs some of it; `kills.py`, `damage.py` and `surroundings.py`
+are the faults; those of object stores are injected where these are tested, in `tests/store`.
 """
 
 from __future__ import annotations

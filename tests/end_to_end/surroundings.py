@@ -116,7 +116,7 @@ def clock(reference: Path, stage: str, folder: Path, shift_s: float) -> Met:
     for path in run.path.rglob("*"):
         os.utime(path, (then, then))
     real, began = time.time, time.monotonic()
-    with mock.patch("time.time", lambda: real() - shift_s):
+    with mock.patch("time.time", side_effect=lambda: real() - shift_s):
         stages.run(run)
         found = stages.check(run)
     different = changed(run.path, reference) + [each.what for each in found]

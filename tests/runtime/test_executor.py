@@ -142,6 +142,11 @@ def test_an_item_that_kills_its_workers_is_given_up_after_three_attempts(executo
     assert "\n" not in str(error.value)
 
 
+def collect(results, finished):
+    for item, _ in results:
+        finished.append(item)
+
+
 def one_by_one(items: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [(item,) for item in items]
 
@@ -149,10 +154,10 @@ def one_by_one(items: tuple[int, ...]) -> list[tuple[int, ...]]:
 def test_items_that_fail_three_times_are_told_after_all_others_are_finished(executor, tmp_path):
     spec, finished = WorkerSpec(Calculator, {"scratch": tmp_path}), []
     spans = [(0, 1), (2, 3), (4, 5)]
+    results = executor.map(spec, "die_at_two_and_raise_at_three", spans, keep_going=True, split=one_by_one)
     with pytest.raises(ItemsFailedError) as error:
-        for _, squares in executor.map(spec, "die_at_two_and_raise_at_three", spans, keep_going=True, split=one_by_one):
-            finished += squares
-    assert sorted(finished) == [0, 1, 16, 25]
+        collect(results, finished)
+    assert sorted(finished) == [(0, 1), (4, 5)]
     failed = {each.item: each.reason for each in error.value.failed}
     assert failed == {(2,): "its worker was lost (ActorDiedError)", (3,): "item 3 cannot be read"}
     assert attempts(tmp_path, 2) == ATTEMPTS
@@ -163,8 +168,7 @@ def test_items_that_fail_three_times_are_told_after_all_others_are_finished(exec
 def test_in_this_process_they_are_told_likewise(tmp_path):
     spec, finished = WorkerSpec(Calculator, {"scratch": tmp_path}), []
     with pytest.raises(ItemsFailedError, match=r"3 attempts; the last: out of memory \(unable to allocate 3 TiB\)"):
-        for item, _ in SerialExecutor().map(spec, "raise_at_three", range(6), keep_going=True):
-            finished.append(item)
+        collect(SerialExecutor().map(spec, "raise_at_three", range(6), keep_going=True), finished)
     assert finished == [0, 1, 2, 4, 5]
     assert attempts(tmp_path, 3) == ATTEMPTS
 
