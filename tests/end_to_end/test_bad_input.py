@@ -360,7 +360,7 @@ def test_a_question_that_cannot_be_answered_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("select", "RUN", "--components", "x"), "--components"),
+        (("select", "RUN", "--components", "x"), "are no numbers of components"),
         (("select", "RUN", "--components", "8:4:1"), "components"),
         (("select", "RUN", "--components", "0"), "components"),
         (("select", "RUN", "--components", "1000"), "n_components"),
