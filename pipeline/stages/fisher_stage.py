@@ -71,12 +71,24 @@ def compute_fishers(
                 sums=sums,
             )
             with progress.stage("fishers", store.plan.n_shards, "shards", done=len(complete)) as tick:
+                failed: list[FailedItem] = []
                 for method, items in (("compute_unit", units), ("compute", _spans(missing, workers.workers))):
-                    for _, written in workers.map(worker, method, items):
-                        complete |= {record.shard: record for record in written}
-                        tick(len(complete))
-                        if method == "compute_unit":
-                            sums.fold()
+                    split = partial(_unrecorded, records) if method == "compute" else None
+                    try:
+                        for _, written in workers.map(worker, method, items, keep_going=True, split=split):
+                            complete |= {record.shard: record for record in written}
+                            tick(len(complete))
+                            if method == "compute_unit":
+                                sums.fold()
+                    except ItemsFailedError as error:
+                        failed += [
+                            replace(each, item=sums.shards(each.item) if method == "compute_unit" else each.item)
+                            for each in error.failed
+                        ]
+                if failed:
+                    raise _failed_shards(failed, store, facts)
+                if len(complete) < store.plan.n_shards:  # a worker was lost after it had recorded one
+                    complete = records.complete()
         n_examples, n_invalid = len(facts.examples), sum(record.n_invalid for record in complete.values())
         if n_invalid:
             progress.say(f"{n_invalid} of {n_examples} examples have non-finite logits or gradients and are left out")
