@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from pipeline.config import ConfigError
@@ -12,7 +14,7 @@ from pipeline.result_tables import (
     write_parameter_table,
 )
 from pipeline.run_directory import RunDirectory
-from pipeline.runtime.executor import ATTEMPTS, Executor, ExecutorError, FailedItem
+from pipeline.runtime.executor import ATTEMPTS, Executor, ExecutorError, FailedItem, ItemsFailedError
 from pipeline.runtime.fisher_actor import FisherWorker
 from pipeline.runtime.fitted_examples import example_weights
 from pipeline.runtime.task_actor import TaskFacts, TaskWorker
