@@ -72,7 +72,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "repair": _schema("component:int n_top:int n_wrong:int odds_ratio:float p_value:float q_value:float"),
     "repair_steps": _schema(
-        "edit:int component:int sign:int step:float n_target:int mended_target:int lost_elsewhere:int "
+        "edit:int component:int sign:int step:float n_target:int mended_target:int gained:int broken:int "
         "accuracy_tuning:float chosen:bool"
     ),
     "selectivity": _schema("moved:int component:int examples:str sign:int n_examples:int kl:float"),
@@ -107,8 +107,9 @@ selectivity: mean KL on the first top examples of `component` while the model is
     by the step that its own verification took; of held-out examples where there are any.
 repair: wrong predictions among each component's top examples, with a one-sided hypergeometric test and its
     Benjamini-Hochberg q-value, the least likely by chance first.
-repair_steps: one row per step tried: how many of its wrong top examples it mends, how many others it loses on balance,
-    and the accuracy on the tuning examples after it; `edit` counts the steps taken before it.
+repair_steps: one row per step tried: how many of its wrong top examples it mends, how many right predictions are
+    `gained` in all, how many that were right before any edit are `broken` after it, and the accuracy on the tuning
+    examples; `edit` counts the steps taken before it.
 """
 
 _MAY_HAVE_MORE_COLUMNS = ("examples",)

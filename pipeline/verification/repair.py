@@ -114,29 +114,36 @@ class RepairCandidate:
     step: float
     """Length, above 0."""
     target_N: NDArray[np.bool_]
-    """What is to be mended: the component's top examples that are wrong. The others are to stay as they are."""
+    """What is to be mended: the component's top examples that are wrong."""
     correct_after_N: NDArray[np.bool_]
+
+    def broken(self, unedited_correct_N: NDArray[np.bool_]) -> int:
+        """Predictions that were right before all edits, and are wrong after this step."""
+        return int((unedited_correct_N & ~self.correct_after_N).sum())
 
 
 def choose_step(
-    candidates: Sequence[RepairCandidate], correct_before_N: NDArray[np.bool_], max_harm: float
+    candidates: Sequence[RepairCandidate],
+    correct_before_N: NDArray[np.bool_],
+    unedited_correct_N: NDArray[np.bool_],
+    max_harm: float,
 ) -> RepairCandidate | None:
-    """The candidate with the best accuracy after it on the whole tuning split, of those that do no harm elsewhere.
+    """The candidate with the best accuracy after it on the whole tuning split, of those that do no harm.
 
-    Harmless is one by which the accuracy on the examples that are not its target falls by at most ``max_harm`` (a
-    share: 0.01 is one of a hundred). None if no harmless candidate mends a target and betters the accuracy. Of equals
-    the smaller step is taken, then the lower component, then the positive sign. The accuracy of the chosen one is the
-    best of many, so it says nothing: measure it on other examples. Raises ValueError for a candidate of another number
-    of examples.
+    Harmless is one after which at most a share ``max_harm`` of the predictions that were right before all edits are
+    wrong; what was mended elsewhere does not make up for them. None if no harmless candidate mends a target and betters
+    the accuracy. Of equals the smaller step is taken, then the lower component, then the positive sign. The accuracy of
+    the chosen one is the best of many, so it says nothing: measure it on other examples. Raises ValueError for a
+    candidate of another number of examples.
     """
     helpful: list[tuple[tuple[float, ...], RepairCandidate]] = []
     for candidate in candidates:
-        if candidate.correct_after_N.shape != correct_before_N.shape:
+        after_N = candidate.correct_after_N
+        if not after_N.shape == correct_before_N.shape == unedited_correct_N.shape:
             raise ValueError("candidates must be of the tuning split whose correctness before is given")
-        change_N = candidate.correct_after_N.astype(np.int64) - correct_before_N
-        target_N = candidate.target_N
-        mended, lost = int(change_N[target_N].sum()), -int(change_N[~target_N].sum())
-        if lost <= max_harm * int((~target_N).sum()) + _ROUNDING and mended > 0 and mended > lost:
-            rank = (lost - mended, candidate.step, candidate.component, -candidate.sign)
-            helpful.append((rank, candidate))
+        gained = int(after_N.sum()) - int(correct_before_N.sum())
+        mended = int(after_N[candidate.target_N].sum()) - int(correct_before_N[candidate.target_N].sum())
+        harmless = candidate.broken(unedited_correct_N) <= max_harm * int(unedited_correct_N.sum()) + _ROUNDING
+        if harmless and mended > 0 and gained > 0:
+            helpful.append(((-gained, candidate.step, candidate.component, -candidate.sign), candidate))
     return min(helpful, key=lambda pair: pair[0])[1] if helpful else None
