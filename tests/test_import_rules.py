@@ -42,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "estimate": {f"pipeline.{name}" for name in ("config", "runtime", "stage", "store")},
     "status": {f"pipeline.{name}" for name in ("run_directory", "stage", "store")},
     "query_output": {"typer", "rich", "pyarrow"},
+    "query_commands": {"typer", "pipeline.stages", "pipeline.query_output"},
     "cli": {"typer", "rich"}
     | {
         f"pipeline.{name}"
@@ -54,6 +55,7 @@ ALLOWED: dict[str, set[str]] = {
             "run_directory",
             "progress",
             "query_output",
+            "query_commands",
         )
     },
     "jobs": {"pipeline.cli"},
