@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipeline.store.atomic import replacing_directory
 from pipeline.store.checkpoint import Checkpoint, CheckpointStore, write_checkpoint_array
+from pipeline.store.coefficient_rows import Coefficients, StackedRows, columns_of
 from pipeline.store.component_store import StoredFactorization, open_factorization, write_factorization
 from pipeline.store.diagonal_store import DiagonalSums
 from pipeline.store.direction_store import DirectionStore
@@ -18,13 +19,15 @@ from pipeline.store.manifest import (
     read_json,
     write_json_atomically,
 )
+from pipeline.store.same_space import differences_in_space
 from pipeline.store.splits import Splits
-from pipeline.store.tables import SCHEMAS, read_table, write_table
+from pipeline.store.tables import SCHEMAS, check_version, read_table, write_table, write_table_in_parts
 
 __all__ = [
     "SCHEMAS",
     "Checkpoint",
     "CheckpointStore",
+    "Coefficients",
     "CompletionRecord",
     "DiagonalSums",
     "DirectionStore",
@@ -33,10 +36,14 @@ __all__ = [
     "ShardPlan",
     "ShardRecords",
     "Splits",
+    "StackedRows",
     "StoreError",
     "StoredFactorization",
     "StoredFit",
+    "check_version",
     "checksum",
+    "columns_of",
+    "differences_in_space",
     "fisher_store_bytes",
     "inner_chunk_examples",
     "open_factorization",
@@ -47,4 +54,5 @@ __all__ = [
     "write_factorization",
     "write_json_atomically",
     "write_table",
+    "write_table_in_parts",
 ]
