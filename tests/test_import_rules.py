@@ -19,11 +19,13 @@ ALLOWED: dict[str, set[str]] = {
     "factorization": PURE | {"scipy", "sklearn"},
     "store": {"zarr", "pyarrow", "numpy", "h5py", "safetensors"},
     "tasks": PURE | {"transformers", "sklearn", "pyarrow", "safetensors", "PIL", "datasets", "peft"},
-    "verification": PURE | {"scipy", "pipeline.fisher"},
+    "verification": PURE | {"scipy", "pipeline.contingency", "pipeline.fisher"},
     "runtime": PURE
     | {"ray", "pyarrow", "safetensors"}
     | {f"pipeline.{name}" for name in ("tasks", "fisher", "factorization", "verification", "store")},
-    "query": {"numpy", "zarr", "dask", "pyarrow", "duckdb", "jinja2", "markupsafe", "yaml"} | {"pipeline.store"},
+    "query": {"numpy", "zarr", "dask", "pyarrow", "duckdb", "jinja2", "markupsafe", "yaml"}
+    | {"pipeline.contingency", "pipeline.store"},
+    "contingency": {"numpy", "scipy"},
     "config": {"pydantic", "yaml"},
     "run_directory": {"pipeline.config"},
     "progress": {"rich"},

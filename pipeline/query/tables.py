@@ -7,16 +7,21 @@ command which writes it. A table that is there and cannot be read is damage, and
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
+import pyarrow.fs as pa_fs
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pipeline.query.errors import QueryError
-from pipeline.store import SCHEMAS
+from pipeline.store import SCHEMAS, StoreError, check_version
 
 WRITTEN_BY = {
     "examples": "fishers",
@@ -36,6 +41,9 @@ WRITTEN_BY = {
 EXAMPLE_COLUMNS = tuple(SCHEMAS["examples"].names)
 """Columns of the examples table that every task has; all further ones are the task's own metadata."""
 
+_SCAN_ROWS = 131_072
+"""Rows that are held at a time while a whole table is walked over."""
+
 _PARQUET = ds.ParquetFileFormat(
     default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
 )
@@ -46,19 +54,29 @@ def missing(run_dir: Path, what: str, command: str) -> QueryError:
     return QueryError(f"{what} is not there yet: run `npeff {command} {run_dir}` first")
 
 
+def _located(path: Path) -> tuple[str, pa_fs.FileSystem]:
+    """Where Arrow finds a file: a path, and the file system that it is on."""
+    return str(path), pa_fs.LocalFileSystem()
+
+
 class RunTables:
-    """Reads `<run>/tables/*.parquet` and the JSON records beside them."""
+    """Reads `<run>/tables/*.parquet` and the JSON records beside them.
+
+    A file is opened when it is first asked for, and its footer is read once: what replaces it later is not seen.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self._folder = run_dir / "tables"
+        self._files: dict[str, pq.ParquetFile] = {}
+        self._bounds: dict[tuple[str, str], tuple[NDArray[Any], NDArray[Any]]] = {}
 
     def names(self) -> list[str]:
         """Names of the tables that are there, sorted."""
         return sorted(path.stem for path in self._folder.glob("*.parquet"))
 
     def has(self, name: str) -> bool:
-        return (self._folder / f"{name}.parquet").is_file()
+        return name in self._files or (self._folder / f"{name}.parquet").is_file()
 
     def dataset(self, name: str) -> ds.Dataset:
         """The table as a lazy Arrow dataset: rows and columns that are not asked for are not read.
@@ -66,26 +84,72 @@ class RunTables:
         Raises:
             QueryError: there is no such table, it is not written yet, or its file is damaged.
         """
-        path = self._folder / f"{name}.parquet"
-        if not path.is_file():
-            if name in WRITTEN_BY:
-                raise missing(self.run_dir, f"table '{name}'", WRITTEN_BY[name])
-            raise QueryError(f"there is no table '{name}': this run has {', '.join(self.names()) or 'no tables yet'}")
-        try:
-            return ds.dataset(path, format=_PARQUET)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise self._damaged(name) from error
+        schema = self.file(name).schema_arrow
+        path, filesystem = _located(self._folder / f"{name}.parquet")
+        fragment = _PARQUET.make_fragment(path, filesystem)
+        return ds.FileSystemDataset([fragment], schema.remove_metadata(), _PARQUET, filesystem)
+
+    def file(self, name: str) -> pq.ParquetFile:
+        """The table's file, opened; for groups of rows one by one. Raises as `dataset` does."""
+        if name not in self._files:
+            path = self._folder / f"{name}.parquet"
+            if not path.is_file():
+                if name in WRITTEN_BY:
+                    raise missing(self.run_dir, f"table '{name}'", WRITTEN_BY[name])
+                raise QueryError(
+                    f"there is no table '{name}': this run has {', '.join(self.names()) or 'no tables yet'}"
+                )
+            with self._damage_named(name):
+                where, filesystem = _located(path)
+                file = pq.ParquetFile(
+                    filesystem.open_input_file(where), pre_buffer=True, page_checksum_verification=True
+                )
+            try:
+                check_version(path, file.schema_arrow)
+            except StoreError as error:
+                raise QueryError(str(error)) from error
+            self._files[name] = file
+        return self._files[name]
 
     def read(self, name: str, columns: Sequence[str] | None = None, where: pc.Expression | None = None) -> pa.Table:
         """Read a table, or only some of its columns and the rows for which `where` holds, in the order written."""
         dataset = self.dataset(name)
-        try:
+        with self._damage_named(name):
             return dataset.to_table(columns=None if columns is None else list(columns), filter=where)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise self._damaged(name) from error
+
+    def scan(self, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Some columns of the whole table, in the order written, a bounded number of rows at a time."""
+        file = self.file(name)
+        with self._damage_named(name):
+            yield from file.iter_batches(_SCAN_ROWS, columns=list(columns))
+
+    def groups_with(self, name: str, column: str, values: Sequence[int] | NDArray[np.int64]) -> list[int]:
+        """Which groups of rows can hold one of these values in an integer column, by the groups' statistics."""
+        low, high = self.bounds(name, column)
+        wanted = np.unique(np.asarray(values, dtype=np.int64))
+        return np.flatnonzero(np.searchsorted(wanted, high, "right") > np.searchsorted(wanted, low, "left")).tolist()
+
+    def bounds(self, name: str, column: str) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The least and the largest value of a number column in every group of rows; infinite where unknown."""
+        key = (name, column)
+        if key not in self._bounds:
+            file = self.file(name)
+            metadata, position = file.metadata, file.schema_arrow.get_field_index(column)
+            found = [metadata.row_group(group).column(position).statistics for group in range(file.num_row_groups)]
+            known = [each is not None and each.has_min_max for each in found]
+            low = np.array([each.min if ok else -np.inf for each, ok in zip(found, known, strict=True)])
+            high = np.array([each.max if ok else np.inf for each, ok in zip(found, known, strict=True)])
+            self._bounds[key] = low, high
+        return self._bounds[key]
+
+    def read_groups(self, name: str, groups: Sequence[int], columns: Sequence[str]) -> pa.Table:
+        """Some columns of these groups of rows."""
+        file = self.file(name)
+        with self._damage_named(name):
+            return file.read_row_groups(list(groups), columns=list(columns)).replace_schema_metadata(None)
 
     def columns(self, name: str) -> list[str]:
-        return list(self.dataset(name).schema.names)
+        return list(self.file(name).schema_arrow.names)
 
     def json(self, *parts: str) -> dict[str, Any]:
         """A JSON record of the run such as `provenance.json`; an absent one is an empty dictionary."""
@@ -110,7 +174,11 @@ class RunTables:
         )
         return {name: self.json("stages", f"{name}.json") for name in names}
 
-    def _damaged(self, name: str) -> QueryError:
-        path = self._folder / f"{name}.parquet"
-        command = WRITTEN_BY.get(name, "run")
-        return QueryError(f"{path} is damaged: delete it and run `npeff {command} {self.run_dir}` again")
+    @contextmanager
+    def _damage_named(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowInvalid, OSError) as error:
+            path = self._folder / f"{name}.parquet"
+            command = WRITTEN_BY.get(name, "run")
+            raise QueryError(f"{path} is damaged: delete it and run `npeff {command} {self.run_dir}` again") from error

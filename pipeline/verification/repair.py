@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from pipeline.contingency import exact_tests
+
 _ROUNDING = 1e-9
 """Examples by which a share of a number of them may be off for want of digits."""
 
@@ -30,13 +32,9 @@ class OverRepresentation:
     n_wrong_K: NDArray[np.int64]
     """Wrong ones of the top examples."""
     odds_ratios_K: NDArray[np.float64]
-    """Odds of being wrong in the top over those outside, as counted; infinite if all wrong ones are in the top or all
-    of the top is wrong, NaN if that is 0/0."""
+    """As of `exact_tests`, as are the others."""
     p_values_K: NDArray[np.float64]
-    """P(so many wrong ones or more) if the top were drawn at random without replacement; 1 where it is empty."""
     q_values_K: NDArray[np.float64]
-    """To call significant all with q ≤ α keeps the expected share of false ones among them at most α (Benjamini &
-    Hochberg, Journal of the Royal Statistical Society B 57, 1995, 289-300)."""
 
 
 def over_represented(
@@ -51,20 +49,13 @@ def over_represented(
 
     Raises ValueError if a top example is not marked or there twice.
     """
-    n_all, n_wrong = int(among_N.sum()), int((wrong_N & among_N).sum())
     for top in top_examples:
         if not among_N[top].all() or len(np.unique(top)) != len(top):
             raise ValueError("top examples must be different ones of those that are marked")
     n_top_K = np.array([len(top) for top in top_examples], dtype=np.int64)
     n_wrong_K = np.array([wrong_N[top].sum() for top in top_examples], dtype=np.int64)
-    right_K = n_top_K - n_wrong_K
-    outside_wrong_K = n_wrong - n_wrong_K
-    outside_right_K = n_all - n_wrong - right_K
-    with np.errstate(divide="ignore", invalid="ignore"):
-        odds_ratios_K = (n_wrong_K * outside_right_K) / (right_K * outside_wrong_K)
-    p_values_K = np.minimum(stats.hypergeom.sf(n_wrong_K - 1, n_all, n_wrong, n_top_K), 1.0)
-    q_values_K = stats.false_discovery_control(p_values_K) if len(p_values_K) else p_values_K
-    return OverRepresentation(n_top_K, n_wrong_K, odds_ratios_K, p_values_K, q_values_K)
+    tests = exact_tests(int(among_N.sum()), int((wrong_N & among_N).sum()), n_top_K, n_wrong_K)
+    return OverRepresentation(n_top_K, n_wrong_K, tests.odds_ratios_K, tests.p_values_K, tests.q_values_K)
 
 
 @dataclass(frozen=True)
