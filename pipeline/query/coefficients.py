@@ -49,20 +49,30 @@ def n_larger(tables: RunTables, components: Sequence[int], coefficients: Sequenc
     counts = dict.fromkeys(components, 0)
     (first, last), (least, _) = (tables.bounds(_TABLE, column) for column in ("component", "coefficient"))
     to_read = []
-    for group in tables.groups_with(_TABLE, "component", list(components)):
-        component = int(first[group]) if first[group] == last[group] else None
-        if component is not None and least[group] > bounds[component]:
+    for group in tables.groups_with(_TABLE, "component", components):
+        component = first[group]
+        if component is not None and component == last[group] and least[group] > bounds[component]:
             counts[component] += tables.file(_TABLE).metadata.row_group(group).num_rows
         else:
             to_read.append(group)
-    for run in _runs(tables.read_groups(_TABLE, to_read, _COLUMNS)) if to_read else ():
-        if run.component in bounds:
-            counts[run.component] += int(np.searchsorted(-run.coefficients, -bounds[run.component], "left"))
+    rows = tables.read_groups(_TABLE, to_read, ("component", "coefficient"))
+    descending = np.asarray(rows["coefficient"])
+    for component, where in _stretches(rows):
+        if component in bounds:
+            counts[component] += int(np.searchsorted(-descending[where], -bounds[component], "left"))
     return [counts[component] for component in components]
 
 
 def _runs(rows: pa.Table | pa.RecordBatch) -> Iterator[Run]:
-    component, example, coefficient = (np.asarray(rows[name]) for name in _COLUMNS)
-    starts = np.flatnonzero(np.diff(component, prepend=-1))
-    for start, stop in zip(starts, [*starts[1:], len(component)], strict=True):
-        yield Run(int(component[start]), example[start:stop], coefficient[start:stop])
+    example, coefficient = np.asarray(rows["example"]), np.asarray(rows["coefficient"])
+    for component, where in _stretches(rows):
+        yield Run(component, example[where], coefficient[where])
+
+
+def _stretches(rows: pa.Table | pa.RecordBatch) -> Iterator[tuple[int, slice]]:
+    """Each component, and the rows from its first to its last."""
+    component = np.asarray(rows["component"])
+    starts = np.flatnonzero(component[1:] != component[:-1]) + 1
+    for start, stop in zip([0, *starts.tolist()], [*starts.tolist(), len(component)], strict=True):
+        if start < stop:
+            yield int(component[start]), slice(start, stop)

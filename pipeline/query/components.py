@@ -293,6 +293,10 @@ class ComponentStore:
 
     def class_names(self) -> dict[int, str]:
         """Class number to name; empty where the task gives its classes no names."""
+        return self._class_names
+
+    @cached_property
+    def _class_names(self) -> dict[int, str]:
         if not self.tables.has("classes"):
             return {}
         rows = self.tables.read("classes", ["class", "name"]).to_pylist()
@@ -312,11 +316,11 @@ class ComponentStore:
 
     @property
     def _n_components(self) -> int:
-        return self.tables.file("components").metadata.num_rows
+        return self.tables.n_rows("components")
 
     @property
     def _n_examples(self) -> int:
-        return self.tables.file("examples").metadata.num_rows
+        return self.tables.n_rows("examples")
 
     def _check_component(self, component: int) -> None:
         if not 0 <= component < self._n_components:
@@ -363,10 +367,11 @@ class ComponentStore:
             raise QueryError(str(error)) from error
 
     def _example_index(self, example: int | str) -> int:
-        where = pc.field("id") == example if isinstance(example, str) else pc.field("example") == example
-        rows = self.tables.read("examples", ["example", "valid"], where).to_pylist()
+        rows = self._examples_called("id", example) if isinstance(example, str) else []
+        if not rows and isinstance(example, int):
+            rows = self._examples_called("example", example)
         if not rows and isinstance(example, str) and example.isdecimal() and len(example) < _INT64_DIGITS:
-            rows = self.tables.read("examples", ["example", "valid"], pc.field("example") == int(example)).to_pylist()
+            rows = self._examples_called("example", int(example))
         if not rows:
             raise QueryError(
                 f"there is no example {json.dumps(example)}: give an id or a row number below {self._n_examples}"
@@ -381,6 +386,15 @@ class ComponentStore:
                 f"example {json.dumps(example)} has no coefficients: its logits or gradients were not finite"
             )
         return int(rows[0]["example"])
+
+    def _examples_called(self, column: str, value: int | str) -> list[dict[str, Any]]:
+        groups = self.tables.groups_with("examples", column, [value])
+        columns = ["example", "valid", column]
+        return (
+            self.tables.read_groups("examples", groups, dict.fromkeys(columns))
+            .filter(pc.field(column) == value)
+            .to_pylist()
+        )
 
     @cached_property
     def _factorization(self) -> StoredFactorization:

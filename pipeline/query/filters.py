@@ -38,11 +38,10 @@ def matching(tables: RunTables, condition: str) -> NDArray[np.bool_]:
     needed = {"example"} | {name for name in columns if name.lower() in spoken_of}
     joined = [name for name in names if name in spoken_of]
     needed |= {NAMED_CLASSES[name] for name in joined}
-    asked_too = [name for name in tables.names() if name in spoken_of and name != "examples"]
-    file = tables.file("examples")
-    schema = pa.schema([file.schema_arrow.field(name) for name in columns if name in needed])
+    asked_too = [name for name in tables.names() if name in spoken_of] if "select" in spoken_of else []
+    schema = pa.schema([tables.schema("examples").field(name) for name in columns if name in needed])
     rows = pa.RecordBatchReader.from_batches(schema, tables.scan("examples", schema.names))
-    views = {"examples": rows} | {name: tables.dataset(name) for name in {*asked_too, *(["classes"] if joined else [])}}
+    views = {name: tables.dataset(name) for name in {*asked_too, *(["classes"] if joined else [])}} | {"examples": rows}
     named = [f", {name}s.name AS {name}" for name in joined]
     joins = [f" LEFT JOIN classes {name}s ON {name}s.class = examples.{NAMED_CLASSES[name]}" for name in joined]
     with locked_down(views) as connection:
@@ -51,7 +50,7 @@ def matching(tables: RunTables, condition: str) -> NDArray[np.bool_]:
             found = every.filter(condition).project("example").to_arrow_table()["example"].to_numpy()
         except duckdb.Error as error:
             raise _explained(error, condition, [*columns, *names]) from error
-    mask_N = np.zeros(file.metadata.num_rows, dtype=bool)
+    mask_N = np.zeros(tables.n_rows("examples"), dtype=bool)
     mask_N[found] = True
     return mask_N
 

@@ -31,6 +31,8 @@ def locked_down(views: Mapping[str, Any]) -> Iterator[duckdb.DuckDBPyConnection]
     with duckdb.connect(":memory:", config=_LOCKED_DOWN) as connection:
         for name, view in views.items():
             connection.register(name, view)
+        connection.execute("SET enable_progress_bar = false")  # which would be printed among the answers
+        connection.execute("SET enable_progress_bar_print = false")
         connection.execute("SET lock_configuration = true")
         yield connection
 

@@ -7,18 +7,17 @@ command which writes it. A table that is there and cannot be read is damage, and
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.fs as pa_fs
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from pipeline.query.errors import QueryError
 from pipeline.store import SCHEMAS, StoreError, check_version
@@ -69,7 +68,9 @@ class RunTables:
         self.run_dir = run_dir
         self._folder = run_dir / "tables"
         self._files: dict[str, pq.ParquetFile] = {}
-        self._bounds: dict[tuple[str, str], tuple[NDArray[Any], NDArray[Any]]] = {}
+        self._schemas: dict[str, pa.Schema] = {}
+        self._datasets: dict[str, ds.Dataset] = {}
+        self._bounds: dict[tuple[str, str], tuple[list[Any], list[Any]]] = {}
 
     def names(self) -> list[str]:
         """Names of the tables that are there, sorted."""
@@ -84,10 +85,12 @@ class RunTables:
         Raises:
             QueryError: there is no such table, it is not written yet, or its file is damaged.
         """
-        schema = self.file(name).schema_arrow
-        path, filesystem = _located(self._folder / f"{name}.parquet")
-        fragment = _PARQUET.make_fragment(path, filesystem)
-        return ds.FileSystemDataset([fragment], schema.remove_metadata(), _PARQUET, filesystem)
+        if name not in self._datasets:
+            schema = self.schema(name)
+            path, filesystem = _located(self._folder / f"{name}.parquet")
+            fragment = _PARQUET.make_fragment(path, filesystem)
+            self._datasets[name] = ds.FileSystemDataset([fragment], schema, _PARQUET, filesystem)
+        return self._datasets[name]
 
     def file(self, name: str) -> pq.ParquetFile:
         """The table's file, opened; for groups of rows one by one. Raises as `dataset` does."""
@@ -111,6 +114,15 @@ class RunTables:
             self._files[name] = file
         return self._files[name]
 
+    def schema(self, name: str) -> pa.Schema:
+        """Its columns and their types. Raises as `dataset` does."""
+        if name not in self._schemas:
+            self._schemas[name] = self.file(name).schema_arrow.remove_metadata()
+        return self._schemas[name]
+
+    def n_rows(self, name: str) -> int:
+        return int(self.file(name).metadata.num_rows)
+
     def read(self, name: str, columns: Sequence[str] | None = None, where: pc.Expression | None = None) -> pa.Table:
         """Read a table, or only some of its columns and the rows for which `where` holds, in the order written."""
         dataset = self.dataset(name)
@@ -123,33 +135,34 @@ class RunTables:
         with self._damage_named(name):
             yield from file.iter_batches(_SCAN_ROWS, columns=list(columns))
 
-    def groups_with(self, name: str, column: str, values: Sequence[int] | NDArray[np.int64]) -> list[int]:
-        """Which groups of rows can hold one of these values in an integer column, by the groups' statistics."""
+    def groups_with(self, name: str, column: str, values: Sequence[Any]) -> list[int]:
+        """Which groups of rows can hold one of these values in a column of integers or text, by their statistics."""
         low, high = self.bounds(name, column)
-        wanted = np.unique(np.asarray(values, dtype=np.int64))
-        return np.flatnonzero(np.searchsorted(wanted, high, "right") > np.searchsorted(wanted, low, "left")).tolist()
+        wanted = sorted(set(values))
+        return [
+            group
+            for group, (least, most) in enumerate(zip(low, high, strict=True))
+            if least is None or bisect_left(wanted, least) < bisect_right(wanted, most)
+        ]
 
-    def bounds(self, name: str, column: str) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The least and the largest value of a number column in every group of rows; infinite where unknown."""
+    def bounds(self, name: str, column: str) -> tuple[list[Any], list[Any]]:
+        """The least and the largest value of a column in every group of rows; None where they are unknown."""
         key = (name, column)
         if key not in self._bounds:
-            file = self.file(name)
-            metadata, position = file.metadata, file.schema_arrow.get_field_index(column)
-            found = [metadata.row_group(group).column(position).statistics for group in range(file.num_row_groups)]
-            known = [each is not None and each.has_min_max for each in found]
-            low = np.array([each.min if ok else -np.inf for each, ok in zip(found, known, strict=True)])
-            high = np.array([each.max if ok else np.inf for each, ok in zip(found, known, strict=True)])
-            self._bounds[key] = low, high
+            file, position = self.file(name), self.schema(name).get_field_index(column)
+            found = [file.metadata.row_group(group).column(position).statistics for group in range(file.num_row_groups)]
+            known = [each if each is not None and each.has_min_max else None for each in found]
+            self._bounds[key] = [each and each.min for each in known], [each and each.max for each in known]
         return self._bounds[key]
 
-    def read_groups(self, name: str, groups: Sequence[int], columns: Sequence[str]) -> pa.Table:
+    def read_groups(self, name: str, groups: Sequence[int], columns: Iterable[str]) -> pa.Table:
         """Some columns of these groups of rows."""
         file = self.file(name)
         with self._damage_named(name):
             return file.read_row_groups(list(groups), columns=list(columns)).replace_schema_metadata(None)
 
     def columns(self, name: str) -> list[str]:
-        return list(self.file(name).schema_arrow.names)
+        return list(self.schema(name).names)
 
     def json(self, *parts: str) -> dict[str, Any]:
         """A JSON record of the run such as `provenance.json`; an absent one is an empty dictionary."""
