@@ -23,12 +23,12 @@ from pipeline.config import RunConfig
 from pipeline.estimate import estimate
 from pipeline.estimate import rows as estimate_rows
 from pipeline.interchange import ImportOptions, export_run, import_run
-from pipeline.progress import default_progress
 from pipeline.query_commands import query_app
+from pipeline.job_commands import EXIT_INTERRUPTED, status, submit
+from pipeline.progress import ObservedProgress, ProgressDisplay, default_progress
 from pipeline.query_output import OutputFormat, print_table
 from pipeline.run_directory import RunDirectory
 from pipeline.status import outcome
-from pipeline.status import status as status_of
 
 _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 app = typer.Typer(
@@ -41,7 +41,6 @@ app = typer.Typer(
 app.add_typer(query_app, name="query", context_settings=_HELP)
 
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full: free some space and run the same command again, what is finished is kept",
     errno.EDQUOT: "the disk quota is used up: free some space and run the same command again, what is finished is kept",
@@ -95,6 +94,11 @@ def _replaced(config: RunConfig, workers: int | None, address: str | None) -> Ru
     return config.with_executor(**{name: value for name, value in changes.items() if value is not None})
 
 
+def _progress(run: RunDirectory) -> ProgressDisplay:
+    """What is shown here of a run's progress; a cluster's metrics tell it too."""
+    return ObservedProgress(default_progress(), stages.RunMetrics(str(run.path)))
+
+
 @app.callback()
 def npeff(
     context: typer.Context,
@@ -114,14 +118,14 @@ def npeff(
 def run_command(run: Run, run_dir: RunDir = None, workers: Workers = None, address: Address = None) -> None:
     """Every stage, in order; goes on from whatever is there already."""
     opened = _open(run, run_dir, workers, address)
-    stages.run(opened, progress=default_progress())
+    stages.run(opened, progress=_progress(opened))
     _print_outcome(opened)
 
 
 def _stage_command(name: str, stage: Callable[..., Any]) -> None:
     def command(run: Run, run_dir: RunDir = None, workers: Workers = None, address: Address = None) -> None:
         opened = _open(run, run_dir, workers, address)
-        progress = default_progress()
+        progress = _progress(opened)
         stage(opened, progress=progress)
         progress.say(f"{name}: complete, in {opened.path}")
 
@@ -144,7 +148,7 @@ def factorize_command(
 ) -> None:
     """Fit non-negative coefficients and components to the stored Fishers; goes on from the last checkpoint."""
     opened = _open(run, run_dir, workers, address, max_iterations)
-    progress = default_progress()
+    progress = _progress(opened)
     stages.factorize(opened, progress=progress)
     progress.say(f"factorize: complete, in {opened.path}")
 
@@ -158,7 +162,7 @@ def transform_command(
 ) -> None:
     """Coefficients of new examples: their Fishers, and a run's components as they are."""
     opened = _open(run, None, workers, address)
-    progress = default_progress()
+    progress = _progress(opened)
     stages.transform(opened, source, progress=progress)
     progress.say(f"transform: complete, in {opened.path}")
 
@@ -182,7 +186,7 @@ def select_command(
     asked = {"components": components, "seeds": seeds, "refine": refine}
     changes = {name: value for name, value in asked.items() if value is not None}
     opened = RunDirectory(opened.path, opened.config.with_selection(**changes))
-    stages.select(opened, progress=default_progress())
+    stages.select(opened, progress=_progress(opened))
     print_table(stages.open_components(opened.path).table("selection"), OutputFormat.TABLE)
     print(f"plot: {stages.report(opened)}#selection")
 
@@ -191,7 +195,7 @@ def select_command(
 def repair_command(run: Run, run_dir: RunDir = None, workers: Workers = None, address: Address = None) -> None:
     """Edit the model along components whose top examples it gets wrong; judged on held-out examples."""
     opened = _open(run, run_dir, workers, address)
-    summary = stages.repair(opened, progress=default_progress())
+    summary = stages.repair(opened, progress=_progress(opened))
     print_table(stages.open_components(opened.path).table("repair"), OutputFormat.TABLE)
     if summary["edits"]:
         print(
@@ -223,13 +227,8 @@ def estimate_command(
     Console().print(table)
 
 
-@app.command()
-def status(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run.")]) -> None:
-    """How far each stage of a run has come: missing, partial or complete."""
-    table = Table("stage", "state", "done", "details")
-    for row in status_of(RunDirectory.open(run_dir)):
-        table.add_row(row.stage, row.state, row.done, row.details)
-    Console().print(table)
+app.command("status")(status)
+app.command("submit")(submit)
 
 
 @app.command("import")
@@ -282,25 +281,6 @@ def export_command(
     default_progress().say(f"export: {what} of {run_dir} written to {file}")
 
 
-@app.command()
-def submit(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run file (YAML).")],
-    address: Annotated[str, typer.Option(help="The cluster's job server.")] = "http://127.0.0.1:8265",
-    run_dir: RunDir = None,
-    py_modules: Annotated[
-        list[Path], typer.Option("--py-module", exists=True, help="A Python package to send along, such as the task's.")
-    ] = [],  # noqa: B006
-    follow: Annotated[bool, typer.Option("--follow/--detach", help="Follow the logs until the job ends.")] = True,
-) -> None:
-    """Run as a Ray job on a cluster; the same as `npeff run` there. Submitted again, it resumes."""
-    config = RunConfig.from_yaml(run)
-    if run_dir is not None:
-        config = config.model_copy(update={"run_dir": str(run_dir)})
-    raise typer.Exit(
-        stages.submit(
-            config, address, py_modules=py_modules, follow=follow, say=lambda text: print(text, end="", flush=True)
-        )
-    )
 
 
 def _print_outcome(run: RunDirectory) -> None:

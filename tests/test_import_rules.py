@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": PURE | {"transformers", "sklearn", "pyarrow", "safetensors", "PIL", "datasets", "peft"},
     "verification": PURE | {"scipy", "pipeline.contingency", "pipeline.fisher"},
     "runtime": PURE
-    | {"ray", "pyarrow", "safetensors"}
+    | {"ray", "aiohttp", "pyarrow", "safetensors"}  # Ray's job client raises aiohttp's errors
     | {f"pipeline.{name}" for name in ("tasks", "fisher", "factorization", "verification", "store")},
     "query": {"numpy", "zarr", "dask", "pyarrow", "duckdb", "jinja2", "markupsafe", "yaml"}
     | {"pipeline.contingency", "pipeline.store"},
@@ -45,6 +45,8 @@ ALLOWED: dict[str, set[str]] = {
     "status": {f"pipeline.{name}" for name in ("run_directory", "stage", "store")},
     "query_output": {"typer", "rich", "pyarrow"},
     "query_commands": {"typer", "pipeline.stages", "pipeline.query_output"},
+    "job_commands": {"typer", "rich"}
+    | {f"pipeline.{name}" for name in ("config", "run_directory", "stages", "status")},
     "cli": {"typer", "rich"}
     | {
         f"pipeline.{name}"
@@ -53,6 +55,7 @@ ALLOWED: dict[str, set[str]] = {
             "status",
             "estimate",
             "interchange",
+            "job_commands",
             "config",
             "run_directory",
             "progress",

@@ -83,7 +83,8 @@ def factorize(
 
                 def on_iteration(row: dict[str, Any]) -> None:
                     metrics(row)
-                    tick(row["iteration"], f"explained {row['explained']:.4f}")
+                    numbers = {"loss": row["loss"], "explained": row["explained"]}
+                    tick(row["iteration"], f"explained {row['explained']:.4f}", numbers=numbers)
 
                 solved = run_solver(
                     workers,
