@@ -84,7 +84,8 @@ def strike(head: LocalHead, victim: str) -> None:
         case "worker":
             head.actors()[0].kill()
         case "head":
-            head.kill()
+            outlived = head.kill()
+            assert not outlived, outlived
             head.start()
 
 

@@ -5,6 +5,7 @@ Whatever it starts are its descendants, and only those are ever killed: other cl
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -129,17 +130,27 @@ class LocalHead:
         found = self.processes(lambda title: title.startswith("ray::_Worker"))
         return sorted(found, key=lambda process: "_Worker.call" not in " ".join(process.cmdline()))
 
-    def kill(self) -> None:
-        """Its servers die at once, as on a machine that is lost; returns when all that they started has ended."""
-        orphans = self.processes()
-        servers = [process for process in orphans if "gcs_server" in process.name() or "raylet" in process.name()]
+    def kill(self) -> list[str]:
+        """Its servers die at once, as on a machine that is lost, and then all that they started.
+
+        Returns:
+            Command lines of drivers and workers that had not ended by themselves within two minutes.
+        """
+        started = {}
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                started[process] = " ".join(process.cmdline())
+        servers = [process for process, title in started.items() if "gcs_server" in title or "raylet/raylet" in title]
         for process in [psutil.Process(self._process.pid), *servers]:
             process.kill()
         self._process.wait()
-        _, left = psutil.wait_procs(orphans, timeout=20)  # a driver is ended by the watcher that Ray gave it
-        self.left_after_kill = [process for process in left if process.name() not in ("sleep", "sh")]
-        for process in left:
-            process.kill()
+        works = [process for process, title in started.items() if "pipeline" in title or "ray::_Worker" in title]
+        _, outlived = psutil.wait_procs(works, timeout=120)  # a driver is ended by the watcher that Ray gave it
+        for process in started:  # Ray's helpers try for a minute to tell a server
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(started, timeout=30)
+        return [started[process] for process in outlived]
 
     def close(self) -> None:
         if self._process.poll() is None:

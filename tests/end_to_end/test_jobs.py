@@ -106,7 +106,6 @@ def test_a_run_goes_on_after_the_driver_a_worker_and_the_head_were_killed(
     job_faults.wait_for_units(head, second, run, "verify", 2)
     assert "starting the workers again from iteration" in job_faults.log(head, second), "the job goes on by itself"
     job_faults.strike(head, "head")
-    assert head.left_after_kill == []
     components = faults.units_done(run, "verify")
     assert json.loads(head.get("/api/jobs/")) == [], "a new head knows nothing of the old one's jobs"
 
