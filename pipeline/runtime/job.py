@@ -29,7 +29,11 @@ _STOP_WAIT_S = 30
 """How long Ray lets a stopped job end by itself before it is killed; without this, 3 s."""
 _END_WAIT_S = 15.0
 """Wait for Ray to say how a job ended whose log has."""
+_START_WAIT_S = 60.0
+"""Wait for a head that has just been started to take jobs."""
+_NOT_READY = "No available agent"
 _LOOK_EVERY_S = 0.2
+_TELLS_OF_UPLOADS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,8 @@ class JobServer:
             os.environ.setdefault("RAY_AUTH_MODE", "token")
         from ray.job_submission import JobSubmissionClient
 
-        logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of every package that it uploads
+        for name in _TELLS_OF_UPLOADS:
+            logging.getLogger(name).setLevel(logging.WARNING)
         self.address = address
         try:
             self._client = JobSubmissionClient(address)
@@ -110,7 +115,7 @@ class JobServer:
         Raises:
             ExecutorError: the cluster refuses it, or the run's job works with another run file.
         """
-        prefix = job_prefix(submission.run_dir)
+        prefix, until = job_prefix(submission.run_dir), time.monotonic() + _START_WAIT_S
         while True:
             last = self.latest(submission.run_dir)
             if last is not None and not last.has_ended:
@@ -125,6 +130,9 @@ class JobServer:
                 self._send(submission, f"{prefix}-{number}")
             except (OSError, RuntimeError, ValueError) as error:
                 if "already exists" in str(error):  # somebody was quicker
+                    continue
+                if _NOT_READY in str(error) and time.monotonic() < until:
+                    time.sleep(_LOOK_EVERY_S)
                     continue
                 raise ExecutorError(f"{self.address} did not take the job: {_reason(error)}") from None
             return self.job(f"{prefix}-{number}"), True

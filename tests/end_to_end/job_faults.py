@@ -37,7 +37,10 @@ def submit(submitter: str, head: LocalHead, run_file: Path, run: Path) -> str:
         return done.stdout.split()[1]
     job = f"plain-{next(_numbers)}"
     command = ["ray", "job", "submit", "--address", head.address, "--no-wait", "--submission-id", job, "--"]
-    done = head.command(*command, "python", "jobs/pipeline.py", "--config", run_file, "--run-dir", run)
+    for _ in range(10):
+        done = head.command(*command, "python", "jobs/pipeline.py", "--config", run_file, "--run-dir", run)
+        if "No available agent" not in done.stdout + done.stderr:  # a head that has just been started
+            break
     assert done.returncode == 0, done.stdout + done.stderr
     return job
 

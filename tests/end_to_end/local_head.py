@@ -171,6 +171,7 @@ class LocalHead:
     def _takes_jobs(self) -> bool:
         try:
             self.get("/api/jobs/")
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            socket.create_connection(("127.0.0.1", self._agent), timeout=5).close()  # jobs are handed on to it
+        except (urllib.error.URLError, OSError):
             return False
         return True
