@@ -23,9 +23,9 @@ from pipeline.config import RunConfig
 from pipeline.estimate import estimate
 from pipeline.estimate import rows as estimate_rows
 from pipeline.interchange import ImportOptions, export_run, import_run
-from pipeline.query_commands import query_app
 from pipeline.job_commands import EXIT_INTERRUPTED, status, submit
 from pipeline.progress import ObservedProgress, ProgressDisplay, default_progress
+from pipeline.query_commands import query_app
 from pipeline.query_output import OutputFormat, print_table
 from pipeline.run_directory import RunDirectory
 from pipeline.status import outcome
@@ -279,8 +279,6 @@ def export_command(
     elif what != "direction":
         export_run(run_dir, file, what=what, n_values=values)
     default_progress().say(f"export: {what} of {run_dir} written to {file}")
-
-
 
 
 def _print_outcome(run: RunDirectory) -> None:
