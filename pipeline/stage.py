@@ -21,7 +21,15 @@ from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import Executor, ExecutorError, WorkerSpec, make_executor, out_of_memory
 from pipeline.runtime.fitted_examples import FittedExamples
 from pipeline.runtime.model import ModelSpec
-from pipeline.store import FisherStore, ShardRecords, StoreError, file_checksum, json_checksum, open_factorization
+from pipeline.store import (
+    FisherStore,
+    ShardRecords,
+    StoreError,
+    differences_in_space,
+    file_checksum,
+    json_checksum,
+    open_factorization,
+)
 
 Summary = dict[str, Any]
 
@@ -216,14 +224,6 @@ def fingerprint_of(run: RunDirectory) -> str:
     return str(FisherStore.open(run.fishers).attrs["model_fingerprint"])
 
 
-_SAME_SPACE = {
-    "sketch": "sketch or seed",
-    "parameter_layout": "parameters",
-    "model_fingerprint": "model",
-}
-"""Attributes of a Fisher store that must agree where components of one run are used in another, in a user's words."""
-
-
 def components_of(run: RunDirectory, other: str | Path) -> np.ndarray:
     """The components (K, D) of another run, which mean the same in this one.
 
@@ -237,8 +237,7 @@ def components_of(run: RunDirectory, other: str | Path) -> np.ndarray:
             f"the components of {source.path} are of kind {kind}: give a run with factorization.kind: fishers"
         )
     mine, theirs = (FisherStore.open(each.fishers).attrs for each in (run, source))
-    different = [words for name, words in _SAME_SPACE.items() if mine.get(name) != theirs.get(name)]
-    if different:
+    if different := differences_in_space(mine, theirs):
         raise RunDirectoryError(
             f"the components of {source.path} mean nothing in {run.path}: the runs differ in {', '.join(different)}; "
             "make both with the same model, parameters, fishers.sketch and seed"

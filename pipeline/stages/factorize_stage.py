@@ -36,7 +36,9 @@ from pipeline.stage import (
 from pipeline.stages.stability import component_stability
 from pipeline.store import (
     CheckpointStore,
+    Coefficients,
     Splits,
+    StackedRows,
     StoreError,
     factorization_checksums,
     open_factorization,
@@ -84,7 +86,8 @@ def factorize(
 
                 def on_iteration(row: dict[str, Any]) -> None:
                     metrics(row)
-                    tick(row["iteration"], f"explained {row['explained']:.4f}")
+                    numbers = {"loss": row["loss"], "explained": row["explained"]}
+                    tick(row["iteration"], f"explained {row['explained']:.4f}", numbers=numbers)
 
                 solved = run_solver(
                     workers,
@@ -163,7 +166,7 @@ def _write_solution(run: RunDirectory, solved: SolverRun, n_fit: int, stability_
     """Everything that the solver's workers found, on disk; what is worth saying of it."""
     result = solved.results[0]
     coefficients = {shard: rows for part in solved.results for shard, rows in part.coefficients.items()}
-    coefficients_NK = np.concatenate([coefficients[shard] for shard in sorted(coefficients)])
+    coefficients_NK = StackedRows([coefficients[shard] for shard in sorted(coefficients)])
     summary = {
         "n_components": len(result.components_KD),
         "factorized": run.config.factorization.kind,
@@ -185,7 +188,7 @@ def _write_solution(run: RunDirectory, solved: SolverRun, n_fit: int, stability_
 def write_solution(
     run: RunDirectory,
     components_KD: NDArray[np.float64],
-    coefficients_NK: NDArray[np.float32],
+    coefficients_NK: Coefficients,
     history: list[dict[str, Any]],
     summary: Summary,
     stability_K: np.ndarray | None = None,

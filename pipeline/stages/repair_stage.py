@@ -108,7 +108,7 @@ class _Search:
     def edits(self, components: list[int]) -> tuple[list[Edit], list[dict[str, Any]]]:
         """The edits, one after the other, as long as one helps; and rows of the table `repair_steps`."""
         wanted, edits, rows = self._run.config.repair, list[Edit](), list[dict[str, Any]]()
-        correct_n = ~self._examples.wrong_N[self._examples.tuning]
+        unedited_n = correct_n = ~self._examples.wrong_N[self._examples.tuning]
         while len(edits) < wanted.max_edits:
             left = [component for component in components if component not in {edit.component for edit in edits}]
             tried = [
@@ -122,8 +122,8 @@ class _Search:
                 for component, trials in self._attempts(tuple(edits), left).items()
                 for trial in trials
             ]
-            chosen = choose_step(tried, correct_n, wanted.max_harm)
-            rows += [_step_row(len(edits), candidate, correct_n, candidate is chosen) for candidate in tried]
+            chosen = choose_step(tried, correct_n, unedited_n, wanted.max_harm)
+            rows += [_step_row(len(edits), each, correct_n, unedited_n, each is chosen) for each in tried]
             if chosen is None:
                 break
             edits.append(Edit(chosen.component, chosen.sign * chosen.step))
@@ -159,7 +159,13 @@ class _Search:
         )
 
 
-def _step_row(edit: int, candidate: RepairCandidate, correct_n: NDArray[np.bool_], chosen: bool) -> dict[str, Any]:
+def _step_row(
+    edit: int,
+    candidate: RepairCandidate,
+    correct_n: NDArray[np.bool_],
+    unedited_n: NDArray[np.bool_],
+    chosen: bool,
+) -> dict[str, Any]:
     change_n = candidate.correct_after_N.astype(int) - correct_n.astype(int)
     return {
         "edit": edit,
@@ -168,7 +174,8 @@ def _step_row(edit: int, candidate: RepairCandidate, correct_n: NDArray[np.bool_
         "step": candidate.step,
         "n_target": int(candidate.target_N.sum()),
         "mended_target": int(change_n[candidate.target_N].sum()),
-        "lost_elsewhere": -int(change_n[~candidate.target_N].sum()),
+        "gained": int(change_n.sum()),
+        "broken": candidate.broken(unedited_n),
         "accuracy_tuning": float(candidate.correct_after_N.mean()),
         "chosen": chosen,
     }

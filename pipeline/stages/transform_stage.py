@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from pipeline.factorization import InvalidProblemError, explained, near_duplicates
@@ -24,6 +23,7 @@ from pipeline.stage import (
 )
 from pipeline.stages.factorize_stage import write_solution
 from pipeline.stages.fisher_stage import compute_fishers
+from pipeline.store import StackedRows
 
 
 def transform(
@@ -91,7 +91,7 @@ def transform(
                 "transformed_from": origin,
                 "near_duplicates": near_duplicates(torch.from_numpy(components_KD)),
             }
-            coefficients_NK = np.concatenate([part.coefficients_NK for part in in_order])
+            coefficients_NK = StackedRows([part.coefficients_NK for part in in_order])
             summary |= write_solution(run, components_KD, coefficients_NK, [], summary)
             progress.say(f"explained {summary['explained']:.4f} of the Fishers")
             return stage.complete(summary)

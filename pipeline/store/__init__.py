@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipeline.store.atomic import replacing_directory
 from pipeline.store.checkpoint import Checkpoint, CheckpointStore, write_checkpoint_array
+from pipeline.store.coefficient_rows import Coefficients, StackedRows, columns_of
 from pipeline.store.component_store import (
     StoredFactorization,
     factorization_checksums,
@@ -26,14 +27,16 @@ from pipeline.store.manifest import (
     read_json,
     write_json_atomically,
 )
+from pipeline.store.same_space import differences_in_space
 from pipeline.store.splits import Splits
-from pipeline.store.tables import SCHEMAS, read_table, write_table
+from pipeline.store.tables import SCHEMAS, check_version, read_table, write_table, write_table_in_parts
 
 __all__ = [
     "METADATA",
     "SCHEMAS",
     "Checkpoint",
     "CheckpointStore",
+    "Coefficients",
     "CompletionRecord",
     "DiagonalSums",
     "DirectionStore",
@@ -42,10 +45,14 @@ __all__ = [
     "ShardPlan",
     "ShardRecords",
     "Splits",
+    "StackedRows",
     "StoreError",
     "StoredFactorization",
     "StoredFit",
+    "check_version",
     "checksum",
+    "columns_of",
+    "differences_in_space",
     "factorization_checksums",
     "file_checksum",
     "fisher_store_bytes",
@@ -60,4 +67,5 @@ __all__ = [
     "write_factorization",
     "write_json_atomically",
     "write_table",
+    "write_table_in_parts",
 ]

@@ -78,9 +78,32 @@ def checksum(arrays: Mapping[str, np.ndarray]) -> str:
         array = arrays[name]
         if array.dtype.hasobject:
             raise ValueError(f"array {name!r} holds Python objects, which have no stable bytes")
-        digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        digest.update(_described(name, array.dtype, array.shape))
+        digest.update(_bytes_of(array))
     return digest.hexdigest()
+
+
+class ChecksumInBlocks:
+    """`checksum` of one array, which is given in blocks of rows, in order."""
+
+    def __init__(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+        self._dtype = dtype
+        self._digest = hashlib.blake2b(_described(name, dtype, shape), digest_size=_CHECKSUM_BYTES)
+
+    def update(self, block: np.ndarray) -> None:
+        assert block.dtype == self._dtype
+        self._digest.update(_bytes_of(block))
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def _described(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    return json.dumps([name, dtype.str, shape]).encode()
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def file_checksum(path: Path) -> str:
