@@ -112,7 +112,7 @@ class CheckpointStore:
 
     def iterations(self) -> list[int]:
         """Those that there are checkpoints of, ascending."""
-        return [iteration for iteration, _ in self._committed()]
+        return [iteration for iteration, _ in self.committed()]
 
     def latest(self) -> Checkpoint | None:
         """The newest intact checkpoint; None when none was ever committed.
@@ -121,7 +121,7 @@ class CheckpointStore:
             StoreError: there are checkpoints but all are damaged, or one is of another configuration.
         """
         warnings: list[str] = []
-        for iteration, path in reversed(self._committed()):
+        for iteration, path in reversed(self.committed()):
             try:
                 names, state_names = self._verify(path)
                 arrays = {name: _load(path, name) for name in state_names}
@@ -134,6 +134,19 @@ class CheckpointStore:
                 f"all checkpoints in {self.directory} are damaged: delete it and run the same command again"
             )
         return None
+
+    def verify(self, path: Path) -> None:
+        """Read one of the `committed` checkpoints.
+
+        Raises:
+            StoreError: it is damaged, or of another configuration.
+        """
+        try:
+            self._verify(path)
+        except (_DamagedError, OSError) as damage:
+            raise StoreError(
+                f"checkpoint {path} is damaged ({damage}): delete it, the one before is gone on from"
+            ) from damage
 
     def _verify(self, path: Path) -> tuple[tuple[str, ...], list[str]]:
         """The names of all arrays of a checkpoint, and of those given to `commit`."""
@@ -157,7 +170,7 @@ class CheckpointStore:
         """Of the checkpoint that was begun."""
         return self._begun[iteration] if is_remote(self.directory) else self.directory / f"{iteration:06d}"
 
-    def _committed(self) -> list[tuple[int, Path]]:
+    def committed(self) -> list[tuple[int, Path]]:
         """The checkpoints, intact or damaged, by iteration, ascending."""
         with os_errors_explained("read", self.directory):
             if is_remote(self.directory):
@@ -175,7 +188,7 @@ class CheckpointStore:
         return [self.directory / folder for folder in sorted(chosen)]
 
     def _prune(self, newest: int) -> None:
-        committed, own = self._committed(), self._path(newest)
+        committed, own = self.committed(), self._path(newest)
         before = [path for iteration, path in committed if iteration < newest]
         kept = [own, *before[max(0, len(before) - self.keep + 1) :]]
         surplus = [path for _, path in committed if path not in kept]
