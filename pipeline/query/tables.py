@@ -20,7 +20,7 @@ import pyarrow.fs as pa_fs
 import pyarrow.parquet as pq
 
 from pipeline.query.errors import QueryError
-from pipeline.store import SCHEMAS, StoreError, check_version
+from pipeline.store import SCHEMAS, StoreError, check_version, is_remote
 
 WRITTEN_BY = {
     "examples": "fishers",
@@ -60,6 +60,8 @@ def missing(run_dir: Path, what: str, command: str) -> QueryError:
 
 def _located(path: Path) -> tuple[str, pa_fs.FileSystem]:
     """Where Arrow finds a file: a path, and the file system that it is on."""
+    if is_remote(path):
+        return key_of(path), pa_fs.PyFileSystem(pa_fs.FSSpecHandler(file_system(path)))
     return str(path), pa_fs.LocalFileSystem()
 
 

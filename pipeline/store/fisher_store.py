@@ -215,7 +215,7 @@ class FisherStore:
         Raises:
             StoreError: it is damaged otherwise, or cannot be written.
         """
-        path = Path(path)
+        path = location(path)
         restore_metadata(path, lambda fresh: cls.create(fresh, **layout))
         return cls.open(path)
 

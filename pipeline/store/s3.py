@@ -74,7 +74,8 @@ class S3(S3FileSystem):
     """s3fs, with the errors of its requests explained."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"use_listings_cache": False, **options})  # other processes write, too
+        # other processes write, too; and Arrow asks for the ranges that it needs, of which none is read twice
+        super().__init__(**{"use_listings_cache": False, "default_cache_type": "none", **options})
 
     async def _call_s3(self, method: str, *arguments: Any, **keywords: Any) -> Any:
         place = "/".join(part for part in (keywords.get("Bucket"), _key(keywords)) if part)
