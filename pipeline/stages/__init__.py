@@ -27,7 +27,7 @@ from pipeline.config import ConfigError, RunConfig
 from pipeline.factorization import InvalidProblemError
 from pipeline.fisher import UnsupportedModelError
 from pipeline.progress import ProgressDisplay
-from pipeline.query import ComponentStore, QueryError, write_report
+from pipeline.query import ComponentStore, QueryError, serve, write_report
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import ExecutorError
 from pipeline.stage import executor_for, left_out, record_of, recorded
@@ -53,6 +53,7 @@ __all__ = [
     "report",
     "run",
     "select",
+    "serve_report",
     "submit",
     "transform",
     "verify",
@@ -95,6 +96,11 @@ def report(run: RunDirectory, *, progress: ProgressDisplay | None = None) -> Pat
     """Write the report, one HTML file, from whatever is there."""
     with run.lock():
         return write_report(run.path, top_examples=run.config.report.top_examples)
+
+
+def serve_report(run: RunDirectory, port: int, say: Callable[[str], None]) -> None:
+    """The report and a view to ask the component store in, on this machine only, until Ctrl-C; it only reads."""
+    serve(run.path, port, run.config.report.top_examples, say)
 
 
 def export_direction(run: RunDirectory, component: int, file: str | Path) -> None:
