@@ -1,4 +1,4 @@
-"""Pictures of a report as data URIs: the examples' images, each stored once, and maps of numbers as PNGs."""
+"""Pictures of a report as data URIs: the examples' images, each stored once, and maps of numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BUDGET_BYTES = 10_000_000
 _SMALLER_SIDES = (96, 64, 48, 32)
 _SAMPLE = 64
 """Images by which the size is chosen."""
-_LEVELS = 16
+_LEVELS = 9
 _ACCENT = (222, 92, 20)
 
 
@@ -69,12 +69,13 @@ def heat_map(values_HW: NDArray[np.floating]) -> str:
     """
     largest = float(values_HW.max(initial=0.0))
     shares = np.clip(values_HW / largest, 0.0, 1.0) if largest > 0 else np.zeros_like(values_HW)
-    levels = np.rint((_LEVELS - 1) * shares).astype(np.uint8)
-    picture = Pillow.fromarray(levels, mode="P")
-    picture.putpalette(bytes(_ACCENT) * _LEVELS)
+    levels_HW = np.rint((_LEVELS - 1) * shares).astype(np.uint8)
+    opacities = np.rint(np.linspace(0, 255, _LEVELS)).astype(np.uint8)
+    pixels_HW4 = np.empty((*levels_HW.shape, 4), np.uint8)
+    pixels_HW4[..., :3] = _ACCENT
+    pixels_HW4[..., 3] = opacities[levels_HW]
     stream = io.BytesIO()
-    opacities = bytes(round(255 * level / (_LEVELS - 1)) for level in range(_LEVELS))
-    picture.save(stream, format="PNG", bits=4, transparency=opacities)
+    Pillow.fromarray(pixels_HW4).save(stream, format="WEBP", lossless=True, exact=True)
     return data_uri(stream.getvalue())
 
 

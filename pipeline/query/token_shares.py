@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from pipeline.query.pictures import heat_map
 from pipeline.query.tables import RunTables
 
-LEVELS = 8
+LEVELS = 6
 _STRONGEST = 3
-_FINEST_GRID = 16
+_FINEST_GRID = 14
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _heat(
 
 
 def _coarser(grid_HW: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sums over blocks, so that no side has more than 16: finer is not seen, and takes much room."""
+    """Sums over blocks, so that no side has more than 14: finer is not seen, and takes much room."""
     for axis in (0, 1):
         step = math.ceil(grid_HW.shape[axis] / _FINEST_GRID)
         if step > 1:
