@@ -160,7 +160,8 @@ def report_command(
         bool, typer.Option("--serve", help="Write nothing: show the report, and boxes to ask the run, in the browser.")
     ] = False,
     port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="With --serve: where to listen; 0, the default, is any free one.")
+        int | None,
+        typer.Option(min=0, max=65535, help="With --serve: where to listen; 0, the default, is any free one."),
     ] = None,
 ) -> None:
     """Write the report, one HTML file, from whatever is there; or serve it on this machine until Ctrl-C."""

@@ -78,7 +78,7 @@ class Browser:
         except Exception:
             self.close()
             raise
-        self._patience_s = 30.0
+        self._patience_s = 120.0
 
     def _attach(self) -> None:
         targets = self.call("Target.getTargets")["targetInfos"]
@@ -93,7 +93,7 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.complaints, self.requests = [], []
         self.call("Page.navigate", url=page.resolve().as_uri() if isinstance(page, Path) else page)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while self.evaluate("document.readyState") != "complete" or self.evaluate("location.href") == "about:blank":
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{page} did not load")

@@ -23,7 +23,8 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": PURE
     | {"ray", "pyarrow", "safetensors"}
     | {f"pipeline.{name}" for name in ("tasks", "fisher", "factorization", "verification", "store")},
-    "query": {"numpy", "scipy", "zarr", "dask", "pyarrow", "duckdb", "jinja2", "markupsafe", "yaml", "PIL"} | {"pipeline.store"},
+    "query": {"numpy", "scipy", "zarr", "dask", "pyarrow", "duckdb", "jinja2", "markupsafe", "yaml", "PIL"}
+    | {"pipeline.store"},
     "config": {"pydantic", "yaml"},
     "run_directory": {"pipeline.config"},
     "progress": {"rich"},

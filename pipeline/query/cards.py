@@ -27,6 +27,7 @@ VALUES_SHOWN = 6
 WORDS_SHOWN = 12
 METADATA_LENGTH = 40
 
+
 @dataclass(frozen=True)
 class Example:
     """One example as a card lists it."""

@@ -68,7 +68,9 @@ class ShareReader:
         rows = self._table.slice(where[0], where[1] - where[0])
         shares = np.nan_to_num(rows["share"].to_numpy().astype(float))
         positions = rows["position"].to_numpy()
-        tokens = [f"#{p}" if token is None else token for token, p in zip(rows["token"].to_pylist(), positions, strict=True)]
+        tokens = [
+            f"#{p}" if token is None else token for token, p in zip(rows["token"].to_pylist(), positions, strict=True)
+        ]
         levels = _levels(shares)
         order = np.argsort(-shares, kind="stable")[:_STRONGEST]
         strongest = [(tokens[i], float(shares[i])) for i in order.tolist() if shares[i] > 0]
@@ -129,5 +131,3 @@ def _coarser(grid_HW: NDArray[np.float64]) -> NDArray[np.float64]:
         if step > 1:
             grid_HW = np.add.reduceat(grid_HW, np.arange(0, grid_HW.shape[axis], step), axis=axis)
     return grid_HW
-
-

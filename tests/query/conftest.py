@@ -252,7 +252,11 @@ def _position_shares(rng: np.random.Generator, top: pa.Table, examples: pa.Table
     rows = []
     for listed in top.to_pylist():
         text = examples["text"][listed["example"]].as_py()
-        spans = [(None, None, None)] * 64 if text is None else [(m.start(), m.end(), m.group()) for m in WORD.finditer(text)]
+        spans = (
+            [(None, None, None)] * 64
+            if text is None
+            else [(m.start(), m.end(), m.group()) for m in WORD.finditer(text)]
+        )
         shares = rng.dirichlet(np.ones(len(spans)))
         shares[2] = 1.0
         for position, (start, stop, word) in enumerate(spans):

@@ -24,7 +24,15 @@ def tables_of(path: Path, **columns: list) -> RunTables:
 
 
 def test_words_are_counted_once_per_example_without_case_or_punctuation() -> None:
-    assert words_of("Don't, don’t: the THE well-kept (x_1) Öl!") == {"don't", "don’t", "the", "well-kept", "x", "1", "öl"}
+    assert words_of("Don't, don’t: the THE well-kept (x_1) Öl!") == {
+        "don't",
+        "don’t",
+        "the",
+        "well-kept",
+        "x",
+        "1",
+        "öl",
+    }
     assert words_of(None) == set()
 
 

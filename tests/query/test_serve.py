@@ -57,7 +57,7 @@ def test_questions_are_answered_and_nothing_is_written(server: Server, run) -> N
     before = digest(run.path)
     top = ask(server, question("top", component=2, n=3, split="held_out"))
     assert top[0] == 200
-    assert "<h2 id=\"answer-title\">3 rows</h2>" in top[2]
+    assert '<h2 id="answer-title">3 rows</h2>' in top[2]
     assert top[2].count("/image?example=") == 3
     assert ask(server, question("example", example="digit-0003"))[0] == 200
     similar = ask(server, question("similar", component=2, n=4))[2]
@@ -130,7 +130,9 @@ def test_text_of_the_data_set_and_of_the_question_is_escaped(make_run: Callable)
         pages = [
             ask(server, question("top", component=0, n=5, split=HOSTILE))[2],
             ask(server, question("example", example=HOSTILE))[2],
-            ask(server, question("sql", query=f"select '{HOSTILE.replace(chr(39), '')}' as \"<b>\", * from examples"))[2],
+            ask(server, question("sql", query=f"select '{HOSTILE.replace(chr(39), '')}' as \"<b>\", * from examples"))[
+                2
+            ],
         ]
         for page in pages:
             assert "<script>" not in page
@@ -154,7 +156,9 @@ def test_a_port_that_cannot_be_had_is_one_clear_line(run) -> None:
 
 
 def test_an_interrupt_ends_it_cleanly(run) -> None:
-    script = "import sys; from pipeline.query import serve; serve(sys.argv[1], 0, 4, lambda line: print(line, flush=True))"
+    script = (
+        "import sys; from pipeline.query import serve; serve(sys.argv[1], 0, 4, lambda line: print(line, flush=True))"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(run.path)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ),

@@ -34,7 +34,14 @@ def opacity(uri: str | None) -> np.ndarray:
 def test_a_shaded_text_is_the_text() -> None:
     text = "not very good at all"
     pieces = shaded_text(text, [(0, 3, 2), (4, 8, 2), (9, 13, 8), (None, None, 5), (14, 14, 3)])
-    assert pieces == [Piece("not", 2), Piece(" ", 0), Piece("very", 2), Piece(" ", 0), Piece("good", 8), Piece(" at all", 0)]
+    assert pieces == [
+        Piece("not", 2),
+        Piece(" ", 0),
+        Piece("very", 2),
+        Piece(" ", 0),
+        Piece("good", 8),
+        Piece(" at all", 0),
+    ]
     assert shaded_text(text, [(None, None, 3)]) is None
     assert shaded_text(text, [(0, 99, 3)]) is None
     assert shaded_text("", [(0, 0, 3)]) is None
@@ -50,7 +57,9 @@ def test_shades_are_relative_to_the_largest_share_and_none_below_zero(tmp_path: 
 
 
 def test_tokens_without_places_are_listed_in_order(tmp_path: Path) -> None:
-    shares = reader(tmp_path, share=[0.2, 0.8, 0.0], position=[1, 0, 2], token=["b", "a", None]).shares(0, 4, "a b", None)
+    shares = reader(tmp_path, share=[0.2, 0.8, 0.0], position=[1, 0, 2], token=["b", "a", None]).shares(
+        0, 4, "a b", None
+    )
     assert shares is not None
     assert shares.as_tokens
     assert shares.pieces == [Piece("a", LEVELS), Piece("b", round(LEVELS / 4)), Piece("#2", 0)]
@@ -84,6 +93,6 @@ def test_positions_that_are_no_grid_have_no_heat_map_and_fine_ones_are_summed(tm
 
 def test_a_report_shades_texts_and_overlays_images(make_run: Callable) -> None:
     page = write_report(make_run(n_components=3, text_instead_of_images=True, shares=True).path).read_text("utf-8")
-    assert page.count('<b class=s6>written</b>') > 40
+    assert page.count("<b class=s6>written</b>") > 40
     assert '<span class="text tokens"><b class=s' in page
     assert "Show shares on the images" not in page
