@@ -1,8 +1,8 @@
 """Contrast examples of a component: as much like its top examples as can be, but not of it.
 
 They share the commonest prediction of the component's top examples (label, where there are no predictions), their
-coefficient on the component is at most 1% of its largest, and their other coefficients point in nearly the same direction
-as the top examples' mean: what else the model does with these examples it does with those too.
+coefficient on the component is at most 1% of its largest, and their other coefficients point in nearly the same
+direction as the top examples' mean: what else the model does with these examples it does with those too.
 
 Shapes: N examples, K components, B a block of examples.
 """

@@ -1,9 +1,10 @@
 """What a component's top examples have in common: words and metadata that are commoner there than among all examples.
 
-Words and values of columns are counted by example, once each. A word or value that n_top of a component's t top examples
-have, and n_all of all N valid examples, gets the one-sided hypergeometric probability of at least n_top in t draws. Of a
-column of numbers, the top examples' ranks are compared with all others' (Mann-Whitney, two-sided, normal approximation
-with ties). q-values are Benjamini-Hochberg's over all components and all words (values, columns of numbers) of the report.
+Words and values of columns are counted by example, once each. A word or value that n_top of a component's t top
+examples have, and n_all of all N valid examples, gets the one-sided hypergeometric probability of at least n_top in t
+draws. Of a column of numbers, the top examples' ranks are compared with all others' (Mann-Whitney, two-sided, normal
+approximation with ties). q-values are Benjamini-Hochberg's over all components and all words (values, columns of
+numbers) of the report.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa

@@ -4,8 +4,8 @@ It listens on the loopback interface only. A page of another site can still have
 
 - the Host header must name this server: a name that was rebound to 127.0.0.1 is refused;
 - questions that a browser says come from another site are refused;
-- there is nothing but GET, no answer may be framed, kept or read by other sites, and the content security policy forbids
-  every script but the report's own.
+- there is nothing but GET, no answer may be framed, kept or read by other sites, and the content security policy
+  forbids every script but the report's own.
 
 Other users of the same machine can connect: what they may not see must not be served.
 """

@@ -1,8 +1,8 @@
 """How a component's coefficient on an example splits over its positions: shaded texts and heat maps of images.
 
 The table `position_shares` has a row per component, example and position: `share` of the coefficient, and of texts the
-`token` with the characters `start` to `stop` of the example's text where these are known. Shares are shown relative to the
-example's largest; those below zero (a position that pulls against the others) as none.
+`token` with the characters `start` to `stop` of the example's text where these are known. Shares are shown relative to
+the example's largest; those below zero (a position that pulls against the others) as none.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -94,7 +95,7 @@ def shaded_text(text: str, spans: Sequence[tuple[int | None, int | None, int]]) 
     if not known or not text:
         return None
     cuts = [0, *(np.flatnonzero(np.diff(shades)) + 1).tolist(), len(text)]
-    return [Piece(text[a:b], int(shades[a])) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [Piece(text[a:b], int(shades[a])) for a, b in pairwise(cuts)]
 
 
 def _levels(shares: NDArray[np.float64]) -> list[int]:

@@ -3,10 +3,10 @@
     python tests/benchmarks/report.py [--components 512] [--top-examples 20] [--output runs/benchmarks/report.json]
 
 Two invented runs in the stored format, one of images and one of texts, with every table there is: 10,000 examples, 40
-parameters, verification, selectivity of all pairs, shares of positions. Nothing about them is realistic but their sizes.
-Opening is from the navigation to the load event, to the first paint, and to the end of the first frame after both, as the
-browser measures them, the best of five (a busy machine slows rounds, never speeds one up); beside it the CPU time of the
-page's main thread. Then the same to a card by its link, and a first search.
+parameters, verification, selectivity of all pairs, shares of positions. Nothing about them is realistic but their
+sizes. Opening is from the navigation to the load event, to the first paint, and to the end of the first frame after
+both, as the browser measures them, the best of five (a busy machine slows rounds, never speeds one up); beside it the
+CPU time of the page's main thread. Then the same to a card by its link, and a first search.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pipeline.query import write_report
 from pipeline.store import write_factorization, write_table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from chromium import Browser, find_chromium  # noqa: E402
+from chromium import Browser, find_chromium
 
 N_EXAMPLES, N_CLASSES, N_PARAMETERS, N_WORDS, SIDE, LISTED = 10_000, 10, 40, 30, 28, 32
 ROUNDS = 5
@@ -242,10 +242,20 @@ def _verification(rng: np.random.Generator, n_components: int) -> dict[str, Any]
     ratio = rng.lognormal(1.5, 1.0, n)
     measured = {
         name: rng.lognormal(-1, 1, n)
-        for name in (
-            "epsilon kl_top kl_baseline fisher_norm_ratio random_epsilon random_kl_top random_kl_baseline "
-            "random_kl_ratio other_epsilon other_kl_top other_kl_baseline other_kl_ratio"
-        ).split()
+        for name in [
+            "epsilon",
+            "kl_top",
+            "kl_baseline",
+            "fisher_norm_ratio",
+            "random_epsilon",
+            "random_kl_top",
+            "random_kl_baseline",
+            "random_kl_ratio",
+            "other_epsilon",
+            "other_kl_top",
+            "other_kl_baseline",
+            "other_kl_ratio",
+        ]
     }
     shares = "accuracy_top_before accuracy_top_after accuracy_baseline_before accuracy_baseline_after kl_correlation"
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -173,13 +174,14 @@ def test_everything_has_a_name_and_headings_do_not_skip(browser: Browser, run) -
     browser.open(write_report(run.path))
     nameless = (
         "[...document.querySelectorAll('[role=img], [role=group], input, svg:not([aria-hidden])')].filter((e) =>"
-        " !e.getAttribute('aria-label') && !e.title && !(e.labels && e.labels.length)).map((e) => e.outerHTML.slice(0, 99))"
+        " !e.getAttribute('aria-label') && !e.title && !(e.labels && e.labels.length))"
+        ".map((e) => e.outerHTML.slice(0, 99))"
     )
     assert browser.evaluate(nameless) == []
     levels = browser.evaluate("[...document.querySelectorAll('h1, h2, h3, h4')].map((h) => Number(h.tagName[1]))")
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after - before <= 1 for before, after in pairwise(levels))
 
 
 def test_with_many_components_a_card_is_made_when_it_is_linked_to_seen_or_printed(
