@@ -19,12 +19,13 @@ ALLOWED: dict[str, set[str]] = {
     "factorization": PURE | {"scipy", "sklearn"},
     "store": {"zarr", "pyarrow", "numpy", "h5py", "safetensors"},
     "tasks": PURE | {"transformers", "sklearn", "pyarrow", "safetensors", "PIL", "datasets", "peft"},
-    "verification": PURE | {"scipy", "pipeline.fisher"},
+    "verification": PURE | {"scipy", "pipeline.contingency", "pipeline.fisher"},
     "runtime": PURE
-    | {"ray", "pyarrow", "safetensors"}
+    | {"ray", "aiohttp", "pyarrow", "safetensors"}  # Ray's job client raises aiohttp's errors
     | {f"pipeline.{name}" for name in ("tasks", "fisher", "factorization", "verification", "store")},
     "query": {"numpy", "scipy", "zarr", "dask", "pyarrow", "duckdb", "jinja2", "markupsafe", "yaml", "PIL"}
-    | {"pipeline.store"},
+    | {"pipeline.contingency", "pipeline.store"},
+    "contingency": {"numpy", "scipy"},
     "config": {"pydantic", "yaml"},
     "run_directory": {"pipeline.config"},
     "progress": {"rich"},
@@ -43,6 +44,9 @@ ALLOWED: dict[str, set[str]] = {
     "estimate": {f"pipeline.{name}" for name in ("config", "runtime", "stage", "store")},
     "status": {f"pipeline.{name}" for name in ("run_directory", "stage", "store")},
     "query_output": {"typer", "rich", "pyarrow"},
+    "query_commands": {"typer", "pipeline.stages", "pipeline.query_output"},
+    "job_commands": {"typer", "rich"}
+    | {f"pipeline.{name}" for name in ("config", "run_directory", "stages", "status")},
     "cli": {"typer", "rich"}
     | {
         f"pipeline.{name}"
@@ -51,10 +55,12 @@ ALLOWED: dict[str, set[str]] = {
             "status",
             "estimate",
             "interchange",
+            "job_commands",
             "config",
             "run_directory",
             "progress",
             "query_output",
+            "query_commands",
         )
     },
     "jobs": {"pipeline.cli"},

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.query.components import ComponentStore
 from pipeline.query.contrast import Contrast, contrast_examples
-from pipeline.query.enrichment import Common, in_common
+from pipeline.query.in_common import Common, in_common
 from pipeline.query.pictures import Album, Image
 from pipeline.query.selectivity_chart import Selectivity, selectivity_by_component
 from pipeline.query.token_shares import ShareReader, Shares

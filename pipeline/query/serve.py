@@ -179,7 +179,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def _top(store: ComponentStore, asked: dict[str, str]) -> pa.Table:
-    return store.top_examples(_whole(asked, "component"), _whole(asked, "n", 20), asked.get("split") or None)
+    split, where = asked.get("split") or None, asked.get("where") or None
+    return store.top_examples(_whole(asked, "component"), _whole(asked, "n", 20), split, where)
+
+
+def _enriched(store: ComponentStore, asked: dict[str, str]) -> pa.Table:
+    return store.enriched(asked.get("where", ""), split=asked.get("split") or None)
 
 
 def _example(store: ComponentStore, asked: dict[str, str]) -> pa.Table:
@@ -196,6 +201,7 @@ def _sql(store: ComponentStore, asked: dict[str, str]) -> pa.Table:
 
 QUESTIONS: dict[str, Callable[[ComponentStore, dict[str, str]], pa.Table]] = {
     "/top": _top,
+    "/enriched": _enriched,
     "/example": _example,
     "/similar": _similar,
     "/sql": _sql,

@@ -14,12 +14,16 @@ and, after the lift, where labels are known:
 
     repair            directions, model      → tables/repair, repair/model.safetensors: wrong predictions, mended
 
+and, at any time:
+
+    check             everything             → what of it is damaged; makes that again
+
 A stage that is complete returns what it recorded. All may be called again after any crash.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -30,7 +34,10 @@ from pipeline.progress import ProgressDisplay
 from pipeline.query import ComponentStore, QueryError, serve, write_report
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import ExecutorError
+from pipeline.runtime.job import Job, JobServer, Submission
+from pipeline.runtime.metrics import RunMetrics
 from pipeline.stage import executor_for, left_out, record_of, recorded
+from pipeline.stages.check_stage import Damage, check
 from pipeline.stages.factorize_stage import factorize
 from pipeline.stages.fisher_stage import compute_fishers
 from pipeline.stages.lift_stage import lift
@@ -44,6 +51,12 @@ from pipeline.tasks import TaskError
 __all__ = [
     "STAGES",
     "USER_ERRORS",
+    "Damage",
+    "Job",
+    "JobServer",
+    "RunMetrics",
+    "Submission",
+    "check",
     "compute_fishers",
     "export_direction",
     "factorize",
@@ -54,7 +67,6 @@ __all__ = [
     "run",
     "select",
     "serve_report",
-    "submit",
     "transform",
     "verify",
 ]
@@ -115,16 +127,6 @@ def export_direction(run: RunDirectory, component: int, file: str | Path) -> Non
 def open_components(run_dir: str | Path) -> ComponentStore:
     """A run's component store, to ask; it only reads."""
     return ComponentStore.open(run_dir)
-
-
-def submit(
-    config: RunConfig, address: str, *, py_modules: Sequence[Path] = (), follow: bool, say: Callable[[str], None]
-) -> int:
-    """The whole run as a Ray job on another machine's cluster; its exit code, or 0 at once if it is not followed."""
-    from pipeline.runtime.job import submit_job
-
-    there = config.model_copy(update={"run_dir": str(Path(config.run_dir).expanduser().absolute())})
-    return submit_job(there.to_yaml(), address, py_modules=py_modules, follow=follow, say=say)
 
 
 STAGES: dict[str, Callable[..., object]] = {

@@ -30,6 +30,7 @@ from pipeline.stage import (
 from pipeline.store import (
     DirectionStore,
     FisherStore,
+    StoreError,
     read_json,
     read_table,
     write_table,
@@ -52,6 +53,10 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
             run.reopen("lift")  # or a crash would leave a complete stage with an empty store
             shutil.rmtree(results, ignore_errors=True)  # of directions that somebody deleted
             DirectionStore.create(run.directions, n_components=n_components, shapes=shapes, attrs={})
+        try:
+            DirectionStore.open(run.directions)
+        except StoreError:  # of which somebody deleted what was damaged
+            DirectionStore.restore(run.directions, n_components=n_components, shapes=shapes, attrs={})
         lifted = {component: read_json(path) for component, path in finished(results).items()}
         missing = [component for component in range(n_components) if component not in lifted]
         worker = worker_spec(
@@ -69,7 +74,8 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
             progress.stage("lift", n_components, "directions", done=len(lifted)) as tick,
             executor_for(run, executor) as workers,
         ):
-            for block, facts in workers.map(worker, "lift", _blocks(run, missing, n_parameters, workers.workers)):
+            blocks = _blocks(run, missing, n_parameters, workers.workers)
+            for block, facts in workers.map(worker, "lift", blocks, keep_going=True):
                 lifted |= dict(zip(block, facts, strict=True))
                 tick(len(lifted))
         facts = [lifted[component] for component in range(n_components)]

@@ -102,7 +102,7 @@ class CheckpointStore:
             StoreError: there are checkpoints but all are damaged, or one is of another configuration.
         """
         warnings: list[str] = []
-        for iteration in sorted(self._iterations(), reverse=True):
+        for iteration in sorted(self.iterations(), reverse=True):
             path = self._path(iteration)
             try:
                 names, state_names = self._verify(path)
@@ -116,6 +116,20 @@ class CheckpointStore:
                 f"all checkpoints in {self.directory} are damaged: delete it and run the same command again"
             )
         return None
+
+    def verify(self, iteration: int) -> None:
+        """Read one checkpoint.
+
+        Raises:
+            StoreError: it is damaged, or of another configuration.
+        """
+        path = self._path(iteration)
+        try:
+            self._verify(path)
+        except (_DamagedError, OSError) as damage:
+            raise StoreError(
+                f"checkpoint {path} is damaged ({damage}): delete it, the one before is gone on from"
+            ) from damage
 
     def _verify(self, path: Path) -> tuple[tuple[str, ...], list[str]]:
         """The names of all arrays of a checkpoint, and of those given to `commit`."""
@@ -138,14 +152,15 @@ class CheckpointStore:
     def _path(self, iteration: int) -> Path:
         return self.directory / f"{iteration:06d}"
 
-    def _iterations(self) -> list[int]:
+    def iterations(self) -> list[int]:
+        """Of the checkpoints that there are, damaged or not."""
         with os_errors_explained("read", self.directory):
             folders = list(self.directory.iterdir()) if self.directory.is_dir() else []
         return [int(folder.name) for folder in folders if re.fullmatch(r"[0-9]{6,}", folder.name)]
 
     def _prune(self, newest: int) -> None:
-        kept = sorted(iteration for iteration in self._iterations() if iteration <= newest)[-self.keep :]
-        surplus = [self._path(iteration) for iteration in self._iterations() if iteration not in kept]
+        kept = sorted(iteration for iteration in self.iterations() if iteration <= newest)[-self.keep :]
+        surplus = [self._path(iteration) for iteration in self.iterations() if iteration not in kept]
         for folder in [*surplus, *self.directory.glob(f"*{OLD}")]:
             # renamed first, so that a kill in the middle leaves litter and not a checkpoint that looks damaged
             litter = folder.with_name(folder.name + PARTIAL)

@@ -26,6 +26,7 @@ from safetensors.numpy import save
 
 from pipeline.store.atomic import write_file_atomically
 from pipeline.store.errors import StoreError, os_errors_explained
+from pipeline.store.manifest import checksum
 
 _MOST_SHARDS = 4
 """In one unit: a worker gives it back in time that is counted in shards, and a crash costs no more."""
@@ -142,10 +143,10 @@ class DiagonalSums:
         sums: dict[str, np.ndarray] = {}
         for path in paths:
             with self._opened(path) as file:
-                if sums and sums.keys() != set(file.keys()):
+                found = _read(file)
+                if found is None or (sums and sums.keys() != found.keys()):
                     raise self._damaged(path)
-                for name in file.keys():  # noqa: SIM118 - it is no mapping
-                    values = file.get_tensor(name)
+                for name, values in found.items():
                     sums[name] = sums[name] + values if name in sums else values
         return sums
 
@@ -167,11 +168,35 @@ class DiagonalSums:
         return StoreError(f"{path} is damaged: delete it and run the same command again")
 
 
+def read_diagonal(path: Path) -> dict[str, np.ndarray]:
+    """The numbers of a safetensors file of this module, by parameter.
+
+    Raises:
+        StoreError: it is missing or damaged.
+    """
+    try:
+        with os_errors_explained("read", path), safe_open(path, framework="numpy") as file:
+            found = _read(file)
+    except SafetensorError:
+        found = None
+    if found is None:
+        raise StoreError(f"{path} is damaged: delete it and run the same command again")
+    return found
+
+
+def _read(file: safe_open) -> dict[str, np.ndarray] | None:
+    """The numbers in a file; None when they are not those that were written."""
+    arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    expected = (file.metadata() or {}).get("checksum")
+    return arrays if expected in (None, checksum(arrays)) else None
+
+
 def _write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file: 8 bytes of the header's length, the header, the numbers."""
     # what numpy makes of a scalar is no array, and safetensors takes strides for granted
     plain = {name: np.asarray(values, order="C") for name, values in arrays.items()}
-    content = memoryview(save(plain, dict(metadata)))
+    metadata = {**metadata, "checksum": checksum(plain)}
+    content = memoryview(save(plain, metadata))
     length = int.from_bytes(content[:8], "little")
     header = json.loads(bytes(content[8 : 8 + length]))
     # its metadata come in another order each time, and the same numbers must give the same file

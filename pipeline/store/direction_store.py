@@ -20,7 +20,7 @@ from zarr.codecs import Crc32cCodec
 
 from pipeline.store.atomic import replacing_directory, write_file_atomically
 from pipeline.store.errors import StoreError
-from pipeline.store.groups import create_group, open_array, open_group, write_durably
+from pipeline.store.groups import create_group, open_array, open_group, restore_metadata, write_durably
 
 SCHEMA_VERSION = 1
 _KIND = "a store of directions"
@@ -60,6 +60,20 @@ class DirectionStore:
                     compressors=Crc32cCodec(),
                     fill_value=np.nan,
                 )
+        return cls.open(path)
+
+    @classmethod
+    def restore(cls, path: str | Path, **layout: Any) -> DirectionStore:
+        """The store at `path`, whose metadata are made again where they are missing; its directions stay.
+
+        Args:
+            layout: what it was created with.
+
+        Raises:
+            StoreError: it is damaged otherwise, or cannot be written.
+        """
+        path = Path(path)
+        restore_metadata(path, lambda fresh: cls.create(fresh, **layout))
         return cls.open(path)
 
     @classmethod
@@ -118,7 +132,10 @@ class DirectionStore:
             raise IndexError(f"component {component} is outside 0..{self.n_components - 1}")
 
     def _read(self, name: str, component: int) -> np.ndarray:
-        damage = f"{name} of {self.path} is corrupt: delete {self.path} and run `npeff lift {self.path.parent}` again"
+        damage = (
+            f"{name} of direction {component} in {self.path} is corrupt: run `npeff check --repair {self.path.parent}` "
+            f"or delete {self.path} and run `npeff lift {self.path.parent}` again"
+        )
         try:
             values = np.asarray(self.arrays[name][component])
         except (ValueError, OSError) as error:

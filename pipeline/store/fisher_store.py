@@ -38,7 +38,15 @@ from zarr.codecs import Crc32cCodec
 from pipeline.store.atomic import replacing_directory
 from pipeline.store.bfloat16 import NAN_BITS, decode_bfloat16, encode_bfloat16
 from pipeline.store.errors import StoreError, os_errors_explained
-from pipeline.store.groups import create_group, open_array, open_group, stored_path, write_durably
+from pipeline.store.groups import (
+    create_group,
+    damaged_metadata,
+    open_array,
+    open_group,
+    restore_metadata,
+    stored_path,
+    write_durably,
+)
 from pipeline.store.layout import ShardPlan, inner_chunk_examples
 from pipeline.store.manifest import checksum as checksum_of
 from pipeline.store.manifest import record_path
@@ -195,6 +203,20 @@ class FisherStore:
         return cls.open(path)
 
     @classmethod
+    def restore(cls, path: str | Path, **layout: Any) -> FisherStore:
+        """The store at `path`, whose metadata are made again where they are missing; its shards stay.
+
+        Args:
+            layout: what it was created with.
+
+        Raises:
+            StoreError: it is damaged otherwise, or cannot be written.
+        """
+        path = Path(path)
+        restore_metadata(path, lambda fresh: cls.create(fresh, **layout))
+        return cls.open(path)
+
+    @classmethod
     def open(cls, path: str | Path) -> FisherStore:
         """The store at `path`, to read, and to write the shards that are the caller's.
 
@@ -203,7 +225,11 @@ class FisherStore:
         """
         path = Path(path)
         group, attrs = open_group(path, _KIND, SCHEMA_VERSION, "fishers")
-        arrays = {name: open_array(group, path, name, "fishers") for name in _specs_of(attrs)}
+        specs = _specs_of(attrs)
+        arrays = {name: open_array(group, path, name, "fishers") for name in specs}
+        for name, spec in specs.items():
+            if (arrays[name].shape, arrays[name].dtype) != ((attrs["n_examples"], *spec.tail), spec.dtype):
+                raise damaged_metadata(path, name, "fishers")
         for name in set(arrays) - {"factors"}:
             # Zarr skips chunks that equal the fill value, as a shard without a valid example may; written anyway, a
             # missing file is always a loss. Factors never equal theirs, and their padding is worth skipping.

@@ -65,7 +65,25 @@ class FitStore:
             raise StoreError(f"fit {name} in {self.directory} is gone: run the same command again to make it again")
         return found
 
+    def names(self) -> list[str]:
+        """Of the fits that have a record, whole or not."""
+        return sorted(path.stem for path in self.directory.glob("*.json"))
+
+    def verify(self, name: str) -> None:
+        """Read a fit, whatever its signature.
+
+        Raises:
+            StoreError: it is not there whole.
+        """
+        if self._whole(name) is None:
+            raise StoreError(f"fit {name} in {self.directory} is damaged: run the same command again to make it again")
+
     def _read(self, name: str) -> StoredFit | None:
+        signature, fit = self._whole(name) or (None, None)
+        return fit if signature == self.signature else None
+
+    def _whole(self, name: str) -> tuple[str, StoredFit] | None:
+        """The signature and the fit; None where it is not there whole."""
         record_path = self._record(name)
         try:
             record = read_json(record_path) if record_path.is_file() else {}
@@ -73,9 +91,9 @@ class FitStore:
             components_KD: np.ndarray = np.load(self._components(name), allow_pickle=False)
         except (StoreError, OSError, ValueError, EOFError, KeyError, TypeError):
             return None
-        if signature != self.signature or checksum({"components": components_KD}) != expected:
+        if checksum({"components": components_KD}) != expected:
             return None
-        return StoredFit(components_KD, facts)
+        return signature, StoredFit(components_KD, facts)
 
     def _components(self, name: str) -> Path:
         return self.directory / f"{name}.npy"

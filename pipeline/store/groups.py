@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import zarr
 
-from pipeline.store.atomic import PARTIAL, fsync
+from pipeline.store.atomic import PARTIAL, fsync, write_file_atomically
 from pipeline.store.errors import StoreError, os_errors_explained
-from pipeline.store.manifest import read_json
+from pipeline.store.manifest import SEAL, read_json, sealed, unsealed
+
+METADATA = "zarr.json"
 
 
 def create_group(folder: Path, kind: str, version: int, own: Mapping[str, Any], attrs: Mapping[str, Any]) -> zarr.Group:
@@ -22,10 +26,11 @@ def create_group(folder: Path, kind: str, version: int, own: Mapping[str, Any], 
         ValueError: `attrs` redefines an attribute of the format, or something is not JSON.
     """
     own = {"kind": kind, "schema_version": version, **own}
-    if clash := sorted(set(own) & set(attrs)):
+    if clash := sorted({*own, SEAL} & set(attrs)):
         raise ValueError(f"attrs may not redefine {clash}")
     # through JSON and back, so that NaN is refused here and what is read equals what was written
-    return zarr.create_group(folder, attributes=json.loads(json.dumps({**own, **attrs}, allow_nan=False)))
+    attributes = sealed(json.loads(json.dumps({**own, **attrs}, allow_nan=False)))
+    return zarr.create_group(folder, attributes=attributes)
 
 
 def open_group(path: Path, kind: str, version: int, command: str) -> tuple[zarr.Group, dict[str, Any]]:
@@ -39,7 +44,7 @@ def open_group(path: Path, kind: str, version: int, command: str) -> tuple[zarr.
     if not exists:
         raise StoreError(f"{path} does not exist: run `npeff {command} {path.parent}` first")
     try:
-        metadata = read_json(path / "zarr.json")
+        metadata = read_json(path / METADATA)
     except StoreError as error:
         raise StoreError(_damaged(path / "zarr.json", path, command)) from error
     attrs = metadata.get("attributes") if isinstance(metadata, dict) else None
@@ -51,19 +56,51 @@ def open_group(path: Path, kind: str, version: int, command: str) -> tuple[zarr.
             "use the version that wrote it, or choose another run_dir"
         )
     try:
-        return zarr.open_group(path, mode="r+"), attrs
+        return zarr.open_group(path, mode="r+"), unsealed(attrs)
     except (KeyError, ValueError, TypeError) as error:
         raise StoreError(_damaged(path / "zarr.json", path, command)) from error
+
+
+def restore_metadata(path: Path, create: Callable[[Path], object]) -> None:
+    """Write those ``zarr.json`` of a group that are missing; what is stored in it stays.
+
+    Args:
+        create: makes the same group, without content, at the path it is given.
+
+    Raises:
+        StoreError: they cannot be written.
+    """
+    fresh = path.with_name(f"{path.name}.metadata")
+    with os_errors_explained("write", path):
+        shutil.rmtree(fresh, ignore_errors=True)
+        try:
+            create(fresh)
+            for source in sorted(fresh.rglob(METADATA)):
+                target = path / source.relative_to(fresh)
+                if not target.exists():
+                    write_file_atomically(target, partial(_copy, source))
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _copy(source: Path, stream: BinaryIO) -> None:
+    stream.write(source.read_bytes())
 
 
 def open_array(group: zarr.Group, path: Path, name: str, command: str) -> zarr.Array:
     """One array of the group at `path`. Raises StoreError when it is missing or its metadata are damaged."""
     try:
         array = group[name]
-    except (KeyError, ValueError, TypeError) as error:
-        raise StoreError(_damaged(path / name, path, command)) from error
-    assert isinstance(array, zarr.Array)
+    except (KeyError, ValueError, TypeError, OSError) as error:
+        raise StoreError(_damaged(path / name / METADATA, path, command)) from error
+    if not isinstance(array, zarr.Array):  # a flipped bit in its node_type
+        raise StoreError(_damaged(path / name / METADATA, path, command))
     return array
+
+
+def damaged_metadata(path: Path, name: str, command: str) -> StoreError:
+    """That of an array, or, where `name` is empty, of the group at `path`."""
+    return StoreError(_damaged(path / name / METADATA, path, command))
 
 
 def _damaged(what: Path, group_path: Path, command: str) -> str:

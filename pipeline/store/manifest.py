@@ -23,24 +23,52 @@ from pipeline.store.errors import StoreError, os_errors_explained
 _CHECKSUM_BYTES = 16
 
 
+SEAL = "seal"
+"""Key under which a JSON object carries the checksum of the rest of it: a flipped bit may leave it well-formed."""
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with its seal, which `unsealed` verifies. NaN and infinity are refused (ValueError)."""
+    return {**content, SEAL: json_checksum(content)}
+
+
+def unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What was sealed; an object without a seal as it is. Raises ValueError when it is not what was sealed."""
+    rest = {key: value for key, value in content.items() if key != SEAL}
+    if SEAL in content and content[SEAL] != json_checksum(rest):
+        raise ValueError("it does not match its seal")
+    return rest
+
+
+def json_checksum(content: Mapping[str, Any]) -> str:
+    """BLAKE2b, in hex, of a JSON object, whatever the order of its keys. Raises ValueError where it is not JSON."""
+    read_again = json.loads(json.dumps(content, allow_nan=False))  # keys are strings then, tuples are lists
+    return hashlib.blake2b(json.dumps(read_again, sort_keys=True).encode(), digest_size=_CHECKSUM_BYTES).hexdigest()
+
+
 def write_json_atomically(path: Path, obj: Any) -> None:
-    """Create or replace a JSON file. NaN and infinity are refused (ValueError): they are not JSON."""
-    text = json.dumps(obj, indent=2, allow_nan=False) + "\n"
+    """Create or replace a JSON file; objects are sealed. NaN and infinity are no JSON and refused (ValueError)."""
+    content = sealed(obj) if isinstance(obj, dict) else obj
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     write_file_atomically(path, lambda stream: stream.write(text.encode()))
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+    """The content of a JSON file, without its seal.
 
     Raises:
-        StoreError: the file is missing, unreadable or not JSON.
+        StoreError: the file is missing, unreadable, not JSON, or not what was sealed.
     """
     with os_errors_explained("read", path):
         content = path.read_bytes()
     try:
-        return json.loads(content)
+        found = json.loads(content)
     except ValueError as error:  # of which UnicodeDecodeError is a kind
         raise StoreError(f"{path} is damaged (not JSON): delete it and run the same command again") from error
+    try:
+        return unsealed(found) if isinstance(found, dict) else found
+    except ValueError as error:
+        raise StoreError(f"{path} is damaged ({error}): delete it and run the same command again") from error
 
 
 def checksum(arrays: Mapping[str, np.ndarray]) -> str:
@@ -50,9 +78,32 @@ def checksum(arrays: Mapping[str, np.ndarray]) -> str:
         array = arrays[name]
         if array.dtype.hasobject:
             raise ValueError(f"array {name!r} holds Python objects, which have no stable bytes")
-        digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        digest.update(_described(name, array.dtype, array.shape))
+        digest.update(_bytes_of(array))
     return digest.hexdigest()
+
+
+class ChecksumInBlocks:
+    """`checksum` of one array, which is given in blocks of rows, in order."""
+
+    def __init__(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+        self._dtype = dtype
+        self._digest = hashlib.blake2b(_described(name, dtype, shape), digest_size=_CHECKSUM_BYTES)
+
+    def update(self, block: np.ndarray) -> None:
+        assert block.dtype == self._dtype
+        self._digest.update(_bytes_of(block))
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def _described(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    return json.dumps([name, dtype.str, shape]).encode()
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def file_checksum(path: Path) -> str:
@@ -109,6 +160,14 @@ class ShardRecords:
             entries = list(self.directory.iterdir()) if self.directory.is_dir() else []
         paths = [path for path in entries if re.fullmatch(r"[0-9]{5,}\.json", path.name)]
         return {int(path.stem): self._read(path) for path in sorted(paths, key=lambda path: int(path.stem))}
+
+    def read(self, shard: int) -> CompletionRecord:
+        """The record of one shard.
+
+        Raises:
+            StoreError: it is missing, damaged, or of another signature.
+        """
+        return self._read(record_path(self.directory, shard))
 
     def write(self, record: CompletionRecord) -> None:
         """Record a shard as complete. Its arrays must be durable already (`FisherStore.write_shard` returned)."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from chromium import Browser, find_chromium
 
-from pipeline.query import ComponentStore, enrichment, report, write_report
+from pipeline.query import ComponentStore, in_common, report, write_report
 from pipeline.query.serve import make_server
 
 HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(2)>{{ 7 * 7 }}"""
@@ -51,7 +51,7 @@ def test_text_of_the_data_set_is_shown_as_text(
     browser: Browser, make_run: Callable, monkeypatch, at_once: int, texts: bool
 ) -> None:
     monkeypatch.setattr(report, "CARDS_AT_ONCE", at_once)
-    monkeypatch.setattr(enrichment, "SIGNIFICANT", 2.0)
+    monkeypatch.setattr(in_common, "SIGNIFICANT", 2.0)
     run = make_run(n_components=4, hostile_text=HOSTILE, text_instead_of_images=texts, shares=True)
     browser.open(write_report(run.path))
     browser.evaluate("dispatchEvent(new Event('beforeprint'))")

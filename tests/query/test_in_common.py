@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
-from pipeline.query.enrichment import in_common, q_values, words_of
+from pipeline.query.in_common import in_common, q_values, words_of
 from pipeline.query.tables import RunTables
 
 N = 200
