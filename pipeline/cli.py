@@ -149,7 +149,7 @@ def _stage_command(name: str, stage: Callable[..., Any]) -> None:
 
 
 for _name, _stage in stages.STAGES.items():
-    if _name != "factorize":
+    if _name not in ("factorize", "report"):
         _stage_command(_name, _stage)
 
 
@@ -166,6 +166,32 @@ def factorize_command(
     progress = _progress(opened)
     stages.factorize(opened, progress=progress)
     progress.say(f"factorize: complete, in {opened.path}")
+
+
+@app.command("report")
+def report_command(
+    run: Run,
+    run_dir: RunDir = None,
+    workers: Workers = None,
+    address: Address = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Write nothing: show the report, and boxes to ask the run, in the browser.")
+    ] = False,
+    port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="With --serve: where to listen; 0, the default, is any free one."),
+    ] = None,
+) -> None:
+    """Write the report, one HTML file, from whatever is there; or serve it on this machine until Ctrl-C."""
+    if port is not None and not serve:
+        raise typer.BadParameter("--port goes with --serve")
+    opened = _open(run, run_dir, workers, address)
+    progress = default_progress()
+    if serve:
+        stages.serve_report(opened, port or 0, progress.say)
+    else:
+        stages.report(opened, progress=progress)
+        progress.say(f"report: complete, in {opened.path}")
 
 
 @app.command("transform")

@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": PURE
     | {"ray", "aiohttp", "pyarrow", "safetensors"}  # Ray's job client raises aiohttp's errors
     | {f"pipeline.{name}" for name in ("tasks", "fisher", "factorization", "verification", "store")},
-    "query": {"numpy", "zarr", "dask", "pyarrow", "duckdb", "jinja2", "markupsafe", "yaml"}
+    "query": {"numpy", "scipy", "zarr", "dask", "pyarrow", "duckdb", "jinja2", "markupsafe", "yaml", "PIL"}
     | {"pipeline.contingency", "pipeline.store"},
     "contingency": {"numpy", "scipy"},
     "config": {"pydantic", "yaml"},

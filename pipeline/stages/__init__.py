@@ -31,7 +31,7 @@ from pipeline.config import ConfigError, RunConfig
 from pipeline.factorization import InvalidProblemError
 from pipeline.fisher import UnsupportedModelError
 from pipeline.progress import ProgressDisplay
-from pipeline.query import ComponentStore, QueryError, write_report
+from pipeline.query import ComponentStore, QueryError, serve, write_report
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import ExecutorError
 from pipeline.runtime.job import Job, JobServer, Submission
@@ -66,6 +66,7 @@ __all__ = [
     "report",
     "run",
     "select",
+    "serve_report",
     "transform",
     "verify",
 ]
@@ -108,6 +109,11 @@ def report(run: RunDirectory, *, progress: ProgressDisplay | None = None) -> Pat
     """Write the report, one HTML file, from whatever is there."""
     with run.lock():
         return write_report(run.path, top_examples=run.config.report.top_examples)
+
+
+def serve_report(run: RunDirectory, port: int, say: Callable[[str], None]) -> None:
+    """The report and a view to ask the component store in, on this machine only, until Ctrl-C; it only reads."""
+    serve(run.path, port, run.config.report.top_examples, say)
 
 
 def export_direction(run: RunDirectory, component: int, file: str | Path) -> None:
