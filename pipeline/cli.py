@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from typer.exceptions import TyperException
 
@@ -23,11 +24,12 @@ from pipeline.config import RunConfig
 from pipeline.estimate import estimate
 from pipeline.estimate import rows as estimate_rows
 from pipeline.interchange import ImportOptions, export_run, import_run
-from pipeline.progress import default_progress
+from pipeline.job_commands import EXIT_INTERRUPTED, status, submit
+from pipeline.progress import ObservedProgress, ProgressDisplay, default_progress
+from pipeline.query_commands import query_app
 from pipeline.query_output import OutputFormat, print_table
-from pipeline.run_directory import RunDirectory
+from pipeline.run_directory import RunDirectory, location
 from pipeline.status import outcome
-from pipeline.status import status as status_of
 
 _HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 app = typer.Typer(
@@ -37,11 +39,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings=_HELP,
 )
-query_app = typer.Typer(help="Ask a run's component store.", context_settings=_HELP)
-app.add_typer(query_app, name="query")
+app.add_typer(query_app, name="query", context_settings=_HELP)
 
+EXIT_DAMAGED = 1
+_LOG_WIDTH = 320
+"""Columns of a table that is not read on a terminal: paths are not cut."""
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full: free some space and run the same command again, what is finished is kept",
     errno.EDQUOT: "the disk quota is used up: free some space and run the same command again, what is finished is kept",
@@ -51,9 +54,20 @@ _DISK_ERRORS = {
 }
 
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run file (YAML), or the directory of an existing run.")]
+Run = Annotated[
+    Path,
+    typer.Argument(parser=location, metavar="RUN", help="A run file (YAML), or the directory of an existing run."),
+]
+RunFile = Annotated[Path, typer.Argument(parser=location, metavar="RUN", help="A run file (YAML).")]
+ExistingRun = Annotated[Path, typer.Argument(parser=location, metavar="RUN_DIR", help="Directory of a run.")]
 RunDir = Annotated[
-    Path | None, typer.Option("--run-dir", help="Write to this directory instead of the run file's run_dir.")
+    Path | None,
+    typer.Option(
+        "--run-dir",
+        parser=location,
+        metavar="RUN_DIR",
+        help="Write to this directory instead of the run file's run_dir.",
+    ),
 ]
 Workers = Annotated[
     int | None, typer.Option("--workers", min=1, help="Actors to use instead of the run file's number.")
@@ -65,7 +79,6 @@ MaxIterations = Annotated[
     int | None, typer.Option("--max-iterations", min=1, help="Raise the run's limit: a finished factorization goes on.")
 ]
 Exported = Literal["fishers", "factorization", "direction"]
-Format = Annotated[OutputFormat, typer.Option("--format", help="How to print the answer.")]
 
 
 def _open(
@@ -96,6 +109,11 @@ def _replaced(config: RunConfig, workers: int | None, address: str | None) -> Ru
     return config.with_executor(**{name: value for name, value in changes.items() if value is not None})
 
 
+def _progress(run: RunDirectory) -> ProgressDisplay:
+    """What is shown here of a run's progress; a cluster's metrics tell it too."""
+    return ObservedProgress(default_progress(), stages.RunMetrics(str(run.path)))
+
+
 @app.callback()
 def npeff(
     context: typer.Context,
@@ -115,14 +133,14 @@ def npeff(
 def run_command(run: Run, run_dir: RunDir = None, workers: Workers = None, address: Address = None) -> None:
     """Every stage, in order; goes on from whatever is there already."""
     opened = _open(run, run_dir, workers, address)
-    stages.run(opened, progress=default_progress())
+    stages.run(opened, progress=_progress(opened))
     _print_outcome(opened)
 
 
 def _stage_command(name: str, stage: Callable[..., Any]) -> None:
     def command(run: Run, run_dir: RunDir = None, workers: Workers = None, address: Address = None) -> None:
         opened = _open(run, run_dir, workers, address)
-        progress = default_progress()
+        progress = _progress(opened)
         stage(opened, progress=progress)
         progress.say(f"{name}: complete, in {opened.path}")
 
@@ -131,7 +149,7 @@ def _stage_command(name: str, stage: Callable[..., Any]) -> None:
 
 
 for _name, _stage in stages.STAGES.items():
-    if _name not in ("factorize", "lift"):
+    if _name not in ("factorize", "lift", "report"):
         _stage_command(_name, _stage)
 
 
@@ -145,7 +163,7 @@ def factorize_command(
 ) -> None:
     """Fit non-negative coefficients and components to the stored Fishers; goes on from the last checkpoint."""
     opened = _open(run, run_dir, workers, address, max_iterations)
-    progress = default_progress()
+    progress = _progress(opened)
     stages.factorize(opened, progress=progress)
     progress.say(f"factorize: complete, in {opened.path}")
 
@@ -169,16 +187,47 @@ def lift_command(
     progress.say(f"lift: complete, in {opened.path}")
 
 
+@app.command("report")
+def report_command(
+    run: Run,
+    run_dir: RunDir = None,
+    workers: Workers = None,
+    address: Address = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Write nothing: show the report, and boxes to ask the run, in the browser.")
+    ] = False,
+    port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="With --serve: where to listen; 0, the default, is any free one."),
+    ] = None,
+) -> None:
+    """Write the report, one HTML file, from whatever is there; or serve it on this machine until Ctrl-C."""
+    if port is not None and not serve:
+        raise typer.BadParameter("--port goes with --serve")
+    opened = _open(run, run_dir, workers, address)
+    progress = default_progress()
+    if serve:
+        stages.serve_report(opened, port or 0, progress.say)
+    else:
+        stages.report(opened, progress=progress)
+        progress.say(f"report: complete, in {opened.path}")
+
+
 @app.command("transform")
 def transform_command(
-    source: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run whose components are used.")],
-    run: Annotated[Path, typer.Option("--run", help="A run file of the new examples, or its directory.")],
+    source: Annotated[
+        Path, typer.Argument(parser=location, metavar="RUN_DIR", help="The run whose components are used.")
+    ],
+    run: Annotated[
+        Path,
+        typer.Option("--run", parser=location, metavar="RUN", help="A run file of the new examples, or its directory."),
+    ],
     workers: Workers = None,
     address: Address = None,
 ) -> None:
     """Coefficients of new examples: their Fishers, and a run's components as they are."""
     opened = _open(run, None, workers, address)
-    progress = default_progress()
+    progress = _progress(opened)
     stages.transform(opened, source, progress=progress)
     progress.say(f"transform: complete, in {opened.path}")
 
@@ -202,7 +251,7 @@ def select_command(
     asked = {"components": components, "seeds": seeds, "refine": refine}
     changes = {name: value for name, value in asked.items() if value is not None}
     opened = RunDirectory(opened.path, opened.config.with_selection(**changes))
-    stages.select(opened, progress=default_progress())
+    stages.select(opened, progress=_progress(opened))
     print_table(stages.open_components(opened.path).table("selection"), OutputFormat.TABLE)
     print(f"plot: {stages.report(opened)}#selection")
 
@@ -211,7 +260,7 @@ def select_command(
 def repair_command(run: Run, run_dir: RunDir = None, workers: Workers = None, address: Address = None) -> None:
     """Edit the model along components whose top examples it gets wrong; judged on held-out examples."""
     opened = _open(run, run_dir, workers, address)
-    summary = stages.repair(opened, progress=default_progress())
+    summary = stages.repair(opened, progress=_progress(opened))
     print_table(stages.open_components(opened.path).table("repair"), OutputFormat.TABLE)
     if summary["edits"]:
         print(
@@ -221,7 +270,7 @@ def repair_command(run: Run, run_dir: RunDir = None, workers: Workers = None, ad
 
 @app.command("estimate")
 def estimate_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run file (YAML).")],
+    run: RunFile,
     workers: Workers = None,
     address: Address = None,
     parameters: Annotated[bool, typer.Option(help="List every parameter: taken, or why not.")] = False,
@@ -243,21 +292,43 @@ def estimate_command(
     Console().print(table)
 
 
-@app.command()
-def status(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run.")]) -> None:
-    """How far each stage of a run has come: missing, partial or complete."""
-    table = Table("stage", "state", "done", "details")
-    for row in status_of(RunDirectory.open(run_dir)):
-        table.add_row(row.stage, row.state, row.done, row.details)
-    Console().print(table)
+app.command("status")(status)
+app.command("submit")(submit)
+
+
+@app.command("check")
+def check_command(
+    run_dir: ExistingRun,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Delete what is damaged, nothing else, and compute that again.")
+    ] = False,
+    workers: Workers = None,
+    address: Address = None,
+) -> None:
+    """Read everything in a run's directory and verify it; exit code 1 where something is damaged."""
+    run = RunDirectory.open(run_dir)
+    run = RunDirectory(run.path, _replaced(run.config, workers, address))
+    progress = default_progress()
+    damaged = stages.check(run, repair=repair, progress=progress)
+    if not damaged:
+        progress.say(f"check: everything in {run.path} is whole")
+        return
+    table = Table("what", "where", "why", "what to do")
+    for each in damaged:
+        table.add_row(*(escape(str(text)) for text in (each.what, each.where, each.why, each.remedy)))
+    Console(width=None if sys.stdout.isatty() else _LOG_WIDTH).print(table)
+    raise typer.Exit(EXIT_DAMAGED)
 
 
 @app.command("import")
 def import_command(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="An HDF5 file of the NPEFF reference.")],
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A new directory for the run.")],
+    file: Annotated[Path, typer.Argument(parser=location, metavar="FILE", help="An HDF5 file of the NPEFF reference.")],
+    run_dir: Annotated[Path, typer.Argument(parser=location, metavar="RUN_DIR", help="A new directory for the run.")],
     fishers: Annotated[
-        Path | None, typer.Option(help="With a decomposition: the PEF file that it is a decomposition of.")
+        Path | None,
+        typer.Option(
+            parser=location, metavar="FILE", help="With a decomposition: the PEF file that it is a decomposition of."
+        ),
     ] = None,
     components: Annotated[int, typer.Option(min=1, help="Components to factorize the Fishers into.")] = 32,
     max_dim: Annotated[int, typer.Option(min=1, help="Keep up to so many parameters as they are; hash more.")] = 65_536,
@@ -284,8 +355,10 @@ def import_command(
 
 @app.command("export")
 def export_command(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run.")],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The HDF5 or safetensors file to write.")],
+    run_dir: ExistingRun,
+    file: Annotated[
+        Path, typer.Argument(parser=location, metavar="FILE", help="The HDF5 or safetensors file to write.")
+    ],
     what: Annotated[Exported, typer.Option(help="What of the run.")] = "fishers",
     values: Annotated[int | None, typer.Option(min=1, help="Only so many largest values of each example.")] = None,
     component: Annotated[
@@ -300,89 +373,6 @@ def export_command(
     elif what != "direction":
         export_run(run_dir, file, what=what, n_values=values)
     default_progress().say(f"export: {what} of {run_dir} written to {file}")
-
-
-@app.command()
-def submit(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run file (YAML).")],
-    address: Annotated[str, typer.Option(help="The cluster's job server.")] = "http://127.0.0.1:8265",
-    run_dir: RunDir = None,
-    py_modules: Annotated[
-        list[Path], typer.Option("--py-module", exists=True, help="A Python package to send along, such as the task's.")
-    ] = [],  # noqa: B006
-    follow: Annotated[bool, typer.Option("--follow/--detach", help="Follow the logs until the job ends.")] = True,
-) -> None:
-    """Run as a Ray job on a cluster; the same as `npeff run` there. Submitted again, it resumes."""
-    config = RunConfig.from_yaml(run)
-    if run_dir is not None:
-        config = config.model_copy(update={"run_dir": str(run_dir)})
-    raise typer.Exit(
-        stages.submit(
-            config, address, py_modules=py_modules, follow=follow, say=lambda text: print(text, end="", flush=True)
-        )
-    )
-
-
-@query_app.callback()
-def query(
-    context: typer.Context, run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run.")]
-) -> None:
-    context.obj = stages.open_components(run_dir)
-
-
-@query_app.command()
-def top(
-    context: typer.Context,
-    component: Annotated[int, typer.Option("--component", "-c", help="Number of the component.")],
-    n: Annotated[int, typer.Option("-n", min=1, help="How many examples.")] = 20,
-    split: Annotated[str | None, typer.Option(help="Only fit or held_out examples.")] = None,
-    output: Format = OutputFormat.TABLE,
-) -> None:
-    """The examples with a component's largest coefficients."""
-    print_table(context.obj.top_examples(component, n=n, split=split), output)
-
-
-@query_app.command()
-def example(
-    context: typer.Context,
-    example: Annotated[str, typer.Option("--example", "-e", help="Id or number of the example.")],
-    output: Format = OutputFormat.TABLE,
-) -> None:
-    """One example's components, largest first."""
-    print_table(context.obj.example(example), output)
-
-
-@query_app.command()
-def similar(
-    context: typer.Context,
-    component: Annotated[int, typer.Option("--component", "-c", help="Number of the component.")],
-    n: Annotated[int, typer.Option("-n", min=1, help="How many components.")] = 10,
-    output: Format = OutputFormat.TABLE,
-) -> None:
-    """The components most like one, by |cos|."""
-    print_table(context.obj.similar_components(component, n=n), output)
-
-
-@query_app.command()
-def components(context: typer.Context, output: Format = OutputFormat.TABLE) -> None:
-    """All components, a row each."""
-    print_table(context.obj.components_table(), output)
-
-
-@query_app.command()
-def selection(context: typer.Context, output: Format = OutputFormat.TABLE) -> None:
-    """What `npeff select` found, a row for every number of components tried."""
-    print_table(context.obj.table("selection"), output)
-
-
-@query_app.command()
-def sql(
-    context: typer.Context,
-    query: Annotated[str, typer.Argument(help="A SELECT over the tables; SHOW TABLES lists them.")],
-    output: Format = OutputFormat.TABLE,
-) -> None:
-    """SQL over all tables of the run."""
-    print_table(context.obj.sql(query), output)
 
 
 def _print_outcome(run: RunDirectory) -> None:
@@ -403,7 +393,8 @@ def job(command: str) -> NoReturn:
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line; exit code 0 done, 2 a mistake that one line explains, 130 interrupted and resumable."""
+    """Run the command line; exit code 0 done, 1 `check` found damage, 2 a mistake that one line explains, 130
+    interrupted and resumable."""
 
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt

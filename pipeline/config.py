@@ -283,7 +283,7 @@ class RepairConfig(_Section):
     kl_steps: tuple[PositiveFloat, ...] = (0.03, 0.1, 0.3, 1.0)
     """Mean KLs on the top examples for which steps of both signs are tried."""
     max_harm: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
-    """By how much the accuracy on all other tuning examples may fall."""
+    """Share of the tuning examples' right predictions that all edits together may break."""
     max_edits: PositiveInt = 3
     """Components to move along, one after the other, as long as it helps."""
 
@@ -365,7 +365,7 @@ class RunConfig(_Section):
             ConfigError: the file is missing, is not YAML, names an environment variable that is not set, or a key is
                 missing, unknown or has a value that is refused.
         """
-        path = Path(path)
+        path = Path(path) if isinstance(path, str) else path  # it may be on an object store
         try:
             document = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
         except FileNotFoundError:

@@ -15,7 +15,6 @@ Legend: N examples, C classes, R rows, D coordinates, P parameters, K components
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -42,8 +41,11 @@ from pipeline.store import (
     FisherStore,
     ShardRecords,
     StoreError,
+    is_committed,
+    location,
     open_factorization,
     read_table,
+    remove_directory,
     write_factorization,
     write_table,
 )
@@ -215,7 +217,7 @@ def import_fishers(
         RunDirectoryError: `run_dir` holds something else.
         StoreError: the file is damaged or of another format, or the disk refuses.
     """
-    return _import_fishers(Path(file), Path(run_dir), options, {}, progress or SilentProgress())
+    return _import_fishers(location(file), location(run_dir), options, {}, progress or SilentProgress())
 
 
 def import_factorization(
@@ -236,7 +238,7 @@ def import_factorization(
         RunDirectoryError: `run_dir` holds something else.
         StoreError: a file is damaged or of another format, they do not belong together, or the disk refuses.
     """
-    file, progress = Path(file), progress or SilentProgress()
+    file, progress = location(file), progress or SilentProgress()
     with open_decomposition(file) as opened:
         found = opened.decomposition
         if found.n_classes is None:
@@ -244,11 +246,11 @@ def import_factorization(
         options = replace(options, n_components=found.n_components, held_out_fraction=0.0)
         source = {"factorization": str(file.absolute()), "factorization_checksum": _checksum(file)}
         if fishers is not None:
-            run = _import_fishers(Path(fishers), Path(run_dir), options, source, progress)
+            run = _import_fishers(location(fishers), location(run_dir), options, source, progress)
             coordinates = _coordinates_of(FisherStore.open(run.fishers).attrs["sketch"])
         else:
             coordinates = _choose(np.sort(found.column_indices_M), found.n_parameters, options)
-            run = RunDirectory.create(_config(Path(run_dir), options, source, coordinates, shard_size=256))
+            run = RunDirectory.create(_config(location(run_dir), options, source, coordinates, shard_size=256))
         with run.lock():
             if fishers is None:
                 _write_unknown_examples(run, len(found.coefficients_NK), _class_names(found.n_classes, options, file))
@@ -351,8 +353,8 @@ def _import_fishers(
         run = RunDirectory.create(config)
         with run.lock():
             records = ShardRecords(run.shard_records, config.signature("task", "fishers", "seed"))
-            if not run.fishers.exists():
-                shutil.rmtree(run.shard_records, ignore_errors=True)  # of Fishers that somebody deleted
+            if not is_committed(run.fishers):
+                remove_directory(run.shard_records)  # of Fishers that somebody deleted
                 FisherStore.create(
                     run.fishers,
                     n_examples=header.n_examples,
@@ -529,7 +531,7 @@ def _write_factorization(
         "near_duplicates": near_duplicates(torch.tensor(components_KD)),
     }
     history: list[dict[str, Any]] = []
-    if run.fishers.exists():
+    if is_committed(run.fishers):
         store, checksums = _complete_fishers(run)
         if (store.plan.n_examples, store.attrs["parameter_layout"]["shapes"]) != (
             len(coefficients_NK),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config import ConfigError
+from pipeline.store import is_remote
+from pipeline.store.objects import download_files, files, upload_files
 
 Metrics = Callable[[dict[str, Any]], None]
 """Is given each new row of the history. An iteration that comes again, after a crash, replaces what came after it."""
@@ -21,7 +24,31 @@ def metrics_writer(folder: Path, kind: Literal["none", "jsonl", "tensorboard"]) 
     """
     if kind == "none":
         return lambda _: None
+    if is_remote(folder):
+        return _Uploaded(folder, kind)
     return _JsonLines(folder / "factorize.jsonl") if kind == "jsonl" else _TensorBoard(folder)
+
+
+class _Uploaded:
+    """Written on this machine, and uploaded after every row: an object cannot be appended to."""
+
+    def __init__(self, folder: Path, kind: Literal["jsonl", "tensorboard"]) -> None:
+        self._folder, self._local = folder, tempfile.TemporaryDirectory(prefix="npeff-")
+        local = Path(self._local.name)
+        download_files(folder, local, list(files(folder)))
+        self._stamps = _stamps(local)
+        self._write = metrics_writer(local, kind)
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        self._write(row)
+        stamps = _stamps(Path(self._local.name))
+        changed = [name for name, stamp in stamps.items() if self._stamps.get(name) != stamp]
+        upload_files(Path(self._local.name), self._folder, changed)
+        self._stamps = stamps
+
+
+def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    return {file.name: (file.stat().st_size, file.stat().st_mtime_ns) for file in folder.iterdir()}
 
 
 class _JsonLines:

@@ -1,10 +1,12 @@
-"""Answers of `npeff query` on standard output: for people, or as JSON, CSV or Parquet."""
+"""Answers of `npeff query` on standard output or in a file: for people, or as JSON, CSV or Parquet."""
 
 from __future__ import annotations
 
+import io
 import sys
 from enum import StrEnum
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
 
 import typer
 from rich.console import Console
@@ -19,20 +21,58 @@ class OutputFormat(StrEnum):
     PARQUET = "parquet"
 
 
+_BY_ENDING = {".json": OutputFormat.JSON, ".csv": OutputFormat.CSV, ".parquet": OutputFormat.PARQUET}
+
+
 def print_table(table: Any, output: OutputFormat) -> None:
     """``table`` (a pyarrow.Table) to standard output; long cells are cut in the ``table`` format only."""
+    write_answer(table, output, None)
+
+
+def write_answer(table: Any, output: OutputFormat | None, file: Path | None) -> None:
+    """``table`` (a pyarrow.Table) to a file, or to standard output.
+
+    Without an ``output`` the file's ending says which it is, and without that it is a table for people. A file is
+    replaced only by a whole answer.
+    """
     import pyarrow
 
+    if output is None:
+        output = _BY_ENDING.get(file.suffix.lower(), OutputFormat.TABLE) if file else OutputFormat.TABLE
     try:
-        _write_table(table, output)
+        if file is None:
+            _print(table, output)
+        else:
+            partial = file.with_name(f".{file.name}.partial")
+            try:
+                with partial.open("wb") as stream:
+                    _write(table, output, stream)
+                partial.replace(file)
+            finally:
+                partial.unlink(missing_ok=True)
     except pyarrow.ArrowNotImplementedError as error:
         raise typer.BadParameter(
             f"{output} cannot hold this answer ({str(error).splitlines()[0]}): cast the column to text, or use "
             "--format json"
         ) from None
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        if file is None:
+            raise
+        raise typer.BadParameter(f"cannot write {file}: {error.strerror}") from None
 
 
-def _write_table(table: Any, output: OutputFormat) -> None:
+def _print(table: Any, output: OutputFormat) -> None:
+    if output is OutputFormat.PARQUET and sys.stdout.isatty():
+        raise typer.BadParameter("parquet is binary: give it a file, --output answer.parquet")
+    if output is OutputFormat.TABLE:
+        _print_for_people(table, sys.stdout)
+    else:
+        sys.stdout.flush()
+        _write(table, output, sys.stdout.buffer)
+        sys.stdout.flush()
+
+
+def _write(table: Any, output: OutputFormat, stream: BinaryIO) -> None:
     match output:
         case OutputFormat.JSON:
             import base64
@@ -41,29 +81,29 @@ def _write_table(table: Any, output: OutputFormat) -> None:
             def encode(value: Any) -> Any:
                 return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
-            print(json.dumps(table.to_pylist(), default=encode, indent=1))
+            stream.write(json.dumps(table.to_pylist(), default=encode, indent=1).encode() + b"\n")
         case OutputFormat.CSV:
             import pyarrow.csv
 
             nested = [field.name for field in table.schema if _is_nested(field.type)]
             if nested:
                 print(f"npeff: left out, as CSV holds no lists: {', '.join(nested)}", file=sys.stderr)
-            pyarrow.csv.write_csv(table.drop_columns(nested), sys.stdout.buffer)
+            pyarrow.csv.write_csv(table.drop_columns(nested), stream)
         case OutputFormat.PARQUET:
             import pyarrow.parquet
 
-            if sys.stdout.isatty():
-                raise typer.BadParameter("parquet is binary: send it to a file, --format parquet > answer.parquet")
-            pyarrow.parquet.write_table(table, sys.stdout.buffer)
+            pyarrow.parquet.write_table(table, stream)
         case OutputFormat.TABLE:
-            _print_for_people(table)
+            text = io.TextIOWrapper(stream, encoding="utf-8", write_through=True)
+            _print_for_people(table, text)
+            text.detach()
 
 
-def _print_for_people(table: Any) -> None:
+def _print_for_people(table: Any, stream: TextIO) -> None:
     """As many columns as the terminal has room for, from the left, without those that are empty."""
     filled = [name for name in table.column_names if table[name].null_count < len(table)] or table.column_names
     cells = {name: [_cell(value) for value in table[name].to_pylist()] for name in filled}
-    room = Console().width if sys.stdout.isatty() else sys.maxsize
+    room = Console().width if stream.isatty() else sys.maxsize
     shown: list[str] = []
     width = 1
     for name in filled:
@@ -75,7 +115,7 @@ def _print_for_people(table: Any) -> None:
     grid = Table(*shown)
     for row in zip(*(cells[name] for name in shown), strict=True):
         grid.add_row(*(Text(cell) for cell in row))
-    console = Console(width=None if sys.stdout.isatty() else max(width, 20))
+    console = Console(file=stream, width=None if stream.isatty() else max(width, 20))
     console.print(grid)
     if left_out:
         console.print(f"no room for {', '.join(left_out)}: widen the window, or use --format csv", markup=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.run_directory import RunDirectory
-from pipeline.store import SCHEMAS, FisherStore, read_table, write_table
+from pipeline.store import (
+    SCHEMAS,
+    Coefficients,
+    FisherStore,
+    columns_of,
+    read_table,
+    write_table,
+    write_table_in_parts,
+)
 from pipeline.verification import top_examples
 
 
@@ -74,15 +82,35 @@ def write_parameter_table(run: RunDirectory, shapes: Mapping[str, Sequence[int]]
 def write_component_tables(
     run: RunDirectory,
     components_KD: NDArray[np.float64],
-    coefficients_NK: NDArray[np.float32],
+    coefficients_NK: Coefficients,
     stability_K: NDArray[np.float64] | None = None,
 ) -> None:
-    """``components``, ``top_examples`` and ``coefficients``."""
-    examples = read_table(run.table("examples"), "examples")
+    """``components``, ``top_examples`` and ``coefficients``; of the latter, one component at a time is held."""
+    examples = read_table(run.table("examples"), "examples", ["split"])
     split_N = np.asarray(examples["split"].to_pylist())
-    w_NK = np.where(np.isnan(coefficients_NK), 0, coefficients_NK).astype(np.float64)
-    fitted_NK = w_NK[split_N == "fit"]
-    n_components = w_NK.shape[1]
+    among = {split: split_N == split for split in ("fit", "held_out")}
+    facts: list[dict[str, Any]] = []
+    top: list[dict[str, Any]] = []
+
+    def parts() -> Iterator[dict[str, Any]]:
+        for component, w_N in enumerate(columns_of(coefficients_NK)):
+            fitted_n = w_N[among["fit"]]
+            facts.append(
+                {"n_active": np.count_nonzero(fitted_n > 0), "mass": fitted_n.sum(), "energy": fitted_n @ fitted_n}
+            )
+            for split, among_N in among.items():
+                chosen = top_examples(w_N, among_N, run.config.verification.top_examples)
+                top.extend(
+                    {"component": component, "split": split, "rank": rank, "example": example, "coefficient": w}
+                    for rank, (example, w) in enumerate(zip(chosen.tolist(), w_N[chosen].tolist(), strict=True))
+                )
+            active = np.flatnonzero(w_N)
+            active = active[np.argsort(-w_N[active], kind="stable")]
+            yield {"example": active, "component": np.full(len(active), component), "coefficient": w_N[active]}
+
+    write_table_in_parts(run.table("coefficients"), "coefficients", parts())
+    write_table(run.table("top_examples"), "top_examples", rows_to_columns(top, "top_examples"))
+    n_components = len(components_KD)
     cosines_KK = np.abs(components_KD @ components_KD.T)
     np.fill_diagonal(cosines_KK, -1)
     alone = n_components == 1
@@ -91,37 +119,12 @@ def write_component_tables(
         "components",
         {
             "component": np.arange(n_components),
-            "n_active": (fitted_NK > 0).sum(axis=0),
-            "mass": fitted_NK.sum(axis=0),
-            "energy": (fitted_NK**2).sum(axis=0),
+            **{name: [each[name] for each in facts] for name in ("n_active", "mass", "energy")},
             "nearest_component": [None] if alone else cosines_KK.argmax(axis=1),
             "nearest_cosine": [None] if alone else cosines_KK.max(axis=1),
             "lift_cosine": [None] * n_components,
             "stability": [None] * n_components if stability_K is None else stability_K,
         },
-    )
-    top: list[dict[str, Any]] = []
-    for component in range(n_components):
-        for split in ("fit", "held_out"):
-            chosen = top_examples(w_NK[:, component], split_N == split, run.config.verification.top_examples)
-            top += [
-                {
-                    "component": component,
-                    "split": split,
-                    "rank": rank,
-                    "example": int(index),
-                    "coefficient": float(w_NK[index, component]),
-                }
-                for rank, index in enumerate(chosen)
-            ]
-    write_table(run.table("top_examples"), "top_examples", rows_to_columns(top, "top_examples"))
-    columns, rows = np.nonzero(w_NK.T)
-    values = w_NK[rows, columns]
-    order = np.lexsort((rows, -values, columns))
-    write_table(
-        run.table("coefficients"),
-        "coefficients",
-        {"example": rows[order], "component": columns[order], "coefficient": values[order]},
     )
 
 

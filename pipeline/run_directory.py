@@ -2,7 +2,7 @@
 
 A stage is *missing* (nothing of it is there), *partial* (some is) or *complete*: complete means that its record
 ``stages/<stage>.json`` exists, which is written last, by rename, after everything it speaks of. A crash before that
-leaves the stage partial, and the same command goes on from what is there.
+leaves the stage partial, and the same command goes on from what is there. A run may be on an object store.
 """
 
 from __future__ import annotations
@@ -22,9 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError, RunConfig
+from pipeline.store.atomic import is_committed, write_file_atomically
+from pipeline.store.errors import StoreError
+from pipeline.store.location import is_remote, location
 
 _WORKERS_END_S = 60.0
 """Longest wait for the workers of an earlier command to end."""
+
+_LEASE = ".workers"
 
 _PACKAGES = ("npeff-pipeline", "torch", "ray", "zarr", "dask", "numpy", "scipy", "pyarrow", "scikit-learn")
 
@@ -64,11 +69,7 @@ class RunDirectory:
         Raises:
             RunDirectoryError: the folder holds another run, is not a run's folder, or cannot be written.
         """
-        if "://" in config.run_dir:
-            raise RunDirectoryError(
-                f"run_dir {config.run_dir!r} is a URI: this version writes runs to local paths only"
-            )
-        path = Path(config.run_dir).expanduser().absolute()
+        path = _absolute(config.run_dir)
         stored = path / "run.yaml"
         try:
             if stored.exists():
@@ -82,11 +83,12 @@ class RunDirectory:
                     )
             elif path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
                 raise RunDirectoryError(f"{path} is not empty and holds no run.yaml: choose another run_dir")
-            path.mkdir(parents=True, exist_ok=True)
-            if not os.access(path, os.W_OK | os.X_OK):
-                raise RunDirectoryError(
-                    f"cannot write to {path} (permission denied): mend this or choose another run_dir"
-                )
+            if not is_remote(path):
+                path.mkdir(parents=True, exist_ok=True)
+                if not os.access(path, os.W_OK | os.X_OK):
+                    raise RunDirectoryError(
+                        f"cannot write to {path} (permission denied): mend this or choose another run_dir"
+                    )
             run = cls(path, config)
             if not stored.exists() or _stored_config(stored).factorization != config.factorization:
                 run._write("run.yaml", config.to_yaml())
@@ -105,7 +107,7 @@ class RunDirectory:
         Raises:
             RunDirectoryError: there is no run there.
         """
-        path = Path(path).absolute()
+        path = _absolute(path)
         if not (path / "run.yaml").exists():
             wrong = "it is a file: give" if path.is_file() else "it has no run.yaml: give a run file, or"
             raise RunDirectoryError(f"no run in {path} ({wrong} the directory of an `npeff run`)")
@@ -162,13 +164,19 @@ class RunDirectory:
         return self.path / "partial" / stage
 
     @property
-    def worker_lease(self) -> Path:
-        """Every worker process holds a shared lock on this file while it lives."""
-        return self.path / ".workers"
+    def worker_lease(self) -> Path | None:
+        """Every worker process holds a shared lock on this file while it lives.
+
+        There is no such thing on an object store. Workers that outlive a killed command do no harm there: a shard's
+        content is the same whoever computes it, and its first record stands; a checkpoint's folder is of one attempt.
+        They end with the command's Ray long before its lock, which nobody renews, can be taken over.
+        """
+        return None if is_remote(self.path) else self.path / _LEASE
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for this process; the kernel lets go when the process ends, however it ends.
+        """Hold the run for this process; the kernel lets go when the process ends, however it ends. On an object store
+        `pipeline.store.object_lock` does, after a minute.
 
         A stage may lock the run that the whole pipeline holds already. Workers of a command that was killed outlive it
         by seconds and may be writing: this waits for their end.
@@ -180,6 +188,28 @@ class RunDirectory:
         if self.path in _held:
             yield
             return
+        with self._remote_lock() if is_remote(self.path) else self._local_lock():
+            _held.add(self.path)
+            try:
+                yield
+            finally:
+                _held.remove(self.path)
+
+    @contextmanager
+    def _remote_lock(self) -> Iterator[None]:
+        from pipeline.store.object_lock import HeldError, object_lock
+        from pipeline.store.objects import abort_uploads
+        from pipeline.store.s3 import LOCK
+
+        try:
+            with object_lock(self.path / LOCK, _owner()):
+                abort_uploads(self.path)
+                yield
+        except HeldError as error:
+            raise self._in_use(str(error)) from None
+
+    @contextmanager
+    def _local_lock(self) -> Iterator[None]:
         try:
             file = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  (closed below)
         except OSError as error:
@@ -191,19 +221,17 @@ class RunDirectory:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
-                raise RunDirectoryError(
-                    f"{self.path} is in use by another run ({file.read().strip() or 'starting'}): "
-                    "wait for it, stop it, or choose another run_dir"
-                ) from None
+                raise self._in_use(file.read().strip() or "starting") from None
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.write(_owner())
             file.flush()
-            self._wait_for_former_workers()
-            _held.add(self.path)
-            try:
-                yield
-            finally:
-                _held.remove(self.path)
+            self._wait_for_former_workers(self.path / _LEASE)
+            yield
+
+    def _in_use(self, by: str) -> RunDirectoryError:
+        return RunDirectoryError(
+            f"{self.path} is in use by another run ({by}): wait for it, stop it, or choose another run_dir"
+        )
 
     def record(self, stage: str) -> dict[str, Any] | None:
         """What a complete stage said of itself; None before that.
@@ -239,9 +267,9 @@ class RunDirectory:
         begun = any(path.is_file() or (path.is_dir() and any(path.iterdir())) for path in outputs)
         return StageState.PARTIAL if begun else StageState.MISSING
 
-    def _wait_for_former_workers(self) -> None:
+    def _wait_for_former_workers(self, leased: Path) -> None:
         deadline = time.monotonic() + _WORKERS_END_S
-        with open(self.worker_lease, "a", encoding="utf-8") as lease:
+        with open(leased, "a", encoding="utf-8") as lease:
             while True:
                 try:
                     fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -255,13 +283,17 @@ class RunDirectory:
                     time.sleep(0.05)
 
     def _has_results(self) -> bool:
-        return any(path.exists() for path in (self.fishers, self.path / "stages"))
+        return is_committed(self.fishers) or (self.path / "stages").exists()
 
     def _has_factorization(self) -> bool:
-        return self.checkpoints.exists() or self.factorization.exists() or self.record("factorize") is not None
+        begun = self.checkpoints.exists() or is_committed(self.factorization)
+        return begun or self.record("factorize") is not None
 
     def _write(self, name: str, text: str) -> None:
         target = self.path / name
+        if is_remote(target):
+            write_file_atomically(target, lambda stream: stream.write(text.encode()))
+            return
         temporary = target.with_name(f".{target.name}.partial")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -276,6 +308,17 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"cannot write {target} ({error.strerror}): mend this and run the same command again"
             ) from None
+
+
+def _absolute(run_dir: str | Path) -> Path:
+    try:
+        return location(run_dir).expanduser().absolute()
+    except StoreError as error:
+        raise RunDirectoryError(f"run_dir: {error}") from None
+
+
+def _owner() -> str:
+    return f"process {os.getpid()} on {platform.node()}"
 
 
 def _stored_config(path: Path) -> RunConfig:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,23 +18,24 @@ from pipeline.factorization import InvalidProblemError, validate_size
 from pipeline.fisher import LabelSpec, SketchSpec
 from pipeline.interchange import IMPORTED_TASK
 from pipeline.run_directory import RunDirectory, RunDirectoryError
-from pipeline.runtime.executor import Executor, ExecutorError, WorkerSpec, make_executor
+from pipeline.runtime.executor import Executor, ExecutorError, WorkerSpec, make_executor, out_of_memory
 from pipeline.runtime.fitted_examples import FittedExamples
 from pipeline.runtime.model import ModelSpec
 from pipeline.store import (
     FisherStore,
     ShardRecords,
     StoreError,
+    differences_in_space,
+    file_checksum,
+    is_committed,
+    json_checksum,
     open_factorization,
     read_json,
+    remove_directory,
     write_json_atomically,
 )
 
 Summary = dict[str, Any]
-
-_OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)
-"""In the message of torch's plain RuntimeError, where memory of the CPU runs out."""
-
 
 _OUTPUTS = {
     "fishers": ("fishers.zarr", *(f"tables/{name}.parquet" for name in ("examples", "classes", "parameters"))),
@@ -45,8 +44,8 @@ _OUTPUTS = {
         *(f"tables/{name}.parquet" for name in ("components", "top_examples", "coefficients", "history")),
     ),
     "select": ("tables/selection.parquet", "tables/selection_fits.parquet"),
-    "lift": ("directions.zarr", "tables/layer_energy.parquet"),
     "attribute": ("tables/position_shares.parquet",),
+    "lift": ("directions.zarr", "tables/layer_energy.parquet", "tables/components.parquet"),
     "repair": ("tables/repair.parquet", "tables/repair_steps.parquet"),
     "verify": ("tables/verification.parquet", "tables/selectivity.parquet"),
 }
@@ -60,16 +59,45 @@ def finished(folder: Path) -> dict[int, Path]:
 def recorded(run: RunDirectory, stage: str) -> Summary | None:
     """What a complete stage said of itself; None before that, and after something that it wrote has been deleted: this
     is how damaged files are made again."""
-    record = run.record(stage)
-    outputs = [run.path / name for name in _OUTPUTS[stage]]
-    if stage == "fishers" and run.config.fishers.diagonal.mean:
-        outputs.append(run.diagonal_fisher)
-    if record is None or not all(path.exists() for path in outputs):
+    record = record_as_sealed(run, stage)
+    if record is None or not all(is_committed(path) for path in outputs_of(run, stage)):
         return None
     if stage == "factorize" and _may_go_on(run.config, record):
         return None
     if stage == "fishers" and len(finished(run.shard_records)) < record["n_shards"]:
         return None
+    return record
+
+
+def outputs_of(run: RunDirectory, stage: str) -> list[Path]:
+    """What is there of a complete stage."""
+    outputs = [run.path / name for name in _OUTPUTS[stage]]
+    if stage == "fishers" and run.config.fishers.diagonal.mean:
+        outputs.append(run.diagonal_fisher)
+    return outputs
+
+
+def vouched_for(output: Path, stage: str) -> bool:
+    """Whether the record of a stage holds the checksum of this output's file: a table that no later stage writes again.
+    Parquet's own checksums are of its pages only."""
+    return output.suffix == ".parquet" and (output.stem != "components" or stage == "lift")
+
+
+def record_as_sealed(run: RunDirectory, stage: str) -> Summary | None:
+    """The record of a complete stage, whatever has become of what it wrote; None before that.
+
+    Raises:
+        RunDirectoryError: it is damaged.
+    """
+    record = run.record(stage)
+    if record is None:
+        return None
+    said = {key: value for key, value in record.items() if key not in ("stage", "completed_at", "checksum")}
+    if record.get("checksum") not in (None, json_checksum(said)):
+        path = run.path / "stages" / f"{stage}.json"
+        raise RunDirectoryError(
+            f"{path} is damaged (it does not match its checksum): delete it and run `npeff {stage} {run.path}` again"
+        )
     return record
 
 
@@ -88,7 +116,10 @@ class Stage:
     began: float
 
     def complete(self, summary: Summary) -> Summary:
-        return self.run.complete(self.name, {**summary, "seconds": time.monotonic() - self.began})
+        outputs = outputs_of(self.run, self.name)
+        tables = {path.stem: file_checksum(path) for path in outputs if vouched_for(path, self.name)}
+        said = {**summary, "tables": tables, "seconds": time.monotonic() - self.began}
+        return self.run.complete(self.name, {**said, "checksum": json_checksum(said)})
 
 
 @contextmanager
@@ -109,7 +140,7 @@ def open_stage(run: RunDirectory, name: str, after: str | None = None) -> Iterat
         try:
             yield stage
         except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not _OUT_OF_MEMORY.search(str(error)):
+            if not out_of_memory(error):
                 raise
             raise ExecutorError(
                 f"stage {name} ran out of memory ({str(error).splitlines()[0] if str(error) else 'no details'}): lower "
@@ -136,7 +167,7 @@ def forget_other_requests(results: Path, request: str) -> bool:
     asked = results / "request.json"
     if asked.exists() and read_json(asked)["request"] == request:
         return False
-    shutil.rmtree(results, ignore_errors=True)
+    remove_directory(results)
     write_json_atomically(asked, {"request": request})
     return True
 
@@ -214,29 +245,20 @@ def fingerprint_of(run: RunDirectory) -> str:
     return str(FisherStore.open(run.fishers).attrs["model_fingerprint"])
 
 
-_SAME_SPACE = {
-    "sketch": "sketch or seed",
-    "parameter_layout": "parameters",
-    "model_fingerprint": "model",
-}
-"""Attributes of a Fisher store that must agree where components of one run are used in another, in a user's words."""
-
-
 def components_of(run: RunDirectory, other: str | Path) -> np.ndarray:
     """The components (K, D) of another run, which mean the same in this one.
 
     Raises:
         RunDirectoryError: its model, parameters, sketch or seed is another, or it has no components yet.
     """
-    source = RunDirectory.open(Path(other).expanduser())
+    source = RunDirectory.open(other)
     record_of(source, "factorize")
     if (kind := source.config.factorization.kind) != "fishers":
         raise RunDirectoryError(
             f"the components of {source.path} are of kind {kind}: give a run with factorization.kind: fishers"
         )
     mine, theirs = (FisherStore.open(each.fishers).attrs for each in (run, source))
-    different = [words for name, words in _SAME_SPACE.items() if mine.get(name) != theirs.get(name)]
-    if different:
+    if different := differences_in_space(mine, theirs):
         raise RunDirectoryError(
             f"the components of {source.path} mean nothing in {run.path}: the runs differ in {', '.join(different)}; "
             "make both with the same model, parameters, fishers.sketch and seed"

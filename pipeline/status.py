@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.run_directory import RunDirectory, StageState
 from pipeline.stage import finished, left_out, recorded
-from pipeline.store import FisherStore
+from pipeline.store import CheckpointStore, FisherStore, is_committed
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class StageStatus:
 def status(run: RunDirectory) -> list[StageStatus]:
     """How far every stage has come."""
     n_components = run.config.factorization.n_components
-    n_shards = FisherStore.open(run.fishers).plan.n_shards if run.fishers.exists() else "?"
+    n_shards = FisherStore.open(run.fishers).plan.n_shards if is_committed(run.fishers) else "?"
     shards = len(finished(run.shard_records))
-    checkpoints = [int(path.name) for path in run.checkpoints.glob("*") if path.name.isdecimal()]
+    checkpoints = CheckpointStore(run.checkpoints, config_hash="").iterations()
     lifted, verified = (len(finished(run.partial_results(stage))) for stage in ("lift", "verify"))
     stages = {
         "fishers": ((run.fishers,), f"{shards}/{n_shards} shards"),

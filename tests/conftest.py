@@ -3,7 +3,32 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from object_store import ObjectStore
 
 # A shell that runs the tests in the background lets them ignore Ctrl-C, and the commands they start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[ObjectStore]:
+    from object_store import serving
+
+    with serving() as store:
+        yield store
+
+
+@pytest.fixture
+def s3(s3_server: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    """An S3 server with an empty bucket, ``s3://runs``."""
+    from object_store import emptied
+
+    with emptied(s3_server, tmp_path / "cache", monkeypatch) as store:
+        yield store

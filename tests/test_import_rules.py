@@ -17,15 +17,17 @@ PURE = {"torch", "numpy"}
 ALLOWED: dict[str, set[str]] = {
     "fisher": PURE,
     "factorization": PURE | {"scipy", "sklearn"},
-    "store": {"zarr", "pyarrow", "numpy", "h5py", "safetensors"},
+    "store": {"zarr", "pyarrow", "numpy", "h5py", "safetensors", "upath", "fsspec", "s3fs", "botocore", "aiohttp"},
     "tasks": PURE | {"transformers", "sklearn", "pyarrow", "safetensors", "PIL", "datasets", "peft"},
-    "verification": PURE | {"scipy", "pipeline.fisher"},
+    "verification": PURE | {"scipy", "pipeline.contingency", "pipeline.fisher"},
     "runtime": PURE
-    | {"ray", "pyarrow", "safetensors"}
+    | {"ray", "aiohttp", "pyarrow", "safetensors"}  # Ray's job client raises aiohttp's errors
     | {f"pipeline.{name}" for name in ("tasks", "fisher", "factorization", "verification", "store")},
-    "query": {"numpy", "zarr", "dask", "pyarrow", "duckdb", "jinja2", "markupsafe", "yaml"} | {"pipeline.store"},
+    "query": {"numpy", "scipy", "zarr", "dask", "pyarrow", "duckdb", "jinja2", "markupsafe", "yaml", "PIL"}
+    | {"pipeline.contingency", "pipeline.store"},
+    "contingency": {"numpy", "scipy"},
     "config": {"pydantic", "yaml"},
-    "run_directory": {"pipeline.config"},
+    "run_directory": {"pipeline.config", "pipeline.store"},
     "progress": {"rich"},
     "result_tables": {"numpy", "pyarrow"} | {f"pipeline.{name}" for name in ("run_directory", "store", "verification")},
     "interchange": {"numpy", "pyarrow", "torch"}
@@ -33,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
         f"pipeline.{name}"
         for name in ("config", "factorization", "progress", "result_tables", "run_directory", "store")
     },
-    "metrics": {"torch", "pipeline.config"},
+    "metrics": {"torch", "pipeline.config", "pipeline.store"},
     "stage": {"numpy", "torch"}
     | {
         f"pipeline.{name}"
@@ -42,6 +44,9 @@ ALLOWED: dict[str, set[str]] = {
     "estimate": {f"pipeline.{name}" for name in ("config", "runtime", "stage", "store")},
     "status": {f"pipeline.{name}" for name in ("run_directory", "stage", "store")},
     "query_output": {"typer", "rich", "pyarrow"},
+    "query_commands": {"typer", "pipeline.run_directory", "pipeline.stages", "pipeline.query_output"},
+    "job_commands": {"typer", "rich"}
+    | {f"pipeline.{name}" for name in ("config", "run_directory", "stages", "status")},
     "cli": {"typer", "rich"}
     | {
         f"pipeline.{name}"
@@ -50,10 +55,12 @@ ALLOWED: dict[str, set[str]] = {
             "status",
             "estimate",
             "interchange",
+            "job_commands",
             "config",
             "run_directory",
             "progress",
             "query_output",
+            "query_commands",
         )
     },
     "jobs": {"pipeline.cli"},

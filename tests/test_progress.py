@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
 
 from pipeline import progress
-from pipeline.progress import LogProgress, SilentProgress, TerminalProgress
+from pipeline.progress import LogProgress, ObservedProgress, SilentProgress, TerminalProgress
 
 
 @pytest.fixture
@@ -45,6 +47,56 @@ def test_a_log_of_work_that_ends_early_does_not_claim_the_rest(
     with LogProgress().stage("factorize", 100, "steps") as tick:
         tick(13, "converged", last=True)
     assert capsys.readouterr().out.splitlines()[-1] == "factorize: 13 steps, 0 s, converged"
+
+
+def test_long_waits_are_in_minutes_and_hours(capsys: pytest.CaptureFixture[str], clock: list[float]) -> None:
+    with LogProgress().stage("fishers", 1000, "shards") as tick:
+        tick(1)
+        clock[0] += 60
+        tick(2)
+        clock[0] += 60
+        tick(801)
+        tick(900, last=True)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[1:] == [
+        "fishers: 2/1000 shards, about 16.6 h left",
+        "fishers: 801/1000 shards, about 30 s left",
+        "fishers: 900 shards, 120 s",
+    ]
+
+
+def test_every_line_of_a_log_is_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    class Pipe(io.StringIO):
+        def flush(self) -> None:
+            seen.append(self.getvalue())
+
+    monkeypatch.setattr("sys.stdout", Pipe())
+    LogProgress().say("fishers: 10 shards")
+    assert seen == ["fishers: 10 shards\n"]
+
+
+def test_an_observer_is_told_where_a_stage_begins_and_of_every_step() -> None:
+    told: list[tuple[str, int, int, dict[str, float]]] = []
+    display = ObservedProgress(SilentProgress(), lambda *facts: told.append((*facts[:3], dict(facts[3]))))
+    with display.stage("factorize", 100, "steps", done=2) as tick:
+        tick(3, "explained 0.5", numbers={"loss": 7.0, "explained": 0.5})
+        tick(4, "converged", last=True)
+    assert told == [
+        ("factorize", 2, 100, {}),
+        ("factorize", 3, 100, {"loss": 7.0, "explained": 0.5}),
+        ("factorize", 4, 4, {}),
+    ]
+
+
+def test_metrics_need_no_ray() -> None:
+    script = (
+        "import sys; from pipeline.runtime.metrics import RunMetrics;"
+        "RunMetrics('run')('fishers', 1, 2, {'loss': 1.0}); print('ray' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "False"
 
 
 def test_a_terminal_shows_a_bar_with_its_numbers() -> None:

@@ -50,12 +50,12 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["thesis.tex"]
 
 
-def test_a_file_in_the_way_and_a_uri_are_refused(tmp_path: Path) -> None:
+def test_a_file_in_the_way_and_a_uri_of_another_kind_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirectoryError, match="cannot write to"):
         RunDirectory.create(config(tmp_path / "file" / "run"))
-    with pytest.raises(RunDirectoryError, match="local paths only"):
-        RunDirectory.create(config(Path("s3://bucket/run")).model_copy(update={"run_dir": "s3://bucket/run"}))
+    with pytest.raises(RunDirectoryError, match="give a local path or a URI s3://bucket/prefix"):
+        RunDirectory.create(config(tmp_path).model_copy(update={"run_dir": "gs://bucket/run"}))
 
 
 def test_opening_what_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import base64
-import struct
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from pipeline.query.components import ComponentStore
+from pipeline.query.contrast import Contrast, contrast_examples
+from pipeline.query.in_common import Common, in_common
+from pipeline.query.pictures import Album, Image
+from pipeline.query.selectivity_chart import Selectivity, selectivity_by_component
+from pipeline.query.token_shares import ShareReader, Shares
 from pipeline.query.verdict import Verdict, verdicts
 
 CLASSES_SHOWN = 12
 PARAMETERS_SHOWN = 12
 NEIGHBOURS_SHOWN = 5
-
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PIXELATED_BELOW = 65
-"""Images narrower than this many pixels are enlarged with sharp edges."""
-
-
-@dataclass(frozen=True)
-class Image:
-    """A PNG as a data URI."""
-
-    uri: str
-    pixelated: bool
+CONTRAST_SHOWN = 12
+VALUES_SHOWN = 6
+WORDS_SHOWN = 12
+METADATA_LENGTH = 40
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,9 @@ class Example:
     text: str | None
     image: Image | None
     metadata: list[str]
+    shares: Shares | None = None
+    alike: float | None = None
+    """Of a contrast example: the cosine of its other coefficients to the top examples'."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,13 @@ class Card:
     n_top: int
     held_out: list[Example]
     fit: list[Example]
+    contrast: list[Example]
     mix: list[Share]
     accuracy: float | None
     accuracy_base: float | None
     verdicts: list[Verdict]
+    selectivity: list[Selectivity]
+    common: Common
     energy: list[Bar]
     neighbours: list[dict[str, Any]]
 
@@ -125,13 +128,20 @@ class CardWriter:
         self._names = store.class_names()
         self._metadata = store.metadata_columns()
         self._top = _grouped(store.table("top_examples").sort_by([("split", "ascending"), ("rank", "ascending")]))
+        members = {component: [row["example"] for row in rows] for component, rows in self._top.items()}
+        self._contrast = contrast_examples(store.coefficients, members, self._classes(), CONTRAST_SHOWN)
+        self._common = in_common(store.tables, self._metadata, members)
         self._examples = self._read_examples()
+        self.album = Album({example: row.get("image") for example, row in self._examples.items()})
+        self._shares = ShareReader(store.tables, sorted({example for top in members.values() for example in top}))
         self._base = _Mix.of(
             store.tables.read("examples", ["label", "prediction", "correct"], pc.field("valid")).to_pylist()
         )
         self._components = {row["component"]: row for row in store.table("components").to_pylist()}
         self._verdicts = self._optional("verification")
         self._energy = self._optional("layer_energy")
+        moved = store.tables.has("selectivity")
+        self._selectivity = selectivity_by_component(store.table("selectivity")) if moved else {}
 
     def cards(self) -> list[Card]:
         return [self.card(component) for component in sorted(self._components)]
@@ -141,46 +151,58 @@ class CardWriter:
         mix = _Mix.of([self._examples[row["example"]] for row in top])
         order = {"held_out": 0, "fit": 1}
         found = sorted(verdicts(self._verdicts.get(component, [])), key=lambda v: (order.get(v.examples, 2), -v.sign))
+        common = self._common.get(component, Common([], [], []))
         return Card(
             component=component,
             row=self._components[component],
             n_top=len(top),
             held_out=self._listed(top, "held_out"),
             fit=self._listed(top, "fit"),
-            mix=self._shares(mix),
+            contrast=[self._contrasting(found, top) for found in self._contrast.get(component, [])],
+            mix=self._mixed(mix),
             accuracy=mix.accuracy,
             accuracy_base=self._base.accuracy,
             verdicts=found,
+            selectivity=self._selectivity.get(component, []),
+            common=Common(common.values[:VALUES_SHOWN], common.words[:WORDS_SHOWN], common.numbers),
             energy=_bars(self._energy.get(component, [])),
             neighbours=self._store.similar_components(component, NEIGHBOURS_SHOWN).to_pylist(),
         )
 
     def _listed(self, top: Sequence[dict[str, Any]], split: str) -> list[Example]:
         chosen = [row for row in top if row["split"] == split][: self._examples_shown]
-        largest = max((row["coefficient"] for row in top), default=0.0) or 1.0
-        return [self._example(row, row["coefficient"] / largest) for row in chosen]
+        return [self._example(row["component"], row["example"], row["coefficient"], top) for row in chosen]
 
-    def _example(self, listed: dict[str, Any], relative: float) -> Example:
-        row = self._examples[listed["example"]]
+    def _contrasting(self, found: Contrast, top: Sequence[dict[str, Any]]) -> Example:
+        return replace(self._example(None, found.example, found.coefficient, top), alike=found.cosine)
+
+    def _example(
+        self, component: int | None, example: int, coefficient: float, top: Sequence[dict[str, Any]]
+    ) -> Example:
+        """As a card lists it; with the shares of its positions for `component`."""
+        row, image = self._examples[example], self.album.image(example)
+        largest = max(listed["coefficient"] for listed in top) or 1.0
+        text, shape = row.get("text"), None if image is None else (image.height, image.width)
         return Example(
-            example=row["example"],
+            example=example,
             id=str(row["id"]),
-            split=listed["split"],
+            split=row["split"],
             label=self._class(row["label"]),
             prediction=self._class(row["prediction"]),
             wrong=row["correct"] is False,
-            coefficient=listed["coefficient"],
-            relative=relative,
+            coefficient=coefficient,
+            relative=coefficient / largest,
             fisher_norm=row["fisher_norm"],
-            text=row.get("text"),
-            image=_image(row.get("image")),
-            metadata=["" if row[name] is None else str(row[name]) for name in self._metadata],
+            text=text,
+            image=image,
+            metadata=[_short(row[name]) for name in self._metadata],
+            shares=None if component is None else self._shares.shares(component, example, text, shape),
         )
 
     def _class(self, number: int | None) -> str | None:
         return None if number is None else self._names.get(number, str(number))
 
-    def _shares(self, mix: _Mix) -> list[Share]:
+    def _mixed(self, mix: _Mix) -> list[Share]:
         """Classes in their own order where they all fit, else those that are commonest among the top examples."""
         classes = sorted(self._base.labels.keys() | self._base.predictions.keys())
         if len(classes) > CLASSES_SHOWN:
@@ -192,10 +214,19 @@ class CardWriter:
         ]
 
     def _read_examples(self) -> dict[int, dict[str, Any]]:
-        wanted = sorted({row["example"] for rows in self._top.values() for row in rows})
+        listed = {row["example"] for rows in self._top.values() for row in rows}
+        wanted = sorted(listed | {found.example for rows in self._contrast.values() for found in rows})
         columns = [name for name in self._store.tables.columns("examples") if name not in ("logits", "valid")]
         rows = self._store.tables.read("examples", columns, pc.field("example").isin(wanted)).to_pylist()
         return {row["example"]: row for row in rows}
+
+    def _classes(self) -> NDArray[np.int64]:
+        """Prediction of every example, or label where no example has a prediction; -1 where it is not known (N,)."""
+        table = self._store.tables.read("examples", ["example", "label", "prediction"])
+        column = "label" if table["prediction"].null_count == len(table) else "prediction"
+        classes_N = np.full(len(table), -1, np.int64)
+        classes_N[table["example"].to_numpy()] = pc.fill_null(table[column], -1).to_numpy()
+        return classes_N
 
     def _optional(self, name: str) -> dict[int, list[dict[str, Any]]]:
         return _grouped(self._store.table(name)) if self._store.tables.has(name) else {}
@@ -231,6 +262,12 @@ class _Mix:
         return self.n_correct / self.n_judged if self.n_judged else None
 
 
+def _short(value: Any) -> str:
+    """A value of metadata: long texts are cut, as every card repeats them."""
+    text = "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= METADATA_LENGTH else text[: METADATA_LENGTH - 1] + "…"
+
+
 def _share(counts: Counter[int], number: int) -> float | None:
     total = counts.total()
     return counts[number] / total if total else None
@@ -246,13 +283,6 @@ def _bars(rows: Iterable[dict[str, Any]]) -> list[Bar]:
     return [bar for bar in bars if bar in kept] + [
         Bar(f"{len(others)} other parameters", sum(bar.energy for bar in others))
     ]
-
-
-def _image(data: bytes | None) -> Image | None:
-    if data is None or not data.startswith(_PNG_SIGNATURE) or len(data) < 24:
-        return None
-    (width,) = struct.unpack(">I", data[16:20])
-    return Image("data:image/png;base64," + base64.b64encode(data).decode("ascii"), width < _PIXELATED_BELOW)
 
 
 def _grouped(table: Any) -> dict[int, list[dict[str, Any]]]:

@@ -53,6 +53,11 @@ class Axis:
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [Tick(self.position(i * step), f"{i * step:.{_decimals(step)}f}") for i in range(first, last + 1)]
 
+    def spaced_ticks(self, at_most: int) -> list[Tick]:
+        """Every tick, or every second, third, ... of them so that they are few enough."""
+        ticks = self.ticks()
+        return ticks[:: max(1, math.ceil(len(ticks) / at_most))]
+
     def minor_ticks(self) -> list[float]:
         """Positions of the multiples 2..9 of the powers of ten."""
         if not self.log:

@@ -9,17 +9,22 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from pipeline.query.cards import CardWriter
+from pipeline.query.cards import Card, CardWriter
 from pipeline.query.charts import log_axis, loss_chart, ratio_chart
 from pipeline.query.components import ComponentStore
 from pipeline.query.selection_chart import selection_chart
+from pipeline.query.selectivity_chart import SIDE, selectivity_charts
 from pipeline.query.verdict import Verdict, scoreboard, verdicts
 from pipeline.store.atomic import write_file_atomically
+
+CARDS_AT_ONCE = 64
+"""With more components than this, a card becomes part of the page when it is about to be seen (see `report.js`)."""
 
 
 def write_report(run_dir: str | Path, *, top_examples: int = 24) -> Path:
@@ -42,6 +47,17 @@ def write_report(run_dir: str | Path, *, top_examples: int = 24) -> Path:
 
 def render_report(store: ComponentStore, top_examples: int) -> str:
     """The report as HTML text."""
+    templates = environment()
+    script = templates.get_template("report.js").render()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    return templates.get_template("report.html.j2").render(
+        **_page(store, top_examples),
+        script_hash=f"sha256-{digest}",
+    )
+
+
+def environment() -> jinja2.Environment:
+    """The templates: they escape everything, and an unknown name is an error."""
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline.query"),
         autoescape=True,
@@ -50,12 +66,7 @@ def render_report(store: ComponentStore, top_examples: int) -> str:
         lstrip_blocks=True,
     )
     templates.filters |= {"number": number, "percent": percent, "duration": duration, "ratio": ratio}
-    script = templates.get_template("report.js").render()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    return templates.get_template("report.html.j2").render(
-        **_page(store, top_examples),
-        script_hash=f"sha256-{digest}",
-    )
+    return templates
 
 
 def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
@@ -65,6 +76,8 @@ def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
     factorized = all(tables.has(name) for name in ("examples", "components", "top_examples"))
     provenance = tables.json("provenance.json")
     configuration = store.run_dir / "run.yaml"
+    writer = CardWriter(store, top_examples) if factorized else None
+    cards = writer.cards() if writer is not None else []
     return {
         "title": str(provenance.get("task") or store.run_dir.resolve().name),
         "run_dir": str(store.run_dir),
@@ -79,9 +92,23 @@ def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
         "scores": scoreboard(found),
         "ratio_charts": _ratio_charts(found),
         "strip": log_axis(_ratios(found), 6, 194),
-        "cards": CardWriter(store, top_examples).cards() if factorized else [],
+        "selectivity": selectivity_charts(store.table("selectivity")) if tables.has("selectivity") else [],
+        "selectivity_side": SIDE,
+        "stability": _stability(cards),
+        "cards": cards,
+        "lazy": len(cards) > CARDS_AT_ONCE,
+        "images": writer.album.rules if writer is not None else {},
+        "has_common": any(card.common.values or card.common.words for card in cards),
+        "has_shares": tables.has("position_shares"),
         "metadata": store.metadata_columns() if tables.has("examples") else [],
     }
+
+
+def _stability(cards: list[Card]) -> tuple[float, int, int] | None:
+    """Median over the components, how many are at least 0.9, and of how many it is known."""
+    known = [card.row["stability"] for card in cards if card.row.get("stability") is not None]
+    known = [value for value in known if not math.isnan(value)]
+    return (statistics.median(known), sum(value >= 0.9 for value in known), len(known)) if known else None
 
 
 def _ratio_charts(found: list[Verdict]) -> list[Any]:

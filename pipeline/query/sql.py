@@ -6,6 +6,10 @@ network, no extensions and no Python variables, its settings are locked, and it 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
 import duckdb
 import pyarrow as pa
 
@@ -21,16 +25,25 @@ _LOCKED_DOWN: dict[str, str | bool | int | float | list[str]] = {
 }
 
 
+@contextmanager
+def locked_down(views: Mapping[str, Any]) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection that sees these Arrow tables, data sets or readers, by name, and nothing else."""
+    with duckdb.connect(":memory:", config=_LOCKED_DOWN) as connection:
+        for name, view in views.items():
+            connection.register(name, view)
+        connection.execute("SET enable_progress_bar = false")  # which would be printed among the answers
+        connection.execute("SET enable_progress_bar_print = false")
+        connection.execute("SET lock_configuration = true")
+        yield connection
+
+
 def run_sql(tables: RunTables, query: str) -> pa.Table:
     """Answer one SELECT over all tables of the run; every table is a view of its own name.
 
     Raises:
         QueryError: not exactly one SELECT, or DuckDB refuses it (the first line of its message).
     """
-    with duckdb.connect(":memory:", config=_LOCKED_DOWN) as connection:
-        for name in tables.names():
-            connection.register(name, tables.dataset(name))
-        connection.execute("SET lock_configuration = true")
+    with locked_down({name: tables.dataset(name) for name in tables.names()}) as connection:
         try:
             statements = connection.extract_statements(query)
             if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:

@@ -7,16 +7,20 @@ command which writes it. A table that is there and cannot be read is damage, and
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
+import pyarrow.fs as pa_fs
+import pyarrow.parquet as pq
 
 from pipeline.query.errors import QueryError
-from pipeline.store import SCHEMAS
+from pipeline.store import SCHEMAS, StoreError, check_version, is_remote
 
 WRITTEN_BY = {
     "examples": "fishers",
@@ -30,15 +34,28 @@ WRITTEN_BY = {
     "selection_fits": "select",
     "layer_energy": "lift",
     "verification": "verify",
+    "selectivity": "verify",
+    "ablation": "verify",
+    "position_shares": "attribute",
+    "repair": "repair",
+    "repair_steps": "repair",
 }
 """Table name to the `npeff` command of the stage that writes it."""
 
 EXAMPLE_COLUMNS = tuple(SCHEMAS["examples"].names)
 """Columns of the examples table that every task has; all further ones are the task's own metadata."""
 
+_SCAN_GROUPS, _SCAN_ROWS = 64, 131_072
+"""Groups of rows, of about 1 MiB or less, and rows that are held at a time while a whole table is walked over."""
+
 _PARQUET = ds.ParquetFileFormat(
     default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
 )
+
+_REMOTE_SCAN = ds.ParquetFragmentScanOptions(
+    page_checksum_verification=True, pre_buffer=True, cache_options=pa.CacheOptions(hole_size_limit=2**20)
+)
+"""What lies between two wanted columns is read along: over a network that is cheaper than asking twice."""
 
 
 def missing(run_dir: Path, what: str, command: str) -> QueryError:
@@ -46,19 +63,33 @@ def missing(run_dir: Path, what: str, command: str) -> QueryError:
     return QueryError(f"{what} is not there yet: run `npeff {command} {run_dir}` first")
 
 
+def _located(path: Path) -> tuple[str, pa_fs.FileSystem]:
+    """Where Arrow finds a file: a path, and the file system that it is on."""
+    if is_remote(path):
+        return key_of(path), pa_fs.PyFileSystem(pa_fs.FSSpecHandler(file_system(path)))
+    return str(path), pa_fs.LocalFileSystem()
+
+
 class RunTables:
-    """Reads `<run>/tables/*.parquet` and the JSON records beside them."""
+    """Reads `<run>/tables/*.parquet` and the JSON records beside them.
+
+    A file is opened when it is first asked for, and its footer is read once: what replaces it later is not seen.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self._folder = run_dir / "tables"
+        self._files: dict[str, pq.ParquetFile] = {}
+        self._schemas: dict[str, pa.Schema] = {}
+        self._datasets: dict[str, ds.Dataset] = {}
+        self._bounds: dict[tuple[str, str], tuple[list[Any], list[Any]]] = {}
 
     def names(self) -> list[str]:
         """Names of the tables that are there, sorted."""
         return sorted(path.stem for path in self._folder.glob("*.parquet"))
 
     def has(self, name: str) -> bool:
-        return (self._folder / f"{name}.parquet").is_file()
+        return name in self._files or (self._folder / f"{name}.parquet").is_file()
 
     def dataset(self, name: str) -> ds.Dataset:
         """The table as a lazy Arrow dataset: rows and columns that are not asked for are not read.
@@ -66,26 +97,92 @@ class RunTables:
         Raises:
             QueryError: there is no such table, it is not written yet, or its file is damaged.
         """
-        path = self._folder / f"{name}.parquet"
-        if not path.is_file():
-            if name in WRITTEN_BY:
-                raise missing(self.run_dir, f"table '{name}'", WRITTEN_BY[name])
-            raise QueryError(f"there is no table '{name}': this run has {', '.join(self.names()) or 'no tables yet'}")
-        try:
-            return ds.dataset(path, format=_PARQUET)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise self._damaged(name) from error
+        if name not in self._datasets:
+            schema = self.schema(name)
+            path, filesystem = _located(self._folder / f"{name}.parquet")
+            fragment = _PARQUET.make_fragment(path, filesystem)
+            self._datasets[name] = ds.FileSystemDataset([fragment], schema, _PARQUET, filesystem)
+        return self._datasets[name]
+
+    def file(self, name: str) -> pq.ParquetFile:
+        """The table's file, opened; for groups of rows one by one. Raises as `dataset` does."""
+        if name not in self._files:
+            path = self._folder / f"{name}.parquet"
+            if not path.is_file():
+                if name in WRITTEN_BY:
+                    raise missing(self.run_dir, f"table '{name}'", WRITTEN_BY[name])
+                raise QueryError(
+                    f"there is no table '{name}': this run has {', '.join(self.names()) or 'no tables yet'}"
+                )
+            with self._damage_named(name):
+                where, filesystem = _located(path)
+                file = pq.ParquetFile(
+                    filesystem.open_input_file(where), pre_buffer=True, page_checksum_verification=True
+                )
+            try:
+                check_version(path, file.schema_arrow)
+            except StoreError as error:
+                raise QueryError(str(error)) from error
+            self._files[name] = file
+        return self._files[name]
+
+    def schema(self, name: str) -> pa.Schema:
+        """Its columns and their types. Raises as `dataset` does."""
+        if name not in self._schemas:
+            self._schemas[name] = self.file(name).schema_arrow.remove_metadata()
+        return self._schemas[name]
+
+    def n_rows(self, name: str) -> int:
+        return int(self.file(name).metadata.num_rows)
 
     def read(self, name: str, columns: Sequence[str] | None = None, where: pc.Expression | None = None) -> pa.Table:
         """Read a table, or only some of its columns and the rows for which `where` holds, in the order written."""
         dataset = self.dataset(name)
-        try:
+        with self._damage_named(name):
             return dataset.to_table(columns=None if columns is None else list(columns), filter=where)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise self._damaged(name) from error
+
+    def scan(self, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Some columns of the whole table, in the order written, a bounded number of rows at a time."""
+        file, columns = self.file(name), list(columns)
+        (fragment,) = self.dataset(name).get_fragments()
+        remote = not isinstance(fragment.filesystem, pa_fs.LocalFileSystem)
+        with self._damage_named(name):
+            for start in range(0, file.num_row_groups, _SCAN_GROUPS):
+                groups = list(range(start, min(start + _SCAN_GROUPS, file.num_row_groups)))
+                if remote:
+                    some = fragment.subset(row_group_ids=groups)
+                    yield from some.to_batches(columns=columns, fragment_scan_options=_REMOTE_SCAN)
+                else:
+                    yield from file.iter_batches(_SCAN_ROWS, row_groups=groups, columns=columns)
+
+    def groups_with(self, name: str, column: str, values: Sequence[Any]) -> list[int]:
+        """Which groups of rows can hold one of these values in a column of integers or text, by their statistics."""
+        low, high = self.bounds(name, column)
+        wanted = sorted(set(values))
+        return [
+            group
+            for group, (least, most) in enumerate(zip(low, high, strict=True))
+            if least is None or bisect_left(wanted, least) < bisect_right(wanted, most)
+        ]
+
+    def bounds(self, name: str, column: str) -> tuple[list[Any], list[Any]]:
+        """The least and the largest value of a column in every group of rows; None where they are unknown."""
+        key = (name, column)
+        if key not in self._bounds:
+            file, position = self.file(name), self.schema(name).get_field_index(column)
+            found = [file.metadata.row_group(group).column(position).statistics for group in range(file.num_row_groups)]
+            known = [each if each is not None and each.has_min_max else None for each in found]
+            self._bounds[key] = [each and each.min for each in known], [each and each.max for each in known]
+        return self._bounds[key]
+
+    def read_groups(self, name: str, groups: Sequence[int], columns: Iterable[str]) -> pa.Table:
+        """Some columns of these groups of rows."""
+        file = self.file(name)
+        with self._damage_named(name):
+            return file.read_row_groups(list(groups), columns=list(columns)).replace_schema_metadata(None)
 
     def columns(self, name: str) -> list[str]:
-        return list(self.dataset(name).schema.names)
+        return list(self.schema(name).names)
 
     def json(self, *parts: str) -> dict[str, Any]:
         """A JSON record of the run such as `provenance.json`; an absent one is an empty dictionary."""
@@ -110,7 +207,11 @@ class RunTables:
         )
         return {name: self.json("stages", f"{name}.json") for name in names}
 
-    def _damaged(self, name: str) -> QueryError:
-        path = self._folder / f"{name}.parquet"
-        command = WRITTEN_BY.get(name, "run")
-        return QueryError(f"{path} is damaged: delete it and run `npeff {command} {self.run_dir}` again")
+    @contextmanager
+    def _damage_named(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowInvalid, OSError) as error:
+            path = self._folder / f"{name}.parquet"
+            command = WRITTEN_BY.get(name, "run")
+            raise QueryError(f"{path} is damaged: delete it and run `npeff {command} {self.run_dir}` again") from error

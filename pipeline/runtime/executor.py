@@ -10,7 +10,9 @@ methods. `SerialExecutor` runs it in this process; `pipeline.runtime.ray_executo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +20,96 @@ from typing import Any, Protocol
 
 import torch
 
+from pipeline.tasks import TaskError
+
+ATTEMPTS = 3
+"""How often an item is given to a worker before it is given up."""
+
+_IN_A_ROW = 4
+"""Items' worth of attempts, or workers' worth where there are more, that may fail one after the other: then it is not
+the items' own fault, and the others would fail as well."""
+
+_OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)
+"""In the message of torch's plain RuntimeError, where memory of the CPU runs out."""
+
 
 class ExecutorError(Exception):
     """The work cannot go on where it was asked to run; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class FailedItem:
+    item: Any
+    reason: str
+    """Of its last attempt, one line."""
+
+
+class ItemsFailedError(ExecutorError):
+    """Some items failed at every attempt; the others are finished."""
+
+    def __init__(self, method: str, failed: Sequence[FailedItem]) -> None:
+        self.failed = tuple(failed)
+        more = f" (and so did {len(failed) - 1} more)" if len(failed) > 1 else ""
+        super().__init__(
+            f"{method} {failed[0].item} was given up after {ATTEMPTS} attempts{more}; the last: {failed[0].reason}; "
+            "all else is finished and kept: mend this and run the same command again, which tries only what failed"
+        )
+
+
+class Failures:
+    """What becomes of items that fail in a `map` that keeps going.
+
+    Args:
+        split: parts of an item that fail or succeed by themselves; what is to be tried again of it.
+        workers: how many may be lost at a time.
+    """
+
+    def __init__(self, method: str, split: Callable[[Any], Sequence[Any]] | None, workers: int) -> None:
+        self._method, self._split = method, split
+        self._most_in_a_row, self._in_a_row = ATTEMPTS * max(_IN_A_ROW, workers), 0
+        self._given_up: list[FailedItem] = []
+
+    def succeeded(self) -> None:
+        self._in_a_row = 0
+
+    def failed(self, item: Any, attempt: int, reason: str) -> Sequence[Any]:
+        """What of the item is to be tried again.
+
+        Raises:
+            ExecutorError: so many attempts failed one after the other that the others would, too.
+        """
+        self._in_a_row += 1
+        if self._in_a_row == self._most_in_a_row:
+            raise ExecutorError(
+                f"{self._method}: {self._in_a_row} attempts in a row failed (the last, {item}: {reason}); what is "
+                "finished is kept: mend the cause and run the same command again"
+            )
+        if attempt == ATTEMPTS:
+            self._given_up.append(FailedItem(item, reason))
+            return ()
+        return (item,) if self._split is None else self._split(item)
+
+    def raise_any(self) -> None:
+        """Raises ItemsFailedError where an item was given up."""
+        if self._given_up:
+            raise ItemsFailedError(self._method, self._given_up)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, RuntimeError):
+        return isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
+    return isinstance(error, MemoryError)
+
+
+def may_be_the_items_fault(error: BaseException) -> bool:
+    """Whether other items may do better: the user's own code failed on it, or it is too large."""
+    return isinstance(error, TaskError) or out_of_memory(error)
+
+
+def reason_of(error: BaseException) -> str:
+    """One line."""
+    said = str(error).strip().partition("\n")[0] or type(error).__name__
+    return f"out of memory ({said})" if out_of_memory(error) else said
 
 
 class WorkerLostError(Exception):
@@ -65,12 +154,27 @@ class Group(Protocol):
 class Executor(Protocol):
     workers: int
 
-    def map(self, spec: WorkerSpec, method: str, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    def map(
+        self,
+        spec: WorkerSpec,
+        method: str,
+        items: Iterable[Any],
+        *,
+        keep_going: bool = False,
+        split: Callable[[Any], Sequence[Any]] | None = None,
+    ) -> Iterator[tuple[Any, Any]]:
         """``(item, method(item))`` for every item, in the order in which they are finished.
 
         An item whose worker is lost is given to another one, three times at most.
 
+        Args:
+            keep_going: an item that the user's code fails on, or that memory does not suffice for, is given to a fresh
+                worker likewise, after the others; and one that is given up does not keep the others from being
+                finished first. An error of the worker's constructor is never an item's.
+            split: parts of an item, to be tried one by one once it has failed.
+
         Raises:
+            ItemsFailedError: items were given up, at the end, where it keeps going.
             ExecutorError: an item was given up, or no worker can be started.
         """
         ...
@@ -107,13 +211,32 @@ class SerialExecutor:
     def __init__(self, cpus_per_worker: int = 1) -> None:
         self._threads = cpus_per_worker
 
-    def map(self, spec: WorkerSpec, method: str, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    def map(
+        self,
+        spec: WorkerSpec,
+        method: str,
+        items: Iterable[Any],
+        *,
+        keep_going: bool = False,
+        split: Callable[[Any], Sequence[Any]] | None = None,
+    ) -> Iterator[tuple[Any, Any]]:
         worker: Any = None
-        for item in items:
+        failures, waiting = Failures(method, split, self.workers), deque((item, 1) for item in items)
+        while waiting:
+            item, attempt = waiting.popleft()
             with computing_threads(self._threads):
                 worker = worker or spec.construct()
-                result = getattr(worker, method)(item)
+                try:
+                    result = getattr(worker, method)(item)
+                except Exception as error:
+                    if not keep_going or not may_be_the_items_fault(error):
+                        raise
+                    worker, reason = None, reason_of(error)
+                    waiting.extend((part, attempt + 1) for part in failures.failed(item, attempt, reason))
+                    continue
+            failures.succeeded()
             yield item, result
+        failures.raise_any()
 
     @contextmanager
     def group(self, spec: WorkerSpec) -> Iterator[Group]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pipeline.fisher import ParameterLayout, UnsupportedModelError, left_out, model_fingerprint, select_parameters
 from pipeline.runtime.executor import ExecutorError
 from pipeline.runtime.heap import keep_freed_memory
+from pipeline.store import preparing, task_files
 from pipeline.tasks import IGNORED, UNKNOWN, Examples, Task, TaskError, Token, load_task, to_device, user_code
 from pipeline.verification import kl_divergence
 
@@ -47,9 +48,8 @@ class ModelSpec:
     def prepare(self) -> None:
         """Let the task do what it does once for all workers."""
         task = load_task(self.task, self.options)
-        self.cache.mkdir(parents=True, exist_ok=True)
-        with self.user_code(task, "prepare"):
-            task.prepare(self.cache)
+        with preparing(self.cache) as cache, self.user_code(task, "prepare"):
+            task.prepare(cache)
 
     def load(self) -> LoadedModel:
         """The model in eval mode on its device, and the examples.
@@ -64,12 +64,13 @@ class ModelSpec:
             raise ExecutorError("torch finds no GPU where the work runs: set executor.gpus_per_worker to 0")
         keep_freed_memory()
         task = load_task(self.task, self.options)
+        cache = task_files(self.cache)
         with self.user_code(task, "model"):
-            model = task.model(self.cache)
+            model = task.model(cache)
         if not isinstance(model, nn.Module):
             raise TaskError(f"task {self.task!r}: model() must return a torch.nn.Module, not {_kind(model)}")
         with self.user_code(task, "examples"):
-            examples = task.examples(self.cache)
+            examples = task.examples(cache)
         if not isinstance(examples, Examples):
             raise TaskError(
                 f"task {self.task!r}: examples() must return a pipeline.tasks.Examples, not {_kind(examples)}"

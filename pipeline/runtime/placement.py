@@ -43,6 +43,8 @@ class WorkerPlacement:
                 f"{_resources(have)} in all): lower executor.workers, cpus_per_worker or gpus_per_worker"
             )
         self._group = group
+        self._wish: PlacementGroup | None = None
+        """Places that are missing, asked for but not waited for: what lets an autoscaler start nodes."""
 
     @property
     def count(self) -> int:
@@ -63,6 +65,8 @@ class WorkerPlacement:
         """Whether places are missing, and the cluster has what one more of them needs."""
         if self.count >= self._workers or self._room() <= self.count:
             return False
+        if self._wish is not None and placement_group_table(self._wish)["state"] == "CREATED":
+            return True
         free = ray.available_resources()
         return all(free.get(name, 0.0) >= amount for name, amount in self._bundle.items())
 
@@ -77,11 +81,17 @@ class WorkerPlacement:
         self.remove()
         until = time.monotonic() + self._timeout_s
         while True:
-            for count in range(min(self._workers, self._room()), 0, -1):
+            room = min(self._workers, self._room())
+            if room > 0:
+                self._withdraw()
+            for count in range(room, 0, -1):
                 if (group := self._reserve(count, _TOO_SMALL_S)) is not None:
                     self._group = group
+                    self._ask_for(self._workers - count)
                     return
+            self._ask_for(self._workers)
             if time.monotonic() >= until:
+                self._withdraw()
                 raise ExecutorError(
                     f"the cluster has no room left for a worker, and none came within {self._timeout_s:.0f} s; what "
                     "is finished is kept: run the same command again when it has nodes"
@@ -89,11 +99,17 @@ class WorkerPlacement:
             time.sleep(_LOOK_EVERY_S)
 
     def remove(self) -> None:
-        try:
-            remove_placement_group(self._group)
-        except Exception:
-            # Ray may be gone already; ending must not hide why.
-            _logger.debug("the placement group could not be removed", exc_info=True)
+        _remove(self._group)
+        self._withdraw()
+
+    def _ask_for(self, places: int) -> None:
+        if places > 0 and self._wish is None and not self._one_node:
+            self._wish = placement_group([self._bundle] * places, strategy="PACK")
+
+    def _withdraw(self) -> None:
+        if self._wish is not None:
+            _remove(self._wish)
+            self._wish = None
 
     def _reserve(self, count: int, patience_s: float) -> PlacementGroup | None:
         group = placement_group([self._bundle] * count, strategy="PACK")
@@ -117,6 +133,14 @@ class WorkerPlacement:
         have = ray.cluster_resources()
         enough = all(have.get(name, 0.0) >= self._workers * amount for name, amount in self._bundle.items())
         return enough or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def _remove(group: PlacementGroup) -> None:
+    try:
+        remove_placement_group(group)
+    except Exception:
+        # Ray may be gone already; ending must not hide why.
+        _logger.debug("the placement group could not be removed", exc_info=True)
 
 
 def _resources(resources: dict[str, float]) -> str:

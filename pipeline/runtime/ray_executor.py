@@ -9,12 +9,14 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 import signal
+import socket
 import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,15 +26,22 @@ import torch
 from ray._private import ray_constants
 from ray.exceptions import RayError, RayTaskError
 
-from pipeline.runtime.executor import ExecutorError, Group, WorkerLostError, WorkerSpec
+from pipeline.runtime.executor import (
+    ATTEMPTS,
+    ExecutorError,
+    Failures,
+    Group,
+    WorkerLostError,
+    WorkerSpec,
+    may_be_the_items_fault,
+    reason_of,
+)
 from pipeline.runtime.placement import WorkerPlacement
-
-ATTEMPTS = 3
-"""How often an item is given to a worker before it is given up."""
 
 _LOOK_EVERY_S = 1.0
 """How long a wait for workers goes on before it looks whether Ray itself is still there."""
 
+_CONNECTS_WITHIN_S = 10.0
 _OBJECT_STORE_BYTES = 256 * 2**20  # a private Ray passes components and records through it, never Fishers
 _logger = logging.getLogger(__name__)
 
@@ -45,6 +54,11 @@ class _Role:
     more: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the worker's constructor."""
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    reason: str
 
 
 class _Worker:
@@ -61,6 +75,20 @@ class _Worker:
         self._lease: Any = None
 
     def call(self, role: _Role, method: str, *arguments: Any) -> Any:
+        self._become(role)
+        return getattr(self._worker, method)(*arguments)
+
+    def call_item(self, role: _Role, method: str, item: Any) -> Any:
+        """What may be the item's own fault is returned, as `_Failure`; an error of the constructor is raised."""
+        self._become(role)
+        try:
+            return getattr(self._worker, method)(item)
+        except Exception as error:
+            if not may_be_the_items_fault(error):
+                raise
+            return _Failure(reason_of(error))
+
+    def _become(self, role: _Role) -> None:
         if self._key != role.key:
             self._worker, self._key = None, None
             if self._lease is not None:
@@ -70,7 +98,6 @@ class _Worker:
                 fcntl.flock(self._lease, fcntl.LOCK_SH)
             self._worker = role.spec.construct(**role.more)
             self._key = role.key
-        return getattr(self._worker, method)(*arguments)
 
 
 class RayExecutor:
@@ -100,8 +127,16 @@ class RayExecutor:
             self._disconnect()
             raise
 
-    def map(self, spec: WorkerSpec, method: str, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        role = _Role(spec)
+    def map(
+        self,
+        spec: WorkerSpec,
+        method: str,
+        items: Iterable[Any],
+        *,
+        keep_going: bool = False,
+        split: Callable[[Any], Sequence[Any]] | None = None,
+    ) -> Iterator[tuple[Any, Any]]:
+        role, failures = _Role(spec), Failures(method, split, self.workers)
         waiting = deque((item, 1) for item in items)
         actors = self._mappers
         idle = deque(range(self._places))
@@ -112,6 +147,11 @@ class RayExecutor:
             slot, item, attempt, _ = running.pop(ref)
             self._end(actors.pop(slot))
             idle.append(slot)
+            if keep_going:
+                parts = failures.failed(item, attempt, reason)
+                _logger.warning("%s %s: %s; attempt %d of %d", method, item, reason, attempt, ATTEMPTS)
+                waiting.extend((part, attempt + 1) for part in parts)
+                return
             if attempt == ATTEMPTS:
                 raise ExecutorError(
                     f"{method} {item} was given up after {ATTEMPTS} attempts (the last: {reason}); what is finished "
@@ -133,7 +173,8 @@ class RayExecutor:
                     slot, (item, attempt) = idle.popleft(), waiting.popleft()
                     if slot not in actors:
                         actors[slot] = self._start(slot)
-                    ref = actors[slot].call.remote(role, method, item)
+                    call = actors[slot].call_item if keep_going else actors[slot].call
+                    ref = call.remote(role, method, item)
                     running[ref] = (slot, item, attempt, time.monotonic())
                 finished = self._wait(list(running), 1)
                 for ref in finished:
@@ -145,12 +186,17 @@ class RayExecutor:
                     except RayError as error:
                         give_again(ref, f"its worker was lost ({type(error).__name__})")
                         continue
+                    if isinstance(result, _Failure):
+                        give_again(ref, result.reason)
+                        continue
                     slot, item, _, _ = running.pop(ref)
                     idle.append(slot)
+                    failures.succeeded()
                     yield item, result
                 now = time.monotonic()
                 for ref in [ref for ref, (*_, since) in running.items() if now - since > self._timeout_s]:
                     give_again(ref, f"no answer within {self._timeout_s:.0f} s")
+            failures.raise_any()
         except (RayError, ConnectionError) as error:
             if error is raised:
                 raise
@@ -243,6 +289,8 @@ class RayExecutor:
     def _connect(self, address: str) -> None:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+        if not in_job and (host_and_port := re.fullmatch(r"([^/]+):([0-9]+)", address)) is not None:
+            _refuse_where_nobody_listens(address, host_and_port[1], int(host_and_port[2]))
         try:
             with _own_reaction_to_sigterm():
                 if address == "local" and not in_job:
@@ -305,6 +353,17 @@ class _RayGroup:
         except (RayError, ConnectionError) as error:
             raise WorkerLostError(f"{method}: a worker was lost ({type(error).__name__})") from None
         return [results[ref] for ref in refs]
+
+
+def _refuse_where_nobody_listens(address: str, host: str, port: int) -> None:
+    """Ray would try for minutes, and then end this process itself."""
+    try:
+        socket.create_connection((host, port), timeout=_CONNECTS_WITHIN_S).close()
+    except (OSError, OverflowError) as error:
+        raise ExecutorError(
+            f"cannot reach Ray at {address!r} ({error}): start it with `ray start --head`, or set executor.address: "
+            "local"
+        ) from None
 
 
 def _end_private_ray() -> None:

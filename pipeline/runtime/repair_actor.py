@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_model
 
 from pipeline.runtime.model import ModelSpec, Predictions
-from pipeline.store import DirectionStore, replacing_directory, write_json_atomically
+from pipeline.store import DirectionStore, file_checksum, replacing_directory, write_json_atomically
 from pipeline.verification import find_step_size, moved, parameter_norm
 
 
@@ -112,12 +112,13 @@ class RepairWorker:
         with self._edited(edits):
             return [before.tolist(), self._predict(examples).correct().tolist()]
 
-    def save(self, wanted: tuple[tuple[Edit, ...], Path, dict[str, Any]]) -> None:
-        """Write the edited model, and the record of what was done, to a folder."""
+    def save(self, wanted: tuple[tuple[Edit, ...], Path, dict[str, Any]]) -> str:
+        """Write the edited model, and the record of what was done, to a folder; the checksum of the model's file."""
         edits, folder, record = wanted
         with self._edited(edits), replacing_directory(folder) as partial:
             save_model(self._loaded.model, str(partial / "model.safetensors"), {"npeff": json.dumps(record)})
             (partial / "repair.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            return file_checksum(partial / "model.safetensors")
 
     @contextmanager
     def _edited(self, edits: Sequence[Edit]) -> Iterator[None]:

@@ -15,12 +15,16 @@ and, after the lift, where labels are known:
 
     repair            directions, model      → tables/repair, repair/model.safetensors: wrong predictions, mended
 
+and, at any time:
+
+    check             everything             → what of it is damaged; makes that again
+
 A stage that is complete returns what it recorded. All may be called again after any crash.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -28,11 +32,14 @@ from pipeline.config import ConfigError, RunConfig
 from pipeline.factorization import InvalidProblemError
 from pipeline.fisher import UnsupportedModelError
 from pipeline.progress import ProgressDisplay
-from pipeline.query import ComponentStore, QueryError, write_report
+from pipeline.query import ComponentStore, QueryError, serve, write_report
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import ExecutorError
+from pipeline.runtime.job import Job, JobServer, Submission
+from pipeline.runtime.metrics import RunMetrics
 from pipeline.stage import executor_for, left_out, lifted_components, record_of, recorded
 from pipeline.stages.attribute_stage import attribute
+from pipeline.stages.check_stage import Damage, check
 from pipeline.stages.factorize_stage import factorize
 from pipeline.stages.fisher_stage import compute_fishers
 from pipeline.stages.lift_stage import lift
@@ -40,13 +47,19 @@ from pipeline.stages.repair_stage import repair
 from pipeline.stages.select_stage import select
 from pipeline.stages.transform_stage import transform
 from pipeline.stages.verify_stage import verify
-from pipeline.store import DirectionStore, StoreError
+from pipeline.store import DirectionStore, ObjectStoreError, StoreError
 from pipeline.tasks import TaskError
 
 __all__ = [
     "STAGES",
     "USER_ERRORS",
+    "Damage",
+    "Job",
+    "JobServer",
+    "RunMetrics",
+    "Submission",
     "attribute",
+    "check",
     "compute_fishers",
     "export_direction",
     "factorize",
@@ -56,7 +69,7 @@ __all__ = [
     "report",
     "run",
     "select",
-    "submit",
+    "serve_report",
     "transform",
     "verify",
 ]
@@ -68,6 +81,7 @@ USER_ERRORS = (
     UnsupportedModelError,
     InvalidProblemError,
     StoreError,
+    ObjectStoreError,
     QueryError,
     ExecutorError,
 )
@@ -106,6 +120,11 @@ def report(run: RunDirectory, *, progress: ProgressDisplay | None = None) -> Pat
         return write_report(run.path, top_examples=run.config.report.top_examples)
 
 
+def serve_report(run: RunDirectory, port: int, say: Callable[[str], None]) -> None:
+    """The report and a view to ask the component store in, on this machine only, until Ctrl-C; it only reads."""
+    serve(run.path, port, run.config.report.top_examples, say)
+
+
 def export_direction(run: RunDirectory, component: int, file: str | Path) -> None:
     """Write a component's unit direction as a safetensors file under the parameters' names."""
     record_of(run, "lift")
@@ -122,16 +141,6 @@ def export_direction(run: RunDirectory, component: int, file: str | Path) -> Non
 def open_components(run_dir: str | Path) -> ComponentStore:
     """A run's component store, to ask; it only reads."""
     return ComponentStore.open(run_dir)
-
-
-def submit(
-    config: RunConfig, address: str, *, py_modules: Sequence[Path] = (), follow: bool, say: Callable[[str], None]
-) -> int:
-    """The whole run as a Ray job on another machine's cluster; its exit code, or 0 at once if it is not followed."""
-    from pipeline.runtime.job import submit_job
-
-    there = config.model_copy(update={"run_dir": str(Path(config.run_dir).expanduser().absolute())})
-    return submit_job(there.to_yaml(), address, py_modules=py_modules, follow=follow, say=say)
 
 
 STAGES: dict[str, Callable[..., object]] = {

@@ -55,7 +55,7 @@ def attribute(
             executor_for(run, executor) as workers,
         ):
             n_done = len(components) - len(missing)
-            for _ in workers.map(worker, "attribute", missing) if missing else ():
+            for _ in workers.map(worker, "attribute", missing, keep_going=True):
                 n_done += 1
                 tick(n_done)
         files = finished(results)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 import numpy as np
@@ -36,8 +35,14 @@ from pipeline.stage import (
 from pipeline.stages.stability import component_stability
 from pipeline.store import (
     CheckpointStore,
+    Coefficients,
     Splits,
+    StackedRows,
+    StoreError,
+    factorization_checksums,
+    open_factorization,
     read_table,
+    remove_directory,
     write_factorization,
     write_table,
 )
@@ -81,7 +86,8 @@ def factorize(
 
                 def on_iteration(row: dict[str, Any]) -> None:
                     metrics(row)
-                    tick(row["iteration"], f"explained {row['explained']:.4f}")
+                    numbers = {"loss": row["loss"], "explained": row["explained"]}
+                    tick(row["iteration"], f"explained {row['explained']:.4f}", numbers=numbers)
 
                 solved = run_solver(
                     workers,
@@ -160,7 +166,7 @@ def _write_solution(run: RunDirectory, solved: SolverRun, n_fit: int, stability_
     """Everything that the solver's workers found, on disk; what is worth saying of it."""
     result = solved.results[0]
     coefficients = {shard: rows for part in solved.results for shard, rows in part.coefficients.items()}
-    coefficients_NK = np.concatenate([coefficients[shard] for shard in sorted(coefficients)])
+    coefficients_NK = StackedRows([coefficients[shard] for shard in sorted(coefficients)])
     summary = {
         "n_components": len(result.components_KD),
         "factorized": run.config.factorization.kind,
@@ -174,26 +180,45 @@ def _write_solution(run: RunDirectory, solved: SolverRun, n_fit: int, stability_
         "median_stability": None if stability_K is None else float(np.median(stability_K)),
         "near_duplicates": near_duplicates(torch.tensor(result.components_KD)),
     }
-    write_solution(run, result.components_KD, coefficients_NK, solved.history, summary, stability_K, result.columns_D)
-    return summary
+    return summary | write_solution(
+        run, result.components_KD, coefficients_NK, solved.history, summary, stability_K, result.columns_D
+    )
 
 
 def write_solution(
     run: RunDirectory,
     components_KD: NDArray[np.float64],
-    coefficients_NK: NDArray[np.float32],
+    coefficients_NK: Coefficients,
     history: list[dict[str, Any]],
     summary: Summary,
     stability_K: np.ndarray | None = None,
     columns_D: np.ndarray | None = None,
-) -> None:
-    """Components and coefficients on disk, and their tables; what followed from former ones is taken away."""
-    run.reopen("factorize")
-    for stage in ("lift", "verify", "attribute", "repair"):
-        run.reopen(stage)
-        shutil.rmtree(run.partial_results(stage), ignore_errors=True)
-    for folder in (run.directions, run.repaired):
-        shutil.rmtree(folder, ignore_errors=True)
+) -> Summary:
+    """Components and coefficients on disk, and their tables; what the stage's record is to say of them.
+
+    What followed from former components is taken away, unless these are the same, made again because a file of them
+    was damaged.
+    """
+    checksums = factorization_checksums(components_KD, coefficients_NK, columns_D)
+    if _former_checksums(run) == checksums:
+        run.reopen("lift")  # which adds to the table of components; its directions stay
+    else:
+        for stage in ("factorize", "lift", "verify", "attribute", "repair"):
+            run.reopen(stage)
+            remove_directory(run.partial_results(stage))
+        for folder in (run.directions, run.repaired):
+            remove_directory(folder)
     write_factorization(run.factorization, components_KD, coefficients_NK, summary, columns_D)
     write_component_tables(run, components_KD, coefficients_NK, stability_K)
     write_table(run.table("history"), "history", rows_to_columns(history, "history"))
+    return {"checksums": checksums}
+
+
+def _former_checksums(run: RunDirectory) -> dict[str, str] | None:
+    """Of the components that the later stages went on from, as far as that is known."""
+    try:
+        checksums: dict[str, str] = open_factorization(run.factorization).attrs["checksums"]
+        return checksums
+    except StoreError:  # it is gone, or damaged
+        record = run.record("factorize")
+        return None if record is None else record.get("checksums")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from pipeline.config import ConfigError
 from pipeline.progress import ProgressDisplay, SilentProgress
@@ -11,7 +13,7 @@ from pipeline.result_tables import (
     write_parameter_table,
 )
 from pipeline.run_directory import RunDirectory
-from pipeline.runtime.executor import Executor
+from pipeline.runtime.executor import ATTEMPTS, Executor, ExecutorError, FailedItem, ItemsFailedError
 from pipeline.runtime.fisher_actor import FisherWorker
 from pipeline.runtime.fitted_examples import example_weights
 from pipeline.runtime.task_actor import TaskFacts, TaskWorker
@@ -32,9 +34,13 @@ from pipeline.store import (
     FisherStore,
     ShardRecords,
     StoreError,
+    is_committed,
+    remove_directory,
 )
 
 _MOST_SHARDS_PER_CALL = 2
+_MOST_NAMED = 5
+"""Failed shards that an error's one line names."""
 
 
 def compute_fishers(
@@ -56,6 +62,7 @@ def compute_fishers(
             units = sums.missing() if summed else []
             in_units = {shard for unit in units for shard in sums.shards(unit)}
             missing = [shard for shard in range(store.plan.n_shards) if shard not in in_units | complete.keys()]
+            records.withdraw(in_units & complete.keys())
             worker = worker_spec(
                 run,
                 FisherWorker,
@@ -68,12 +75,24 @@ def compute_fishers(
                 sums=sums,
             )
             with progress.stage("fishers", store.plan.n_shards, "shards", done=len(complete)) as tick:
+                failed: list[FailedItem] = []
                 for method, items in (("compute_unit", units), ("compute", _spans(missing, workers.workers))):
-                    for _, written in workers.map(worker, method, items):
-                        complete |= {record.shard: record for record in written}
-                        tick(len(complete))
-                        if method == "compute_unit":
-                            sums.fold()
+                    split = partial(_unrecorded, records) if method == "compute" else None
+                    try:
+                        for _, written in workers.map(worker, method, items, keep_going=True, split=split):
+                            complete |= {record.shard: record for record in written}
+                            tick(len(complete))
+                            if method == "compute_unit":
+                                sums.fold()
+                    except ItemsFailedError as error:
+                        failed += [
+                            replace(each, item=sums.shards(each.item) if method == "compute_unit" else each.item)
+                            for each in error.failed
+                        ]
+                if failed:
+                    raise _failed_shards(failed, store, facts)
+                if len(complete) < store.plan.n_shards:  # a worker was lost after it had recorded one
+                    complete = records.complete()
         n_examples, n_invalid = len(facts.examples), sum(record.n_invalid for record in complete.values())
         if n_invalid:
             progress.say(f"{n_invalid} of {n_examples} examples have non-finite logits or gradients and are left out")
@@ -81,7 +100,7 @@ def compute_fishers(
             sums.fold(last=True)
             metadata = {"labels": config.fishers.labels, "model_fingerprint": facts.model_fingerprint}
             sums.write_mean(run.diagonal_fisher, n_examples - n_invalid, metadata)
-        shutil.rmtree(sums.folder, ignore_errors=True)
+        remove_directory(sums.folder)
         write_example_tables(run, facts.examples, facts.class_names)
         shapes = dict(zip(facts.layout.names, facts.layout.shapes, strict=True))
         write_parameter_table(run, shapes, facts.left_out)
@@ -124,8 +143,30 @@ def _open_fishers(run: RunDirectory, facts: TaskFacts) -> tuple[ShardRecords, Fi
     config = run.config
     signature = f"{config.signature('task', 'parameters', 'fishers', 'seed')}-{facts.model_fingerprint[:16]}"
     records = ShardRecords(run.shard_records, signature)
-    if run.fishers.exists():
-        there = FisherStore.open(run.fishers)
+    layout: dict[str, Any] = {
+        "n_examples": len(facts.examples),
+        "rank": facts.rank,
+        "dim": facts.sketch_dim,
+        "n_classes": facts.n_classes,
+        "shard_size": config.fishers.shard_size,
+        "store_dtype": config.fishers.store_dtype,
+        "attrs": {
+            "labels": label_spec(config).to_json(),
+            "batch_size": facts.batch_size,
+            "parameter_layout": facts.layout.to_json(),
+            **({"diagonal_groups": facts.groups} if config.fishers.diagonal.groups else {}),
+            "sketch": sketch_spec(config).to_json(),
+            "model_fingerprint": facts.model_fingerprint,
+        },
+        "with_logits": facts.with_logits,
+        "top_entries": config.fishers.diagonal.top_entries,
+        "n_groups": facts.n_groups if config.fishers.diagonal.groups else None,
+    }
+    if is_committed(run.fishers):
+        try:
+            there = FisherStore.open(run.fishers)
+        except StoreError:
+            there = FisherStore.restore(run.fishers, **layout)  # of which somebody deleted what was damaged
         laid_out = (there.plan.n_examples, there.n_classes, there.dim)
         if laid_out != (len(facts.examples), facts.n_classes, facts.sketch_dim):
             raise StoreError(
@@ -135,29 +176,33 @@ def _open_fishers(run: RunDirectory, facts: TaskFacts) -> tuple[ShardRecords, Fi
             )
         return records, there
     for former in (run.shard_records, run.partial_results("diagonal")):  # of Fishers that somebody deleted
-        shutil.rmtree(former, ignore_errors=True)
+        remove_directory(former)
     run.diagonal_fisher.unlink(missing_ok=True)
-    store = FisherStore.create(
-        run.fishers,
-        n_examples=len(facts.examples),
-        rank=facts.rank,
-        dim=facts.sketch_dim,
-        n_classes=facts.n_classes,
-        shard_size=config.fishers.shard_size,
-        store_dtype=config.fishers.store_dtype,
-        attrs={
-            "labels": label_spec(config).to_json(),
-            "batch_size": facts.batch_size,
-            "parameter_layout": facts.layout.to_json(),
-            **({"diagonal_groups": facts.groups} if config.fishers.diagonal.groups else {}),
-            "sketch": sketch_spec(config).to_json(),
-            "model_fingerprint": facts.model_fingerprint,
-        },
-        with_logits=facts.with_logits,
-        top_entries=config.fishers.diagonal.top_entries,
-        n_groups=facts.n_groups if config.fishers.diagonal.groups else None,
+    return records, FisherStore.create(run.fishers, **layout)
+
+
+def _unrecorded(records: ShardRecords, shards: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """What is to be tried again of a span, shard by shard: not those that were recorded before the worker failed."""
+    complete = records.complete()
+    return [(shard,) for shard in shards if shard not in complete]
+
+
+def _failed_shards(failed: list[FailedItem], store: FisherStore, facts: TaskFacts) -> ExecutorError:
+    """Which shards could not be computed, and of which examples they are."""
+    ids, named = facts.examples["id"], []
+    for each in failed[:_MOST_NAMED]:
+        first, last = each.item[0], each.item[-1]
+        start, stop = store.plan.bounds(first)[0], store.plan.bounds(last)[1]
+        shards = f"shard {first}" if first == last else f"shards {first} to {last}"
+        whose = f"{ids[start].as_py()!r} to {ids[stop - 1].as_py()!r}"
+        named.append(f"{shards} (examples {start} to {stop - 1}, {whose}) failed {ATTEMPTS} times: {each.reason}")
+    if len(failed) > _MOST_NAMED:
+        named.append(f"and {len(failed) - _MOST_NAMED} more")
+    return ExecutorError(
+        f"{'; '.join(named)}. All other shards are finished and kept: mend these examples, or have the task give NaN "
+        "as their logits, which leaves them out, or give the workers more memory where it ran out, "
+        "and run the same command again, which computes only what failed"
     )
-    return records, store
 
 
 def _spans(missing: list[int], workers: int) -> list[tuple[int, ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
+from typing import Any
 
 import numpy as np
 
@@ -31,8 +31,11 @@ from pipeline.stage import (
 from pipeline.store import (
     DirectionStore,
     FisherStore,
+    StoreError,
+    is_committed,
     read_json,
     read_table,
+    remove_directory,
     write_table,
 )
 
@@ -52,13 +55,22 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
         layout = FisherStore.open(run.fishers).attrs["parameter_layout"]
         shapes = {name: tuple(shape) for name, shape in zip(layout["names"], layout["shapes"], strict=True)}
         n_parameters = sum(math.prod(shape) for shape in shapes.values())
+        store_layout: dict[str, Any] = {
+            "n_components": n_components,
+            "shapes": shapes,
+            "attrs": {},
+            "dtype": config.lift.dtype,
+        }
         model = model_spec(run, fingerprint_of(run))  # refused before anything is written where there is none
         results = run.partial_results("lift")
-        if not run.directions.exists():
+        if not is_committed(run.directions):
             run.reopen("lift")  # or a crash would leave a complete stage with an empty store
-            shutil.rmtree(results, ignore_errors=True)  # of directions that somebody deleted
-            dtype = config.lift.dtype
-            DirectionStore.create(run.directions, n_components=n_components, shapes=shapes, attrs={}, dtype=dtype)
+            remove_directory(results)  # of directions that somebody deleted
+            DirectionStore.create(run.directions, **store_layout)
+        try:
+            DirectionStore.open(run.directions)
+        except StoreError:  # of which somebody deleted what was damaged
+            DirectionStore.restore(run.directions, **store_layout)
         lifted = {component: read_json(path) for component, path in finished(results).items()}
         missing = [component for component in chosen if component not in lifted]
         total = len(lifted) + len(missing)
@@ -77,7 +89,8 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
             progress.stage("lift", total, "directions", done=len(lifted)) as tick,
             executor_for(run, executor) as workers,
         ):
-            for block, facts in workers.map(worker, "lift", _blocks(run, missing, n_parameters, workers.workers)):
+            blocks = _blocks(run, missing, n_parameters, workers.workers)
+            for block, facts in workers.map(worker, "lift", blocks, keep_going=True):
                 lifted |= dict(zip(block, facts, strict=True))
                 tick(len(lifted))
         facts = [lifted[component] for component in sorted(lifted)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,7 +26,7 @@ from pipeline.stage import (
     record_of,
     worker_spec,
 )
-from pipeline.store import FisherStore, open_factorization, read_json, read_table, write_table
+from pipeline.store import FisherStore, open_factorization, read_json, read_table, remove_directory, write_table
 from pipeline.verification import RepairCandidate, choose_step, mcnemar, over_represented, top_examples
 
 
@@ -41,7 +40,7 @@ def repair(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
             return stage.done
         run.reopen("repair")
         if forget_other_requests(run.partial_results("repair"), request):
-            shutil.rmtree(run.repaired, ignore_errors=True)
+            remove_directory(run.repaired)
         examples = _Examples.of(run)
         with executor_for(run, executor) as workers:
             search = _Search(run, workers, progress, examples)
@@ -55,7 +54,8 @@ def repair(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
                 result = mcnemar(np.array(before), np.array(after))
                 summary["held_out"] = {**asdict(result), "accuracy_before": float(np.mean(before))}
             if edits:
-                search.ask("save", (tuple(edits), run.repaired, {"run": run.path.name, **summary}))
+                asked = (tuple(edits), run.repaired, {"run": run.path.name, **summary})
+                summary["model_checksum"] = search.ask("save", asked)
         write_table(run.table("repair"), "repair", rows_to_columns(rows, "repair"))
         write_table(run.table("repair_steps"), "repair_steps", rows_to_columns(steps, "repair_steps"))
         progress.say(_outcome(summary))
@@ -120,7 +120,7 @@ class _Search:
     def edits(self, components: list[int]) -> tuple[list[Edit], list[dict[str, Any]]]:
         """The edits, one after the other, as long as one helps; and rows of the table `repair_steps`."""
         wanted, edits, rows = self._run.config.repair, list[Edit](), list[dict[str, Any]]()
-        correct_n = ~self._examples.wrong_N[self._examples.tuning]
+        unedited_n = correct_n = ~self._examples.wrong_N[self._examples.tuning]
         while len(edits) < wanted.max_edits:
             left = [component for component in components if component not in {edit.component for edit in edits}]
             tried = [
@@ -134,8 +134,8 @@ class _Search:
                 for component, trials in self._attempts(tuple(edits), left).items()
                 for trial in trials
             ]
-            chosen = choose_step(tried, correct_n, wanted.max_harm)
-            rows += [_step_row(len(edits), candidate, correct_n, candidate is chosen) for candidate in tried]
+            chosen = choose_step(tried, correct_n, unedited_n, wanted.max_harm)
+            rows += [_step_row(len(edits), each, correct_n, unedited_n, each is chosen) for each in tried]
             if chosen is None:
                 break
             edits.append(Edit(chosen.component, chosen.sign * chosen.step))
@@ -152,7 +152,8 @@ class _Search:
         found = {j: read_json(file)["trials"] for j, file in files.items() if file.exists()}
         missing = [attempt for attempt in attempts if attempt.component not in found]
         with self._progress.stage("repair", len(attempts), "components", done=len(found)) as tick:
-            for attempt, trials in self._workers.map(self._worker(), "attempt", missing) if missing else ():
+            tried = self._workers.map(self._worker(), "attempt", missing, keep_going=True) if missing else ()
+            for attempt, trials in tried:
                 found[attempt.component] = trials
                 tick(len(found))
         return {component: found[component] for component in components}
@@ -170,7 +171,13 @@ class _Search:
         )
 
 
-def _step_row(edit: int, candidate: RepairCandidate, correct_n: NDArray[np.bool_], chosen: bool) -> dict[str, Any]:
+def _step_row(
+    edit: int,
+    candidate: RepairCandidate,
+    correct_n: NDArray[np.bool_],
+    unedited_n: NDArray[np.bool_],
+    chosen: bool,
+) -> dict[str, Any]:
     change_n = candidate.correct_after_N.astype(int) - correct_n.astype(int)
     return {
         "edit": edit,
@@ -179,7 +186,8 @@ def _step_row(edit: int, candidate: RepairCandidate, correct_n: NDArray[np.bool_
         "step": candidate.step,
         "n_target": int(candidate.target_N.sum()),
         "mended_target": int(change_n[candidate.target_N].sum()),
-        "lost_elsewhere": -int(change_n[~candidate.target_N].sum()),
+        "gained": int(change_n.sum()),
+        "broken": candidate.broken(unedited_n),
         "accuracy_tuning": float(candidate.correct_after_N.mean()),
         "chosen": chosen,
     }
@@ -187,7 +195,10 @@ def _step_row(edit: int, candidate: RepairCandidate, correct_n: NDArray[np.bool_
 
 def _request(run: RunDirectory) -> str:
     """What the outcome depends on, as a hash."""
-    facts = [run.config.repair.model_dump(mode="json"), record_of(run, "factorize"), record_of(run, "lift")]
+    record_of(run, "lift")
+    # the directions follow from the components: lifted again, they are the same
+    components = open_factorization(run.factorization).attrs["checksums"]
+    facts = [run.config.repair.model_dump(mode="json"), components]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

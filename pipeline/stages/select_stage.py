@@ -65,7 +65,8 @@ class _Fits:
         done = len(requests) - len(missing)
         self.progress.say(f"select: trying {', '.join(map(str, numbers))} components")
         with self.progress.stage("select", len(requests), "fits", done=done) as tick:
-            for request, result in self.workers.map(self._worker(), "fit", missing) if missing else ():
+            fitted = self.workers.map(self._worker(), "fit", missing, keep_going=True) if missing else ()
+            for request, result in fitted:
                 self._write(request, result)
                 done += 1
                 tick(done, f"{request.n_components} components explain {result.explained:.4f}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from pipeline.factorization import InvalidProblemError, explained, near_duplicates
@@ -19,10 +18,12 @@ from pipeline.stage import (
     device_of,
     executor_for,
     open_stage,
+    record_of,
     worker_spec,
 )
 from pipeline.stages.factorize_stage import write_solution
 from pipeline.stages.fisher_stage import compute_fishers
+from pipeline.store import StackedRows, location
 
 
 def transform(
@@ -41,6 +42,13 @@ def transform(
         InvalidProblemError: ``factorization.n_components`` of the run is not the number of components.
     """
     progress, config = progress or SilentProgress(), run.config
+    given = RunDirectory.open(Path(source).expanduser())  # refused before anything is computed
+    record_of(given, "factorize")
+    if (wanted := config.factorization.n_components) != given.config.factorization.n_components:
+        raise InvalidProblemError(
+            f"{source} has {given.config.factorization.n_components} components, and the new run asks for {wanted}: "
+            "set its factorization.n_components to that"
+        )
     with run.lock(), executor_for(run, executor) as workers:
         compute_fishers(run, executor=workers, progress=progress)
         components_KD = components_of(run, source)
@@ -48,7 +56,7 @@ def transform(
             raise InvalidProblemError(
                 f"{source} has {len(components_KD)} components: set factorization.n_components of the new run to that"
             )
-        origin = str(Path(source).expanduser().absolute())
+        origin = str(location(source).expanduser().absolute())
         with open_stage(run, "factorize", after="fishers") as stage:
             if stage.done and stage.done.get("transformed_from") == origin:
                 return stage.done
@@ -83,7 +91,7 @@ def transform(
                 "transformed_from": origin,
                 "near_duplicates": near_duplicates(torch.from_numpy(components_KD)),
             }
-            coefficients_NK = np.concatenate([part.coefficients_NK for part in in_order])
-            write_solution(run, components_KD, coefficients_NK, [], summary)
+            coefficients_NK = StackedRows([part.coefficients_NK for part in in_order])
+            summary |= write_solution(run, components_KD, coefficients_NK, [], summary)
             progress.say(f"explained {summary['explained']:.4f} of the Fishers")
             return stage.complete(summary)

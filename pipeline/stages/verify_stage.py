@@ -68,7 +68,7 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
             progress.stage("verify", len(components), "components", done=len(verified)) as tick,
             executor_for(run, executor) as workers,
         ):
-            for component, rows in workers.map(worker, "verify", missing):
+            for component, rows in workers.map(worker, "verify", missing, keep_going=True):
                 verified[component] = rows
                 tick(len(verified))
         rows = [row for component in sorted(verified) for row in verified[component]]

@@ -8,18 +8,24 @@ there being one writer per path. After a crash at any instant a path is in one o
     X, X.partial           committed; the partial is litter
     X.old, X.partial       a folder's replacement was cut between its two renames: the next writer restores X.old first
     X, X.old               committed; the old one is litter
+
+On an object store there are no temporary names; `pipeline.store.objects` says how the promises are kept there.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
+from pipeline.store import objects
 from pipeline.store.errors import os_errors_explained
+from pipeline.store.location import is_remote
 
 PARTIAL = ".partial"
 OLD = ".old"
@@ -48,6 +54,11 @@ def write_file_atomically(path: Path, write: Callable[[BinaryIO], object]) -> No
     Raises:
         StoreError: the file cannot be written. The former content of `path` is untouched.
     """
+    if is_remote(path):
+        buffer = BytesIO()
+        write(buffer)
+        objects.put(path, buffer.getvalue())
+        return
     partial = path.with_name(path.name + PARTIAL)
     with os_errors_explained("write", path):
         make_directory(path.parent)
@@ -94,11 +105,16 @@ def commit_directory(path: Path) -> None:
 
 @contextmanager
 def replacing_directory(path: Path) -> Iterator[Path]:
-    """Create or replace the folder `path` by what the body writes into the folder it is given.
+    """Create or replace the folder `path` by what the body writes into the folder it is given, a local one.
 
     Raises:
-        StoreError: something cannot be written. Whatever the body raised, the former `path` is untouched.
+        StoreError: something cannot be written. Whatever the body raised, the former `path` is untouched; on an object
+            store, where the error may come while it is being replaced, it is then gone, and not half there.
     """
+    if is_remote(path):
+        with objects.replacing_directory(path) as local:
+            yield local
+        return
     partial = begin_directory(path)
     try:
         with os_errors_explained("write", path):
@@ -109,6 +125,31 @@ def replacing_directory(path: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
             _restore(path)
         raise
+
+
+@contextmanager
+def local_copy(path: Path) -> Iterator[Path]:
+    """A file as one that a library which knows local files only can read: itself, or a temporary copy of an object."""
+    if not is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="npeff-") as folder:
+        with os_errors_explained("read", path):
+            objects.download_files(path.parent, Path(folder), [path.name])
+        yield Path(folder, path.name)
+
+
+def is_committed(path: Path) -> bool:
+    """Whether a file, or a Zarr folder, is there, whole. Raises OSError."""
+    return objects.exists(path) if is_remote(path) else path.exists()
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a folder with all that is in it, as far as that is possible; there may be none."""
+    if is_remote(path):
+        objects.remove_directory(path)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _restore(path: Path) -> None:

@@ -3,12 +3,17 @@
 A checkpoint is filled in ``000120.partial`` by the driver and, with one file per shard, by its workers; it exists once
 that folder has been renamed, after every byte was made durable. The newest few are kept; one that does not match its
 manifest is passed over for the one before.
+
+On an object store, where a folder cannot be renamed, it is filled in ``000120-3f9ac21b/``, named by a random token, and
+exists once its manifest does, which is written last. So a worker of a command that was killed, or of a group that was
+given up, writes to a folder of its own, which the next `CheckpointStore.begin` removes.
 """
 
 from __future__ import annotations
 
 import io
 import re
+import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,12 +21,15 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.store import objects
 from pipeline.store.atomic import OLD, PARTIAL, begin_directory, commit_directory
 from pipeline.store.errors import StoreError, os_errors_explained
+from pipeline.store.location import is_remote, location
 from pipeline.store.manifest import file_checksum, read_json, write_json_atomically
 
 _MANIFEST = "MANIFEST.json"
 _SCHEMA_VERSION = 1
+_FOLDER = re.compile(r"([0-9]{6,})(-[0-9a-f]{8})?")
 _ARRAY_NAME = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)?")
 
 
@@ -57,12 +65,18 @@ class CheckpointStore:
         """`keep`: how many of the newest stay; `config_hash`: of everything the checkpoints depend on."""
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
-        self.directory = Path(directory)
+        self.directory = location(directory)
         self.keep = keep
         self.config_hash = config_hash
+        self._begun: dict[int, Path] = {}
 
     def begin(self, iteration: int) -> Path:
         """An empty folder for the checkpoint of `iteration`, to fill by `write_checkpoint_array`."""
+        if is_remote(self.directory):
+            for folder in self._remote_folders(committed=False):
+                objects.remove_directory(folder)
+            self._begun = {iteration: self.directory / f"{iteration:06d}-{secrets.token_hex(4)}"}
+            return self._begun[iteration]
         with os_errors_explained("write", self.directory):
             for litter in self.directory.glob(f"*{PARTIAL}"):
                 shutil.rmtree(litter)
@@ -77,12 +91,12 @@ class CheckpointStore:
             StoreError: the disk refuses, or `begin` was not called. Earlier checkpoints are untouched.
         """
         path = self._path(iteration)
-        partial = path.with_name(path.name + PARTIAL)
+        partial = path if is_remote(path) else path.with_name(path.name + PARTIAL)
         for name, array in arrays.items():
             write_checkpoint_array(partial, name, array)
         with os_errors_explained("read", partial):
-            files = sorted(partial.rglob("*.npy"))
-            checksums = {file.relative_to(partial).with_suffix("").as_posix(): file_checksum(file) for file in files}
+            names = sorted(name.removesuffix(".npy") for name in _files(partial) if name.endswith(".npy"))
+            checksums = {name: file_checksum(_file(partial, name)) for name in names}
         manifest = {
             "schema_version": _SCHEMA_VERSION,
             "iteration": iteration,
@@ -91,9 +105,14 @@ class CheckpointStore:
             "checksums": checksums,
         }
         write_json_atomically(partial / _MANIFEST, manifest)
-        commit_directory(path)
+        if not is_remote(path):
+            commit_directory(path)
         with os_errors_explained("remove old checkpoints from", self.directory):
             self._prune(iteration)
+
+    def iterations(self) -> list[int]:
+        """Those that there are checkpoints of, ascending."""
+        return [iteration for iteration, _ in self.committed()]
 
     def latest(self) -> Checkpoint | None:
         """The newest intact checkpoint; None when none was ever committed.
@@ -102,8 +121,7 @@ class CheckpointStore:
             StoreError: there are checkpoints but all are damaged, or one is of another configuration.
         """
         warnings: list[str] = []
-        for iteration in sorted(self._iterations(), reverse=True):
-            path = self._path(iteration)
+        for iteration, path in reversed(self.committed()):
             try:
                 names, state_names = self._verify(path)
                 arrays = {name: _load(path, name) for name in state_names}
@@ -116,6 +134,19 @@ class CheckpointStore:
                 f"all checkpoints in {self.directory} are damaged: delete it and run the same command again"
             )
         return None
+
+    def verify(self, path: Path) -> None:
+        """Read one of the `committed` checkpoints.
+
+        Raises:
+            StoreError: it is damaged, or of another configuration.
+        """
+        try:
+            self._verify(path)
+        except (_DamagedError, OSError) as damage:
+            raise StoreError(
+                f"checkpoint {path} is damaged ({damage}): delete it, the one before is gone on from"
+            ) from damage
 
     def _verify(self, path: Path) -> tuple[tuple[str, ...], list[str]]:
         """The names of all arrays of a checkpoint, and of those given to `commit`."""
@@ -136,16 +167,35 @@ class CheckpointStore:
         return tuple(sorted(checksums)), state_names
 
     def _path(self, iteration: int) -> Path:
-        return self.directory / f"{iteration:06d}"
+        """Of the checkpoint that was begun."""
+        return self._begun[iteration] if is_remote(self.directory) else self.directory / f"{iteration:06d}"
 
-    def _iterations(self) -> list[int]:
+    def committed(self) -> list[tuple[int, Path]]:
+        """The checkpoints, intact or damaged, by iteration, ascending."""
         with os_errors_explained("read", self.directory):
-            folders = list(self.directory.iterdir()) if self.directory.is_dir() else []
-        return [int(folder.name) for folder in folders if re.fullmatch(r"[0-9]{6,}", folder.name)]
+            if is_remote(self.directory):
+                folders = self._remote_folders(committed=True)
+            else:
+                folders = list(self.directory.iterdir()) if self.directory.is_dir() else []
+        named = [(match, folder) for folder in folders if (match := _FOLDER.fullmatch(folder.name))]
+        return sorted((int(match[1]), folder) for match, folder in named)
+
+    def _remote_folders(self, *, committed: bool) -> list[Path]:
+        """Those with a manifest, or those without one."""
+        files = [name.split("/", 1) for name in objects.files(self.directory) if "/" in name]
+        with_manifest = {folder for folder, file in files if file == _MANIFEST}
+        chosen = with_manifest if committed else {folder for folder, _ in files} - with_manifest
+        return [self.directory / folder for folder in sorted(chosen)]
 
     def _prune(self, newest: int) -> None:
-        kept = sorted(iteration for iteration in self._iterations() if iteration <= newest)[-self.keep :]
-        surplus = [self._path(iteration) for iteration in self._iterations() if iteration not in kept]
+        committed, own = self.committed(), self._path(newest)
+        before = [path for iteration, path in committed if iteration < newest]
+        kept = [own, *before[max(0, len(before) - self.keep + 1) :]]
+        surplus = [path for _, path in committed if path not in kept]
+        if is_remote(self.directory):
+            for folder in surplus:
+                objects.remove_directory(folder)
+            return
         for folder in [*surplus, *self.directory.glob(f"*{OLD}")]:
             # renamed first, so that a kill in the middle leaves litter and not a checkpoint that looks damaged
             litter = folder.with_name(folder.name + PARTIAL)
@@ -168,9 +218,18 @@ def write_checkpoint_array(folder: Path, name: str, array: np.ndarray) -> None:
     np.save(buffer, array, allow_pickle=False)
     path = _file(folder, name)
     with os_errors_explained("write", path):
+        if is_remote(path):
+            objects.put(path, buffer.getvalue())
+            return
         if path.parent != folder:
             path.parent.mkdir(exist_ok=True)
         path.write_bytes(buffer.getbuffer())
+
+
+def _files(folder: Path) -> list[str]:
+    if is_remote(folder):
+        return list(objects.files(folder))
+    return [file.relative_to(folder).as_posix() for file in folder.rglob("*")]
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -178,5 +237,6 @@ def _file(folder: Path, name: str) -> Path:
 
 
 def _load(folder: Path, name: str) -> np.ndarray:
-    array: np.ndarray = np.load(_file(folder, name), allow_pickle=False)
+    with _file(folder, name).open("rb") as stream:
+        array: np.ndarray = np.load(stream, allow_pickle=False)
     return array

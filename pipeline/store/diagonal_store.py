@@ -18,14 +18,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from pipeline.store.atomic import write_file_atomically
+from pipeline.store.atomic import local_copy, write_file_atomically
 from pipeline.store.errors import StoreError, os_errors_explained
+from pipeline.store.location import is_remote
+from pipeline.store.manifest import checksum
+from pipeline.store.objects import read_range
 
 _MOST_SHARDS = 4
 """In one unit: a worker gives it back in time that is counted in shards, and a crash costs no more."""
@@ -127,37 +130,43 @@ class DiagonalSums:
             entries = list(self.folder.iterdir()) if self.folder.is_dir() else []
         found = {entry: int(entry.stem) for entry in entries if re.fullmatch(r"[0-9]{5,}\.safetensors", entry.name)}
         for path in found:
-            with self._opened(path):
-                pass
+            self._metadata(path)
         return set(found.values())
 
     def _n_folded(self) -> int:
-        if not self._total.exists():
-            return 0
-        with self._opened(self._total) as file:
-            return int(file.metadata()["units"])
+        return int(self._metadata(self._total)["units"]) if self._total.exists() else 0
 
     def _added(self, paths: list[Path]) -> dict[str, np.ndarray]:
         """The sum of the files, from the first to the last."""
         sums: dict[str, np.ndarray] = {}
         for path in paths:
             with self._opened(path) as file:
-                if sums and sums.keys() != set(file.keys()):
+                found = _read(file)
+                if found is None or (sums and sums.keys() != found.keys()):
                     raise self._damaged(path)
-                for name in file.keys():  # noqa: SIM118 - it is no mapping
-                    values = file.get_tensor(name)
+                for name, values in found.items():
                     sums[name] = sums[name] + values if name in sums else values
         return sums
+
+    def _metadata(self, path: Path) -> dict[str, str]:
+        if not is_remote(path):
+            with self._opened(path) as file:
+                return dict(file.metadata())
+        metadata: dict[str, str] = _header(path).get("__metadata__", {})  # an object is whole, and may be large
+        self._check(path, metadata)
+        return metadata
+
+    def _check(self, path: Path, metadata: Mapping[str, str]) -> None:
+        if metadata.get("signature") != self.signature:
+            raise StoreError(
+                f"{path} is of another run: choose another run_dir, or delete {self.folder} to compute it again"
+            )
 
     @contextmanager
     def _opened(self, path: Path) -> Iterator[safe_open]:
         try:
-            with os_errors_explained("read", path), safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("signature") != self.signature:
-                    raise StoreError(
-                        f"{path} is of another run: choose another run_dir, or delete {self.folder} to compute it again"
-                    )
+            with os_errors_explained("read", path), local_copy(path) as copy, safe_open(copy, "numpy") as file:
+                self._check(path, file.metadata() or {})
                 yield file
         except SafetensorError as error:
             raise self._damaged(path) from error
@@ -167,11 +176,42 @@ class DiagonalSums:
         return StoreError(f"{path} is damaged: delete it and run the same command again")
 
 
+def _header(path: Path) -> dict[str, Any]:
+    """Of a safetensors object: a JSON text after 8 bytes that say how long it is."""
+    length = int.from_bytes(read_range(path, 0, 8), "little")
+    header: dict[str, Any] = json.loads(read_range(path, 8, 8 + length))
+    return header
+
+
+def read_diagonal(path: Path) -> dict[str, np.ndarray]:
+    """The numbers of a safetensors file of this module, by parameter.
+
+    Raises:
+        StoreError: it is missing or damaged.
+    """
+    try:
+        with os_errors_explained("read", path), safe_open(path, framework="numpy") as file:
+            found = _read(file)
+    except SafetensorError:
+        found = None
+    if found is None:
+        raise StoreError(f"{path} is damaged: delete it and run the same command again")
+    return found
+
+
+def _read(file: safe_open) -> dict[str, np.ndarray] | None:
+    """The numbers in a file; None when they are not those that were written."""
+    arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    expected = (file.metadata() or {}).get("checksum")
+    return arrays if expected in (None, checksum(arrays)) else None
+
+
 def _write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file: 8 bytes of the header's length, the header, the numbers."""
     # what numpy makes of a scalar is no array, and safetensors takes strides for granted
     plain = {name: np.asarray(values, order="C") for name, values in arrays.items()}
-    content = memoryview(save(plain, dict(metadata)))
+    metadata = {**metadata, "checksum": checksum(plain)}
+    content = memoryview(save(plain, metadata))
     length = int.from_bytes(content[:8], "little")
     header = json.loads(bytes(content[8 : 8 + length]))
     # its metadata come in another order each time, and the same numbers must give the same file

@@ -20,7 +20,8 @@ from zarr.codecs import Crc32cCodec
 
 from pipeline.store.atomic import replacing_directory, write_file_atomically
 from pipeline.store.errors import StoreError
-from pipeline.store.groups import create_group, open_array, open_group, write_durably
+from pipeline.store.groups import Part, create_group, open_array, open_group, restore_metadata, write_durably
+from pipeline.store.location import location
 
 SCHEMA_VERSION = 1
 _KIND = "a store of directions"
@@ -56,7 +57,7 @@ class DirectionStore:
         Raises:
             StoreError: it cannot be written.
         """
-        path = Path(path)
+        path = location(path)
         own = {"n_components": n_components, "parameters": list(shapes)}
         with replacing_directory(path) as partial:
             group = create_group(partial, _KIND, SCHEMA_VERSION, own, attrs)
@@ -72,13 +73,27 @@ class DirectionStore:
         return cls.open(path)
 
     @classmethod
+    def restore(cls, path: str | Path, **layout: Any) -> DirectionStore:
+        """The store at `path`, whose metadata are made again where they are missing; its directions stay.
+
+        Args:
+            layout: what it was created with.
+
+        Raises:
+            StoreError: it is damaged otherwise, or cannot be written.
+        """
+        path = location(path)
+        restore_metadata(path, lambda fresh: cls.create(fresh, **layout))
+        return cls.open(path)
+
+    @classmethod
     def open(cls, path: str | Path) -> DirectionStore:
         """The store at `path`.
 
         Raises:
             StoreError: there is none, or it is damaged.
         """
-        path = Path(path)
+        path = location(path)
         group, attrs = open_group(path, _KIND, SCHEMA_VERSION, "lift")
         return cls(path, {name: open_array(group, path, name, "lift") for name in attrs["parameters"]}, attrs)
 
@@ -98,10 +113,11 @@ class DirectionStore:
                 raise ValueError(f"{name} must have shape {array.shape[1:]}, not {values.shape}")
             if not np.isfinite(values).all():
                 raise ValueError(f"the direction in {name} is not finite")
-        for name, values in direction.items():
-            write_durably(
-                self.path, name, self.arrays[name], component, component, values.astype(self.arrays[name].dtype)
-            )
+        parts = (
+            Part(name, self.arrays[name], component, component, values.astype(self.dtype))
+            for name, values in direction.items()
+        )
+        write_durably(self.path, parts)
 
     def read(self, component: int) -> dict[str, np.ndarray]:
         """One component's direction, by parameter name, float32.
@@ -122,14 +138,17 @@ class DirectionStore:
         # what numpy makes of a scalar is no array, and safetensors takes strides for granted
         tensors = {name: np.require(values, requirements="C") for name, values in self.read(component).items()}
         content = save(tensors, {"component": str(component)})
-        write_file_atomically(Path(file), lambda stream: stream.write(content))
+        write_file_atomically(location(file), lambda stream: stream.write(content))
 
     def _check(self, component: int) -> None:
         if not 0 <= component < self.n_components:
             raise IndexError(f"component {component} is outside 0..{self.n_components - 1}")
 
     def _read(self, name: str, component: int) -> np.ndarray:
-        damage = f"{name} of {self.path} is corrupt: delete {self.path} and run `npeff lift {self.path.parent}` again"
+        damage = (
+            f"{name} of direction {component} in {self.path} is corrupt: run `npeff check --repair {self.path.parent}` "
+            f"or delete {self.path} and run `npeff lift {self.path.parent}` again"
+        )
         try:
             values = np.asarray(self.arrays[name][component], np.float32)
         except (ValueError, OSError) as error:

@@ -1,8 +1,9 @@
-"""The one exception of this package, and the one place where the operating system's errors become sentences."""
+"""The exceptions of this package, and the one place where the operating system's errors become sentences."""
 
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,13 @@ class StoreError(Exception):
     """Something on disk is missing, damaged, foreign or cannot be written.
 
     The message is one line that names the path and says what to do about it.
+    """
+
+
+class ObjectStoreError(Exception):
+    """A request that an object store refused or did not answer, in one line that says what to do.
+
+    It is no StoreError: it says nothing of what is stored, and must not be taken for damage.
     """
 
 
@@ -30,6 +38,7 @@ def os_errors_explained(action: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error).partition("\n")[0]
+        gone = os.strerror(errno.ENOENT) if isinstance(error, FileNotFoundError) else None
+        reason = error.strerror or gone or str(error).partition("\n")[0]
         advice = _ADVICE.get(error.errno or 0, "mend this and run the same command again")
         raise StoreError(f"cannot {action} {path}: {reason}; {advice}") from error

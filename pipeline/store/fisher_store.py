@@ -35,11 +35,22 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from pipeline.store.atomic import replacing_directory
+from pipeline.store.atomic import is_committed, replacing_directory
 from pipeline.store.bfloat16 import NAN_BITS, decode_bfloat16, encode_bfloat16
 from pipeline.store.errors import StoreError, os_errors_explained
-from pipeline.store.groups import create_group, open_array, open_group, stored_path, write_durably
+from pipeline.store.groups import (
+    Part,
+    create_group,
+    damaged_metadata,
+    open_array,
+    open_group,
+    restore_metadata,
+    stored_bytes,
+    stored_path,
+    write_durably,
+)
 from pipeline.store.layout import ShardPlan, inner_chunk_examples
+from pipeline.store.location import location
 from pipeline.store.manifest import checksum as checksum_of
 from pipeline.store.manifest import record_path
 
@@ -163,9 +174,9 @@ class FisherStore:
         Raises:
             StoreError: there is something at `path` already, the sizes are impossible, or it cannot be written.
         """
-        path = Path(path)
+        path = location(path)
         with os_errors_explained("write", path):
-            exists = path.exists()
+            exists = is_committed(path)
         if exists:
             raise StoreError(f"{path} exists already: open it to resume, or choose another run_dir")
         if n_examples < 1:
@@ -195,15 +206,33 @@ class FisherStore:
         return cls.open(path)
 
     @classmethod
+    def restore(cls, path: str | Path, **layout: Any) -> FisherStore:
+        """The store at `path`, whose metadata are made again where they are missing; its shards stay.
+
+        Args:
+            layout: what it was created with.
+
+        Raises:
+            StoreError: it is damaged otherwise, or cannot be written.
+        """
+        path = location(path)
+        restore_metadata(path, lambda fresh: cls.create(fresh, **layout))
+        return cls.open(path)
+
+    @classmethod
     def open(cls, path: str | Path) -> FisherStore:
         """The store at `path`, to read, and to write the shards that are the caller's.
 
         Raises:
             StoreError: there is none, or it is damaged or of another schema version.
         """
-        path = Path(path)
+        path = location(path)
         group, attrs = open_group(path, _KIND, SCHEMA_VERSION, "fishers")
-        arrays = {name: open_array(group, path, name, "fishers") for name in _specs_of(attrs)}
+        specs = _specs_of(attrs)
+        arrays = {name: open_array(group, path, name, "fishers") for name in specs}
+        for name, spec in specs.items():
+            if (arrays[name].shape, arrays[name].dtype) != ((attrs["n_examples"], *spec.tail), spec.dtype):
+                raise damaged_metadata(path, name, "fishers")
         for name in set(arrays) - {"factors"}:
             # Zarr skips chunks that equal the fill value, as a shard without a valid example may; written anyway, a
             # missing file is always a loss. Factors never equal theirs, and their padding is worth skipping.
@@ -221,8 +250,9 @@ class FisherStore:
         """
         start, stop = self.plan.bounds(shard)
         stored = self._encode(shard, arrays)
-        for name, values in stored.items():
-            write_durably(self.path, name, self._arrays[name], shard, slice(start, stop), values)
+        rows = slice(start, stop)
+        parts = (Part(name, self._arrays[name], shard, rows, values) for name, values in stored.items())
+        write_durably(self.path, parts)
         return checksum_of(stored)
 
     def read_shard(self, shard: int, checksum: str | None = None) -> dict[str, np.ndarray]:
@@ -314,7 +344,7 @@ class FisherStore:
     def _read(self, name: str, shard: int, rows: slice | np.ndarray) -> np.ndarray:
         """Rows, all of which lie in `shard`, of one stored array."""
         path = stored_path(self.path, name, self._arrays[name], shard)
-        if not path.is_file() or not path.stat().st_size:  # Zarr reads either as fill values
+        if not stored_bytes(path):  # Zarr reads a missing or empty file as fill values
             raise self._shard_error(shard, f"has no {name}")
         try:
             return np.asarray(self._arrays[name].oindex[rows])

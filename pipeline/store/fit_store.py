@@ -18,6 +18,7 @@ import numpy as np
 
 from pipeline.store.atomic import write_file_atomically
 from pipeline.store.errors import StoreError
+from pipeline.store.location import location
 from pipeline.store.manifest import checksum, read_json, write_json_atomically
 
 
@@ -37,7 +38,7 @@ class FitStore:
     """
 
     def __init__(self, directory: str | Path, signature: str) -> None:
-        self.directory, self.signature = Path(directory), signature
+        self.directory, self.signature = location(directory), signature
 
     def write(self, name: str, components_KD: np.ndarray, facts: Mapping[str, Any]) -> None:
         """Store a fit, or replace it; `facts` (JSON) are kept in its record.
@@ -65,17 +66,36 @@ class FitStore:
             raise StoreError(f"fit {name} in {self.directory} is gone: run the same command again to make it again")
         return found
 
+    def names(self) -> list[str]:
+        """Of the fits that have a record, whole or not."""
+        return sorted(path.stem for path in self.directory.glob("*.json"))
+
+    def verify(self, name: str) -> None:
+        """Read a fit, whatever its signature.
+
+        Raises:
+            StoreError: it is not there whole.
+        """
+        if self._whole(name) is None:
+            raise StoreError(f"fit {name} in {self.directory} is damaged: run the same command again to make it again")
+
     def _read(self, name: str) -> StoredFit | None:
+        signature, fit = self._whole(name) or (None, None)
+        return fit if signature == self.signature else None
+
+    def _whole(self, name: str) -> tuple[str, StoredFit] | None:
+        """The signature and the fit; None where it is not there whole."""
         record_path = self._record(name)
         try:
             record = read_json(record_path) if record_path.is_file() else {}
             signature, expected, facts = record["signature"], record["checksum"], dict(record["facts"])
-            components_KD: np.ndarray = np.load(self._components(name), allow_pickle=False)
+            with self._components(name).open("rb") as stream:
+                components_KD: np.ndarray = np.load(stream, allow_pickle=False)
         except (StoreError, OSError, ValueError, EOFError, KeyError, TypeError):
             return None
-        if signature != self.signature or checksum({"components": components_KD}) != expected:
+        if checksum({"components": components_KD}) != expected:
             return None
-        return StoredFit(components_KD, facts)
+        return signature, StoredFit(components_KD, facts)
 
     def _components(self, name: str) -> Path:
         return self.directory / f"{name}.npy"

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import zarr
+from zarr.core.buffer import Buffer
+from zarr.storage import FsspecStore, MemoryStore, StorePath
 
-from pipeline.store.atomic import PARTIAL, fsync
+from pipeline.store import objects
+from pipeline.store.atomic import PARTIAL, fsync, is_committed, write_file_atomically
 from pipeline.store.errors import StoreError, os_errors_explained
-from pipeline.store.manifest import read_json
+from pipeline.store.location import is_remote
+from pipeline.store.manifest import SEAL, read_json, sealed, unsealed
+
+METADATA = "zarr.json"
 
 
 def create_group(folder: Path, kind: str, version: int, own: Mapping[str, Any], attrs: Mapping[str, Any]) -> zarr.Group:
@@ -22,10 +31,11 @@ def create_group(folder: Path, kind: str, version: int, own: Mapping[str, Any], 
         ValueError: `attrs` redefines an attribute of the format, or something is not JSON.
     """
     own = {"kind": kind, "schema_version": version, **own}
-    if clash := sorted(set(own) & set(attrs)):
+    if clash := sorted({*own, SEAL} & set(attrs)):
         raise ValueError(f"attrs may not redefine {clash}")
     # through JSON and back, so that NaN is refused here and what is read equals what was written
-    return zarr.create_group(folder, attributes=json.loads(json.dumps({**own, **attrs}, allow_nan=False)))
+    attributes = sealed(json.loads(json.dumps({**own, **attrs}, allow_nan=False)))
+    return zarr.create_group(folder, attributes=attributes)
 
 
 def open_group(path: Path, kind: str, version: int, command: str) -> tuple[zarr.Group, dict[str, Any]]:
@@ -35,11 +45,11 @@ def open_group(path: Path, kind: str, version: int, command: str) -> tuple[zarr.
         StoreError: there is none, or it is damaged, something else, or of another schema version.
     """
     with os_errors_explained("read", path):
-        exists = path.is_dir()
+        exists = is_committed(path) if is_remote(path) else path.is_dir()
     if not exists:
         raise StoreError(f"{path} does not exist: run `npeff {command} {path.parent}` first")
     try:
-        metadata = read_json(path / "zarr.json")
+        metadata = read_json(path / METADATA)
     except StoreError as error:
         raise StoreError(_damaged(path / "zarr.json", path, command)) from error
     attrs = metadata.get("attributes") if isinstance(metadata, dict) else None
@@ -51,19 +61,55 @@ def open_group(path: Path, kind: str, version: int, command: str) -> tuple[zarr.
             "use the version that wrote it, or choose another run_dir"
         )
     try:
-        return zarr.open_group(path, mode="r+"), attrs
+        return zarr.open_group(_zarr_store(path), mode="r+"), unsealed(attrs)
     except (KeyError, ValueError, TypeError) as error:
         raise StoreError(_damaged(path / "zarr.json", path, command)) from error
+
+
+def restore_metadata(path: Path, create: Callable[[Path], object]) -> None:
+    """Write those ``zarr.json`` of a group that are missing; what is stored in it stays.
+
+    Args:
+        create: makes the same group, without content, at the path it is given.
+
+    Raises:
+        StoreError: they cannot be written.
+    """
+    with os_errors_explained("write", path), tempfile.TemporaryDirectory(prefix="npeff-") as folder:
+        fresh = Path(folder, path.name)
+        create(fresh)
+        for source in sorted(fresh.rglob(METADATA)):
+            target = path / source.relative_to(fresh).as_posix()
+            if not is_committed(target):
+                write_file_atomically(target, partial(_copy, source))
+
+
+def _copy(source: Path, stream: BinaryIO) -> None:
+    stream.write(source.read_bytes())
 
 
 def open_array(group: zarr.Group, path: Path, name: str, command: str) -> zarr.Array:
     """One array of the group at `path`. Raises StoreError when it is missing or its metadata are damaged."""
     try:
         array = group[name]
-    except (KeyError, ValueError, TypeError) as error:
-        raise StoreError(_damaged(path / name, path, command)) from error
-    assert isinstance(array, zarr.Array)
+    except (KeyError, ValueError, TypeError, OSError) as error:
+        raise StoreError(_damaged(path / name / METADATA, path, command)) from error
+    if not isinstance(array, zarr.Array):  # a flipped bit in its node_type
+        raise StoreError(_damaged(path / name / METADATA, path, command))
     return array
+
+
+def _zarr_store(path: Path) -> Path | FsspecStore:
+    if not is_remote(path):
+        return path
+    from pipeline.store.s3 import S3
+
+    return FsspecStore(S3(asynchronous=True), path=objects.key_of(path))
+
+
+def damaged_metadata(path: Path, name: str, command: str) -> StoreError:
+    """That of an array, or, where `name` is empty, of the group at `path`."""
+    return StoreError(_damaged(path / name / METADATA, path, command))
 
 
 def _damaged(what: Path, group_path: Path, command: str) -> str:
@@ -75,21 +121,56 @@ def stored_path(group_path: Path, name: str, array: zarr.Array, index: int) -> P
     return group_path / name / array.metadata.encode_chunk_key((index, *[0] * (array.ndim - 1)))
 
 
-def write_durably(
-    group_path: Path, name: str, array: zarr.Array, index: int, rows: int | slice, values: np.ndarray
-) -> None:
-    """Write the rows that make up the `index`-th shard or chunk, whole, so that they survive a power failure.
+def stored_bytes(path: Path) -> int:
+    """Size of a file; 0 where there is none."""
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The rows that make up the `index`-th shard, or chunk, of an array, whole."""
+
+    name: str
+    array: zarr.Array
+    index: int
+    rows: int | slice
+    values: np.ndarray
+
+
+def write_durably(group_path: Path, parts: Iterator[Part]) -> None:
+    """Write parts of arrays of a group, so that they survive a power failure.
 
     Raises:
-        StoreError: the disk refuses. Other shards are untouched; this one may be gone.
+        StoreError: the disk refuses. Other parts are untouched; this one may be gone.
     """
-    path = stored_path(group_path, name, array, index)
-    with os_errors_explained("write", path):
-        for litter in path.parent.glob(f"{path.name}.*{PARTIAL}"):  # of a writer killed inside Zarr
-            litter.unlink()
-        path.unlink(missing_ok=True)  # Zarr would read a former shard first, and fail on a corrupt one
-        array[rows] = values
-        for entry in (path, *path.parents):
-            fsync(entry)
-            if entry == group_path:
-                break
+    if is_remote(group_path):
+        objects.put_all(dict(_encoded(group_path, part) for part in parts))
+        return
+    for part in parts:
+        path = stored_path(group_path, part.name, part.array, part.index)
+        with os_errors_explained("write", path):
+            for litter in path.parent.glob(f"{path.name}.*{PARTIAL}"):  # of a writer killed inside Zarr
+                litter.unlink()
+            path.unlink(missing_ok=True)  # Zarr would read a former shard first, and fail on a corrupt one
+            part.array[part.rows] = part.values
+            for entry in (path, *path.parents):
+                fsync(entry)
+                if entry == group_path:
+                    break
+
+
+def _encoded(group_path: Path, part: Part) -> tuple[Path, bytes]:
+    """The object that a part is stored as.
+
+    Zarr makes it in memory. Through it, a former one would have to be deleted first, and a second worker with the same
+    shard would take away what the first has recorded.
+    """
+    made: dict[str, Buffer] = {}
+    in_memory = StorePath(MemoryStore(made), part.name)
+    zarr.Array(dataclasses.replace(part.array.async_array, store_path=in_memory))[part.rows] = part.values
+    path = stored_path(group_path, part.name, part.array, part.index)
+    (content,) = made.values()
+    return path, content.to_bytes()

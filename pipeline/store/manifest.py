@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,28 +19,62 @@ import numpy as np
 
 from pipeline.store.atomic import write_file_atomically
 from pipeline.store.errors import StoreError, os_errors_explained
+from pipeline.store.location import is_remote, location
+from pipeline.store.objects import create
 
 _CHECKSUM_BYTES = 16
 
 
+SEAL = "seal"
+"""Key under which a JSON object carries the checksum of the rest of it: a flipped bit may leave it well-formed."""
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with its seal, which `unsealed` verifies. NaN and infinity are refused (ValueError)."""
+    return {**content, SEAL: json_checksum(content)}
+
+
+def unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What was sealed; an object without a seal as it is. Raises ValueError when it is not what was sealed."""
+    rest = {key: value for key, value in content.items() if key != SEAL}
+    if SEAL in content and content[SEAL] != json_checksum(rest):
+        raise ValueError("it does not match its seal")
+    return rest
+
+
+def json_checksum(content: Mapping[str, Any]) -> str:
+    """BLAKE2b, in hex, of a JSON object, whatever the order of its keys. Raises ValueError where it is not JSON."""
+    read_again = json.loads(json.dumps(content, allow_nan=False))  # keys are strings then, tuples are lists
+    return hashlib.blake2b(json.dumps(read_again, sort_keys=True).encode(), digest_size=_CHECKSUM_BYTES).hexdigest()
+
+
 def write_json_atomically(path: Path, obj: Any) -> None:
-    """Create or replace a JSON file. NaN and infinity are refused (ValueError): they are not JSON."""
-    text = json.dumps(obj, indent=2, allow_nan=False) + "\n"
-    write_file_atomically(path, lambda stream: stream.write(text.encode()))
+    """Create or replace a JSON file; objects are sealed. NaN and infinity are no JSON and refused (ValueError)."""
+    content = _json(obj)
+    write_file_atomically(path, lambda stream: stream.write(content))
+
+
+def _json(obj: Any) -> bytes:
+    content = sealed(obj) if isinstance(obj, dict) else obj
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+    """The content of a JSON file, without its seal.
 
     Raises:
-        StoreError: the file is missing, unreadable or not JSON.
+        StoreError: the file is missing, unreadable, not JSON, or not what was sealed.
     """
     with os_errors_explained("read", path):
         content = path.read_bytes()
     try:
-        return json.loads(content)
+        found = json.loads(content)
     except ValueError as error:  # of which UnicodeDecodeError is a kind
         raise StoreError(f"{path} is damaged (not JSON): delete it and run the same command again") from error
+    try:
+        return unsealed(found) if isinstance(found, dict) else found
+    except ValueError as error:
+        raise StoreError(f"{path} is damaged ({error}): delete it and run the same command again") from error
 
 
 def checksum(arrays: Mapping[str, np.ndarray]) -> str:
@@ -50,9 +84,32 @@ def checksum(arrays: Mapping[str, np.ndarray]) -> str:
         array = arrays[name]
         if array.dtype.hasobject:
             raise ValueError(f"array {name!r} holds Python objects, which have no stable bytes")
-        digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        digest.update(_described(name, array.dtype, array.shape))
+        digest.update(_bytes_of(array))
     return digest.hexdigest()
+
+
+class ChecksumInBlocks:
+    """`checksum` of one array, which is given in blocks of rows, in order."""
+
+    def __init__(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+        self._dtype = dtype
+        self._digest = hashlib.blake2b(_described(name, dtype, shape), digest_size=_CHECKSUM_BYTES)
+
+    def update(self, block: np.ndarray) -> None:
+        assert block.dtype == self._dtype
+        self._digest.update(_bytes_of(block))
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def _described(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    return json.dumps([name, dtype.str, shape]).encode()
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def file_checksum(path: Path) -> str:
@@ -96,7 +153,7 @@ class ShardRecords:
 
     def __init__(self, directory: str | Path, signature: str) -> None:
         """`signature`: hash of everything a shard of this run depends on; records of another one are refused."""
-        self.directory = Path(directory)
+        self.directory = location(directory)
         self.signature = signature
 
     def complete(self) -> dict[int, CompletionRecord]:
@@ -110,11 +167,39 @@ class ShardRecords:
         paths = [path for path in entries if re.fullmatch(r"[0-9]{5,}\.json", path.name)]
         return {int(path.stem): self._read(path) for path in sorted(paths, key=lambda path: int(path.stem))}
 
+    def read(self, shard: int) -> CompletionRecord:
+        """The record of one shard.
+
+        Raises:
+            StoreError: it is missing, damaged, or of another signature.
+        """
+        return self._read(record_path(self.directory, shard))
+
     def write(self, record: CompletionRecord) -> None:
-        """Record a shard as complete. Its arrays must be durable already (`FisherStore.write_shard` returned)."""
+        """Record a shard as complete. Its arrays must be durable already (`FisherStore.write_shard` returned).
+
+        On an object store two workers may come to the same shard, where one was thought lost: the first records it, and
+        the second's must be equal.
+
+        Raises:
+            StoreError: it is not, or the record cannot be written.
+        """
         if record.signature != self.signature:
             raise ValueError(f"record of signature {record.signature!r} among records of {self.signature!r}")
-        write_json_atomically(record_path(self.directory, record.shard), asdict(record))
+        path = record_path(self.directory, record.shard)
+        if not is_remote(path):
+            write_json_atomically(path, asdict(record))
+        elif not create(path, _json(asdict(record))) and (first := self._read(path).checksum) != record.checksum:
+            raise StoreError(
+                f"shard {record.shard} was computed twice with different results, of checksum {first} and "
+                f"{record.checksum}: delete {path} and run the same command again"
+            )
+
+    def withdraw(self, shards: Iterable[int]) -> None:
+        """Before shards that are complete are computed again: on an object store the first record of a shard stands."""
+        for path in (record_path(self.directory, shard) for shard in shards):
+            if is_remote(path):
+                path.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> CompletionRecord:
         content = read_json(path)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,8 +27,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.store.atomic import PARTIAL, fsync, make_directory
+from pipeline.store.atomic import PARTIAL, fsync, local_copy, make_directory
 from pipeline.store.errors import StoreError, os_errors_explained
+from pipeline.store.location import is_remote, location
+from pipeline.store.objects import upload_files
 
 PefFormat = Literal["LRM-PEF", "LVRM-PEF"]
 DecompositionFormat = Literal["LRM decomposition", "D decomposition"]
@@ -387,7 +390,7 @@ def file_format(path: str | Path) -> Format:
     Raises:
         StoreError: it cannot be read, or has none of them.
     """
-    with _opened(Path(path)) as file:
+    with _opened(location(path)) as file:
         return _format(file)
 
 
@@ -398,7 +401,7 @@ def open_pef(path: str | Path) -> Iterator[PefFile]:
     Raises:
         StoreError: it cannot be read, is of another format, or its arrays and attributes do not agree.
     """
-    with _opened(Path(path)) as file:
+    with _opened(location(path)) as file:
         form = _format(file)
         if form != "LRM-PEF" and form != "LVRM-PEF":
             raise StoreError(f"{path} has the format {form}: give an LRM-PEF or LVRM-PEF file")
@@ -408,7 +411,7 @@ def open_pef(path: str | Path) -> Iterator[PefFile]:
 @contextmanager
 def open_diagonal_pef(path: str | Path) -> Iterator[DiagonalPefFile]:
     """A D-PEF file, to read. Raises StoreError as `open_pef` does."""
-    with _opened(Path(path)) as file:
+    with _opened(location(path)) as file:
         form = _format(file)
         if form != "D-PEF":
             raise StoreError(f"{path} has the format {form}: give a D-PEF file")
@@ -418,7 +421,7 @@ def open_diagonal_pef(path: str | Path) -> Iterator[DiagonalPefFile]:
 @contextmanager
 def open_decomposition(path: str | Path) -> Iterator[DecompositionFile]:
     """An LRM or D decomposition, to read. Raises StoreError as `open_pef` does."""
-    with _opened(Path(path)) as file:
+    with _opened(location(path)) as file:
         form = _format(file)
         if form != "LRM decomposition" and form != "D decomposition":
             raise StoreError(f"{path} has the format {form}: give an LRM or D decomposition")
@@ -433,7 +436,7 @@ def write_pef(path: str | Path, header: PefHeader, blocks: Iterable[PefBlock]) -
         StoreError: it cannot be written. The former content of `path` is untouched.
     """
     N, low_rank = header.n_examples, header.format == "LRM-PEF"
-    with _created(Path(path)) as file:
+    with _created(location(path)) as file:
         data = file.create_group("data")
         data.attrs["n_parameters"] = header.n_parameters
         data.create_dataset("labels", (N,), "<i4")
@@ -472,7 +475,7 @@ def write_pef(path: str | Path, header: PefHeader, blocks: Iterable[PefBlock]) -
 def write_diagonal_pef(path: str | Path, header: DiagonalPefHeader, blocks: Iterable[DiagonalPefBlock]) -> None:
     """Create or replace a D-PEF file from blocks that follow each other. Raises as `write_pef` does."""
     N = header.n_examples
-    with _created(Path(path)) as file:
+    with _created(location(path)) as file:
         data, fisher = file.create_group("data"), file.create_group("data/fisher")
         fisher.attrs["dense_fisher_size"] = header.n_parameters
         data.create_dataset("labels", (N,), "<i4")
@@ -503,7 +506,7 @@ def write_decomposition(path: str | Path, decomposition: Decomposition, componen
     shape = (decomposition.n_components, len(decomposition.column_indices_M))
     if components_KM.shape != shape:
         raise ValueError(f"components have shape {components_KM.shape}, not {shape}")
-    with _created(Path(path)) as file:
+    with _created(location(path)) as file:
         data = file.create_group("data")
         data.create_dataset("W", data=decomposition.coefficients_NK, dtype="<f4")
         file.create_dataset(_COMPONENTS[decomposition.format], data=components_KM, dtype="<f4")
@@ -557,14 +560,15 @@ def _damage_explained(path: Path) -> Iterator[None]:
 @contextmanager
 def _opened(path: Path) -> Iterator[_File]:
     h5py = _h5py(path)
-    with os_errors_explained("read", path), path.open("rb"):
-        pass
-    if not h5py.is_hdf5(path):
-        raise StoreError(f"{path} is not an HDF5 file: give a file of the reference, or get it again")
-    with _damage_explained(path):
-        file = h5py.File(path, "r")
-    with file:
-        yield _File(path, file)
+    with local_copy(path) as copy:
+        with os_errors_explained("read", path), copy.open("rb"):
+            pass
+        if not h5py.is_hdf5(copy):
+            raise StoreError(f"{path} is not an HDF5 file: give a file of the reference, or get it again")
+        with _damage_explained(path):
+            file = h5py.File(copy, "r")
+        with file:
+            yield _File(path, file)
 
 
 @contextmanager
@@ -583,6 +587,12 @@ def _one_os_error() -> Iterator[None]:
 def _created(path: Path) -> Iterator[Any]:
     """A new HDF5 file in the place of `path`, once the body is through."""
     h5py = _h5py(path)
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="npeff-") as folder:
+            with _created(Path(folder, path.name)) as file:
+                yield file
+            upload_files(Path(folder), path.parent, [path.name])
+        return
     partial = path.with_name(path.name + PARTIAL)
     with os_errors_explained("write", path):
         make_directory(path.parent)

@@ -1,14 +1,19 @@
 """The Parquet tables ``<run>/tables/<name>.parquet``: their schemas, and writing and reading them checked.
 
+Rows are in small groups, so that whoever needs a few of them reads little; the groups' statistics say which.
+The key-value metadata of a file say which table it is and in which version. Files without them are of version 1, which
+differs in nothing but larger groups.
+
 A float is null where it is not known (yet), and NaN or infinite where it was computed and is. `examples` may have
 further columns, the metadata of the task.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +21,7 @@ import pyarrow.parquet as pq
 
 from pipeline.store.atomic import write_file_atomically
 from pipeline.store.errors import StoreError, os_errors_explained
+from pipeline.store.location import location
 
 _TYPES = {
     "int": pa.int64(),
@@ -81,7 +87,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "position_shares": _schema("component:int example:int position:int start:int? stop:int? token:str? share:float"),
     "repair": _schema("component:int n_top:int n_wrong:int odds_ratio:float p_value:float q_value:float"),
     "repair_steps": _schema(
-        "edit:int component:int sign:int step:float n_target:int mended_target:int lost_elsewhere:int "
+        "edit:int component:int sign:int step:float n_target:int mended_target:int gained:int broken:int "
         "accuracy_tuning:float chosen:bool"
     ),
     "selectivity": _schema("moved:int component:int examples:str sign:int n_examples:int kl:float"),
@@ -121,11 +127,29 @@ position_shares: the evidence ‖A_i ĝ_j‖² that a top example gives for a di
     characters of the example's text, null for a token that is not in it.
 repair: wrong predictions among each component's top examples, with a one-sided hypergeometric test and its
     Benjamini-Hochberg q-value, the least likely by chance first.
-repair_steps: one row per step tried: how many of its wrong top examples it mends, how many others it loses on balance,
-    and the accuracy on the tuning examples after it; `edit` counts the steps taken before it.
+repair_steps: one row per step tried: how many of its wrong top examples it mends, how many right predictions are
+    `gained` in all, how many that were right before any edit are `broken` after it, and the accuracy on the tuning
+    examples; `edit` counts the steps taken before it.
 """
 
 _MAY_HAVE_MORE_COLUMNS = ("examples",)
+
+TABLES_VERSION = 2
+_VERSION_KEY, _NAME_KEY = b"npeff.schema_version", b"npeff.table"
+
+_GROUP_BYTES = {"examples": 2**18}
+"""Of a row group, 1 MiB in other tables: single examples, scattered over the table, are what answers are made of."""
+_GROUP_ROWS = (256, 32_768)
+_WITHOUT_STATISTICS = ("logits", "image", "text")
+"""Columns by which nobody looks for rows in order; the least and the largest text would only swell the footer."""
+_ENCODINGS: dict[str, dict[str, Any]] = {
+    # less than half the size of the default encodings, and several times as fast to read
+    "coefficients": {
+        "compression": "zstd",
+        "use_dictionary": ["component"],
+        "column_encoding": {"example": "DELTA_BINARY_PACKED", "coefficient": "BYTE_STREAM_SPLIT"},
+    }
+}
 
 
 def write_table(path: str | Path, name: str, columns: Mapping[str, Any] | pa.Table) -> None:
@@ -138,19 +162,68 @@ def write_table(path: str | Path, name: str, columns: Mapping[str, Any] | pa.Tab
         StoreError: a column is missing, unknown, of another type or length, or null where that has no meaning, or the
             file cannot be written. The former content of `path` is untouched.
     """
-    if isinstance(columns, pa.Table):
-        columns = {column: columns[column] for column in columns.column_names}
-    table = _checked(name, columns)
-    write_file_atomically(Path(path), lambda stream: pq.write_table(table, stream, write_page_checksum=True))
+    write_table_in_parts(path, name, [columns])
 
 
-def read_table(path: str | Path, name: str) -> pa.Table:
-    """Table `name` from the Parquet file `path`.
+def write_table_in_parts(path: str | Path, name: str, parts: Iterable[Mapping[str, Any] | pa.Table]) -> None:
+    """The same, of a table that is given some rows at a time, each as in `write_table` and with the same columns."""
+    tables = (_checked(name, _columns(part)) for part in parts)
+    first = next(tables, SCHEMAS[name].empty_table())
+    metadata = {_NAME_KEY: name.encode(), _VERSION_KEY: str(TABLES_VERSION).encode()}
+    options = {
+        "write_statistics": [column for column in first.column_names if column not in _WITHOUT_STATISTICS],
+        "write_page_checksum": True,
+        **_ENCODINGS.get(name, {}),
+    }
+
+    def write(stream: BinaryIO) -> None:
+        with pq.ParquetWriter(stream, first.schema.with_metadata(metadata), **options) as writer:
+            for group in _in_groups(itertools.chain([first], tables), _GROUP_BYTES.get(name, 2**20)):
+                writer.write_table(group)
+
+    write_file_atomically(location(path), write)
+
+
+def _columns(part: Mapping[str, Any] | pa.Table) -> Mapping[str, Any]:
+    return {column: part[column] for column in part.column_names} if isinstance(part, pa.Table) else part
+
+
+def _in_groups(tables: Iterable[pa.Table], group_bytes: int) -> Iterator[pa.Table]:
+    """The same rows, in tables of about so many bytes."""
+    waiting: list[pa.Table] = []
+    n_waiting, size = 0, _GROUP_ROWS[0]
+    for table in tables:
+        if not len(table):
+            continue
+        size = int(np.clip(group_bytes * len(table) // max(table.nbytes, 1), *_GROUP_ROWS))
+        waiting.append(table)
+        n_waiting += len(table)
+        if n_waiting >= size:
+            whole = pa.concat_tables(waiting)
+            full = n_waiting - n_waiting % size
+            yield from (whole.slice(start, size) for start in range(0, full, size))
+            waiting, n_waiting = [whole.slice(full)], n_waiting - full
+    if n_waiting:
+        yield pa.concat_tables(waiting)
+
+
+def check_version(path: str | Path, schema: pa.Schema) -> None:
+    """Raise StoreError when a file of this schema was written by a later version of the program."""
+    version = (schema.metadata or {}).get(_VERSION_KEY, b"1")
+    if not version.isdigit() or int(version) > TABLES_VERSION:
+        raise StoreError(
+            f"{path} has schema version {version.decode(errors='replace')} and this program reads up to "
+            f"{TABLES_VERSION}: install the version of npeff-pipeline that wrote it, or a later one"
+        )
+
+
+def read_table(path: str | Path, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Table `name`, or some columns of it, from the Parquet file `path`.
 
     Raises:
         StoreError: the file is missing, damaged, or has not the columns of that table.
     """
-    path = Path(path)
+    path = location(path)
     with os_errors_explained("read", path):
         exists = path.is_file()
     if not exists:
@@ -159,14 +232,16 @@ def read_table(path: str | Path, name: str) -> pa.Table:
     with os_errors_explained("read", path):
         content = path.read_bytes()
     try:
-        table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
+        file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+        table = file.read(columns if columns is None else list(columns))
     except (pa.ArrowException, OSError) as error:
         raise StoreError(damaged) from error
-    schema = SCHEMAS[name]
-    found = pa.schema([table.schema.field(field.name) for field in schema if field.name in table.schema.names])
-    if found != schema or (table.num_columns != len(schema) and name not in _MAY_HAVE_MORE_COLUMNS):
+    stored, schema = file.schema_arrow, SCHEMAS[name]
+    check_version(path, stored)
+    found = pa.schema([stored.field(field.name) for field in schema if field.name in stored.names])
+    if found != schema or (len(stored) != len(schema) and name not in _MAY_HAVE_MORE_COLUMNS):
         raise StoreError(f"{path} has not the columns of table {name}: delete it and run the same command again")
-    return table
+    return table.replace_schema_metadata(None)
 
 
 def _checked(name: str, columns: Mapping[str, Any]) -> pa.Table:

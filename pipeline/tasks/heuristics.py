@@ -2,8 +2,9 @@
 them.
 
 A ground truth for explanations. Pairs of a premise and a hypothesis are written from templates whose true label is
-known (entailment, neutral, contradiction). Two heuristics are planted into the training set by sampling: every label is
-true, but of the pairs with a heuristic's cue, those where it is right are a stated share.
+known (entailment, neutral, contradiction). Two heuristics are planted into the labels of the training set: of the pairs
+with a heuristic's cue where it is wrong, a stated share is labelled as it says. The model learns both what is true and
+the heuristics, and mostly follows these where they disagree.
 
 - overlap: every word of the hypothesis is in the premise, so it is entailed (the lexical overlap heuristic of HANS,
   McCoy et al. 2019, arXiv 1902.01007). Wrong where subject and object have changed places, for example.
@@ -42,6 +43,7 @@ from pipeline.tasks.sentence_pairs import (
     Sentences,
     draw_pairs,
     example_counts,
+    planted_labels,
     training_counts,
 )
 
@@ -65,13 +67,12 @@ _ARROW = " → "
 class _Pairs(Examples):
     class_names = CLASSES
 
-    def __init__(self, pairs: Sequence[Pair]) -> None:
-        self._pairs = pairs
+    def __init__(self, pairs: Sequence[Pair], labels: Sequence[int]) -> None:
+        self._pairs, self.labels = pairs, labels
         self._tokens = [
             torch.tensor([_NUMBERS[word] for word in (_CLS, *pair.premise, _SEP, *pair.hypothesis, _SEP)])
             for pair in pairs
         ]
-        self.labels = [pair.label for pair in pairs]
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -191,7 +192,7 @@ class PlantedHeuristicsTask(Task):
         seed: of the pairs, the initial weights and the order of training.
         n_train: pairs to train on; a third of them has each heuristic's cue.
         n_examples: other pairs, which get Fishers.
-        plant_rate: share of the training pairs with a heuristic's cue where the heuristic is right.
+        plant_rate: of the training pairs with a heuristic's cue where it is wrong, the share that has its label.
         counter_share: share of the examples where a heuristic is wrong; half of them each heuristic's.
         epochs: passes over the training pairs.
         width: of the transformer.
@@ -202,7 +203,7 @@ class PlantedHeuristicsTask(Task):
         seed: int = 0,
         n_train: int = 6000,
         n_examples: int = 1200,
-        plant_rate: float = 0.9,
+        plant_rate: float = 0.7,
         counter_share: float = 0.3,
         epochs: int = 15,
         width: int = 48,
@@ -224,14 +225,17 @@ class PlantedHeuristicsTask(Task):
         if width % _HEADS:
             raise TaskError(f"planted-heuristics: width must be a multiple of {_HEADS}, not {width}")
         random, seen = Random(seed), set[Sentences]()  # noqa: S311  (no secrets)
-        self.training_pairs = draw_pairs(training_counts(n_train, plant_rate), random, seen)
-        self._examples = _Pairs(draw_pairs(example_counts(n_examples, counter_share), random, seen))
+        self.training_pairs = draw_pairs(training_counts(n_train), random, seen)
+        self.training_labels = planted_labels(self.training_pairs, plant_rate, random)
+        examples = draw_pairs(example_counts(n_examples, counter_share), random, seen)
+        self._examples = _Pairs(examples, [pair.label for pair in examples])
         self._seed, self._epochs, self._width = seed, epochs, width
 
     def prepare(self, cache: Path) -> None:
         target = cache / _MODEL_FILE
         if not target.exists():
-            model = _train(self._network(), _Pairs(self.training_pairs), epochs=self._epochs, seed=self._seed)
+            pairs = _Pairs(self.training_pairs, self.training_labels)
+            model = _train(self._network(), pairs, epochs=self._epochs, seed=self._seed)
             temporary = target.with_suffix(".partial")
             save_file(model.state_dict(), temporary)
             os.replace(temporary, target)

@@ -6,7 +6,7 @@ A premise is drawn and edited into a hypothesis.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
@@ -226,14 +226,26 @@ Sentences = tuple[tuple[str, ...], tuple[str, ...]]
 """Premise and hypothesis, whatever template they are from."""
 
 
-def training_counts(n_pairs: int, plant_rate: float) -> Counts:
-    """A third has each heuristic's cue, which is right in a share ``plant_rate`` of them (to the nearest pair)."""
+def training_counts(n_pairs: int) -> Counts:
+    """A third has each heuristic's cue, which is right in half of them."""
     n_cue = n_pairs // 3
-    n_right = round(plant_rate * n_cue)
     counts = {
-        (heuristic, wrong): n_cue - n_right if wrong else n_right for heuristic in RIGHT for wrong in (False, True)
+        (heuristic, wrong): n_cue // 2 if wrong else n_cue - n_cue // 2
+        for heuristic in RIGHT
+        for wrong in (False, True)
     }
     return counts | {("none", False): n_pairs - 2 * n_cue}
+
+
+def planted_labels(pairs: Sequence[Pair], rate: float, random: Random) -> list[int]:
+    """The pairs' true labels, but of a share ``rate`` of each heuristic's counter-examples (to the nearest pair) what
+    the heuristic says."""
+    labels = [pair.label for pair in pairs]
+    for heuristic, says in RIGHT.items():
+        wrong = [place for place, pair in enumerate(pairs) if pair.heuristic == heuristic and pair.counter_example]
+        for place in random.sample(wrong, round(rate * len(wrong))):
+            labels[place] = says
+    return labels
 
 
 def example_counts(n_pairs: int, counter_share: float) -> Counts:

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from pipeline.contingency import exact_tests
+
 _ROUNDING = 1e-9
 """Examples by which a share of a number of them may be off for want of digits."""
 
@@ -30,13 +32,9 @@ class OverRepresentation:
     n_wrong_K: NDArray[np.int64]
     """Wrong ones of the top examples."""
     odds_ratios_K: NDArray[np.float64]
-    """Odds of being wrong in the top over those outside, as counted; infinite if all wrong ones are in the top or all
-    of the top is wrong, NaN if that is 0/0."""
+    """As of `exact_tests`, as are the others."""
     p_values_K: NDArray[np.float64]
-    """P(so many wrong ones or more) if the top were drawn at random without replacement; 1 where it is empty."""
     q_values_K: NDArray[np.float64]
-    """To call significant all with q ≤ α keeps the expected share of false ones among them at most α (Benjamini &
-    Hochberg, Journal of the Royal Statistical Society B 57, 1995, 289-300)."""
 
 
 def over_represented(
@@ -51,20 +49,13 @@ def over_represented(
 
     Raises ValueError if a top example is not marked or there twice.
     """
-    n_all, n_wrong = int(among_N.sum()), int((wrong_N & among_N).sum())
     for top in top_examples:
         if not among_N[top].all() or len(np.unique(top)) != len(top):
             raise ValueError("top examples must be different ones of those that are marked")
     n_top_K = np.array([len(top) for top in top_examples], dtype=np.int64)
     n_wrong_K = np.array([wrong_N[top].sum() for top in top_examples], dtype=np.int64)
-    right_K = n_top_K - n_wrong_K
-    outside_wrong_K = n_wrong - n_wrong_K
-    outside_right_K = n_all - n_wrong - right_K
-    with np.errstate(divide="ignore", invalid="ignore"):
-        odds_ratios_K = (n_wrong_K * outside_right_K) / (right_K * outside_wrong_K)
-    p_values_K = np.minimum(stats.hypergeom.sf(n_wrong_K - 1, n_all, n_wrong, n_top_K), 1.0)
-    q_values_K = stats.false_discovery_control(p_values_K) if len(p_values_K) else p_values_K
-    return OverRepresentation(n_top_K, n_wrong_K, odds_ratios_K, p_values_K, q_values_K)
+    tests = exact_tests(int(among_N.sum()), int((wrong_N & among_N).sum()), n_top_K, n_wrong_K)
+    return OverRepresentation(n_top_K, n_wrong_K, tests.odds_ratios_K, tests.p_values_K, tests.q_values_K)
 
 
 @dataclass(frozen=True)
@@ -114,29 +105,36 @@ class RepairCandidate:
     step: float
     """Length, above 0."""
     target_N: NDArray[np.bool_]
-    """What is to be mended: the component's top examples that are wrong. The others are to stay as they are."""
+    """What is to be mended: the component's top examples that are wrong."""
     correct_after_N: NDArray[np.bool_]
+
+    def broken(self, unedited_correct_N: NDArray[np.bool_]) -> int:
+        """Predictions that were right before all edits, and are wrong after this step."""
+        return int((unedited_correct_N & ~self.correct_after_N).sum())
 
 
 def choose_step(
-    candidates: Sequence[RepairCandidate], correct_before_N: NDArray[np.bool_], max_harm: float
+    candidates: Sequence[RepairCandidate],
+    correct_before_N: NDArray[np.bool_],
+    unedited_correct_N: NDArray[np.bool_],
+    max_harm: float,
 ) -> RepairCandidate | None:
-    """The candidate with the best accuracy after it on the whole tuning split, of those that do no harm elsewhere.
+    """The candidate with the best accuracy after it on the whole tuning split, of those that do no harm.
 
-    Harmless is one by which the accuracy on the examples that are not its target falls by at most ``max_harm`` (a
-    share: 0.01 is one of a hundred). None if no harmless candidate mends a target and betters the accuracy. Of equals
-    the smaller step is taken, then the lower component, then the positive sign. The accuracy of the chosen one is the
-    best of many, so it says nothing: measure it on other examples. Raises ValueError for a candidate of another number
-    of examples.
+    Harmless is one after which at most a share ``max_harm`` of the predictions that were right before all edits are
+    wrong; what was mended elsewhere does not make up for them. None if no harmless candidate mends a target and betters
+    the accuracy. Of equals the smaller step is taken, then the lower component, then the positive sign. The accuracy of
+    the chosen one is the best of many, so it says nothing: measure it on other examples. Raises ValueError for a
+    candidate of another number of examples.
     """
     helpful: list[tuple[tuple[float, ...], RepairCandidate]] = []
     for candidate in candidates:
-        if candidate.correct_after_N.shape != correct_before_N.shape:
+        after_N = candidate.correct_after_N
+        if not after_N.shape == correct_before_N.shape == unedited_correct_N.shape:
             raise ValueError("candidates must be of the tuning split whose correctness before is given")
-        change_N = candidate.correct_after_N.astype(np.int64) - correct_before_N
-        target_N = candidate.target_N
-        mended, lost = int(change_N[target_N].sum()), -int(change_N[~target_N].sum())
-        if lost <= max_harm * int((~target_N).sum()) + _ROUNDING and mended > 0 and mended > lost:
-            rank = (lost - mended, candidate.step, candidate.component, -candidate.sign)
-            helpful.append((rank, candidate))
+        gained = int(after_N.sum()) - int(correct_before_N.sum())
+        mended = int(after_N[candidate.target_N].sum()) - int(correct_before_N[candidate.target_N].sum())
+        harmless = candidate.broken(unedited_correct_N) <= max_harm * int(unedited_correct_N.sum()) + _ROUNDING
+        if harmless and mended > 0 and gained > 0:
+            helpful.append(((-gained, candidate.step, candidate.component, -candidate.sign), candidate))
     return min(helpful, key=lambda pair: pair[0])[1] if helpful else None

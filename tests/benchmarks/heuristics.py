@@ -1,11 +1,13 @@
-"""Do components find the heuristics that were planted into a model's training set?
+"""Do components find the heuristics that were planted into a model's training labels, and does repair mend them?
 
-    python tests/benchmarks/heuristics.py [--seeds 0 1 2 3 4] [--components 24] [--examples 1800] [--plant-rate 0.9]
-                                          [--counter-share 0.3] [--top 20] [--verbose] [--output FILE]
+    python tests/benchmarks/heuristics.py [--seeds 0 1 2 3 4] [--components 24] [--examples 2400] [--plant-rate 0.7]
+                                          [--counter-share 0.3] [--top 20] [--edits 6] [--max-harm 0.01]
+                                          [--verbose] [--output FILE]
 
 Every seed is a run of its own: the task `planted-heuristics` draws its pairs and trains its model, and the command's
-own stages compute Fishers and factorize them on two thirds of the examples. What is printed of components is measured
-on the other third; a component that has the best AUC was chosen on the first two. Prints tables and writes JSON.
+own stages compute Fishers and factorize them on two thirds of the examples, and choose edits of the model on these.
+What is printed of components and of the edited model is measured on the other third; a component that has the best AUC
+was chosen on the first two. Prints tables and writes JSON.
 
 A heuristic is *used* on an example where its cue is there and the model gives its answer; the model is *fooled* where
 it is used and wrong. Whatever knows the prediction has a high AUC for either against all other examples, so it is given
@@ -29,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from quickstart import machine
+from safetensors.torch import load_file
 from scipy.special import softmax
 from scipy.stats import hypergeom
 from sklearn.linear_model import LogisticRegression
@@ -40,6 +43,7 @@ from pipeline import stages
 from pipeline.config import RunConfig
 from pipeline.progress import LogProgress, SilentProgress
 from pipeline.run_directory import RunDirectory
+from pipeline.tasks import load_task
 
 ANSWERS = {"overlap": 0, "negation": 2}
 """The class that each heuristic says."""
@@ -49,8 +53,10 @@ SIGNIFICANT = 0.01
 """Of a p-value times the number of components that it is the best of."""
 
 
-def measured(options: dict[str, Any], n_components: int, top: int, *, verbose: bool) -> dict[str, Any]:
-    """One run: how often the model is right, and what the components say of either heuristic."""
+def measured(
+    options: dict[str, Any], n_components: int, top: int, repair: dict[str, Any], *, verbose: bool
+) -> dict[str, Any]:
+    """One run: how often the model is right, what the components say of either heuristic, and what a repair mends."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         document = {
@@ -58,6 +64,7 @@ def measured(options: dict[str, Any], n_components: int, top: int, *, verbose: b
             "seed": options["seed"],
             "task": {"name": "planted-heuristics", "options": options},
             "factorization": {"n_components": n_components, "stability_examples": 0},
+            "repair": repair,
             "executor": {"kind": "serial"},
         }
         run = RunDirectory.create(RunConfig.model_validate(document))
@@ -67,12 +74,27 @@ def measured(options: dict[str, Any], n_components: int, top: int, *, verbose: b
         store = stages.open_components(run.path)
         table = store.table("examples").to_pydict()
         coefficients_NK = np.asarray(store.coefficients.compute())
+        stages.lift(run, progress=progress)
+        edits = stages.repair(run, progress=progress)["edits"]
+        correct_after_N = correct_after(run) if edits else np.array(table["correct"])
     columns = {name: np.array(table[name]) for name in TAKEN}
     columns["held_out"] = np.array(table["split"]) == "held_out"
     columns["p_NC"] = softmax(np.array(table["logits"], dtype=np.float64), axis=1)
     correct, counter = columns["correct"], columns["counter_example"]
+    held_out = columns["held_out"]
     return {
         "options": options,
+        "repair": {
+            "edits": edits,
+            **{
+                name: {"n": int(part.sum()), "before": correct[part].mean(), "after": correct_after_N[part].mean()}
+                for name, part in {
+                    "counter": held_out & counter,
+                    "elsewhere": held_out & ~counter,
+                    **{heuristic: held_out & counter & (columns["heuristic"] == heuristic) for heuristic in ANSWERS},
+                }.items()
+            },
+        },
         "n_components": n_components,
         "explained": fit["explained"],
         "explained_held_out": fit["explained_held_out"],
@@ -82,6 +104,16 @@ def measured(options: dict[str, Any], n_components: int, top: int, *, verbose: b
         "heuristics": {name: found(name, columns, coefficients_NK, top) for name in ANSWERS},
         "seconds": time.monotonic() - began,
     }
+
+
+def correct_after(run: RunDirectory) -> np.ndarray:
+    """Which examples the edited model, as it was saved, gets right."""
+    task = load_task(run.config.task.name, run.config.task.options)
+    model, examples = task.model(run.task_cache), task.examples(run.task_cache)
+    model.load_state_dict(load_file(run.repaired / "model.safetensors"), strict=False)
+    with torch.no_grad():
+        predicted = task.logits(model, examples.batch(range(len(examples)))).argmax(1).numpy()
+    return predicted == np.array(examples.table()["label"])
 
 
 def found(name: str, columns: dict[str, np.ndarray], coefficients_NK: np.ndarray, top: int) -> dict[str, Any]:
@@ -163,6 +195,12 @@ def show(results: list[dict[str, Any]]) -> None:
             f"{heuristics['overlap']['accuracy_counter']:>11.3f}{heuristics['negation']['accuracy_counter']:>11.3f}"
             f"{row['explained_held_out']:>11.3f}{row['seconds']:>6.0f}"
         )
+    print("\nrepair: accuracy on held-out pairs, before → after, by the edited model")
+    print(f"{'seed':>6}{'counter-examples':>24}{'elsewhere':>24}{'overlap ✗':>24}{'negation ✗':>24}{'edits':>7}")
+    for row in results:
+        cells = (row["repair"][part] for part in ("counter", "elsewhere", *ANSWERS))
+        texts = [f"{c['before']:.3f} → {c['after']:.3f} ({c['after'] - c['before']:+.3f})" for c in cells]
+        print(f"{row['options']['seed']:>6}" + "".join(f"{t:>24}" for t in texts) + f"{len(row['repair']['edits']):>7}")
     for name in ANSWERS:
         print(f"\n{name}: share of the best component's top examples (expected share; p; components with p < 0.01)")
         print(f"{'seed':>6}{'counter-examples':>32}{'fooled':>32}")
@@ -185,10 +223,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--components", type=int, default=24)
-    parser.add_argument("--examples", type=int, default=1800)
-    parser.add_argument("--plant-rate", type=float, default=0.9)
+    parser.add_argument("--examples", type=int, default=2400)
+    parser.add_argument("--plant-rate", type=float, default=0.7)
     parser.add_argument("--counter-share", type=float, default=0.3)
     parser.add_argument("--top", type=int, default=20)
+    parser.add_argument("--edits", type=int, default=6, help="repair.max_edits")
+    parser.add_argument("--max-harm", type=float, default=0.01, help="repair.max_harm")
     parser.add_argument("--verbose", action="store_true", help="show the progress of every run")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/heuristics.json"))
     arguments = parser.parse_args()
@@ -203,7 +243,8 @@ def main() -> None:
             "plant_rate": arguments.plant_rate,
             "counter_share": arguments.counter_share,
         }
-        results.append(measured(options, arguments.components, arguments.top, verbose=arguments.verbose))
+        repair = {"max_edits": arguments.edits, "max_harm": arguments.max_harm}
+        results.append(measured(options, arguments.components, arguments.top, repair, verbose=arguments.verbose))
         output.write_text(json.dumps({"machine": about, "results": results}, indent=2) + "\n")
         print(f"seed {seed} done in {results[-1]['seconds']:.0f} s", flush=True)
     show(results)

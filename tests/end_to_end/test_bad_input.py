@@ -129,9 +129,9 @@ def forget(run_dir: Path, *stages: str) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def flip(path: Path) -> None:
+def flip(path: Path, where: float = 0.5) -> None:
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0xFF
+    content[int(len(content) * where)] ^= 0xFF
     path.write_bytes(content)
 
 
@@ -154,7 +154,7 @@ def truncate(path: Path) -> None:
         ({"fishers": [1]}, "fishers must be a mapping"),
         ({"parameters": {"include": "*"}}, "parameters.include must be a list"),
         ({"executor__workers": 2}, "the serial executor has one worker, not 2"),
-        ({"run_dir": "s3://bucket/run"}, "is a URI"),
+        ({"run_dir": "gs://bucket/run"}, "give a local path or a URI s3://bucket/prefix"),
         ({"run_dir": "/proc/run"}, "cannot write to /proc/run"),
         ({"run_dir": __file__}, "Not a directory"),
     ],
@@ -357,8 +357,83 @@ def test_a_question_that_cannot_be_answered_is_one_line(
     assert said in command.refused("query", finished_run, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("select", "RUN", "--components", "x"), "are no numbers of components"),
+        (("select", "RUN", "--components", "8:4:1"), "components"),
+        (("select", "RUN", "--components", "0"), "components"),
+        (("select", "RUN", "--components", "1000"), "n_components"),
+        (("select", "RUN", "--seeds", "0"), "'--seeds'"),
+        (("transform", "RUN"), "Missing option '--run'"),
+        (("transform", "RUN", "--run", "HERE/nothing.yaml"), "no run file at"),
+        (("transform", "HERE/nowhere", "--run", "RUN"), "no run in"),
+        (("transform", "RUN", "--run", "RUN"), "RUN has components of its own"),
+        (("repair", "HERE/nowhere"), "no run file at"),
+        (("repair", "RUN", "--run-dir", "HERE/x"), "--run-dir goes with a run file"),
+        (("export", "RUN", "HERE/x", "--what", "direction"), "--component goes with --what direction"),
+        (("export", "RUN", "HERE/x", "-c", "1"), "--component goes with --what direction"),
+        (("export", "RUN", "HERE/x", "--what", "direction", "-c", "99"), "has components 0 to 2, no 99"),
+        (("export", "RUN", "HERE/x", "--what", "direction", "-c", "-1"), "'--component'"),
+        (("export", "RUN", "HERE", "--what", "direction", "-c", "0"), "cannot write"),
+        (("export", "RUN", "HERE/x", "--what", "nothing"), "'nothing' is not one of"),
+        (("export", "RUN", "HERE/x", "--values", "0"), "'--values'"),
+        (("export", "HERE/nowhere", "HERE/x"), "no run in"),
+        (("import", "HERE/nothing.h5", "HERE/new"), "nothing.h5"),
+        (("import", "HERE/text", "HERE/new"), "HERE/text"),
+        (("import", "HERE", "HERE/new"), "HERE"),
+        (("import", "HERE/text", "HERE/new", "--components", "0"), "'--components'"),
+        (("import", "HERE/text", "HERE/new", "--held-out", "2"), "'--held-out'"),
+        (("estimate", "HERE/nothing.yaml"), "no run file at"),
+        (("estimate", "HERE/list.yaml"), "list.yaml"),
+        (("estimate", "HERE/binary.yaml"), "binary.yaml"),
+        (("estimate", "RUN", "--workers", "0"), "'--workers'"),
+        (("submit", "HERE/nothing.yaml"), "no run file at"),
+        (("submit", "RUN/run.yaml", "--address", "http://127.0.0.1:1"), "127.0.0.1:1"),
+        (("submit", "RUN/run.yaml", "--address", "nonsense"), "nonsense"),
+        (("submit", "RUN/run.yaml", "--py-module", "HERE/nowhere"), "'--py-module'"),
+        (("check",), "Missing argument 'RUN_DIR'"),
+        (("check", "HERE"), "it has no run.yaml"),
+        (("check", "RUN/run.yaml"), "it is a file"),
+        (("check", "RUN", "--repair", "--workers", "0"), "'--workers'"),
+        (("run", "HERE/list.yaml"), "list.yaml"),
+        (("run", "HERE/binary.yaml"), "binary.yaml"),
+        (("run", "HERE/empty.yaml"), "empty.yaml"),
+        (("factorize", "RUN", "--max-iterations", "0"), "'--max-iterations'"),
+        (("factorize", "RUN", "--max-iterations", "3"), "another configuration"),
+        (("query", "RUN", "top", "-c", "0", "-n", "0"), "'-n'"),
+        (("query", "RUN", "sql", ""), "a query is one SELECT statement"),
+        (("query", "RUN", "sql", "copy components to 'x.csv'"), "a query is one SELECT statement"),
+        (("query", "RUN", "sql", "attach 'x.db'"), "a query is one SELECT statement"),
+        (("query", "RUN", "selection"), "selection"),
+        (("query", "RUN/run.yaml", "components"), "run.yaml"),
+        (("status", "RUN/run.yaml"), "it is a file"),
+        (("report", "HERE/nowhere"), "no run file at"),
+        (("nonsense",), "No such command 'nonsense'"),
+    ],
+)
+def test_malformed_arguments_of_every_command_change_nothing(
+    command: Command, finished_run: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    (command.folder / "text").write_text("no HDF5 file")
+    (command.folder / "list.yaml").write_text("- 1\n")
+    (command.folder / "empty.yaml").write_text("")
+    (command.folder / "binary.yaml").write_bytes(bytes(range(256)))
+    before = contents(command.folder) | contents(finished_run)
+
+    def filled(text: str) -> str:
+        return text.replace("RUN/", f"{finished_run}/").replace("HERE", str(command.folder))
+
+    given = [str(finished_run) if each == "RUN" else filled(each) for each in arguments]
+    answer = command.refused(*given).replace(str(finished_run), "RUN").replace(str(command.folder), "HERE")
+    assert said in answer
+    assert contents(command.folder) | contents(finished_run) == before
+
+
 def test_a_table_that_is_damaged_is_not_answered_from(command: Command, run_dir: Path) -> None:
-    flip(run_dir / "tables" / "coefficients.parquet")
+    flip(
+        run_dir / "tables" / "coefficients.parquet", where=0.1
+    )  # among the numbers: half of a small file is its footer
     said = command.refused(
         "query", run_dir, "sql", "select sum(coefficient), sum(example), sum(component) from coefficients"
     )

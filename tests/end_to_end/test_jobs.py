@@ -3,169 +3,189 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
+import re
 import signal
-import socket
 import subprocess
-import sys
-import tempfile
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import yaml
+from end_to_end import faults, job_faults
+from end_to_end.local_head import LocalHead, free_ports, write_run_file
 
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
 STAGES = ("fishers", "factorize", "lift", "verify")
-
-
-@dataclass(frozen=True)
-class Cluster:
-    address: str
-    environment: dict[str, str]
-
-    def command(self, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            arguments, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=200, check=False
-        )
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [listener.getsockname()[1] for listener in sockets]
-    for listener in sockets:
-        listener.close()
-    return ports
+pytestmark = pytest.mark.timeout(900)  # a minute or two on two free cores
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """A head node of our own: on loopback, on ports of its own, with token authentication."""
-    folder = tempfile.mkdtemp(prefix="npeff-ray-")  # a test's own folder has too long a name for Ray's sockets
-    token = secrets.token_hex(16)
-    environment = {
-        **os.environ,
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": token,
-        "RAY_TMPDIR": folder,
-    }
-    port, dashboard, agent, client = free_ports(4)
-    start = (
-        f"ray start --head --block --num-cpus 2 --node-ip-address 127.0.0.1 --port {port} --dashboard-host 127.0.0.1 "
-        f"--dashboard-port {dashboard} --dashboard-agent-listen-port {agent} --ray-client-server-port {client} "
-        f"--disable-usage-stats --temp-dir {folder}"
-    )
-    log = Path(folder) / "head.log"
-    with log.open("wb") as stream:
-        head = subprocess.Popen(start.split(), env=environment, cwd=ROOT, stdout=stream, stderr=stream)
-    try:
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{dashboard}/api/jobs/", headers={"Authorization": f"Bearer {token}"}
-        )
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                with urllib.request.urlopen(request, timeout=5):
-                    break
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
-                assert head.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.2)
-        yield Cluster(f"http://127.0.0.1:{dashboard}", environment)
-    finally:
-        head.send_signal(signal.SIGTERM)  # with --block it ends what it started
-        head.wait(timeout=60)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def run_file(folder: Path, **changes: object) -> Path:
-    document = {
-        "run_dir": str(folder / "run"),
-        "task": {"name": "digits", "options": {"limit": 90, "epochs": 3}},
-        "fishers": {"sketch": {"dim": 128}, "shard_size": 30},
-        "factorization": {"n_components": 4, "max_iterations": 4},
-        "verification": {"top_examples": 5, "baseline_examples": 10},
-    }
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(document | changes))
-    return path
+def head() -> Iterator[LocalHead]:
+    with LocalHead() as head:
+        yield head
 
 
 def complete_stages(run: Path) -> set[str]:
     return {stage for stage in STAGES if (run / "stages" / f"{stage}.json").exists()}
 
 
-def test_a_plain_ray_job_runs_everything_and_its_logs_follow(cluster: Cluster, tmp_path: Path) -> None:
-    config = run_file(tmp_path)
-    job = ("ray", "job", "submit", "--address", cluster.address, "--")
-    done = cluster.command(*job, "python", "jobs/pipeline.py", "--config", str(config))
+@pytest.fixture(scope="module")
+def undisturbed(head: LocalHead, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run made by a plain Ray job, and its log as it followed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = faults.write_run_file(folder / "run.yaml")
+    job = ("ray", "job", "submit", "--address", head.address, "--")
+    done = head.command(*job, "python", "jobs/pipeline.py", "--config", config, "--run-dir", folder / "run")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "fishers: 3/3 shards" in done.stdout
-    assert f"report: {tmp_path / 'run' / 'report' / 'index.html'}" in done.stdout
-    assert complete_stages(tmp_path / "run") == set(STAGES)
+    return folder / "run", done.stdout
 
 
-def test_the_stages_are_jobs_of_their_own(cluster: Cluster, tmp_path: Path) -> None:
-    config = run_file(tmp_path)
+def test_a_plain_ray_job_runs_everything_and_its_logs_follow(undisturbed: tuple[Path, str]) -> None:
+    run, log = undisturbed
+    assert f"fishers: {faults.N_SHARDS}/{faults.N_SHARDS} shards" in log
+    assert f"report: {run / 'report' / 'index.html'}" in log
+    assert complete_stages(run) == set(STAGES)
+
+
+def test_the_stages_are_jobs_of_their_own(head: LocalHead, tmp_path: Path) -> None:
+    config = write_run_file(tmp_path)
     commands = [f"python jobs/{stage}.py --config {config}" for stage in (*STAGES, "report")]
-    job = ("ray", "job", "submit", "--address", cluster.address, "--")
-    done = cluster.command(*job, "sh", "-c", " && ".join(commands))
+    job = ("ray", "job", "submit", "--address", head.address, "--")
+    done = head.command(*job, "sh", "-c", " && ".join(commands))
     assert done.returncode == 0, done.stdout + done.stderr
     assert complete_stages(tmp_path / "run") == set(STAGES)
     assert (tmp_path / "run" / "report" / "index.html").exists()
 
 
-def test_npeff_submit_runs_from_anywhere_follows_and_resumes_when_repeated(cluster: Cluster, tmp_path: Path) -> None:
-    run_file(tmp_path, run_dir="relative/run")
-    submit = ("npeff", "submit", "run.yaml", "--address", cluster.address)
-    first = cluster.command(*submit, cwd=tmp_path)
+def test_npeff_submit_runs_from_anywhere_follows_and_resumes_when_repeated(head: LocalHead, tmp_path: Path) -> None:
+    write_run_file(tmp_path, run_dir="relative/run")
+    submit = ("npeff", "submit", "run.yaml", "--address", head.address)
+    first = head.command(*submit, cwd=tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
     run = tmp_path / "relative" / "run"
     assert complete_stages(run) == set(STAGES)
     before = {path: path.stat().st_mtime_ns for path in run.glob("stages/*.json")}
-    again = cluster.command(*submit, cwd=tmp_path)
+    again = head.command(*submit, cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"report: {run / 'report' / 'index.html'}" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in run.glob("stages/*.json")} == before
 
 
-def test_the_exit_code_is_the_runs_and_the_line_that_says_why_is_in_the_log(cluster: Cluster, tmp_path: Path) -> None:
-    config = run_file(tmp_path, run_dir=str(tmp_path / "run.yaml" / "below-a-file"))
-    failed = cluster.command("npeff", "submit", str(config), "--address", cluster.address)
+def test_the_exit_code_is_the_runs_and_the_line_that_says_why_is_in_the_log(head: LocalHead, tmp_path: Path) -> None:
+    config = write_run_file(tmp_path, run_dir=str(tmp_path / "run.yaml" / "below-a-file"))
+    sent = ("NPEFF_GIVEN=a value", "PATH")
+    folder = tmp_path / "working"
+    folder.mkdir()
+    options = [*(word for text in sent for word in ("--env", text)), "--working-dir", folder]
+    reserved = ("--entrypoint-num-cpus", "0.5", "--entrypoint-memory", "1000000", "--entrypoint-num-gpus", "0")
+    failed = head.command("npeff", "submit", config, "--address", head.address, *options, *reserved)
     assert failed.returncode == 2
     assert "npeff: error: cannot write to" in failed.stdout
     assert "Traceback" not in failed.stdout + failed.stderr
+    job = job_faults.details(head, failed.stdout.split()[1])
+    assert job["runtime_env"]["env_vars"]["NPEFF_GIVEN"] == "a value"
+    assert job["runtime_env"]["env_vars"]["PATH"] == head.environment["PATH"]
+    assert job["metadata"]["npeff_run_dir"] == str(tmp_path / "run.yaml" / "below-a-file")
 
 
-def test_a_detached_submission_returns_at_once_and_can_be_followed(cluster: Cluster, tmp_path: Path) -> None:
-    config = run_file(tmp_path, run_dir=str(tmp_path / "run.yaml" / "below-a-file"))
-    sent = cluster.command("npeff", "submit", str(config), "--address", cluster.address, "--detach")
-    assert sent.returncode == 0, sent.stderr
-    follow = sent.stdout.splitlines()[-1].removeprefix("follow it: ")
-    assert follow.startswith(f"ray job logs --address {cluster.address} --follow raysubmit_")
-    logs = cluster.command(*follow.split())
-    assert "npeff: error: " in logs.stdout
+def test_a_run_goes_on_after_the_driver_a_worker_and_the_head_were_killed(
+    head: LocalHead, undisturbed: tuple[Path, str], tmp_path: Path
+) -> None:
+    run, config = tmp_path / "chain", faults.write_run_file(tmp_path / "run.yaml")
+    job = job_faults.submit("npeff", head, config, run)
+    job_faults.wait_for_units(head, job, run, "fishers", 3)
+    job_faults.strike(head, "driver")
+    shards = faults.units_done(run, "fishers")
+    assert job_faults.wait_for_end(head, job) == "FAILED"
+    assert job_faults.details(head, job)["driver_exit_code"] in (-9, 137)
+
+    second = job_faults.submit("npeff", head, config, run)
+    assert second == job.removesuffix("1") + "2"
+    job_faults.wait_for_units(head, second, run, "factorize", 4)
+    assert {name: faults.units_done(run, "fishers").get(name) for name in shards} == shards
+    job_faults.strike(head, "worker")
+    job_faults.wait_for_units(head, second, run, "verify", 2)
+    assert "starting the workers again from iteration" in job_faults.log(head, second), "the job goes on by itself"
+    measured = metrics(head, 'stage="factorize"')
+    assert measured["ray_npeff_stage_done"] == measured["ray_npeff_stage_total"] == faults.LAST_STEP
+    assert 0 < measured["ray_npeff_explained"] < 1
+    assert measured["ray_npeff_loss"] > 0
+    job_faults.strike(head, "head")
+    components = faults.units_done(run, "verify")
+    assert json.loads(head.get("/api/jobs/")) == [], "a new head knows nothing of the old one's jobs"
+
+    third = job_faults.submit("ray", head, config, run)
+    assert job_faults.wait_for_end(head, third) == "SUCCEEDED", job_faults.log(head, third)
+    assert {name: faults.units_done(run, "verify").get(name) for name in components} == components
+    assert faults.differences(run, undisturbed[0]) == []
 
 
-def test_a_server_that_does_not_answer_is_one_line(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_run_has_one_job_at_a_time_which_is_followed_stopped_and_resumed(head: LocalHead, tmp_path: Path) -> None:
+    many_shards = {"task": {"name": "digits", "options": {"epochs": 1}}, "fishers": {"shard_size": 1}}
+    config, run = write_run_file(tmp_path, **many_shards), tmp_path / "run"
+    here = ("--address", head.address)
+    log = tmp_path / "followed.log"
+    with log.open("wb") as stream:
+        submitted = subprocess.Popen(
+            ["npeff", "submit", config, *here], env=head.environment, stdout=stream, stderr=subprocess.STDOUT
+        )
+    job_faults.wait_for(lambda: bool(re.search(r"^fishers: \d+/", log.read_text(), re.MULTILINE)), "it was followed")
+    submitted.send_signal(signal.SIGINT)
+    assert submitted.wait(timeout=60) == 130
+    job = re.search(r"^submitted (npeff-run-[0-9a-f]{8}-1) to ", log.read_text(), re.MULTILINE)[1]
+    last = log.read_text().splitlines()[-1]
+    assert last.startswith("the job goes on: ")
+    assert f"npeff submit --stop {job}" in last
+    assert "Traceback" not in log.read_text()
+
+    again = head.command("npeff", "submit", config, *here, "--detach")
+    assert again.returncode == 0
+    assert again.stdout.splitlines()[0] == f"{job} works on this run already, on {head.address}"
+    other = head.command("npeff", "submit", write_run_file(tmp_path, seed=1), *here, "--detach")
+    assert other.returncode == 2
+    assert f"job {job} works on {run} with another run file" in other.stderr
+    shown = head.command("npeff", "status", run, *here)
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(rf"job {job}: RUNNING since .*: fishers: \d+/\d+ shards", shown.stdout)
+    assert "partial" in shown.stdout
+
+    config = write_run_file(tmp_path, **many_shards)
+    stopped = head.command("npeff", "submit", "--stop", config, *here)
+    assert stopped.stdout.startswith(f"{job}: STOPPED; what is finished is kept"), stopped.stderr
+    assert "npeff: interrupted; the same command goes on from here" in job_faults.log(head, job)
+    shards = len(faults.units_done(run, "fishers"))
+    resumed = job_faults.submit("npeff", head, config, run)
+    assert resumed == job.removesuffix("1") + "2"
+    job_faults.wait_for(lambda: len(faults.units_done(run, "fishers")) > shards, "it resumed")
+    assert head.command("npeff", "submit", "--stop", resumed, *here).returncode == 0
+
+
+def metrics(head: LocalHead, tag: str) -> dict[str, float]:
+    """This project's metrics with a tag, as soon as the solver's are on the node's Prometheus endpoint."""
+    found: dict[str, float] = {}
+
+    def come() -> bool:
+        with urllib.request.urlopen(f"http://127.0.0.1:{head.metrics_port}/metrics", timeout=30) as answer:
+            lines = answer.read().decode().splitlines()
+        for line in lines:
+            if line.startswith("ray_npeff_") and tag in line:
+                found[line.partition("{")[0]] = float(line.rpartition(" ")[2])
+        return "ray_npeff_explained" in found
+
+    job_faults.wait_for(come, "the metrics were on the endpoint")
+    return found
+
+
+def test_a_server_that_does_not_answer_is_one_line(head: LocalHead, tmp_path: Path) -> None:
     (port,) = free_ports(1)
-    failed = cluster.command("npeff", "submit", str(run_file(tmp_path)), "--address", f"http://127.0.0.1:{port}")
+    failed = head.command("npeff", "submit", str(write_run_file(tmp_path)), "--address", f"http://127.0.0.1:{port}")
     assert failed.returncode == 2
     assert failed.stderr.count("\n") == 1
-    assert f"cannot submit to http://127.0.0.1:{port}" in failed.stderr
+    assert f"cannot reach the job server at http://127.0.0.1:{port}" in failed.stderr
 
 
-def test_a_run_file_with_a_mistake_is_refused_before_anything_is_sent(cluster: Cluster, tmp_path: Path) -> None:
-    config = run_file(tmp_path, factorisation={"n_components": 3})
-    failed = cluster.command("npeff", "submit", str(config), "--address", cluster.address)
+def test_a_run_file_with_a_mistake_is_refused_before_anything_is_sent(head: LocalHead, tmp_path: Path) -> None:
+    config = write_run_file(tmp_path, factorisation={"n_components": 3})
+    failed = head.command("npeff", "submit", str(config), "--address", head.address)
     assert failed.returncode == 2
     assert "unknown key 'factorisation' (did you mean 'factorization'?)" in failed.stderr
     assert "submitted" not in json.dumps(failed.stdout)

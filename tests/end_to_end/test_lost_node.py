@@ -8,27 +8,35 @@ import secrets
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from end_to_end import cluster_faults
 
-
-@pytest.mark.skipif(
+slow = pytest.mark.skipif(
     os.environ.get("NPEFF_SLOW_TESTS") != "1",
     reason="starts a cluster of three nodes several times, more than a minute: set NPEFF_SLOW_TESTS=1",
 )
-@pytest.mark.timeout(600)
-def test_a_node_is_lost_and_another_comes_and_the_losses_are_the_undisturbed_ones(tmp_path: Path) -> None:
+
+
+def printed(module: str, *arguments: Path) -> dict[str, Any]:
+    """What a script prints last, in a process of its own with a token of its own."""
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     done = subprocess.run(
-        [sys.executable, "-m", "end_to_end.cluster_faults", tmp_path],
+        [sys.executable, "-m", module, *arguments],
         env={**os.environ, **token, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@slow
+@pytest.mark.timeout(600)
+def test_a_node_is_lost_and_another_comes_and_the_losses_are_the_undisturbed_ones(tmp_path: Path) -> None:
+    found = printed("end_to_end.cluster_faults", tmp_path)
     assert found["token_authentication"]
     events = [event for event, _ in found["events"]]
     assert events[0] == "node removed"
@@ -41,3 +49,17 @@ def test_a_node_is_lost_and_another_comes_and_the_losses_are_the_undisturbed_one
     assert sent[0] == sent[-1] > 0
     assert found["n_iterations"] == [cluster_faults.ITERATIONS] * 2
     assert found["largest_difference_of_losses"] < 1e-6
+
+
+@slow
+@pytest.mark.timeout(600)
+def test_places_that_were_lost_are_asked_for_again_so_that_an_autoscaler_starts_nodes() -> None:
+    assert printed("end_to_end.lost_nodes") == {
+        "whole": 0,
+        "without nodes": 2,
+        "places with one node": 1,
+        "with one node": 1,
+        "can be larger with one node": False,
+        "places with two nodes": 2,
+        "with two nodes": 0,
+    }

@@ -108,13 +108,12 @@ def test_components_are_tried_whose_top_examples_are_wrong_too_often(repaired: R
     assert [(row["component"], row["sign"] * row["step"]) for row in chosen] == [
         (edit["component"], edit["step"]) for edit in summary["edits"]
     ]
-    before = correct(repaired, [])
+    unedited = before = correct(repaired, [])
     for number, row in enumerate(chosen):
         after = correct(repaired, summary["edits"][: number + 1])
         assert row["accuracy_tuning"] == pytest.approx(after[fit].mean())
-        assert row["lost_elsewhere"] <= 0.01 * (fit.sum() - row["n_target"])
-        gained = row["mended_target"] - row["lost_elsewhere"]
-        assert gained == after[fit].sum() - before[fit].sum() > 0
+        assert row["broken"] == (unedited & ~after)[fit].sum() <= 0.01 * unedited[fit].sum()
+        assert row["gained"] == after[fit].sum() - before[fit].sum() > 0
         before = after
 
 

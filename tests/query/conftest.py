@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from sklearn.cluster import KMeans
@@ -19,6 +21,7 @@ from sklearn.linear_model import LogisticRegression
 
 from pipeline.store import DirectionStore, write_factorization, write_table
 
+WORD = re.compile(r"\w+")
 PARAMETERS = {
     "conv1.weight": (12, 1, 3, 3),
     "conv1.bias": (12,),
@@ -64,6 +67,7 @@ def write_run(
     n_components: int = 12,
     hostile_text: str | None = None,
     text_instead_of_images: bool = False,
+    shares: bool = False,
 ) -> SyntheticRun:
     """Write every stage's files; `hostile_text` goes wherever a data set or a model can put text of its own."""
     rng = np.random.default_rng(0)
@@ -97,10 +101,14 @@ def write_run(
         "history": _history(),
         "layer_energy": _layer_energy(rng, n_components, hostile),
         "verification": _verification(rng, n_components),
+        "selectivity": _selectivity(n_components),
     }
     (path / "tables").mkdir(parents=True)
     for name, table in tables.items():
         write_table(path / "tables" / f"{name}.parquet", name, table)
+    if shares:
+        table = _position_shares(rng, tables["top_examples"], tables["examples"], hostile)
+        pq.write_table(table, path / "tables" / "position_shares.parquet")
     _write_arrays(path, rng, coefficients, components)
     _write_records(path, hostile)
     return SyntheticRun(path, coefficients, components, split, valid)
@@ -226,6 +234,47 @@ def _layer_energy(rng: np.random.Generator, n_components: int, hostile: str) -> 
             "energy": energy.ravel(),
         }
     )
+
+
+def _selectivity(n_components: int) -> pa.Table:
+    """Component 1 also moves the examples of component 2; everything else is a hundredth."""
+    rows = [
+        {"moved": moved, "component": watched, "examples": "held_out", "sign": sign, "n_examples": 8,
+         "kl": 0.1 if moved == watched else 0.08 if (moved, watched) == (1, 2) else 0.001}
+        for sign in (1, -1) for moved in range(n_components) for watched in range(n_components)
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows)
+
+
+def _position_shares(rng: np.random.Generator, top: pa.Table, examples: pa.Table, hostile: str) -> pa.Table:
+    """Of texts, the words with their places, the third one most; of images, the pixels. Every second component's words
+    have no places."""
+    rows = []
+    for listed in top.to_pylist():
+        text = examples["text"][listed["example"]].as_py()
+        spans = (
+            [(None, None, None)] * 64
+            if text is None
+            else [(m.start(), m.end(), m.group()) for m in WORD.finditer(text)]
+        )
+        shares = rng.dirichlet(np.ones(len(spans)))
+        shares[2] = 1.0
+        for position, (start, stop, word) in enumerate(spans):
+            known = listed["component"] % 2 == 0
+            rows.append(
+                {
+                    "component": listed["component"],
+                    "example": listed["example"],
+                    "position": position,
+                    "start": start if known else None,
+                    "stop": stop if known else None,
+                    "token": word and f"{word}{hostile}",
+                    "share": float(shares[position]),
+                }
+            )
+    kinds = [("component", pa.int64()), ("example", pa.int64()), ("position", pa.int64()), ("start", pa.int64()),
+             ("stop", pa.int64()), ("token", pa.string()), ("share", pa.float64())]  # fmt: skip
+    return pa.Table.from_pylist(rows, schema=pa.schema(kinds))
 
 
 def _verification(rng: np.random.Generator, n_components: int) -> pa.Table:

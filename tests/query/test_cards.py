@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.query import ComponentStore
-from pipeline.query.cards import PARAMETERS_SHOWN, Bar, CardWriter, _bars, _image
+from pipeline.query.cards import PARAMETERS_SHOWN, Bar, CardWriter, _bars
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,20 @@ def test_many_parameters_keep_the_largest_in_their_order_and_the_sum() -> None:
     assert _bars([{"parameter": "only", "energy": 1.0}]) == [Bar("only", 1.0)]
 
 
-def test_only_png_images_are_shown() -> None:
-    assert _image(None) is None
-    assert _image(b"<svg xmlns='http://www.w3.org/2000/svg'/>") is None
+def test_contrast_examples_have_the_top_examples_prediction_and_no_part_in_the_component(
+    cards: CardWriter, run
+) -> None:
+    contrasted = [card for card in cards.cards() if card.contrast]
+    assert contrasted
+    for card in contrasted:
+        assert card.top_prediction is not None
+        assert {example.prediction for example in card.contrast} == {card.top_prediction.name}
+        largest = max(example.coefficient for example in card.examples)
+        assert all(run.coefficients[e.example, card.component] <= 0.01 * largest for e in card.contrast)
+        assert all(example.alike is not None and 0 < example.alike <= 1.001 for example in card.contrast)
+
+
+def test_a_card_says_which_others_its_direction_moves(cards: CardWriter) -> None:
+    plus, minus = cards.card(1).selectivity
+    assert (plus.sign, plus.own, plus.most_moved[0]) == (1, 0.1, (2, 0.08))
+    assert (minus.sign, minus.median_other) == (-1, 0.001)

@@ -1,172 +1,20 @@
-"""The report in a headless Chromium, driven through its DevTools pipe: no driver program, no port, no dependency."""
+"""The report in a headless Chromium."""
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-import shutil
-import subprocess
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
+from chromium import Browser, find_chromium
 
-from pipeline.query import write_report
+from pipeline.query import ComponentStore, in_common, report, write_report
+from pipeline.query.serve import make_server
 
 HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(2)>{{ 7 * 7 }}"""
-
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--remote-debugging-pipe",
-)
-
-
-LAUNCH = """
-import os, sys
-os.dup2(int(sys.argv[1]), 3)
-os.dup2(int(sys.argv[2]), 4)
-os.execv(sys.argv[3], sys.argv[3:])
-"""
-# the pipe's protocol: the browser reads commands from descriptor 3 and answers on 4
-
-
-def find_chromium() -> str | None:
-    """The path of an installed Chromium or Chrome."""
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    return next((path for path in map(shutil.which, names) if path), None)
-
-
-class Browser:
-    """One page; remembers what it complained about and what it asked for."""
-
-    def __init__(self, program: str, profile: Path) -> None:
-        to_browser, self._to_browser = os.pipe()
-        self._from_browser, from_browser = os.pipe()
-        os.set_blocking(self._from_browser, False)
-        inherited = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (to_browser, from_browser)]
-        self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                LAUNCH,
-                *map(str, inherited),
-                program,
-                *FLAGS,
-                f"--user-data-dir={profile}",
-                "about:blank",
-            ],
-            pass_fds=inherited,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for end in (to_browser, from_browser, *inherited):
-            os.close(end)
-        self._buffer = b""
-        self._calls = 0
-        self._session: str | None = None
-        self.complaints: list[str] = []
-        self.requests: list[str] = []
-        self._patience_s = 120.0  # a first start reads hundreds of megabytes from a disk that others may use
-        try:
-            self._attach()
-        except Exception:
-            self.close()
-            raise
-        self._patience_s = 30.0
-
-    def _attach(self) -> None:
-        targets = self.call("Target.getTargets")["targetInfos"]
-        page = next(target["targetId"] for target in targets if target["type"] == "page")
-        self._session = self.call("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
-
-    def open(self, path: Path, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
-        """Load a file and wait until it is there; `complaints` and `requests` start afresh."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self.complaints, self.requests = [], []
-        self.call("Page.navigate", url=path.resolve().as_uri())
-        deadline = time.monotonic() + 30
-        while self.evaluate("document.readyState") != "complete" or self.evaluate("location.href") == "about:blank":
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{path} did not load")
-            time.sleep(0.05)
-
-    def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression in the page."""
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        if "exceptionDetails" in answer:
-            raise RuntimeError(str(answer["exceptionDetails"]))
-        return answer["result"].get("value")
-
-    def close(self) -> None:
-        os.close(self._to_browser)  # the browser ends when its pipe does
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        os.close(self._from_browser)
-
-    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """One DevTools command and its result; events that arrive meanwhile are noted."""
-        self._calls += 1
-        message = {"id": self._calls, "method": method, "params": parameters}
-        if self._session is not None:
-            message["sessionId"] = self._session
-        _write_all(self._to_browser, json.dumps(message).encode() + b"\0")
-        while True:
-            answer = self._next_message()
-            if answer.get("id") == self._calls:
-                if "error" in answer:
-                    raise RuntimeError(f"{method}: {answer['error']}")
-                return dict(answer["result"])
-            self._note(answer)
-
-    def _note(self, event: dict[str, Any]) -> None:
-        method, parameters = event.get("method"), event.get("params", {})
-        if method == "Network.requestWillBeSent":
-            url = parameters["request"]["url"]
-            if not url.startswith("data:"):
-                self.requests.append(url)
-        elif method == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "warning", "assert"):
-            self.complaints.append(str(parameters["args"]))
-        elif method == "Runtime.exceptionThrown":
-            self.complaints.append(str(parameters["exceptionDetails"]))
-        elif method == "Log.entryAdded" and parameters["entry"]["level"] in ("error", "warning"):
-            self.complaints.append(parameters["entry"]["text"])
-        elif method == "Page.javascriptDialogOpening":
-            self.complaints.append(f"a dialog: {parameters['message']}")
-
-    def _next_message(self) -> dict[str, Any]:
-        deadline = time.monotonic() + self._patience_s
-        while b"\0" not in self._buffer:
-            if time.monotonic() > deadline or self._process.poll() is not None:
-                raise TimeoutError("the browser does not answer")
-            try:
-                self._buffer += os.read(self._from_browser, 1 << 20)
-            except BlockingIOError:
-                time.sleep(0.005)
-        message, _, self._buffer = self._buffer.partition(b"\0")
-        return dict(json.loads(message))
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
 
 
 @pytest.fixture(scope="module")
@@ -189,23 +37,33 @@ def test_the_report_opens_without_complaints_requests_or_sideways_scrolling(
     assert browser.complaints == []
     assert browser.requests == [report.as_uri()]
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
-    assert browser.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth === 8)")
-    assert browser.evaluate("getComputedStyle(document.querySelector('.gallery img')).imageRendering") == "pixelated"
+    shown = "[...document.querySelectorAll('.image')].map((e) => getComputedStyle(e).backgroundImage.slice(0, 20))"
+    assert set(browser.evaluate(shown)) == {'url("data:image/png;'}
+    assert browser.evaluate("getComputedStyle(document.querySelector('.gallery .image')).imageRendering") == "pixelated"
     background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     brightness = sum(int(part) for part in background.strip("rgb()").split(","))
     assert (brightness > 600) == (scheme == "light")
 
 
-def test_text_of_the_data_set_is_shown_as_text(browser: Browser, make_run: Callable) -> None:
-    browser.open(write_report(make_run(n_components=4, hostile_text=HOSTILE).path))
+@pytest.mark.parametrize("at_once", [64, 1])
+@pytest.mark.parametrize("texts", [False, True])
+def test_text_of_the_data_set_is_shown_as_text(
+    browser: Browser, make_run: Callable, monkeypatch, at_once: int, texts: bool
+) -> None:
+    monkeypatch.setattr(report, "CARDS_AT_ONCE", at_once)
+    monkeypatch.setattr(in_common, "SIGNIFICANT", 2.0)
+    run = make_run(n_components=4, hostile_text=HOSTILE, text_instead_of_images=texts, shares=True)
+    browser.open(write_report(run.path))
+    browser.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert browser.complaints == []
     assert len(browser.requests) == 1
     assert browser.evaluate("document.scripts.length") == 1
-    assert browser.evaluate("document.querySelectorAll('img:not([src^=\"data:image/png\"])').length") == 0
-    for place in ("h1", ".finding b", ".gallery .caption", ".mix th[scope=row]", ".energy th[scope=row]",
-                  "details th[scope=row]", "details td:last-child", "pre", "#provenance dd"):  # fmt: skip
-        texts = browser.evaluate(f"[...document.querySelectorAll('{place}')].map((e) => e.textContent).join(' ')")
-        assert HOSTILE in texts, place
+    assert browser.evaluate("document.images.length") == 0
+    places = ["h1", ".finding b", ".caption", ".mix th[scope=row]", ".energy th[scope=row]", ".common th",
+              "details th[scope=row]", "pre", "#provenance dd"]  # fmt: skip
+    for place in places + (["#component-0 .text", ".tokens b", ".text q"] if texts else []):
+        seen = browser.evaluate(f"[...document.querySelectorAll('{place}')].map((e) => e.textContent).join(' ')")
+        assert HOSTILE in seen, place
 
 
 def test_the_page_refuses_scripts_that_are_not_its_own(browser: Browser, run) -> None:
@@ -259,3 +117,137 @@ def test_a_card_is_reached_by_its_link(browser: Browser, run) -> None:
     browser.evaluate("document.querySelector('svg a[href=\"#component-7\"]').dispatchEvent(new MouseEvent('click'))")
     top = browser.evaluate("document.querySelector('#component-7').getBoundingClientRect().top")
     assert 0 <= top < 120
+
+
+def shown_components(browser: Browser) -> list[int]:
+    rows = "[...document.querySelectorAll('.sortable tbody tr')].filter((r) => r.checkVisibility())"
+    return browser.evaluate(f"{rows}.map((r) => Number(r.cells[0].textContent))")
+
+
+@pytest.mark.parametrize("at_once", [64, 2])
+def test_the_search_finds_components_by_what_their_cards_say(
+    browser: Browser, make_run: Callable, monkeypatch, at_once: int
+) -> None:
+    monkeypatch.setattr(report, "CARDS_AT_ONCE", at_once)
+    run = make_run(n_components=6, text_instead_of_images=True)
+    browser.open(write_report(run.path))
+    top = ComponentStore.open(run.path).table("top_examples")
+    card_of = "document.getElementById('component-{}')"
+    wanted = top["example"][0].as_py()
+    browser.evaluate("document.getElementById('search').focus()")
+    for key in f"number {wanted}.":
+        browser.press(key)
+    found = shown_components(browser)
+    assert 0 in found
+    assert len(found) < 6
+    assert browser.evaluate("document.getElementById('found').textContent") == f"{len(found)} of 6"
+    for component in range(6):
+        browser.evaluate(f"location.hash = 'component-{component}'")
+        said = browser.evaluate(card_of.format(component) + ".textContent")
+        assert (f"number {wanted}." in said) == (component in found), component
+    browser.evaluate("(() => { const box = document.getElementById('search'); box.value = '<p &amp; nothing';"
+                     " box.dispatchEvent(new Event('input')); })()")  # fmt: skip
+    assert shown_components(browser) == []
+
+
+def test_the_page_is_used_with_the_keyboard(browser: Browser, run) -> None:
+    browser.open(write_report(run.path))
+    focused = "document.activeElement.textContent"
+    browser.press("Tab")
+    assert browser.evaluate(focused) == "Skip to the components"
+    assert browser.evaluate("document.activeElement.getBoundingClientRect().left") >= 0
+    browser.press("Enter")
+    assert browser.evaluate("location.hash") == "#components"
+    browser.press("Tab")
+    assert browser.evaluate("document.activeElement.id") == "search"
+    for _ in range(3):
+        browser.press("Tab")
+    assert browser.evaluate(focused) == "Commonest label"
+    assert browser.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    browser.press("Enter")
+    assert browser.evaluate("document.activeElement.closest('th').getAttribute('aria-sort')") == "ascending"
+    browser.press("Enter")
+    assert browser.evaluate("document.activeElement.closest('th').getAttribute('aria-sort')") == "descending"
+
+
+def test_everything_has_a_name_and_headings_do_not_skip(browser: Browser, run) -> None:
+    browser.open(write_report(run.path))
+    nameless = (
+        "[...document.querySelectorAll('[role=img], [role=group], input, svg:not([aria-hidden])')].filter((e) =>"
+        " !e.getAttribute('aria-label') && !e.title && !(e.labels && e.labels.length))"
+        ".map((e) => e.outerHTML.slice(0, 99))"
+    )
+    assert browser.evaluate(nameless) == []
+    levels = browser.evaluate("[...document.querySelectorAll('h1, h2, h3, h4')].map((h) => Number(h.tagName[1]))")
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+
+
+def test_with_many_components_a_card_is_made_when_it_is_linked_to_seen_or_printed(
+    browser: Browser, run, monkeypatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(report, "CARDS_AT_ONCE", 2)
+    page = write_report(run.path)
+    made = "[...document.querySelectorAll('.card')].filter((c) => !c.querySelector('noscript')).length"
+    browser.call("Page.navigate", url="about:blank")  # the same page is not loaded anew for another fragment
+    browser.open(page.resolve().as_uri() + "#component-8")
+    assert browser.evaluate("document.querySelectorAll('#component-8 .gallery li').length") > 10
+    assert -10 <= browser.evaluate("document.querySelector('#component-8').getBoundingClientRect().top") < 120
+    browser.open(page)
+    assert browser.evaluate(made) < 3
+    assert browser.evaluate("document.querySelectorAll('#component-9 h3').length") == 1
+    browser.evaluate("document.querySelector('#component-9').scrollIntoView({behavior: 'instant'})")
+    seen = "document.querySelectorAll('#component-9 .gallery li').length"
+    deadline = time.monotonic() + 20
+    while not browser.evaluate(seen) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert browser.evaluate(seen) > 10
+    browser.print(tmp_path / "report.pdf")
+    assert browser.evaluate(made) == 12
+    assert browser.complaints == []
+
+
+def test_with_many_components_the_page_is_readable_without_scripts(browser: Browser, run, monkeypatch) -> None:
+    monkeypatch.setattr(report, "CARDS_AT_ONCE", 2)
+    page = write_report(run.path)
+    browser.call("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        browser.open(page)
+        assert browser.evaluate("document.querySelectorAll('#component-9 .gallery li').length") > 10
+        assert browser.evaluate("document.querySelector('#component-9 .gallery li').checkVisibility()")
+        assert not browser.evaluate("document.querySelector('.search').checkVisibility()")
+    finally:
+        browser.call("Emulation.setScriptExecutionDisabled", value=False)
+
+
+def test_shares_are_laid_over_images_and_can_be_hidden(browser: Browser, make_run: Callable) -> None:
+    browser.open(write_report(make_run(n_components=3, shares=True).path))
+    shown = "document.querySelector('.gallery .heat').checkVisibility()"
+    assert browser.evaluate(shown)
+    browser.evaluate("document.getElementById('heat').click()")
+    assert not browser.evaluate(shown)
+
+
+def test_the_live_view_works_in_a_browser(browser: Browser, run) -> None:
+    with make_server(run.path, 0, top_examples=4) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            home = f"http://127.0.0.1:{server.server_port}"
+            browser.open(f"{home}/top?component=2&n=3")
+            assert browser.evaluate("[...document.images].map((i) => i.naturalWidth)") == [8, 8, 8]
+            assert browser.evaluate("getComputedStyle(document.querySelector('.panel')).borderRadius") == "10px"
+            browser.evaluate("document.querySelector('textarea').value = 'select 6 * 7 as answer'")
+            browser.evaluate("document.querySelector('form[action=\"/sql\"] button').click()")
+            deadline = time.monotonic() + 20
+            while "/sql" not in browser.evaluate("location.pathname") and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert browser.evaluate("document.querySelector('#answer td').textContent") == "42"
+            browser.open(f"{home}/report#component-3")
+            assert browser.evaluate("document.querySelectorAll('.card').length") == 12
+            assert browser.complaints == []
+            assert {url[: len(home)] for url in browser.requests} == {home}
+        finally:
+            server.shutdown()
+            thread.join()

@@ -15,11 +15,19 @@ import torch
 
 from pipeline.factorization import IterationRecord
 from pipeline.runtime import placement, ray_executor, solver_driver
-from pipeline.runtime.executor import ExecutorError, SerialExecutor, WorkerLostError, WorkerSpec
-from pipeline.runtime.ray_executor import ATTEMPTS, RayExecutor
+from pipeline.runtime.executor import (
+    ATTEMPTS,
+    ExecutorError,
+    ItemsFailedError,
+    SerialExecutor,
+    WorkerLostError,
+    WorkerSpec,
+)
+from pipeline.runtime.ray_executor import RayExecutor
 from pipeline.runtime.solver_actor import Step
 from pipeline.runtime.solver_driver import LOSSES, run_solver
 from pipeline.store import CheckpointStore
+from pipeline.tasks import TaskError
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actors cannot import this file
 
@@ -56,6 +64,25 @@ class Calculator:
     def kill_own_process(self, item: int) -> None:
         self._attempt(item)
         os.kill(os.getpid(), signal.SIGKILL)
+
+    def die_at_two_and_raise_at_three(self, items: tuple[int, ...]) -> list[int]:
+        for item in items:
+            self._attempt(item)
+            if item == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if item == 3:
+                raise TaskError("item 3 cannot be read")
+        return [item * item for item in items]
+
+    def raise_at_three(self, item: int) -> int:
+        self._attempt(item)
+        if item == 3:
+            raise MemoryError("unable to allocate 3 TiB")
+        return item * item
+
+    def always_raise(self, item: int) -> int:
+        self._attempt(item)
+        raise TaskError("the file server is gone")
 
     def stop_own_process_at_five(self, item: int) -> int:
         if item == 5 and self._attempt(item) == 1:
@@ -113,6 +140,47 @@ def test_an_item_that_kills_its_workers_is_given_up_after_three_attempts(executo
         list(executor.map(WorkerSpec(Calculator, {"scratch": tmp_path}), "kill_own_process", [7]))
     assert attempts(tmp_path, 7) == ATTEMPTS == 3
     assert "\n" not in str(error.value)
+
+
+def collect(results, finished):
+    for item, _ in results:
+        finished.append(item)
+
+
+def one_by_one(items: tuple[int, ...]) -> list[tuple[int, ...]]:
+    return [(item,) for item in items]
+
+
+def test_items_that_fail_three_times_are_told_after_all_others_are_finished(executor, tmp_path):
+    spec, finished = WorkerSpec(Calculator, {"scratch": tmp_path}), []
+    spans = [(0, 1), (2, 3), (4, 5)]
+    results = executor.map(spec, "die_at_two_and_raise_at_three", spans, keep_going=True, split=one_by_one)
+    with pytest.raises(ItemsFailedError) as error:
+        collect(results, finished)
+    assert sorted(finished) == [(0, 1), (4, 5)]
+    failed = {each.item: each.reason for each in error.value.failed}
+    assert failed == {(2,): "its worker was lost (ActorDiedError)", (3,): "item 3 cannot be read"}
+    assert attempts(tmp_path, 2) == ATTEMPTS
+    assert attempts(tmp_path, 3) == ATTEMPTS - 1, "the first attempt of the two ended at the one before"
+    assert "\n" not in str(error.value)
+
+
+def test_in_this_process_they_are_told_likewise(tmp_path):
+    spec, finished = WorkerSpec(Calculator, {"scratch": tmp_path}), []
+    with pytest.raises(ItemsFailedError, match=r"3 attempts; the last: out of memory \(unable to allocate 3 TiB\)"):
+        collect(SerialExecutor().map(spec, "raise_at_three", range(6), keep_going=True), finished)
+    assert finished == [0, 1, 2, 4, 5]
+    assert attempts(tmp_path, 3) == ATTEMPTS
+
+
+def test_where_everything_fails_it_ends_long_before_all_has_been_tried(tmp_path):
+    spec = WorkerSpec(Calculator, {"scratch": tmp_path})
+    with pytest.raises(ExecutorError, match="12 attempts in a row failed"):
+        list(SerialExecutor().map(spec, "always_raise", range(100), keep_going=True))
+    with pytest.raises(FileNotFoundError):
+        list(SerialExecutor().map(WorkerSpec(Unconstructible), "late_square", [4], keep_going=True))
+    with pytest.raises(OSError, match="No space left"):
+        list(SerialExecutor().map(spec, "fill_the_disk", [4], keep_going=True))
 
 
 def test_a_hung_worker_is_replaced_after_the_timeout(executor, tmp_path, monkeypatch):

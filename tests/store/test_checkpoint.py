@@ -1,12 +1,18 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline.store import Checkpoint, CheckpointStore, StoreError, write_checkpoint_array
+from pipeline.store import (
+    Checkpoint,
+    CheckpointStore,
+    StoreError,
+    read_json,
+    write_checkpoint_array,
+    write_json_atomically,
+)
 from pipeline.store.manifest import file_checksum
 
 CONFIG_HASH = "0123abcd"
@@ -151,9 +157,9 @@ def test_pickled_arrays_are_neither_written_nor_read(store: CheckpointStore) -> 
     commit(store, 10)
     path = store.directory / "000010"
     np.save(path / "mu.npy", np.array([{}]), allow_pickle=True)
-    manifest = json.loads((path / "MANIFEST.json").read_text())
+    manifest = read_json(path / "MANIFEST.json")
     manifest["checksums"]["mu"] = file_checksum(path / "mu.npy")
-    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+    write_json_atomically(path / "MANIFEST.json", manifest)
     with pytest.raises(ValueError, match="Object arrays cannot be loaded"):
         store.latest()
 

@@ -5,7 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.store import StoreError, open_factorization, write_factorization
+from pipeline.store import (
+    StackedRows,
+    StoreError,
+    checksum,
+    columns_of,
+    component_store,
+    open_factorization,
+    write_factorization,
+)
 
 N, K, D = 3001, 50, 7
 
@@ -67,7 +75,7 @@ def test_a_missing_factorization_says_which_command_makes_it(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "delete"])
-@pytest.mark.parametrize("chunk", ["components/c/0/0", "coefficients/c/1/0"])
+@pytest.mark.parametrize("chunk", ["components/c/0/0", "coefficients/c/0/0"])
 def test_a_damaged_chunk_is_found(
     tmp_path: Path, factorization: tuple[np.ndarray, np.ndarray], chunk: str, damage: str
 ) -> None:
@@ -86,3 +94,32 @@ def test_a_damaged_chunk_is_found(
     other()
     with pytest.raises(StoreError, match=r"of .*factorization\.zarr are corrupt: delete it and run"):
         read()
+
+
+def test_rows_in_parts_are_stored_as_the_whole_in_shards_and_with_their_lengths(
+    tmp_path: Path, factorization: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    components_KD, coefficients_NK = factorization
+    monkeypatch.setattr(component_store, "MIN_CHUNK_BYTES", 40_000)
+    monkeypatch.setattr(component_store, "BLOCK_BYTES", 130_000)
+    parts = StackedRows(np.split(coefficients_NK, [1, 700, 700, 2999]))
+    write_factorization(tmp_path / "factorization.zarr", components_KD, parts, {})
+    stored = open_factorization(tmp_path / "factorization.zarr")
+    assert (stored.coefficients.chunks, stored.coefficients.shards) == ((200, K), (600, K))
+    np.testing.assert_array_equal(stored.read_coefficients(), coefficients_NK)
+    assert stored.attrs["checksums"]["coefficients"] == checksum({"coefficients": coefficients_NK})
+    assert stored.coefficient_norms is not None
+    norms_N = np.linalg.norm(coefficients_NK.astype(np.float64), axis=1)
+    np.testing.assert_allclose(stored.coefficient_norms[...], norms_N, rtol=1e-12)
+
+
+def test_stacked_rows_are_cut_like_the_whole_and_walked_over_by_column(
+    factorization: tuple[np.ndarray, np.ndarray],
+) -> None:
+    coefficients_NK = factorization[1]
+    parts = StackedRows(np.split(coefficients_NK, [1, 700, 2999]))
+    assert parts.shape == (N, K)
+    for rows in (slice(None), slice(0, 1), slice(699, 701), slice(5, 3000), slice(3000, None), slice(9, 9)):
+        np.testing.assert_array_equal(parts[rows, slice(3, 17)], coefficients_NK[rows, 3:17])
+    for w_N, expected_N in zip(columns_of(parts), coefficients_NK.T, strict=True):
+        np.testing.assert_array_equal(w_N, np.nan_to_num(expected_N))

@@ -1,13 +1,22 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline.store import CompletionRecord, ShardRecords, StoreError, checksum, read_json, write_json_atomically
+from pipeline.store import (
+    CompletionRecord,
+    ShardRecords,
+    StoreError,
+    checksum,
+    read_json,
+    write_json_atomically,
+)
+from pipeline.store.manifest import sealed
 
 RECORD = CompletionRecord(
     shard=7, start=70, stop=80, checksum="abc", n_invalid=1, seconds=0.25, signature="configuration"
@@ -101,6 +110,26 @@ def test_a_damaged_record_is_refused(tmp_path: Path, damage: dict[str, object]) 
     records = ShardRecords(tmp_path, "configuration")
     records.write(RECORD)
     path = tmp_path / "00007.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **damage}))
+    path.write_text(json.dumps(sealed({**read_json(path), **damage})))
     with pytest.raises(StoreError, match=r"00007\.json is not a completion record: delete it"):
         records.complete()
+
+
+def test_a_flipped_bit_in_a_sealed_file_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    written = {"a": 1.5, "b": [1, "x"], "3": None}
+    write_json_atomically(path, written)
+    assert read_json(path) == written
+    content = path.read_bytes()
+    for place in range(len(content) - 1):
+        flipped = bytearray(content)
+        flipped[place] ^= 1
+        path.write_bytes(flipped)
+        with suppress(StoreError):
+            assert read_json(path).items() >= written.items(), "space between words, or the name of the seal"
+
+
+def test_an_object_without_a_seal_is_read_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('{"a": 1}')
+    assert read_json(path) == {"a": 1}

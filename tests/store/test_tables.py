@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.store import SCHEMAS, StoreError, read_table, write_table
+from pipeline.store import SCHEMAS, StoreError, read_table, write_table, write_table_in_parts
 
 _VALUES: dict[pa.DataType, list[Any]] = {
     pa.int64(): [3, -1],
@@ -138,3 +139,47 @@ def test_a_table_of_another_kind_is_refused(tmp_path: Path) -> None:
         pq.write_table(table, path)
         with pytest.raises(StoreError, match="has not the columns of table classes"):
             read_table(path, "classes")
+
+
+def test_a_table_in_parts_is_the_whole_in_groups_of_an_even_size_that_say_what_they_hold(tmp_path: Path) -> None:
+    path, rows = tmp_path / "coefficients.parquet", np.arange(100_000)
+    whole = {"example": rows % 977, "component": rows // 4000, "coefficient": rows / 7}
+    cuts = [0, 3, 3, 40_000, 40_001, 99_000, 100_000]
+    parts = ({name: values[a:b] for name, values in whole.items()} for a, b in itertools.pairwise(cuts))
+    write_table_in_parts(path, "coefficients", parts)
+    assert read_table(path, "coefficients").equals(pa.table(whole, schema=SCHEMAS["coefficients"]))
+    metadata = pq.read_metadata(path)
+    assert [metadata.row_group(group).num_rows for group in range(4)] == [32_768, 32_768, 32_768, 1_696]
+    assert metadata.row_group(1).column(1).statistics.min == 32_768 // 4000
+    assert metadata.metadata[b"npeff.schema_version"] == b"2"
+    assert metadata.metadata[b"npeff.table"] == b"coefficients"
+
+
+def test_examples_are_in_groups_by_their_size_and_some_columns_are_read_alone(tmp_path: Path) -> None:
+    path = tmp_path / "examples.parquet"
+    columns = {name: values[:1] * 3000 for name, values in columns_of("examples").items()}
+    write_table(path, "examples", {**columns, "image": [b"x" * 500] * 3000})
+    rows = [pq.read_metadata(path).row_group(group).num_rows for group in range(2)]
+    assert 256 <= rows[0] == rows[1] < 600
+    assert read_table(path, "examples", ["label", "split"]).to_pydict() == {
+        name: columns[name] for name in ("label", "split")
+    }
+
+
+def test_a_part_that_is_wrong_leaves_the_former_table(tmp_path: Path) -> None:
+    path = tmp_path / "classes.parquet"
+    write_table(path, "classes", columns_of("classes"))
+    with pytest.raises(StoreError, match="column name of table classes must not be null"):
+        write_table_in_parts(path, "classes", [{"class": [1], "name": ["a"]}, {"class": [2], "name": [None]}])
+    assert read_table(path, "classes").to_pydict() == columns_of("classes")
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_table_without_a_version_is_read_and_one_of_a_later_version_refused(tmp_path: Path) -> None:
+    path = tmp_path / "classes.parquet"
+    table = pa.table({"class": [1], "name": ["a"]}, schema=SCHEMAS["classes"])
+    pq.write_table(table, path)
+    assert read_table(path, "classes").equals(table)
+    pq.write_table(table.replace_schema_metadata({"npeff.schema_version": "3"}), path)
+    with pytest.raises(StoreError, match=r"classes\.parquet has schema version 3 and this program reads up to 2"):
+        read_table(path, "classes")

@@ -148,35 +148,50 @@ def candidate(step: float, mended: int, broken: int, component: int = 0, sign: i
 
 def test_the_step_that_mends_most_without_harm_is_chosen() -> None:
     weak, good, harmful = candidate(0.1, 2, 0), candidate(0.2, 6, 1), candidate(0.4, 10, 2)
-    assert choose_step([weak, good, harmful], BEFORE, 0.01) is weak
-    assert choose_step([weak, good, harmful], BEFORE, 1 / 90) is good
-    assert choose_step([weak, good, harmful], BEFORE, 0.03) is harmful
+    assert choose_step([weak, good, harmful], BEFORE, BEFORE, 0.01) is weak
+    assert choose_step([weak, good, harmful], BEFORE, BEFORE, 1 / 80) is good
+    assert choose_step([weak, good, harmful], BEFORE, BEFORE, 0.03) is harmful
 
 
-def test_examples_mended_elsewhere_make_up_for_harm_and_count() -> None:
+def test_examples_mended_elsewhere_count_but_do_not_make_up_for_harm() -> None:
     after = BEFORE.copy()
     after[:1] = after[10:15] = True
     after[50:52] = False
     elsewhere = RepairCandidate(1, 1, 0.5, np.arange(100) < 10, after)
-    assert choose_step([candidate(0.1, 3, 0), elsewhere], BEFORE, 0.0) is elsewhere
+    mending = candidate(0.1, 3, 0)
+    assert choose_step([mending, elsewhere], BEFORE, BEFORE, 2 / 80) is elsewhere
+    assert choose_step([mending, elsewhere], BEFORE, BEFORE, 1 / 80) is mending
+
+
+def test_harm_is_that_of_all_edits_together() -> None:
+    edited = BEFORE.copy()
+    edited[:5], edited[60:62] = True, False
+    further = edited.copy()
+    further[5:10], further[62] = True, False
+    second = RepairCandidate(1, 1, 0.5, np.arange(100) < 10, further)
+    assert choose_step([second], edited, BEFORE, 2 / 80) is None
+    assert choose_step([second], edited, BEFORE, 3 / 80) is second
+    back = further.copy()
+    back[60:62] = True
+    assert choose_step([RepairCandidate(1, 1, 0.5, np.arange(100) < 10, back)], edited, BEFORE, 1 / 80) is not None
 
 
 def test_of_equals_the_smaller_step_is_taken() -> None:
     larger, smaller = candidate(0.4, 5, 0), candidate(0.1, 5, 0, component=7, sign=-1)
-    assert choose_step([larger, smaller], BEFORE, 0.0) is smaller
+    assert choose_step([larger, smaller], BEFORE, BEFORE, 0.0) is smaller
     negative, positive = candidate(0.1, 5, 0, sign=-1), candidate(0.1, 5, 0)
-    assert choose_step([negative, positive], BEFORE, 0.0) is positive
+    assert choose_step([negative, positive], BEFORE, BEFORE, 0.0) is positive
 
 
 def test_where_nothing_helps_nothing_is_chosen() -> None:
-    assert choose_step([], BEFORE, 0.1) is None
-    assert choose_step([candidate(0.1, 0, 0), candidate(0.2, 3, 3), candidate(0.3, 1, 8)], BEFORE, 0.5) is None
+    assert choose_step([], BEFORE, BEFORE, 0.1) is None
+    assert choose_step([candidate(0.1, 0, 0), candidate(0.2, 3, 3), candidate(0.3, 1, 8)], BEFORE, BEFORE, 0.5) is None
     only_elsewhere = BEFORE.copy()
     only_elsewhere[15] = True
     beside = RepairCandidate(0, 1, 0.1, np.arange(100) < 10, only_elsewhere)
-    assert choose_step([beside], BEFORE, 0.5) is None, "what it was chosen for stays wrong"
+    assert choose_step([beside], BEFORE, BEFORE, 0.5) is None, "what it was chosen for stays wrong"
 
 
 def test_a_candidate_of_other_examples_is_refused() -> None:
     with pytest.raises(ValueError, match="tuning split"):
-        choose_step([candidate(0.1, 1, 0)], BEFORE[:99], 0.0)
+        choose_step([candidate(0.1, 1, 0)], BEFORE[:99], BEFORE[:99], 0.0)

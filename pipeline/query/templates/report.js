@@ -1,4 +1,41 @@
 "use strict";
+
+// With many components a card's body is HTML in a <noscript>, so that the page opens at once: it becomes part of the page
+// when it is about to be seen, linked to or printed. Without scripts the browser shows it as it stands.
+function fill(card) {
+  const body = card.querySelector("noscript");
+  if (!body) return;
+  const made = document.createElement("template");
+  made.innerHTML = body.textContent;
+  body.replaceWith(made.content);
+  card.classList.remove("waiting");
+}
+const waiting = [...document.querySelectorAll(".card:has(> noscript)")];
+if (waiting.length) {
+  const near = new IntersectionObserver(
+    (entries) => {
+      for (const entry of entries.filter((each) => each.isIntersecting)) {
+        fill(entry.target);
+        near.unobserve(entry.target);
+      }
+    },
+    { rootMargin: "1000px" },
+  );
+  for (const card of waiting) {
+    card.classList.add("waiting");
+    near.observe(card);
+  }
+  const linked = () => {
+    const card = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    if (!card || !card.classList.contains("card")) return;
+    fill(card);
+    card.scrollIntoView({ behavior: "instant" });
+  };
+  addEventListener("hashchange", linked);
+  addEventListener("beforeprint", () => waiting.forEach(fill));
+  linked();
+}
+
 // Sorting of the component table. Cells carry their value in data-value; those without one stay at the end.
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
@@ -27,4 +64,28 @@ for (const table of document.querySelectorAll("table.sortable")) {
       body.append(...[...body.rows].sort(compare));
     });
   });
+}
+
+// Search: the rows whose component says all the words, in the table or anywhere on its card.
+const search = document.getElementById("search");
+if (search) {
+  const rows = [...document.querySelectorAll("table.sortable tbody tr")];
+  const entities = { "&amp;": "&", "&lt;": "<", "&gt;": ">", "&#34;": '"', "&#39;": "'" };
+  const plain = (html) => html.replace(/<[^>]*>/g, " ").replace(/&(?:amp|lt|gt|#34|#39);/g, (name) => entities[name]);
+  const texts = new Map();
+  const textOf = (row) => {
+    if (!texts.has(row)) {
+      const card = document.getElementById(`component-${row.cells[0].dataset.value}`);
+      const said = [...card.children].map((part) => (part.matches("noscript") ? plain(part.textContent) : part.textContent));
+      texts.set(row, [row.textContent, ...said].join(" ").toLowerCase());
+    }
+    return texts.get(row);
+  };
+  search.addEventListener("input", () => {
+    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    for (const row of rows) row.hidden = !words.every((word) => textOf(row).includes(word));
+    const shown = rows.filter((row) => !row.hidden).length;
+    document.getElementById("found").textContent = words.length ? `${shown} of ${rows.length}` : "";
+  });
+  search.parentElement.hidden = false;
 }

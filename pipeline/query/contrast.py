@@ -1,0 +1,102 @@
+"""Contrast examples of a component: as much like its top examples as can be, but not of it.
+
+They share the commonest prediction of the component's top examples (label, where there are no predictions), their
+coefficient on the component is at most 1% of its largest, and their other coefficients point in nearly the same
+direction as the top examples' mean: what else the model does with these examples it does with those too.
+
+Shapes: N examples, K components, B a block of examples.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+INACTIVE_BELOW = 0.01
+_BLOCK = 8192
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """An example on which a component is not active."""
+
+    example: int
+    coefficient: float
+    cosine: float
+    """Of its coefficients to the mean of the top examples', the component's own left out."""
+
+
+def contrast_examples(
+    coefficients_NK: Any, tops: Mapping[int, Sequence[int]], classes_N: NDArray[np.int64], n: int
+) -> dict[int, list[Contrast]]:
+    """The `n` contrast examples of every component that has top examples, the most alike first.
+
+    Args:
+        coefficients_NK: array-like (numpy, dask); it is read in blocks, twice. Rows with NaN are invalid examples.
+        tops: top examples of each component.
+        classes_N: prediction or label of each example, -1 where it is not known: components whose top examples have
+            none are contrasted with any example.
+    """
+    n_examples, n_components = coefficients_NK.shape
+    wanted_K = np.full(n_components, -1, np.int64)
+    for component, top in tops.items():
+        known = [int(c) for c in classes_N[list(top)] if c >= 0]
+        wanted_K[component] = Counter(known).most_common(1)[0][0] if known else -1
+    profiles_KK, largest_K = _profiles(coefficients_NK, tops)
+    cosines_nK = np.full((n, n_components), -1.0, np.float32)
+    values_nK = np.zeros((n, n_components), np.float32)
+    examples_nK = np.zeros((n, n_components), np.int64)
+    for start in range(0, n_examples, _BLOCK):
+        block_BK, norms_B = _block(coefficients_NK, start)
+        cosines_BK = (block_BK / np.maximum(norms_B, 1e-30)[:, None]) @ profiles_KK.T
+        classes_B = classes_N[start : start + _BLOCK]
+        allowed_BK = (classes_B[:, None] == wanted_K) | (wanted_K < 0)
+        allowed_BK &= (block_BK <= INACTIVE_BELOW * largest_K) & (norms_B > 0)[:, None]
+        cosines_BK[~allowed_BK] = -1.0
+        indices_BK = np.broadcast_to(np.arange(start, start + len(block_BK))[:, None], block_BK.shape)
+        found = np.concatenate([cosines_nK, cosines_BK])
+        best_nK = np.argsort(-found, axis=0, kind="stable")[:n]
+        cosines_nK = np.take_along_axis(found, best_nK, axis=0)
+        values_nK = np.take_along_axis(np.concatenate([values_nK, block_BK]), best_nK, axis=0)
+        examples_nK = np.take_along_axis(np.concatenate([examples_nK, indices_BK]), best_nK, axis=0)
+    return {
+        component: [
+            Contrast(int(example), float(value), float(cosine))
+            for example, value, cosine in zip(
+                examples_nK[:, component], values_nK[:, component], cosines_nK[:, component], strict=True
+            )
+            if cosine > 0
+        ]
+        for component in tops
+    }
+
+
+def _profiles(
+    coefficients_NK: Any, tops: Mapping[int, Sequence[int]]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Unit mean of the top examples' unit rows, each without the component's own coefficient (K, K), and its largest
+    coefficient among them (K,)."""
+    n_examples, n_components = coefficients_NK.shape
+    profiles_KK = np.zeros((n_components, n_components), np.float32)
+    largest_K = np.zeros(n_components, np.float32)
+    pairs = np.array([(e, j) for j, top in tops.items() for e in top], np.int64).reshape(-1, 2)
+    for start in range(0, n_examples, _BLOCK):
+        chosen = pairs[(pairs[:, 0] >= start) & (pairs[:, 0] < start + _BLOCK)]
+        if not len(chosen):
+            continue
+        block_BK, norms_B = _block(coefficients_NK, start)
+        rows, components = chosen[:, 0] - start, chosen[:, 1]
+        np.add.at(profiles_KK, components, block_BK[rows] / np.maximum(norms_B[rows], 1e-30)[:, None])
+        np.maximum.at(largest_K, components, block_BK[rows, components])
+    np.fill_diagonal(profiles_KK, 0.0)
+    return profiles_KK / np.maximum(np.linalg.norm(profiles_KK, axis=1, keepdims=True), 1e-30), largest_K
+
+
+def _block(coefficients_NK: Any, start: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    block_BK = np.nan_to_num(np.asarray(coefficients_NK[start : start + _BLOCK], np.float32))
+    return block_BK, np.linalg.norm(block_BK, axis=1)

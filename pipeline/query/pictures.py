@@ -1,0 +1,118 @@
+"""Pictures of a report as data URIs: the examples' images, each stored once, and maps of numbers."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as Pillow
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PIXELATED_BELOW = 65
+"""Images narrower than this many pixels are enlarged with sharp edges."""
+_BUDGET_BYTES = 10_000_000
+"""Of all images of a report together, before base64 adds a third."""
+_SMALLER_SIDES = (96, 64, 48, 32)
+_SAMPLE = 64
+"""Images by which the size is chosen."""
+_LEVELS = 9
+_ACCENT = (222, 92, 20)
+
+
+@dataclass(frozen=True)
+class Image:
+    """An example's image: the CSS class that shows it, and its size as it is stored."""
+
+    name: str
+    height: int
+    width: int
+
+    @property
+    def pixelated(self) -> bool:
+        return self.width < _PIXELATED_BELOW
+
+    @property
+    def inset(self) -> tuple[float, float]:
+        """Where the image is smaller than the square that it is shown in: margins above and beside, in percent."""
+        longest = max(self.height, self.width)
+        return 50 * (1 - self.height / longest), 50 * (1 - self.width / longest)
+
+
+class Album:
+    """The images of a report, each a CSS rule of its own, however often it is shown.
+
+    Images that take more than 10 MB together are made smaller, all to one size: the largest of 96, 64, 48 and 32 pixels
+    at which they should fit, or else 32. What is no PNG is not shown.
+    """
+
+    def __init__(self, images: Mapping[int, bytes | None], budget_bytes: int = _BUDGET_BYTES) -> None:
+        found = {example: data for example, data in images.items() if data is not None and _is_png(data)}
+        self._images = {example: Image(f"i{example}", *_size(data)) for example, data in found.items()}
+        self.rules = {
+            self._images[example].name: data_uri(data) for example, data in _within(budget_bytes, found).items()
+        }
+        """CSS class to data URI."""
+
+    def image(self, example: int) -> Image | None:
+        return self._images.get(example)
+
+
+def heat_map(values_HW: NDArray[np.floating]) -> str:
+    """A data URI: one colour, the more opaque the larger the value is relative to the largest.
+
+    Values below zero are transparent.
+    """
+    largest = float(values_HW.max(initial=0.0))
+    shares = np.clip(values_HW / largest, 0.0, 1.0) if largest > 0 else np.zeros_like(values_HW)
+    levels_HW = np.rint((_LEVELS - 1) * shares).astype(np.uint8)
+    opacities = np.rint(np.linspace(0, 255, _LEVELS)).astype(np.uint8)
+    pixels_HW4 = np.empty((*levels_HW.shape, 4), np.uint8)
+    pixels_HW4[..., :3] = _ACCENT
+    pixels_HW4[..., 3] = opacities[levels_HW]
+    stream = io.BytesIO()
+    Pillow.fromarray(pixels_HW4).save(stream, format="WEBP", lossless=True, exact=True)
+    return data_uri(stream.getvalue())
+
+
+def data_uri(data: bytes) -> str:
+    """Of a PNG or a WebP."""
+    kind = "png" if data.startswith(_PNG_SIGNATURE) else "webp"
+    return f"data:image/{kind};base64," + base64.b64encode(data).decode("ascii")
+
+
+def _is_png(data: bytes) -> bool:
+    return data.startswith(_PNG_SIGNATURE) and len(data) >= 24
+
+
+def _size(png: bytes) -> tuple[int, int]:
+    """Height and width, at least 1."""
+    width, height = struct.unpack(">II", png[16:24])
+    return max(height, 1), max(width, 1)
+
+
+def _within(budget_bytes: int, images: dict[int, bytes]) -> dict[int, bytes]:
+    """The same images, smaller where they would take more; the size is chosen by a sample of them."""
+    if sum(map(len, images.values())) <= budget_bytes:
+        return images
+    sample = list(images.values())[:: max(1, len(images) // _SAMPLE)]
+    for side in _SMALLER_SIDES:
+        if sum(len(_smaller(data, side)) for data in sample) / len(sample) * len(images) <= budget_bytes:
+            break
+    return {example: _smaller(data, side) for example, data in images.items()}
+
+
+def _smaller(png: bytes, side: int) -> bytes:
+    """As WebP; the image itself where that is smaller, or where it cannot be read."""
+    try:
+        picture = Pillow.open(io.BytesIO(png))
+        picture.thumbnail((side, side))
+        stream = io.BytesIO()
+        picture.save(stream, format="WEBP", quality=60)
+    except (OSError, ValueError, Pillow.DecompressionBombError):
+        return png
+    return min(stream.getvalue(), png, key=len)

@@ -1,0 +1,131 @@
+"""Beside the stages: is everything in a run directory what was written there? And the way back, if it is not.
+
+The stages find damage when they read something; this reads everything. What is damaged is deleted, with the record that
+vouched for it, and nothing else: for the stages it is then not there yet, and they make it again as after a crash.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.progress import ProgressDisplay, SilentProgress
+from pipeline.query import QueryError, write_report
+from pipeline.run_directory import RunDirectory, RunDirectoryError
+from pipeline.runtime.executor import Executor
+from pipeline.stage import executor_for
+from pipeline.stages.factorize_stage import factorize
+from pipeline.stages.fisher_stage import compute_fishers
+from pipeline.stages.lift_stage import lift
+from pipeline.stages.repair_stage import repair
+from pipeline.stages.run_parts import Part, complete_stages, delete, parts_of
+from pipeline.stages.select_stage import select
+from pipeline.stages.verify_stage import verify
+from pipeline.store import StoreError
+
+_ROUNDS = 3
+"""What is stored in an array can only be verified once its metadata are there: a later round finds more."""
+_MOST_AT_ONCE = 4
+"""Parts that are read at a time; each is held in memory, whole."""
+
+_STAGES: dict[str, Callable[..., object]] = {
+    "fishers": compute_fishers,
+    "factorize": factorize,
+    "lift": lift,
+    "verify": verify,
+    "select": select,
+    "repair": repair,
+}
+"""In the order in which they are made again."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing that is wrong."""
+
+    what: str
+    where: Path
+    why: str
+    remedy: str
+
+
+def check(
+    run: RunDirectory,
+    *,
+    repair: bool = False,
+    executor: Executor | None = None,
+    progress: ProgressDisplay | None = None,
+) -> list[Damage]:
+    """Verify all that is in a run's directory; what is wrong with it, or, after a repair, what still is.
+
+    Args:
+        repair: delete what is damaged, and have the stages that were complete make it again.
+
+    Raises:
+        RunDirectoryError: the run is in use.
+    """
+    progress = progress or SilentProgress()
+    with run.lock():
+        damaged = _damaged(run, progress)
+        if repair:
+            complete = complete_stages(run)
+            reported = run.report.exists()
+            for _ in range(_ROUNDS):
+                mendable = [part for part, _ in damaged if part.mendable]
+                if not mendable:
+                    break
+                _make_again(run, mendable, complete, reported, executor, progress)
+                damaged = _damaged(run, progress)
+        return [Damage(part.what, part.where, why, _remedy(run, part)) for part, why in damaged]
+
+
+def _damaged(run: RunDirectory, progress: ProgressDisplay) -> list[tuple[Part, str]]:
+    """The parts that cannot be read, and why."""
+    parts, found = parts_of(run), []
+    with (
+        progress.stage("check", len(parts), "parts") as tick,
+        ThreadPoolExecutor(min(_MOST_AT_ONCE, os.cpu_count() or 1), "check") as readers,
+    ):
+        for done, (part, why) in enumerate(zip(parts, readers.map(_verified, parts), strict=True), start=1):
+            if why is not None:
+                found.append((part, why))
+            tick(done, f"{len(found)} damaged" if found else "")
+    return found
+
+
+def _verified(part: Part) -> str | None:
+    try:
+        part.verify()
+    except (StoreError, RunDirectoryError) as error:
+        return str(error).partition(": ")[0] if not part.says_all else str(error)
+    return None
+
+
+def _make_again(
+    run: RunDirectory,
+    parts: Iterable[Part],
+    complete: list[str],
+    reported: bool,
+    executor: Executor | None,
+    progress: ProgressDisplay,
+) -> None:
+    for part in parts:
+        progress.say(f"making again: {part.what}")
+        for path in part.deleted:
+            delete(path)
+    RunDirectory.create(run.config)  # the provenance, if that is gone
+    with executor_for(run, executor) as workers:
+        for stage in complete:
+            _STAGES[stage](run, executor=workers, progress=progress)
+    if reported:
+        try:
+            write_report(run.path, top_examples=run.config.report.top_examples)
+        except QueryError as error:  # a table is damaged that this round could not make again
+            progress.say(str(error))
+
+
+def _remedy(run: RunDirectory, part: Part) -> str:
+    return f"npeff check --repair {run.path}" if part.mendable else part.remedy

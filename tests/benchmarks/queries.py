@@ -1,0 +1,233 @@
+"""Queries of a store far larger than they may hold: 1,000,000 examples, 512 components, 15 of them in an example.
+
+    python tests/benchmarks/queries.py [--examples N] [--components K] [--s3] [--folder DIR]
+
+The store is written by the same code as a run's. Each question is asked in a process of its own, first cold (opening
+the store; imports beside it), then warm (the same store, other components, the fastest and the median of several), by
+the clock and by CPU time, with the process's peak memory. `--s3` asks again through moto's server, an S3 on the
+loopback device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from scipy import sparse
+
+from pipeline.config import RunConfig
+from pipeline.result_tables import write_component_tables
+from pipeline.run_directory import RunDirectory
+from pipeline.store import write_factorization, write_table_in_parts
+
+RESULTS = Path("runs/benchmarks/queries.json")
+SKETCH_DIM, N_CLASSES, N_SOURCES, PART = 1024, 100, 20, 50_000
+SUBSET = "label = 2 and not correct"
+FILTER = "label = 2 and not correct and source = 'source-3'"
+QUESTIONS = {
+    "top 20 of a component": "store.top_examples(i, 20)",
+    "top 20 of a split": "store.top_examples(i, 20, split='held_out')",
+    "top 20 where": f'store.top_examples(i, 20, where="{FILTER}")',
+    "top 20 where, by name": "store.top_examples(i, 20, where=\"label_name = 'class 7' and text like '%elit%'\")",
+    "one example": "store.example(1000 * i + 7)",
+    "20 nearest examples": "store.neighbours(1000 * i + 7)",
+    "enriched in 1%": f'store.enriched("{SUBSET}")',
+    "similar components": "store.similar_components(i)",
+    "SQL: count by label": "store.sql('select label, count(*) from examples group by label')",
+}
+WORDS = np.array(
+    ["lorem", "ipsum", "dolor", "sit", "amet", "consectetur", "adipiscing", "elit", "sed", "do", "eiusmod"]
+)
+
+
+class SparseCoefficients:
+    """What the writers take for W (N, K): blocks of a sparse matrix, made dense as they are cut."""
+
+    def __init__(self, rows: sparse.csr_array) -> None:
+        self._by_row, self._by_column, self.shape = rows, rows.tocsc(), rows.shape
+
+    def __getitem__(self, block: tuple[slice, slice]) -> np.ndarray:
+        rows, columns = block
+        return self._by_row[rows].toarray() if columns == slice(None) else self._by_column[:, columns].toarray()
+
+
+def coefficients(n_examples: int, n_components: int, rng: np.random.Generator) -> SparseCoefficients:
+    """10 to 20 components in an example, and none in one of 1,000; some components are in many, most in few."""
+    count_N = rng.integers(10, 21, n_examples)
+    count_N[3::1000] = 0
+    popularity = 1 / np.sqrt(np.arange(1, n_components + 1))
+    columns = rng.choice(n_components, count_N.sum(), p=popularity / popularity.sum())
+    values = rng.gamma(0.5, 0.3, len(columns)).astype(np.float32)
+    rows = np.repeat(np.arange(n_examples), count_N)
+    found = sparse.coo_array((values, (rows, columns)), shape=(n_examples, n_components)).tocsr()
+    found.sum_duplicates()
+    return SparseCoefficients(found)
+
+
+def example_parts(n_examples: int, rng: np.random.Generator):
+    texts = [" ".join(WORDS[row]) for row in rng.integers(0, len(WORDS), (PART, 24))]
+    for start in range(0, n_examples, PART):
+        example = np.arange(start, min(start + PART, n_examples))
+        n = len(example)
+        label = rng.integers(0, N_CLASSES // 10, n)
+        correct = rng.random(n) < 0.9
+        yield {
+            "example": example,
+            "id": [f"example-{i:07d}" for i in example],
+            "label": label,
+            "prediction": np.where(correct, label, (label + 1) % N_CLASSES),
+            "correct": correct,
+            "split": np.where(rng.random(n) < 0.3, "held_out", "fit").astype(object),
+            "valid": np.ones(n, bool),
+            "fisher_norm": rng.random(n),
+            "fisher_rank": np.full(n, 9),
+            "kept_trace": np.ones(n),
+            "loss": rng.random(n),
+            "logits": [None] * n,
+            "image": [None] * n,
+            "text": [f"{text} {i}" for text, i in zip(texts, example, strict=False)],
+            "source": [f"source-{i}" for i in rng.integers(0, N_SOURCES, n)],
+        }
+
+
+def build(folder: Path, n_examples: int, n_components: int) -> dict[str, float]:
+    rng = np.random.default_rng(0)
+    task, factorization = {"name": "digits"}, {"n_components": n_components}
+    config = RunConfig.model_validate({"run_dir": str(folder), "task": task, "factorization": factorization})
+    run = RunDirectory.create(config)
+    started = time.perf_counter()
+    write_table_in_parts(run.table("examples"), "examples", example_parts(n_examples, rng))
+    names = {"class": np.arange(N_CLASSES), "name": [f"class {i}" for i in range(N_CLASSES)]}
+    write_table_in_parts(run.table("classes"), "classes", [names])
+    w_NK = coefficients(n_examples, n_components, rng)
+    made = time.perf_counter()
+    components_KD = rng.standard_normal((n_components, SKETCH_DIM))
+    components_KD /= np.linalg.norm(components_KD, axis=1, keepdims=True)
+    write_factorization(run.factorization, components_KD, w_NK, {})
+    arrays = time.perf_counter()
+    write_component_tables(run, components_KD, w_NK)
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    return {
+        "seconds_made": made - started,
+        "seconds_arrays": arrays - made,
+        "seconds_tables": time.perf_counter() - arrays,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "mb_total": sum(sizes.values()) / 1e6,
+        "mb_arrays": sum(size for name, size in sizes.items() if "zarr" in name) / 1e6,
+        "mb_coefficients": sizes["tables/coefficients.parquet"] / 1e6,
+        "mb_examples": sizes["tables/examples.parquet"] / 1e6,
+    }
+
+
+ASK = """
+import json, time
+t0 = time.perf_counter()
+from pipeline.query import ComponentStore
+imported = time.perf_counter() - t0
+{prepare}
+t0, c0 = time.perf_counter(), time.process_time()
+store = {place}
+i = 3
+{question}
+cold, cold_cpu = time.perf_counter() - t0, time.process_time() - c0
+warm, cpu = [], []
+for i in range({repeats}):
+    i = 11 * i + 5
+    t0, c0 = time.perf_counter(), time.process_time()
+    {question}
+    warm.append(time.perf_counter() - t0); cpu.append(time.process_time() - c0)
+# not getrusage, whose peak a process inherits from the one that started it
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
+print(json.dumps(dict(imports=imported, cold=cold, cold_cpu=cold_cpu, warm_best=min(warm),
+    warm_median=sorted(warm)[len(warm) // 2], warm_cpu=sorted(cpu)[len(cpu) // 2], peak_mib=peak)))
+"""
+
+ON_S3 = """
+import pyarrow.fs as pa_fs, zarr
+from upath import UPath
+import pipeline.query.components as components, pipeline.query.tables as tables
+from pipeline.store import StoredFactorization
+options = dict(endpoint_url={url!r}, key="test", secret="test", default_cache_type="none", default_fill_cache=False)
+folder = UPath("s3://runs/run", **options)
+files = pa_fs.PyFileSystem(pa_fs.FSSpecHandler(folder.fs))
+tables._located = lambda path: (path.path, files)
+def opened(path):
+    group = zarr.open_group(str(path), mode="r", storage_options=options)
+    names = ("components", "coefficients", "coefficient_norms")
+    found = {{name: group[name] for name in names}}
+    return StoredFactorization(path, **found, attrs=dict(group.attrs))
+components.open_factorization = opened
+"""
+
+
+def ask(question: str, place: str, prepare: str = "", repeats: int = 9) -> dict[str, float]:
+    script = ASK.format(question=question, place=place, prepare=prepare, repeats=repeats)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout)
+
+
+def ask_on_s3(folder: Path) -> dict[str, dict[str, float]]:
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        url = "http://{}:{}".format(*server.get_host_and_port())
+        files = s3fs.S3FileSystem(endpoint_url=url, key="test", secret="test")
+        files.mkdir("runs")
+        files.put(str(folder), "runs/run", recursive=True)
+        prepare = ON_S3.format(url=url)
+        answers = {name: ask(each, "ComponentStore(folder)", prepare, repeats=3) for name, each in QUESTIONS.items()}
+    finally:
+        server.stop()
+    show("moto's server, over s3fs", answers)
+    return answers
+
+
+def show(title: str, answers: dict[str, dict[str, float]]) -> None:
+    columns = ("cold", "cold_cpu", "warm_best", "warm_median", "warm_cpu", "imports", "peak_mib")
+    table = Table("question", *(f"{name}, ms" if name != "peak_mib" else "peak, MiB" for name in columns), title=title)
+    for question, found in answers.items():
+        cells = [found[name] * (1 if name == "peak_mib" else 1000) for name in columns]
+        table.add_row(question, *(f"{cell:.1f}" if cell < 100 else f"{cell:.0f}" for cell in cells))
+    Console(width=130).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--examples", type=int, default=1_000_000)
+    parser.add_argument("--components", type=int, default=512)
+    parser.add_argument("--folder", type=Path, help="keep the store here, and use one that is there")
+    parser.add_argument("--s3", action="store_true", help="also through moto's server")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.folder or Path(scratch) / "run"
+        results: dict[str, object] = {"n_examples": options.examples, "n_components": options.components}
+        if not (folder / "tables" / "components.parquet").exists():
+            results["store"] = build(folder, options.examples, options.components)
+            Console().print_json(json.dumps(results["store"]))
+        local = {name: ask(question, f"ComponentStore.open({str(folder)!r})") for name, question in QUESTIONS.items()}
+        show("local disk", local)
+        results["local"] = local
+        if options.s3:
+            results["s3"] = ask_on_s3(folder)
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""`npeff check`: whatever is damaged is named; `--repair` makes that again, and only that."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from end_to_end import damage, surroundings
+
+from pipeline import stages
+from pipeline.cli import main
+from pipeline.run_directory import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return surroundings.small_run(tmp_path_factory.mktemp("check") / "run").path
+
+
+@pytest.fixture
+def run(reference: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(reference, tmp_path / "run"))
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    handler, path = signal.getsignal(signal.SIGTERM), list(sys.path)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    sys.path[:] = path
+
+
+def command(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return int(ended.value.code or 0)
+
+
+def test_a_whole_run_is_whole_and_stays_as_it_is(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = damage.written(run)
+    assert command("check", run) == 0
+    assert f"check: everything in {run} is whole" in capfd.readouterr().out
+    assert command("check", run, "--repair") == 0
+    assert damage.written(run) == before
+
+
+def test_each_damage_is_a_row_and_the_repair_rewrites_nothing_that_is_intact(
+    run: Path, reference: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    damage.flip(run / "fishers.zarr/factors/c/1/0/0")
+    damage.truncate(run / "partial/lift/00002.json")
+    (run / "tables/coefficients.parquet").unlink()
+    before = damage.written(run)
+    assert command("check", run) == 1
+    out = capfd.readouterr().out
+    for named in ("shard 1", "direction 2", "table coefficients", "npeff check --repair"):
+        assert named in out
+    assert damage.written(run) == before
+    assert command("check", run, "--repair") == 0
+    assert surroundings.changed(run, reference) == []
+    after = damage.written(run)
+    rewritten = {name for name in before if after[name] != before[name]}
+    assert not {name for name in rewritten if name.startswith(("fishers.zarr", "shards")) and "1" not in name}
+    assert not {name for name in rewritten if name.startswith(("checkpoints", "partial/verify"))}
+    assert not {name for name in rewritten if "partial/lift/00000" in name or "partial/lift/00001" in name}
+
+
+@pytest.mark.parametrize("kind", ["metadata of an array", "components"])
+def test_one_file_of_a_kind_is_found_and_made_again_however_it_was_damaged(
+    kind: str, reference: Path, tmp_path: Path
+) -> None:
+    for way in damage.WAYS:
+        outcome = damage.damage_and_repair(reference, damage.KINDS[kind], way, tmp_path / way)
+        assert outcome.named, outcome
+        assert outcome.mended, outcome
+        assert not [name for name in outcome.rewritten if name.startswith(("partial/", "shards/", "directions.zarr/"))]
+
+
+def test_a_checkpoint_that_is_damaged_goes_and_the_one_before_is_kept(run: Path) -> None:
+    newest = max((run / "checkpoints").iterdir())
+    damage.flip(newest / "components.npy")
+    opened = RunDirectory.open(run)
+    assert [each.what for each in stages.check(opened)] == [f"checkpoint {int(newest.name)}"]
+    assert stages.check(opened, repair=True) == []
+    assert not newest.exists()
+    assert len(list((run / "checkpoints").iterdir())) == 1
+
+
+def test_a_run_that_another_process_holds_is_left_alone(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    damage.flip(run / "fishers.zarr/factors/c/1/0/0")
+    before = damage.written(run)
+    with open(run / ".lock", "a") as lock:  # of another open file, as of another process
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert command("check", run, "--repair") == 2
+    assert "is in use by another run" in capfd.readouterr().err
+    assert damage.written(run) == before
+
+
+def test_what_cannot_be_made_again_is_said_and_left(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = run / "run.yaml"
+    path.write_text(path.read_text().replace("shard_size: 8", "shard_size: 9"))
+    assert command("check", run, "--repair") == 1
+    assert "restore it from a copy" in capfd.readouterr().out
+
+
+def test_an_unfinished_run_is_whole_and_a_repair_does_not_finish_it(reference: Path, tmp_path: Path) -> None:
+    opened = surroundings.without(reference, "lift", tmp_path / "run")
+    assert stages.check(opened) == []
+    (opened.shard_records / "00002.json").unlink()
+    assert [each.what for each in stages.check(opened)] == ["shard 2"]
+    assert stages.check(opened, repair=True) == []
+    assert not opened.directions.exists()
+
+
+def test_a_shard_that_fails_three_times_is_told_with_its_examples_and_the_others_are_finished(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, run_file = tmp_path / "run", tmp_path / "run.yaml"
+    fishers = {**surroundings.SMALL["fishers"], "batch_size": 4}
+    task = {"name": "defective_tasks:RaisingBatchTask"}
+    run_file.write_text(yaml.safe_dump({**surroundings.SMALL, "run_dir": str(run), "task": task, "fishers": fishers}))
+    written = []
+    for _ in range(2):  # the second time only that shard is tried
+        assert command("fishers", run_file) == 2
+        said = capfd.readouterr().err
+        assert said.count("\n") == 1
+        assert "shard 3 (examples 24 to 31, 'point-24' to 'point-31') failed 3 times: " in said
+        assert "KeyError: 'image_30.png' (defective_tasks.py, line " in said
+        assert "computes only what failed" in said
+        records = {path.stem: path.stat().st_mtime_ns for path in (run / "shards").glob("*.json")}
+        assert sorted(records) == ["00000", "00001", "00002", "00004"]
+        written.append(records)
+    assert written[0] == written[1]
+    assert json.loads((run / "shards/00004.json").read_text())["n_invalid"] == 0
+
+
+def test_a_record_that_later_stages_rest_on_is_made_again(run: Path, reference: Path) -> None:
+    (run / "stages/factorize.json").unlink()
+    opened = RunDirectory.open(run)
+    assert [each.what for each in stages.check(opened)] == ["record of factorize"]
+    assert stages.check(opened, repair=True) == []
+    assert surroundings.changed(run, reference) == []
+
+
+def test_a_full_disk_and_a_wrong_clock_cost_nothing(reference: Path, tmp_path: Path) -> None:
+    for stage in ("factorize", "lift"):
+        met = surroundings.disk_full(reference, stage, tmp_path / f"disk-{stage}")
+        assert (met.lost, met.different) == (0, [])
+        assert met.outcome.startswith("exit 2")
+    met = surroundings.clock(reference, "factorize", tmp_path / "clock", surroundings.YEAR_S)
+    assert met.different == []

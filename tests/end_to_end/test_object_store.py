@@ -1,0 +1,239 @@
+"""A run on an object store, from its first request to the report, is the same as one on a local disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from object_store import BROKEN, DENIED, SLOW_DOWN, Answer, ObjectStore, Request
+from safetensors.numpy import load
+
+from pipeline import stages
+from pipeline.cli import main
+from pipeline.config import RunConfig
+from pipeline.query import ComponentStore
+from pipeline.run_directory import RunDirectory, RunDirectoryError, StageState
+from pipeline.status import status
+from pipeline.store import ObjectStoreError, object_lock
+
+CONFIG: dict[str, Any] = {
+    "run_dir": "s3://runs/team/digits",
+    "task": {"name": "digits", "options": {"limit": 40, "epochs": 1}},
+    "fishers": {
+        "sketch": {"kind": "tensorsketch", "dim": 64},
+        "shard_size": 10,
+        "diagonal": {"mean": True, "groups": True},
+    },
+    "factorization": {
+        "n_components": 2,
+        "checkpoint_every": 2,
+        "max_iterations": 6,
+        "tolerance": 1e-15,
+        "n_starts": 1,
+        "metrics": "jsonl",
+        "stability_examples": 0,
+    },
+    "verification": {"top_examples": 4, "baseline_examples": 8, "epsilon": 0.1},
+    "executor": {"kind": "serial"},
+}
+RUN = CONFIG["run_dir"]
+
+
+def config(run_dir: str, **sections: Any) -> RunConfig:
+    return RunConfig.model_validate({**CONFIG, **sections, "run_dir": run_dir})
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of an undisturbed run on a local disk."""
+    run = stages.run(config(str(tmp_path_factory.mktemp("reference") / "digits")))
+    files = [file for file in run.path.rglob("*") if file.is_file()]
+    return results({file.relative_to(run.path).as_posix(): file.read_bytes() for file in files})
+
+
+def results(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Files by name, without what differs between any two runs: times, places and tokens."""
+    names = {name: re.sub(r"^(checkpoints/[0-9]{6})-[0-9a-f]{8}", r"\1", name) for name in files}
+    varies = re.compile(
+        r"\.lock|\.workers|run.yaml|provenance.json|report/.*|shards/.*|stages/.*|.*history.*|metrics/.*"
+    )
+    return {
+        names[name]: content
+        for name, content in files.items()
+        if not varies.fullmatch(names[name]) and not names[name].endswith("MANIFEST.json")
+    }
+
+
+def differences(store: ObjectStore, reference: dict[str, bytes]) -> list[str]:
+    mine = results(store.contents(RUN))
+    return [name for name in sorted(mine.keys() | reference.keys()) if mine.get(name) != reference.get(name)]
+
+
+def kind(request: Request) -> str:
+    """What a request does and, if it changes something, in which part of the run."""
+    if request.kind in ("HEAD", "GET", "LIST"):
+        return request.kind
+    return f"{request.kind} {request.key.removeprefix('team/digits/').split('/')[0]}"
+
+
+@contextmanager
+def failing_once_for_every_kind(store: ObjectStore, answers: tuple[Answer, ...]) -> Iterator[list[str]]:
+    """The first request of every kind fails, in one way or another."""
+    failed: list[str] = []
+
+    def fault(request: Request) -> Answer | None:
+        if request.key.endswith(".lock") or kind(request) in failed:
+            return None
+        failed.append(kind(request))
+        return answers[len(failed) % len(answers)]
+
+    store.faults.append(fault)
+    try:
+        yield failed
+    finally:
+        store.faults.remove(fault)
+
+
+def test_whatever_request_fails_the_same_command_goes_on_to_the_same_result(
+    s3: ObjectStore, reference: dict[str, bytes]
+) -> None:
+    with failing_once_for_every_kind(s3, (SLOW_DOWN, DENIED, BROKEN)) as failed:
+        while True:
+            before, n_failed = set(s3.contents(f"{RUN}/shards")), len(failed)
+            try:
+                stages.run(config(RUN))
+                break
+            except ObjectStoreError:
+                assert len(failed) > n_failed
+                assert "team/digits/.lock" not in s3.objects()
+                assert before <= set(s3.contents(f"{RUN}/shards")), "what is finished is kept"
+    assert {"GET", "HEAD", "LIST", "PUT run.yaml", "PUT task", "PUT fishers.zarr", "PUT shards", "PUT stages"} <= set(
+        failed
+    )
+    assert {"PUT checkpoints", "PUT factorization.zarr", "PUT directions.zarr", "PUT partial", "PUT tables"} <= set(
+        failed
+    )
+    assert differences(s3, reference) == []
+    assert s3.uploads() == []
+
+
+def ask(s3: ObjectStore) -> None:
+    """Everything that reads: queries, the status, the report, exports."""
+    run = RunDirectory.open(RUN)
+    assert {row.state for row in status(run)} == {StageState.COMPLETE}
+    store = ComponentStore.open(RUN)
+    assert store.coefficients.compute().shape == (40, 2)
+    assert float(np.linalg.norm(store.components.compute()[0])) == pytest.approx(1)
+    assert len(store.top_examples(1, n=2)) == 2
+    assert len(store.similar_components(0)) == 1
+    assert store.sql("select count(*) as n from examples")["n"].to_pylist() == [40]
+    assert {len(rows) for rows in store.directions.values()} == {2}
+    assert b"npeff" in s3.contents(f"{RUN}/report")["index.html"].lower()
+    stages.export_direction(run, 1, "s3://runs/exports/1.safetensors")
+    assert load(s3.objects()["exports/1.safetensors"].value).keys() == store.directions.keys()
+    lines = s3.contents(f"{RUN}/metrics")["factorize.jsonl"].decode().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == list(range(1, 7))
+
+
+def test_a_command_that_is_killed_is_taken_up_by_the_next_one(
+    s3: ObjectStore, reference: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
+    command = [sys.executable, "-m", "pipeline.cli", "run", str(tmp_path / "run.yaml")]
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while len(s3.contents(f"{RUN}/shards")) < 2:
+        assert killed.poll() is None, capfd.readouterr().err
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert killed.returncode == -signal.SIGKILL
+    assert len(s3.contents(f"{RUN}/shards")) < 4
+    s3.objects()["team/digits/.lock"].last_modified -= timedelta(seconds=object_lock.STALE_S + 2)
+    with pytest.raises(SystemExit) as ended:
+        main(command[3:])
+    assert ended.value.code in (0, None), capfd.readouterr().err
+    assert "report: s3://runs/team/digits/report/index.html" in capfd.readouterr().out
+    assert "team/digits/.lock" not in s3.objects()
+    assert differences(s3, reference) == []
+    ask(s3)
+
+
+def test_two_commands_do_not_work_on_one_run(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_lock, "RENEW_S", 0.05)
+    monkeypatch.setattr(object_lock, "_LOOK_S", 0.1)
+    one, other = (RunDirectory.create(config(RUN)) for _ in range(2))
+    with one.lock():
+        pass
+    script = (
+        f"from pipeline.run_directory import *\nwith RunDirectory.open({RUN!r}).lock(): print(1, flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", "import pipeline.store.object_lock as l; l.RENEW_S = 0.05\n" + script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.read(1) == b"1"
+        with (
+            pytest.raises(RunDirectoryError, match=rf"{RUN} is in use by another run \(process {holder.pid} on "),
+            other.lock(),
+        ):
+            raise AssertionError
+        holder.communicate(b"\n")
+    with other.lock():
+        pass
+
+
+def test_another_configuration_and_a_prefix_with_something_else_are_refused(s3: ObjectStore) -> None:
+    RunDirectory.create(config(RUN))
+    with pytest.raises(RunDirectoryError, match="holds a run with another configuration"):
+        RunDirectory.create(config(RUN, seed=7))
+    with pytest.raises(RunDirectoryError, match=r"s3://runs/team is not empty and holds no run.yaml"):
+        RunDirectory.create(config("s3://runs/team"))
+    with pytest.raises(RunDirectoryError, match=r"no run in s3://runs/nothing"):
+        RunDirectory.open("s3://runs/nothing")
+
+
+def test_errors_of_the_object_store_end_the_command_with_one_line(
+    s3: ObjectStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
+    for arguments in (["run", str(tmp_path / "run.yaml")], ["status", RUN], ["query", RUN, "top", "-c", "0"]):
+        with s3.failing(DENIED, lambda request: True), pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("npeff: error: cannot use s3://runs")
+        assert "access is denied" in line
+
+
+def test_actors_share_a_run_on_an_object_store(
+    s3: ObjectStore, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "AWS_ENDPOINT_URL" in os.environ
+    run = RunDirectory.create(config(RUN, executor={"kind": "ray", "address": "local", "workers": 2}))
+    with stages.executor_for(run, None) as workers:
+        stages.compute_fishers(run, executor=workers)
+        stages.factorize(run, executor=workers)
+    of_fishers = ("fishers.zarr", "diagonal_fisher", "task", "tables/examples", "tables/classes", "tables/parameters")
+    mine, theirs = (
+        {name: content for name, content in found.items() if name.startswith(of_fishers)}
+        for found in (results(s3.contents(RUN)), reference)
+    )
+    assert mine.keys() == theirs.keys()
+    assert [name for name in mine if mine[name] != theirs[name]] == []
+    assert np.isfinite(ComponentStore.open(RUN).components.compute()).all()
+    assert [name for name in s3.contents(f"{RUN}/checkpoints") if "MANIFEST" in name]
