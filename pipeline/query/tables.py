@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from pipeline.query.errors import QueryError
 from pipeline.store import SCHEMAS, StoreError, check_version, is_remote
+from pipeline.store.objects import file_system, key_of
 
 WRITTEN_BY = {
     "examples": "fishers",
