@@ -24,12 +24,15 @@ def status(run: RunDirectory) -> list[StageStatus]:
     n_shards = FisherStore.open(run.fishers).plan.n_shards if is_committed(run.fishers) else "?"
     shards = len(finished(run.shard_records))
     checkpoints = CheckpointStore(run.checkpoints, config_hash="").iterations()
-    lifted, verified = (len(finished(run.partial_results(stage))) for stage in ("lift", "verify"))
+    lifted, verified, attributed = (
+        len(finished(run.partial_results(stage))) for stage in ("lift", "verify", "attribute")
+    )
     stages = {
         "fishers": ((run.fishers,), f"{shards}/{n_shards} shards"),
         "factorize": ((run.checkpoints, run.factorization), f"{max(checkpoints, default=0)} steps"),
         "lift": ((run.directions,), f"{lifted}/{n_components} directions"),
         "verify": ((run.partial_results("verify"),), f"{verified}/{n_components} components"),
+        "attribute": ((run.partial_results("attribute"),), f"{attributed}/{n_components} components"),
     }
     rows = []
     for stage, (outputs, done) in stages.items():
@@ -68,6 +71,8 @@ def _details(stage: str, record: dict[str, Any] | None) -> str:
             return f"median cosine to the sketch {record['median_cosine']:.4f}"
         case "verify":
             return "; ".join(score_line(score) for score in record["scores"] if score["examples"] == "held_out")
+        case "attribute":
+            return f"{record['n_rows']} shares of the components' top examples"
     return ""
 
 

@@ -17,6 +17,7 @@ from pipeline.query import QueryError, write_report
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import Executor
 from pipeline.stage import executor_for
+from pipeline.stages.attribute_stage import attribute
 from pipeline.stages.factorize_stage import factorize
 from pipeline.stages.fisher_stage import compute_fishers
 from pipeline.stages.lift_stage import lift
@@ -36,6 +37,7 @@ _STAGES: dict[str, Callable[..., object]] = {
     "factorize": factorize,
     "lift": lift,
     "verify": verify,
+    "attribute": attribute,
     "select": select,
     "repair": repair,
 }

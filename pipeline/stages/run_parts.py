@@ -30,7 +30,7 @@ from pipeline.store import (
 
 _ORDER = ("fishers", "factorize", "lift", "verify")
 """Stages that each go on from the one before."""
-_BESIDE = ("select", "repair")
+_BESIDE = ("attribute", "select", "repair")
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ def parts_of(run: RunDirectory) -> list[Part]:
         *_factorization_parts(run),
         *_lift_parts(run),
         *_verify_parts(run),
+        *_attribute_parts(run),
         *_select_parts(run),
         *_repair_parts(run),
     ]
@@ -217,12 +218,9 @@ def _lift_parts(run: RunDirectory) -> Iterator[Part]:
     except StoreError as error:
         yield from _metadata_parts(run.directions, error, record)
         return
-    for component in range(store.n_components):
+    for component in _components_of(run, "lift"):
         path = results / f"{component:05d}.json"
-        if path.exists() or record.exists():
-            yield Part(
-                f"direction {component}", path, partial(_verify_direction, store, path, component), (path, record)
-            )
+        yield Part(f"direction {component}", path, partial(_verify_direction, store, path, component), (path, record))
 
 
 def _verify_direction(store: DirectionStore, facts: Path, component: int) -> None:
@@ -232,17 +230,31 @@ def _verify_direction(store: DirectionStore, facts: Path, component: int) -> Non
 
 def _verify_parts(run: RunDirectory) -> Iterator[Part]:
     record, results = _record(run, "verify"), run.partial_results("verify")
-    if not results.is_dir() and not record.exists():
-        return
-    for component in range(run.config.factorization.n_components):
-        rows, selectivity = results / f"{component:05d}.parquet", results / "selectivity" / f"{component:05d}.parquet"
-        if rows.exists() or record.exists():
-            yield Part(
-                f"verification of component {component}",
-                rows,
-                partial(_verify_tables, {"verification": rows, "selectivity": selectivity}),
-                (rows, selectivity, record),
-            )
+    for component in _components_of(run, "verify"):
+        name = f"{component:05d}.parquet"
+        tables = {"verification": results / name, "selectivity": results / "selectivity" / name}
+        if run.config.verification.ablation:
+            tables["ablation"] = results / "ablation" / name
+        yield Part(
+            f"verification of component {component}",
+            tables["verification"],
+            partial(_verify_tables, tables),
+            (*tables.values(), record),
+        )
+
+
+def _attribute_parts(run: RunDirectory) -> Iterator[Part]:
+    record, results = _record(run, "attribute"), run.partial_results("attribute")
+    for component in _components_of(run, "attribute"):
+        path = results / f"{component:05d}.parquet"
+        verify = partial(_verify_tables, {"position_shares": path})
+        yield Part(f"shares of component {component}", path, verify, (path, record))
+
+
+def _components_of(run: RunDirectory, stage: str) -> list[int]:
+    """Those that a stage has finished, by what it left of them and by its record."""
+    record = run.record(stage) if _is_intact(run, stage) else None
+    return sorted({*finished(run.partial_results(stage)), *(record or {}).get("components", ())})
 
 
 def _verify_tables(tables: dict[str, Path]) -> None:
