@@ -99,7 +99,7 @@ def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
         "lazy": len(cards) > CARDS_AT_ONCE,
         "images": writer.album.rules if writer is not None else {},
         "has_common": any(card.common.values or card.common.words for card in cards),
-        "has_shares": tables.has("position_shares"),
+        "has_shares": tables.has("position_shares") and tables.n_rows("position_shares") > 0,
         "metadata": store.metadata_columns() if tables.has("examples") else [],
     }
 

@@ -14,6 +14,7 @@ from PIL import Image
 from pipeline.query import write_report
 from pipeline.query.tables import RunTables
 from pipeline.query.token_shares import LEVELS, Piece, ShareReader, shaded_text
+from pipeline.store import SCHEMAS, write_table
 
 
 def reader(path: Path, **columns: list) -> ShareReader:
@@ -89,6 +90,16 @@ def test_positions_that_are_no_grid_have_no_heat_map_and_fine_ones_are_summed(tm
     fine = reader(tmp_path / "fine", share=[1.0] * (40 * 40)).shares(0, 4, None, (40, 40))
     assert fine is not None
     assert max(opacity(fine.heat).shape) <= 14
+
+
+def test_a_table_without_rows_as_of_a_task_without_tokens_shows_nothing(tmp_path: Path, make_run: Callable) -> None:
+    assert reader(tmp_path, share=[]).shares(0, 4, "a text", None) is None
+    run = make_run(n_components=3)
+    empty = SCHEMAS["position_shares"].empty_table()
+    write_table(run.path / "tables/position_shares.parquet", "position_shares", empty)
+    page = write_report(run.path).read_text("utf-8")
+    assert "Show shares on the images" not in page
+    assert "where</b> the coefficient comes from" not in page
 
 
 def test_a_report_shades_texts_and_overlays_images(make_run: Callable) -> None:
