@@ -42,5 +42,13 @@ def exact_tests(n_all: int, n_marked: int, n_in_K: NDArray[np.int64], n_both_K: 
         # in floats: the products of large counts do not fit into integers
         odds_ratios_K = (n_both_K.astype(float) * unmarked_out_K) / (unmarked_in_K.astype(float) * marked_out_K)
     p_values_K = np.minimum(stats.hypergeom.sf(n_both_K - 1, n_all, n_marked, n_in_K), 1.0)
-    q_values_K = stats.false_discovery_control(p_values_K) if len(p_values_K) else p_values_K
-    return ExactTests(odds_ratios_K, p_values_K, q_values_K)
+    return ExactTests(odds_ratios_K, p_values_K, q_values(p_values_K, len(p_values_K)))
+
+
+def q_values(p_values_K: NDArray[np.float64], n_tests: int) -> NDArray[np.float64]:
+    """Benjamini-Hochberg, where all further of the `n_tests` tests have a p-value of 1."""
+    order = np.argsort(p_values_K, kind="stable")
+    scaled = p_values_K[order] * n_tests / np.arange(1, len(order) + 1)
+    found = np.empty_like(p_values_K)
+    found[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
+    return found

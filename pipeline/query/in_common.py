@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import stats
 
+from pipeline.contingency import q_values
 from pipeline.query.tables import RunTables
 
 SIGNIFICANT = 0.05
@@ -88,15 +89,6 @@ def in_common(tables: RunTables, columns: Sequence[str], tops: Mapping[int, Sequ
 def words_of(text: str | None) -> set[str]:
     """The different words of a text, in lower case."""
     return set(_WORD.findall(text.lower())) if text else set()
-
-
-def q_values(p_values: NDArray[np.float64], n_tests: int) -> NDArray[np.float64]:
-    """Benjamini-Hochberg, where all further of the `n_tests` tests have a p-value of 1."""
-    order = np.argsort(p_values, kind="stable")
-    scaled = p_values[order] * n_tests / np.arange(1, len(order) + 1)
-    found = np.empty_like(p_values)
-    found[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
-    return found
 
 
 class _Counts:

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
-from pipeline.query.in_common import in_common, q_values, words_of
+from pipeline.contingency import q_values
+from pipeline.query.in_common import in_common, words_of
 from pipeline.query.tables import RunTables
 
 N = 200
