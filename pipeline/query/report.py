@@ -26,6 +26,9 @@ from pipeline.store.atomic import write_file_atomically
 CARDS_AT_ONCE = 64
 """With more components than this, a card becomes part of the page when it is about to be seen (see `report.js`)."""
 
+_MOST_LISTED = 16
+"""Of a list in a stage's record, such as the components that are lifted."""
+
 
 def write_report(run_dir: str | Path, *, top_examples: int = 24) -> Path:
     """Write `<run>/report/index.html` (whole or not at all) and return its path.
@@ -138,7 +141,8 @@ def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, str]:
         elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
             continue
         elif isinstance(value, list):
-            flat[prefix + key] = ", ".join(str(item) for item in value) or "none"
+            shown = [str(item) for item in value[:_MOST_LISTED]] + (["…"] if len(value) > _MOST_LISTED else [])
+            flat[prefix + key] = ", ".join(shown) or "none"
         else:
             flat[prefix + key] = "–" if value is None else str(value)
     return flat

@@ -200,7 +200,7 @@ class RunTables:
         """Every stage summary that is there, in the order in which the stages run."""
         order = {
             name: position
-            for position, name in enumerate(("fishers", "select", "factorize", "lift", "verify", "report"))
+            for position, name in enumerate(("fishers", "select", "factorize", "lift", "verify", "attribute"))
         }
         names = sorted(
             (path.stem for path in (self.run_dir / "stages").glob("*.json")),

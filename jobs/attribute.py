@@ -1,0 +1,18 @@
+"""Beside the verification, the attribution to tokens, as a Ray job.
+
+    ray job submit --working-dir . -- python jobs/attribute.py --config jobs/quickstart.yaml
+
+It joins the cluster that the job runs on, whatever the run file's executor.address says, goes on from what is in the
+run directory, prints its progress into the job's log, and ends with the exit code of `npeff attribute`.
+"""
+
+import sys
+from pathlib import Path
+
+# Python puts this script's folder first on the path, and a file in it has the package's name.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from pipeline.cli import job
+
+if __name__ == "__main__":
+    job("attribute")
