@@ -23,7 +23,7 @@ from pipeline.stage import (
 )
 from pipeline.stages.factorize_stage import write_solution
 from pipeline.stages.fisher_stage import compute_fishers
-from pipeline.store import StackedRows, location
+from pipeline.store import StackedRows
 
 
 def transform(
@@ -42,7 +42,7 @@ def transform(
         InvalidProblemError: ``factorization.n_components`` of the run is not the number of components.
     """
     progress, config = progress or SilentProgress(), run.config
-    given = RunDirectory.open(Path(source).expanduser())  # refused before anything is computed
+    given = RunDirectory.open(source)  # refused before anything is computed
     record_of(given, "factorize")
     if (wanted := config.factorization.n_components) != given.config.factorization.n_components:
         raise InvalidProblemError(
@@ -56,7 +56,7 @@ def transform(
             raise InvalidProblemError(
                 f"{source} has {len(components_KD)} components: set factorization.n_components of the new run to that"
             )
-        origin = str(location(source).expanduser().absolute())
+        origin = str(given.path)
         with open_stage(run, "factorize", after="fishers") as stage:
             if stage.done and stage.done.get("transformed_from") == origin:
                 return stage.done

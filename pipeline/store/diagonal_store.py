@@ -190,7 +190,7 @@ def read_diagonal(path: Path) -> dict[str, np.ndarray]:
         StoreError: it is missing or damaged.
     """
     try:
-        with os_errors_explained("read", path), safe_open(path, framework="numpy") as file:
+        with os_errors_explained("read", path), local_copy(path) as copy, safe_open(copy, "numpy") as file:
             found = _read(file)
     except SafetensorError:
         found = None

@@ -24,10 +24,11 @@ from safetensors.numpy import load
 from pipeline import stages
 from pipeline.cli import main
 from pipeline.config import RunConfig
+from pipeline.progress import SilentProgress
 from pipeline.query import ComponentStore
 from pipeline.run_directory import RunDirectory, RunDirectoryError, StageState
 from pipeline.status import status
-from pipeline.store import ObjectStoreError, object_lock
+from pipeline.store import ObjectStoreError, location, object_lock, objects
 
 CONFIG: dict[str, Any] = {
     "run_dir": "s3://runs/team/digits",
@@ -57,11 +58,19 @@ def config(run_dir: str, **sections: Any) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of an undisturbed run on a local disk."""
-    run = stages.run(config(str(tmp_path_factory.mktemp("reference") / "digits")))
-    files = [file for file in run.path.rglob("*") if file.is_file()]
-    return results({file.relative_to(run.path).as_posix(): file.read_bytes() for file in files})
+def local(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """An undisturbed run on a local disk."""
+    return stages.run(config(str(tmp_path_factory.mktemp("reference") / "digits")))
+
+
+def names(run: RunDirectory) -> list[str]:
+    return [file.relative_to(run.path).as_posix() for file in run.path.rglob("*") if file.is_file()]
+
+
+@pytest.fixture(scope="module")
+def reference(local: RunDirectory) -> dict[str, bytes]:
+    """The files of that run."""
+    return results({name: (local.path / name).read_bytes() for name in names(local)})
 
 
 def results(files: dict[str, bytes]) -> dict[str, bytes]:
@@ -237,3 +246,30 @@ def test_actors_share_a_run_on_an_object_store(
     assert [name for name in mine if mine[name] != theirs[name]] == []
     assert np.isfinite(ComponentStore.open(RUN).components.compute()).all()
     assert [name for name in s3.contents(f"{RUN}/checkpoints") if "MANIFEST" in name]
+
+
+class Told(SilentProgress):
+    """What was said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
+
+
+def test_damage_is_found_and_made_again_there(
+    s3: ObjectStore, local: RunDirectory, reference: dict[str, bytes]
+) -> None:
+    objects.upload_files(local.path, location(RUN), [name for name in names(local) if not name.startswith(".")])
+    run, told = RunDirectory.open(RUN), Told()
+    location(f"{RUN}/directions.zarr/zarr.json").unlink()
+    assert stages.check(run, repair=True, progress=told) == []
+    assert told.lines == ["making again: directions.zarr"]
+    assert differences(s3, reference) == []
+
+
+def test_components_of_a_run_there_are_used_here(s3: ObjectStore, local: RunDirectory, tmp_path: Path) -> None:
+    objects.upload_files(local.path, location(RUN), [name for name in names(local) if not name.startswith(".")])
+    new = RunDirectory.create(config(str(tmp_path / "new")))
+    assert stages.transform(new, location(RUN))["transformed_from"] == RUN
