@@ -182,7 +182,7 @@ def lift_command(
     opened = _open(run, run_dir, workers, address)
     if component:
         opened = RunDirectory(opened.path, opened.config.with_lift(components=tuple(component)))
-    progress = default_progress()
+    progress = _progress(opened)
     stages.lift(opened, progress=progress)
     progress.say(f"lift: complete, in {opened.path}")
 
@@ -308,7 +308,7 @@ def check_command(
     """Read everything in a run's directory and verify it; exit code 1 where something is damaged."""
     run = RunDirectory.open(run_dir)
     run = RunDirectory(run.path, _replaced(run.config, workers, address))
-    progress = default_progress()
+    progress = _progress(run)
     damaged = stages.check(run, repair=repair, progress=progress)
     if not damaged:
         progress.say(f"check: everything in {run.path} is whole")

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from pipeline.query import neighbours
 from pipeline.query.coefficients import n_larger, runs_of
+from pipeline.query.enrichment import enriched
 from pipeline.query.errors import QueryError
 from pipeline.query.filters import NAMED_CLASSES, matching
 from pipeline.query.sql import run_sql
@@ -233,8 +234,6 @@ class ComponentStore:
         Raises:
             QueryError: the condition is wrong, or holds for none or for all of the examples.
         """
-        from pipeline.query.enrichment import enriched  # whose scipy.stats takes a second to import
-
         for wanted, what in ((top, "top examples"), (n, "components")):
             if wanted is not None:
                 _check_number(wanted, what)
@@ -253,11 +252,18 @@ class ComponentStore:
 
         Columns: parameter (or layer, with `by="layer"`: the parameters of one module, such as weight and bias, summed),
         energy; the energies sum to 1.
+
+        Raises:
+            QueryError: the component is not lifted.
         """
         self._check_component(component)
         if by not in ("parameter", "layer"):
             raise QueryError(f"energy is not known by '{by}': choose parameter or layer")
         rows = self.tables.read("layer_energy", ["parameter", "energy"], pc.field("component") == component)
+        if not len(rows):
+            raise QueryError(
+                f"component {component} is not lifted: run `npeff lift {self.run_dir} -c {component}` first"
+            )
         if by == "layer":
             layers = pc.replace_substring_regex(rows["parameter"], r"\.[^.]*$", "")
             rows = (

@@ -141,7 +141,8 @@ class VerificationWorker:
         direction = self._tested_direction(component)
         rows, selectivity, ablation = ([], [], []) if direction is None else self._rows(component, direction)
         write_table(self._paths.selectivity_file(component), "selectivity", _columns(selectivity, "selectivity"))
-        write_table(self._paths.ablation_file(component), "ablation", _columns(ablation, "ablation"))
+        if self._options.ablation:
+            write_table(self._paths.ablation_file(component), "ablation", _columns(ablation, "ablation"))
         write_table(self._paths.results / f"{component:05d}.parquet", "verification", _columns(rows, "verification"))
         return rows
 
