@@ -28,6 +28,7 @@ from pipeline.stage import (
     executor_for,
     fitted_examples,
     open_stage,
+    outputs_of,
     record_of,
     validate_problem,
     worker_spec,
@@ -46,6 +47,9 @@ from pipeline.store import (
     write_factorization,
     write_table,
 )
+
+_AFTER = ("lift", "verify", "attribute", "repair")
+"""Stages that go on from the components."""
 
 
 def factorize(
@@ -203,9 +207,12 @@ def write_solution(
     if _former_checksums(run) == checksums:
         run.reopen("lift")  # which adds to the table of components; its directions stay
     else:
-        for stage in ("factorize", "lift", "verify", "attribute", "repair"):
+        for stage in ("factorize", *_AFTER):
             run.reopen(stage)
             remove_directory(run.partial_results(stage))
+        for stage in _AFTER:
+            for table in (output for output in outputs_of(run, stage) if output.suffix == ".parquet"):
+                table.unlink(missing_ok=True)  # or the report would show them beside the new components
         for folder in (run.directions, run.repaired):
             remove_directory(folder)
     write_factorization(run.factorization, components_KD, coefficients_NK, summary, columns_D)
