@@ -74,6 +74,8 @@ def outputs_of(run: RunDirectory, stage: str) -> list[Path]:
     outputs = [run.path / name for name in _OUTPUTS[stage]]
     if stage == "fishers" and run.config.fishers.diagonal.mean:
         outputs.append(run.diagonal_fisher)
+    if stage == "verify" and run.config.verification.ablation:
+        outputs.append(run.table("ablation"))
     return outputs
 
 

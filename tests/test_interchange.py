@@ -252,6 +252,16 @@ def test_factorize_query_and_report_go_on_from_an_imported_file(tmp_path: Path, 
     assert {row.stage: str(row.state) for row in status(run)}["fishers"] == "complete"
     assert recorded(run, "fishers") is not None
     summary = stages.factorize(run)
+    assert stages.check(run) == []
+    record = run.shard_records / "00000.json"
+    content = record.read_bytes()
+    record.write_bytes(content[:-9])
+    (left,) = stages.check(run, repair=True)
+    assert (left.what, left.remedy) == ("shard 0", "import the file again, into a new run_dir")
+    assert record.exists()
+    record.write_bytes(content)
+    run.table("coefficients").unlink()
+    assert stages.check(run, repair=True) == []
     assert summary["explained"] > 0.3
     components = ComponentStore.open(run.path)
     top = components.top_examples(0, n=3)
@@ -487,7 +497,8 @@ def test_a_decomposition_and_its_fishers_become_a_factorized_run(
     assert record["loss"] == pytest.approx(residuals, rel=1e-5)
     assert record["explained"] == pytest.approx(1 - residuals / squares, rel=1e-4)
     assert {row.stage: str(row.state) for row in status(run)} == {
-        "fishers": "complete", "factorize": "complete", "lift": "missing", "verify": "missing", "report": "missing",
+        "fishers": "complete", "factorize": "complete", "lift": "missing", "verify": "missing",
+            "attribute": "missing", "report": "missing",
     }  # fmt: skip
     assert stages.factorize(run)["stopped"] == "imported"
     top = ComponentStore.open(run.path).top_examples(1, n=4)["example"].to_pylist()
@@ -509,6 +520,14 @@ def test_a_decomposition_alone_can_be_asked_too(
         export_fishers(run.path, tmp_path / "a.h5")
     assert stages.report(run).exists()
     assert import_factorization(path, tmp_path / "run").path == run.path
+    assert stages.check(run) == []
+    (run.path / "provenance.json").write_text("{")
+    assert stages.check(serial(run), repair=True) == []
+    (run.factorization / "components/c/0/0").unlink()
+    (damaged,) = stages.check(run, repair=True)
+    assert damaged.what == "factorization"
+    assert "import the file again" in damaged.remedy
+    assert run.factorization.exists()
 
 
 def test_a_factorization_is_exported_and_imported_unchanged(tmp_path: Path, file: Path) -> None:

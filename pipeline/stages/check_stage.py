@@ -7,23 +7,33 @@ vouched for it, and nothing else: for the stages it is then not there yet, and t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pipeline.progress import ProgressDisplay, SilentProgress
 from pipeline.query import QueryError, write_report
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import Executor
-from pipeline.stage import executor_for
+from pipeline.stage import executor_for, recorded
 from pipeline.stages.attribute_stage import attribute
 from pipeline.stages.factorize_stage import factorize
 from pipeline.stages.fisher_stage import compute_fishers
 from pipeline.stages.lift_stage import lift
 from pipeline.stages.repair_stage import repair
-from pipeline.stages.run_parts import Part, complete_stages, delete, parts_of
+from pipeline.stages.run_parts import (
+    Part,
+    complete_stages,
+    delete,
+    finished_components,
+    imported_stages,
+    parts_of,
+    transformed_from,
+)
 from pipeline.stages.select_stage import select
+from pipeline.stages.transform_stage import transform
 from pipeline.stages.verify_stage import verify
 from pipeline.store import StoreError
 
@@ -73,13 +83,12 @@ def check(
     with run.lock():
         damaged = _damaged(run, progress)
         if repair:
-            complete = complete_stages(run)
-            reported = run.report.exists()
+            stages, as_lifted, reported = _complete_stages(run), _as_lifted(run), run.report.exists()
             for _ in range(_ROUNDS):
                 mendable = [part for part, _ in damaged if part.mendable]
                 if not mendable:
                     break
-                _make_again(run, mendable, complete, reported, executor, progress)
+                _make_again(as_lifted, mendable, stages, reported, executor, progress)
                 damaged = _damaged(run, progress)
         return [Damage(part.what, part.where, why, _remedy(run, part)) for part, why in damaged]
 
@@ -106,10 +115,25 @@ def _verified(part: Part) -> str | None:
     return None
 
 
+def _complete_stages(run: RunDirectory) -> dict[str, Callable[..., object]]:
+    """What makes again what was complete; components that were taken from another run are taken from there again."""
+    imported = imported_stages(run)
+    stages = {stage: _STAGES[stage] for stage in complete_stages(run) if stage not in imported}
+    if "factorize" in stages and (source := transformed_from(run)) is not None:
+        stages["factorize"] = partial(transform, source=source)
+    return stages
+
+
+def _as_lifted(run: RunDirectory) -> RunDirectory:
+    """The run, asked for just the components that it has directions of: the command line may have chosen them."""
+    lifted = tuple(finished_components(run, "lift"))
+    return RunDirectory(run.path, run.config.with_lift(components=lifted)) if lifted else run
+
+
 def _make_again(
     run: RunDirectory,
     parts: Iterable[Part],
-    complete: list[str],
+    stages: Mapping[str, Callable[..., object]],
     reported: bool,
     executor: Executor | None,
     progress: ProgressDisplay,
@@ -120,8 +144,9 @@ def _make_again(
             delete(path)
     RunDirectory.create(run.config)  # the provenance, if that is gone
     with executor_for(run, executor) as workers:
-        for stage in complete:
-            _STAGES[stage](run, executor=workers, progress=progress)
+        for name, stage in stages.items():
+            if recorded(run, name) is None:
+                stage(run, executor=workers, progress=progress)
     if reported:
         try:
             write_report(run.path, top_examples=run.config.report.top_examples)

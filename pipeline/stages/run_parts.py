@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from pipeline.interchange import IMPORTED_TASK
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.stage import finished, outputs_of, record_as_sealed, vouched_for
 from pipeline.store import (
@@ -71,18 +72,31 @@ def complete_stages(run: RunDirectory) -> list[str]:
 
 def parts_of(run: RunDirectory) -> list[Part]:
     """All parts of a run, in the order in which the stages made them."""
-    return [
-        *_of_the_run(run),
-        *(part for stage in (*_ORDER, *_BESIDE) for part in _stage_parts(run, stage)),
-        *_fisher_parts(run),
-        *_checkpoint_parts(run),
-        *_factorization_parts(run),
-        *_lift_parts(run),
-        *_verify_parts(run),
-        *_attribute_parts(run),
-        *_select_parts(run),
-        *_repair_parts(run),
-    ]
+    stages: dict[str, tuple[Callable[[RunDirectory], Iterator[Part]], ...]] = {
+        "fishers": (_fisher_parts,),
+        "factorize": (_checkpoint_parts, _factorization_parts),
+        "lift": (_lift_parts,),
+        "verify": (_verify_parts,),
+        "attribute": (_attribute_parts,),
+        "select": (_select_parts,),
+        "repair": (_repair_parts,),
+    }
+    parts, imported = list(_of_the_run(run)), imported_stages(run)
+    for stage, parts_within in stages.items():
+        of_stage = [*_stage_parts(run, stage), *(part for within in parts_within for part in within(run))]
+        parts += map(_not_mendable, of_stage) if stage in imported else of_stage
+    return parts
+
+
+def imported_stages(run: RunDirectory) -> tuple[str, ...]:
+    """Those whose results are of a file, which no stage can make again."""
+    if run.config.task.name != IMPORTED_TASK:
+        return ()
+    return ("fishers",) if run.checkpoints.exists() or not has_record(run, "factorize") else ("fishers", "factorize")
+
+
+def _not_mendable(part: Part) -> Part:
+    return replace(part, mendable=False, remedy="import the file again, into a new run_dir")
 
 
 def _of_the_run(run: RunDirectory) -> Iterator[Part]:
@@ -118,16 +132,22 @@ def _stage_parts(run: RunDirectory, stage: str) -> Iterator[Part]:
     record = _record(run, stage)
     if record.exists():
         yield Part(f"record of {stage}", record, partial(record_as_sealed, run, stage), (record,))
-    elif stage in _ORDER and any(has_record(run, later) for later in _ORDER[_ORDER.index(stage) + 1 :]):
+    elif stage in _expected(run):
         yield Part(f"record of {stage}", record, partial(_missing, record))
     for output in outputs_of(run, stage):
         if output.suffix == ".parquet" and (vouched_for(output, stage) or not has_record(run, "lift")):
             if output.exists() or record.exists():
                 yield Part(f"table {output.stem}", output, partial(_verify_table, run, stage, output), (output,))
-        elif not output.exists() and record.exists():
+        elif not is_committed(output) and record.exists():
             yield Part(output.name, output, partial(_missing, output))
         elif output.suffix == ".safetensors" and output.exists():
             yield Part("diagonal Fisher", output, partial(read_diagonal, output), (output, record))
+
+
+def _expected(run: RunDirectory) -> list[str]:
+    """Stages that were complete; of an imported decomposition alone there were never any Fishers."""
+    without_fishers = "fishers" in imported_stages(run) and not is_committed(run.fishers)
+    return [stage for stage in complete_stages(run) if stage in _ORDER and not (stage == "fishers" and without_fishers)]
 
 
 def _verify_table(run: RunDirectory, stage: str, path: Path) -> None:
@@ -218,7 +238,7 @@ def _lift_parts(run: RunDirectory) -> Iterator[Part]:
     except StoreError as error:
         yield from _metadata_parts(run.directions, error, record)
         return
-    for component in _components_of(run, "lift"):
+    for component in finished_components(run, "lift"):
         path = results / f"{component:05d}.json"
         yield Part(f"direction {component}", path, partial(_verify_direction, store, path, component), (path, record))
 
@@ -230,7 +250,7 @@ def _verify_direction(store: DirectionStore, facts: Path, component: int) -> Non
 
 def _verify_parts(run: RunDirectory) -> Iterator[Part]:
     record, results = _record(run, "verify"), run.partial_results("verify")
-    for component in _components_of(run, "verify"):
+    for component in finished_components(run, "verify"):
         name = f"{component:05d}.parquet"
         tables = {"verification": results / name, "selectivity": results / "selectivity" / name}
         if run.config.verification.ablation:
@@ -245,14 +265,14 @@ def _verify_parts(run: RunDirectory) -> Iterator[Part]:
 
 def _attribute_parts(run: RunDirectory) -> Iterator[Part]:
     record, results = _record(run, "attribute"), run.partial_results("attribute")
-    for component in _components_of(run, "attribute"):
+    for component in finished_components(run, "attribute"):
         path = results / f"{component:05d}.parquet"
         verify = partial(_verify_tables, {"position_shares": path})
         yield Part(f"shares of component {component}", path, verify, (path, record))
 
 
-def _components_of(run: RunDirectory, stage: str) -> list[int]:
-    """Those that a stage has finished, by what it left of them and by its record."""
+def finished_components(run: RunDirectory, stage: str) -> list[int]:
+    """Components that a stage has finished, by what it left of them and by its record."""
     record = run.record(stage) if _is_intact(run, stage) else None
     return sorted({*finished(run.partial_results(stage)), *(record or {}).get("components", ())})
 
@@ -288,6 +308,17 @@ def _verify_edited_model(run: RunDirectory) -> None:
     record = run.record("repair") if _is_intact(run, "repair") else None
     if record is not None and found != record.get("model_checksum", found):
         raise StoreError(f"{path} does not match its checksum")
+
+
+def transformed_from(run: RunDirectory) -> str | None:
+    """The run whose components this one has, where they were not fitted; None where nothing says so."""
+    record = run.record("factorize") if _is_intact(run, "factorize") else None
+    if record is None:
+        try:
+            record = open_factorization(run.factorization).attrs
+        except StoreError:
+            return None
+    return record.get("transformed_from")
 
 
 def _missing(path: Path) -> None:

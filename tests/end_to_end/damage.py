@@ -60,6 +60,9 @@ KINDS = {
     "component's selectivity": "partial/verify/selectivity/00001.parquet",
     "table of verification": "tables/verification.parquet",
     "record of verify": "stages/verify.json",
+    "component's shares": "partial/attribute/00001.parquet",
+    "table of shares": "tables/position_shares.parquet",
+    "record of attribute": "stages/attribute.json",
 }
 """One file of each kind, the last one that matches."""
 
@@ -71,7 +74,9 @@ NO_CHECKSUM = re.compile(r"report/.*|provenance\.json|run\.yaml")
 """Files in which a flipped bit may be none that matters, or is not found; and what is only for people."""
 GONE_FOR_GOOD = re.compile(r"checkpoints/.*")
 """Once the factorization is complete, a damaged checkpoint is deleted, and not made again."""
-NO_LOSS_WHEN_DELETED = re.compile(r"stages/verify\.json|report/.*|partial/(select|repair)/.*|checkpoints/.*")
+NO_LOSS_WHEN_DELETED = re.compile(
+    r"stages/(verify|attribute)\.json|report/.*|partial/(select|repair)/.*|checkpoints/.*"
+)
 """The run is then as it was before; the same command goes on, or there is nothing to go on with."""
 
 

@@ -5,22 +5,27 @@ Shapes: K components, T positions, P parameters.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from end_to_end import damage
 from safetensors.torch import save_file
 
 from pipeline import cli, stages
 from pipeline.config import ConfigError, RunConfig
 from pipeline.fisher import GradientCollector
 from pipeline.progress import SilentProgress
+from pipeline.query import ComponentStore, QueryError
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.attribution_actor import AttributionWorker
+from pipeline.runtime.executor import ExecutorError
 from pipeline.runtime.model import LoadedModel
-from pipeline.stage import fingerprint_of, label_spec, model_spec
+from pipeline.stage import fingerprint_of, label_spec, lifted_components, model_spec
+from pipeline.stages.factorize_stage import write_solution
 from pipeline.store import DirectionStore, open_factorization, read_table
 from pipeline.tasks import TaskError
 from pipeline.verification import position_shares
@@ -73,6 +78,10 @@ def loaded(run: RunDirectory) -> LoadedModel:
     return model_spec(run, fingerprint_of(run)).load()
 
 
+def copied(run: RunDirectory, path: Path) -> RunDirectory:
+    return RunDirectory.open(shutil.copytree(run.path, path))
+
+
 def direction(run: RunDirectory, component: int) -> dict[str, torch.Tensor]:
     return {
         name: torch.from_numpy(values) for name, values in DirectionStore.open(run.directions).read(component).items()
@@ -84,6 +93,8 @@ def test_only_the_chosen_components_are_lifted_verified_and_attributed(run: RunD
     assert {row["other_component"] for row in table(run, "verification")} == set(FIRST)
     assert {row["component"] for row in table(run, "position_shares")} == set(FIRST)
     assert {row["component"] for row in table(run, "layer_energy")} == set(FIRST)
+    with pytest.raises(QueryError, match=r"component 2 is not lifted: run `npeff lift .* -c 2` first"):
+        ComponentStore.open(run.path).layer_energy(2)
     cosines = [row["lift_cosine"] for row in table(run, "components")]
     assert [cosine is not None for cosine in cosines] == [False, True, False, True]
     assert all(array.dtype == np.float16 for array in DirectionStore.open(run.directions).arrays.values())
@@ -190,7 +201,7 @@ def test_a_task_without_tokens_has_an_empty_table(run: RunDirectory, monkeypatch
     assert not table(other, "position_shares")
     monkeypatch.setattr("pipeline.tasks.compiled._Sequences.tokens", lambda *_: [[]])
     with pytest.raises(
-        TaskError, match=r"tokens\(\) must give a list of one or more tokens for each of the \d+ examples"
+        ExecutorError, match=r"tokens\(\) must give a list of one or more tokens for each of the \d+ examples"
     ):
         stages.attribute(run)
     monkeypatch.undo()
@@ -201,13 +212,43 @@ class Interrupted(Exception):
     pass
 
 
+def test_new_components_take_away_what_was_said_of_the_former_ones(run: RunDirectory, tmp_path: Path) -> None:
+    other = copied(run, tmp_path / "run")
+    stored = open_factorization(other.factorization)
+    components_KD, coefficients_NK = stored.read_components()[::-1], stored.read_coefficients()[:, ::-1]
+    write_solution(other, components_KD, coefficients_NK, [], {})
+    assert {path.stem for path in other.tables.iterdir()} == {
+        *("examples", "classes", "parameters", "components", "top_examples", "coefficients", "history")
+    }
+
+
+@pytest.mark.parametrize("in_run_file", [FIRST, None])
+def test_a_repair_lifts_again_what_was_lifted_and_no_others(
+    in_run_file: list[int] | None, run: RunDirectory, tmp_path: Path
+) -> None:
+    other = copied(run, tmp_path / "run")
+    stages.lift(RunDirectory(other.path, other.config.with_lift(components=(0,))))
+    before = direction(other, 0)
+    damage.flip(other.table("ablation"))
+    damage.flip(max(path for path in other.directions.glob("*/c/0/0") if path.is_file()))
+    other = RunDirectory(other.path, other.config.with_lift(components=in_run_file))
+    assert {each.what for each in stages.check(other)} == {"table ablation", "direction 0"}
+    assert stages.check(other, repair=True) == []
+    assert lifted_components(other) == [0, *FIRST]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in direction(other, 0).items())
+    assert [row for row in table(other, "ablation") if row["component"] in FIRST] == table(run, "ablation")
+
+
 def test_others_are_added_and_what_is_there_stays(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lifted in a second command; attribution is interrupted half-way through it, and goes on."""
     before = {name: table(run, name) for name in ("verification", "position_shares", "ablation")}
     stored = {component: direction(run, component) for component in FIRST}
+    told: list[str] = []
+    monkeypatch.setattr(stages.RunMetrics, "__call__", lambda self, stage, *_: told.append(stage))
     with pytest.raises(SystemExit) as ended:
         cli.main(["lift", str(run.path), "-c", "0", "-c", "1"])
     assert not ended.value.code
+    assert set(told) == {"lift"}
     run = RunDirectory.open(run.path)
     with pytest.raises(RunDirectoryError, match=r"component 2 is not lifted: run `npeff lift .* -c 2` first"):
         stages.export_direction(run, 2, run.path / "direction.safetensors")

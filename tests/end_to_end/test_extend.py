@@ -214,6 +214,12 @@ def test_new_examples_are_transformed_in_a_new_run(factorized: RunDirectory, tmp
     np.testing.assert_allclose(coefficients_NK, expected, atol=1e-5)
     assert stages.transform(new, factorized.path)["stopped"] == "transformed"
     assert stages.open_components(new.path).top_examples(0, n=2).num_rows == 2
+    (new.factorization / "components/c/0/0").unlink()
+    assert [each.what for each in stages.check(new)] == ["factorization"]
+    assert stages.check(new, repair=True) == []
+    assert (recorded(new, "factorize") or {})["stopped"] == "transformed"
+    for mended, before in zip(arrays(new), (components_KD, coefficients_NK), strict=True):
+        np.testing.assert_array_equal(mended, before)
 
 
 @pytest.mark.parametrize(
