@@ -57,9 +57,9 @@ class ShareReader:
         self._table: pa.Table = table.sort_by(keys).combine_chunks()
         components, of = self._table["component"].to_numpy(), self._table["example"].to_numpy()
         changes = (np.diff(components) != 0) | (np.diff(of) != 0)
-        for start, stop in pairwise([0, *(np.flatnonzero(changes) + 1).tolist(), len(of)]):
-            if start < stop:
-                self._slices[int(components[start]), int(of[start])] = (start, stop)
+        starts = [0, *(np.flatnonzero(changes) + 1).tolist()] if len(of) else []
+        for start, stop in pairwise([*starts, len(of)]):
+            self._slices[int(components[start]), int(of[start])] = (start, stop)
         self._n_positions = int(self._table["position"].to_numpy().max(initial=-1)) + 1
 
     def shares(self, component: int, example: int, text: str | None, shape: tuple[int, int] | None) -> Shares | None:
