@@ -58,7 +58,7 @@ class ShareReader:
         components, of = self._table["component"].to_numpy(), self._table["example"].to_numpy()
         changes = (np.diff(components) != 0) | (np.diff(of) != 0)
         starts = [0, *(np.flatnonzero(changes) + 1).tolist()] if len(of) else []
-        for start, stop in zip(starts, [*starts[1:], len(of)], strict=True):
+        for start, stop in pairwise([*starts, len(of)]):
             self._slices[int(components[start]), int(of[start])] = (start, stop)
         self._n_positions = int(self._table["position"].to_numpy().max(initial=-1)) + 1
 

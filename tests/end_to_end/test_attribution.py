@@ -19,6 +19,7 @@ from pipeline.fisher import GradientCollector
 from pipeline.progress import SilentProgress
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.attribution_actor import AttributionWorker
+from pipeline.runtime.executor import ExecutorError
 from pipeline.runtime.model import LoadedModel
 from pipeline.stage import fingerprint_of, label_spec, model_spec
 from pipeline.store import DirectionStore, open_factorization, read_table
@@ -190,7 +191,7 @@ def test_a_task_without_tokens_has_an_empty_table(run: RunDirectory, monkeypatch
     assert not table(other, "position_shares")
     monkeypatch.setattr("pipeline.tasks.compiled._Sequences.tokens", lambda *_: [[]])
     with pytest.raises(
-        TaskError, match=r"tokens\(\) must give a list of one or more tokens for each of the \d+ examples"
+        ExecutorError, match=r"tokens\(\) must give a list of one or more tokens for each of the \d+ examples"
     ):
         stages.attribute(run)
     monkeypatch.undo()
