@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -16,6 +17,10 @@ from end_to_end.local_head import LocalHead, free_ports, write_run_file
 
 STAGES = ("fishers", "factorize", "lift", "verify")
 pytestmark = pytest.mark.timeout(900)  # a minute or two on two free cores
+
+on_request = pytest.mark.skipif(
+    os.environ.get("NPEFF_SLOW_TESTS") != "1", reason="kills jobs and heads, for minutes: set NPEFF_SLOW_TESTS=1"
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +51,7 @@ def test_a_plain_ray_job_runs_everything_and_its_logs_follow(undisturbed: tuple[
     assert complete_stages(run) == set(STAGES)
 
 
+@on_request
 def test_the_stages_are_jobs_of_their_own(head: LocalHead, tmp_path: Path) -> None:
     config = write_run_file(tmp_path)
     commands = [f"python jobs/{stage}.py --config {config}" for stage in (*STAGES, "report")]
@@ -87,6 +93,7 @@ def test_the_exit_code_is_the_runs_and_the_line_that_says_why_is_in_the_log(head
     assert job["metadata"]["npeff_run_dir"] == str(tmp_path / "run.yaml" / "below-a-file")
 
 
+@on_request
 def test_a_run_goes_on_after_the_driver_a_worker_and_the_head_were_killed(
     head: LocalHead, undisturbed: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -119,6 +126,7 @@ def test_a_run_goes_on_after_the_driver_a_worker_and_the_head_were_killed(
     assert run_contents.differences(run, undisturbed[0]) == []
 
 
+@on_request
 def test_a_run_has_one_job_at_a_time_which_is_followed_stopped_and_resumed(head: LocalHead, tmp_path: Path) -> None:
     many_shards = {"task": {"name": "digits", "options": {"epochs": 1}}, "fishers": {"shard_size": 1}}
     config, run = write_run_file(tmp_path, **many_shards), tmp_path / "run"
