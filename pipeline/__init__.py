@@ -19,7 +19,19 @@ if TYPE_CHECKING:
     from pipeline.factorization.estimator import NPEFF
     from pipeline.query import ComponentStore
     from pipeline.run_directory import RunDirectory
-    from pipeline.stages import compute_fishers, factorize, lift, report, run, select, verify
+    from pipeline.stages import (
+        attribute,
+        check,
+        compute_fishers,
+        factorize,
+        lift,
+        repair,
+        report,
+        run,
+        select,
+        transform,
+        verify,
+    )
     from pipeline.tasks import Examples, Task
 
 _HOMES = {
@@ -30,13 +42,22 @@ _HOMES = {
     "ComponentStore": "pipeline.query",
     "Task": "pipeline.tasks",
     "Examples": "pipeline.tasks",
-    "run": "pipeline.stages",
-    "compute_fishers": "pipeline.stages",
-    "factorize": "pipeline.stages",
-    "lift": "pipeline.stages",
-    "select": "pipeline.stages",
-    "verify": "pipeline.stages",
-    "report": "pipeline.stages",
+    **dict.fromkeys(
+        (
+            "attribute",
+            "check",
+            "compute_fishers",
+            "factorize",
+            "lift",
+            "repair",
+            "report",
+            "run",
+            "select",
+            "transform",
+            "verify",
+        ),
+        "pipeline.stages",
+    ),
 }
 
 __all__ = [
@@ -47,12 +68,16 @@ __all__ = [
     "RunConfig",
     "RunDirectory",
     "Task",
+    "attribute",
+    "check",
     "compute_fishers",
     "factorize",
     "lift",
+    "repair",
     "report",
     "run",
     "select",
+    "transform",
     "verify",
 ]
 

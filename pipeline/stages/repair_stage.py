@@ -34,8 +34,8 @@ def repair(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
     """Edit the model along components whose top examples it gets wrong, and judge that on held-out examples."""
     with open_stage(run, "repair", after="lift") as stage:
         progress, wanted = progress or SilentProgress(), run.config.repair
-        request = _request(run)
-        if stage.done and stage.done["request"] == request:
+        request, lifted = _request(run), lifted_components(run)
+        if stage.done and stage.done["request"] == request and stage.done.get("components", lifted) == lifted:
             progress.say(_outcome(stage.done))
             return stage.done
         run.reopen("repair")
@@ -45,10 +45,14 @@ def repair(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         with executor_for(run, executor) as workers:
             search = _Search(run, workers, progress, examples)
             rows = search.over_represented()
-            lifted = set(lifted_components(run))
             likely = [row["component"] for row in rows if row["q_value"] <= wanted.significance]
             edits, steps = search.edits([component for component in likely if component in lifted])
-            summary: Summary = {"request": request, "edits": [asdict(edit) for edit in edits], "held_out": None}
+            summary: Summary = {
+                "request": request,
+                "components": lifted,
+                "edits": [asdict(edit) for edit in edits],
+                "held_out": None,
+            }
             if edits and len(examples.held_out):
                 before, after = search.ask("judge", (tuple(edits), examples.held_out))
                 result = mcnemar(np.array(before), np.array(after))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import resource
 import subprocess
 import sys
@@ -134,9 +135,8 @@ import json, time
 t0 = time.perf_counter()
 from pipeline.query import ComponentStore
 imported = time.perf_counter() - t0
-{prepare}
 t0, c0 = time.perf_counter(), time.process_time()
-store = {place}
+store = ComponentStore.open({run_dir!r})
 i = 3
 {question}
 cold, cold_cpu = time.perf_counter() - t0, time.process_time() - c0
@@ -152,27 +152,12 @@ print(json.dumps(dict(imports=imported, cold=cold, cold_cpu=cold_cpu, warm_best=
     warm_median=sorted(warm)[len(warm) // 2], warm_cpu=sorted(cpu)[len(cpu) // 2], peak_mib=peak)))
 """
 
-ON_S3 = """
-import pyarrow.fs as pa_fs, zarr
-from upath import UPath
-import pipeline.query.components as components, pipeline.query.tables as tables
-from pipeline.store import StoredFactorization
-options = dict(endpoint_url={url!r}, key="test", secret="test", default_cache_type="none", default_fill_cache=False)
-folder = UPath("s3://runs/run", **options)
-files = pa_fs.PyFileSystem(pa_fs.FSSpecHandler(folder.fs))
-tables._located = lambda path: (path.path, files)
-def opened(path):
-    group = zarr.open_group(str(path), mode="r", storage_options=options)
-    names = ("components", "coefficients", "coefficient_norms")
-    found = {{name: group[name] for name in names}}
-    return StoredFactorization(path, **found, attrs=dict(group.attrs))
-components.open_factorization = opened
-"""
 
-
-def ask(question: str, place: str, prepare: str = "", repeats: int = 9) -> dict[str, float]:
-    script = ASK.format(question=question, place=place, prepare=prepare, repeats=repeats)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+def ask(question: str, run_dir: str, repeats: int = 9, **environment: str) -> dict[str, float]:
+    script = ASK.format(question=question, run_dir=run_dir, repeats=repeats)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout)
@@ -190,8 +175,8 @@ def ask_on_s3(folder: Path) -> dict[str, dict[str, float]]:
         files = s3fs.S3FileSystem(endpoint_url=url, key="test", secret="test")
         files.mkdir("runs")
         files.put(str(folder), "runs/run", recursive=True)
-        prepare = ON_S3.format(url=url)
-        answers = {name: ask(each, "ComponentStore(folder)", prepare, repeats=3) for name, each in QUESTIONS.items()}
+        environment = {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+        answers = {name: ask(each, "s3://runs/run", repeats=3, **environment) for name, each in QUESTIONS.items()}
     finally:
         server.stop()
     show("moto's server, over s3fs", answers)
@@ -220,7 +205,7 @@ def main() -> None:
         if not (folder / "tables" / "components.parquet").exists():
             results["store"] = build(folder, options.examples, options.components)
             Console().print_json(json.dumps(results["store"]))
-        local = {name: ask(question, f"ComponentStore.open({str(folder)!r})") for name, question in QUESTIONS.items()}
+        local = {name: ask(question, str(folder)) for name, question in QUESTIONS.items()}
         show("local disk", local)
         results["local"] = local
         if options.s3:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from end_to_end import faults
+from end_to_end import run_contents
 from end_to_end.local_head import LocalHead
 
 _numbers = itertools.count(1)
@@ -70,7 +70,7 @@ def wait_for_units(head: LocalHead, job: str, run: Path, stage: str, units: int)
     """Until a running job has finished so much of a stage, and its workers are at work."""
     look_at_job = time.monotonic() + 1.0
     until = time.monotonic() + 600.0
-    while not (faults.has_come_to(run, stage, units) and head.actors()):
+    while not (run_contents.has_come_to(run, stage, units) and head.actors()):
         time.sleep(0.005)
         if time.monotonic() >= look_at_job:  # seldom: the head has better things to do than to answer
             look_at_job = time.monotonic() + 1.0
@@ -121,15 +121,15 @@ class Outcome:
 def play(fault: Fault, head: LocalHead, reference: Path, folder: Path) -> Outcome:
     """Submit, strike, submit again, compare."""
     folder.mkdir(parents=True)
-    run = faults.before_stage(reference, fault.stage, folder / "run")
-    run_file = faults.write_run_file(folder / "run.yaml")
+    run = run_contents.before_stage(reference, fault.stage, folder / "run")
+    run_file = run_contents.write_run_file(folder / "run.yaml")
     outcome = Outcome(fault)
     job = submit(fault.submitter, head, run_file, run)
     wait_for_units(head, job, run, fault.stage, fault.units)
     began = time.monotonic()
     strike(head, fault.victim)
-    done = faults.units_done(run, fault.stage)
-    outcome.found = faults.newest_checkpoint(run) if fault.stage == "factorize" else len(done)
+    done = run_contents.units_done(run, fault.stage)
+    outcome.found = run_contents.newest_checkpoint(run) if fault.stage == "factorize" else len(done)
     if fault.victim == "head":
         try:
             outcome.state = details(head, job)["status"]
@@ -144,9 +144,9 @@ def play(fault: Fault, head: LocalHead, reference: Path, folder: Path) -> Outcom
     outcome.again = wait_for_end(head, job)
     outcome.again_s = time.monotonic() - began
     if fault.stage != "factorize" and fault.victim != "worker":  # checkpoints are pruned
-        now = faults.units_done(run, fault.stage)
+        now = run_contents.units_done(run, fault.stage)
         outcome.redone = sum(now.get(name) != written for name, written in done.items())
-    outcome.different = faults.differences(run, reference)
+    outcome.different = run_contents.differences(run, reference)
     return outcome
 
 
@@ -180,7 +180,7 @@ def reference_job(head: LocalHead, folder: Path) -> Path:
     run = folder / "reference"
     if (run / "report").exists():
         return run
-    job = submit("ray", head, faults.write_run_file(folder / "reference.yaml"), run)
+    job = submit("ray", head, run_contents.write_run_file(folder / "reference.yaml"), run)
     assert wait_for_end(head, job) == "SUCCEEDED", log(head, job)
     return run
 

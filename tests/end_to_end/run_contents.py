@@ -34,6 +34,7 @@ OUTPUTS = {
     "lift": ("directions.zarr", "partial/lift", "tables/layer_energy.parquet"),
     "verify": ("tables/verification.parquet", "partial/verify"),
 }
+AFTER_ALL = ("stages/attribute.json", "tables/position_shares.parquet", "partial/attribute", "report")
 
 STEPS_TOLERANCE = 1e-6
 """Components, coefficients and losses, relative to their largest entry."""
@@ -84,12 +85,11 @@ def has_come_to(run: Path, stage: str, units: int) -> bool:
 def before_stage(reference: Path, stage: str, copy: Path) -> Path:
     """A copy of a finished run in which `stage`, and what comes after it, was never begun."""
     shutil.copytree(reference, copy)
-    shutil.rmtree(copy / "report", ignore_errors=True)
-    for name in STAGES[STAGES.index(stage) :]:
-        (copy / "stages" / f"{name}.json").unlink(missing_ok=True)
-        for output in OUTPUTS[name]:
-            path = copy / output
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    begun = [f"stages/{name}.json" for name in STAGES[STAGES.index(stage) :]]
+    begun += [output for name in STAGES[STAGES.index(stage) :] for output in OUTPUTS[name]]
+    for output in (*begun, *AFTER_ALL):
+        path = copy / output
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return copy
 
 

@@ -42,6 +42,7 @@ WRITTEN = {
     "factorize": ("factorization.zarr", "checkpoints"),
     "lift": ("directions.zarr", "partial/lift", "tables/layer_energy.parquet"),
     "verify": ("partial/verify", "tables/verification.parquet", "tables/selectivity.parquet"),
+    "attribute": ("partial/attribute", "tables/position_shares.parquet"),
 }
 
 

@@ -407,7 +407,7 @@ def test_a_question_that_cannot_be_answered_is_one_line(
         (("query", "RUN", "sql", "attach 'x.db'"), "a query is one SELECT statement"),
         (("query", "RUN", "selection"), "selection"),
         (("query", "RUN/run.yaml", "components"), "run.yaml"),
-        (("status", "RUN/run.yaml"), "it is a file"),
+        (("status", "RUN/tables/examples.parquet"), "examples.parquet"),
         (("report", "HERE/nowhere"), "no run file at"),
         (("nonsense",), "No such command 'nonsense'"),
     ],

@@ -53,6 +53,9 @@ def test_a_model_that_changed_between_stages_is_refused(run: RunDirectory, stage
 def test_a_new_factorization_takes_the_old_directions_and_verification_away(run: RunDirectory) -> None:
     run.reopen("factorize")
     stages.factorize(run)
+    assert run.directions.exists(), "it is the same to the bit"
+    stages.factorize(RunDirectory(run.path, run.config.with_max_iterations(6)))
+    run = RunDirectory.create(run.config.with_max_iterations(6))
     assert not run.directions.exists()
     assert [recorded(run, stage) is None for stage in ("fishers", "factorize", "lift", "verify")] == [
         False,

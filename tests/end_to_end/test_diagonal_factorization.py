@@ -138,6 +138,7 @@ def test_the_run_ends_well_and_says_what_it_leaves_out(
         "factorize": "complete",
         "lift": "skipped",
         "verify": "skipped",
+        "attribute": "skipped",
         "report": "complete",
     }
     assert "no directions" in states["lift"][1]
@@ -229,7 +230,7 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(
         def stage(self, *arguments: Any, **more: Any) -> Any:
             from contextlib import nullcontext
 
-            def tick(done: int, fact: str = "", last: bool = False) -> None:
+            def tick(done: int, fact: str = "", last: bool = False, **numbers: float) -> None:
                 if done == 7:
                     raise Interrupted
 

@@ -98,8 +98,8 @@ def rows_of(run: RunDirectory) -> dict[str, np.ndarray]:
 class Backwards(SerialExecutor):
     """Gives the items in the order that is the worst one for adding up."""
 
-    def map(self, spec: WorkerSpec, method: str, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        return super().map(spec, method, list(items)[::-1])
+    def map(self, spec: WorkerSpec, method: str, items: Iterable[Any], **more: Any) -> Iterator[tuple[Any, Any]]:
+        return super().map(spec, method, list(items)[::-1], **more)
 
 
 class Watched(SerialExecutor):
@@ -110,8 +110,8 @@ class Watched(SerialExecutor):
         self.asked: list[tuple[str, Any]] = []
         self._left = interrupted_after
 
-    def map(self, spec: WorkerSpec, method: str, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        for item, result in super().map(spec, method, items):
+    def map(self, spec: WorkerSpec, method: str, items: Iterable[Any], **more: Any) -> Iterator[tuple[Any, Any]]:
+        for item, result in super().map(spec, method, items, **more):
             if method == "compute_unit" and self._left is not None:
                 if self._left == 0:
                     raise KeyboardInterrupt

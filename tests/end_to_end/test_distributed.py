@@ -81,7 +81,7 @@ class Progress(SilentProgress):
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Any]:
-        def tick(done: int, fact: str = "", last: bool = False) -> None:
+        def tick(done: int, fact: str = "", last: bool = False, **numbers: float) -> None:
             if done == self._interrupt_at:
                 raise Interrupted
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -11,11 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from end_to_end import faults, job_faults
+from end_to_end import job_faults, run_contents
 from end_to_end.local_head import LocalHead, free_ports, write_run_file
 
 STAGES = ("fishers", "factorize", "lift", "verify")
 pytestmark = pytest.mark.timeout(900)  # a minute or two on two free cores
+
+on_request = pytest.mark.skipif(
+    os.environ.get("NPEFF_SLOW_TESTS") != "1", reason="kills jobs and heads, for minutes: set NPEFF_SLOW_TESTS=1"
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +37,7 @@ def complete_stages(run: Path) -> set[str]:
 def undisturbed(head: LocalHead, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run made by a plain Ray job, and its log as it followed."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    config = faults.write_run_file(folder / "run.yaml")
+    config = run_contents.write_run_file(folder / "run.yaml")
     job = ("ray", "job", "submit", "--address", head.address, "--")
     done = head.command(*job, "python", "jobs/pipeline.py", "--config", config, "--run-dir", folder / "run")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -41,11 +46,12 @@ def undisturbed(head: LocalHead, tmp_path_factory: pytest.TempPathFactory) -> tu
 
 def test_a_plain_ray_job_runs_everything_and_its_logs_follow(undisturbed: tuple[Path, str]) -> None:
     run, log = undisturbed
-    assert f"fishers: {faults.N_SHARDS}/{faults.N_SHARDS} shards" in log
+    assert f"fishers: {run_contents.N_SHARDS}/{run_contents.N_SHARDS} shards" in log
     assert f"report: {run / 'report' / 'index.html'}" in log
     assert complete_stages(run) == set(STAGES)
 
 
+@on_request
 def test_the_stages_are_jobs_of_their_own(head: LocalHead, tmp_path: Path) -> None:
     config = write_run_file(tmp_path)
     commands = [f"python jobs/{stage}.py --config {config}" for stage in (*STAGES, "report")]
@@ -87,38 +93,40 @@ def test_the_exit_code_is_the_runs_and_the_line_that_says_why_is_in_the_log(head
     assert job["metadata"]["npeff_run_dir"] == str(tmp_path / "run.yaml" / "below-a-file")
 
 
+@on_request
 def test_a_run_goes_on_after_the_driver_a_worker_and_the_head_were_killed(
     head: LocalHead, undisturbed: tuple[Path, str], tmp_path: Path
 ) -> None:
-    run, config = tmp_path / "chain", faults.write_run_file(tmp_path / "run.yaml")
+    run, config = tmp_path / "chain", run_contents.write_run_file(tmp_path / "run.yaml")
     job = job_faults.submit("npeff", head, config, run)
     job_faults.wait_for_units(head, job, run, "fishers", 3)
     job_faults.strike(head, "driver")
-    shards = faults.units_done(run, "fishers")
+    shards = run_contents.units_done(run, "fishers")
     assert job_faults.wait_for_end(head, job) == "FAILED"
     assert job_faults.details(head, job)["driver_exit_code"] in (-9, 137)
 
     second = job_faults.submit("npeff", head, config, run)
     assert second == job.removesuffix("1") + "2"
     job_faults.wait_for_units(head, second, run, "factorize", 4)
-    assert {name: faults.units_done(run, "fishers").get(name) for name in shards} == shards
+    assert {name: run_contents.units_done(run, "fishers").get(name) for name in shards} == shards
     job_faults.strike(head, "worker")
     job_faults.wait_for_units(head, second, run, "verify", 2)
     assert "starting the workers again from iteration" in job_faults.log(head, second), "the job goes on by itself"
     measured = metrics(head, 'stage="factorize"')
-    assert measured["ray_npeff_stage_done"] == measured["ray_npeff_stage_total"] == faults.LAST_STEP
+    assert measured["ray_npeff_stage_done"] == measured["ray_npeff_stage_total"] == run_contents.LAST_STEP
     assert 0 < measured["ray_npeff_explained"] < 1
     assert measured["ray_npeff_loss"] > 0
     job_faults.strike(head, "head")
-    components = faults.units_done(run, "verify")
+    components = run_contents.units_done(run, "verify")
     assert json.loads(head.get("/api/jobs/")) == [], "a new head knows nothing of the old one's jobs"
 
     third = job_faults.submit("ray", head, config, run)
     assert job_faults.wait_for_end(head, third) == "SUCCEEDED", job_faults.log(head, third)
-    assert {name: faults.units_done(run, "verify").get(name) for name in components} == components
-    assert faults.differences(run, undisturbed[0]) == []
+    assert {name: run_contents.units_done(run, "verify").get(name) for name in components} == components
+    assert run_contents.differences(run, undisturbed[0]) == []
 
 
+@on_request
 def test_a_run_has_one_job_at_a_time_which_is_followed_stopped_and_resumed(head: LocalHead, tmp_path: Path) -> None:
     many_shards = {"task": {"name": "digits", "options": {"epochs": 1}}, "fishers": {"shard_size": 1}}
     config, run = write_run_file(tmp_path, **many_shards), tmp_path / "run"
@@ -152,10 +160,10 @@ def test_a_run_has_one_job_at_a_time_which_is_followed_stopped_and_resumed(head:
     stopped = head.command("npeff", "submit", "--stop", config, *here)
     assert stopped.stdout.startswith(f"{job}: STOPPED; what is finished is kept"), stopped.stderr
     assert "npeff: interrupted; the same command goes on from here" in job_faults.log(head, job)
-    shards = len(faults.units_done(run, "fishers"))
+    shards = len(run_contents.units_done(run, "fishers"))
     resumed = job_faults.submit("npeff", head, config, run)
     assert resumed == job.removesuffix("1") + "2"
-    job_faults.wait_for(lambda: len(faults.units_done(run, "fishers")) > shards, "it resumed")
+    job_faults.wait_for(lambda: len(run_contents.units_done(run, "fishers")) > shards, "it resumed")
     assert head.command("npeff", "submit", "--stop", resumed, *here).returncode == 0
 
 

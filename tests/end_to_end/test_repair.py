@@ -169,6 +169,23 @@ def test_another_request_is_another_repair(repaired: RunDirectory, tmp_path: Pat
     assert not run.repaired.exists(), "the model of the former one is not left beside this record"
 
 
+def test_components_that_are_lifted_later_are_tried_too(
+    lifted: RunDirectory, repaired: RunDirectory, tmp_path: Path
+) -> None:
+    run, expected = copied(lifted, tmp_path / "run"), repaired.record("repair")
+    assert expected is not None
+    edited = {edit["component"] for edit in expected["edits"]}
+    other = min(set(range(8)) - edited)
+    shutil.rmtree(run.directions)
+    shutil.rmtree(run.partial_results("lift"))
+    run.reopen("lift")
+    few = RunDirectory(run.path, run.config.with_lift(components=(other,)))
+    stages.lift(few)
+    assert {edit["component"] for edit in stages.repair(few)["edits"]} <= {other}
+    stages.lift(run)
+    assert {edit["component"] for edit in stages.repair(run)["edits"]} == edited
+
+
 def test_examples_without_labels_cannot_be_repaired(
     lifted: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

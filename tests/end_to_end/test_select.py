@@ -37,8 +37,8 @@ class Counting(SerialExecutor):
         super().__init__()
         self.fits, self.limit = 0, limit
 
-    def map(self, spec: WorkerSpec, method: str, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        for item, result in super().map(spec, method, items):
+    def map(self, spec: WorkerSpec, method: str, items: Iterable[Any], **more: Any) -> Iterator[tuple[Any, Any]]:
+        for item, result in super().map(spec, method, items, **more):
             if self.fits == self.limit:
                 raise KeyboardInterrupt
             self.fits += 1

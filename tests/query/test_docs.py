@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 
 from pipeline.query import ComponentStore
 from pipeline.store import SCHEMAS
+from pipeline.store.component_store import StoredFactorization
+from pipeline.store.fisher_store import _array_specs
 
 PAGE = (Path(__file__).parents[2] / "docs" / "store.md").read_text(encoding="utf-8")
 SNIPPETS = {
@@ -49,3 +52,18 @@ def test_every_tables_columns_are_described() -> None:
     described = {name: set(re.findall(r"\w+", rows[name])) for name in SCHEMAS}
     assert {name: set(SCHEMAS[name].names) - described[name] for name in SCHEMAS} == {name: set() for name in SCHEMAS}
     assert len(SNIPPETS) == 3
+
+
+def test_every_array_is_described() -> None:
+    in_fishers = _array_specs(
+        rank=2, dim=4, n_classes=3, store_dtype="float16", with_logits=True, top_entries=5, n_groups=6
+    )
+    in_factorization = {field.name for field in fields(StoredFactorization)} - {"path", "attrs"}
+    page = PAGE.split("## Arrays")[1].split("\n## ")[0]
+    described = {
+        group: set(
+            re.findall(r"`(?:\w+\.zarr/)?(\w+)`", " ".join(re.findall(rf"^\| (`{group}/.*?) \|", page, re.MULTILINE)))
+        )
+        for group in ("fishers.zarr", "factorization.zarr")
+    }
+    assert described == {"fishers.zarr": set(in_fishers), "factorization.zarr": in_factorization}
