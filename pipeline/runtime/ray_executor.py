@@ -42,6 +42,7 @@ _LOOK_EVERY_S = 1.0
 """How long a wait for workers goes on before it looks whether Ray itself is still there."""
 
 _CONNECTS_WITHIN_S = 10.0
+_STARTS = 2
 _OBJECT_STORE_BYTES = 256 * 2**20  # a private Ray passes components and records through it, never Fishers
 _logger = logging.getLogger(__name__)
 
@@ -286,6 +287,25 @@ class RayExecutor:
         )
         return actor.remote(self._cpus)
 
+    def _start_own(self, quiet: dict[str, Any]) -> None:
+        """A Ray of this process on this machine. Where the machine is busy, its first try may come too late."""
+        for attempt in range(_STARTS):
+            try:
+                with _on_loopback():
+                    ray.init(
+                        address="local",
+                        num_cpus=self.workers * self._cpus,
+                        include_dashboard=False,
+                        _node_ip_address="127.0.0.1",
+                        object_store_memory=_OBJECT_STORE_BYTES,
+                        **quiet,
+                    )
+                return
+            except (RayError, RuntimeError, ConnectionError):
+                ray.shutdown()
+                if attempt == _STARTS - 1:
+                    raise
+
     def _connect(self, address: str) -> None:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
@@ -294,15 +314,7 @@ class RayExecutor:
         try:
             with _own_reaction_to_sigterm():
                 if address == "local" and not in_job:
-                    with _on_loopback():
-                        ray.init(
-                            address="local",
-                            num_cpus=self.workers * self._cpus,
-                            include_dashboard=False,
-                            _node_ip_address="127.0.0.1",
-                            object_store_memory=_OBJECT_STORE_BYTES,
-                            **quiet,
-                        )
+                    self._start_own(quiet)
                     self._private = True
                 else:
                     ray.init(address="auto" if in_job else address, **quiet)
