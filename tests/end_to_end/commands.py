@@ -6,7 +6,9 @@ that session even after the parent died, so the session's members are the comman
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -14,7 +16,9 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+_TESTS = str(Path(__file__).parents[1])
 SLOW_TO_END = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """Helpers of a Ray whose server was killed: they try for a minute to tell it, and then end. They never touch a run."""
 
@@ -130,3 +134,17 @@ class Command:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def printed(module: str, *arguments: Path) -> dict[str, Any]:
+    """What a script prints last, in a process of its own with a token of its own."""
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        env={**os.environ, **token, "PYTHONPATH": os.pathsep.join([_TESTS, *filter(None, sys.path)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])

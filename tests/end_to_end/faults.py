@@ -17,31 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from end_to_end import damage, kills, surroundings
-from end_to_end.commands import SLOW_TO_END, Command, send
-from end_to_end.run_contents import (
-    STAGES,
-    before_stage,
-    differences,
-    has_come_to,
-    newest_checkpoint,
-    units_done,
-    write_run_file,
-)
-
-__all__ = [
-    "SLOW_TO_END",
-    "Command",
-    "before_stage",
-    "differences",
-    "has_come_to",
-    "newest_checkpoint",
-    "reference_run",
-    "send",
-    "units_done",
-    "write_run_file",
-]
-
-reference_run = kills.reference_run
+from end_to_end.commands import Command
+from end_to_end.run_contents import STAGES, before_stage
 
 OBJECT_STORE = ("errors", "throttling", "a torn upload")
 """Faults of an object store, which tests/store injects."""

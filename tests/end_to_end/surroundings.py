@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
-import secrets
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,14 +14,13 @@ from unittest import mock
 
 import yaml
 from end_to_end import damage
-from end_to_end.commands import Command
+from end_to_end.commands import Command, printed
 from end_to_end.run_contents import differences, has_come_to
 
 from pipeline import RunConfig, stages
 from pipeline.run_directory import RunDirectory
 from pipeline.store import StoreError
 
-TESTS = Path(__file__).parents[1]
 YEAR_S = 365 * 86_400.0
 
 SMALL = {
@@ -149,15 +144,7 @@ def two_drivers(reference: Path, folder: Path) -> Met:
 def node_lost(folder: Path) -> Met:
     """A node of a simulated cluster of two is lost while the solver is at work, and another one comes."""
     folder.mkdir(parents=True)
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    done = subprocess.run(
-        [sys.executable, "-m", "end_to_end.cluster_faults", folder],
-        env={**os.environ, **token, "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)])},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = printed("end_to_end.cluster_faults", folder)
     seconds = found["disturbed_s"] - found["undisturbed_s"]
     apart = found["largest_difference_of_losses"]
     different = [] if apart < 1e-6 else [f"losses by {apart:.1e}"]

@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from end_to_end import faults
+from end_to_end import commands, kills, run_contents
 
 from pipeline.store import DirectionStore, read_table, write_table
 
@@ -19,39 +19,39 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(folder):
-    return faults.reference_run(folder)
+    return kills.reference_run(folder)
 
 
 def start(folder, run, name, command="run"):
-    return faults.Command(command, folder / "run.yaml", "--run-dir", run, log=folder / f"{run.name}-{name}.log")
+    return commands.Command(command, folder / "run.yaml", "--run-dir", run, log=folder / f"{run.name}-{name}.log")
 
 
 def unchanged(run, stage, before):
     """The units finished before are there, and were not written again."""
-    now = faults.units_done(run, stage)
+    now = run_contents.units_done(run, stage)
     return {name: now.get(name) for name in before} == before
 
 
 def test_a_run_goes_on_after_kills_of_the_driver_and_of_ray_and_interruptions(folder, reference):
     run = folder / "chain"
     with start(folder, run, "driver") as command:
-        command.wait_for(lambda: faults.has_come_to(run, "fishers", 3), "3 shards were recorded")
+        command.wait_for(lambda: run_contents.has_come_to(run, "fishers", 3), "3 shards were recorded")
         command.driver.kill()
         command.driver.wait()
-        shards = faults.units_done(run, "fishers")
+        shards = run_contents.units_done(run, "fishers")
         # the same command at once: it waits for the orphaned actors, which may be writing
         with start(folder, run, "sigint") as again:
-            again.wait_for(lambda: faults.newest_checkpoint(run) >= 4, "4 steps were taken")
+            again.wait_for(lambda: run_contents.newest_checkpoint(run) >= 4, "4 steps were taken")
             interrupt(again, signal.SIGINT)
-        command.seconds_until_nothing_is_left(but=faults.SLOW_TO_END)
+        command.seconds_until_nothing_is_left(but=commands.SLOW_TO_END)
     assert unchanged(run, "fishers", shards)
-    assert faults.differences(run, reference, ["fishers"]) == []
+    assert run_contents.differences(run, reference, ["fishers"]) == []
 
     with start(folder, run, "ray") as command:
-        command.wait_for(lambda: faults.has_come_to(run, "verify", 2), "2 components were verified")
+        command.wait_for(lambda: run_contents.has_come_to(run, "verify", 2), "2 components were verified")
         began = time.monotonic()
-        faults.send(process for process in command.processes if process.pid != command.driver.pid)
-        components = faults.units_done(run, "verify")
+        commands.send(process for process in command.processes if process.pid != command.driver.pid)
+        components = run_contents.units_done(run, "verify")
         assert command.exit_code() == 2
         assert time.monotonic() - began < 60
         assert "npeff: error: Ray stopped working" in command.output.splitlines()[-1]
@@ -66,7 +66,7 @@ def test_a_run_goes_on_after_kills_of_the_driver_and_of_ray_and_interruptions(fo
         assert command.exit_code() == 0, command.output
         command.seconds_until_nothing_is_left()
     assert unchanged(run, "verify", components)
-    assert faults.differences(run, reference) == []
+    assert run_contents.differences(run, reference) == []
     assert (run / "report/index.html").exists()
 
 
@@ -75,7 +75,7 @@ def interrupt(command, signal_number):
     told = command.processes
     if signal_number == signal.SIGTERM:
         told = [process for process in told if process.pid == command.driver.pid]
-    faults.send(told, signal_number)
+    commands.send(told, signal_number)
     assert command.exit_code() == 130, command.output
     assert command.output.splitlines()[-1] == "npeff: interrupted; the same command goes on from here"
     assert "Traceback" not in command.output
@@ -83,10 +83,10 @@ def interrupt(command, signal_number):
 
 
 def test_a_command_whose_solver_actor_is_killed_recovers_by_itself(folder, reference):
-    run = faults.before_stage(reference, "factorize", folder / "actor")
+    run = run_contents.before_stage(reference, "factorize", folder / "actor")
     with start(folder, run, "actor", "factorize") as command:
-        command.wait_for(lambda: faults.newest_checkpoint(run) >= 4, "4 steps were taken")
-        faults.send(command.actors()[:1])
+        command.wait_for(lambda: run_contents.newest_checkpoint(run) >= 4, "4 steps were taken")
+        commands.send(command.actors()[:1])
         assert command.exit_code() == 0, command.output
         command.seconds_until_nothing_is_left()
     lines = command.output.splitlines()
@@ -94,13 +94,13 @@ def test_a_command_whose_solver_actor_is_killed_recovers_by_itself(folder, refer
     resumed = int(next(line for line in lines if line.startswith("going on from iteration")).rsplit(" ", 1)[1])
     assert lost.endswith(f"starting the workers again from iteration {resumed}")
     assert resumed >= 4
-    assert faults.differences(run, reference, ["factorize"]) == []
+    assert run_contents.differences(run, reference, ["factorize"]) == []
 
 
 def test_the_comparison_sees_what_differs(folder, reference):
     run = folder / "altered"
     shutil.copytree(reference, run)
-    assert faults.differences(run, reference) == []
+    assert run_contents.differences(run, reference) == []
     table = read_table(run / "tables/history.parquet", "history").to_pydict()
     table["loss"][0] *= 1 + 1e-5
     write_table(run / "tables/history.parquet", "history", table)
@@ -108,7 +108,7 @@ def test_the_comparison_sees_what_differs(folder, reference):
     direction.write(1, {name: array + 1e-4 for name, array in direction.read(1).items()})
     record = run / "shards/00003.json"
     record.unlink()
-    differing = faults.differences(run, reference)
+    differing = run_contents.differences(run, reference)
     assert any("history.loss" in line for line in differing)
     assert any("direction 1" in line for line in differing)
     assert any(line.startswith("fishers: shards") for line in differing)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
-from end_to_end import faults
+from end_to_end import run_contents
 from torch import Tensor, nn
 
 from pipeline import RunConfig, compute_fishers
@@ -141,13 +141,13 @@ def test_a_stage_killed_at_random_moments_stores_the_same_bytes(start: Start, tm
     between: list[int] = []  # of these kills, those between two shards of one attempt: how many shards were recorded
     run = run_directory(tmp_path / f"run-{next(numbers)}")
     while kills < KILLS or len(between) < KILLS // 4:
-        before = faults.units_done(run.path, "fishers")
+        before = run_contents.units_done(run.path, "fishers")
         process = start(run)
         process.join(timeout=moments.uniform(0, 0.8 * whole_s))
         process.kill()
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
-        after = faults.units_done(run.path, "fishers")
+        after = run_contents.units_done(run.path, "fishers")
         assert before.items() <= after.items(), "finished shards are there, and were not written again"
         if process.exitcode == 0:
             assert_same(run, reference)
@@ -168,7 +168,7 @@ def test_a_stage_killed_at_random_moments_stores_the_same_bytes(start: Start, tm
 
 
 def assert_same(run: RunDirectory, reference: RunDirectory) -> None:
-    assert faults.differences(run.path, reference.path, ["fishers"]) == []
+    assert run_contents.differences(run.path, reference.path, ["fishers"]) == []
     stored, expected = stored_bytes(run), stored_bytes(reference)
     assert stored.keys() == expected.keys()
     assert [name for name in expected if stored[name] != expected[name]] == []

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from end_to_end import cluster_faults
+from end_to_end.commands import printed
 
 slow = pytest.mark.skipif(
     os.environ.get("NPEFF_SLOW_TESTS") != "1",
     reason="starts a cluster of three nodes several times, more than a minute: set NPEFF_SLOW_TESTS=1",
 )
-
-
-def printed(module: str, *arguments: Path) -> dict[str, Any]:
-    """What a script prints last, in a process of its own with a token of its own."""
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        env={**os.environ, **token, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @slow

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import secrets
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from end_to_end import faults as commands
+from end_to_end import commands, kills, run_contents
 
-TESTS = Path(__file__).parents[2]
 TIMEOUT_S = 20
 
 
@@ -23,7 +17,7 @@ def faults() -> dict[str, Any]:
     """Each against the same work undisturbed, and what differs in the end (nothing, is wanted)."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        reference = commands.reference_run(Path(folder))
+        reference = kills.reference_run(Path(folder))
         for name, what in (("none", None), ("a worker killed", signal.SIGKILL), ("a worker stopped", signal.SIGSTOP)):
             found[name] = _factorize(reference, Path(folder) / name.replace(" ", "-"), what)
         found["a node removed, one added"] = _nodes(Path(folder) / "nodes")
@@ -36,32 +30,24 @@ def faults() -> dict[str, Any]:
 
 
 def _factorize(reference: Path, run: Path, what: signal.Signals | None) -> dict[str, Any]:
-    commands.before_stage(reference, "factorize", run)
-    run_file = commands.write_run_file(run.with_suffix(".yaml"), timeout_s=TIMEOUT_S)
+    run_contents.before_stage(reference, "factorize", run)
+    run_file = run_contents.write_run_file(run.with_suffix(".yaml"), timeout_s=TIMEOUT_S)
     with commands.Command("factorize", run_file, "--run-dir", run, log=run.with_suffix(".log")) as command:
         if what is not None:
-            command.wait_for(lambda: commands.newest_checkpoint(run) >= 4, "4 steps were taken")
+            command.wait_for(lambda: run_contents.newest_checkpoint(run) >= 4, "4 steps were taken")
             commands.send(command.actors()[:1], what)
         code = command.exit_code()
         seconds = time.monotonic() - command.began
         assert code == 0, command.output
-    return {"seconds": seconds, "differs": commands.differences(run, reference, ["factorize"])}
+    return {"seconds": seconds, "differs": run_contents.differences(run, reference, ["factorize"])}
 
 
 def _nodes(folder: Path) -> dict[str, Any]:
     folder.mkdir()
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    done = subprocess.run(
-        [sys.executable, "-m", "end_to_end.cluster_faults", folder],
-        env={**os.environ, **token, "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, sys.path)])},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = commands.printed("end_to_end.cluster_faults", folder)
     difference = found["largest_difference_of_losses"]
     return {
         **found,
         "seconds": found["disturbed_s"],
-        "differs": [] if difference < commands.STEPS_TOLERANCE else [f"losses by {difference:.1e}"],
+        "differs": [] if difference < run_contents.STEPS_TOLERANCE else [f"losses by {difference:.1e}"],
     }
