@@ -137,12 +137,15 @@ def run_command(run: Run, run_dir: RunDir = None, workers: Workers = None, addre
     _print_outcome(opened)
 
 
+def _complete(name: str, opened: RunDirectory, stage: Callable[..., Any], *arguments: Any) -> None:
+    progress = _progress(opened)
+    stage(opened, *arguments, progress=progress)
+    progress.say(f"{name}: complete, in {opened.path}")
+
+
 def _stage_command(name: str, stage: Callable[..., Any]) -> None:
     def command(run: Run, run_dir: RunDir = None, workers: Workers = None, address: Address = None) -> None:
-        opened = _open(run, run_dir, workers, address)
-        progress = _progress(opened)
-        stage(opened, progress=progress)
-        progress.say(f"{name}: complete, in {opened.path}")
+        _complete(name, _open(run, run_dir, workers, address), stage)
 
     command.__doc__ = (stage.__doc__ or "").split("\n\n")[0].replace("\n", " ")
     app.command(name)(command)
@@ -162,10 +165,7 @@ def factorize_command(
     max_iterations: MaxIterations = None,
 ) -> None:
     """Fit non-negative coefficients and components to the stored Fishers; goes on from the last checkpoint."""
-    opened = _open(run, run_dir, workers, address, max_iterations)
-    progress = _progress(opened)
-    stages.factorize(opened, progress=progress)
-    progress.say(f"factorize: complete, in {opened.path}")
+    _complete("factorize", _open(run, run_dir, workers, address, max_iterations), stages.factorize)
 
 
 @app.command("lift")
@@ -182,9 +182,7 @@ def lift_command(
     opened = _open(run, run_dir, workers, address)
     if component:
         opened = RunDirectory(opened.path, opened.config.with_lift(components=tuple(component)))
-    progress = _progress(opened)
-    stages.lift(opened, progress=progress)
-    progress.say(f"lift: complete, in {opened.path}")
+    _complete("lift", opened, stages.lift)
 
 
 @app.command("report")
@@ -226,10 +224,7 @@ def transform_command(
     address: Address = None,
 ) -> None:
     """Coefficients of new examples: their Fishers, and a run's components as they are."""
-    opened = _open(run, None, workers, address)
-    progress = _progress(opened)
-    stages.transform(opened, source, progress=progress)
-    progress.say(f"transform: complete, in {opened.path}")
+    _complete("transform", _open(run, None, workers, address), stages.transform, source)
 
 
 @app.command("select")

@@ -56,8 +56,8 @@ def serve(run_dir: str | Path, port: int, top_examples: int, say: Callable[[str]
     """
     ComponentStore.open(run_dir)
     with make_server(run_dir, port, top_examples) as server:
-        say(f"serving {run_dir} at http://{LOOPBACK}:{server.server_port}/ until Ctrl-C")
         try:
+            say(f"serving {run_dir} at http://{LOOPBACK}:{server.server_port}/ until Ctrl-C")
             server.serve_forever()
         except KeyboardInterrupt:
             say("stopped")

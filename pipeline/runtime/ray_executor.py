@@ -23,7 +23,6 @@ from typing import Any
 
 import ray
 import torch
-from ray._private import ray_constants
 from ray.exceptions import RayError, RayTaskError
 
 from pipeline.runtime.executor import (
@@ -37,13 +36,12 @@ from pipeline.runtime.executor import (
     reason_of,
 )
 from pipeline.runtime.placement import WorkerPlacement
+from pipeline.runtime.private_ray import PrivateRay
 
 _LOOK_EVERY_S = 1.0
 """How long a wait for workers goes on before it looks whether Ray itself is still there."""
 
 _CONNECTS_WITHIN_S = 10.0
-_STARTS = 2
-_OBJECT_STORE_BYTES = 256 * 2**20  # a private Ray passes components and records through it, never Fishers
 _logger = logging.getLogger(__name__)
 
 
@@ -115,14 +113,19 @@ class RayExecutor:
     ) -> None:
         self.workers = workers
         self._cpus, self._gpus, self._timeout_s = cpus_per_worker, gpus_per_worker, timeout_s
-        self._started_ray, self._private = not ray.is_initialized(), False
+        self._started_ray = not ray.is_initialized()
+        self._private: PrivateRay | None = None
         self._mappers: dict[int, Any] = {}
         """Actors of `map` by slot, kept for its next call."""
         if self._started_ray:
             self._connect(address)
         try:
             self._placement = WorkerPlacement(
-                workers, cpus=cpus_per_worker, gpus=gpus_per_worker, one_node=self._private, timeout_s=timeout_s
+                workers,
+                cpus=cpus_per_worker,
+                gpus=gpus_per_worker,
+                one_node=self._private is not None,
+                timeout_s=timeout_s,
             )
         except BaseException:
             self._disconnect()
@@ -240,11 +243,9 @@ class RayExecutor:
         return self._places < self.workers and self._placement.can_be_larger()
 
     def close(self) -> None:
-        if self._dead_server() is not None:
-            _end_private_ray()
-            return
-        self._end_mappers()
-        self._placement.remove()
+        if self._dead_server() is None:
+            self._end_mappers()
+            self._placement.remove()
         self._disconnect()
 
     def _wait(self, refs: list[ray.ObjectRef], count: int, until: float | None = None) -> list[ray.ObjectRef]:
@@ -262,11 +263,7 @@ class RayExecutor:
                 return finished
 
     def _dead_server(self) -> str | None:
-        """Which server of the private Ray that this executor started is dead; None while all is well."""
-        node = ray._private.worker._global_node
-        if not self._private or node is None:
-            return None
-        return next((name for name, _ in node.dead_processes() if name in ("gcs_server", "raylet")), None)
+        return None if self._private is None else self._private.dead_server()
 
     def _end(self, actor: Any) -> None:
         if self._dead_server() is not None:
@@ -287,37 +284,16 @@ class RayExecutor:
         )
         return actor.remote(self._cpus)
 
-    def _start_own(self, quiet: dict[str, Any]) -> None:
-        """A Ray of this process on this machine. Where the machine is busy, its first try may come too late."""
-        for attempt in range(_STARTS):
-            try:
-                with _on_loopback():
-                    ray.init(
-                        address="local",
-                        num_cpus=self.workers * self._cpus,
-                        include_dashboard=False,
-                        _node_ip_address="127.0.0.1",
-                        object_store_memory=_OBJECT_STORE_BYTES,
-                        **quiet,
-                    )
-                return
-            except (RayError, RuntimeError, ConnectionError):
-                ray.shutdown()
-                if attempt == _STARTS - 1:
-                    raise
-
     def _connect(self, address: str) -> None:
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
         if not in_job and (host_and_port := re.fullmatch(r"([^/]+):([0-9]+)", address)) is not None:
             _refuse_where_nobody_listens(address, host_and_port[1], int(host_and_port[2]))
         try:
             with _own_reaction_to_sigterm():
                 if address == "local" and not in_job:
-                    self._start_own(quiet)
-                    self._private = True
+                    self._private = PrivateRay(self.workers * self._cpus)
                 else:
-                    ray.init(address="auto" if in_job else address, **quiet)
+                    ray.init(address="auto" if in_job else address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RayError, ValueError, RuntimeError) as error:
             raise ExecutorError(
                 f"cannot reach Ray at {address!r} ({_first_line(error)}): start it with `ray start --head`, "
@@ -329,7 +305,9 @@ class RayExecutor:
         return min(self.workers, self._placement.count)
 
     def _disconnect(self) -> None:
-        if self._started_ray:
+        if self._private is not None:
+            self._private.close()
+        elif self._started_ray:
             ray.shutdown()
 
 
@@ -376,25 +354,6 @@ def _refuse_where_nobody_listens(address: str, host: str, port: int) -> None:
             f"cannot reach Ray at {address!r} ({error}): start it with `ray start --head`, or set executor.address: "
             "local"
         ) from None
-
-
-def _end_private_ray() -> None:
-    """End what is left of a private Ray that is dead already: nothing may be asked of it, an answer would not come."""
-    if (node := ray._private.worker._global_node) is not None:
-        node.kill_all_processes(check_alive=False, allow_graceful=False)
-    ray.shutdown()
-
-
-@contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Nothing outside this machine may reach a private Ray. It takes 127.0.0.1 for the machine's outward address, and
-    listens on all, unless its switch for machines that are no cluster nodes (laptops) is set."""
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextmanager

@@ -22,9 +22,9 @@ from planted_run import SIGNATURE, planted_run
 from ray.cluster_utils import Cluster
 
 from pipeline.factorization import SolverOptions
-from pipeline.runtime import ray_executor
 from pipeline.runtime.executor import Executor, SerialExecutor, WorkerSpec
 from pipeline.runtime.fitted_examples import FittedExamples
+from pipeline.runtime.private_ray import on_loopback
 from pipeline.runtime.ray_executor import RayExecutor
 from pipeline.runtime.solver_actor import SolverWorker
 from pipeline.runtime.solver_driver import SolverRun, run_solver
@@ -67,7 +67,7 @@ def main(folder: Path) -> dict[str, Any]:
         return solved, time.monotonic() - start
 
     one_process, _ = solve(SerialExecutor(), "one process", lambda row: None)
-    with ray_executor._on_loopback():
+    with on_loopback():
         cluster = Cluster(initialize_head=True, head_node_args=NODE)
         node = cluster.add_node(**NODE)
         ray.init(address=cluster.address, log_to_driver=False)

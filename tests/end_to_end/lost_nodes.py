@@ -18,8 +18,8 @@ from end_to_end.cluster_faults import NODE
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
-from pipeline.runtime import ray_executor
 from pipeline.runtime.placement import WorkerPlacement
+from pipeline.runtime.private_ray import on_loopback
 
 
 def places_asked_for() -> int:
@@ -28,7 +28,7 @@ def places_asked_for() -> int:
 
 
 def main() -> dict[str, Any]:
-    with ray_executor._on_loopback():
+    with on_loopback():
         cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0})
         nodes = [cluster.add_node(**NODE) for _ in range(2)]
         ray.init(address=cluster.address, log_to_driver=False)
