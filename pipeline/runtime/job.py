@@ -16,10 +16,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pipeline.runtime.authentication import Authentication
 from pipeline.runtime.executor import ExecutorError
 
 _ENTRYPOINT = "python -m pipeline.cli run /dev/stdin <<'END_OF_RUN_FILE'\n{run_yaml}\nEND_OF_RUN_FILE"
@@ -94,8 +95,8 @@ class JobServer:
     """
 
     def __init__(self, address: str) -> None:
-        if _has_token():  # Ray's clients leave it at home unless they are told so
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if _has_token() and (found := Authentication.current()).mode is None:
+            replace(found, mode="token").use()  # Ray's clients leave it at home unless they are told so
         from ray.job_submission import JobSubmissionClient
 
         for name in _TELLS_OF_UPLOADS:

@@ -9,7 +9,6 @@ one is handed to its servers in their environment, and no file holds it.
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,14 +16,14 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
-from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray.exceptions import RayError
+
+from pipeline.runtime.authentication import Authentication
 
 _STARTS = 2
 """Where the machine is busy, the servers of a first try may come too late."""
 
 _OBJECT_STORE_BYTES = 256 * 2**20  # components and records pass through it, never Fishers
-_VARIABLE = "RAY_AUTH_TOKEN"
 
 
 class PrivateRay:
@@ -35,12 +34,12 @@ class PrivateRay:
     """
 
     def __init__(self, cpus: int) -> None:
-        self._former_token = os.environ.get(_VARIABLE)
-        _take_token(secrets.token_hex(32))
+        self._before = Authentication.current()
+        Authentication("token", secrets.token_hex(32)).use()
         try:
             _start(cpus)
         except BaseException:
-            _take_token(self._former_token)
+            self._before.use()
             raise
 
     def dead_server(self) -> str | None:
@@ -54,7 +53,7 @@ class PrivateRay:
         if self.dead_server() is not None and (node := _node()) is not None:
             node.kill_all_processes(check_alive=False, allow_graceful=False)
         ray.shutdown()
-        _take_token(self._former_token)
+        self._before.use()
 
 
 def _node() -> Any:
@@ -79,15 +78,6 @@ def _start(cpus: int) -> None:
             ray.shutdown()
             if not starts_left:
                 raise
-
-
-def _take_token(token: str | None) -> None:
-    """The token of this process and of what it starts from now on; None is the one that Ray finds by itself."""
-    if token is None:
-        os.environ.pop(_VARIABLE, None)
-    else:
-        os.environ[_VARIABLE] = token
-    AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextmanager

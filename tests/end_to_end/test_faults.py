@@ -42,7 +42,7 @@ def test_a_run_goes_on_after_kills_of_the_driver_and_of_ray_and_interruptions(fo
         # the same command at once: it waits for the orphaned actors, which may be writing
         with start(folder, run, "sigint") as again:
             again.wait_for(lambda: run_contents.newest_checkpoint(run) >= 4, "4 steps were taken")
-            interrupt(again, signal.SIGINT)
+            interrupt(again)
         command.seconds_until_nothing_is_left(but=commands.SLOW_TO_END)
     assert unchanged(run, "fishers", shards)
     assert run_contents.differences(run, reference, ["fishers"]) == []
@@ -58,10 +58,6 @@ def test_a_run_goes_on_after_kills_of_the_driver_and_of_ray_and_interruptions(fo
         assert "run the same command again" in command.output.splitlines()[-1]
         command.seconds_until_nothing_is_left()
 
-    with start(folder, run, "sigterm") as command:
-        command.wait_for(lambda: bool(command.actors()), "actors were started")
-        interrupt(command, signal.SIGTERM)
-
     with start(folder, run, "last") as command:
         assert command.exit_code() == 0, command.output
         command.seconds_until_nothing_is_left()
@@ -70,12 +66,9 @@ def test_a_run_goes_on_after_kills_of_the_driver_and_of_ray_and_interruptions(fo
     assert (run / "report/index.html").exists()
 
 
-def interrupt(command, signal_number):
-    """Ctrl-C, which a terminal sends to all processes, or SIGTERM, which a scheduler sends to the one it started."""
-    told = command.processes
-    if signal_number == signal.SIGTERM:
-        told = [process for process in told if process.pid == command.driver.pid]
-    commands.send(told, signal_number)
+def interrupt(command):
+    """Ctrl-C, which a terminal sends to all processes; `test_interruption.py` has what a scheduler sends."""
+    commands.send(command.processes, signal.SIGINT)
     assert command.exit_code() == 130, command.output
     assert command.output.splitlines()[-1] == "npeff: interrupted; the same command goes on from here"
     assert "Traceback" not in command.output

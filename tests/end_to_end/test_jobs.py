@@ -1,4 +1,4 @@
-"""The run as a Ray job, on a local `ray start --head`: plain `ray job submit`, `npeff submit`, one job per stage."""
+"""The run as a Ray job, on a local `ray start --head`: `npeff submit`, plain `ray job submit`, one job per stage."""
 
 from __future__ import annotations
 
@@ -35,20 +35,30 @@ def complete_stages(run: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(head: LocalHead, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run made by a plain Ray job, and its log as it followed."""
+    """A run that was submitted from its own folder, and its log as it followed."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    config = run_contents.write_run_file(folder / "run.yaml")
-    job = ("ray", "job", "submit", "--address", head.address, "--")
-    done = head.command(*job, "python", "jobs/pipeline.py", "--config", config, "--run-dir", folder / "run")
+    run_contents.write_run_file(folder / "run.yaml")
+    submit = ("npeff", "submit", "run.yaml", "--run-dir", "relative/run")
+    done = head.command(*submit, "--address", head.address, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "run", done.stdout
+    return folder / "relative/run", done.stdout
 
 
-def test_a_plain_ray_job_runs_everything_and_its_logs_follow(undisturbed: tuple[Path, str]) -> None:
+def test_npeff_submit_runs_everything_from_anywhere_and_follows(undisturbed: tuple[Path, str]) -> None:
     run, log = undisturbed
     assert f"fishers: {run_contents.N_SHARDS}/{run_contents.N_SHARDS} shards" in log
     assert f"report: {run / 'report' / 'index.html'}" in log
     assert complete_stages(run) == set(STAGES)
+
+
+@pytest.mark.parametrize("submitter", ["npeff", "ray"])
+def test_a_finished_run_is_not_repeated(submitter: str, head: LocalHead, undisturbed: tuple[Path, str]) -> None:
+    run, _ = undisturbed
+    before = {path: path.stat().st_mtime_ns for path in run.glob("stages/*.json")}
+    job = job_faults.submit(submitter, head, run.parents[1] / "run.yaml", run)
+    assert job_faults.wait_for_end(head, job) == "SUCCEEDED"
+    assert f"report: {run / 'report' / 'index.html'}" in job_faults.log(head, job)
+    assert {path: path.stat().st_mtime_ns for path in run.glob("stages/*.json")} == before
 
 
 @on_request
@@ -60,20 +70,6 @@ def test_the_stages_are_jobs_of_their_own(head: LocalHead, tmp_path: Path) -> No
     assert done.returncode == 0, done.stdout + done.stderr
     assert complete_stages(tmp_path / "run") == set(STAGES)
     assert (tmp_path / "run" / "report" / "index.html").exists()
-
-
-def test_npeff_submit_runs_from_anywhere_follows_and_resumes_when_repeated(head: LocalHead, tmp_path: Path) -> None:
-    write_run_file(tmp_path, run_dir="relative/run")
-    submit = ("npeff", "submit", "run.yaml", "--address", head.address)
-    first = head.command(*submit, cwd=tmp_path)
-    assert first.returncode == 0, first.stdout + first.stderr
-    run = tmp_path / "relative" / "run"
-    assert complete_stages(run) == set(STAGES)
-    before = {path: path.stat().st_mtime_ns for path in run.glob("stages/*.json")}
-    again = head.command(*submit, cwd=tmp_path)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert f"report: {run / 'report' / 'index.html'}" in again.stdout
-    assert {path: path.stat().st_mtime_ns for path in run.glob("stages/*.json")} == before
 
 
 def test_the_exit_code_is_the_runs_and_the_line_that_says_why_is_in_the_log(head: LocalHead, tmp_path: Path) -> None:
