@@ -286,6 +286,10 @@ class RepairConfig(_Section):
     """Share of the tuning examples' right predictions that all edits together may break."""
     max_edits: PositiveInt = 3
     """Components to move along, one after the other, as long as it helps."""
+    joint_passes: NonNegativeInt = 40
+    """Then steps along all lifted components are sought together, from where those one after the other have led, and
+    taken where they mend more: gradients of the tuning examples for each of three weights of what must not be broken.
+    0: not at all. Nothing is sought where no component stands for mistakes."""
 
     @field_validator("kl_steps")
     @classmethod

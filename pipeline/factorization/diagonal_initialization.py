@@ -7,7 +7,8 @@ NIPS 2000), whose many small steps mostly lead to better minima than HALS finds 
 polished by iterations of the solver; the one of least loss goes on.
 
 Of NNDSVD only H is needed, as the coefficients follow from the components. For the same reason the columns outside of
-the part may begin at zero: the first pass over all data finds coefficients by the others, and then fills them in.
+the part may begin at zero: the first pass over all columns finds coefficients by the others, and then fills them in.
+What was found on the part has a rival, NNDSVD of all columns: both are polished on these, and the better one is it.
 
 Shapes: M subsampled examples, C columns of the part, P entries or groups, K components.
 """
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pipeline.factorization.diagonal import DiagonalShard
+from pipeline.factorization.diagonal_blocks import block_of
 from pipeline.factorization.diagonal_solver import (
     DiagonalState,
     diagonal_stopping_reason,
@@ -33,11 +35,13 @@ from pipeline.factorization.solver import SolverOptions
 
 _MOST_COLUMNS = 2048
 _EXTRA_DIMENSIONS = 16
-_POWER_ITERATIONS = 2
+_POWER_ITERATIONS = 7
 _EXAMPLES_OF_A_MEAN = 5
 _SMOOTHING_ITERATIONS = 20
 _TRIAL_ITERATIONS = 30
 _MOST_ITERATIONS = 150
+_LAST_ITERATIONS = 40
+"""Of each rival on all columns. NNDSVD begins far above and is mostly below after thirty."""
 _TOLERANCE = 1e-5
 
 
@@ -62,14 +66,18 @@ def initialize_diagonal(fishers_MP: Any, n_components: int, seed: int, n_starts:
     positive = [torch.where(nndsvd_KC > 0, nndsvd_KC, nndsvd_KC.mean())]
     positive += [_means_of_examples(part_MC, n_components, generator) for _ in range(n_starts - 1)]
     starts = [nndsvd_KC, *(_smoothed(part_MC, start_KC) for start_KC in positive)]
-    trials = [_polished(part_MC, start_KC) for start_KC in starts]
+    trials = [_polished(part_MC, start_KC, _TRIAL_ITERATIONS) for start_KC in starts]
     shard, state = min(trials, key=lambda trial: trial[1].best_loss)
     options = SolverOptions(n_components=n_components, max_iterations=_MOST_ITERATIONS, tolerance=_TOLERANCE)
     while diagonal_stopping_reason(state, options) is None:
         state, _ = step_diagonal([shard], state, options)
     components_KP = part_MC.new_zeros(n_components, fishers_MP.shape[1])
     components_KP[:, columns_C] = torch.nn.functional.normalize(state.best_components_KP, dim=1)
-    return components_KP
+    if len(columns_C) == fishers_MP.shape[1]:
+        return components_KP
+    rivals = [components_KP, _nndsvd(fishers_MP, n_components, generator).to(components_KP)]
+    last = [_polished(fishers_MP, start_KP, _LAST_ITERATIONS)[1] for start_KP in rivals]
+    return torch.nn.functional.normalize(min(last, key=lambda state: state.best_loss).best_components_KP, dim=1)
 
 
 def _heaviest_columns(fishers_MP: Any) -> tuple[Tensor, Tensor]:
@@ -86,33 +94,42 @@ def _heaviest_columns(fishers_MP: Any) -> tuple[Tensor, Tensor]:
     return (fishers_MP[:, columns_C] if len(columns_C) < fishers_MP.shape[1] else fishers_MP), columns_C
 
 
-def _polished(part_MC: Tensor, start_KC: Tensor) -> tuple[DiagonalShard, DiagonalState]:
-    shard = DiagonalShard(part_MC)
-    options = SolverOptions(n_components=len(start_KC), max_iterations=_TRIAL_ITERATIONS, tolerance=_TOLERANCE)
-    state = initial_diagonal_state(start_KC, options)
+def _polished(fishers_MP: Any, start_KP: Tensor, most: int) -> tuple[DiagonalShard, DiagonalState]:
+    shard = DiagonalShard(fishers_MP)
+    options = SolverOptions(n_components=len(start_KP), max_iterations=most, tolerance=_TOLERANCE)
+    state = initial_diagonal_state(start_KP, options)
     while diagonal_stopping_reason(state, options) is None:
         state, _ = step_diagonal([shard], state, options)
     return shard, state
 
 
-def _nndsvd(part_MC: Tensor, n_components: int, generator: torch.Generator) -> Tensor:
+def _nndsvd(fishers_MP: Any, n_components: int, generator: torch.Generator) -> Tensor:
     """Of each leading singular pair (u, v) the sign whose positive parts are larger, ‖u₊‖‖v₊‖ or ‖u₋‖‖v₋‖: its v.
 
     Unit rows. Components beyond the rank are means of examples.
     """
-    n_leading = min(n_components, *part_MC.shape)
-    n_probes = min(n_leading + _EXTRA_DIMENSIONS, *part_MC.shape)
-    probe = torch.randn(part_MC.shape[1], n_probes, dtype=torch.float64, generator=generator).to(part_MC)
+    n_leading = min(n_components, *fishers_MP.shape)
+    n_probes = min(n_leading + _EXTRA_DIMENSIONS, *fishers_MP.shape)
+    probe = torch.randn(fishers_MP.shape[1], n_probes, dtype=torch.float64, generator=generator)
+    empty = block_of(fishers_MP[:0])
+    probe = probe.to(empty.device, empty.dtype)
     for _ in range(_POWER_ITERATIONS):
-        probe = torch.linalg.qr(part_MC.T @ (part_MC @ probe)).Q
-    u_MQ, _, rotation = torch.linalg.svd(part_MC @ probe, full_matrices=False)
+        probe = torch.linalg.qr(_times(fishers_MP.T, _times(fishers_MP, probe))).Q
+    u_MQ, _, rotation = torch.linalg.svd(_times(fishers_MP, probe), full_matrices=False)
     pairs = [(sign * u_MQ[:, :n_leading], sign * (probe @ rotation.T)[:, :n_leading]) for sign in (1, -1)]
-    positive = [(u_MK.clamp(min=0.0), v_CK.clamp(min=0.0)) for u_MK, v_CK in pairs]
-    weights = [torch.linalg.norm(u_MK, dim=0) * torch.linalg.norm(v_CK, dim=0) for u_MK, v_CK in positive]
-    start_KC = torch.where(weights[0] >= weights[1], positive[0][1], positive[1][1]).T
-    start_KC = torch.nn.functional.normalize(start_KC, dim=1)
-    more_KC = _means_of_examples(part_MC, n_components - n_leading, generator)
-    return torch.cat([start_KC, more_KC])
+    positive = [(u_MK.clamp(min=0.0), v_PK.clamp(min=0.0)) for u_MK, v_PK in pairs]
+    weights = [torch.linalg.norm(u_MK, dim=0) * torch.linalg.norm(v_PK, dim=0) for u_MK, v_PK in positive]
+    start_KP = torch.where(weights[0] >= weights[1], positive[0][1], positive[1][1]).T
+    start_KP = torch.nn.functional.normalize(start_KP, dim=1)
+    if n_leading == n_components:
+        return start_KP.contiguous()
+    return torch.cat([start_KP, _means_of_examples(fishers_MP, n_components - n_leading, generator)])
+
+
+def _times(fishers_MP: Any, factor_PQ: Tensor) -> Tensor:
+    if scipy.sparse.issparse(fishers_MP):
+        return torch.from_numpy(fishers_MP @ factor_PQ.numpy())
+    return torch.as_tensor(fishers_MP) @ factor_PQ
 
 
 def _means_of_examples(part_MC: Tensor, n: int, generator: torch.Generator) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from pipeline.progress import ProgressDisplay, SilentProgress
 from pipeline.result_tables import rows_to_columns
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import Executor, WorkerSpec
-from pipeline.runtime.repair_actor import Attempt, Edit, RepairWorker
+from pipeline.runtime.repair_actor import Attempt, Batch, RepairWorker
 from pipeline.stage import (
     Summary,
     executor_for,
@@ -26,8 +27,34 @@ from pipeline.stage import (
     record_of,
     worker_spec,
 )
-from pipeline.store import FisherStore, open_factorization, read_json, read_table, remove_directory, write_table
-from pipeline.verification import RepairCandidate, choose_step, mcnemar, over_represented, top_examples
+from pipeline.store import (
+    FisherStore,
+    open_factorization,
+    read_json,
+    read_table,
+    remove_directory,
+    write_json_atomically,
+    write_table,
+)
+from pipeline.verification import (
+    Edit,
+    RepairCandidate,
+    choose_step,
+    joint_steps,
+    mcnemar,
+    over_represented,
+    top_examples,
+)
+
+_WEIGHTS_OF_RIGHT = (10.0, 5.0, 3.0)
+"""Of a prediction that is right before all edits, in the losses that steps along several components are sought by."""
+
+_SHARES = (1.0, 0.8, 0.6, 0.4)
+"""Of the steps at the least loss, which is not the count of what is mended and broken."""
+
+_EDITS_SHOWN = 6
+_EXAMPLES_AT_ONCE = 1024
+"""Of one call of a worker. Not for the workers' number to decide: sums would depend on it."""
 
 
 def repair(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
@@ -46,7 +73,7 @@ def repair(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
             search = _Search(run, workers, progress, examples)
             rows = search.over_represented()
             likely = [row["component"] for row in rows if row["q_value"] <= wanted.significance]
-            edits, steps = search.edits([component for component in likely if component in lifted])
+            edits, steps = search.edits([component for component in likely if component in lifted], lifted)
             summary: Summary = {
                 "request": request,
                 "components": lifted,
@@ -121,30 +148,94 @@ class _Search:
         ]
         return sorted(rows, key=lambda row: (row["p_value"], row["component"]))
 
-    def edits(self, components: list[int]) -> tuple[list[Edit], list[dict[str, Any]]]:
-        """The edits, one after the other, as long as one helps; and rows of the table `repair_steps`."""
+    def edits(self, components: list[int], lifted: list[int]) -> tuple[list[Edit], list[dict[str, Any]]]:
+        """The edits, and rows of the table `repair_steps`: along one of the components after the other, as long as one
+        helps, and then, where that helps more, along all that are lifted at once."""
         wanted, edits, rows = self._run.config.repair, list[Edit](), list[dict[str, Any]]()
         unedited_n = correct_n = ~self._examples.wrong_N[self._examples.tuning]
+        shortest = math.inf
+
+        def choose(tried: list[RepairCandidate]) -> RepairCandidate | None:
+            chosen = choose_step(tried, correct_n, unedited_n, wanted.max_harm)
+            rows.extend(_step_row(len(edits), each, correct_n, unedited_n, each is chosen) for each in tried)
+            return chosen
+
         while len(edits) < wanted.max_edits:
             left = [component for component in components if component not in {edit.component for edit in edits}]
             tried = [
-                RepairCandidate(
-                    component=component,
-                    sign=trial["sign"],
-                    step=trial["length"],
-                    target_N=np.isin(self._examples.tuning, self._tops[component]) & ~correct_n,
-                    correct_after_N=np.isin(np.arange(len(correct_n)), trial["correct"]),
-                )
+                self._candidate((Edit(component, trial["sign"] * trial["length"]),), correct_n, trial["correct"])
                 for component, trials in self._attempts(tuple(edits), left).items()
                 for trial in trials
             ]
-            chosen = choose_step(tried, correct_n, unedited_n, wanted.max_harm)
-            rows += [_step_row(len(edits), each, correct_n, unedited_n, each is chosen) for each in tried]
-            if chosen is None:
+            shortest = min(shortest, *(each.length for each in tried)) if tried else shortest
+            if (chosen := choose(tried)) is None:
                 break
-            edits.append(Edit(chosen.component, chosen.sign * chosen.step))
+            edits += chosen.edits
             correct_n = chosen.correct_after_N
+        if wanted.joint_passes and math.isfinite(shortest):
+            scaled = [
+                tuple(Edit(component, share * step) for component, step in zip(lifted, steps, strict=True))
+                for steps in self._together(edits, lifted, shortest)
+                for share in _SHARES
+            ]
+            right = dict(self._workers.map(self._worker(), "right_after", scaled))
+            chosen = choose([self._candidate(steps, correct_n, right[steps]) for steps in scaled])
+            edits = edits if chosen is None else list(chosen.edits)
         return edits, rows
+
+    def _together(self, edits: list[Edit], components: list[int], unit: float) -> list[list[float]]:
+        """Steps along all components at which the tuning examples' loss is low, for each weight of right ones."""
+        most, passes = self._run.config.repair.joint_passes, 0
+        step_of = {edit.component: edit.step for edit in edits}
+        steps = np.array([step_of.get(component, 0.0) for component in components])
+        found = []
+        with self._progress.stage("repair", most * len(_WEIGHTS_OF_RIGHT), "passes over all steps at once") as tick:
+            for weight in _WEIGHTS_OF_RIGHT:
+
+                def slopes_at(steps: NDArray[np.float64], weight: float = weight) -> tuple[float, NDArray[np.float64]]:
+                    nonlocal passes
+                    loss, slopes = self._slopes(passes, components, steps.tolist(), weight)
+                    passes += 1
+                    tick(min(passes, most * len(_WEIGHTS_OF_RIGHT) - 1), f"loss {loss:.4g}")
+                    return loss, np.array(slopes)
+
+                steps = joint_steps(slopes_at, steps, unit, most)
+                found.append(steps.tolist())
+            tick(passes, last=True)
+        return found
+
+    def _slopes(
+        self, number: int, components: list[int], steps: list[float], weight: float
+    ) -> tuple[float, list[float]]:
+        """Pass `number` over the tuning examples, unless it was made before."""
+        file = self._run.partial_results("repair") / f"together-{number:04d}.json"
+        found = read_json(file) if file.exists() else {}
+        if found.get("steps") != steps or found["weight"] != weight:
+            tuning = self._examples.tuning
+            weights = np.where(self._examples.wrong_N[tuning], 1.0, weight) / len(tuning)
+            at = tuple(Edit(component, step) for component, step in zip(components, steps, strict=True))
+            starts = range(0, len(tuning), _EXAMPLES_AT_ONCE)
+            parts = [slice(start, start + _EXAMPLES_AT_ONCE) for start in starts]
+            batches = [Batch(at, tuning[part], weights[part]) for part in parts]
+            answers = dict(self._workers.map(self._worker(), "slopes", batches))
+            ordered = [answers[batch] for batch in batches]
+            found = {
+                "steps": steps,
+                "weight": weight,
+                "loss": sum(loss for loss, _ in ordered),
+                "slopes": np.sum([slopes for _, slopes in ordered], axis=0).tolist(),
+            }
+            write_json_atomically(file, found)
+        return found["loss"], found["slopes"]
+
+    def _candidate(self, edits: tuple[Edit, ...], correct_n: NDArray[np.bool_], right: list[int]) -> RepairCandidate:
+        """The edits, after which the tuning examples at the places `right` are."""
+        tops = np.concatenate([self._tops[edit.component] for edit in edits])
+        return RepairCandidate(
+            edits=edits,
+            target_N=np.isin(self._examples.tuning, tops) & ~correct_n,
+            correct_after_N=np.isin(np.arange(len(correct_n)), right),
+        )
 
     def ask(self, method: str, argument: object) -> Any:
         """One call of one worker."""
@@ -183,11 +274,12 @@ def _step_row(
     chosen: bool,
 ) -> dict[str, Any]:
     change_n = candidate.correct_after_N.astype(int) - correct_n.astype(int)
+    one = candidate.edits[0] if len(candidate.edits) == 1 else None
     return {
         "edit": edit,
-        "component": candidate.component,
-        "sign": candidate.sign,
-        "step": candidate.step,
+        "component": one.component if one else None,
+        "sign": int(np.sign(one.step)) if one else None,
+        "step": candidate.length,
         "n_target": int(candidate.target_N.sum()),
         "mended_target": int(change_n[candidate.target_N].sum()),
         "gained": int(change_n.sum()),
@@ -210,6 +302,8 @@ def _outcome(summary: Summary) -> str:
     if not summary["edits"]:
         return "repair: no component's direction mends wrong predictions without harm; the model stays as it is"
     edits = ", ".join(f"component {edit['component']} by {edit['step']:+.3g}" for edit in summary["edits"])
+    if len(summary["edits"]) > _EDITS_SHOWN:
+        edits = f"steps along {len(summary['edits'])} components at once"
     found = summary["held_out"]
     if found is None:
         return f"repair: {edits}; no held-out examples to judge it on"

@@ -87,7 +87,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "position_shares": _schema("component:int example:int position:int start:int? stop:int? token:str? share:float"),
     "repair": _schema("component:int n_top:int n_wrong:int odds_ratio:float p_value:float q_value:float"),
     "repair_steps": _schema(
-        "edit:int component:int sign:int step:float n_target:int mended_target:int gained:int broken:int "
+        "edit:int component:int? sign:int? step:float n_target:int mended_target:int gained:int broken:int "
         "accuracy_tuning:float chosen:bool"
     ),
     "selectivity": _schema("moved:int component:int examples:str sign:int n_examples:int kl:float"),
@@ -129,7 +129,8 @@ repair: wrong predictions among each component's top examples, with a one-sided 
     Benjamini-Hochberg q-value, the least likely by chance first.
 repair_steps: one row per step tried: how many of its wrong top examples it mends, how many right predictions are
     `gained` in all, how many that were right before any edit are `broken` after it, and the accuracy on the tuning
-    examples; `edit` counts the steps taken before it.
+    examples; `edit` counts the steps taken before it. `component` and `sign` are null of steps along several at once,
+    and `step` is the length of them all.
 """
 
 _MAY_HAVE_MORE_COLUMNS = ("examples",)

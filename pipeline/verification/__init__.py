@@ -16,16 +16,19 @@ from pipeline.verification.perturbation import (
     parameter_norm,
 )
 from pipeline.verification.repair import (
+    Edit,
     McNemar,
     OverRepresentation,
     RepairCandidate,
     choose_step,
+    joint_steps,
     mcnemar,
     over_represented,
 )
 
 __all__ = [
     "Confidence",
+    "Edit",
     "McNemar",
     "Measured",
     "OverRepresentation",
@@ -39,6 +42,7 @@ __all__ = [
     "confidence",
     "displacement",
     "find_step_size",
+    "joint_steps",
     "kl_divergence",
     "lift_weights",
     "mcnemar",

@@ -4,24 +4,28 @@ A component whose top examples are wrong more often than others is a candidate (
 direction, of a sign and size chosen on a tuning split (`choose_step`), is then judged on examples that had no part in
 any choice, by predictions that changed (`mcnemar`).
 
-Legend: N examples, K components.
+Legend: N examples, K components, J of them that are moved along.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import optimize, stats
 
 from pipeline.contingency import exact_tests
 
 _ROUNDING = 1e-9
 """Examples by which a share of a number of them may be off for want of digits."""
+
+_RIDGE = 1e-6
+_LEAST_GAIN = 1e-4
+"""Share of the loss that an iteration must still save."""
 
 
 @dataclass(frozen=True)
@@ -97,16 +101,26 @@ def mcnemar(correct_before_N: NDArray[np.bool_], correct_after_N: NDArray[np.boo
 
 
 @dataclass(frozen=True)
-class RepairCandidate:
-    """A step along a component's direction, and what it does on the tuning split."""
+class Edit:
+    """A step along a component's unit direction: its sign times its length."""
 
     component: int
-    sign: int
     step: float
-    """Length, above 0."""
+
+
+@dataclass(frozen=True)
+class RepairCandidate:
+    """An edit, or several at once, and what they do on the tuning split."""
+
+    edits: tuple[Edit, ...]
     target_N: NDArray[np.bool_]
-    """What is to be mended: the component's top examples that are wrong."""
+    """What is to be mended: the components' top examples that are wrong."""
     correct_after_N: NDArray[np.bool_]
+
+    @property
+    def length(self) -> float:
+        """Of the steps, as if their directions were orthogonal."""
+        return math.hypot(*(edit.step for edit in self.edits))
 
     def broken(self, unedited_correct_N: NDArray[np.bool_]) -> int:
         """Predictions that were right before all edits, and are wrong after this step."""
@@ -127,7 +141,7 @@ def choose_step(
     the chosen one is the best of many, so it says nothing: measure it on other examples. Raises ValueError for a
     candidate of another number of examples.
     """
-    helpful: list[tuple[tuple[float, ...], RepairCandidate]] = []
+    helpful: list[tuple[tuple[object, ...], RepairCandidate]] = []
     for candidate in candidates:
         after_N = candidate.correct_after_N
         if not after_N.shape == correct_before_N.shape == unedited_correct_N.shape:
@@ -136,5 +150,33 @@ def choose_step(
         mended = int(after_N[candidate.target_N].sum()) - int(correct_before_N[candidate.target_N].sum())
         harmless = candidate.broken(unedited_correct_N) <= max_harm * int(unedited_correct_N.sum()) + _ROUNDING
         if harmless and mended > 0 and gained > 0:
-            helpful.append(((-gained, candidate.step, candidate.component, -candidate.sign), candidate))
+            last = [(edit.component, edit.step < 0) for edit in candidate.edits]
+            helpful.append(((-gained, candidate.length, last), candidate))
     return min(helpful, key=lambda pair: pair[0])[1] if helpful else None
+
+
+def joint_steps(
+    slopes_at: Callable[[NDArray[np.float64]], tuple[float, NDArray[np.float64]]],
+    start_J: NDArray[np.float64],
+    unit: float,
+    max_passes: int,
+) -> NDArray[np.float64]:
+    """Steps along J directions at once, (J,), at which a loss is low: L-BFGS from `start_J`.
+
+    Minimised is the loss with `_RIDGE` Σ (step/unit)² added: directions that add nothing are left alone.
+
+    Args:
+        slopes_at: the loss at some steps, and its derivatives by them.
+        unit: a step at which the model begins to change.
+        max_passes: most calls of `slopes_at`, give or take those of the last iteration.
+    """
+
+    def scaled(b_J: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        loss, slopes_J = slopes_at(b_J * unit)
+        return loss + _RIDGE * float(b_J @ b_J), slopes_J * unit + 2 * _RIDGE * b_J
+
+    found = optimize.minimize(
+        scaled, start_J / unit, jac=True, method="L-BFGS-B", options={"maxfun": max_passes, "ftol": _LEAST_GAIN}
+    )
+    steps_J: NDArray[np.float64] = found.x * unit
+    return steps_J

@@ -17,10 +17,12 @@ from pipeline import stages
 from pipeline.cli import main
 from pipeline.config import RunConfig
 from pipeline.run_directory import RunDirectory, RunDirectoryError
-from pipeline.runtime.repair_actor import RepairWorker
+from pipeline.runtime.repair_actor import Batch, RepairWorker
+from pipeline.stage import fingerprint_of, model_spec
+from pipeline.stages import repair_stage
 from pipeline.store import DirectionStore, open_factorization, read_table, write_table
 from pipeline.tasks import load_task
-from pipeline.verification import mcnemar, over_represented, top_examples
+from pipeline.verification import Edit, mcnemar, over_represented, top_examples
 
 LIMIT = 400
 
@@ -33,7 +35,7 @@ def config(run_dir: Path, **repair: Any) -> RunConfig:
             "task": {"name": "digits", "options": {"limit": LIMIT, "epochs": 6, "train_examples": 200}},
             "fishers": {"sketch": {"dim": 128}, "shard_size": 100},
             "factorization": {"n_components": 8, "max_iterations": 30, "stability_examples": 0},
-            "repair": {"kl_steps": [0.03, 0.1, 0.3], "significance": 0.1, **repair},
+            "repair": {"kl_steps": [0.03, 0.1, 0.3], "significance": 0.1, "joint_passes": 0, **repair},
             "executor": {"kind": "serial"},
         }
     )
@@ -199,3 +201,87 @@ def test_examples_without_labels_cannot_be_repaired(
     assert "repair needs examples with one prediction, and their labels" in capsys.readouterr().err
     with pytest.raises(RunDirectoryError, match="have no known labels"):
         stages.repair(run)
+
+
+ALL_ONCE = {"significance": 1.0, "max_edits": 1, "kl_steps": [0.1]}
+"""Every component is tried, and one is moved along unless steps along all are better."""
+
+
+def with_steps_at_once(lifted: RunDirectory, path: Path) -> RunDirectory:
+    return copied(lifted, path, **ALL_ONCE, joint_passes=30)
+
+
+def test_steps_at_once_mend_more_than_those_one_after_the_other(lifted: RunDirectory, tmp_path: Path) -> None:
+    one_by_one, run = copied(lifted, tmp_path / "one", **ALL_ONCE), with_steps_at_once(lifted, tmp_path / "run")
+    stages.repair(one_by_one)
+    summary = stages.repair(run)
+    table = read_table(run.table("examples"), "examples")
+    fit = np.array(table["split"].to_pylist()) == "fit"
+    before, after = correct(run, []), correct(run, summary["edits"])
+    former = one_by_one.record("repair")
+    assert former is not None
+    assert after[fit].sum() > correct(one_by_one, former["edits"])[fit].sum()
+    assert (before & ~after)[fit].sum() <= 0.01 * before[fit].sum()
+    assert summary["held_out"]["mended"] == (~before & after)[~fit].sum()
+    *steps, last = [row for row in read_table(run.table("repair_steps"), "repair_steps").to_pylist() if row["chosen"]]
+    assert last["component"] is None
+    assert last["sign"] is None
+    assert last["step"] == pytest.approx(np.linalg.norm([edit["step"] for edit in summary["edits"]]))
+    assert last["accuracy_tuning"] == pytest.approx(after[fit].mean())
+    assert last["edit"] == len(steps)
+    assert last["broken"] == (before & ~after)[fit].sum()
+    assert {edit["component"] for edit in summary["edits"]} == set(range(8))
+
+
+def test_steps_at_once_are_the_same_in_any_parts_and_after_an_interruption(
+    lifted: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = stages.repair(with_steps_at_once(lifted, tmp_path / "whole"))
+    run = with_steps_at_once(lifted, tmp_path / "run")
+    slopes, calls = RepairWorker.slopes, []
+
+    def dying(worker: RepairWorker, wanted: Any) -> Any:
+        calls.append(wanted.edits)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return slopes(worker, wanted)
+
+    monkeypatch.setattr(RepairWorker, "slopes", dying)
+    with pytest.raises(KeyboardInterrupt):
+        stages.repair(run)
+    assert stages.repair(run)["edits"] == expected["edits"]
+    assert calls[5] == calls[4], "what was interrupted is done again"
+    assert calls.count(calls[0]) == 1, "and what was finished is not"
+    parts = with_steps_at_once(lifted, tmp_path / "parts")
+    monkeypatch.setattr(repair_stage, "_EXAMPLES_AT_ONCE", 97)
+    in_parts = [edit["step"] for edit in stages.repair(parts)["edits"]]
+    np.testing.assert_allclose(in_parts, [edit["step"] for edit in expected["edits"]], rtol=0.05, atol=1e-4)
+
+
+def test_slopes_are_the_derivatives_of_the_loss(lifted: RunDirectory) -> None:
+    directions, tuning = DirectionStore.open(lifted.directions), np.arange(0, LIMIT, 3)
+    worker = RepairWorker(
+        model_spec(lifted, fingerprint_of(lifted)), lifted.directions, lifted.path, tuning, (0.1,), batch_size=16
+    )
+    weights = np.linspace(0.1, 1.0, len(tuning))
+    edits = (Edit(2, 0.3), Edit(5, -0.2), Edit(7, 0.0))
+    loss, slopes = worker.slopes(Batch(edits, tuning, weights))
+
+    task = load_task(lifted.config.task.name, lifted.config.task.options)
+    model, examples = task.model(lifted.task_cache).double(), task.examples(lifted.task_cache)
+    labels = torch.tensor(examples.table()["label"].to_pylist())[tuning]
+    steps = torch.tensor([edit.step for edit in edits], dtype=torch.float64, requires_grad=True)
+    parameters = {
+        name: value.detach() + sum(
+            step * torch.from_numpy(directions.read(edit.component)[name]).double()
+            for step, edit in zip(steps, edits, strict=True)
+        )
+        for name, value in model.named_parameters()
+    }  # fmt: skip
+    batch = examples.batch(tuning.tolist())
+    logits = torch.func.functional_call(model, parameters, (batch.double(),))
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none") @ torch.from_numpy(weights)
+    expected.backward()
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert steps.grad is not None
+    np.testing.assert_allclose(slopes, steps.grad.numpy(), rtol=1e-4, atol=1e-5)

@@ -216,18 +216,40 @@ def test_packed_statistics_add_up(data: Any) -> None:
     assert (found.square_sum, found.n_examples) == (merged.square_sum, 120)
 
 
-def test_starts_depend_on_the_arguments_only_and_are_unit_rows_on_the_heaviest_columns(
-    data: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_starts_depend_on_the_arguments_only_and_are_unit_rows(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.factorization import diagonal_initialization
 
+    polished, tried = diagonal_initialization._polished, []
+
+    def seen(fishers_MP: Any, start_KP: torch.Tensor, most: int) -> Any:
+        found = polished(fishers_MP, start_KP, most)
+        tried.append((fishers_MP.shape[1], start_KP, found[1].best_loss))
+        return found
+
     monkeypatch.setattr(diagonal_initialization, "_MOST_COLUMNS", 10)
+    monkeypatch.setattr(diagonal_initialization, "_polished", seen)
     start_KP = initialize_diagonal(data, K, seed=3)
-    assert torch.equal(start_KP, initialize_diagonal(data, K, seed=3))
+    (_, of_part_KP, loss_of_part), (_, nndsvd_KP, loss_of_nndsvd) = [each for each in tried if each[0] > 10]
     heaviest = np.sort(np.argsort(-np.square(dense(data)).sum(0))[:10])
-    assert set(start_KP.any(0).nonzero()[:, 0].tolist()) <= set(heaviest.tolist())
+    assert set(of_part_KP.any(0).nonzero()[:, 0].tolist()) <= set(heaviest.tolist())
+    torch.testing.assert_close(nndsvd_KP, expected_nndsvd(dense(data)), rtol=1e-4, atol=1e-4)
+    shard = DiagonalShard(data)
+    shard.finish(start_KP)
+    assert float(shard.misfits_N.sum()) <= min(loss_of_part, loss_of_nndsvd) * (1 + 1e-6), "the better one is it"
+    assert torch.equal(start_KP, initialize_diagonal(data, K, seed=3))
     torch.testing.assert_close(start_KP.norm(dim=1), torch.ones(K, dtype=torch.float64))
     assert (start_KP >= 0).all()
+
+
+def expected_nndsvd(x_NP: np.ndarray) -> torch.Tensor:
+    """H of NNDSVD by an exact decomposition, its rows divided by their lengths."""
+    u, _, v = np.linalg.svd(x_NP, full_matrices=False)
+    rows = []
+    for left, right in zip(u.T[:K], v[:K], strict=True):
+        parts = [(np.maximum(sign * left, 0), np.maximum(sign * right, 0)) for sign in (1, -1)]
+        row = max(parts, key=lambda pair: np.linalg.norm(pair[0]) * np.linalg.norm(pair[1]))[1]
+        rows.append(row / np.linalg.norm(row))
+    return torch.from_numpy(np.array(rows))
 
 
 def test_more_components_than_columns_are_started() -> None:

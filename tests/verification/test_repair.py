@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from pipeline.verification.repair import (
+    Edit,
     McNemar,
     RepairCandidate,
     choose_step,
+    joint_steps,
     mcnemar,
     over_represented,
 )
@@ -143,7 +145,7 @@ def candidate(step: float, mended: int, broken: int, component: int = 0, sign: i
     after = BEFORE.copy()
     after[:mended] = True
     after[50 : 50 + broken] = False
-    return RepairCandidate(component, sign, step, np.arange(100) < 10, after)
+    return RepairCandidate((Edit(component, sign * step),), np.arange(100) < 10, after)
 
 
 def test_the_step_that_mends_most_without_harm_is_chosen() -> None:
@@ -157,7 +159,7 @@ def test_examples_mended_elsewhere_count_but_do_not_make_up_for_harm() -> None:
     after = BEFORE.copy()
     after[:1] = after[10:15] = True
     after[50:52] = False
-    elsewhere = RepairCandidate(1, 1, 0.5, np.arange(100) < 10, after)
+    elsewhere = RepairCandidate((Edit(1, 0.5),), np.arange(100) < 10, after)
     mending = candidate(0.1, 3, 0)
     assert choose_step([mending, elsewhere], BEFORE, BEFORE, 2 / 80) is elsewhere
     assert choose_step([mending, elsewhere], BEFORE, BEFORE, 1 / 80) is mending
@@ -168,12 +170,14 @@ def test_harm_is_that_of_all_edits_together() -> None:
     edited[:5], edited[60:62] = True, False
     further = edited.copy()
     further[5:10], further[62] = True, False
-    second = RepairCandidate(1, 1, 0.5, np.arange(100) < 10, further)
+    second = RepairCandidate((Edit(1, 0.5),), np.arange(100) < 10, further)
     assert choose_step([second], edited, BEFORE, 2 / 80) is None
     assert choose_step([second], edited, BEFORE, 3 / 80) is second
     back = further.copy()
     back[60:62] = True
-    assert choose_step([RepairCandidate(1, 1, 0.5, np.arange(100) < 10, back)], edited, BEFORE, 1 / 80) is not None
+    assert (
+        choose_step([RepairCandidate((Edit(1, 0.5),), np.arange(100) < 10, back)], edited, BEFORE, 1 / 80) is not None
+    )
 
 
 def test_of_equals_the_smaller_step_is_taken() -> None:
@@ -188,10 +192,33 @@ def test_where_nothing_helps_nothing_is_chosen() -> None:
     assert choose_step([candidate(0.1, 0, 0), candidate(0.2, 3, 3), candidate(0.3, 1, 8)], BEFORE, BEFORE, 0.5) is None
     only_elsewhere = BEFORE.copy()
     only_elsewhere[15] = True
-    beside = RepairCandidate(0, 1, 0.1, np.arange(100) < 10, only_elsewhere)
+    beside = RepairCandidate((Edit(0, 0.1),), np.arange(100) < 10, only_elsewhere)
     assert choose_step([beside], BEFORE, BEFORE, 0.5) is None, "what it was chosen for stays wrong"
 
 
 def test_a_candidate_of_other_examples_is_refused() -> None:
     with pytest.raises(ValueError, match="tuning split"):
         choose_step([candidate(0.1, 1, 0)], BEFORE[:99], BEFORE[:99], 0.0)
+
+
+def test_steps_taken_together_are_the_least_loss_and_what_adds_nothing_stays() -> None:
+    rng = np.random.default_rng(0)
+    root = rng.normal(size=(5, 5))
+    root[:, 4] = 0.0  # nothing depends on the last
+    best, unit = rng.normal(size=5), 0.05
+    calls = []
+
+    def slopes_at(steps_J: np.ndarray) -> tuple[float, np.ndarray]:
+        calls.append(steps_J.copy())
+        residual = root @ ((steps_J - best) / unit)
+        return float(residual @ residual), 2 * root.T @ residual / unit
+
+    found = joint_steps(slopes_at, np.full(5, 0.3 * unit), unit, 200)
+    ridge = 1e-6 * np.eye(5)
+    expected = np.linalg.solve(root.T @ root + ridge, root.T @ root @ (best / unit)) * unit
+    np.testing.assert_allclose(found[:4], expected[:4], rtol=0.05)
+    assert found[4] == pytest.approx(0.3 * unit, rel=1e-3)
+    np.testing.assert_array_equal(calls[0], np.full(5, 0.3) * unit, "it goes on from where it is")
+    calls.clear()
+    joint_steps(slopes_at, np.zeros(5), unit, 5)
+    assert len(calls) <= 5 + 20
