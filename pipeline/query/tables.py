@@ -53,8 +53,10 @@ _PARQUET = ds.ParquetFileFormat(
     default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
 )
 
-_REMOTE_SCAN = ds.ParquetFragmentScanOptions(
-    page_checksum_verification=True, pre_buffer=True, cache_options=pa.CacheOptions(hole_size_limit=2**20)
+_REMOTE_PARQUET = ds.ParquetFileFormat(
+    default_fragment_scan_options=ds.ParquetFragmentScanOptions(
+        page_checksum_verification=True, pre_buffer=True, cache_options=pa.CacheOptions(hole_size_limit=2**20)
+    )
 )
 """What lies between two wanted columns is read along: over a network that is cheaper than asking twice."""
 
@@ -99,11 +101,21 @@ class RunTables:
             QueryError: there is no such table, it is not written yet, or its file is damaged.
         """
         if name not in self._datasets:
-            schema = self.schema(name)
-            path, filesystem = _located(self._folder / f"{name}.parquet")
-            fragment = _PARQUET.make_fragment(path, filesystem)
-            self._datasets[name] = ds.FileSystemDataset([fragment], schema, _PARQUET, filesystem)
+            schema, path = self.schema(name), self._folder / f"{name}.parquet"
+            kind = _REMOTE_PARQUET if is_remote(path) else _PARQUET
+            where, filesystem = _located(path)
+            fragment = kind.make_fragment(where, filesystem)
+            fragments = self._parts(name, fragment) if is_remote(path) else [fragment]
+            self._datasets[name] = ds.FileSystemDataset(fragments, schema, kind, filesystem)
         return self._datasets[name]
+
+    def _parts(self, name: str, fragment: ds.ParquetFileFragment) -> list[ds.ParquetFileFragment]:
+        """Of the file, as what is read along stays in memory until the part has been read."""
+        n_groups = self.file(name).num_row_groups
+        starts = range(0, max(n_groups, 1), _SCAN_GROUPS)
+        return [
+            fragment.subset(row_group_ids=list(range(start, min(start + _SCAN_GROUPS, n_groups)))) for start in starts
+        ]
 
     def file(self, name: str) -> pq.ParquetFile:
         """The table's file, opened; for groups of rows one by one. Raises as `dataset` does."""
@@ -145,16 +157,14 @@ class RunTables:
     def scan(self, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Some columns of the whole table, in the order written, a bounded number of rows at a time."""
         file, columns = self.file(name), list(columns)
-        (fragment,) = self.dataset(name).get_fragments()
-        remote = not isinstance(fragment.filesystem, pa_fs.LocalFileSystem)
         with self._damage_named(name):
+            if is_remote(self._folder):
+                for fragment in self.dataset(name).get_fragments():
+                    yield from fragment.to_batches(columns=columns)
+                return
             for start in range(0, file.num_row_groups, _SCAN_GROUPS):
-                groups = list(range(start, min(start + _SCAN_GROUPS, file.num_row_groups)))
-                if remote:
-                    some = fragment.subset(row_group_ids=groups)
-                    yield from some.to_batches(columns=columns, fragment_scan_options=_REMOTE_SCAN)
-                else:
-                    yield from file.iter_batches(_SCAN_ROWS, row_groups=groups, columns=columns)
+                groups = range(start, min(start + _SCAN_GROUPS, file.num_row_groups))
+                yield from file.iter_batches(_SCAN_ROWS, row_groups=groups, columns=columns)
 
     def groups_with(self, name: str, column: str, values: Sequence[Any]) -> list[int]:
         """Which groups of rows can hold one of these values in a column of integers or text, by their statistics."""

@@ -1,11 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from object_store import ObjectStore
 
 from pipeline.query.errors import QueryError
+from pipeline.query.sql import run_sql
 from pipeline.query.tables import WRITTEN_BY, RunTables
+from pipeline.store import location, write_table
 
 
 @pytest.mark.parametrize(("name", "command"), sorted(WRITTEN_BY.items()))
@@ -53,3 +60,24 @@ def test_absent_records_are_empty_and_damaged_ones_are_named(make_run: Callable)
 
 def test_stages_come_in_the_order_in_which_they_run(run) -> None:
     assert list(RunTables(run.path).stages()) == ["fishers", "factorize", "lift", "verify"]
+
+
+def test_whole_tables_on_an_object_store_are_read_in_few_requests(s3: ObjectStore, tmp_path: Path) -> None:
+    n = 150_000
+    rows = {"component": np.arange(n) // 1000, "example": np.arange(n), "coefficient": np.linspace(0, 1, n)}
+    file = tmp_path / "tables/coefficients.parquet"
+    write_table(file, "coefficients", rows)
+    pq.write_table(RunTables(tmp_path).file("coefficients").read(), file, row_group_size=500)
+    remote = location("s3://runs/run/tables/coefficients.parquet")
+    remote.parent.mkdir(parents=True, exist_ok=True)
+    remote.write_bytes(file.read_bytes())
+    here, there = RunTables(tmp_path), RunTables(location("s3://runs/run"))
+    assert there.file("coefficients").num_row_groups == 300
+    s3.requests.clear()
+    query = "select component, sum(example) as s from coefficients where example % 7 = 3 group by 1 order by 1"
+    assert run_sql(there, query) == run_sql(here, query)
+    assert len([request for request in s3.requests if request.kind == "GET"]) <= 20
+    s3.requests.clear()
+    scanned = [pa.Table.from_batches(tables.scan("coefficients", ["example", "component"])) for tables in (there, here)]
+    assert scanned[0].combine_chunks() == scanned[1].combine_chunks()
+    assert len([request for request in s3.requests if request.kind == "GET"]) <= 20
