@@ -175,7 +175,7 @@ def metrics(head: LocalHead, tag: str) -> dict[str, float]:
                 found[line.partition("{")[0]] = float(line.rpartition(" ")[2])
         return "ray_npeff_explained" in found
 
-    job_faults.wait_for(come, "the metrics were on the endpoint")
+    job_faults.wait_for(come, "the metrics were on the endpoint", 60.0)
     return found
 
 
