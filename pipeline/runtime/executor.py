@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -124,6 +125,8 @@ class WorkerSpec:
     arguments: dict[str, Any] = field(default_factory=dict)
     lease: Path | None = None
     """A file that the worker's own process, where it has one, holds a shared lock on for as long as it lives."""
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Of this worker: mapped again, with no other in between, it is not constructed anew."""
 
     def construct(self, **more: Any) -> Any:
         return self.worker_class(**self.arguments, **more)
@@ -165,7 +168,8 @@ class Executor(Protocol):
     ) -> Iterator[tuple[Any, Any]]:
         """``(item, method(item))`` for every item, in the order in which they are finished.
 
-        An item whose worker is lost is given to another one, three times at most.
+        An item whose worker is lost is given to another one, three times at most. Called again with the same spec, it
+        finds its workers as they were, unless others have come in between.
 
         Args:
             keep_going: an item that the user's code fails on, or that memory does not suffice for, is given to a fresh
@@ -210,6 +214,8 @@ class SerialExecutor:
 
     def __init__(self, cpus_per_worker: int = 1) -> None:
         self._threads = cpus_per_worker
+        self._kept: tuple[str, Any] | None = None
+        """The worker of the last call of `map`, and its key."""
 
     def map(
         self,
@@ -220,18 +226,22 @@ class SerialExecutor:
         keep_going: bool = False,
         split: Callable[[Any], Sequence[Any]] | None = None,
     ) -> Iterator[tuple[Any, Any]]:
-        worker: Any = None
+        worker = self._kept[1] if self._kept is not None and self._kept[0] == spec.key else None
         failures, waiting = Failures(method, split, self.workers), deque((item, 1) for item in items)
         while waiting:
             item, attempt = waiting.popleft()
             with computing_threads(self._threads):
-                worker = worker or spec.construct()
+                if worker is None:
+                    self._kept = None  # there need not be room for two
+                    worker = spec.construct()
+                    self._kept = spec.key, worker
                 try:
                     result = getattr(worker, method)(item)
                 except Exception as error:
                     if not keep_going or not may_be_the_items_fault(error):
                         raise
-                    worker, reason = None, reason_of(error)
+                    worker = self._kept = None
+                    reason = reason_of(error)
                     waiting.extend((part, attempt + 1) for part in failures.failed(item, attempt, reason))
                     continue
             failures.succeeded()
@@ -240,11 +250,12 @@ class SerialExecutor:
 
     @contextmanager
     def group(self, spec: WorkerSpec) -> Iterator[Group]:
+        self._kept = None
         with computing_threads(self._threads):
             yield _SerialGroup(spec.construct(rank=0, size=1))
 
     def close(self) -> None:
-        """Nothing is held between calls."""
+        self._kept = None
 
 
 class _SerialGroup:

@@ -140,7 +140,7 @@ class RayExecutor:
         keep_going: bool = False,
         split: Callable[[Any], Sequence[Any]] | None = None,
     ) -> Iterator[tuple[Any, Any]]:
-        role, failures = _Role(spec), Failures(method, split, self.workers)
+        role, failures = _Role(spec, key=spec.key), Failures(method, split, self.workers)
         waiting = deque((item, 1) for item in items)
         actors = self._mappers
         idle = deque(range(self._places))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -178,7 +179,7 @@ class _Search:
                 for steps in self._together(edits, lifted, shortest)
                 for share in _SHARES
             ]
-            right = dict(self._workers.map(self._worker(), "right_after", scaled))
+            right = dict(self._workers.map(self._worker, "right_after", scaled))
             chosen = choose([self._candidate(steps, correct_n, right[steps]) for steps in scaled])
             edits = edits if chosen is None else list(chosen.edits)
         return edits, rows
@@ -217,7 +218,7 @@ class _Search:
             starts = range(0, len(tuning), _EXAMPLES_AT_ONCE)
             parts = [slice(start, start + _EXAMPLES_AT_ONCE) for start in starts]
             batches = [Batch(at, tuning[part], weights[part]) for part in parts]
-            answers = dict(self._workers.map(self._worker(), "slopes", batches))
+            answers = dict(self._workers.map(self._worker, "slopes", batches))
             ordered = [answers[batch] for batch in batches]
             found = {
                 "steps": steps,
@@ -239,7 +240,7 @@ class _Search:
 
     def ask(self, method: str, argument: object) -> Any:
         """One call of one worker."""
-        return next(iter(self._workers.map(self._worker(), method, [argument])))[1]
+        return next(iter(self._workers.map(self._worker, method, [argument])))[1]
 
     def _attempts(self, edits: tuple[Edit, ...], components: list[int]) -> dict[int, list[dict[str, Any]]]:
         attempts = [Attempt(edits, component, self._tops[component]) for component in components]
@@ -247,12 +248,13 @@ class _Search:
         found = {j: read_json(file)["trials"] for j, file in files.items() if file.exists()}
         missing = [attempt for attempt in attempts if attempt.component not in found]
         with self._progress.stage("repair", len(attempts), "components", done=len(found)) as tick:
-            tried = self._workers.map(self._worker(), "attempt", missing, keep_going=True) if missing else ()
+            tried = self._workers.map(self._worker, "attempt", missing, keep_going=True) if missing else ()
             for attempt, trials in tried:
                 found[attempt.component] = trials
                 tick(len(found))
         return {component: found[component] for component in components}
 
+    @cached_property
     def _worker(self) -> WorkerSpec:
         return worker_spec(
             self._run,

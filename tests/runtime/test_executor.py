@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,25 @@ def test_both_executors_give_the_same_results_in_whatever_order_they_are_finishe
     assert dict(items) == serial == {item: item * item for item in range(6)}
     assert len(items) == 6
     assert items[0] != (0, 0)  # which is the slow one
+
+
+class Individual:
+    def __init__(self) -> None:
+        self._id = uuid.uuid4().hex
+
+    def who(self, item: int) -> tuple[int, str]:
+        return os.getpid(), self._id
+
+
+@pytest.mark.parametrize("kind", ["serial", "ray"])
+def test_workers_of_the_same_spec_go_on_and_those_of_another_are_new(kind, executor):
+    workers, spec = SerialExecutor() if kind == "serial" else executor, WorkerSpec(Individual)
+    first = set(dict(workers.map(spec, "who", range(4))).values())
+    next(iter(workers.map(spec, "who", [0])))
+    again = set(dict(workers.map(spec, "who", range(4))).values())
+    assert len(first | again) == len({process for process, _ in first | again})
+    other = set(dict(workers.map(WorkerSpec(Individual), "who", range(4))).values())
+    assert not other & (first | again)
 
 
 def test_no_items_need_no_workers(executor):
