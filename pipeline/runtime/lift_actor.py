@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.fisher import GradientCollector, LabelSpec, SketchSpec, make_sketch
 from pipeline.runtime.fitted_examples import FittedExamples
 from pipeline.runtime.model import ModelSpec
-from pipeline.store import DirectionStore, FisherStore, open_factorization, write_json_atomically
+from pipeline.store import DirectionStore, FisherStore, open_factorization, read_json, write_json_atomically
 from pipeline.verification import accumulate_directions, lift_weights, zero_directions
 
 
@@ -57,7 +57,17 @@ class LiftWorker:
         self._paths, self._checksums, self._batch_size = paths, checksums, batch_size
 
     def lift(self, block: tuple[int, ...]) -> list[dict[str, Any]]:
-        """Write these components' unit directions; per component, what is worth knowing of its direction."""
+        """Write these components' unit directions; per component, what is worth knowing of its direction.
+
+        Those that are written already, by a worker that was lost before it had done them all, stay.
+        """
+        files = {component: self._result(component) for component in block}
+        facts = {component: read_json(file) for component, file in files.items() if file.exists()}
+        missing = tuple(component for component in block if component not in facts)
+        facts |= self._lift(missing) if missing else {}
+        return [facts[component] for component in block]
+
+    def _lift(self, block: tuple[int, ...]) -> dict[int, dict[str, Any]]:
         directions = zero_directions(self._loaded.layout, len(block), self._loaded.device)
         gram_KK = self._coefficients_NK.double().T @ self._weighted_NK
         for shard, checksum in sorted(self._checksums.items()):
@@ -77,10 +87,10 @@ class LiftWorker:
                 weights_kBR = weights_kNR[:, torch.tensor(examples) - start]
                 targets = self._loaded.targets(batch, examples)
                 accumulate_directions(self._collector, batch, weights_kBR, directions, examples, targets)
-        return [
-            self._write(component, {name: tensor[position] for name, tensor in directions.items()})
+        return {
+            component: self._write(component, {name: tensor[position] for name, tensor in directions.items()})
             for position, component in enumerate(block)
-        ]
+        }
 
     def _batches(self, shard: range, used: list[int]) -> list[list[int]]:
         """Batches of a shard with the examples that are used.
@@ -106,5 +116,8 @@ class LiftWorker:
             "cosine": float(cosine),
             "energy": {name: square / total if total > 0 else 0.0 for name, square in squares.items()},
         }
-        write_json_atomically(self._paths.results / f"{component:05d}.json", facts)
+        write_json_atomically(self._result(component), facts)
         return facts
+
+    def _result(self, component: int) -> Path:
+        return self._paths.results / f"{component:05d}.json"

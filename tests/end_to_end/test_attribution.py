@@ -23,6 +23,7 @@ from pipeline.query import ComponentStore, QueryError
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.attribution_actor import AttributionWorker
 from pipeline.runtime.executor import ExecutorError
+from pipeline.runtime.lift_actor import LiftWorker
 from pipeline.runtime.model import LoadedModel
 from pipeline.stage import fingerprint_of, label_spec, lifted_components, model_spec
 from pipeline.stages.factorize_stage import write_solution
@@ -102,6 +103,36 @@ def test_only_the_chosen_components_are_lifted_verified_and_attributed(run: RunD
     for component in FIRST:
         length = sum(float(tensor.square().sum()) for tensor in direction(run, component).values())
         assert length == pytest.approx(1, abs=1e-3)
+
+
+def test_of_a_block_that_is_given_to_another_worker_what_is_written_stays(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = copied(run, tmp_path / "run")
+    shutil.rmtree(copy.directions)
+    lift, write, written = LiftWorker.lift, LiftWorker._write, []
+
+    def lost_at_the_second(worker: LiftWorker, component: int, found: Any) -> Any:
+        written.append(component)
+        if len(written) == 2:
+            raise ConnectionError("the machine is gone")
+        return write(worker, component, found)
+
+    def given_twice(worker: LiftWorker, block: tuple[int, ...]) -> Any:
+        assert block == tuple(FIRST)
+        with pytest.raises(ConnectionError):
+            lift(worker, block)
+        return lift(worker, block)
+
+    monkeypatch.setattr(LiftWorker, "_write", lost_at_the_second)
+    monkeypatch.setattr(LiftWorker, "lift", given_twice)
+    stages.lift(copy)
+    assert written == [1, 3, 3]
+    energies = [[row["energy"] for row in table(each, "layer_energy")] for each in (copy, run)]
+    np.testing.assert_allclose(*energies, atol=1e-6)
+    for component in FIRST:
+        for name, tensor in direction(run, component).items():
+            torch.testing.assert_close(direction(copy, component)[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_shares_are_those_of_the_reports_top_examples_with_their_words(run: RunDirectory, loaded: LoadedModel) -> None:
