@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +83,24 @@ def vouched_for(output: Path, stage: str) -> bool:
     """Whether the record of a stage holds the checksum of this output's file: a table that no later stage writes again.
     Parquet's own checksums are of its pages only."""
     return output.suffix == ".parquet" and (output.stem != "components" or stage == "lift")
+
+
+def unit_files(run: RunDirectory, stage: str, component: int) -> dict[str, Path]:
+    """What `verify` or `attribute` leaves of one component, by the table that it is a part of."""
+    results, name = run.partial_results(stage), f"{component:05d}.parquet"
+    if stage == "attribute":
+        return {"position_shares": results / name}
+    files = {"verification": results / name, "selectivity": results / "selectivity" / name}
+    return files | ({"ablation": results / "ablation" / name} if run.config.verification.ablation else {})
+
+
+def unit_checksums(run: RunDirectory, stage: str, components: Iterable[int]) -> dict[str, str]:
+    """Of those files, by component, for the stage's record: Parquet's own checksums are of its pages only."""
+    files = {f"{component:05d}": unit_files(run, stage, component) for component in components}
+    return {
+        name: json_checksum({table: file_checksum(path) for table, path in each.items()})
+        for name, each in files.items()
+    }
 
 
 def record_as_sealed(run: RunDirectory, stage: str) -> Summary | None:

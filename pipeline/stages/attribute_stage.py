@@ -18,6 +18,7 @@ from pipeline.stage import (
     lifted_components,
     model_spec,
     open_stage,
+    unit_checksums,
     worker_spec,
 )
 from pipeline.store import SCHEMAS, read_table, write_table
@@ -63,4 +64,5 @@ def attribute(
             [SCHEMAS[_TABLE].empty_table(), *(read_table(files[component], _TABLE) for component in components)]
         )
         write_table(run.table(_TABLE), _TABLE, table)
-        return stage.complete({"top_examples": count, "components": components, "n_rows": len(table)})
+        units = unit_checksums(run, "attribute", components)
+        return stage.complete({"top_examples": count, "components": components, "n_rows": len(table), "units": units})

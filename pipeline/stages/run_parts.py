@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.interchange import IMPORTED_TASK
 from pipeline.run_directory import RunDirectory, RunDirectoryError
-from pipeline.stage import finished, outputs_of, record_as_sealed, vouched_for
+from pipeline.stage import finished, outputs_of, record_as_sealed, unit_checksums, unit_files, vouched_for
 from pipeline.store import (
     METADATA,
     CheckpointStore,
@@ -76,8 +76,8 @@ def parts_of(run: RunDirectory) -> list[Part]:
         "fishers": (_fisher_parts,),
         "factorize": (_checkpoint_parts, _factorization_parts),
         "lift": (_lift_parts,),
-        "verify": (_verify_parts,),
-        "attribute": (_attribute_parts,),
+        "verify": (partial(_unit_parts, stage="verify", what="verification"),),
+        "attribute": (partial(_unit_parts, stage="attribute", what="shares"),),
         "select": (_select_parts,),
         "repair": (_repair_parts,),
     }
@@ -248,38 +248,26 @@ def _verify_direction(store: DirectionStore, facts: Path, component: int) -> Non
     store.read(component)
 
 
-def _verify_parts(run: RunDirectory) -> Iterator[Part]:
-    record, results = _record(run, "verify"), run.partial_results("verify")
-    for component in finished_components(run, "verify"):
-        name = f"{component:05d}.parquet"
-        tables = {"verification": results / name, "selectivity": results / "selectivity" / name}
-        if run.config.verification.ablation:
-            tables["ablation"] = results / "ablation" / name
-        yield Part(
-            f"verification of component {component}",
-            tables["verification"],
-            partial(_verify_tables, tables),
-            (*tables.values(), record),
-        )
+def _unit_parts(run: RunDirectory, stage: str, what: str) -> Iterator[Part]:
+    for component in finished_components(run, stage):
+        files = unit_files(run, stage, component)
+        verify, deleted = partial(_verify_unit, run, stage, component), (*files.values(), _record(run, stage))
+        yield Part(f"{what} of component {component}", deleted[0], verify, deleted)
 
 
-def _attribute_parts(run: RunDirectory) -> Iterator[Part]:
-    record, results = _record(run, "attribute"), run.partial_results("attribute")
-    for component in finished_components(run, "attribute"):
-        path = results / f"{component:05d}.parquet"
-        verify = partial(_verify_tables, {"position_shares": path})
-        yield Part(f"shares of component {component}", path, verify, (path, record))
+def _verify_unit(run: RunDirectory, stage: str, component: int) -> None:
+    for name, path in unit_files(run, stage, component).items():
+        read_table(path, name)
+    record = run.record(stage) if _is_intact(run, stage) else None
+    for name, found in unit_checksums(run, stage, [component]).items():
+        if record is not None and found != record.get("units", {}).get(name, found):
+            raise StoreError(f"what {stage} left of component {component} does not match its checksum")
 
 
 def finished_components(run: RunDirectory, stage: str) -> list[int]:
     """Components that a stage has finished, by what it left of them and by its record."""
     record = run.record(stage) if _is_intact(run, stage) else None
     return sorted({*finished(run.partial_results(stage)), *(record or {}).get("components", ())})
-
-
-def _verify_tables(tables: dict[str, Path]) -> None:
-    for name, path in tables.items():
-        read_table(path, name)
 
 
 def _select_parts(run: RunDirectory) -> Iterator[Part]:

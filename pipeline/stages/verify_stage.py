@@ -23,6 +23,7 @@ from pipeline.stage import (
     lifted_components,
     model_spec,
     open_stage,
+    unit_checksums,
     worker_spec,
 )
 from pipeline.store import (
@@ -79,4 +80,5 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
             parts = [read_table(paths.ablation_file(component), "ablation") for component in sorted(verified)]
             write_table(run.table("ablation"), "ablation", pa.concat_tables(parts))
         scores = [asdict(score) for score in scoreboard(verdicts(rows))]
-        return stage.complete({"n_components": len(verified), "components": sorted(verified), "scores": scores})
+        summary = {"n_components": len(verified), "components": sorted(verified), "scores": scores}
+        return stage.complete(summary | {"units": unit_checksums(run, "verify", sorted(verified))})
