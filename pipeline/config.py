@@ -135,7 +135,7 @@ class FactorizationConfig(_Section):
     kind: Literal["fishers", "diagonal_groups", "diagonal_entries"] = "fishers"
     """What is factorized. ``fishers``: the low-rank Fishers (NPEFF). ``diagonal_groups``: their diagonals, summed over
     output units; ``diagonal_entries``: the largest entries of the diagonals (D-NPEFF). The latter two need
-    ``fishers.diagonal.groups`` and ``fishers.diagonal.top_entries``; their components are not lifted or verified."""
+    ``fishers.diagonal.groups`` and ``fishers.diagonal.top_entries``."""
     max_iterations: PositiveInt = 100
     """Passes over the Fishers, rejected steps included."""
     tolerance: PositiveFloat = 1e-6

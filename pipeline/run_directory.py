@@ -45,8 +45,6 @@ class StageState(StrEnum):
     MISSING = "missing"
     PARTIAL = "partial"
     COMPLETE = "complete"
-    SKIPPED = "skipped"
-    """It has no part in such a run."""
 
 
 @dataclass(frozen=True)

@@ -150,10 +150,6 @@ def open_stage(run: RunDirectory, name: str, after: str | None = None) -> Iterat
         RunDirectoryError: the run is in use, or the stage before is not complete.
     """
     with run.lock():
-        if (reason := left_out(run.config, name)) is not None:
-            raise RunDirectoryError(
-                f"stage {name} has no part in {run.path}: {reason}; set factorization.kind: fishers in a new run_dir"
-            )
         stage = Stage(run, name, recorded(run, name), time.monotonic())
         if stage.done is None and after is not None:
             record_of(run, after)
@@ -190,16 +186,6 @@ def forget_other_requests(results: Path, request: str) -> bool:
     remove_directory(results)
     write_json_atomically(asked, {"request": request})
     return True
-
-
-def left_out(config: RunConfig, stage: str) -> str | None:
-    """Why a stage has no part in such a run; None where it has."""
-    kind = config.factorization.kind
-    if stage in ("lift", "verify", "attribute", "repair") and kind != "fishers":
-        return f"components of kind {kind} are no directions in parameter space to move along"
-    if stage == "select" and kind != "fishers":
-        return f"it compares factorizations of Fishers, not of kind {kind}"
-    return None
 
 
 def executor_for(run: RunDirectory, given: Executor | None) -> AbstractContextManager[Executor]:

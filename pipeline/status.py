@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.run_directory import RunDirectory, StageState
-from pipeline.stage import finished, left_out, recorded
+from pipeline.stage import finished, recorded
 from pipeline.store import CheckpointStore, FisherStore, is_committed
 
 
@@ -35,14 +35,12 @@ def status(run: RunDirectory) -> list[StageStatus]:
         "attribute": ((run.partial_results("attribute"),), f"{attributed}/{n_components} components"),
     }
     rows = []
+    lifted_from = "sketch" if run.config.factorization.kind == "fishers" else "component"
     for stage, (outputs, done) in stages.items():
-        if (reason := left_out(run.config, stage)) is not None:
-            rows.append(StageStatus(stage, StageState.SKIPPED, "", reason))
-            continue
         record, state = recorded(run, stage), run.state(stage, outputs)
         if record is None and state is StageState.COMPLETE:
             state = StageState.PARTIAL
-        rows.append(StageStatus(stage, state, done, _details(stage, record)))
+        rows.append(StageStatus(stage, state, done, _details(stage, record, lifted_from)))
     if run.partial_results("select").exists():
         rows.insert(1, _selection_status(run))
     written = run.report.exists()
@@ -58,7 +56,7 @@ def _selection_status(run: RunDirectory) -> StageStatus:
     return StageStatus("select", state, f"{len(list(run.partial_results('select').glob('*.json')))} fits", details)
 
 
-def _details(stage: str, record: dict[str, Any] | None) -> str:
+def _details(stage: str, record: dict[str, Any] | None, lifted_from: str) -> str:
     if record is None:
         return ""
     match stage:
@@ -68,7 +66,7 @@ def _details(stage: str, record: dict[str, Any] | None) -> str:
             explained = f"explained {record['explained']:.4f}, " if "explained" in record else ""
             return explained + record["stopped"]
         case "lift":
-            return f"median cosine to the sketch {record['median_cosine']:.4f}"
+            return f"median cosine to the {lifted_from} {record['median_cosine']:.4f}"
         case "verify":
             return "; ".join(score_line(score) for score in record["scores"] if score["examples"] == "held_out")
         case "attribute":

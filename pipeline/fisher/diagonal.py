@@ -79,6 +79,18 @@ class GroupLayout:
         """Parameter and index of each group; a group that a weight and a bias share is named after the first."""
         return [(name, index) for name, count in self.counts for index in range(count)]
 
+    def sums(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """(Q,), float64: the entries of each group added up, of tensors that have the parameters' shapes."""
+        sums_Q = torch.zeros(self.n_groups, dtype=torch.float64)
+        for name, tensor in tensors.items():
+            axis, first = self.parts[name]
+            values = tensor.detach().double().cpu()
+            along = (
+                values.reshape(1) if axis is None else values.movedim(axis, 0).reshape(tensor.shape[axis], -1).sum(1)
+            )
+            sums_Q[first : first + len(along)] += along
+        return sums_Q
+
 
 _OUTPUTS_SECOND = nn.Embedding | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
@@ -94,44 +106,45 @@ def _output_axis(module: nn.Module, leaf: str, n_axes: int) -> int | None:
 def diagonal_sum(
     contributions: Mapping[str, Contribution],
     scales_B: Tensor,
-    weights_B: Tensor,
+    weights_KB: Tensor,
     total: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Σ_b w_b f_b, float64 tensors under the parameters' names and of their shapes.
+    """Σ_b w_kb f_b for each row k of the weights: float64 tensors (K, *shape) under the parameters' names.
 
-    Added to those in `total`, in place, if it is given. Parameters without a contribution are not touched. An example
-    of weight 0 has no influence, whatever its rows.
+    Added to those in `total`, in place and in their precision, if it is given. Parameters without a contribution are
+    not touched. An example whose weights are all 0 has no influence, whatever its rows.
     """
     total = {} if total is None else total
-    weights_B = weights_B.to(scales_B) * scales_B.square()
-    used_B = weights_B != 0
+    weights_KB = weights_KB.to(scales_B) * scales_B.square()
+    used_B = (weights_KB != 0).any(0)
     # a saturated prediction's weight of 1e-80, say, must not be rounded to zero where rows are float32
-    largest = float(weights_B.abs().max()) if used_B.any() else 1.0
-    weights_B = weights_B[used_B] / largest
+    largest = float(weights_KB.abs().max()) if used_B.any() else 1.0
+    weights_KB = weights_KB[:, used_B] / largest
     for name, part in contributions.items():
         if name not in total:
-            total[name] = part.new_zeros(*part.shape).double()
+            total[name] = part.new_zeros(len(weights_KB), *part.shape).double()
         if not used_B.all():
             part = part.examples(used_B)
-        _add_weighted(part, weights_B, largest, total[name])
+        _add_weighted(part, weights_KB, largest, total[name])
     return total
 
 
-def _add_weighted(part: Contribution, weights_B: Tensor, factor: float, total: Tensor) -> None:
-    """factor Σ_b w_b f_b to `total`."""
-    weights_B = weights_B.to(part.new_zeros(0))
+def _add_weighted(part: Contribution, weights_KB: Tensor, factor: float, total: Tensor) -> None:
+    """factor Σ_b w_kb f_b to `total`, (K, *shape)."""
+    weights_KB = weights_KB.to(part.new_zeros(0))
     if isinstance(part, Rows):
         examples_n, rows_n, diagonal_ni = _looked_up(part)
-        total.index_add_(0, rows_n, (diagonal_ni * weights_B[examples_n, None]).double(), alpha=factor)
+        for weights_B, sums in zip(weights_KB, total, strict=True):
+            sums.index_add_(0, rows_n, (diagonal_ni * weights_B[examples_n, None]).to(sums), alpha=factor)
         return
     sides = _one_position(part) if isinstance(part, Outer) else None
     if sides is not None:
-        left_BGx, right_BGx = sides
-        weighted_GxB = (left_BGx * weights_B[:, None, None]).permute(1, 2, 0)
-        total.add_((weighted_GxB @ right_BGx.transpose(0, 1)).reshape(total.shape), alpha=factor)
+        left_GxB, right_GBx = sides[0].permute(1, 2, 0), sides[1].transpose(0, 1)
+        for weights_B, sums in zip(weights_KB, total, strict=True):
+            sums.add_(((left_GxB * weights_B) @ right_GBx).reshape(sums.shape), alpha=factor)
         return
     for start, stop, diagonal_bx in _diagonal_blocks(part):
-        total.add_((weights_B[start:stop] @ diagonal_bx).reshape(total.shape), alpha=factor)
+        total.add_((weights_KB[:, start:stop] @ diagonal_bx).reshape(total.shape), alpha=factor)
 
 
 @torch.no_grad()

@@ -82,11 +82,11 @@ class FisherWorker:
         assert self._sums is not None
         names_and_shapes = zip(self._loaded.layout.names, self._loaded.layout.shapes, strict=True)
         total = {
-            name: torch.zeros(shape, dtype=torch.float64, device=self._loaded.device)
+            name: torch.zeros(1, *shape, dtype=torch.float64, device=self._loaded.device)
             for name, shape in names_and_shapes
         }
         records = self._compute_all(self._sums.shards(unit), total)
-        self._sums.write(unit, {name: values.cpu().numpy() for name, values in total.items()})
+        self._sums.write(unit, {name: values[0].cpu().numpy() for name, values in total.items()})
         return records
 
     def _compute_all(self, shards: tuple[int, ...], total: dict[str, Tensor] | None) -> list[CompletionRecord]:
@@ -108,7 +108,7 @@ class FisherWorker:
         for stored, collected in self._streams.map(partial(self._compute_batch, keep=total is not None), plan):
             parts.append(stored)
             if total is not None and collected is not None:
-                diagonal_sum(collected.contributions, collected.labels.scales_B, stored["valid"], total)
+                diagonal_sum(collected.contributions, collected.labels.scales_B, stored["valid"][None], total)
             del collected  # its rows are not to be kept while the next batch is computed
         # from the order in which they were computed to that of the examples
         order = torch.tensor([example for examples in plan for example in examples]).argsort()

@@ -19,7 +19,7 @@ from pipeline.fisher import GradientCollector, LabelSpec, SketchSpec, make_sketc
 from pipeline.runtime.fitted_examples import FittedExamples
 from pipeline.runtime.model import ModelSpec
 from pipeline.store import DirectionStore, FisherStore, open_factorization, read_json, write_json_atomically
-from pipeline.verification import accumulate_directions, lift_weights, zero_directions
+from pipeline.verification import accumulate_directions, cosine, lift_weights, zero_directions
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class LiftWorker:
         self._components_KD = torch.from_numpy(factorization.read_components())
         self._coefficients_NK = torch.from_numpy(factorization.read_coefficients())
         splits, weights_N = examples.read()
-        self._coefficients_NK[torch.from_numpy(~splits.fit_N)] = 0.0
+        self._fit_N = torch.from_numpy(splits.fit_N)
+        self._coefficients_NK[~self._fit_N] = 0.0
         self._weighted_NK = self._coefficients_NK * torch.from_numpy(weights_N)[:, None]
         self._paths, self._checksums, self._batch_size = paths, checksums, batch_size
 
@@ -87,10 +88,11 @@ class LiftWorker:
                 weights_kBR = weights_kNR[:, torch.tensor(examples) - start]
                 targets = self._loaded.targets(batch, examples)
                 accumulate_directions(self._collector, batch, weights_kBR, directions, examples, targets)
-        return {
-            component: self._write(component, {name: tensor[position] for name, tensor in directions.items()})
-            for position, component in enumerate(block)
-        }
+        facts = {}
+        for position, component in enumerate(block):
+            direction = {name: tensor[position] for name, tensor in directions.items()}
+            facts[component] = self._write(component, direction, self._cosine(component, direction))
+        return facts
 
     def _batches(self, shard: range, used: list[int]) -> list[list[int]]:
         """Batches of a shard with the examples that are used.
@@ -103,17 +105,20 @@ class LiftWorker:
         batches = self._loaded.batches(shard, self._batch_size)
         return [examples for examples in batches if not set(used).isdisjoint(examples)]
 
-    def _write(self, component: int, direction: Mapping[str, Tensor]) -> dict[str, Any]:
+    def _cosine(self, component: int, direction: Mapping[str, Tensor]) -> float:
+        """Of the component and the direction, sketched again."""
+        sketched_D = self._sketch.apply_dense({name: tensor[None] for name, tensor in direction.items()})[0]
+        return cosine(sketched_D, self._components_KD[component])
+
+    def _write(self, component: int, direction: Mapping[str, Tensor], cosine: float) -> dict[str, Any]:
         squares = {name: float(tensor.double().square().sum()) for name, tensor in direction.items()}
         total = sum(squares.values())
         unit = {name: tensor / total**0.5 if total > 0 else tensor for name, tensor in direction.items()}
-        sketched_D = self._sketch.apply_dense({name: tensor[None] for name, tensor in unit.items()})[0].double().cpu()
-        cosine = sketched_D @ self._components_KD[component] / sketched_D.norm().clamp_min(1e-300)
         dtype: torch.dtype = getattr(torch, self._directions.dtype)  # torch rounds much faster than numpy does
         self._directions.write(component, {name: tensor.to(dtype).cpu().numpy() for name, tensor in unit.items()})
         facts = {
             "component": component,
-            "cosine": float(cosine),
+            "cosine": cosine,
             "energy": {name: square / total if total > 0 else 0.0 for name, square in squares.items()},
         }
         write_json_atomically(self._result(component), facts)

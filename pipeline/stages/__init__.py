@@ -37,7 +37,7 @@ from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import ExecutorError
 from pipeline.runtime.job import Job, JobServer, Submission
 from pipeline.runtime.metrics import RunMetrics
-from pipeline.stage import executor_for, left_out, lifted_components, record_of, recorded
+from pipeline.stage import executor_for, lifted_components, record_of, recorded
 from pipeline.stages.attribute_stage import attribute
 from pipeline.stages.check_stage import Damage, check
 from pipeline.stages.factorize_stage import factorize
@@ -98,8 +98,6 @@ def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = 
         "verify": verify,
         "attribute": attribute,
     }
-    skipped = {name: reason for name in stages if (reason := left_out(directory.config, name)) is not None}
-    stages = {name: stage for name, stage in stages.items() if name not in skipped}
     if progress is not None:
         progress.say(f"run {directory.path}")
     unfinished = any(recorded(directory, name) is None for name in stages)
@@ -108,8 +106,6 @@ def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = 
         with executor_for(directory, None) if unfinished else nullcontext() as executor:
             for stage in stages.values():
                 stage(directory, executor=executor, progress=progress)
-        if progress is not None and skipped:
-            progress.say(f"{', '.join(skipped)}: skipped, as {next(iter(skipped.values()))}")
         report(directory, progress=progress)
     return directory
 

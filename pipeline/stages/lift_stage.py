@@ -12,6 +12,7 @@ from pipeline.result_tables import (
     rows_to_columns,
 )
 from pipeline.run_directory import RunDirectory, RunDirectoryError
+from pipeline.runtime.diagonal_lift_actor import DiagonalLiftWorker
 from pipeline.runtime.executor import Executor
 from pipeline.runtime.lift_actor import LiftPaths, LiftWorker
 from pipeline.stage import (
@@ -74,9 +75,11 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
         lifted = {component: read_json(path) for component, path in finished(results).items()}
         missing = [component for component in chosen if component not in lifted]
         total = len(lifted) + len(missing)
+        kind = config.factorization.kind
         worker = worker_spec(
             run,
-            LiftWorker,
+            LiftWorker if kind == "fishers" else DiagonalLiftWorker,
+            **({} if kind == "fishers" else {"kind": kind}),
             model=model,
             labels=label_spec(config),
             sketch=sketch_spec(config),
@@ -110,7 +113,8 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
 
 def _blocks(run: RunDirectory, missing: list[int], n_parameters: int, workers: int) -> list[tuple[int, ...]]:
     """Components to lift in one pass: as many as the memory limit allows, yet a share for every worker."""
-    direction_bytes = 4 * n_parameters
+    # of diagonals, their own sums beside those of gradients
+    direction_bytes = (4 if run.config.factorization.kind == "fishers" else 8) * n_parameters
     fitting = max(1, run.config.lift.memory_limit_mb * 2**20 // direction_bytes)
     size = max(1, min(fitting, math.ceil(len(missing) / workers)))
     return [tuple(missing[first : first + size]) for first in range(0, len(missing), size)]

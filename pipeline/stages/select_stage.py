@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.factorization import Evidence, InvalidProblemError, evidence, recommend, search, validate_size
 from pipeline.progress import ProgressDisplay, SilentProgress
 from pipeline.result_tables import rows_to_columns
-from pipeline.run_directory import RunDirectory
+from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.executor import Executor, WorkerSpec
 from pipeline.runtime.selection_actor import PARTS, FitRequest, FitResult
 from pipeline.stage import Summary, checksums_of, executor_for, open_stage, record_of
@@ -23,6 +23,11 @@ from pipeline.store import FitStore, StoredFit, write_table
 def select(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
     """Recommend a number of components, from fits of a range of them with several seeds and halves of the examples."""
     with open_stage(run, "select", after="fishers") as stage:
+        if (kind := run.config.factorization.kind) != "fishers":
+            raise RunDirectoryError(
+                f"stage select has no part in {run.path}: it compares factorizations of Fishers, not of kind "
+                f"{kind}; set factorization.kind: fishers in a new run_dir"
+            )
         progress, wanted = progress or SilentProgress(), run.config.selection
         checksums_of(run)
         request = _request(run)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pipeline.verification.attribution import PositionShares, position_shares
 from pipeline.verification.confidence import Confidence, Measured, confidence, rank_correlation
 from pipeline.verification.controls import another_component, baseline_examples, random_direction, top_examples
-from pipeline.verification.lift import accumulate_directions, lift_weights, zero_directions
+from pipeline.verification.diagonal_lift import (
+    accumulate_diagonals,
+    diagonal_weights,
+    fisher_weighted,
+    principal_direction,
+    sign_weights,
+)
+from pipeline.verification.lift import accumulate_directions, cosine, lift_weights, zero_directions
 from pipeline.verification.perturbation import (
     StepSize,
     displacement,
@@ -35,13 +42,17 @@ __all__ = [
     "PositionShares",
     "RepairCandidate",
     "StepSize",
+    "accumulate_diagonals",
     "accumulate_directions",
     "another_component",
     "baseline_examples",
     "choose_step",
     "confidence",
+    "cosine",
+    "diagonal_weights",
     "displacement",
     "find_step_size",
+    "fisher_weighted",
     "joint_steps",
     "kl_divergence",
     "lift_weights",
@@ -51,8 +62,10 @@ __all__ = [
     "over_represented",
     "parameter_norm",
     "position_shares",
+    "principal_direction",
     "random_direction",
     "rank_correlation",
+    "sign_weights",
     "top_examples",
     "zero_directions",
 ]

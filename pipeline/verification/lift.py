@@ -82,3 +82,9 @@ def accumulate_directions(
     with torch.no_grad():
         for name, contribution in collected.contributions.items():
             contribution.examples(live_B).add_weighted_sum(weights_kBR, directions[name])
+
+
+def cosine(first_D: Tensor, second_D: Tensor) -> float:
+    """Of the angle between two vectors; 0 where one of them is zero."""
+    first_D, second_D = first_D.double().cpu(), second_D.double().cpu()
+    return float(first_D @ second_D / (first_D.norm() * second_D.norm()).clamp_min(1e-300))

@@ -6,6 +6,7 @@ Legend: N examples, P parameters, K components.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ from pipeline.runtime.executor import Executor, SerialExecutor, make_executor
 from pipeline.runtime.ray_executor import RayExecutor
 from pipeline.stage import recorded
 from pipeline.status import status
-from pipeline.store import FisherStore, open_factorization, read_table
+from pipeline.store import DirectionStore, FisherStore, open_factorization, read_table
 
 N, K, TOP = 120, 4, 60
 KINDS = ("diagonal_groups", "diagonal_entries")
@@ -129,33 +130,50 @@ def test_the_factorization_is_of_the_stored_diagonals(finished: RunDirectory) ->
         assert np.asarray(stored.columns[...]).tolist() == np.flatnonzero(fit.any(0)).tolist()
 
 
-def test_the_run_ends_well_and_says_what_it_leaves_out(
-    finished: RunDirectory, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_components_are_lifted_and_verified(finished: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
     states = {row.stage: (row.state, row.details) for row in status(finished)}
-    assert {stage: state for stage, (state, _) in states.items()} == {
-        "fishers": "complete",
-        "factorize": "complete",
-        "lift": "skipped",
-        "verify": "skipped",
-        "attribute": "skipped",
-        "report": "complete",
+    assert {state for state, _ in states.values()} == {"complete"}
+    assert "median cosine to the component" in states["lift"][1]
+    lifted = finished.record("lift")
+    assert lifted is not None
+    assert lifted["median_cosine"] > 0.8
+    rows = read_table(finished.table("verification"), "verification").to_pylist()
+    assert {(row["component"], row["examples"], row["sign"]) for row in rows} == {
+        (component, split, sign) for component in range(K) for split in ("fit", "held_out") for sign in (1, -1)
     }
-    assert "no directions" in states["lift"][1]
-    said: list[str] = []
-    progress = SilentProgress()
-    progress.say = said.append  # type: ignore[method-assign]
-    stages.run(finished, progress=progress)
-    assert [line for line in said if line.startswith("lift, verify, attribute: skipped, as")]
-    for stage in (stages.lift, stages.verify):
-        with pytest.raises(RunDirectoryError, match=r"has no part in .*factorization\.kind: fishers"):
-            stage(finished)
+    for component in range(K):
+        direction = DirectionStore.open(finished.directions).read(component)
+        assert sum(np.square(array).sum() for array in direction.values()) == pytest.approx(1, rel=1e-5)
     with pytest.raises(RunDirectoryError, match="only those of kind fishers can be exported"):
         export_run(finished.path, finished.path / "x.h5", what="factorization")
     with pytest.raises(SystemExit) as end:
-        cli.main(["verify", str(finished.path)])
+        cli.main(["select", str(finished.path)])
     assert end.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "factorization.kind: fishers" in said
+
+
+def test_blocks_and_workers_change_no_direction(
+    finished: RunDirectory, tmp_path: Path, three_actors: RayExecutor
+) -> None:
+    """By another memory limit every component is a block of its own; one that is there already stays."""
+    expected = [DirectionStore.open(finished.directions).read(component) for component in range(K)]
+    shutil.copytree(finished.path, path := tmp_path / "run")
+    shutil.rmtree(path / "directions.zarr")
+    config = finished.config.with_lift(memory_limit_mb=1)
+    (path / "run.yaml").write_text(config.model_copy(update={"run_dir": str(path)}).to_yaml())
+    run = RunDirectory.open(path)
+    stages.lift(run, executor=three_actors)
+    again = DirectionStore.open(run.directions)
+    for component, direction in enumerate(expected):
+        for name, array in again.read(component).items():
+            np.testing.assert_allclose(array, direction[name], rtol=0, atol=1e-6 * np.abs(direction[name]).max())
+
+
+def test_a_model_is_repaired_along_them(finished: RunDirectory) -> None:
+    stages.repair(finished)
+    assert finished.record("repair") is not None
 
 
 def test_the_component_store_answers(finished: RunDirectory) -> None:
@@ -168,6 +186,7 @@ def test_the_component_store_answers(finished: RunDirectory) -> None:
     assert store.summary()["explained"] > 0.5
     page = finished.report.read_text()
     assert "diagonal Fishers" in page
+    assert "cosine with the component" in page
     assert "npeff lift" not in page
     assert "npeff verify" not in page
 
@@ -177,10 +196,12 @@ def test_the_component_store_answers(finished: RunDirectory) -> None:
 
 @pytest.fixture(scope="module")
 def three_actors() -> Iterator[Executor]:
-    with make_executor(
-        "ray", address="local", workers=3, cpus_per_worker=1, gpus_per_worker=0.0, timeout_s=120.0
-    ) as executor:
-        yield executor
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)  # where the task lies
+        with make_executor(
+            "ray", address="local", workers=3, cpus_per_worker=1, gpus_per_worker=0.0, timeout_s=120.0
+        ) as executor:
+            yield executor
 
 
 def losses_of(run: RunDirectory) -> list[float]:

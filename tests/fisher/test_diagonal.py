@@ -107,16 +107,17 @@ def check(
         for used_k, indices_k in zip(used, top.indices_Bk, strict=True):
             assert indices_k[used_k].unique().numel() == used_k.sum()
             assert not indices_k[~used_k].any()
-    weights_B = torch.rand(len(scales_B), dtype=torch.float64)
-    weights_B[1::3] = 0
-    total = diagonal_sum(values, scales_B, weights_B)
-    again = diagonal_sum(values, scales_B, weights_B, total)
+    weights_KB = torch.randn(3, len(scales_B), dtype=torch.float64)
+    weights_KB[:, 1::3] = 0
+    weights_KB[1, 0] = 0
+    total = diagonal_sum(values, scales_B, weights_KB)
+    again = diagonal_sum(values, scales_B, weights_KB, total)
     assert again is total
     assert list(total) == list(values)
     sizes_1 = diagonals_BP.max()[None]
     for name, shape, offset in zip(layout.names, layout.shapes, layout.offsets, strict=True):
-        expected = 2 * weights_B @ diagonals_BP[:, offset : offset + math.prod(shape)].double()
-        close(total.get(name, torch.zeros(shape).double())[None], expected.reshape(1, *shape), sizes_1)
+        expected = 2 * weights_KB @ diagonals_BP[:, offset : offset + math.prod(shape)].double()
+        close(total.get(name, torch.zeros(3, *shape).double()), expected.reshape(3, *shape), sizes_1.expand(3))
 
 
 @pytest.mark.usefixtures("block_elements")
@@ -184,10 +185,10 @@ def test_the_mean_over_a_data_set_is_the_diagonal_of_its_fisher_whatever_the_bat
     for size in (7, 32):
         total: dict[str, Tensor] = {}
         for values, scales_B in in_batches(case, size, case.n_examples):
-            diagonal_sum(values, scales_B, torch.full_like(scales_B, 1 / case.n_examples), total)
+            diagonal_sum(values, scales_B, torch.full_like(scales_B, 1 / case.n_examples)[None], total)
         parameters = zip(layout.names, layout.shapes, strict=True)
-        parts = [total.get(each, torch.zeros(shape)).double().flatten() for each, shape in parameters]
-        assert [total[each].shape for each in total] == [case.model.get_parameter(each).shape for each in total]
+        parts = [total.get(each, torch.zeros(1, *shape)).double().flatten() for each, shape in parameters]
+        assert [total[each].shape[1:] for each in total] == [case.model.get_parameter(each).shape for each in total]
         assert (torch.cat(parts) - expected_P).abs().max() < 1e-12 * expected_P.max()
 
 
@@ -216,8 +217,8 @@ def test_an_example_that_is_not_finite_disturbs_no_other(name: str, bad: float) 
     layout = select_parameters(case.model)
     groups = GroupLayout.of(case.model, layout)
     others = [0, 1, 3, 4]
-    weights_B = torch.ones(5, dtype=torch.float64)
-    weights_B[2] = 0
+    weights_1B = torch.ones(1, 5, dtype=torch.float64)
+    weights_1B[0, 2] = 0
     batch = case.batch(range(5))
     broken = batch.clone()
     broken[2] = bad
@@ -232,15 +233,15 @@ def test_an_example_that_is_not_finite_disturbs_no_other(name: str, bad: float) 
             diagonal_norms(parts, scales_B),
             grouped_sums(parts, scales_B, groups),
         ]
-        sums = diagonal_sum(parts, scales_B, weights_B)
+        sums = diagonal_sum(parts, scales_B, weights_1B)
         results.append([*(value[others] for value in per_example), *sums.values()])
     clean, disturbed = results
     for value, expected in zip(disturbed, clean, strict=True):
         assert (value - expected).abs().max() <= 1e-12 * expected.max()
-    nothing = diagonal_sum(parts, scales_B, torch.zeros(5))
-    assert {name: tuple(value.shape) for name, value in nothing.items()} == dict(
-        zip(layout.names, layout.shapes, strict=True)
-    )
+    nothing = diagonal_sum(parts, scales_B, torch.zeros(2, 5))
+    assert {name: tuple(value.shape) for name, value in nothing.items()} == {
+        name: (2, *shape) for name, shape in zip(layout.names, layout.shapes, strict=True)
+    }
     assert not any(value.any() for value in nothing.values())
 
 
@@ -259,7 +260,7 @@ def test_saturated_predictions_keep_their_diagonals_in_float32(gap: float) -> No
         found = GradientCollector(model, models.call, layout).collect(batch)
         parts, scales_B = found.contributions, found.labels.scales_B
         top = top_entries(parts, scales_B, layout, 12)
-        sums = diagonal_sum(parts, scales_B, torch.ones(5)).values()
+        sums = diagonal_sum(parts, scales_B, torch.ones(1, 5)).values()
         groups = grouped_sums(parts, scales_B, GroupLayout.of(model, layout))
         results.append([top.values_Bk, top.norms_B, diagonal_norms(parts, scales_B), groups, *sums])
     for value, expected in zip(results[1], results[0], strict=True):
@@ -368,5 +369,5 @@ def test_the_diagonals_are_never_formed_for_the_whole_batch(positions: int, monk
         grouped_sums(values, scales_B, groups)
     assert 1600 <= largest.numbers <= 4000
     with LargestTensor() as largest:
-        diagonal_sum(values, scales_B, scales_B)
+        diagonal_sum(values, scales_B, scales_B[None])
     assert largest.numbers == 8000  # the table itself

@@ -1,0 +1,110 @@
+"""Stage 3, first half, on a worker, for components of diagonal Fishers: they become directions in parameter space.
+
+As `LiftWorker`, in one pass for each block of components; what is added up in it are diagonals, which are the
+components in all parameters, and gradient rows, which have their signs.
+
+Shapes: N examples, M of a component's top examples, R rank, D sketch, K components, k components of the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.fisher import GroupLayout
+from pipeline.runtime.diagonal_solver_actor import DiagonalKind
+from pipeline.runtime.lift_actor import LiftWorker
+from pipeline.store import open_factorization
+from pipeline.verification import (
+    accumulate_diagonals,
+    cosine,
+    diagonal_weights,
+    fisher_weighted,
+    principal_direction,
+    sign_weights,
+    top_examples,
+    zero_directions,
+)
+
+SIGN_EXAMPLES = 256
+"""Of a component: those with the largest coefficients, whose common direction in the sketch gives the signs."""
+
+
+class DiagonalLiftWorker(LiftWorker):
+    """Lifts blocks of components of diagonals, one call each."""
+
+    def __init__(self, kind: DiagonalKind, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._kind = kind
+        self._groups = GroupLayout.of(self._loaded.model, self._loaded.layout)
+        columns_D = open_factorization(self._paths.factorization).read_columns()
+        self._columns_D = None if columns_D is None else torch.from_numpy(columns_D)
+
+    def _lift(self, block: tuple[int, ...]) -> dict[int, dict[str, Any]]:
+        layout, device, ids = self._loaded.layout, self._loaded.device, list(block)
+        # the last one is the sum over all examples
+        diagonals, gradients = (zero_directions(layout, len(block) + more, device) for more in (1, 0))
+        gram_KK = self._coefficients_NK.double().T @ self._coefficients_NK.double()
+        directions_kD = torch.stack([self._principal_direction(component) for component in block])
+        for shard, checksum in sorted(self._checksums.items()):
+            start, stop = self._fishers.plan.bounds(shard)
+            arrays = {
+                name: torch.from_numpy(array) for name, array in self._fishers.read_shard(shard, checksum).items()
+            }
+            coefficients_NK, fit_N = self._coefficients_NK[start:stop], self._fit_N[start:stop]
+            lengths_N = self._lengths(arrays) * fit_N
+            ones_N1 = torch.ones(stop - start, 1)
+            of_components = diagonal_weights(coefficients_NK, gram_KK, block, lengths_N)
+            of_sum = diagonal_weights(ones_N1, torch.ones(1, 1), [0], lengths_N)
+            diagonal_weights_kN = torch.cat([of_components, of_sum])
+            row_weights_kNR = sign_weights(
+                arrays["factors"], coefficients_NK[:, ids], directions_kD, arrays["frobenius_norms"]
+            )
+            used = (start + (lengths_N > 0).nonzero()[:, 0]).tolist()
+            for examples in self._batches(range(start, stop), used):
+                batch, places = self._loaded.batch(examples), torch.tensor(examples) - start
+                accumulate_diagonals(
+                    self._collector,
+                    batch,
+                    diagonal_weights_kN[:, places],
+                    row_weights_kNR[:, places],
+                    diagonals,
+                    gradients,
+                    examples,
+                    self._loaded.targets(batch, examples),
+                )
+        mean = {name: tensor[-1] for name, tensor in diagonals.items()}
+        facts = {}
+        for position, component in enumerate(block):
+            diagonal = {name: tensor[position].clamp_min(0) for name, tensor in diagonals.items()}
+            gradient = {name: tensor[position] for name, tensor in gradients.items()}
+            direction = fisher_weighted(diagonal, gradient, mean)
+            facts[component] = self._write(component, direction, self._cosine(component, diagonal))
+        return facts
+
+    def _lengths(self, arrays: dict[str, Tensor]) -> Tensor:
+        """What the diagonals of a shard's examples were divided by before they were factorized; float64."""
+        norms_N = arrays["diagonal_norms"]
+        if self._kind == "diagonal_entries":
+            return norms_N
+        return norms_N * arrays["grouped_diagonal"].double().norm(dim=1)
+
+    def _principal_direction(self, component: int) -> Tensor:
+        """Of a component's top examples, in the sketch."""
+        coefficients_N = self._coefficients_NK[:, component].numpy()
+        top_M = top_examples(coefficients_N, np.ones(len(coefficients_N), dtype=bool), SIGN_EXAMPLES)
+        factors_MRD = self._fishers.read_rows(top_M, ("factors",))["factors"]
+        return principal_direction(torch.from_numpy(factors_MRD), torch.from_numpy(coefficients_N[top_M]))
+
+    def _cosine(self, component: int, direction: Mapping[str, Tensor]) -> float:
+        """Of the component, and the diagonal in all parameters as it is factorized."""
+        if self._columns_D is None:
+            found_D = self._groups.sums(direction)
+        else:
+            flat_P = torch.cat([direction[name].flatten() for name in self._loaded.layout.names]).double().cpu()
+            found_D = flat_P[self._columns_D]
+        return cosine(found_D, self._components_KD[component])
