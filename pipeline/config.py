@@ -236,6 +236,15 @@ class LiftConfig(_Section):
     """Components to lift, and so to verify; all unless given. A later lift of others adds them."""
     dtype: Literal["float32", "float16"] = "float32"
     """Of the stored directions; ``float16`` takes half the disk."""
+    polish_steps: NonNegativeInt = 0
+    """Further steps of alternating least squares in all parameters, coefficients fixed: two passes over the examples
+    each. They sharpen what a narrow sketch blurs, and need the directions of all components."""
+
+    @model_validator(mode="after")
+    def _all_are_polished(self) -> Self:
+        if self.polish_steps and self.components is not None:
+            raise ValueError("polish_steps needs the directions of all components: remove components")
+        return self
 
     @field_validator("components")
     @classmethod
@@ -355,6 +364,8 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _what_is_factorized_is_stored(self) -> Self:
         kind, stored = self.factorization.kind, self.fishers.diagonal
+        if kind != "fishers" and self.lift.polish_steps:
+            raise ValueError("lift.polish_steps is for factorization.kind: fishers: remove it")
         if kind == "diagonal_groups" and not stored.groups:
             raise ValueError("factorization.kind: diagonal_groups needs fishers.diagonal.groups: true")
         if kind == "diagonal_entries" and stored.top_entries is None:

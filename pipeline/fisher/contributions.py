@@ -245,6 +245,17 @@ def _any_nonzero(deltas: Sequence[Tensor]) -> Tensor:
     return live
 
 
+def direction_products(contribution: Contribution, directions_Kx: Tensor) -> Tensor:
+    """(B, R, K): inner products of the rows with K directions, (K, *shape)."""
+    if isinstance(contribution, Sum):
+        return torch.stack([direction_products(part, directions_Kx) for part in contribution.parts]).sum(0)
+    if isinstance(contribution, Rows):
+        looked_up_KBTi = directions_Kx[:, contribution.indices_BT]
+        return torch.einsum("btri,kbti->brk", contribution.deltas_BTRi, looked_up_KBTi)
+    directions_xK = directions_Kx.flatten(1).T if directions_Kx.dim() > 1 else directions_Kx[None]
+    return torch.cat([rows_bRx @ directions_xK for _, _, rows_bRx in flat_blocks(contribution)])
+
+
 def with_same_inputs(contributions: Iterable[Contribution]) -> tuple[list[list[Outer]], list[Contribution]]:
     """The parts of `contributions`: outer products, put together where they read the same inputs, and all others."""
     outers: dict[Hashable, list[Outer]] = {}

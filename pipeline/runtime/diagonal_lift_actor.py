@@ -48,7 +48,6 @@ class DiagonalLiftWorker(LiftWorker):
         layout, device, ids = self._loaded.layout, self._loaded.device, list(block)
         # the last one is the sum over all examples
         diagonals, gradients = (zero_directions(layout, len(block) + more, device) for more in (1, 0))
-        gram_KK = self._coefficients_NK.double().T @ self._coefficients_NK.double()
         directions_kD = torch.stack([self._principal_direction(component) for component in block])
         for shard, checksum in sorted(self._checksums.items()):
             start, stop = self._fishers.plan.bounds(shard)
@@ -58,7 +57,7 @@ class DiagonalLiftWorker(LiftWorker):
             coefficients_NK, fit_N = self._coefficients_NK[start:stop], self._fit_N[start:stop]
             lengths_N = self._lengths(arrays) * fit_N
             ones_N1 = torch.ones(stop - start, 1)
-            of_components = diagonal_weights(coefficients_NK, gram_KK, block, lengths_N)
+            of_components = diagonal_weights(coefficients_NK, self._gram_KK, block, lengths_N)
             of_sum = diagonal_weights(ones_N1, torch.ones(1, 1), [0], lengths_N)
             diagonal_weights_kN = torch.cat([of_components, of_sum])
             row_weights_kNR = sign_weights(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,8 @@ from pipeline.store import (
     write_table,
 )
 
+_Block = tuple[int, ...]
+
 
 def lift(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
     """Lift the components from the sketch to directions in parameter space."""
@@ -73,9 +77,12 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
         except StoreError:  # of which somebody deleted what was damaged
             DirectionStore.restore(run.directions, **store_layout)
         lifted = {component: read_json(path) for component, path in finished(results).items()}
+        if any(fact.get("polished") for fact in lifted.values()) and not set(chosen) <= set(lifted):
+            lifted = {}  # a polished direction rests on all as they were before
+            remove_directory(results)
         missing = [component for component in chosen if component not in lifted]
         total = len(lifted) + len(missing)
-        kind = config.factorization.kind
+        kind, paths = config.factorization.kind, LiftPaths(run.factorization, run.directions, results)
         worker = worker_spec(
             run,
             LiftWorker if kind == "fishers" else DiagonalLiftWorker,
@@ -84,18 +91,24 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
             labels=label_spec(config),
             sketch=sketch_spec(config),
             examples=fitted_examples(run),
-            paths=LiftPaths(run.factorization, run.directions, results),
+            paths=paths,
             checksums=checksums_of(run),
             batch_size=FisherStore.open(run.fishers).attrs["batch_size"],
         )
-        with (
-            progress.stage("lift", total, "directions", done=len(lifted)) as tick,
-            executor_for(run, executor) as workers,
-        ):
-            blocks = _blocks(run, missing, n_parameters, workers.workers)
-            for block, facts in workers.map(worker, "lift", blocks, keep_going=True):
-                lifted |= dict(zip(block, facts, strict=True))
-                tick(len(lifted))
+        with executor_for(run, executor) as workers:
+            blocks_of = partial(_blocks, run, n_parameters, workers.workers)
+            with progress.stage("lift", total, "directions", done=len(lifted)) as tick:
+                for block, facts in workers.map(worker, "lift", blocks_of(missing), keep_going=True):
+                    lifted |= dict(zip(block, facts, strict=True))
+                    tick(len(lifted))
+            _polish(
+                config.lift.polish_steps,
+                partial(workers.map, worker, keep_going=True),
+                blocks_of,
+                paths,
+                lifted,
+                progress,
+            )
         facts = [lifted[component] for component in sorted(lifted)]
         energy = [
             {"component": fact["component"], "parameter": name, "energy": share}
@@ -111,7 +124,35 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
         return stage.complete({"n_components": len(lifted), "components": sorted(lifted), "median_cosine": median})
 
 
-def _blocks(run: RunDirectory, missing: list[int], n_parameters: int, workers: int) -> list[tuple[int, ...]]:
+def _polish(
+    steps: int,
+    map_blocks: Callable[[str, list[tuple[int, _Block]]], Iterable[tuple[tuple[int, _Block], Any]]],
+    blocks_of: Callable[[list[int]], list[_Block]],
+    paths: LiftPaths,
+    lifted: dict[int, dict[str, Any]],
+    progress: ProgressDisplay,
+) -> None:
+    """Further steps, of which each has two passes; brings `lifted`, what is known of every direction, up to date.
+
+    After a crash a step goes on from the components that it has scored, and then from those that it has made.
+    """
+    components = sorted(lifted)
+    done = 2 * sum(fact.get("polished", 0) for fact in lifted.values())
+    with progress.stage("polish", 2 * steps * len(components), "passes of directions", done=done) as tick:
+        for step in range(1, steps + 1):
+            left = [component for component in components if lifted[component].get("polished", 0) < step]
+            if not left:
+                continue
+            unscored = [component for component in left if not paths.scores_file(step, component).exists()]
+            for (_, block), _ in map_blocks("score", [(step, block) for block in blocks_of(unscored)]):
+                tick(done := done + len(block))
+            for (_, block), facts in map_blocks("polish", [(step, block) for block in blocks_of(left)]):
+                lifted |= dict(zip(block, facts, strict=True))
+                tick(done := done + len(block))
+            remove_directory(paths.scores_file(step, 0).parent)
+
+
+def _blocks(run: RunDirectory, n_parameters: int, workers: int, missing: list[int]) -> list[_Block]:
     """Components to lift in one pass: as many as the memory limit allows, yet a share for every worker."""
     # of diagonals, their own sums beside those of gradients
     direction_bytes = (4 if run.config.factorization.kind == "fishers" else 8) * n_parameters

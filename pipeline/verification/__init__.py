@@ -12,11 +12,19 @@ from pipeline.verification.diagonal_lift import (
     principal_direction,
     sign_weights,
 )
-from pipeline.verification.lift import accumulate_directions, cosine, lift_weights, zero_directions
+from pipeline.verification.lift import (
+    accumulate_directions,
+    cosine,
+    lift_weights,
+    polish_weights,
+    row_products,
+    zero_directions,
+)
 from pipeline.verification.perturbation import (
     StepSize,
     displacement,
     find_step_size,
+    inner_product,
     kl_divergence,
     moved,
     orthogonalized,
@@ -53,6 +61,7 @@ __all__ = [
     "displacement",
     "find_step_size",
     "fisher_weighted",
+    "inner_product",
     "joint_steps",
     "kl_divergence",
     "lift_weights",
@@ -61,10 +70,12 @@ __all__ = [
     "orthogonalized",
     "over_represented",
     "parameter_norm",
+    "polish_weights",
     "position_shares",
     "principal_direction",
     "random_direction",
     "rank_correlation",
+    "row_products",
     "sign_weights",
     "top_examples",
     "zero_directions",

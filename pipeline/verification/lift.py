@@ -9,18 +9,22 @@ full coordinates is
 a weighted sum of gradient rows A_ir whose weights are known before the pass (`lift_weights`) and which is added up
 batch by batch (`accumulate_directions`). Only the components of one block are in memory at a time.
 
+What a narrow sketch blurs can be sharpened by further steps in full coordinates (`polish_weights`): the same sum, with
+products Â_i ĝ_l and S = WᵀW ∘ ĝĝᵀ of the directions themselves (`row_products`, one more pass), not of the sketch.
+
 Legend: N examples, B batch, R rank, D sketch, K components, k components of the block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.fisher import GradientCollector, ParameterLayout
+from pipeline.fisher.contributions import direction_products
 
 
 def lift_weights(
@@ -40,10 +44,39 @@ def lift_weights(
     """
     components_KD = components_KD.double()
     system_KK = coefficient_gram_KK.double() * (components_KD @ components_KD.T)
+    products_NRK = factors_NRD @ components_KD.to(factors_NRD).T
+    return _step(products_NRK, coefficients_NK, system_KK, component_ids, _inverse_roots(frobenius_norms_N))
+
+
+def polish_weights(
+    products_NRK: Tensor,
+    coefficients_NK: Tensor,
+    directions_gram_KK: Tensor,
+    coefficient_gram_KK: Tensor,
+    component_ids: Sequence[int],
+    frobenius_norms_N: Tensor,
+) -> Tensor:
+    """As `lift_weights`, of the products A_ir·ĝ_l of unit directions and their Gram matrix, in full coordinates."""
+    system_KK = coefficient_gram_KK.double() * directions_gram_KK.double()
+    inverse_roots_N = _inverse_roots(frobenius_norms_N)
+    products_NRK = products_NRK.double() * inverse_roots_N[:, None, None]
+    return _step(products_NRK, coefficients_NK, system_KK, component_ids, inverse_roots_N)
+
+
+def _step(
+    products_NRK: Tensor,
+    coefficients_NK: Tensor,
+    system_KK: Tensor,
+    component_ids: Sequence[int],
+    inverse_roots_N: Tensor,
+) -> Tensor:
     inverse_kK = torch.linalg.pinv(system_KK, hermitian=True)[list(component_ids)]
-    scores_NRK = (factors_NRD @ components_KD.to(factors_NRD).T) * coefficients_NK.double()[:, None]
-    scale_N = frobenius_norms_N.double().rsqrt().where(frobenius_norms_N > 0, 0)
-    return torch.einsum("kl,nrl,n->knr", inverse_kK, scores_NRK, scale_N)
+    scores_NRK = products_NRK * coefficients_NK.double()[:, None]
+    return torch.einsum("kl,nrl,n->knr", inverse_kK, scores_NRK, inverse_roots_N)
+
+
+def _inverse_roots(frobenius_norms_N: Tensor) -> Tensor:
+    return frobenius_norms_N.double().rsqrt().where(frobenius_norms_N > 0, 0)
 
 
 def zero_directions(
@@ -82,6 +115,23 @@ def accumulate_directions(
     with torch.no_grad():
         for name, contribution in collected.contributions.items():
             contribution.examples(live_B).add_weighted_sum(weights_kBR, directions[name])
+
+
+def row_products(
+    collector: GradientCollector,
+    batch: Any,
+    directions: Mapping[str, Tensor],
+    examples: Sequence[int] | int | None = None,
+    targets: Tensor | None = None,
+) -> Tensor:
+    """A_br·g_k of a batch's rows and k directions, (k, *shape) for each parameter: (B, R, k), float64."""
+    collected = collector.collect(batch, examples, targets)
+    with torch.no_grad():
+        products = [
+            direction_products(part, directions[name].to(part.new_zeros(0))).double()
+            for name, part in collected.contributions.items()
+        ]
+        return torch.stack(products).sum(0) * collected.labels.scales_B[:, None, None]
 
 
 def cosine(first_D: Tensor, second_D: Tensor) -> float:

@@ -125,8 +125,10 @@ def orthogonalized(direction: Mapping[str, Tensor], others: Sequence[Mapping[str
     (a thousandth of it) to be told from rounding."""
     if not others:
         return dict(direction)
-    gram_ll = torch.tensor([[_product(first, second) for second in others] for first in others], dtype=torch.float64)
-    products_l = torch.tensor([_product(other, direction) for other in others], dtype=torch.float64)
+    gram_ll = torch.tensor(
+        [[inner_product(first, second) for second in others] for first in others], dtype=torch.float64
+    )
+    products_l = torch.tensor([inner_product(other, direction) for other in others], dtype=torch.float64)
     weights_l = torch.linalg.pinv(gram_ll, hermitian=True) @ products_l
     left = {}
     for name, tensor in direction.items():
@@ -134,13 +136,14 @@ def orthogonalized(direction: Mapping[str, Tensor], others: Sequence[Mapping[str
         for weight, other in zip(weights_l.tolist(), others, strict=True):
             rest = rest - weight * other[name].to(rest)
         left[name] = rest
-    length = math.sqrt(_product(left, left))
+    length = math.sqrt(inner_product(left, left))
     if length < _LEAST_LEFT:
         return None
     return {name: (rest / length).to(direction[name]) for name, rest in left.items()}
 
 
-def _product(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+def inner_product(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+    """Of two directions in parameter space, of which the first names the parameters; added up in float64."""
     return sum(float((first[name].double() * second[name].to(first[name]).double()).sum()) for name in first)
 
 

@@ -14,6 +14,7 @@ from pipeline.fisher.contributions import (
     Rows,
     Sum,
     add,
+    direction_products,
     live_positions,
     total_gram,
     with_same_inputs,
@@ -147,3 +148,12 @@ def test_a_position_is_live_wherever_its_gradient_is_not_zero() -> None:
     expected_BT = deltas_RBTo.ne(0).any(0).any(-1)
     assert expected_BT.sum() == 3
     assert torch.equal(live_positions(list(deltas_RBTo)), expected_BT)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_products_with_directions_are_those_of_the_rows(form: str) -> None:
+    value = FORMS[form]()
+    directions = draw(3, *value.shape)
+    rows = dense_definition(value).reshape(5, 2, -1)
+    expected = torch.einsum("brx,kx->brk", rows, directions.reshape(3, -1))
+    torch.testing.assert_close(direction_products(value, directions), expected)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,13 @@ from pipeline.fisher import (
     make_sketch,
     select_parameters,
 )
-from pipeline.verification.lift import accumulate_directions, lift_weights, zero_directions
+from pipeline.verification.lift import (
+    accumulate_directions,
+    lift_weights,
+    polish_weights,
+    row_products,
+    zero_directions,
+)
 
 
 def call(model: nn.Module, batch: Tensor) -> Tensor:
@@ -89,6 +97,36 @@ def test_the_lift_is_one_alternating_least_squares_step_for_any_blocks() -> None
         accumulate_directions(collector, inputs, weights, directions)
         found.append(flat(directions, layout))
     torch.testing.assert_close(torch.cat(found), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_polishing_step_is_one_of_alternating_least_squares_in_all_parameters() -> None:
+    """Whatever the directions; without a sketch it is the lift of them."""
+    torch.manual_seed(1)
+    model, inputs, coefficients, directions = correlated_problem()
+    layout = select_parameters(model)
+    collector, products = GradientCollector(model, call, layout), []
+    named = {
+        name: directions[:, offset : offset + math.prod(shape)].reshape(-1, *shape)
+        for name, shape, offset in zip(layout.names, layout.shapes, layout.offsets, strict=True)
+    }
+    for batch in (slice(0, 13), slice(13, 30)):
+        products.append(row_products(collector, inputs[batch], named))
+    batch = PerExampleFishers(model, call, layout, identity(model))(inputs)
+    norms = batch.frobenius_norms_B
+    rows = torch.einsum("nrp,kp->nrk", batch.factors_BRD, directions)
+    # the rows of a factor may be turned, which changes no Fisher
+    torch.testing.assert_close(torch.cat(products).square().sum(1), rows.square().sum(1), rtol=1e-10, atol=1e-12)
+    gram, normalised = coefficients.T @ coefficients, batch.factors_BRD / norms.sqrt()[:, None, None]
+    fishers = torch.einsum("nrp,nrq->npq", normalised, normalised)
+    u = torch.einsum("nk,npq,kq->kp", coefficients, fishers, directions)
+    expected = torch.linalg.solve(gram * (directions @ directions.T), u)
+    found = []
+    for block in ([2, 0], [1]):
+        parts = torch.cat(products), coefficients, directions @ directions.T, gram
+        polished = zero_directions(layout, len(block), dtype=torch.float64)
+        accumulate_directions(collector, inputs, polish_weights(*parts, block, norms), polished)
+        found.append(flat(polished, layout))
+    torch.testing.assert_close(torch.cat(found), expected[[2, 0, 1]], rtol=1e-9, atol=1e-12)
 
 
 def test_at_the_end_of_a_weighted_fit_the_weighted_lift_is_the_component() -> None:

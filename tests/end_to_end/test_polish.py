@@ -1,0 +1,151 @@
+"""Polishing: directions that a narrow sketch has blurred become those of a factorization in all parameters."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline import cli, stages
+from pipeline.config import ConfigError, RunConfig
+from pipeline.run_directory import RunDirectory
+from pipeline.runtime.executor import SerialExecutor, WorkerSpec
+from pipeline.store import DirectionStore, FisherStore, open_factorization, read_json, read_table
+
+N, K, STEPS = 120, 3, 2
+
+
+def config_of(path: Path, sketch: dict[str, Any], **lift: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "run_dir": str(path),
+            "task": {"name": "digits", "options": {"limit": N, "epochs": 2}},
+            "parameters": {"include": ["7.*", "0.*", "2.bias"]},
+            "fishers": {"sketch": sketch, "shard_size": 60},
+            "factorization": {"n_components": K, "stability_examples": 0, "tolerance": 1e-8},
+            "lift": lift,
+            "executor": {"kind": "serial"},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """Factorized in 48 coordinates, not lifted."""
+    run = RunDirectory.create(config_of(tmp_path_factory.mktemp("narrow") / "run", {"dim": 48}))
+    stages.compute_fishers(run)
+    stages.factorize(run)
+    return run
+
+
+def copy_of(run: RunDirectory, path: Path, **lift: Any) -> RunDirectory:
+    shutil.copytree(run.path, path)
+    (path / "run.yaml").write_text(config_of(path, {"dim": 48}, **lift).to_yaml())
+    return RunDirectory.open(path)
+
+
+def directions_of(run: RunDirectory) -> np.ndarray:
+    """(K, P)"""
+    store = DirectionStore.open(run.directions)
+    return np.stack(
+        [np.concatenate([array.ravel() for array in store.read(component).values()]) for component in range(K)]
+    )
+
+
+def dense(run: RunDirectory, tmp_path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Â of the same examples in all parameters (N, R, P), and W of those fitted on, in float64."""
+    whole = RunDirectory.create(config_of(tmp_path / "whole", {"kind": "identity"}))
+    stages.compute_fishers(whole)
+    factors = FisherStore.open(whole.fishers).read_rows(np.arange(N), ("factors",))["factors"].astype(np.float64)
+    w = open_factorization(run.factorization).read_coefficients().astype(np.float64)
+    split = np.asarray(read_table(run.table("examples"), "examples")["split"].to_pylist())
+    w[split != "fit"] = 0
+    return factors, w
+
+
+def test_steps_are_those_of_their_definition_and_the_loss_falls(narrow: RunDirectory, tmp_path: Path) -> None:
+    factors, w = dense(narrow, tmp_path)
+    losses = []
+    for steps in range(STEPS + 1):
+        run = copy_of(narrow, tmp_path / f"{steps}", polish_steps=steps)
+        stages.lift(run)
+        found = directions_of(run)
+        if steps > 0:
+            products = np.einsum("nrp,kp->nrk", factors, before)  # noqa: F821
+            u = np.einsum("nk,nrk,nrp->kp", w, products, factors)
+            expected = np.linalg.solve((w.T @ w) * (before @ before.T), u)  # noqa: F821
+            expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+            np.testing.assert_allclose(np.abs((found * expected).sum(1)), 1, atol=2e-4)  # fp16 factors
+        before = found  # noqa: F841
+        t = np.square(np.einsum("nrp,kp->nrk", factors, found)).sum(1)
+        gram = np.square(found @ found.T)
+        losses.append(float(((w @ gram) * w).sum() - 2 * (w * t).sum()))
+        record = run.record("lift")
+        assert record is not None
+        facts = [read_json(run.partial_results("lift") / f"{component:05d}.json") for component in range(K)]
+        assert [fact["polished"] for fact in facts] == [steps] * K
+        assert not list((run.partial_results("lift") / "polish").rglob("*.safetensors"))
+    assert losses[1] < losses[0]
+    assert losses[-1] < losses[0]
+
+
+class _Interrupted(Exception):
+    pass
+
+
+class _Stops(SerialExecutor):
+    """Has every component lifted by itself, and ends after some of them."""
+
+    def __init__(self, units: int = -1) -> None:
+        super().__init__()
+        self.workers, self.left = K, units
+
+    def map(self, spec: WorkerSpec, method: str, items: Iterable[Any], **options: Any) -> Iterator[tuple[Any, Any]]:
+        for found in super().map(spec, method, items, **options):
+            yield found
+            self.left -= 1
+            if self.left == 0:
+                raise _Interrupted
+
+
+def test_it_goes_on_to_the_same_directions_wherever_it_is_interrupted(narrow: RunDirectory, tmp_path: Path) -> None:
+    undisturbed = copy_of(narrow, tmp_path / "undisturbed", polish_steps=2)
+    stages.lift(undisturbed, executor=_Stops())
+    expected = directions_of(undisturbed)
+    for units in (K, K + 1, 2 * K + 1, 4 * K + 2):
+        run = copy_of(narrow, tmp_path / f"{units}", polish_steps=2)
+        with pytest.raises(_Interrupted):
+            stages.lift(run, executor=_Stops(units))
+        stages.lift(run, executor=_Stops())
+        np.testing.assert_array_equal(directions_of(run), expected)
+
+
+def test_a_lost_direction_is_made_again_with_all_others(narrow: RunDirectory, tmp_path: Path) -> None:
+    run = copy_of(narrow, tmp_path / "run", polish_steps=1)
+    stages.lift(run)
+    expected = directions_of(run)
+    (run.partial_results("lift") / "00002.json").unlink()
+    (run.path / "stages" / "lift.json").unlink()
+    stages.lift(run)
+    np.testing.assert_array_equal(directions_of(run), expected)
+
+
+def test_what_cannot_be_polished_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="polish_steps needs the directions of all components"):
+        RunConfig.from_yaml(_written(tmp_path / "a.yaml", "lift: {polish_steps: 1, components: [0]}"))
+    diagonal = "fishers: {diagonal: {groups: true}}\nlift: {polish_steps: 1}"
+    with pytest.raises(ConfigError, match=r"lift.polish_steps is for factorization.kind: fishers"):
+        RunConfig.from_yaml(_written(tmp_path / "b.yaml", diagonal, kind="diagonal_groups"))
+    with pytest.raises(SystemExit) as end:
+        cli.main(["run", str(tmp_path / "a.yaml")])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def _written(path: Path, more: str, kind: str = "fishers") -> Path:
+    path.write_text(f"run_dir: x\ntask: {{name: digits}}\nfactorization: {{n_components: 4, kind: {kind}}}\n{more}\n")
+    return path
