@@ -16,7 +16,7 @@ from zarr.core.buffer import Buffer
 from zarr.storage import FsspecStore, MemoryStore, StorePath
 
 from pipeline.store import objects
-from pipeline.store.atomic import PARTIAL, fsync, is_committed, write_file_atomically
+from pipeline.store.atomic import PARTIAL, fsync_all, is_committed, write_file_atomically
 from pipeline.store.errors import StoreError, os_errors_explained
 from pipeline.store.location import is_remote
 from pipeline.store.manifest import SEAL, read_json, sealed, unsealed
@@ -149,6 +149,7 @@ def write_durably(group_path: Path, parts: Iterator[Part]) -> None:
     if is_remote(group_path):
         objects.put_all(dict(_encoded(group_path, part) for part in parts))
         return
+    files, folders = list[Path](), dict[Path, None]()
     for part in parts:
         path = stored_path(group_path, part.name, part.array, part.index)
         with os_errors_explained("write", path):
@@ -156,10 +157,11 @@ def write_durably(group_path: Path, parts: Iterator[Part]) -> None:
                 litter.unlink()
             path.unlink(missing_ok=True)  # Zarr would read a former shard first, and fail on a corrupt one
             part.array[part.rows] = part.values
-            for entry in (path, *path.parents):
-                fsync(entry)
-                if entry == group_path:
-                    break
+            files.append(path)
+            folders |= dict.fromkeys(each for each in path.parents if each.is_relative_to(group_path))
+    with os_errors_explained("write", group_path):
+        fsync_all(files)
+        fsync_all(folders)
 
 
 def _encoded(group_path: Path, part: Part) -> tuple[Path, bytes]:
