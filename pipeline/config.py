@@ -230,7 +230,7 @@ def component_numbers(text: str) -> tuple[int, ...]:
 
 
 class LiftConfig(_Section):
-    memory_limit_mb: PositiveInt = 1024
+    memory_limit_mb: PositiveInt = 2048
     """Directions accumulated at one time by one actor may take this much memory; decides the block of components."""
     components: tuple[NonNegativeInt, ...] | None = None
     """Components to lift, and so to verify; all unless given. A later lift of others adds them."""

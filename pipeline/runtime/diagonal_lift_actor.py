@@ -8,7 +8,7 @@ Shapes: N examples, M of a component's top examples, R rank, D sketch, K compone
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,46 +44,39 @@ class DiagonalLiftWorker(LiftWorker):
         columns_D = open_factorization(self._paths.factorization).read_columns()
         self._columns_D = None if columns_D is None else torch.from_numpy(columns_D)
 
-    def _lift(self, block: tuple[int, ...]) -> dict[int, dict[str, Any]]:
-        layout, device, ids = self._loaded.layout, self._loaded.device, list(block)
-        # the last one is the sum over all examples
-        diagonals, gradients = (zero_directions(layout, len(block) + more, device) for more in (1, 0))
+    def _rows(self, block: Sequence[int], component: int) -> list[int]:
+        """Its diagonal, its gradient, and the sum of all examples' diagonals."""
+        position = block.index(component)
+        return [position, len(block) + 1 + position, len(block)]
+
+    def _direction(self, component: int, vectors: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], float]:
+        diagonal, gradient, mean = vectors
+        diagonal = {name: tensor.clamp_min(0) for name, tensor in diagonal.items()}
+        return fisher_weighted(diagonal, gradient, mean), self._cosine(component, diagonal)
+
+    def _sums(self, block: tuple[int, ...], shards: list[int]) -> dict[str, Tensor]:
+        """The components' diagonals, the sum of all examples' diagonals, and the components' gradients."""
+        sums = zero_directions(self._loaded.layout, 2 * len(block) + 1, self._loaded.device)
+        diagonals = {name: rows[: len(block) + 1] for name, rows in sums.items()}
+        gradients = {name: rows[len(block) + 1 :] for name, rows in sums.items()}
         directions_kD = torch.stack([self._principal_direction(component) for component in block])
-        for shard, checksum in sorted(self._checksums.items()):
+        for shard in shards:
             start, stop = self._fishers.plan.bounds(shard)
-            arrays = {
-                name: torch.from_numpy(array) for name, array in self._fishers.read_shard(shard, checksum).items()
-            }
-            coefficients_NK, fit_N = self._coefficients_NK[start:stop], self._fit_N[start:stop]
-            lengths_N = self._lengths(arrays) * fit_N
-            ones_N1 = torch.ones(stop - start, 1)
+            arrays, coefficients_NK = self._arrays(shard), self._coefficients_NK[start:stop]
+            lengths_N = self._lengths(arrays) * self._fit_N[start:stop]
             of_components = diagonal_weights(coefficients_NK, self._gram_KK, block, lengths_N)
-            of_sum = diagonal_weights(ones_N1, torch.ones(1, 1), [0], lengths_N)
+            of_sum = diagonal_weights(torch.ones(stop - start, 1), torch.ones(1, 1), [0], lengths_N)
             diagonal_weights_kN = torch.cat([of_components, of_sum])
             row_weights_kNR = sign_weights(
-                arrays["factors"], coefficients_NK[:, ids], directions_kD, arrays["frobenius_norms"]
+                arrays["factors"], coefficients_NK[:, list(block)], directions_kD, arrays["frobenius_norms"]
             )
             used = (start + (lengths_N > 0).nonzero()[:, 0]).tolist()
             for examples in self._batches(range(start, stop), used):
                 batch, places = self._loaded.batch(examples), torch.tensor(examples) - start
-                accumulate_diagonals(
-                    self._collector,
-                    batch,
-                    diagonal_weights_kN[:, places],
-                    row_weights_kNR[:, places],
-                    diagonals,
-                    gradients,
-                    examples,
-                    self._loaded.targets(batch, examples),
-                )
-        mean = {name: tensor[-1] for name, tensor in diagonals.items()}
-        facts = {}
-        for position, component in enumerate(block):
-            diagonal = {name: tensor[position].clamp_min(0) for name, tensor in diagonals.items()}
-            gradient = {name: tensor[position] for name, tensor in gradients.items()}
-            direction = fisher_weighted(diagonal, gradient, mean)
-            facts[component] = self._write(component, direction, self._cosine(component, diagonal))
-        return facts
+                weights = diagonal_weights_kN[:, places], row_weights_kNR[:, places]
+                targets = self._loaded.targets(batch, examples)
+                accumulate_diagonals(self._collector, batch, *weights, diagonals, gradients, examples, targets)
+        return sums
 
     def _lengths(self, arrays: dict[str, Tensor]) -> Tensor:
         """What the diagonals of a shard's examples were divided by before they were factorized; float64."""

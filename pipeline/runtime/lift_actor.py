@@ -2,7 +2,9 @@
 
 One task is a block of components: one pass over the examples that they were fitted on, in which every Fisher row is
 formed once per parameter and added to all directions of the block. Blocks need nothing from each other, so a finished
-direction is written where it stays, and a crash costs the blocks in flight.
+direction is written where it stays, and a crash costs the blocks in flight. Where there are more workers than blocks
+that memory allows, each block is added up in parts, over some shards each (`add_up`), whose sums wait in files until
+all parts of it are there (`finish`).
 
 A polishing step is two such passes: `score` leaves a block's products with all rows, and with all directions, in files;
 once those of all components are there, `polish` makes the block's directions anew.
@@ -10,8 +12,9 @@ once those of all components are there, `polish` makes the block's directions an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,10 +29,13 @@ from pipeline.runtime.model import ModelSpec
 from pipeline.store import (
     DirectionStore,
     FisherStore,
+    json_checksum,
     open_factorization,
     read_json,
+    read_sums,
     write_file_atomically,
     write_json_atomically,
+    write_sums,
 )
 from pipeline.verification import (
     accumulate_directions,
@@ -43,6 +49,16 @@ from pipeline.verification import (
 
 
 @dataclass(frozen=True)
+class LiftBlock:
+    """Components that are lifted together."""
+
+    components: tuple[int, ...]
+    part: int = 0
+    parts: int = 1
+    """Into so many the stored shards are divided, of which `part` counts from 0."""
+
+
+@dataclass(frozen=True)
 class LiftPaths:
     factorization: Path
     directions: Path
@@ -52,6 +68,14 @@ class LiftPaths:
     def scores_file(self, step: int, component: int) -> Path:
         """Of a component's direction before that step of polishing."""
         return self.results / "polish" / f"{step:03d}" / f"{component:05d}.safetensors"
+
+    @property
+    def sums(self) -> Path:
+        """Folder of the sums of blocks' parts."""
+        return self.results / "sums"
+
+    def sums_file(self, block: LiftBlock) -> Path:
+        return self.sums / f"{json_checksum({'components': block.components})[:16]}-{block.part}-of-{block.parts}.f32"
 
 
 class LiftWorker:
@@ -82,16 +106,42 @@ class LiftWorker:
         self._gram_KK = self._coefficients_NK.double().T @ self._weighted_NK
         self._paths, self._checksums, self._batch_size = paths, checksums, batch_size
 
-    def lift(self, block: tuple[int, ...]) -> list[dict[str, Any]]:
+    def lift(self, block: LiftBlock) -> list[dict[str, Any]]:
         """Write these components' unit directions; per component, what is worth knowing of its direction.
 
         Those that are written already, by a worker that was lost before it had done them all, stay.
         """
-        files = {component: self._result(component) for component in block}
+        files = {component: self._result(component) for component in block.components}
         facts = {component: read_json(file) for component, file in files.items() if file.exists()}
-        missing = tuple(component for component in block if component not in facts)
-        facts |= self._lift(missing) if missing else {}
-        return [facts[component] for component in block]
+        missing = tuple(component for component in block.components if component not in facts)
+        if missing:
+            sums = self._sums(missing, sorted(self._checksums))
+            for component in missing:
+                vectors = [{name: rows[row] for name, rows in sums.items()} for row in self._rows(missing, component)]
+                facts[component] = self._write(component, *self._direction(component, vectors))
+        return [facts[component] for component in block.components]
+
+    def add_up(self, block: LiftBlock) -> None:
+        """Leave the sums of a block over one part of the shards in a file."""
+        path, names = self._paths.sums_file(block), self._loaded.layout.names
+        if not path.exists():
+            sums = self._sums(block.components, sorted(self._checksums)[block.part :: block.parts])
+            n_rows = len(sums[names[0]])
+            write_sums(path, ((sums[name][row].cpu().numpy() for name in names) for row in range(n_rows)))
+
+    def finish(self, request: tuple[LiftBlock, int]) -> dict[str, Any]:
+        """Write the direction of one component of a block whose parts are all added up; as `lift`."""
+        block, component = request
+        if self._result(component).exists():
+            return read_json(self._result(component))
+        layout, vectors = self._loaded.layout, []
+        files = [self._paths.sums_file(replace(block, part=part)) for part in range(block.parts)]
+        for row in self._rows(block.components, component):
+            total_P = sum(read_sums(file, row, layout.size) for file in files)
+            sizes = [math.prod(shape) for shape in layout.shapes]
+            pieces = zip(layout.names, layout.shapes, torch.as_tensor(total_P).split(sizes), strict=True)
+            vectors.append({name: piece.reshape(shape) for name, shape, piece in pieces})
+        return self._write(component, *self._direction(component, vectors))
 
     def score(self, request: tuple[int, tuple[int, ...]]) -> None:
         """Products of a block's directions with the rows of all examples, and with all directions, for a step."""
@@ -135,7 +185,10 @@ class LiftWorker:
                 norms_N, weighted_NK = arrays["frobenius_norms"], self._weighted_NK[examples]
                 return polish_weights(products_NRK[examples], weighted_NK, cosines_KK, self._gram_KK, missing, norms_N)
 
-            facts |= self._added_up(missing, weights, step)
+            directions = self._weighted_sums(missing, sorted(self._checksums), weights)
+            for position, component in enumerate(missing):
+                polished = [{name: tensor[position] for name, tensor in directions.items()}]
+                facts[component] = self._write(component, *self._direction(component, polished), step)
         return [facts[component] for component in block]
 
     def _unit_direction(self, component: int) -> dict[str, Tensor]:
@@ -144,35 +197,47 @@ class LiftWorker:
         length = max(inner_product(stored, stored) ** 0.5, 1e-300)
         return {name: tensor / length for name, tensor in stored.items()}
 
-    def _lift(self, block: tuple[int, ...]) -> dict[int, dict[str, Any]]:
+    def _rows(self, block: Sequence[int], component: int) -> list[int]:
+        """Which rows of the sums of a block go into a component's direction."""
+        return [block.index(component)]
+
+    def _direction(self, component: int, vectors: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], float]:
+        """The component's direction from these rows, of any length, and how well it reproduces the component."""
+        (direction,) = vectors
+        sketched_D = self._sketch.apply_dense({name: tensor[None] for name, tensor in direction.items()})[0]
+        return direction, cosine(sketched_D, self._components_KD[component])
+
+    def _sums(self, block: tuple[int, ...], shards: list[int]) -> dict[str, Tensor]:
+        """What is added up of some shards' examples, (rows, *shape) for each parameter: a row for each component."""
+
         def weights(examples: slice, arrays: Mapping[str, Tensor]) -> Tensor:
             norms_N, weighted_NK = arrays["frobenius_norms"], self._weighted_NK[examples]
             return lift_weights(arrays["factors"], weighted_NK, self._components_KD, self._gram_KK, block, norms_N)
 
-        return self._added_up(block, weights)
+        return self._weighted_sums(block, shards, weights)
 
-    def _added_up(
-        self, block: tuple[int, ...], weights_of: Callable[[slice, Mapping[str, Tensor]], Tensor], step: int = 0
-    ) -> dict[int, dict[str, Any]]:
-        """The directions of a block, from the weights (k, N, R) of each shard's rows."""
+    def _weighted_sums(
+        self,
+        block: tuple[int, ...],
+        shards: list[int],
+        weights_of: Callable[[slice, Mapping[str, Tensor]], Tensor],
+    ) -> dict[str, Tensor]:
+        """Sums of gradient rows with the weights (k, N, R) of each shard's rows."""
         directions = zero_directions(self._loaded.layout, len(block), self._loaded.device)
-        for shard, checksum in sorted(self._checksums.items()):
+        for shard in shards:
             start, stop = self._fishers.plan.bounds(shard)
-            stored = self._fishers.read_shard(shard, checksum)
-            weights_kNR = weights_of(
-                slice(start, stop), {name: torch.from_numpy(each) for name, each in stored.items()}
-            )
+            weights_kNR = weights_of(slice(start, stop), self._arrays(shard))
             used = (start + weights_kNR.abs().amax(dim=(0, 2)).nonzero()[:, 0]).tolist()
             for examples in self._batches(range(start, stop), used):
                 batch = self._loaded.batch(examples)
                 weights_kBR = weights_kNR[:, torch.tensor(examples) - start]
                 targets = self._loaded.targets(batch, examples)
                 accumulate_directions(self._collector, batch, weights_kBR, directions, examples, targets)
-        facts = {}
-        for position, component in enumerate(block):
-            direction = {name: tensor[position] for name, tensor in directions.items()}
-            facts[component] = self._write(component, direction, self._cosine(component, direction), step)
-        return facts
+        return directions
+
+    def _arrays(self, shard: int) -> dict[str, Tensor]:
+        stored = self._fishers.read_shard(shard, self._checksums[shard])
+        return {name: torch.from_numpy(array) for name, array in stored.items()}
 
     def _batches(self, shard: range, used: list[int]) -> list[list[int]]:
         """Batches of a shard with the examples that are used.
@@ -184,11 +249,6 @@ class LiftWorker:
             return self._loaded.batches(used, self._batch_size)
         batches = self._loaded.batches(shard, self._batch_size)
         return [examples for examples in batches if not set(used).isdisjoint(examples)]
-
-    def _cosine(self, component: int, direction: Mapping[str, Tensor]) -> float:
-        """Of the component and the direction, sketched again."""
-        sketched_D = self._sketch.apply_dense({name: tensor[None] for name, tensor in direction.items()})[0]
-        return cosine(sketched_D, self._components_KD[component])
 
     def _write(self, component: int, direction: Mapping[str, Tensor], cosine: float, step: int = 0) -> dict[str, Any]:
         squares = {name: float(tensor.double().square().sum()) for name, tensor in direction.items()}

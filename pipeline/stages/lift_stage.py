@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from pipeline.config import RunConfig
 from pipeline.progress import ProgressDisplay, SilentProgress
 from pipeline.result_tables import (
     rows_to_columns,
@@ -16,7 +18,7 @@ from pipeline.result_tables import (
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.diagonal_lift_actor import DiagonalLiftWorker
 from pipeline.runtime.executor import Executor
-from pipeline.runtime.lift_actor import LiftPaths, LiftWorker
+from pipeline.runtime.lift_actor import LiftBlock, LiftPaths, LiftWorker
 from pipeline.stage import (
     Summary,
     checksums_of,
@@ -41,8 +43,6 @@ from pipeline.store import (
     remove_directory,
     write_table,
 )
-
-_Block = tuple[int, ...]
 
 
 def lift(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
@@ -80,8 +80,6 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
         if any(fact.get("polished") for fact in lifted.values()) and not set(chosen) <= set(lifted):
             lifted = {}  # a polished direction rests on all as they were before
             remove_directory(results)
-        missing = [component for component in chosen if component not in lifted]
-        total = len(lifted) + len(missing)
         kind, paths = config.factorization.kind, LiftPaths(run.factorization, run.directions, results)
         worker = worker_spec(
             run,
@@ -96,19 +94,18 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
             batch_size=FisherStore.open(run.fishers).attrs["batch_size"],
         )
         with executor_for(run, executor) as workers:
-            blocks_of = partial(_blocks, run, n_parameters, workers.workers)
-            with progress.stage("lift", total, "directions", done=len(lifted)) as tick:
-                for block, facts in workers.map(worker, "lift", blocks_of(missing), keep_going=True):
-                    lifted |= dict(zip(block, facts, strict=True))
-                    tick(len(lifted))
-            _polish(
-                config.lift.polish_steps,
-                partial(workers.map, worker, keep_going=True),
-                blocks_of,
-                paths,
-                lifted,
-                progress,
+            work = _Work(
+                map=partial(workers.map, worker, keep_going=True),
+                workers=workers.workers,
+                n_shards=len(checksums_of(run)),
+                fitting=_fitting(config, n_parameters),
+                paths=paths,
+                lifted=lifted,
+                progress=progress,
             )
+            work.lift(chosen)
+            work.polish(config.lift.polish_steps)
+        remove_directory(paths.sums)
         facts = [lifted[component] for component in sorted(lifted)]
         energy = [
             {"component": fact["component"], "parameter": name, "energy": share}
@@ -124,38 +121,75 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
         return stage.complete({"n_components": len(lifted), "components": sorted(lifted), "median_cosine": median})
 
 
-def _polish(
-    steps: int,
-    map_blocks: Callable[[str, list[tuple[int, _Block]]], Iterable[tuple[tuple[int, _Block], Any]]],
-    blocks_of: Callable[[list[int]], list[_Block]],
-    paths: LiftPaths,
-    lifted: dict[int, dict[str, Any]],
-    progress: ProgressDisplay,
-) -> None:
-    """Further steps, of which each has two passes; brings `lifted`, what is known of every direction, up to date.
-
-    After a crash a step goes on from the components that it has scored, and then from those that it has made.
-    """
-    components = sorted(lifted)
-    done = 2 * sum(fact.get("polished", 0) for fact in lifted.values())
-    with progress.stage("polish", 2 * steps * len(components), "passes of directions", done=done) as tick:
-        for step in range(1, steps + 1):
-            left = [component for component in components if lifted[component].get("polished", 0) < step]
-            if not left:
-                continue
-            unscored = [component for component in left if not paths.scores_file(step, component).exists()]
-            for (_, block), _ in map_blocks("score", [(step, block) for block in blocks_of(unscored)]):
-                tick(done := done + len(block))
-            for (_, block), facts in map_blocks("polish", [(step, block) for block in blocks_of(left)]):
-                lifted |= dict(zip(block, facts, strict=True))
-                tick(done := done + len(block))
-            remove_directory(paths.scores_file(step, 0).parent)
-
-
-def _blocks(run: RunDirectory, n_parameters: int, workers: int, missing: list[int]) -> list[_Block]:
-    """Components to lift in one pass: as many as the memory limit allows, yet a share for every worker."""
+def _fitting(config: RunConfig, n_parameters: int) -> int:
+    """Components that a worker may add up at one time."""
     # of diagonals, their own sums beside those of gradients
-    direction_bytes = (4 if run.config.factorization.kind == "fishers" else 8) * n_parameters
-    fitting = max(1, run.config.lift.memory_limit_mb * 2**20 // direction_bytes)
-    size = max(1, min(fitting, math.ceil(len(missing) / workers)))
-    return [tuple(missing[first : first + size]) for first in range(0, len(missing), size)]
+    direction_bytes = (4 if config.factorization.kind == "fishers" else 8) * n_parameters
+    return max(1, config.lift.memory_limit_mb * 2**20 // direction_bytes)
+
+
+@dataclass
+class _Work:
+    """What is left to lift, divided among the workers."""
+
+    map: Callable[[str, list[Any]], Iterable[tuple[Any, Any]]]
+    """Calls a method of the workers with each of some items: pairs of an item and its result, as they come."""
+    workers: int
+    n_shards: int
+    fitting: int
+    paths: LiftPaths
+    lifted: dict[int, dict[str, Any]]
+    """What is known of every direction; brought up to date."""
+    progress: ProgressDisplay
+
+    def lift(self, chosen: list[int]) -> None:
+        """Make the directions of chosen components that are not there yet."""
+        missing = [component for component in chosen if component not in self.lifted]
+        n_blocks = math.ceil(len(missing) / self.fitting)
+        parts = min(self.workers // n_blocks, self.n_shards) if missing else 1
+        blocks = [LiftBlock(components, parts=parts) for components in self._cut(missing, self.fitting)]
+        if parts > 1:
+            each = [replace(block, part=part) for block in blocks for part in range(parts)]
+            with self.progress.stage("lift", len(each), "sums") as tick:
+                for done, _ in enumerate(self.map("add_up", each), 1):
+                    tick(done)
+        total = len(self.lifted) + len(missing)
+        with self.progress.stage("lift", total, "directions", done=len(self.lifted)) as tick:
+            if parts > 1:
+                singly = [(block, component) for block in blocks for component in block.components]
+                for (_, component), facts in self.map("finish", singly):
+                    self.lifted[component] = facts
+                    tick(len(self.lifted))
+                return
+            blocks = [LiftBlock(components) for components in self._cut(missing, self._share(missing))]
+            for block, found in self.map("lift", blocks):
+                self.lifted |= dict(zip(block.components, found, strict=True))
+                tick(len(self.lifted))
+
+    def polish(self, steps: int) -> None:
+        """Take further steps. After a crash a step goes on from the components that it has scored, and then from those
+        that it has made."""
+        components = sorted(self.lifted)
+        done = 2 * sum(fact.get("polished", 0) for fact in self.lifted.values())
+        if done == (total := 2 * steps * len(components)):
+            return
+        with self.progress.stage("polish", total, "passes of directions", done=done) as tick:
+            for step in range(1, steps + 1):
+                left = [component for component in components if self.lifted[component].get("polished", 0) < step]
+                if not left:
+                    continue
+                unscored = [each for each in left if not self.paths.scores_file(step, each).exists()]
+                for method, those in (("score", unscored), ("polish", left)):
+                    blocks = self._cut(those, self._share(those))
+                    for (_, block), facts in self.map(method, [(step, block) for block in blocks]):
+                        self.lifted |= dict(zip(block, facts or (), strict=False))
+                        tick(done := done + len(block))
+                remove_directory(self.paths.scores_file(step, 0).parent)
+
+    def _share(self, components: list[int]) -> int:
+        """How many of them are a block: what memory allows, yet every worker is to have one."""
+        return max(1, min(self.fitting, math.ceil(len(components) / self.workers)))
+
+    @staticmethod
+    def _cut(components: list[int], size: int) -> list[tuple[int, ...]]:
+        return [tuple(components[first : first + size]) for first in range(0, len(components), size)]

@@ -12,7 +12,7 @@ from pipeline.store.component_store import (
     write_factorization,
 )
 from pipeline.store.diagonal_store import DiagonalSums, read_diagonal
-from pipeline.store.direction_store import DirectionStore
+from pipeline.store.direction_store import DirectionStore, read_sums, write_sums
 from pipeline.store.errors import ObjectStoreError, StoreError
 from pipeline.store.fisher_store import FisherStore, fisher_store_bytes
 from pipeline.store.fit_store import FitStore, StoredFit
@@ -68,6 +68,7 @@ __all__ = [
     "preparing",
     "read_diagonal",
     "read_json",
+    "read_sums",
     "read_table",
     "remove_directory",
     "replacing_directory",
@@ -76,6 +77,7 @@ __all__ = [
     "write_factorization",
     "write_file_atomically",
     "write_json_atomically",
+    "write_sums",
     "write_table",
     "write_table_in_parts",
 ]

@@ -9,9 +9,9 @@ Legend: K components, P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import zarr
@@ -19,9 +19,10 @@ from safetensors.numpy import save
 from zarr.codecs import Crc32cCodec
 
 from pipeline.store.atomic import replacing_directory, write_file_atomically
-from pipeline.store.errors import StoreError
+from pipeline.store.errors import StoreError, os_errors_explained
 from pipeline.store.groups import Part, create_group, open_array, open_group, restore_metadata, write_durably
-from pipeline.store.location import location
+from pipeline.store.location import is_remote, location
+from pipeline.store.objects import read_range
 
 SCHEMA_VERSION = 1
 _KIND = "a store of directions"
@@ -156,3 +157,38 @@ class DirectionStore:
         if not np.isfinite(values).all():  # a missing chunk reads as NaN
             raise StoreError(damage)
         return values
+
+
+def write_sums(path: Path, vectors: Iterable[Iterable[np.ndarray]]) -> None:
+    """Sums over a part of the examples on their way into directions: vectors one after the other, float32, each in
+    pieces, parameter after parameter.
+
+    Raises:
+        StoreError: they cannot be written.
+    """
+
+    def write(stream: BinaryIO) -> None:
+        for vector in vectors:
+            for piece in vector:
+                stream.write(np.ascontiguousarray(piece, dtype="<f4").data)
+
+    write_file_atomically(path, write)
+
+
+def read_sums(path: Path, index: int, size: int) -> np.ndarray:
+    """The `index`-th vector, of `size` numbers, that `write_sums` wrote.
+
+    Raises:
+        StoreError: it is not there.
+    """
+    start, stop = 4 * size * index, 4 * size * (index + 1)
+    with os_errors_explained("read", path):
+        if is_remote(path):
+            content = read_range(path, start, stop)
+        else:
+            with path.open("rb") as stream:
+                stream.seek(start)
+                content = stream.read(stop - start)
+    if len(content) != stop - start:
+        raise StoreError(f"{path} is truncated: delete it and run the same command again")
+    return np.frombuffer(content, dtype="<f4")

@@ -23,7 +23,7 @@ from pipeline.query import ComponentStore, QueryError
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.attribution_actor import AttributionWorker
 from pipeline.runtime.executor import ExecutorError
-from pipeline.runtime.lift_actor import LiftWorker
+from pipeline.runtime.lift_actor import LiftBlock, LiftWorker
 from pipeline.runtime.model import LoadedModel
 from pipeline.stage import fingerprint_of, label_spec, lifted_components, model_spec
 from pipeline.stages.factorize_stage import write_solution
@@ -112,14 +112,14 @@ def test_of_a_block_that_is_given_to_another_worker_what_is_written_stays(
     shutil.rmtree(copy.directions)
     lift, write, written = LiftWorker.lift, LiftWorker._write, []
 
-    def lost_at_the_second(worker: LiftWorker, component: int, found: Any) -> Any:
+    def lost_at_the_second(worker: LiftWorker, component: int, *found: Any) -> Any:
         written.append(component)
         if len(written) == 2:
             raise ConnectionError("the machine is gone")
-        return write(worker, component, found)
+        return write(worker, component, *found)
 
-    def given_twice(worker: LiftWorker, block: tuple[int, ...]) -> Any:
-        assert block == tuple(FIRST)
+    def given_twice(worker: LiftWorker, block: LiftBlock) -> Any:
+        assert block.components == tuple(FIRST)
         with pytest.raises(ConnectionError):
             lift(worker, block)
         return lift(worker, block)
