@@ -34,7 +34,7 @@ class DiagonalNPEFF(Factorizer):
         n_components: K, at most N.
         max_iter: most passes over the data.
         tol: converged when three steps in a row change the loss by less than this fraction of it.
-        n_starts: seeded starts tried on the subsample.
+        n_starts: seeded starts tried on the subsample; a single one is taken untried, in a fraction of the time.
         subsample: examples that starts are tried on.
         random_state: seed or generator of the starts and the subsample.
         normalize: whether to divide each diagonal by its length. False takes them as given.

@@ -10,6 +10,8 @@ Of NNDSVD only H is needed, as the coefficients follow from the components. For 
 the part may begin at zero: the first pass over all columns finds coefficients by the others, and then fills them in.
 What was found on the part has a rival, NNDSVD of all columns: both are polished on these, and the better one is it.
 
+A single start is not tried out, for who is in a hurry: it is NNDSVD, smoothed where the part is everything.
+
 Shapes: M subsampled examples, C columns of the part, P entries or groups, K components.
 """
 
@@ -38,6 +40,8 @@ _EXTRA_DIMENSIONS = 16
 _POWER_ITERATIONS = 7
 _EXAMPLES_OF_A_MEAN = 5
 _SMOOTHING_ITERATIONS = 10
+_MOST_SMOOTHING = 60
+"""Where the part is everything: the problem is small then, and no passes over other columns follow."""
 _TRIAL_ITERATIONS = 10
 _MOST_ITERATIONS = 150
 _LAST_ITERATIONS = 40
@@ -52,7 +56,7 @@ def initialize_diagonal(fishers_MP: Any, n_components: int, seed: int, n_starts:
         fishers_MP: of the subsample, dense or a SciPy sparse matrix.
         n_components: K, at most M.
         seed: of the starts.
-        n_starts: how many positive ones are tried.
+        n_starts: how many positive ones are tried, beside NNDSVD; a single one is taken untried.
 
     Raises:
         InvalidProblemError: if the diagonals are not finite and non-negative, all zero, or fewer than components.
@@ -62,13 +66,20 @@ def initialize_diagonal(fishers_MP: Any, n_components: int, seed: int, n_starts:
     if not bool(part_MC.any()):
         raise InvalidProblemError("every diagonal Fisher is zero: there is nothing to factorize")
     generator = torch.Generator().manual_seed(seed)
+    whole = len(columns_C) == fishers_MP.shape[1]
+    if n_starts == 1 and not whole:
+        return _nndsvd(fishers_MP, n_components, generator).to(part_MC)
+    smoothing = _MOST_SMOOTHING if whole else _SMOOTHING_ITERATIONS
     nndsvd_KC = _nndsvd(part_MC, n_components, generator)
     positive = [torch.where(nndsvd_KC > 0, nndsvd_KC, nndsvd_KC.mean())]
     positive += [_means_of_examples(part_MC, n_components, generator) for _ in range(n_starts - 1)]
-    starts = [nndsvd_KC, *(_smoothed(part_MC, start_KC) for start_KC in positive)]
+    smoothed = [_smoothed(part_MC, start_KC, smoothing) for start_KC in positive]
+    if n_starts == 1:
+        return torch.nn.functional.normalize(smoothed[0], dim=1)
+    starts = [nndsvd_KC, *smoothed]
     trials = [_polished(part_MC, start_KC, _TRIAL_ITERATIONS) for start_KC in starts]
     shard, state = min(trials, key=lambda trial: trial[1].best_loss)
-    if len(columns_C) == fishers_MP.shape[1]:
+    if whole:
         options = SolverOptions(n_components=n_components, max_iterations=_MOST_ITERATIONS, tolerance=_TOLERANCE)
         while diagonal_stopping_reason(state, options) is None:
             state, _ = step_diagonal([shard], state, options)
@@ -139,12 +150,12 @@ def _means_of_examples(part_MC: Tensor, n: int, generator: torch.Generator) -> T
     return torch.where(start_KC > 0, start_KC, start_KC.mean()) if n else start_KC
 
 
-def _smoothed(part_MC: Tensor, start_KC: Tensor) -> Tensor:
+def _smoothed(part_MC: Tensor, start_KC: Tensor, iterations: int) -> Tensor:
     """The components after multiplicative updates of both factors, from coefficients X Hᵀ of the best common scale."""
     h_KC, w_MK = start_KC, part_MC @ start_KC.T
     w_MK = w_MK * (w_MK.square().sum() / torch.sum((w_MK.T @ w_MK) * (h_KC @ h_KC.T)))
     tiny = torch.finfo(part_MC.dtype).tiny
-    for _ in range(_SMOOTHING_ITERATIONS):
+    for _ in range(iterations):
         w_MK = w_MK * (part_MC @ h_KC.T) / (w_MK @ (h_KC @ h_KC.T)).clamp(min=tiny)
         h_KC = h_KC * (w_MK.T @ part_MC) / ((w_MK.T @ w_MK) @ h_KC).clamp(min=tiny)
     return h_KC

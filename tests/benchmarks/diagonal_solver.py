@@ -101,8 +101,8 @@ def loss_of(x_NP: Any, w_NK: np.ndarray, h_KP: np.ndarray) -> float:
     return total
 
 
-def ours(x_NP: Any, n_components: int, seed: int, n_starts: int = 4) -> tuple[np.ndarray, np.ndarray, int]:
-    model = DiagonalNPEFF(n_components, random_state=seed, n_starts=n_starts, normalize=False)
+def ours(x_NP: Any, n_components: int, seed: int, **options: Any) -> tuple[np.ndarray, np.ndarray, int]:
+    model = DiagonalNPEFF(n_components, random_state=seed, normalize=False, **options)
     w_NK = model.fit_transform(x_NP)
     return w_NK, model.components_, model.n_iter_
 
@@ -129,7 +129,9 @@ def methods(data: str, x_NP: Any, with_torchnmf: bool, tiny: bool) -> dict[str, 
     k = COMPONENTS[data] if not tiny else 6
     tolerance, most = TIGHT[data] if not tiny else (1e-4, 50)
     found: dict[str, Fit] = {f"DiagonalNPEFF, seed {seed}": partial(ours, x_NP, k, seed) for seed in range(3)}
-    found["DiagonalNPEFF, seed 0, 8 starts"] = partial(ours, x_NP, k, 0, 8)
+    found["DiagonalNPEFF, 8 starts"] = partial(ours, x_NP, k, 0, n_starts=8)
+    for most in (20, 100):
+        found[f"DiagonalNPEFF, 1 start, {most} iterations"] = partial(ours, x_NP, k, 0, n_starts=1, max_iter=most)
     sklearn = partial(scikit_learn, x_NP, k)
     if scipy.sparse.issparse(x_NP) and x_NP.nnz > _MANY:
         return found | {"scikit-learn cd, nndsvd, defaults": partial(sklearn, init="nndsvd")}
