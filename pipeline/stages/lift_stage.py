@@ -56,26 +56,12 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
             )
         if stage.done and set(chosen) <= set(lifted_components(run)):
             return stage.done
-        progress = progress or SilentProgress()
-        layout = FisherStore.open(run.fishers).attrs["parameter_layout"]
+        fishers = FisherStore.open(run.fishers)
+        layout = fishers.attrs["parameter_layout"]
         shapes = {name: tuple(shape) for name, shape in zip(layout["names"], layout["shapes"], strict=True)}
-        n_parameters = sum(math.prod(shape) for shape in shapes.values())
-        store_layout: dict[str, Any] = {
-            "n_components": n_components,
-            "shapes": shapes,
-            "attrs": {},
-            "dtype": config.lift.dtype,
-        }
         model = model_spec(run, fingerprint_of(run))  # refused before anything is written where there is none
         results = run.partial_results("lift")
-        if not is_committed(run.directions):
-            run.reopen("lift")  # or a crash would leave a complete stage with an empty store
-            remove_directory(results)  # of directions that somebody deleted
-            DirectionStore.create(run.directions, **store_layout)
-        try:
-            DirectionStore.open(run.directions)
-        except StoreError:  # of which somebody deleted what was damaged
-            DirectionStore.restore(run.directions, **store_layout)
+        _prepare_store(run, shapes)
         lifted = {component: read_json(path) for component, path in finished(results).items()}
         if any(fact.get("polished") for fact in lifted.values()) and not set(chosen) <= set(lifted):
             lifted = {}  # a polished direction rests on all as they were before
@@ -91,34 +77,56 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
             examples=fitted_examples(run),
             paths=paths,
             checksums=checksums_of(run),
-            batch_size=FisherStore.open(run.fishers).attrs["batch_size"],
+            batch_size=fishers.attrs["batch_size"],
         )
         with executor_for(run, executor) as workers:
             work = _Work(
                 map=partial(workers.map, worker, keep_going=True),
                 workers=workers.workers,
                 n_shards=len(checksums_of(run)),
-                fitting=_fitting(config, n_parameters),
+                fitting=_fitting(config, sum(math.prod(shape) for shape in shapes.values())),
                 paths=paths,
                 lifted=lifted,
-                progress=progress,
+                progress=progress or SilentProgress(),
             )
             work.lift(chosen)
             work.polish(config.lift.polish_steps)
         remove_directory(paths.sums)
-        facts = [lifted[component] for component in sorted(lifted)]
-        energy = [
-            {"component": fact["component"], "parameter": name, "energy": share}
-            for fact in facts
-            for name, share in fact["energy"].items()
-        ]
-        cosines = {fact["component"]: fact["cosine"] for fact in facts}
-        column = [cosines.get(component) for component in range(n_components)]
-        components = read_table(run.table("components"), "components").to_pydict() | {"lift_cosine": column}
-        write_table(run.table("layer_energy"), "layer_energy", rows_to_columns(energy, "layer_energy"))
-        write_table(run.table("components"), "components", components)
-        median = float(np.median(list(cosines.values())))
+        median = _write_tables(run, lifted)
         return stage.complete({"n_components": len(lifted), "components": sorted(lifted), "median_cosine": median})
+
+
+def _prepare_store(run: RunDirectory, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Have the store of directions there, with those that are lifted already."""
+    layout: dict[str, Any] = {
+        "n_components": run.config.factorization.n_components,
+        "shapes": shapes,
+        "attrs": {},
+        "dtype": run.config.lift.dtype,
+    }
+    if not is_committed(run.directions):
+        run.reopen("lift")  # or a crash would leave a complete stage with an empty store
+        remove_directory(run.partial_results("lift"))  # of directions that somebody deleted
+        DirectionStore.create(run.directions, **layout)
+    try:
+        DirectionStore.open(run.directions)
+    except StoreError:  # of which somebody deleted what was damaged
+        DirectionStore.restore(run.directions, **layout)
+
+
+def _write_tables(run: RunDirectory, lifted: dict[int, dict[str, Any]]) -> float:
+    """Where directions are, and how well they reproduce their components; the median of the latter."""
+    energy = [
+        {"component": component, "parameter": name, "energy": share}
+        for component, fact in sorted(lifted.items())
+        for name, share in fact["energy"].items()
+    ]
+    cosines = {component: fact["cosine"] for component, fact in lifted.items()}
+    column = [cosines.get(component) for component in range(run.config.factorization.n_components)]
+    components = read_table(run.table("components"), "components").to_pydict() | {"lift_cosine": column}
+    write_table(run.table("layer_energy"), "layer_energy", rows_to_columns(energy, "layer_energy"))
+    write_table(run.table("components"), "components", components)
+    return float(np.median(list(cosines.values())))
 
 
 def _fitting(config: RunConfig, n_parameters: int) -> int:

@@ -1,6 +1,6 @@
 """Do components find the heuristics that were planted into a model's training labels, and does repair mend them?
 
-    python tests/benchmarks/heuristics.py [--seeds 0 1 2 3 4] [--components 48] [--examples 2400] [--plant-rate 0.7]
+    python tests/benchmarks/heuristics.py [--seeds 0 1 2 3 4] [--components 48] [--examples 4800] [--plant-rate 0.7]
                                           [--counter-share 0.3] [--top 20] [--edits 6] [--max-harm 0.01]
                                           [--verbose] [--output FILE]
 
@@ -223,7 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--components", type=int, default=48)
-    parser.add_argument("--examples", type=int, default=2400)
+    parser.add_argument("--examples", type=int, default=4800)
     parser.add_argument("--plant-rate", type=float, default=0.7)
     parser.add_argument("--counter-share", type=float, default=0.3)
     parser.add_argument("--top", type=int, default=20)
