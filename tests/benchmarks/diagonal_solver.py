@@ -130,8 +130,8 @@ def methods(data: str, x_NP: Any, with_torchnmf: bool, tiny: bool) -> dict[str, 
     tolerance, most = TIGHT[data] if not tiny else (1e-4, 50)
     found: dict[str, Fit] = {f"DiagonalNPEFF, seed {seed}": partial(ours, x_NP, k, seed) for seed in range(3)}
     found["DiagonalNPEFF, 8 starts"] = partial(ours, x_NP, k, 0, n_starts=8)
-    for most in (20, 100):
-        found[f"DiagonalNPEFF, 1 start, {most} iterations"] = partial(ours, x_NP, k, 0, n_starts=1, max_iter=most)
+    for few in (20, 100):
+        found[f"DiagonalNPEFF, 1 start, {few} iterations"] = partial(ours, x_NP, k, 0, n_starts=1, max_iter=few)
     sklearn = partial(scikit_learn, x_NP, k)
     if scipy.sparse.issparse(x_NP) and x_NP.nnz > _MANY:
         return found | {"scikit-learn cd, nndsvd, defaults": partial(sklearn, init="nndsvd")}
