@@ -58,8 +58,8 @@ class RunDirectory:
     def create(cls, config: RunConfig) -> RunDirectory:
         """Make the run's folder, or take up an existing one that holds the same configuration.
 
-        ``executor``, ``selection``, ``repair``, ``report``, ``run_dir``, and of ``lift`` all but its ``dtype``, may
-        differ from the stored configuration (no other stage's result depends on them),
+        ``executor``, ``selection``, ``repair``, ``report``, ``run_dir``, and of ``lift`` the components and the
+        memory limit, may differ from the stored configuration (no other stage's result depends on them),
         ``factorization.n_components`` as long as nothing is factorized (`npeff select` may have found a better one),
         and ``factorization.max_iterations`` may be larger, which ``run.yaml`` then says. Any other difference is
         refused, and nothing is written.

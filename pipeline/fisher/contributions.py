@@ -253,7 +253,8 @@ def direction_products(contribution: Contribution, directions_Kx: Tensor) -> Ten
         looked_up_KBTi = directions_Kx[:, contribution.indices_BT]
         return torch.einsum("btri,kbti->brk", contribution.deltas_BTRi, looked_up_KBTi)
     directions_xK = directions_Kx.flatten(1).T if directions_Kx.dim() > 1 else directions_Kx[None]
-    return torch.cat([rows_bRx @ directions_xK for _, _, rows_bRx in flat_blocks(contribution)])
+    # in large blocks, as each reads all directions
+    return torch.cat([rows_bRx @ directions_xK for _, _, rows_bRx in flat_blocks(contribution, MEMORY_ELEMENTS)])
 
 
 def with_same_inputs(contributions: Iterable[Contribution]) -> tuple[list[list[Outer]], list[Contribution]]:

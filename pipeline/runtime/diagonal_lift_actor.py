@@ -33,6 +33,9 @@ from pipeline.verification import (
 SIGN_EXAMPLES = 256
 """Of a component: those with the largest coefficients, whose common direction in the sketch gives the signs."""
 
+SIGN_ROWS = 1024
+"""Of these examples' factors at most: where the rank is high fewer examples give the signs."""
+
 
 class DiagonalLiftWorker(LiftWorker):
     """Lifts blocks of components of diagonals, one call each."""
@@ -88,7 +91,8 @@ class DiagonalLiftWorker(LiftWorker):
     def _principal_direction(self, component: int) -> Tensor:
         """Of a component's top examples, in the sketch."""
         coefficients_N = self._coefficients_NK[:, component].numpy()
-        top_M = top_examples(coefficients_N, np.ones(len(coefficients_N), dtype=bool), SIGN_EXAMPLES)
+        count = min(SIGN_EXAMPLES, max(1, SIGN_ROWS // self._fishers.rank))
+        top_M = top_examples(coefficients_N, np.ones(len(coefficients_N), dtype=bool), count)
         factors_MRD = self._fishers.read_rows(top_M, ("factors",))["factors"]
         return principal_direction(torch.from_numpy(factors_MRD), torch.from_numpy(coefficients_N[top_M]))
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from pipeline.runtime.model import ModelSpec
 from pipeline.store import (
     DirectionStore,
     FisherStore,
+    StoreError,
     json_checksum,
     open_factorization,
     read_json,
@@ -67,7 +69,11 @@ class LiftPaths:
 
     def scores_file(self, step: int, component: int) -> Path:
         """Of a component's direction before that step of polishing."""
-        return self.results / "polish" / f"{step:03d}" / f"{component:05d}.safetensors"
+        return self.scores / f"{step:03d}" / f"{component:05d}.safetensors"
+
+    @property
+    def scores(self) -> Path:
+        return self.results / "polish"
 
     @property
     def sums(self) -> Path:
@@ -149,23 +155,26 @@ class LiftWorker:
         missing = [component for component in block if not self._paths.scores_file(step, component).exists()]
         if not missing:
             return
-        own = [self._unit_direction(component) for component in missing]
-        gram_kK = torch.zeros(len(missing), len(self._components_KD), dtype=torch.float64)
-        for other in range(len(self._components_KD)):
-            direction = self._unit_direction(other)
-            gram_kK[:, other] = torch.tensor([inner_product(each, direction) for each in own], dtype=torch.float64)
-        device = self._loaded.device
-        directions = {name: torch.stack([each[name] for each in own]).to(device) for name in self._loaded.layout.names}
-        del own
-        products_kNR = torch.zeros(len(missing), len(self._coefficients_NK), self._fishers.rank, dtype=torch.float64)
+        layout, device, K = self._loaded.layout, self._loaded.device, len(self._components_KD)
+        directions = zero_directions(layout, len(missing), device)
+        for position, component in enumerate(missing):
+            for name, tensor in self._unit_direction(component).items():
+                directions[name][position] = tensor
+        gram_kK = torch.zeros(len(missing), K, dtype=torch.float64)
+        for other in range(K):
+            for name, tensor in self._unit_direction(other).items():
+                gram_kK[:, other] += (directions[name].flatten(1) @ tensor.flatten().to(device)).double().cpu()
+        products_kNR = torch.zeros(len(missing), len(self._coefficients_NK), self._fishers.rank)
+        used_N = self._coefficients_NK.any(1)
         for shard in sorted(self._checksums):
             start, stop = self._fishers.plan.bounds(shard)
-            used = (start + self._coefficients_NK[start:stop].any(1).nonzero()[:, 0]).tolist()
-            for examples in self._batches(range(start, stop), used):
+            for examples in self._batches(range(start, stop), (start + used_N[start:stop].nonzero()[:, 0]).tolist()):
                 batch = self._loaded.batch(examples)
                 targets = self._loaded.targets(batch, examples)
-                products_BRk = row_products(self._collector, batch, directions, examples, targets)
-                products_kNR[:, examples, : products_BRk.shape[1]] = products_BRk.permute(2, 0, 1).cpu()
+                products_BRk = row_products(self._collector, batch, directions, examples, targets).float().cpu()
+                live_B = used_N[examples]  # others that came with them need not be finite
+                found_kBR = products_BRk.where(live_B[:, None, None], 0).permute(2, 0, 1)
+                products_kNR[:, examples, : found_kBR.shape[2]] = found_kBR
         for component, products_NR, gram_K in zip(missing, products_kNR, gram_kK, strict=True):
             content = save({"products": products_NR.contiguous(), "gram": gram_K.contiguous()})
             write_file_atomically(self._paths.scores_file(step, component), partial(_put, content=content))
@@ -176,10 +185,11 @@ class LiftWorker:
         facts = {component: read_json(self._result(component)) for component in block}
         missing = tuple(component for component in block if facts[component].get("polished", 0) < step)
         if missing:
-            files = [self._paths.scores_file(step, component) for component in range(len(self._components_KD))]
-            scores = [load(file.read_bytes()) for file in files]
-            products_NRK = torch.stack([each["products"] for each in scores], dim=2)
-            cosines_KK = torch.stack([each["gram"] for each in scores])
+            K = len(self._components_KD)
+            products_NRK = torch.zeros(len(self._coefficients_NK), self._fishers.rank, K)
+            cosines_KK = torch.zeros(K, K, dtype=torch.float64)
+            for component in range(K):
+                products_NRK[:, :, component], cosines_KK[component] = self._scores(step, component)
 
             def weights(examples: slice, arrays: Mapping[str, Tensor]) -> Tensor:
                 norms_N, weighted_NK = arrays["frobenius_norms"], self._weighted_NK[examples]
@@ -191,10 +201,19 @@ class LiftWorker:
                 facts[component] = self._write(component, *self._direction(component, polished), step)
         return [facts[component] for component in block]
 
+    def _scores(self, step: int, component: int) -> tuple[Tensor, Tensor]:
+        """What `score` left of a component: (N, R), (K,)."""
+        file = self._paths.scores_file(step, component)
+        try:
+            found = load(file.read_bytes())
+            return found["products"], found["gram"]
+        except (OSError, KeyError, SafetensorError) as error:
+            raise StoreError(f"{file} is missing or damaged: delete it and run the same command again") from error
+
     def _unit_direction(self, component: int) -> dict[str, Tensor]:
-        """As it is stored, at full length again after rounding."""
+        """As it is stored, at full length again after rounding; zero, of a component that no example uses, stays."""
         stored = {name: torch.from_numpy(array).float() for name, array in self._directions.read(component).items()}
-        length = max(inner_product(stored, stored) ** 0.5, 1e-300)
+        length = inner_product(stored, stored) ** 0.5 or 1.0
         return {name: tensor / length for name, tensor in stored.items()}
 
     def _rows(self, block: Sequence[int], component: int) -> list[int]:

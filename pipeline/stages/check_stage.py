@@ -125,9 +125,12 @@ def _complete_stages(run: RunDirectory) -> dict[str, Callable[..., object]]:
 
 
 def _as_lifted(run: RunDirectory) -> RunDirectory:
-    """The run, asked for just the components that it has directions of: the command line may have chosen them."""
+    """The run, asked for just the components that it has directions of: the command line may have chosen them. Polished
+    ones are all of them."""
     lifted = tuple(finished_components(run, "lift"))
-    return RunDirectory(run.path, run.config.with_lift(components=lifted)) if lifted else run
+    if not lifted or run.config.lift.polish_steps:
+        return run
+    return RunDirectory(run.path, run.config.with_lift(components=lifted))
 
 
 def _make_again(

@@ -12,9 +12,7 @@ import numpy as np
 
 from pipeline.config import RunConfig
 from pipeline.progress import ProgressDisplay, SilentProgress
-from pipeline.result_tables import (
-    rows_to_columns,
-)
+from pipeline.result_tables import rows_to_columns
 from pipeline.run_directory import RunDirectory, RunDirectoryError
 from pipeline.runtime.diagonal_lift_actor import DiagonalLiftWorker
 from pipeline.runtime.executor import Executor
@@ -91,7 +89,8 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
             )
             work.lift(chosen)
             work.polish(config.lift.polish_steps)
-        remove_directory(paths.sums)
+        for folder in (paths.sums, paths.scores):
+            remove_directory(folder)
         median = _write_tables(run, lifted)
         return stage.complete({"n_components": len(lifted), "components": sorted(lifted), "median_cosine": median})
 
@@ -131,9 +130,10 @@ def _write_tables(run: RunDirectory, lifted: dict[int, dict[str, Any]]) -> float
 
 def _fitting(config: RunConfig, n_parameters: int) -> int:
     """Components that a worker may add up at one time."""
-    # of diagonals, their own sums beside those of gradients
-    direction_bytes = (4 if config.factorization.kind == "fishers" else 8) * n_parameters
-    return max(1, config.lift.memory_limit_mb * 2**20 // direction_bytes)
+    fitting = config.lift.memory_limit_mb * 2**20 // (4 * n_parameters)
+    if config.factorization.kind != "fishers":
+        fitting = (fitting - 1) // 2  # their diagonals beside their gradients, and the sum of all diagonals
+    return max(1, fitting)
 
 
 @dataclass
@@ -153,10 +153,9 @@ class _Work:
     def lift(self, chosen: list[int]) -> None:
         """Make the directions of chosen components that are not there yet."""
         missing = [component for component in chosen if component not in self.lifted]
-        n_blocks = math.ceil(len(missing) / self.fitting)
-        parts = min(self.workers // n_blocks, self.n_shards) if missing else 1
-        blocks = [LiftBlock(components, parts=parts) for components in self._cut(missing, self.fitting)]
+        parts = min(self.workers // math.ceil(len(chosen) / self.fitting), self.n_shards) if missing else 1
         if parts > 1:
+            blocks = self._blocks_in_parts(chosen, missing, parts)
             each = [replace(block, part=part) for block in blocks for part in range(parts)]
             with self.progress.stage("lift", len(each), "sums") as tick:
                 for done, _ in enumerate(self.map("add_up", each), 1):
@@ -164,7 +163,7 @@ class _Work:
         total = len(self.lifted) + len(missing)
         with self.progress.stage("lift", total, "directions", done=len(self.lifted)) as tick:
             if parts > 1:
-                singly = [(block, component) for block in blocks for component in block.components]
+                singly = [(block, each) for block in blocks for each in block.components if each in missing]
                 for (_, component), facts in self.map("finish", singly):
                     self.lifted[component] = facts
                     tick(len(self.lifted))
@@ -173,6 +172,24 @@ class _Work:
             for block, found in self.map("lift", blocks):
                 self.lifted |= dict(zip(block.components, found, strict=True))
                 tick(len(self.lifted))
+
+    def _blocks_in_parts(self, chosen: list[int], missing: list[int], parts: int) -> list[LiftBlock]:
+        """Blocks of what is missing; those that were added up before a crash are taken as they were. Sums of others, of
+        another number of workers, say, are deleted."""
+        there = {path.name for path in self.paths.sums.glob("*.f32")}
+        blocks = [LiftBlock(components, parts=parts) for components in self._cut(chosen, self.fitting)]
+        blocks = [
+            block for block in blocks if self._sums_of(block) <= there and not set(block.components).isdisjoint(missing)
+        ]
+        taken = {component for block in blocks for component in block.components}
+        left = [component for component in missing if component not in taken]
+        blocks += [LiftBlock(components, parts=parts) for components in self._cut(left, self.fitting)]
+        for name in there.difference(*map(self._sums_of, blocks)):
+            (self.paths.sums / name).unlink()
+        return blocks
+
+    def _sums_of(self, block: LiftBlock) -> set[str]:
+        return {self.paths.sums_file(replace(block, part=part)).name for part in range(block.parts)}
 
     def polish(self, steps: int) -> None:
         """Take further steps. After a crash a step goes on from the components that it has scored, and then from those
@@ -187,6 +204,7 @@ class _Work:
                 if not left:
                     continue
                 unscored = [each for each in left if not self.paths.scores_file(step, each).exists()]
+                done += len(left) - len(unscored)
                 for method, those in (("score", unscored), ("polish", left)):
                     blocks = self._cut(those, self._share(those))
                     for (_, block), facts in self.map(method, [(step, block) for block in blocks]):

@@ -49,9 +49,13 @@ def diagonal_weights(
 def principal_direction(factors_MRD: Tensor, coefficients_M: Tensor) -> Tensor:
     """The largest eigenvector (D,), float64, of Σ_i w_i Â_iᵀÂ_i, with factors Â normalised; zero if that is zero."""
     rows_nD = (factors_MRD.double() * coefficients_M.double().sqrt()[:, None, None]).flatten(0, 1)
+    n_rows, dim = rows_nD.shape
+    if not rows_nD.any():
+        return rows_nD.new_zeros(dim)
+    if dim <= n_rows:
+        return torch.linalg.eigh(rows_nD.T @ rows_nD).eigenvectors[:, -1]
     values, vectors = torch.linalg.eigh(rows_nD @ rows_nD.T)
-    found_D = rows_nD.T @ vectors[:, -1]
-    return found_D / values[-1].sqrt() if values[-1] > 0 else torch.zeros_like(found_D)
+    return rows_nD.T @ vectors[:, -1] / values[-1].sqrt()
 
 
 def sign_weights(

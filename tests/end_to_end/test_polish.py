@@ -13,8 +13,16 @@ import pytest
 from pipeline import cli, stages
 from pipeline.config import ConfigError, RunConfig
 from pipeline.run_directory import RunDirectory
+from pipeline.runtime import lift_actor
 from pipeline.runtime.executor import SerialExecutor, WorkerSpec
-from pipeline.store import DirectionStore, FisherStore, open_factorization, read_json, read_table
+from pipeline.store import (
+    DirectionStore,
+    FisherStore,
+    StoreError,
+    open_factorization,
+    read_json,
+    read_table,
+)
 
 N, K, STEPS = 120, 3, 2
 
@@ -132,6 +140,71 @@ def test_a_lost_direction_is_made_again_with_all_others(narrow: RunDirectory, tm
     (run.path / "stages" / "lift.json").unlink()
     stages.lift(run)
     np.testing.assert_array_equal(directions_of(run), expected)
+
+
+def test_a_damaged_direction_is_made_again_by_check(narrow: RunDirectory, tmp_path: Path) -> None:
+    run = copy_of(narrow, tmp_path / "run", polish_steps=1)
+    stages.lift(run)
+    expected = directions_of(run)
+    chunk = next(path for path in (run.directions / "7.weight" / "c" / "1").rglob("*") if path.is_file())
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b"x")
+    assert [damage.what for damage in stages.check(run)] == ["direction 1"]
+    stages.check(run, repair=True)
+    np.testing.assert_array_equal(directions_of(run), expected)
+
+
+def test_examples_that_came_with_a_batch_need_not_be_finite(tmp_path: Path) -> None:
+    """Where labels are drawn, batches are those of the Fishers, with an invalid example in one of them."""
+    document = config_of(tmp_path / "run", {"dim": 48}, polish_steps=1).model_dump()
+    document["task"]["name"] = "end_to_end.nan_digits:NanDigits"
+    document["fishers"] |= {"labels": "sampled", "rank": 2}
+    run = RunDirectory.create(RunConfig.model_validate(document))
+    for stage in (stages.compute_fishers, stages.factorize, stages.lift):
+        stage(run)
+    assert np.isfinite(directions_of(run)).all()
+    np.testing.assert_allclose(np.linalg.norm(directions_of(run), axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fishers", "diagonal_groups"])
+def test_a_component_that_no_example_uses_has_no_direction_and_harms_no_other(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = config_of(tmp_path / "run", {"dim": 48}, polish_steps=int(kind == "fishers")).model_dump()
+    document["fishers"]["diagonal"]["groups"] = True
+    document["factorization"]["kind"] = kind
+    run = RunDirectory.create(RunConfig.model_validate(document))
+    for stage in (stages.compute_fishers, stages.factorize):
+        stage(run)
+
+    class Unused:
+        def __init__(self, path: Path) -> None:
+            self._stored = open_factorization(path)
+
+        def read_coefficients(self) -> np.ndarray:
+            coefficients = self._stored.read_coefficients().copy()
+            coefficients[:, 1] = 0
+            return coefficients
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._stored, name)
+
+    monkeypatch.setattr(lift_actor, "open_factorization", Unused)
+    stages.lift(run)
+    lengths = np.linalg.norm(directions_of(run), axis=1)
+    np.testing.assert_allclose(lengths, [1, 0, 1], atol=1e-5)
+
+
+def test_damaged_scores_are_said_to_be_so(narrow: RunDirectory, tmp_path: Path) -> None:
+    run = copy_of(narrow, tmp_path / "run", polish_steps=1)
+    with pytest.raises(_Interrupted):
+        stages.lift(run, executor=_Stops(2 + 2 * K))  # two parts, all directions and scores
+    damaged = run.partial_results("lift") / "polish" / "001" / "00001.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(StoreError, match="missing or damaged: delete it and run the same command again"):
+        stages.lift(run, executor=_Stops())
+    damaged.unlink()
+    stages.lift(run, executor=_Stops())
+    assert not damaged.parent.parent.exists()
 
 
 def test_what_cannot_be_polished_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,6 +84,15 @@ def test_the_principal_direction_is_that_of_the_dense_matrix() -> None:
     expected = torch.linalg.eigh(dense).eigenvectors[:, -1]
     assert abs(abs(float(principal_direction(factors, coefficients) @ expected)) - 1) < 1e-12
     assert not principal_direction(factors, torch.zeros(9)).any()
+    assert principal_direction(factors[:0], torch.zeros(0)).tolist() == [0.0] * 7
+
+
+def test_the_principal_direction_is_the_same_by_the_smaller_of_its_two_gram_matrices() -> None:
+    torch.manual_seed(0)
+    factors, coefficients = torch.randn(3, 2, 7).double(), torch.rand(3).double()
+    wide = principal_direction(factors, coefficients)
+    tall = principal_direction(torch.cat([factors, torch.zeros(9, 2, 7)]), torch.cat([coefficients, torch.ones(9)]))
+    assert abs(abs(float(wide @ tall)) - 1) < 1e-12
 
 
 def test_entries_go_far_where_the_component_matters_and_little_else_does() -> None:
