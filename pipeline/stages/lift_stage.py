@@ -157,7 +157,7 @@ class _Work:
         if parts > 1:
             blocks = self._blocks_in_parts(chosen, missing, parts)
             each = [replace(block, part=part) for block in blocks for part in range(parts)]
-            with self.progress.stage("lift", len(each), "sums") as tick:
+            with self.progress.stage("lift", len(each), "parts of the examples") as tick:
                 for done, _ in enumerate(self.map("add_up", each), 1):
                     tick(done)
         total = len(self.lifted) + len(missing)
