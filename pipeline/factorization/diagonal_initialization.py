@@ -80,9 +80,7 @@ def initialize_diagonal(fishers_MP: Any, n_components: int, seed: int, n_starts:
     trials = [_polished(part_MC, start_KC, _TRIAL_ITERATIONS) for start_KC in starts]
     shard, state = min(trials, key=lambda trial: trial[1].best_loss)
     if whole:
-        options = SolverOptions(n_components=n_components, max_iterations=_MOST_ITERATIONS, tolerance=_TOLERANCE)
-        while diagonal_stopping_reason(state, options) is None:
-            state, _ = step_diagonal([shard], state, options)
+        state = _advanced(shard, state, _options(n_components, _MOST_ITERATIONS))
         return torch.nn.functional.normalize(state.best_components_KP, dim=1)
     components_KP = part_MC.new_zeros(n_components, fishers_MP.shape[1])
     components_KP[:, columns_C] = torch.nn.functional.normalize(state.best_components_KP, dim=1)
@@ -106,12 +104,18 @@ def _heaviest_columns(fishers_MP: Any) -> tuple[Tensor, Tensor]:
 
 
 def _polished(fishers_MP: Any, start_KP: Tensor, most: int) -> tuple[DiagonalShard, DiagonalState]:
-    shard = DiagonalShard(fishers_MP)
-    options = SolverOptions(n_components=len(start_KP), max_iterations=most, tolerance=_TOLERANCE)
-    state = initial_diagonal_state(start_KP, options)
+    shard, options = DiagonalShard(fishers_MP), _options(len(start_KP), most)
+    return shard, _advanced(shard, initial_diagonal_state(start_KP, options), options)
+
+
+def _options(n_components: int, most: int) -> SolverOptions:
+    return SolverOptions(n_components=n_components, max_iterations=most, tolerance=_TOLERANCE)
+
+
+def _advanced(shard: DiagonalShard, state: DiagonalState, options: SolverOptions) -> DiagonalState:
     while diagonal_stopping_reason(state, options) is None:
         state, _ = step_diagonal([shard], state, options)
-    return shard, state
+    return state
 
 
 def _nndsvd(fishers_MP: Any, n_components: int, generator: torch.Generator) -> Tensor:

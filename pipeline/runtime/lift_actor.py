@@ -12,7 +12,6 @@ once those of all components are there, `polish` makes the block's directions an
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -144,8 +143,7 @@ class LiftWorker:
         files = [self._paths.sums_file(replace(block, part=part)) for part in range(block.parts)]
         for row in self._rows(block.components, component):
             total_P = sum(read_sums(file, row, layout.size) for file in files)
-            sizes = [math.prod(shape) for shape in layout.shapes]
-            pieces = zip(layout.names, layout.shapes, torch.as_tensor(total_P).split(sizes), strict=True)
+            pieces = zip(layout.names, layout.shapes, torch.as_tensor(total_P).split(layout.sizes), strict=True)
             vectors.append({name: piece.reshape(shape) for name, shape, piece in pieces})
         return self._write(component, *self._direction(component, vectors))
 

@@ -156,9 +156,9 @@ class _Work:
         parts = min(self.workers // math.ceil(len(chosen) / self.fitting), self.n_shards) if missing else 1
         if parts > 1:
             blocks = self._blocks_in_parts(chosen, missing, parts)
-            each = [replace(block, part=part) for block in blocks for part in range(parts)]
-            with self.progress.stage("lift", len(each), "parts of the examples") as tick:
-                for done, _ in enumerate(self.map("add_up", each), 1):
+            pieces = [replace(block, part=part) for block in blocks for part in range(parts)]
+            with self.progress.stage("lift", len(pieces), "parts of the examples") as tick:
+                for done, _ in enumerate(self.map("add_up", pieces), 1):
                     tick(done)
         total = len(self.lifted) + len(missing)
         with self.progress.stage("lift", total, "directions", done=len(self.lifted)) as tick:

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.fisher import GradientCollector
-from pipeline.fisher.diagonal import diagonal_sum
+from pipeline.fisher import GradientCollector, diagonal_sum
+from pipeline.verification.lift import add_rows, inverse_roots
 
 DAMPING = 1.0
 """Of F̄, in its mean entry: parameters that hardly matter to anything are not to go furthest."""
@@ -62,9 +62,9 @@ def sign_weights(
     factors_NRD: Tensor, coefficients_Nk: Tensor, directions_kD: Tensor, frobenius_norms_N: Tensor
 ) -> Tensor:
     """Weights (k, N, R), float64, of the gradient rows A_ir in (Σ_i W_ij F̂_i) v_j, for directions v_j of the sketch."""
-    scores_NRk = (factors_NRD @ directions_kD.to(factors_NRD).T) * coefficients_Nk.double()[:, None]
-    return (scores_NRk * frobenius_norms_N.double().rsqrt().where(frobenius_norms_N > 0, 0)[:, None, None]).permute(
-        2, 0, 1
+    products_NRk = factors_NRD @ directions_kD.to(factors_NRD).T
+    return torch.einsum(
+        "nrk,nk,n->knr", products_NRk.double(), coefficients_Nk.double(), inverse_roots(frobenius_norms_N)
     )
 
 
@@ -87,14 +87,8 @@ def accumulate_diagonals(
     if not live_B.any():
         return
     collected = collector.collect(batch, examples, targets)
-    scales_B = collected.labels.scales_B
-    live_B = live_B.to(scales_B.device)
-    contributions = {name: part.examples(live_B) for name, part in collected.contributions.items()}
-    diagonal_sum(contributions, scales_B[live_B], diagonal_weights_kB.to(scales_B)[:, live_B], diagonals)
-    row_weights_kBR = (row_weights_kBR.to(scales_B) * scales_B[:, None])[:, live_B]
-    with torch.no_grad():
-        for name, contribution in contributions.items():
-            contribution.add_weighted_sum(row_weights_kBR, gradients[name])
+    diagonal_sum(collected.contributions, collected.labels.scales_B, diagonal_weights_kB, diagonals)
+    add_rows(collected, live_B, row_weights_kBR, gradients)
 
 
 def fisher_weighted(

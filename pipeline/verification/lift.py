@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.fisher import GradientCollector, ParameterLayout
+from pipeline.fisher import Collected, GradientCollector, ParameterLayout
 from pipeline.fisher.contributions import direction_products
 
 
@@ -45,7 +45,7 @@ def lift_weights(
     components_KD = components_KD.double()
     system_KK = coefficient_gram_KK.double() * (components_KD @ components_KD.T)
     products_NRK = factors_NRD @ components_KD.to(factors_NRD).T
-    return _step(products_NRK, coefficients_NK, system_KK, component_ids, _inverse_roots(frobenius_norms_N))
+    return _step(products_NRK, coefficients_NK, system_KK, component_ids, inverse_roots(frobenius_norms_N))
 
 
 def polish_weights(
@@ -58,7 +58,7 @@ def polish_weights(
 ) -> Tensor:
     """As `lift_weights`, of the products A_ir·ĝ_l of unit directions and their Gram matrix, in full coordinates."""
     system_KK = coefficient_gram_KK.double() * directions_gram_KK.double()
-    inverse_roots_N = _inverse_roots(frobenius_norms_N)
+    inverse_roots_N = inverse_roots(frobenius_norms_N)
     products_NRK = products_NRK.double() * inverse_roots_N[:, None, None]
     return _step(products_NRK, coefficients_NK, system_KK, component_ids, inverse_roots_N)
 
@@ -75,7 +75,8 @@ def _step(
     return torch.einsum("kl,nrl,n->knr", inverse_kK, scores_NRK, inverse_roots_N)
 
 
-def _inverse_roots(frobenius_norms_N: Tensor) -> Tensor:
+def inverse_roots(frobenius_norms_N: Tensor) -> Tensor:
+    """1/√‖F_i‖, float64; 0 where the norm is 0."""
     return frobenius_norms_N.double().rsqrt().where(frobenius_norms_N > 0, 0)
 
 
@@ -108,7 +109,11 @@ def accumulate_directions(
     live_B = weights_kBR.ne(0).any(dim=2).any(dim=0)
     if not live_B.any():
         return
-    collected = collector.collect(batch, examples, targets)
+    add_rows(collector.collect(batch, examples, targets), live_B, weights_kBR, directions)
+
+
+def add_rows(collected: Collected, live_B: Tensor, weights_kBR: Tensor, directions: dict[str, Tensor]) -> None:
+    """As `accumulate_directions`, of rows that are collected already, and of the examples that are marked only."""
     scales_B = collected.labels.scales_B
     live_B = live_B.to(scales_B.device)
     weights_kBR = (weights_kBR.to(scales_B) * scales_B[:, None])[:, live_B]
