@@ -21,6 +21,7 @@ from typer.exceptions import TyperException
 
 from pipeline import stages
 from pipeline.config import RunConfig
+from pipeline.errors import NpeffError
 from pipeline.estimate import estimate
 from pipeline.estimate import rows as estimate_rows
 from pipeline.interchange import ImportOptions, export_run, import_run
@@ -403,7 +404,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if code == EXIT_INTERRUPTED:  # typer has made an exit code of the exception
             raise KeyboardInterrupt
         raise SystemExit(code)
-    except stages.USER_ERRORS as error:
+    except NpeffError as error:
         _fail(str(error))
     except TyperException as error:
         _fail(_usage(error))

@@ -32,6 +32,8 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline.errors import NpeffError
+
 _VARIABLE = re.compile(r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 MAX_ITERATIONS = "factorization.max_iterations"
@@ -39,7 +41,7 @@ MAX_ITERATIONS = "factorization.max_iterations"
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class ConfigError(ValueError):
+class ConfigError(NpeffError, ValueError):
     """A run file that cannot be used; the message names the key and says what would be accepted."""
 
 

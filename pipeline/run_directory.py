@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError, RunConfig
+from pipeline.errors import NpeffError
 from pipeline.store.atomic import is_committed, write_file_atomically
 from pipeline.store.errors import StoreError
 from pipeline.store.location import is_remote, location
@@ -37,7 +38,7 @@ _held: set[Path] = set()
 """Runs that this process holds the lock of."""
 
 
-class RunDirectoryError(Exception):
+class RunDirectoryError(NpeffError):
     """A run directory that cannot be used; the message says why and what to do."""
 
 

@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     | {f"pipeline.{name}" for name in ("tasks", "fisher", "factorization", "verification", "store")},
     "query": {"numpy", "scipy", "zarr", "dask", "pyarrow", "duckdb", "jinja2", "markupsafe", "yaml", "PIL"}
     | {"pipeline.contingency", "pipeline.store"},
+    "errors": set(),
     "contingency": {"numpy", "scipy"},
     "config": {"pydantic", "yaml"},
     "run_directory": {"pipeline.config", "pipeline.store"},
@@ -91,7 +92,7 @@ def sources(name: str) -> list[Path]:
 
 @pytest.mark.parametrize("name", ALLOWED)
 def test_a_package_imports_only_what_its_place_in_the_house_allows(name: str) -> None:
-    allowed = ALLOWED[name] | {f"pipeline.{name}"} | set(sys.stdlib_module_names)
+    allowed = ALLOWED[name] | {f"pipeline.{name}", "pipeline.errors"} | set(sys.stdlib_module_names)
     found = {(str(path.relative_to(ROOT)), used) for path in sources(name) for used in imports(path)}
     assert found, f"no source found for {name}"
     assert {(path, used) for path, used in found if used not in allowed} == set()
@@ -119,3 +120,17 @@ def test_importing_the_package_is_cheap() -> None:
     script = "import sys, pipeline; print([name for name in ('torch', 'ray', 'zarr') if name in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert shown.stdout.strip() == "[]"
+
+
+def test_every_error_that_a_user_can_cause_has_one_base() -> None:
+    internal = {"WorkerLostError", "HeldError", "_DamagedError"}  # each is caught inside the package
+    bases = {
+        node.name: {getattr(base, "id", "") for base in node.bases}
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Error") and node.name not in internal
+    }
+    known = {"Exception", "NpeffError"}
+    while more := {name for name, of in bases.items() if of & (known - {"Exception"})} - known:
+        known |= more
+    assert set(bases) <= known

@@ -18,6 +18,7 @@ from planted import planted_fishers
 
 from pipeline import interchange, stages
 from pipeline.config import ConfigError, RunConfig
+from pipeline.errors import NpeffError
 from pipeline.interchange import (
     Columns,
     CountSketch,
@@ -273,10 +274,10 @@ def test_factorize_query_and_report_go_on_from_an_imported_file(tmp_path: Path, 
     page = stages.report(run).read_text(encoding="utf-8")
     assert "pefs.h5" in page
     for stage in (stages.lift, stages.verify):
-        with pytest.raises(stages.USER_ERRORS) as caught:
+        with pytest.raises(NpeffError) as caught:
             stage(run)
         assert_one_line(caught.value)
-    with pytest.raises(stages.USER_ERRORS, match="imported") as caught:
+    with pytest.raises(NpeffError, match="imported") as caught:
         stages.lift(run)
     assert_one_line(caught.value)
 

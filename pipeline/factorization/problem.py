@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from pipeline.errors import NpeffError
 
-class InvalidProblemError(ValueError):
+
+class InvalidProblemError(NpeffError, ValueError):
     """The data or the number of components cannot be factorized; the message says what to change."""
 
 

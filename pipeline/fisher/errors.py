@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pipeline.errors import NpeffError
 
-class UnsupportedModelError(ValueError):
+
+class UnsupportedModelError(NpeffError, ValueError):
     """The model, its logits or the selection of its parameters cannot be used; the message is one line saying why."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pipeline.errors import NpeffError
 
-class QueryError(ValueError):
+
+class QueryError(NpeffError, ValueError):
     """A question that this run cannot answer: the message is one clear line for the person who asked."""

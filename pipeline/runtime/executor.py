@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pipeline.tasks import TaskError
+from pipeline.errors import ItemError, NpeffError
 
 ATTEMPTS = 3
 """How often an item is given to a worker before it is given up."""
@@ -34,7 +34,7 @@ _OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE
 """In the message of torch's plain RuntimeError, where memory of the CPU runs out."""
 
 
-class ExecutorError(Exception):
+class ExecutorError(NpeffError):
     """The work cannot go on where it was asked to run; the message says what to do."""
 
 
@@ -104,7 +104,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 def may_be_the_items_fault(error: BaseException) -> bool:
     """Whether other items may do better: the user's own code failed on it, or it is too large."""
-    return isinstance(error, TaskError) or out_of_memory(error)
+    return isinstance(error, ItemError) or out_of_memory(error)
 
 
 def reason_of(error: BaseException) -> str:

@@ -28,13 +28,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-from pipeline.config import ConfigError, RunConfig
-from pipeline.factorization import InvalidProblemError
-from pipeline.fisher import UnsupportedModelError
+from pipeline.config import RunConfig
 from pipeline.progress import ProgressDisplay
-from pipeline.query import ComponentStore, QueryError, serve, write_report
+from pipeline.query import ComponentStore, serve, write_report
 from pipeline.run_directory import RunDirectory, RunDirectoryError
-from pipeline.runtime.executor import ExecutorError
 from pipeline.runtime.job import Job, JobServer, Submission
 from pipeline.runtime.metrics import RunMetrics
 from pipeline.stage import executor_for, lifted_components, record_of, recorded
@@ -47,12 +44,10 @@ from pipeline.stages.repair_stage import repair
 from pipeline.stages.select_stage import select
 from pipeline.stages.transform_stage import transform
 from pipeline.stages.verify_stage import verify
-from pipeline.store import DirectionStore, ObjectStoreError, StoreError
-from pipeline.tasks import TaskError
+from pipeline.store import DirectionStore
 
 __all__ = [
     "STAGES",
-    "USER_ERRORS",
     "Damage",
     "Job",
     "JobServer",
@@ -73,19 +68,6 @@ __all__ = [
     "transform",
     "verify",
 ]
-
-USER_ERRORS = (
-    ConfigError,
-    RunDirectoryError,
-    TaskError,
-    UnsupportedModelError,
-    InvalidProblemError,
-    StoreError,
-    ObjectStoreError,
-    QueryError,
-    ExecutorError,
-)
-"""What a user can cause or mend: the message is one line that says what to do."""
 
 
 def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = None) -> RunDirectory:

@@ -8,15 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.errors import NpeffError
 
-class StoreError(Exception):
+
+class StoreError(NpeffError):
     """Something on disk is missing, damaged, foreign or cannot be written.
 
     The message is one line that names the path and says what to do about it.
     """
 
 
-class ObjectStoreError(Exception):
+class ObjectStoreError(NpeffError):
     """A request that an object store refused or did not answer, in one line that says what to do.
 
     It is no StoreError: it says nothing of what is stored, and must not be taken for damage.

@@ -16,13 +16,15 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import ItemError
+
 IGNORED = -100
 """In `Task.targets`: no prediction is made at this position."""
 UNKNOWN = -1
 """In `Task.targets`: a prediction is made at this position, and its class is not known."""
 
 
-class TaskError(ValueError):
+class TaskError(ItemError, ValueError):
     """A task that cannot be used as it was asked for; the message says what to change."""
 
 

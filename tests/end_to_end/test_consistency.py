@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import stages
 from pipeline.config import RunConfig
+from pipeline.errors import NpeffError
 from pipeline.run_directory import RunDirectory
 from pipeline.stage import recorded
-from pipeline.tasks import TaskError
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_a_model_that_changed_between_stages_is_refused(run: RunDirectory, stage
         (run.shard_records / "00001.json").unlink()
     with pytest.raises(Exception, match=r"the model that the Fishers of this run|is of another run") as caught:
         stages.STAGES[stage](run)
-    assert isinstance(caught.value, (TaskError, *stages.USER_ERRORS))
+    assert isinstance(caught.value, NpeffError)
 
 
 def test_a_new_factorization_takes_the_old_directions_and_verification_away(run: RunDirectory) -> None:

@@ -20,6 +20,7 @@ from scipy.optimize import nnls
 
 from pipeline import cli, stages
 from pipeline.config import ConfigError, RunConfig
+from pipeline.errors import NpeffError
 from pipeline.factorization import entries_by_column
 from pipeline.interchange import export_run
 from pipeline.progress import SilentProgress
@@ -299,5 +300,5 @@ def test_diagonals_that_are_not_stored_are_refused(kind: str, key: str, tmp_path
 
 def test_more_components_than_examples_are_refused(fishers: dict[int, Path], tmp_path: Path) -> None:
     run = prepared(tmp_path / "run", fishers, "diagonal_groups", n_components=N)
-    with pytest.raises(stages.USER_ERRORS, match=f"n_components={N} exceeds"):
+    with pytest.raises(NpeffError, match=f"n_components={N} exceeds"):
         stages.factorize(run)

@@ -15,6 +15,7 @@ import torch
 from pipeline import stages
 from pipeline.cli import main
 from pipeline.config import ConfigError, RunConfig
+from pipeline.errors import NpeffError
 from pipeline.factorization import InvalidProblemError, nnls
 from pipeline.metrics import metrics_writer
 from pipeline.run_directory import RunDirectory, RunDirectoryError
@@ -229,7 +230,7 @@ def test_a_run_of_another_space_is_refused(
     factorized: RunDirectory, tmp_path: Path, changes: dict[str, Any], said: str
 ) -> None:
     new = RunDirectory.create(config(tmp_path / "new", limit=20, **changes))
-    with pytest.raises(stages.USER_ERRORS, match=said) as caught:
+    with pytest.raises(NpeffError, match=said) as caught:
         stages.transform(new, factorized.path)
     assert "\n" not in str(caught.value)
     assert not new.factorization.exists()
