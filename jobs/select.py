@@ -12,7 +12,7 @@ from pathlib import Path
 # Python puts this script's folder first on the path, and a file in it has the package's name.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pipeline.cli import job
+from pipeline.cli.main import job
 
 if __name__ == "__main__":
     job("select")

@@ -14,50 +14,38 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.config import RunConfig
-    from pipeline.factorization.diagonal_estimator import DiagonalNPEFF
+    from pipeline.factorization.diagonals.estimator import DiagonalNPEFF
     from pipeline.factorization.estimator import NPEFF
-    from pipeline.query import ComponentStore
-    from pipeline.run_directory import RunDirectory
-    from pipeline.stages import (
-        attribute,
-        check,
-        compute_fishers,
-        factorize,
-        lift,
-        repair,
-        report,
-        run,
-        select,
-        transform,
-        verify,
-    )
+    from pipeline.query.components import ComponentStore
+    from pipeline.runs.config import RunConfig
+    from pipeline.runs.directory import RunDirectory
+    from pipeline.stages.attribute.stage import attribute
+    from pipeline.stages.check.stage import check
+    from pipeline.stages.factorize.stage import factorize
+    from pipeline.stages.fishers.stage import compute_fishers
+    from pipeline.stages.lift.stage import lift
+    from pipeline.stages.pipeline import report, run
+    from pipeline.stages.repair.stage import repair
+    from pipeline.stages.select.stage import select
+    from pipeline.stages.transform.stage import transform
+    from pipeline.stages.verify.stage import verify
     from pipeline.tasks import Examples, Task
 
 _HOMES = {
-    "RunConfig": "pipeline.config",
-    "RunDirectory": "pipeline.run_directory",
-    "DiagonalNPEFF": "pipeline.factorization.diagonal_estimator",
+    "RunConfig": "pipeline.runs.config",
+    "RunDirectory": "pipeline.runs.directory",
+    "DiagonalNPEFF": "pipeline.factorization.diagonals.estimator",
     "NPEFF": "pipeline.factorization.estimator",
-    "ComponentStore": "pipeline.query",
+    "ComponentStore": "pipeline.query.components",
     "Task": "pipeline.tasks",
     "Examples": "pipeline.tasks",
-    **dict.fromkeys(
-        (
-            "attribute",
-            "check",
-            "compute_fishers",
-            "factorize",
-            "lift",
-            "repair",
-            "report",
-            "run",
-            "select",
-            "transform",
-            "verify",
-        ),
-        "pipeline.stages",
-    ),
+    "compute_fishers": "pipeline.stages.fishers.stage",
+    "report": "pipeline.stages.pipeline",
+    "run": "pipeline.stages.pipeline",
+    **{
+        name: f"pipeline.stages.{name}.stage"
+        for name in ("attribute", "check", "factorize", "lift", "repair", "select", "transform", "verify")
+    },
 }
 
 __all__ = [

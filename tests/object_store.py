@@ -22,8 +22,8 @@ from moto.core import DEFAULT_ACCOUNT_ID
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import make_server
 
-from pipeline.store.location import location
-from pipeline.store.s3 import S3
+from pipeline.storage.location import location
+from pipeline.storage.s3 import S3
 
 BUCKET = "runs"
 Answer = tuple[str, str]

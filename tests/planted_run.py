@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 from planted import Planted
 
-from pipeline.config import RunConfig
-from pipeline.result_tables import write_example_tables, write_parameter_table
-from pipeline.run_directory import RunDirectory
-from pipeline.store import CompletionRecord, FisherStore, ShardRecords
+from pipeline.runs.config import RunConfig
+from pipeline.runs.directory import RunDirectory
+from pipeline.stages.fishers.tables import write_example_tables, write_parameter_table
+from pipeline.store.fisher_store import FisherStore
+from pipeline.store.shard_records import CompletionRecord, ShardRecords
 
 SIGNATURE = "planted"
 

@@ -13,8 +13,8 @@ import typer
 import yaml
 from pydantic import BaseModel
 
-from pipeline.cli import app
-from pipeline.config import RunConfig
+from pipeline.cli.app import app
+from pipeline.runs.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = {

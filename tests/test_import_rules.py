@@ -13,60 +13,37 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pipeline"
 
-PURE = {"torch", "numpy"}
-ALLOWED: dict[str, set[str]] = {
-    "fisher": PURE,
-    "factorization": PURE | {"scipy", "sklearn"},
-    "store": {"zarr", "pyarrow", "numpy", "h5py", "safetensors", "upath", "fsspec", "s3fs", "botocore", "aiohttp"},
-    "tasks": PURE | {"transformers", "sklearn", "pyarrow", "safetensors", "PIL", "datasets", "peft"},
-    "verification": PURE | {"scipy", "pipeline.contingency", "pipeline.fisher"},
-    "runtime": PURE
-    | {"ray", "aiohttp", "pyarrow", "safetensors"}  # Ray's job client raises aiohttp's errors
-    | {f"pipeline.{name}" for name in ("tasks", "fisher", "factorization", "verification", "store")},
-    "query": {"numpy", "scipy", "zarr", "dask", "pyarrow", "duckdb", "jinja2", "markupsafe", "yaml", "PIL"}
-    | {"pipeline.contingency", "pipeline.store"},
-    "errors": set(),
-    "contingency": {"numpy", "scipy"},
-    "config": {"pydantic", "yaml"},
-    "run_directory": {"pipeline.config", "pipeline.store"},
-    "progress": {"rich"},
-    "result_tables": {"numpy", "pyarrow"} | {f"pipeline.{name}" for name in ("run_directory", "store", "verification")},
-    "interchange": {"numpy", "pyarrow", "torch"}
-    | {
-        f"pipeline.{name}"
-        for name in ("config", "factorization", "progress", "result_tables", "run_directory", "store")
-    },
-    "metrics": {"torch", "pipeline.config", "pipeline.store"},
-    "stage": {"numpy", "torch"}
-    | {
-        f"pipeline.{name}"
-        for name in ("config", "factorization", "fisher", "interchange", "run_directory", "runtime", "store")
-    },
-    "estimate": {f"pipeline.{name}" for name in ("config", "runtime", "stage", "store")},
-    "status": {f"pipeline.{name}" for name in ("run_directory", "stage", "store")},
-    "query_output": {"typer", "rich", "pyarrow"},
-    "query_commands": {"typer", "pipeline.run_directory", "pipeline.stages", "pipeline.query_output"},
-    "job_commands": {"typer", "rich"}
-    | {f"pipeline.{name}" for name in ("config", "run_directory", "stages", "status")},
-    "cli": {"typer", "rich"}
-    | {
-        f"pipeline.{name}"
-        for name in (
-            "stages",
-            "status",
-            "estimate",
-            "interchange",
-            "job_commands",
-            "config",
-            "run_directory",
-            "progress",
-            "query_output",
-            "query_commands",
-        )
-    },
-    "jobs": {"pipeline.cli"},
+TENSORS = {"torch", "numpy"}
+ARRAYS = {"numpy", "scipy"}
+ROOMS: dict[str, tuple[set[str], set[str]]] = {
+    "errors": (set(), set()),
+    "statistics": (ARRAYS, set()),
+    "gradients": (TENSORS, {"errors"}),
+    "sketches": (TENSORS, {"gradients"}),
+    "fisher": (TENSORS, {"gradients", "sketches"}),
+    "factorization": (TENSORS | {"scipy", "sklearn"}, {"errors"}),
+    "directions": (TENSORS, {"gradients", "fisher"}),
+    "verification": (TENSORS | {"scipy"}, {"directions", "statistics"}),
+    "tasks": (
+        TENSORS | {"transformers", "sklearn", "pyarrow", "safetensors", "PIL", "datasets", "peft"},
+        {"errors"},
+    ),
+    "storage": ({"numpy", "zarr", "upath", "fsspec", "s3fs", "botocore", "aiohttp"}, {"errors"}),
+    "store": ({"zarr", "pyarrow", "numpy", "safetensors"}, {"storage"}),
+    "execution": (TENSORS | {"ray", "aiohttp"}, {"errors"}),  # Ray's job client raises aiohttp's errors
+    "runs": ({"pydantic", "yaml", "rich"}, {"errors", "storage", "store", "execution"}),
+    "models": (TENSORS | {"pyarrow"}, {"tasks", "gradients", "fisher", "execution", "store"}),
+    "query": ({"numpy", "scipy", "zarr", "dask", "pyarrow", "duckdb"}, {"errors", "store", "storage", "statistics"}),
+    "reports": (ARRAYS | {"pyarrow", "jinja2", "markupsafe", "PIL"}, {"query", "store", "storage", "statistics"}),
+    "stages": (TENSORS | {"scipy", "pyarrow", "safetensors"}, {"*"}),
+    "interchange": (
+        {"h5py", "pyarrow", "torch", "numpy"},
+        {"stages", "runs", "store", "storage", "factorization"},
+    ),
+    "cli": ({"typer", "rich", "pyarrow"}, {"errors", "stages", "interchange", "runs", "execution", "query", "storage"}),
 }
-"""Third-party packages and packages of this project that each may import, besides itself and the standard library."""
+"""For each room (a package or a module of this project), floor by floor: the third-party packages and the rooms that it
+may import, besides itself and the standard library. "*" is every room above it in this table."""
 
 
 def imports(source: Path) -> Iterator[str]:
@@ -85,30 +62,37 @@ def imports(source: Path) -> Iterator[str]:
             yield ".".join(parts[:2]) if parts[0] == "pipeline" else parts[0]
 
 
-def sources(name: str) -> list[Path]:
-    folder = ROOT / "jobs" if name == "jobs" else PACKAGE / name
-    return sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{name}.py"]
+def sources(room: str) -> list[Path]:
+    return sorted((PACKAGE / room).rglob("*.py")) if (PACKAGE / room).is_dir() else [PACKAGE / f"{room}.py"]
 
 
-@pytest.mark.parametrize("name", ALLOWED)
-def test_a_package_imports_only_what_its_place_in_the_house_allows(name: str) -> None:
-    allowed = ALLOWED[name] | {f"pipeline.{name}", "pipeline.errors"} | set(sys.stdlib_module_names)
-    found = {(str(path.relative_to(ROOT)), used) for path in sources(name) for used in imports(path)}
-    assert found, f"no source found for {name}"
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_its_place_in_the_house_allows(room: str) -> None:
+    third_party, rooms = ROOMS[room]
+    if "*" in rooms:
+        rooms = set(list(ROOMS)[: list(ROOMS).index(room)])
+    allowed = third_party | {f"{PACKAGE.name}.{name}" for name in (*rooms, room)} | set(sys.stdlib_module_names)
+    found = {(str(path.relative_to(ROOT)), used) for path in sources(room) for used in imports(path)}
+    assert found, f"no source found for {room}"
     assert {(path, used) for path, used in found if used not in allowed} == set()
 
 
-def test_every_module_has_a_rule() -> None:
-    modules = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    assert modules - set(ALLOWED) == {"__init__", "stages"}, "stages may import everything but cli"
-    assert "pipeline.cli" not in {used for path in sources("stages") for used in imports(path)}
+def test_every_room_has_a_rule() -> None:
+    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert rooms - {"__init__"} == set(ROOMS)
 
 
-def test_only_runtime_imports_ray_and_only_where_ray_was_chosen() -> None:
+def test_no_room_is_imported_from_below() -> None:
+    order = list(ROOMS)
+    for room, (_, rooms) in ROOMS.items():
+        assert all(order.index(name) < order.index(room) for name in rooms - {"*"}), room
+
+
+def test_only_one_folder_imports_ray_and_only_where_ray_was_chosen() -> None:
     importers = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py") if "ray" in set(imports(path))}
-    assert all(path.startswith("pipeline/runtime/") for path in importers)
+    assert all(path.startswith("pipeline/execution/ray/") for path in importers)
     script = (
-        "import sys, pipeline, pipeline.stages; from pipeline.runtime.executor import make_executor;"
+        "import sys, pipeline, pipeline.stages.pipeline; from pipeline.execution.create import make_executor;"
         "make_executor('serial', address='local', workers=1, cpus_per_worker=1, gpus_per_worker=0, timeout_s=1);"
         "print([name for name in ('ray', 'transformers') if name in sys.modules])"
     )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pipeline.factorization.diagonal import DiagonalShard, DiagonalStatistics
-from pipeline.factorization.diagonal_blocks import entries_by_column
-from pipeline.factorization.diagonal_initialization import initialize_diagonal
-from pipeline.factorization.diagonal_solver import (
+from pipeline.factorization.diagonals.blocks import entries_by_column
+from pipeline.factorization.diagonals.initialization import initialize_diagonal
+from pipeline.factorization.diagonals.shard import DiagonalShard, DiagonalStatistics
+from pipeline.factorization.diagonals.solver import (
     DiagonalState,
     advance_diagonal,
     diagonal_stopping_reason,

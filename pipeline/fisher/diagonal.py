@@ -15,91 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipeline.fisher.contributions import Contribution, Outer, Rows, Sum, blocks, cached_elements
-from pipeline.fisher.layer_rules import linear, rule_for
-from pipeline.fisher.parameters import ParameterLayout
-
-
-@dataclass(frozen=True)
-class TopEntries:
-    """The largest entries of the diagonals of a batch."""
-
-    values_Bk: Tensor
-    """Descending, float64. Where fewer than k entries are above zero the rest are 0, with index 0."""
-    indices_Bk: Tensor
-    """int64, into the flat parameter vector of the layout."""
-    norms_B: Tensor
-    """‖f‖₂ of the whole diagonals, float64."""
-
-
-@dataclass(frozen=True)
-class GroupLayout:
-    """Groups of parameter entries, one for each output unit.
-
-    The output units of a layer are the rows of a Linear weight, the filters of a convolution, the columns of an
-    embedding and the features of a norm. The `weight` and `bias` of a module that have one each share their groups. Any
-    other parameter is split along its first axis. A scalar is a group of its own.
-    """
-
-    counts: tuple[tuple[str, int], ...]
-    """Name of the first parameter of consecutive groups, and how many they are."""
-    parts: Mapping[str, tuple[int | None, int]]
-    """Of every parameter: the axis along which it is split (None for a scalar), and its first group."""
-
-    @classmethod
-    def of(cls, model: nn.Module, layout: ParameterLayout) -> GroupLayout:
-        """The groups of the parameters of `layout`, which are `model`'s."""
-        parts: dict[str, tuple[int | None, int]] = {}
-        found: dict[tuple[str, str, int], int] = {}
-        counts: list[tuple[str, int]] = []
-        n_groups = 0
-        for name, shape in zip(layout.names, layout.shapes, strict=True):
-            owner, _, leaf = name.rpartition(".")
-            axis = _output_axis(model.get_submodule(owner), leaf, len(shape))
-            count = 1 if axis is None else shape[axis]
-            key = owner, "" if leaf in ("weight", "bias") else leaf, count
-            if key not in found:
-                found[key] = n_groups
-                counts.append((name, count))
-                n_groups += count
-            parts[name] = axis, found[key]
-        return cls(tuple(counts), parts)
-
-    @property
-    def n_groups(self) -> int:
-        """Q."""
-        return sum(count for _, count in self.counts)
-
-    def names(self) -> list[tuple[str, int]]:
-        """Parameter and index of each group; a group that a weight and a bias share is named after the first."""
-        return [(name, index) for name, count in self.counts for index in range(count)]
-
-    def sums(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """(Q,), float64: the entries of each group added up, of tensors that have the parameters' shapes."""
-        sums_Q = torch.zeros(self.n_groups, dtype=torch.float64)
-        for name, tensor in tensors.items():
-            axis, first = self.parts[name]
-            values = tensor.detach().double().cpu()
-            along = (
-                values.reshape(1) if axis is None else values.movedim(axis, 0).reshape(tensor.shape[axis], -1).sum(1)
-            )
-            sums_Q[first : first + len(along)] += along
-        return sums_Q
-
-
-_OUTPUTS_SECOND = nn.Embedding | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-
-
-def _output_axis(module: nn.Module, leaf: str, n_axes: int) -> int | None:
-    if n_axes == 0:
-        return None
-    transposed = rule_for(module, (leaf,)) is linear and not isinstance(module, nn.Linear)
-    return 1 if n_axes > 1 and (transposed or isinstance(module, _OUTPUTS_SECOND)) else 0
+from pipeline.fisher.output_units import GroupLayout
+from pipeline.gradients.contribution import Contribution, blocks, cached_elements
+from pipeline.gradients.embedding_rows import Rows
+from pipeline.gradients.outer import Outer
+from pipeline.gradients.sums import Sum
 
 
 @torch.no_grad()
@@ -133,7 +57,7 @@ def _add_weighted(part: Contribution, weights_KB: Tensor, factor: float, total: 
     """factor Σ_b w_kb f_b to `total`, (K, *shape)."""
     weights_KB = weights_KB.to(part.new_zeros(0))
     if isinstance(part, Rows):
-        examples_n, rows_n, diagonal_ni = _looked_up(part)
+        examples_n, rows_n, diagonal_ni = looked_up(part)
         for weights_B, sums in zip(weights_KB, total, strict=True):
             sums.index_add_(0, rows_n, (diagonal_ni * weights_B[examples_n, None]).to(sums), alpha=factor)
         return
@@ -143,7 +67,7 @@ def _add_weighted(part: Contribution, weights_KB: Tensor, factor: float, total: 
         for weights_B, sums in zip(weights_KB, total, strict=True):
             sums.add_(((left_GxB * weights_B) @ right_GBx).reshape(sums.shape), alpha=factor)
         return
-    for start, stop, diagonal_bx in _diagonal_blocks(part):
+    for start, stop, diagonal_bx in diagonal_blocks(part):
         total.add_((weights_KB[:, start:stop] @ diagonal_bx).reshape(total.shape), alpha=factor)
 
 
@@ -157,11 +81,11 @@ def diagonal_norms(contributions: Mapping[str, Contribution], scales_B: Tensor) 
             left_BG, right_BG = (side.double().square().sum(2) for side in sides)
             squares_B += (left_BG * right_BG).sum(1)
         elif isinstance(part, Rows):
-            examples_n, _, diagonal_ni = _looked_up(part)
-            squares_B.index_add_(0, examples_n, _norms(diagonal_ni).square())
+            examples_n, _, diagonal_ni = looked_up(part)
+            squares_B.index_add_(0, examples_n, norms_of(diagonal_ni).square())
         else:
-            for start, stop, diagonal_bx in _diagonal_blocks(part):
-                squares_B[start:stop] += _norms(diagonal_bx).square()
+            for start, stop, diagonal_bx in diagonal_blocks(part):
+                squares_B[start:stop] += norms_of(diagonal_bx).square()
     return squares_B.sqrt() * scales_B.square()
 
 
@@ -181,12 +105,12 @@ def _sums_along(part: Contribution, axis: int | None) -> Tensor:
     if isinstance(part, Outer) and axis == int(part.inputs_first) and not _forming_is_cheaper(part):
         return _output_sums(part)
     if isinstance(part, Rows) and axis == 1:
-        examples_n, _, diagonal_ni = _looked_up(part)
+        examples_n, _, diagonal_ni = looked_up(part)
         sums_Bi = diagonal_ni.new_zeros(part.n_examples, part.shape[1], dtype=torch.float64)
         return sums_Bi.index_add_(0, examples_n, diagonal_ni.double())
     shape, kept = (part.shape, axis + 1) if axis is not None else ((1,), 1)
     sums = []
-    for _, _, diagonal_bx in _diagonal_blocks(part):
+    for _, _, diagonal_bx in diagonal_blocks(part):
         diagonal = diagonal_bx.unflatten(1, shape).movedim(kept, 1).reshape(len(diagonal_bx), shape[kept - 1], -1)
         sums.append(diagonal.sum(2, dtype=torch.float64))
     return torch.cat(sums)
@@ -213,86 +137,13 @@ def _output_sums(outer: Outer) -> Tensor:
     return torch.cat(sums)
 
 
-@torch.no_grad()
-def top_entries(
-    contributions: Mapping[str, Contribution], scales_B: Tensor, layout: ParameterLayout, k: int
-) -> TopEntries:
-    """The k largest entries of each example's f, exactly, and its norm. Which of equal entries are kept is not said.
-
-    Raises ValueError unless 1 <= k <= P.
-    """
-    if not 1 <= k <= layout.size:
-        raise ValueError(
-            f"k must be a number of entries from 1 to {layout.size}, the number of parameter entries, not {k}"
-        )
-    largest = [_Largest(k) for _ in scales_B]
-    squares_B = torch.zeros_like(scales_B)
-    offsets = dict(zip(layout.names, layout.offsets, strict=True))
-    for name, part in contributions.items():
-        offset = offsets[name]
-        if isinstance(part, Rows):
-            examples_n, rows_n, diagonal_ni = _looked_up(part)
-            squares_B.index_add_(0, examples_n, _norms(diagonal_ni).square())
-            columns_i = torch.arange(part.shape[1], device=rows_n.device)
-            counts = torch.bincount(examples_n, minlength=part.n_examples).tolist()
-            # the rows of an example are next to each other
-            for found, rows, diagonal in zip(largest, rows_n.split(counts), diagonal_ni.split(counts), strict=True):
-                found.offer(diagonal.flatten(), offset, (rows[:, None] * part.shape[1] + columns_i).flatten())
-            continue
-        for start, stop, diagonal_bx in _diagonal_blocks(part):
-            squares_B[start:stop] += _norms(diagonal_bx).square()
-            for found, diagonal_x in zip(largest[start:stop], diagonal_bx, strict=True):
-                found.offer(diagonal_x, offset)
-    values_Bk = scales_B.new_zeros(len(scales_B), k)
-    indices_Bk = torch.zeros_like(values_Bk, dtype=torch.int64)
-    for found, values_k, indices_k in zip(largest, values_Bk, indices_Bk, strict=True):
-        values, indices = found.sorted()
-        values_k[: len(values)] = values
-        indices_k[: len(indices)] = indices
-    squared_scales_B = scales_B.square()
-    return TopEntries(values_Bk * squared_scales_B[:, None], indices_Bk, squares_B.sqrt() * squared_scales_B)
-
-
-class _Largest:
-    """The k largest of the positive numbers offered for one example, at most about 2k of them held in between.
-
-    Most are sorted out by one comparison with the smallest that is still among the largest.
-    """
-
-    def __init__(self, k: int) -> None:
-        self._k, self._count = k, 0
-        self._held: list[tuple[Tensor, Tensor]] = []
-        self._above: Tensor | float = 0.0
-
-    def offer(self, values_x: Tensor, offset: int, places_x: Tensor | None = None) -> None:
-        """Values at `offset` plus 0, 1, … or `places_x`."""
-        kept = (values_x > self._above).nonzero()[:, 0]
-        places = kept if places_x is None else places_x[kept]
-        self._held.append((values_x[kept], places + offset))
-        self._count += len(kept)
-        if self._count >= 2 * self._k:
-            values, indices = self._joined()
-            values, order = values.topk(self._k, sorted=False)
-            self._held, self._count, self._above = [(values, indices[order])], self._k, values.min()
-
-    def sorted(self) -> tuple[Tensor, Tensor]:
-        """Values, descending, and their indices: k of both, or as many as were offered. To be called once."""
-        values, indices = self._joined()
-        values, order = values.topk(min(self._k, len(values)))
-        return values, indices[order]
-
-    def _joined(self) -> tuple[Tensor, Tensor]:
-        values, indices = zip(*self._held, strict=True)
-        return torch.cat(values), torch.cat(indices)
-
-
-def _norms(values: Tensor) -> Tensor:
+def norms_of(values: Tensor) -> Tensor:
     """Along the last axis, in float64: entries are squares already, and would underflow in float32."""
     norms: Tensor = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float64)
     return norms
 
 
-def _diagonal_blocks(part: Contribution) -> Iterator[tuple[int, int, Tensor]]:
+def diagonal_blocks(part: Contribution) -> Iterator[tuple[int, int, Tensor]]:
     """Diagonals (b, x), in the rows' precision, a block of examples and one of their rows at a time."""
     n_entries = math.prod(part.shape)
     for start, stop, block in blocks(part, n_entries, cached_elements(part.new_zeros(0).device)):
@@ -355,7 +206,7 @@ def _one_position(outer: Outer) -> tuple[Tensor, Tensor] | None:
     return sides[::-1] if outer.inputs_first else sides
 
 
-def _looked_up(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+def looked_up(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Of the table's rows that an example looked up: example (n,), row (n,), ascending, and their diagonal (n, i).
 
     Uses of one row by one example are added up before they are squared.

@@ -13,13 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.fisher.calibration import calibrated
-from pipeline.fisher.capture import LogitsFunction
-from pipeline.fisher.contributions import total_gram
-from pipeline.fisher.gradients import Collected, GradientCollector
-from pipeline.fisher.labels import LabelSpec
-from pipeline.fisher.parameters import ParameterLayout
-from pipeline.fisher.sketch import Sketch
+from pipeline.gradients import Collected, GradientCollector, LabelSpec, LogitsFunction, ParameterLayout
+from pipeline.gradients.sums import total_gram
+from pipeline.sketches import Sketch
+from pipeline.sketches.calibration import calibrated
 
 
 @dataclass(frozen=True)

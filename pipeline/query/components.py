@@ -29,16 +29,13 @@ from pipeline.query.filters import NAMED_CLASSES, matching
 from pipeline.query.sql import run_sql
 from pipeline.query.summary import components_table, summary
 from pipeline.query.tables import EXAMPLE_COLUMNS, RunTables, missing
-from pipeline.store import (
-    DirectionStore,
-    FisherStore,
-    StoredFactorization,
-    StoreError,
-    differences_in_space,
-    is_committed,
-    location,
-    open_factorization,
-)
+from pipeline.storage.atomic import is_committed
+from pipeline.storage.errors import StoreError
+from pipeline.storage.location import location
+from pipeline.store.component_store import StoredFactorization, open_factorization
+from pipeline.store.direction_store import DirectionStore
+from pipeline.store.fisher_store import FisherStore
+from pipeline.store.same_space import differences_in_space
 
 _TOO_WIDE_TO_LIST = ("image", "logits", "valid")
 """Columns of the examples table that a list of examples leaves out."""

@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.contingency import exact_tests
 from pipeline.query.coefficients import all_runs
 from pipeline.query.tables import RunTables
+from pipeline.statistics.contingency import exact_tests
 
 
 def enriched(

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.query.tables import RunTables
-from pipeline.query.verdict import scoreboard, verdicts
+from pipeline.statistics.verdict import scoreboard, verdicts
 
 
 def components_table(tables: RunTables) -> pa.Table:

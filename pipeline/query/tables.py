@@ -20,8 +20,10 @@ import pyarrow.fs as pa_fs
 import pyarrow.parquet as pq
 
 from pipeline.query.errors import QueryError
-from pipeline.store import SCHEMAS, StoreError, check_version, is_remote
-from pipeline.store.objects import file_system, key_of
+from pipeline.storage.errors import StoreError
+from pipeline.storage.location import is_remote
+from pipeline.storage.objects import file_system, key_of
+from pipeline.store.tables import SCHEMAS, check_version
 
 WRITTEN_BY = {
     "examples": "fishers",

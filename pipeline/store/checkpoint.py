@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.store import objects
-from pipeline.store.atomic import OLD, PARTIAL, begin_directory, commit_directory
-from pipeline.store.errors import StoreError, os_errors_explained
-from pipeline.store.location import is_remote, location
-from pipeline.store.manifest import file_checksum, read_json, write_json_atomically
+from pipeline.storage import objects
+from pipeline.storage.atomic import OLD, PARTIAL, begin_directory, commit_directory
+from pipeline.storage.checksums import file_checksum, read_json, write_json_atomically
+from pipeline.storage.errors import StoreError, os_errors_explained
+from pipeline.storage.location import is_remote, location
 
 _MANIFEST = "MANIFEST.json"
 _SCHEMA_VERSION = 1

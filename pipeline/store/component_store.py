@@ -22,13 +22,13 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from pipeline.store.atomic import replacing_directory
+from pipeline.storage.atomic import replacing_directory
+from pipeline.storage.checksums import ChecksumInBlocks, checksum
+from pipeline.storage.errors import StoreError
+from pipeline.storage.location import location
+from pipeline.storage.zarr_groups import create_group, open_array, open_group
 from pipeline.store.coefficient_rows import BLOCK_BYTES, Coefficients, blocks_of_rows
-from pipeline.store.errors import StoreError
-from pipeline.store.groups import create_group, open_array, open_group
 from pipeline.store.layout import MIN_CHUNK_BYTES
-from pipeline.store.location import location
-from pipeline.store.manifest import ChecksumInBlocks, checksum
 
 SCHEMA_VERSION = 1
 _KIND = "a factorization"

@@ -24,11 +24,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from pipeline.store.atomic import local_copy, write_file_atomically
-from pipeline.store.errors import StoreError, os_errors_explained
-from pipeline.store.location import is_remote
-from pipeline.store.manifest import checksum
-from pipeline.store.objects import read_range
+from pipeline.storage.atomic import local_copy, write_file_atomically
+from pipeline.storage.checksums import checksum
+from pipeline.storage.errors import StoreError, os_errors_explained
+from pipeline.storage.location import is_remote
+from pipeline.storage.objects import read_range
 
 _MOST_SHARDS = 4
 """In one unit: a worker gives it back in time that is counted in shards, and a crash costs no more."""

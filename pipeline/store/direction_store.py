@@ -18,11 +18,11 @@ import zarr
 from safetensors.numpy import save
 from zarr.codecs import Crc32cCodec
 
-from pipeline.store.atomic import replacing_directory, write_file_atomically
-from pipeline.store.errors import StoreError, os_errors_explained
-from pipeline.store.groups import Part, create_group, open_array, open_group, restore_metadata, write_durably
-from pipeline.store.location import is_remote, location
-from pipeline.store.objects import read_range
+from pipeline.storage.atomic import replacing_directory, write_file_atomically
+from pipeline.storage.errors import StoreError, os_errors_explained
+from pipeline.storage.location import is_remote, location
+from pipeline.storage.objects import read_range
+from pipeline.storage.zarr_groups import Part, create_group, open_array, open_group, restore_metadata, write_durably
 
 SCHEMA_VERSION = 1
 _KIND = "a store of directions"

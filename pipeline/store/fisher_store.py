@@ -35,10 +35,12 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from pipeline.store.atomic import is_committed, replacing_directory
-from pipeline.store.bfloat16 import NAN_BITS, decode_bfloat16, encode_bfloat16
-from pipeline.store.errors import StoreError, os_errors_explained
-from pipeline.store.groups import (
+from pipeline.storage.atomic import is_committed, replacing_directory
+from pipeline.storage.bfloat16 import NAN_BITS, decode_bfloat16, encode_bfloat16
+from pipeline.storage.checksums import checksum as checksum_of
+from pipeline.storage.errors import StoreError, os_errors_explained
+from pipeline.storage.location import location
+from pipeline.storage.zarr_groups import (
     Part,
     create_group,
     damaged_metadata,
@@ -50,9 +52,7 @@ from pipeline.store.groups import (
     write_durably,
 )
 from pipeline.store.layout import ShardPlan, inner_chunk_examples
-from pipeline.store.location import location
-from pipeline.store.manifest import checksum as checksum_of
-from pipeline.store.manifest import record_path
+from pipeline.store.shard_records import record_path
 
 StoreDtype = Literal["float16", "bfloat16", "float32"]
 SCHEMA_VERSION = 3

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.store.atomic import write_file_atomically
-from pipeline.store.errors import StoreError
-from pipeline.store.location import location
-from pipeline.store.manifest import checksum, read_json, write_json_atomically
+from pipeline.storage.atomic import write_file_atomically
+from pipeline.storage.checksums import checksum, read_json, write_json_atomically
+from pipeline.storage.errors import StoreError
+from pipeline.storage.location import location
 
 
 @dataclass(frozen=True)

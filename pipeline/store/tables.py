@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.store.atomic import write_file_atomically
-from pipeline.store.errors import StoreError, os_errors_explained
-from pipeline.store.location import location
+from pipeline.storage.atomic import write_file_atomically
+from pipeline.storage.errors import StoreError, os_errors_explained
+from pipeline.storage.location import location
 
 _TYPES = {
     "int": pa.int64(),
@@ -289,3 +289,8 @@ def _same_kind(found: pa.DataType, wanted: pa.DataType) -> bool:
         return _same_kind(found.value_type, wanted.value_type)
     both_numbers = all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in (found, wanted))
     return both_numbers or found == wanted or pa.types.is_null(found)
+
+
+def rows_to_columns(rows: Sequence[dict[str, Any]], table: str) -> dict[str, list[Any]]:
+    """Rows (dictionaries) of a table as columns, also where there are none."""
+    return {name: [row[name] for row in rows] for name in SCHEMAS[table].names}

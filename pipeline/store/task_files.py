@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.store import objects
-from pipeline.store.atomic import PARTIAL
-from pipeline.store.errors import os_errors_explained
-from pipeline.store.location import is_remote
+from pipeline.storage import objects
+from pipeline.storage.atomic import PARTIAL
+from pipeline.storage.errors import os_errors_explained
+from pipeline.storage.location import is_remote
 
 
 def task_files(folder: Path) -> Path:

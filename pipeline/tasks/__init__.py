@@ -14,8 +14,8 @@ __all__ = ["IGNORED", "UNKNOWN", "Examples", "Task", "TaskError", "Token", "load
 _HUGGING_FACE = "pipeline.tasks.huggingface"
 _BUILT_IN = {
     "digits": "pipeline.tasks.digits:DigitsTask",
-    "compiled-rules": "pipeline.tasks.compiled:CompiledRulesTask",
-    "planted-heuristics": "pipeline.tasks.heuristics:PlantedHeuristicsTask",
+    "compiled-rules": "pipeline.tasks.planted.compiled:CompiledRulesTask",
+    "planted-heuristics": "pipeline.tasks.planted.heuristics:PlantedHeuristicsTask",
     "huggingface-sequence-classification": f"{_HUGGING_FACE}.sequence_classification:SequenceClassificationTask",
     "huggingface-token-classification": f"{_HUGGING_FACE}.token_classification:TokenClassificationTask",
     "huggingface-image-classification": f"{_HUGGING_FACE}.image_classification:ImageClassificationTask",

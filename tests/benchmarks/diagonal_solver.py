@@ -30,12 +30,12 @@ from sklearn.decomposition import NMF
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.preprocessing import normalize
 
-from pipeline import stages
-from pipeline.config import RunConfig
+import pipeline as npeff
 from pipeline.factorization import entries_by_column
-from pipeline.factorization.diagonal_estimator import DiagonalNPEFF
-from pipeline.run_directory import RunDirectory
-from pipeline.store import FisherStore
+from pipeline.factorization.diagonals.estimator import DiagonalNPEFF
+from pipeline.runs.config import RunConfig
+from pipeline.runs.directory import RunDirectory
+from pipeline.store.fisher_store import FisherStore
 
 COMPONENTS = {"digits": 24, "minilm": 32}
 TOP_ENTRIES = {"digits": 1024, "minilm": 4096}
@@ -70,7 +70,7 @@ def stored_fishers(data: str, folder: Path, tiny: bool, pairs: int | None = None
         document["fishers"] |= fishers
         document["task"]["options"] |= options
     run = RunDirectory.create(RunConfig.model_validate(document | {"executor": {"kind": "serial"}}))
-    stages.compute_fishers(run)
+    npeff.compute_fishers(run)
     return FisherStore.open(run.fishers)
 
 

@@ -33,11 +33,14 @@ from quickstart import machine
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from pipeline.directions import accumulate_directions, lift_weights, parameter_norm, zero_directions
 from pipeline.factorization.estimator import NPEFF
-from pipeline.fisher import PerExampleFishers, SketchSpec, make_sketch, select_parameters
-from pipeline.tasks.compiled import CompiledRulesTask
-from pipeline.verification.lift import accumulate_directions, lift_weights, zero_directions
-from pipeline.verification.perturbation import find_step_size, kl_divergence, moved, parameter_norm
+from pipeline.fisher import PerExampleFishers
+from pipeline.gradients import select_parameters
+from pipeline.models.predictions import kl_divergence
+from pipeline.sketches import SketchSpec, make_sketch
+from pipeline.tasks.planted.compiled import CompiledRulesTask
+from pipeline.verification import find_step_size, moved
 
 BATCH = 100
 TARGET_KL = 0.5

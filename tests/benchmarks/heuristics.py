@@ -39,10 +39,10 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from pipeline import stages
-from pipeline.config import RunConfig
-from pipeline.progress import LogProgress, SilentProgress
-from pipeline.run_directory import RunDirectory
+import pipeline as npeff
+from pipeline.runs.config import RunConfig
+from pipeline.runs.directory import RunDirectory
+from pipeline.runs.progress import LogProgress, SilentProgress
 from pipeline.tasks import load_task
 
 ANSWERS = {"overlap": 0, "negation": 2}
@@ -69,13 +69,13 @@ def measured(
         }
         run = RunDirectory.create(RunConfig.model_validate(document))
         progress = LogProgress() if verbose else SilentProgress()
-        stages.compute_fishers(run, progress=progress)
-        fit = stages.factorize(run, progress=progress)
-        store = stages.open_components(run.path)
+        npeff.compute_fishers(run, progress=progress)
+        fit = npeff.factorize(run, progress=progress)
+        store = npeff.ComponentStore.open(run.path)
         table = store.table("examples").to_pydict()
         coefficients_NK = np.asarray(store.coefficients.compute())
-        stages.lift(run, progress=progress)
-        edits = stages.repair(run, progress=progress)["edits"]
+        npeff.lift(run, progress=progress)
+        edits = npeff.repair(run, progress=progress)["edits"]
         correct_after_N = correct_after(run) if edits else np.array(table["correct"])
     columns = {name: np.array(table[name]) for name in TAKEN}
     columns["held_out"] = np.array(table["split"]) == "held_out"

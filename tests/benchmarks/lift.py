@@ -19,9 +19,9 @@ import torch
 from fisher_stage import minilm
 from quickstart import machine
 
-from pipeline import stages
-from pipeline.config import RunConfig
-from pipeline.run_directory import RunDirectory
+import pipeline as npeff
+from pipeline.runs.config import RunConfig
+from pipeline.runs.directory import RunDirectory
 
 MEMORY_LIMIT_MB = 2048
 """Of the directions: 32 of 10.8 million parameters take 1,317."""
@@ -48,9 +48,9 @@ def main() -> None:
         minilm.model_spec(run.config).load()  # libraries are imported once, before anything is measured
         seconds = {}
         for name, stage in {
-            "fishers": stages.compute_fishers,
-            "factorize": stages.factorize,
-            "lift": stages.lift,
+            "fishers": npeff.compute_fishers,
+            "factorize": npeff.factorize,
+            "lift": npeff.lift,
         }.items():
             began = time.process_time()
             summary = stage(run)

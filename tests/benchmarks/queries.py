@@ -29,10 +29,11 @@ from rich.console import Console
 from rich.table import Table
 from scipy import sparse
 
-from pipeline.config import RunConfig
-from pipeline.result_tables import write_component_tables
-from pipeline.run_directory import RunDirectory
-from pipeline.store import write_factorization, write_table_in_parts
+from pipeline.runs.config import RunConfig
+from pipeline.runs.directory import RunDirectory
+from pipeline.stages.factorize.tables import write_component_tables
+from pipeline.store.component_store import write_factorization
+from pipeline.store.tables import write_table_in_parts
 
 RESULTS = Path("runs/benchmarks/queries.json")
 SKETCH_DIM, N_CLASSES, N_SOURCES, PART = 1024, 100, 20, 50_000

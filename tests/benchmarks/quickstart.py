@@ -26,15 +26,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import stages
-from pipeline.config import RunConfig
+import pipeline as npeff
 from pipeline.factorization import ExampleShard, SolverOptions, advance, initial_state
-from pipeline.fisher import LabelSpec, PerExampleFishers, SketchSpec, make_sketch
-from pipeline.fisher.label_factor import exact_label_factor
-from pipeline.run_directory import RunDirectory
-from pipeline.runtime.fisher_actor import FisherWorker
-from pipeline.runtime.model import LoadedModel, ModelSpec
-from pipeline.store import FisherStore, ShardRecords, open_factorization
+from pipeline.fisher import PerExampleFishers
+from pipeline.gradients import LabelSpec, exact_label_factor
+from pipeline.models.loaded import LoadedModel, ModelSpec
+from pipeline.runs.config import RunConfig
+from pipeline.runs.directory import RunDirectory
+from pipeline.sketches import SketchSpec, make_sketch
+from pipeline.stages.fishers.worker import FisherWorker
+from pipeline.store.component_store import open_factorization
+from pipeline.store.fisher_store import FisherStore
+from pipeline.store.shard_records import ShardRecords
 
 QUICKSTART = Path(__file__).parents[2] / "jobs" / "quickstart.yaml"
 BATCH, N_BATCHED, N_SINGLE = 32, 256, 24
@@ -76,7 +79,7 @@ def demo(path: Path) -> tuple[RunDirectory, dict[str, float]]:
     """The quickstart in an empty folder: wall-clock seconds of each stage, and of everything with Ray's start."""
     config = RunConfig.from_yaml(QUICKSTART).model_copy(update={"run_dir": str(path)})
     began = time.monotonic()
-    run = stages.run(config)
+    run = npeff.run(config)
     total = time.monotonic() - began
     seconds: dict[str, float] = {}
     for stage in ("fishers", "factorize", "lift", "verify"):
@@ -84,7 +87,7 @@ def demo(path: Path) -> tuple[RunDirectory, dict[str, float]]:
         assert record is not None, stage
         seconds[stage] = record["seconds"]
     began = time.monotonic()
-    stages.report(run)
+    npeff.report(run)
     seconds["report"] = time.monotonic() - began
     return run, seconds | {"Ray, imports of the workers": total - sum(seconds.values()), "total": total}
 

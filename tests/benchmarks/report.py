@@ -26,8 +26,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipeline.query import write_report
-from pipeline.store import write_factorization, write_table
+from pipeline.reports.report import write_report
+from pipeline.store.component_store import write_factorization
+from pipeline.store.tables import write_table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from chromium import Browser, find_chromium

@@ -29,13 +29,17 @@ from quickstart import machine
 from solver_stage.minilm_fishers import DIM, minilm_factors
 from verify_stage.baselines import METHODS, Data, pooled_output
 
-from pipeline import stages
-from pipeline.config import RunConfig
-from pipeline.run_directory import RunDirectory
-from pipeline.runtime.verification_actor import VerificationOptions, VerificationPaths, VerificationWorker
-from pipeline.stage import fingerprint_of, finished, lifted_components, model_spec
-from pipeline.stages.factorize_stage import write_solution
-from pipeline.store import FisherStore, Splits, read_table, write_table
+import pipeline as npeff
+from pipeline.runs.config import RunConfig
+from pipeline.runs.directory import RunDirectory
+from pipeline.runs.stage import finished
+from pipeline.stages.factorize.solution import write_solution
+from pipeline.stages.inputs import fingerprint_of, lifted_components
+from pipeline.stages.verify.worker import VerificationOptions, VerificationPaths, VerificationWorker
+from pipeline.stages.worker_specs import model_spec
+from pipeline.store.fisher_store import FisherStore
+from pipeline.store.splits import Splits
+from pipeline.store.tables import read_table, write_table
 
 N_COMPONENTS = 32
 TARGETS = {"median KL ratio": 4.0, "above 1": 0.9, "above all controls": 0.85}
@@ -85,11 +89,11 @@ def _run(cache: Path, method: str, components: list[int]) -> RunDirectory:
         for name in ("tables", "stages"):
             shutil.copytree(fishers.path / name, run.path / name)
     if method == "npeff":
-        stages.factorize(run)
+        npeff.factorize(run)
     elif run.record("factorize") is None:
         _factorize(run, method)
     began = time.monotonic()
-    lifted = stages.lift(run)
+    lifted = npeff.lift(run)
     print(
         f"{method}: lifted, median cosine {lifted['median_cosine']:.3f} ({time.monotonic() - began:.0f} s)", flush=True
     )

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline import stages
-from pipeline.run_directory import RunDirectory
+import pipeline as npeff
+from pipeline.runs.directory import RunDirectory
 
 
 def flip(path: Path) -> None:
@@ -115,10 +115,10 @@ def damage_and_repair(reference: Path, pattern: str, way: str, folder: Path) -> 
     before = written(run)
     WAYS[way](path)
     opened = RunDirectory.open(run)
-    outcome.found = [each.what for each in stages.check(opened)]
+    outcome.found = [each.what for each in npeff.check(opened)]
     began = time.monotonic()
-    outcome.left = [each.what for each in stages.check(opened, repair=True)]
-    stages.run(opened)
+    outcome.left = [each.what for each in npeff.check(opened, repair=True)]
+    npeff.run(opened)
     outcome.seconds = time.monotonic() - began
     expected, now, times = contents(reference), contents(run), written(run)
     names = expected.keys() | now.keys()

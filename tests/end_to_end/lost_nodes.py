@@ -18,8 +18,8 @@ from end_to_end.cluster_faults import NODE
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
-from pipeline.runtime.placement import WorkerPlacement
-from pipeline.runtime.private_ray import on_loopback
+from pipeline.execution.ray.placement import WorkerPlacement
+from pipeline.execution.ray.private import on_loopback
 
 
 def places_asked_for() -> int:

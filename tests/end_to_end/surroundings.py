@@ -17,9 +17,11 @@ from end_to_end import damage
 from end_to_end.commands import Command, printed
 from end_to_end.run_contents import differences, has_come_to
 
-from pipeline import RunConfig, stages
-from pipeline.run_directory import RunDirectory
-from pipeline.store import StoreError
+import pipeline as npeff
+from pipeline.runs.config import RunConfig
+from pipeline.runs.directory import RunDirectory
+from pipeline.stages.pipeline import STAGES
+from pipeline.storage.errors import StoreError
 
 YEAR_S = 365 * 86_400.0
 
@@ -58,7 +60,7 @@ def small_run(path: Path) -> RunDirectory:
     path.parent.mkdir(parents=True, exist_ok=True)
     run_file = path.with_suffix(".yaml")
     run_file.write_text(yaml.safe_dump({**SMALL, "run_dir": str(path)}), encoding="utf-8")
-    return stages.run(RunConfig.from_yaml(run_file))
+    return npeff.run(RunConfig.from_yaml(run_file))
 
 
 def without(reference: Path, stage: str, copy: Path) -> RunDirectory:
@@ -95,12 +97,12 @@ def disk_full(reference: Path, stage: str, folder: Path) -> Met:
     began = time.monotonic()
     try:
         with full_disk(512):
-            stages.STAGES[stage](run)
+            STAGES[stage](run)
     except StoreError as error:
         said = str(error)
     seconds, kept = time.monotonic() - began, damage.contents(run.path)
     lost = sum(kept.get(name) != content for name, content in before.items())
-    stages.run(run)
+    npeff.run(run)
     outcome = "exit 2, one line names the file and asks for space" if "File too large" in said else f"NOT SAID: {said}"
     return Met(outcome, seconds, lost, changed(run.path, reference))
 
@@ -113,8 +115,8 @@ def clock(reference: Path, stage: str, folder: Path, shift_s: float) -> Met:
         os.utime(path, (then, then))
     real, began = time.time, time.monotonic()
     with mock.patch("time.time", side_effect=lambda: real() - shift_s):
-        stages.run(run)
-        found = stages.check(run)
+        npeff.run(run)
+        found = npeff.check(run)
     different = changed(run.path, reference) + [each.what for each in found]
     return Met("nothing is noticed", time.monotonic() - began, 0, different)
 

@@ -15,21 +15,29 @@ import torch
 from end_to_end import damage
 from safetensors.torch import save_file
 
-from pipeline import cli, stages
-from pipeline.config import ConfigError, RunConfig
-from pipeline.fisher import GradientCollector
-from pipeline.progress import SilentProgress
-from pipeline.query import ComponentStore, QueryError
-from pipeline.run_directory import RunDirectory, RunDirectoryError
-from pipeline.runtime.attribution_actor import AttributionWorker
-from pipeline.runtime.executor import ExecutorError
-from pipeline.runtime.lift_actor import LiftBlock, LiftWorker
-from pipeline.runtime.model import LoadedModel
-from pipeline.stage import fingerprint_of, label_spec, lifted_components, model_spec
-from pipeline.stages.factorize_stage import write_solution
-from pipeline.store import DirectionStore, open_factorization, read_table
+import pipeline as npeff
+from pipeline.cli import main as cli
+from pipeline.execution.executor import ExecutorError
+from pipeline.execution.ray.metrics import RunMetrics
+from pipeline.gradients import GradientCollector, position_shares
+from pipeline.models.loaded import LoadedModel
+from pipeline.query.components import ComponentStore
+from pipeline.query.errors import QueryError
+from pipeline.runs.config import RunConfig
+from pipeline.runs.config_reading import ConfigError
+from pipeline.runs.directory import RunDirectory
+from pipeline.runs.errors import RunDirectoryError
+from pipeline.runs.progress import SilentProgress
+from pipeline.stages.attribute.worker import AttributionWorker
+from pipeline.stages.factorize.solution import write_solution
+from pipeline.stages.inputs import fingerprint_of, lifted_components
+from pipeline.stages.lift.worker import LiftBlock, LiftWorker
+from pipeline.stages.pipeline import export_direction
+from pipeline.stages.worker_specs import label_spec, model_spec
+from pipeline.store.component_store import open_factorization
+from pipeline.store.direction_store import DirectionStore
+from pipeline.store.tables import read_table
 from pipeline.tasks import TaskError
-from pipeline.verification import position_shares
 
 FIRST, ALL = [1, 3], [0, 1, 2, 3]
 
@@ -69,7 +77,7 @@ def again(run: RunDirectory, **sections: dict[str, Any]) -> RunDirectory:
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """Two of four components lifted, verified and attributed."""
     run = RunDirectory.create(config(tmp_path_factory.mktemp("attribution") / "run"))
-    for stage in (stages.compute_fishers, stages.factorize, stages.lift, stages.verify, stages.attribute):
+    for stage in (npeff.compute_fishers, npeff.factorize, npeff.lift, npeff.verify, npeff.attribute):
         stage(run)
     return run
 
@@ -126,7 +134,7 @@ def test_of_a_block_that_is_given_to_another_worker_what_is_written_stays(
 
     monkeypatch.setattr(LiftWorker, "_write", lost_at_the_second)
     monkeypatch.setattr(LiftWorker, "lift", given_twice)
-    stages.lift(copy)
+    npeff.lift(copy)
     assert written == [1, 3, 3]
     energies = [[row["energy"] for row in table(each, "layer_energy")] for each in (copy, run)]
     np.testing.assert_allclose(*energies, atol=1e-6)
@@ -205,7 +213,7 @@ def test_an_origin_at_the_model_itself_leaves_nothing_to_take_out(
         for file in other.partial_results("verify").glob("*.parquet"):
             file.rename(tmp_path / file.name)
         try:
-            stages.verify(other)
+            npeff.verify(other)
             return table(other, "ablation")
         finally:
             for file in tmp_path.glob("0*.parquet"):
@@ -221,22 +229,22 @@ def test_an_origin_at_the_model_itself_leaves_nothing_to_take_out(
     run.reopen("verify")
     for component in FIRST:
         (run.partial_results("verify") / f"{component:05d}.parquet").unlink()
-    stages.verify(run)
+    npeff.verify(run)
     assert table(run, "ablation") == before
 
 
 def test_a_task_without_tokens_has_an_empty_table(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.tasks.compiled._Sequences.tokens", lambda *_: None)
+    monkeypatch.setattr("pipeline.tasks.planted.compiled._Sequences.tokens", lambda *_: None)
     other = again(run, report={"top_examples": 1})
-    assert stages.attribute(other)["n_rows"] == 0
+    assert npeff.attribute(other)["n_rows"] == 0
     assert not table(other, "position_shares")
-    monkeypatch.setattr("pipeline.tasks.compiled._Sequences.tokens", lambda *_: [[]])
+    monkeypatch.setattr("pipeline.tasks.planted.compiled._Sequences.tokens", lambda *_: [[]])
     with pytest.raises(
         ExecutorError, match=r"tokens\(\) must give a list of one or more tokens for each of the \d+ examples"
     ):
-        stages.attribute(run)
+        npeff.attribute(run)
     monkeypatch.undo()
-    stages.attribute(run)
+    npeff.attribute(run)
 
 
 class Interrupted(Exception):
@@ -258,13 +266,13 @@ def test_a_repair_lifts_again_what_was_lifted_and_no_others(
     in_run_file: list[int] | None, run: RunDirectory, tmp_path: Path
 ) -> None:
     other = copied(run, tmp_path / "run")
-    stages.lift(RunDirectory(other.path, other.config.with_lift(components=(0,))))
+    npeff.lift(RunDirectory(other.path, other.config.with_lift(components=(0,))))
     before = direction(other, 0)
     damage.flip(other.table("ablation"))
     damage.flip(max(path for path in other.directions.glob("*/c/0/0") if path.is_file()))
     other = RunDirectory(other.path, other.config.with_lift(components=in_run_file))
-    assert {each.what for each in stages.check(other)} == {"table ablation", "direction 0"}
-    assert stages.check(other, repair=True) == []
+    assert {each.what for each in npeff.check(other)} == {"table ablation", "direction 0"}
+    assert npeff.check(other, repair=True) == []
     assert lifted_components(other) == [0, *FIRST]
     assert all(torch.equal(tensor, before[name]) for name, tensor in direction(other, 0).items())
     assert [row for row in table(other, "ablation") if row["component"] in FIRST] == table(run, "ablation")
@@ -275,17 +283,17 @@ def test_others_are_added_and_what_is_there_stays(run: RunDirectory, monkeypatch
     before = {name: table(run, name) for name in ("verification", "position_shares", "ablation")}
     stored = {component: direction(run, component) for component in FIRST}
     told: list[str] = []
-    monkeypatch.setattr(stages.RunMetrics, "__call__", lambda self, stage, *_: told.append(stage))
+    monkeypatch.setattr(RunMetrics, "__call__", lambda self, stage, *_: told.append(stage))
     with pytest.raises(SystemExit) as ended:
         cli.main(["lift", str(run.path), "-c", "0", "-c", "1"])
     assert not ended.value.code
     assert set(told) == {"lift"}
     run = RunDirectory.open(run.path)
     with pytest.raises(RunDirectoryError, match=r"component 2 is not lifted: run `npeff lift .* -c 2` first"):
-        stages.export_direction(run, 2, run.path / "direction.safetensors")
+        export_direction(run, 2, run.path / "direction.safetensors")
     everything = RunDirectory(run.path, run.config.with_lift(components=None))
-    stages.lift(everything)
-    stages.verify(run)
+    npeff.lift(everything)
+    npeff.verify(run)
 
     attribute, calls = AttributionWorker.attribute, []
 
@@ -297,8 +305,8 @@ def test_others_are_added_and_what_is_there_stays(run: RunDirectory, monkeypatch
 
     monkeypatch.setattr(AttributionWorker, "attribute", interrupted)
     with pytest.raises(Interrupted):
-        stages.attribute(run, progress=SilentProgress())
-    assert stages.attribute(run)["components"] == ALL
+        npeff.attribute(run, progress=SilentProgress())
+    assert npeff.attribute(run)["components"] == ALL
     assert calls == [0, 2, 2]
     for component in FIRST:
         assert all(torch.equal(tensor, stored[component][name]) for name, tensor in direction(run, component).items())
@@ -311,7 +319,7 @@ def test_others_are_added_and_what_is_there_stays(run: RunDirectory, monkeypatch
 
 def test_a_component_that_is_not_there_is_refused(run: RunDirectory, tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match=r"has components 0 to 3, no 4: correct lift\.components"):
-        stages.lift(RunDirectory(run.path, run.config.with_lift(components=(1, 4))))
+        npeff.lift(RunDirectory(run.path, run.config.with_lift(components=(1, 4))))
     with pytest.raises(RunDirectoryError, match=r"it differs in lift\.dtype"):
         again(run, lift={"dtype": "float32"})
     for section, message in (

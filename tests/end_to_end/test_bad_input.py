@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 
 TESTS = Path(__file__).parents[1]
 NOT_CONTENT = {".lock", ".workers"}
@@ -527,7 +527,7 @@ def test_a_file_system_that_is_read_only_is_said(command: Command, tmpfs: Callab
 def start(*arguments: Any) -> subprocess.Popen[str]:
     """The command in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", *map(str, arguments)],
+        [sys.executable, "-m", "pipeline.cli.main", *map(str, arguments)],
         cwd=TESTS.parent,
         env={**os.environ, "PYTHONPATH": str(TESTS)},
         stdout=subprocess.PIPE,

@@ -14,9 +14,9 @@ import pytest
 import yaml
 from end_to_end import damage, surroundings
 
-from pipeline import stages
-from pipeline.cli import main
-from pipeline.run_directory import RunDirectory
+import pipeline as npeff
+from pipeline.cli.main import main
+from pipeline.runs.directory import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +87,8 @@ def test_a_checkpoint_that_is_damaged_goes_and_the_one_before_is_kept(run: Path)
     newest = max((run / "checkpoints").iterdir())
     damage.flip(newest / "components.npy")
     opened = RunDirectory.open(run)
-    assert [each.what for each in stages.check(opened)] == [f"checkpoint {int(newest.name)}"]
-    assert stages.check(opened, repair=True) == []
+    assert [each.what for each in npeff.check(opened)] == [f"checkpoint {int(newest.name)}"]
+    assert npeff.check(opened, repair=True) == []
     assert not newest.exists()
     assert len(list((run / "checkpoints").iterdir())) == 1
 
@@ -112,10 +112,10 @@ def test_what_cannot_be_made_again_is_said_and_left(run: Path, capfd: pytest.Cap
 
 def test_an_unfinished_run_is_whole_and_a_repair_does_not_finish_it(reference: Path, tmp_path: Path) -> None:
     opened = surroundings.without(reference, "lift", tmp_path / "run")
-    assert stages.check(opened) == []
+    assert npeff.check(opened) == []
     (opened.shard_records / "00002.json").unlink()
-    assert [each.what for each in stages.check(opened)] == ["shard 2"]
-    assert stages.check(opened, repair=True) == []
+    assert [each.what for each in npeff.check(opened)] == ["shard 2"]
+    assert npeff.check(opened, repair=True) == []
     assert not opened.directions.exists()
 
 
@@ -144,8 +144,8 @@ def test_a_shard_that_fails_three_times_is_told_with_its_examples_and_the_others
 def test_a_record_that_later_stages_rest_on_is_made_again(run: Path, reference: Path) -> None:
     (run / "stages/factorize.json").unlink()
     opened = RunDirectory.open(run)
-    assert [each.what for each in stages.check(opened)] == ["record of factorize"]
-    assert stages.check(opened, repair=True) == []
+    assert [each.what for each in npeff.check(opened)] == ["record of factorize"]
+    assert npeff.check(opened, repair=True) == []
     assert surroundings.changed(run, reference) == []
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pipeline import stages
-from pipeline.config import RunConfig
+import pipeline as npeff
 from pipeline.errors import NpeffError
-from pipeline.run_directory import RunDirectory
-from pipeline.stage import recorded
+from pipeline.runs.config import RunConfig
+from pipeline.runs.directory import RunDirectory
+from pipeline.runs.stage import recorded
+from pipeline.stages.pipeline import STAGES
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "executor": {"kind": "serial"},
         }
     )
-    return stages.run(config).path
+    return npeff.run(config).path
 
 
 @pytest.fixture
@@ -46,15 +47,15 @@ def test_a_model_that_changed_between_stages_is_refused(run: RunDirectory, stage
     if stage == "fishers":
         (run.shard_records / "00001.json").unlink()
     with pytest.raises(Exception, match=r"the model that the Fishers of this run|is of another run") as caught:
-        stages.STAGES[stage](run)
+        STAGES[stage](run)
     assert isinstance(caught.value, NpeffError)
 
 
 def test_a_new_factorization_takes_the_old_directions_and_verification_away(run: RunDirectory) -> None:
     run.reopen("factorize")
-    stages.factorize(run)
+    npeff.factorize(run)
     assert run.directions.exists(), "it is the same to the bit"
-    stages.factorize(RunDirectory(run.path, run.config.with_max_iterations(6)))
+    npeff.factorize(RunDirectory(run.path, run.config.with_max_iterations(6)))
     run = RunDirectory.create(run.config.with_max_iterations(6))
     assert not run.directions.exists()
     assert [recorded(run, stage) is None for stage in ("fishers", "factorize", "lift", "verify")] == [
@@ -63,6 +64,6 @@ def test_a_new_factorization_takes_the_old_directions_and_verification_away(run:
         True,
         True,
     ]
-    stages.lift(run)
-    stages.verify(run)
+    npeff.lift(run)
+    npeff.verify(run)
     assert recorded(run, "verify") is not None

@@ -18,20 +18,28 @@ import scipy.sparse
 from end_to_end.nan_digits import DAMAGED
 from scipy.optimize import nnls
 
-from pipeline import cli, stages
-from pipeline.config import ConfigError, RunConfig
+import pipeline as npeff
+from pipeline.cli import main as cli
 from pipeline.errors import NpeffError
+from pipeline.execution.create import make_executor
+from pipeline.execution.executor import Executor
+from pipeline.execution.ray.executor import RayExecutor
+from pipeline.execution.serial import SerialExecutor
 from pipeline.factorization import entries_by_column
-from pipeline.interchange import export_run
-from pipeline.progress import SilentProgress
-from pipeline.query import ComponentStore
-from pipeline.run_directory import RunDirectory, RunDirectoryError
-from pipeline.runtime import diagonal_solver_actor
-from pipeline.runtime.executor import Executor, SerialExecutor, make_executor
-from pipeline.runtime.ray_executor import RayExecutor
-from pipeline.stage import recorded
-from pipeline.status import status
-from pipeline.store import DirectionStore, FisherStore, open_factorization, read_table
+from pipeline.interchange.export_run import export_run
+from pipeline.query.components import ComponentStore
+from pipeline.runs.config import RunConfig
+from pipeline.runs.config_reading import ConfigError
+from pipeline.runs.directory import RunDirectory
+from pipeline.runs.errors import RunDirectoryError
+from pipeline.runs.progress import SilentProgress
+from pipeline.runs.stage import recorded
+from pipeline.stages.factorize import diagonal_worker
+from pipeline.stages.status import status
+from pipeline.store.component_store import open_factorization
+from pipeline.store.direction_store import DirectionStore
+from pipeline.store.fisher_store import FisherStore
+from pipeline.store.tables import read_table
 
 N, K, TOP = 120, 4, 60
 KINDS = ("diagonal_groups", "diagonal_entries")
@@ -66,7 +74,7 @@ def fishers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     folders = {}
     for n_shards in (1, 4):
         run = RunDirectory.create(config_of(tmp_path_factory.mktemp("fishers") / "run", KINDS[0], -(-N // n_shards)))
-        stages.compute_fishers(run)
+        npeff.compute_fishers(run)
         folders[n_shards] = run.path
     return folders
 
@@ -81,7 +89,7 @@ def prepared(path: Path, fishers: dict[int, Path], kind: str, n_shards: int = 4,
 @pytest.fixture(scope="module", params=KINDS)
 def finished(request: pytest.FixtureRequest, fishers: dict[int, Path], tmp_path_factory: Any) -> RunDirectory:
     run = prepared(tmp_path_factory.mktemp("finished") / "run", fishers, request.param)
-    return stages.run(run)
+    return npeff.run(run)
 
 
 def rows_of(run: RunDirectory) -> tuple[np.ndarray, np.ndarray]:
@@ -165,7 +173,7 @@ def test_blocks_and_workers_change_no_direction(
     config = finished.config.with_lift(memory_limit_mb=1)
     (path / "run.yaml").write_text(config.model_copy(update={"run_dir": str(path)}).to_yaml())
     run = RunDirectory.open(path)
-    stages.lift(run, executor=three_actors)
+    npeff.lift(run, executor=three_actors)
     again = DirectionStore.open(run.directions)
     for component, direction in enumerate(expected):
         for name, array in again.read(component).items():
@@ -173,7 +181,7 @@ def test_blocks_and_workers_change_no_direction(
 
 
 def test_a_model_is_repaired_along_them(finished: RunDirectory) -> None:
-    stages.repair(finished)
+    npeff.repair(finished)
     assert finished.record("repair") is not None
 
 
@@ -218,7 +226,7 @@ def test_shards_and_workers_change_no_loss(
         n_shards["idle actors"] = 1
     runs = {name: prepared(tmp_path / name, fishers, kind, n) for name, n in n_shards.items()}
     for name, run in runs.items():
-        stages.factorize(run, executor=three_actors if "actors" in name else SerialExecutor())
+        npeff.factorize(run, executor=three_actors if "actors" in name else SerialExecutor())
     for name in set(n_shards) - {"one"}:
         np.testing.assert_allclose(losses_of(runs[name]), losses_of(runs["one"]), rtol=1e-8)
         one, other = (open_factorization(runs[n].factorization) for n in ("one", name))
@@ -230,9 +238,9 @@ def test_large_data_are_worked_on_in_single_precision(
     fishers: dict[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     single, double = (prepared(tmp_path / name, fishers, "diagonal_groups") for name in ("single", "double"))
-    stages.factorize(double)
-    monkeypatch.setattr(diagonal_solver_actor, "_DOUBLE_BYTES", 0)
-    stages.factorize(single)
+    npeff.factorize(double)
+    monkeypatch.setattr(diagonal_worker, "_DOUBLE_BYTES", 0)
+    npeff.factorize(single)
     assert losses_of(single) != losses_of(double)
     assert losses_of(single)[-1] == pytest.approx(losses_of(double)[-1], rel=1e-5)
 
@@ -246,7 +254,7 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(
     kind: str, fishers: dict[int, Path], tmp_path: Path
 ) -> None:
     whole, broken = (prepared(tmp_path / name, fishers, kind) for name in ("whole", "broken"))
-    stages.factorize(whole)
+    npeff.factorize(whole)
 
     class Progress(SilentProgress):
         def stage(self, *arguments: Any, **more: Any) -> Any:
@@ -259,12 +267,12 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(
             return nullcontext(tick)
 
     with pytest.raises(Interrupted):
-        stages.factorize(broken, progress=Progress())
+        npeff.factorize(broken, progress=Progress())
     assert recorded(broken, "factorize") is None
     said: list[str] = []
     progress = SilentProgress()
     progress.say = said.append  # type: ignore[method-assign]
-    stages.factorize(broken, progress=progress)
+    npeff.factorize(broken, progress=progress)
     assert "going on from iteration 6" in said
     one, other = (open_factorization(run.factorization) for run in (whole, broken))
     np.testing.assert_array_equal(one.read_components(), other.read_components())
@@ -301,4 +309,4 @@ def test_diagonals_that_are_not_stored_are_refused(kind: str, key: str, tmp_path
 def test_more_components_than_examples_are_refused(fishers: dict[int, Path], tmp_path: Path) -> None:
     run = prepared(tmp_path / "run", fishers, "diagonal_groups", n_components=N)
     with pytest.raises(NpeffError, match=f"n_components={N} exceeds"):
-        stages.factorize(run)
+        npeff.factorize(run)

@@ -18,13 +18,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline import stages
-from pipeline.config import ConfigError, RunConfig
-from pipeline.fisher import model_fingerprint, select_parameters
-from pipeline.run_directory import RunDirectory
-from pipeline.runtime.executor import SerialExecutor, WorkerSpec
-from pipeline.stage import recorded
-from pipeline.store import FisherStore, diagonal_store
+import pipeline as npeff
+from pipeline.execution.executor import WorkerSpec
+from pipeline.execution.serial import SerialExecutor
+from pipeline.gradients import model_fingerprint, select_parameters
+from pipeline.runs.config import RunConfig
+from pipeline.runs.config_reading import ConfigError
+from pipeline.runs.directory import RunDirectory
+from pipeline.runs.stage import recorded
+from pipeline.store import diagonal_store
+from pipeline.store.fisher_store import FisherStore
 
 N, TOP, PER_EXAMPLE = 70, 50, {"top_entries": 50, "groups": True}
 OPTIONS = {"limit": N, "epochs": 1}
@@ -59,7 +62,7 @@ def small_units() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     run = prepared(tmp_path_factory.mktemp("diagonals") / "run", diagonal={"mean": True, **PER_EXAMPLE})
-    stages.compute_fishers(run)
+    npeff.compute_fishers(run)
     return run
 
 
@@ -175,7 +178,7 @@ def test_an_example_that_is_not_valid_has_zeros(whole: RunDirectory) -> None:
 
 def test_the_order_in_which_workers_finish_changes_no_bit(whole: RunDirectory, tmp_path: Path) -> None:
     run = prepared(tmp_path / "run", diagonal={"mean": True, **PER_EXAMPLE})
-    stages.compute_fishers(run, executor=Backwards())
+    npeff.compute_fishers(run, executor=Backwards())
     assert files_of(run) == files_of(whole)
 
 
@@ -189,7 +192,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
 ) -> None:
     run = prepared(tmp_path / "run", diagonal={"mean": True, **PER_EXAMPLE})
     with pytest.raises(KeyboardInterrupt):
-        stages.compute_fishers(run, executor=Watched(interrupted_after=after))
+        npeff.compute_fishers(run, executor=Watched(interrupted_after=after))
     assert not run.diagonal_fisher.exists()
     folder = run.partial_results("diagonal")
     assert {path.stem for path in folder.iterdir()} == kept
@@ -198,7 +201,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     for shard in (0, 1, 3):  # 3 is of a unit whose sum is there, or that is computed again anyway
         (run.shard_records / f"{shard:05d}.json").unlink()
     watched = Watched()
-    stages.compute_fishers(run, executor=watched)
+    npeff.compute_fishers(run, executor=watched)
     assert {item for method, item in watched.asked if method == "compute_unit"} == again
     assert [item for method, item in watched.asked if method == "compute"] == ([(3,)] if after == 2 else [])
     assert files_of(run) == files_of(whole)
@@ -211,18 +214,18 @@ def test_a_lost_mean_is_made_again_and_a_lost_shard_alone(whole: RunDirectory, t
     run.fishers.joinpath("diagonal_values/c/4/0").write_bytes(b"")
     assert recorded(run, "fishers") is None
     watched = Watched()
-    stages.compute_fishers(run, executor=watched)
+    npeff.compute_fishers(run, executor=watched)
     assert watched.asked[1:] == [("compute", (4,))]
     assert files_of(run) == expected
     run.diagonal_fisher.unlink()
     assert recorded(run, "fishers") is None
-    stages.compute_fishers(run)
+    npeff.compute_fishers(run)
     assert files_of(run) == expected
 
 
 def test_the_sizes_of_shards_do_not_matter(whole: RunDirectory, tmp_path: Path) -> None:
     run = prepared(tmp_path / "run", shard_size=40, diagonal={"mean": True, **PER_EXAMPLE})
-    stages.compute_fishers(run)
+    npeff.compute_fishers(run)
     mean, expected = load_file(run.diagonal_fisher), load_file(whole.diagonal_fisher)
     for name, values in expected.items():
         torch.testing.assert_close(mean[name] / values.max(), values / values.max(), rtol=1e-5, atol=1e-7)
@@ -236,7 +239,7 @@ def test_the_sizes_of_shards_do_not_matter(whole: RunDirectory, tmp_path: Path) 
 )
 def test_the_mean_is_of_the_stored_factors_whatever_the_labels(labels: dict[str, Any], tmp_path: Path) -> None:
     run = prepared(tmp_path / "run", 20, 8, sketch={"kind": "identity"}, diagonal={"mean": True}, **labels)
-    stages.compute_fishers(run)
+    npeff.compute_fishers(run)
     store = FisherStore.open(run.fishers)
     assert not [name for name in store.array_names if "diagonal" in name]
     rows = store.read_rows(np.arange(20), ["factors", "frobenius_norms"])
@@ -251,7 +254,7 @@ def test_the_mean_is_of_the_stored_factors_whatever_the_labels(labels: dict[str,
 
 def test_nothing_is_kept_of_diagonals_unless_asked_for(tmp_path: Path) -> None:
     run = prepared(tmp_path / "run", 20, 8)
-    stages.compute_fishers(run)
+    npeff.compute_fishers(run)
     assert not run.diagonal_fisher.exists()
     assert not run.partial_results("diagonal").exists()
     store = FisherStore.open(run.fishers)
@@ -261,5 +264,5 @@ def test_nothing_is_kept_of_diagonals_unless_asked_for(tmp_path: Path) -> None:
 def test_more_entries_than_there_are_parameters_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     run = prepared(tmp_path / "run", 20, 8, diagonal={"top_entries": 9803})
     with pytest.raises(ConfigError, match=r"fishers\.diagonal\.top_entries = 9803 must be at most 9802"):
-        stages.compute_fishers(run)
+        npeff.compute_fishers(run)
     assert not run.fishers.exists()

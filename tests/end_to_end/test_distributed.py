@@ -21,28 +21,29 @@ from planted_run import SIGNATURE, planted_run
 from safetensors.torch import load_file
 from scipy import stats
 
-from pipeline import NPEFF, cli, stages
-from pipeline.config import RunConfig
+import pipeline as npeff
+from pipeline.cli import main as cli
+from pipeline.execution.create import make_executor
+from pipeline.execution.executor import Executor, WorkerSpec
+from pipeline.execution.serial import SerialExecutor
 from pipeline.factorization import ExampleShard, SolverOptions, initial_state, match_components, solve
-from pipeline.progress import SilentProgress
-from pipeline.result_tables import held_out
-from pipeline.run_directory import RunDirectory
-from pipeline.runtime.executor import Executor, SerialExecutor, WorkerSpec, make_executor
-from pipeline.runtime.fitted_examples import FittedExamples
-from pipeline.runtime.model import ModelSpec
-from pipeline.runtime.solver_actor import SolverWorker
-from pipeline.runtime.solver_driver import run_solver
-from pipeline.runtime.verification_actor import VerificationOptions, VerificationPaths, VerificationWorker
-from pipeline.status import status
-from pipeline.store import (
-    CheckpointStore,
-    DirectionStore,
-    FisherStore,
-    ShardRecords,
-    open_factorization,
-    read_table,
-    write_checkpoint_array,
-)
+from pipeline.factorization.estimator import NPEFF
+from pipeline.models.loaded import ModelSpec
+from pipeline.runs.config import RunConfig
+from pipeline.runs.directory import RunDirectory
+from pipeline.runs.progress import SilentProgress
+from pipeline.stages.factorize.driver import run_solver
+from pipeline.stages.factorize.worker import SolverWorker
+from pipeline.stages.fishers.tables import held_out
+from pipeline.stages.fitted_examples import FittedExamples
+from pipeline.stages.status import status
+from pipeline.stages.verify.worker import VerificationOptions, VerificationPaths, VerificationWorker
+from pipeline.store.checkpoint import CheckpointStore, write_checkpoint_array
+from pipeline.store.component_store import open_factorization
+from pipeline.store.direction_store import DirectionStore
+from pipeline.store.fisher_store import FisherStore
+from pipeline.store.shard_records import ShardRecords
+from pipeline.store.tables import read_table
 from pipeline.tasks import load_task
 
 HELD_OUT = 0.2
@@ -130,7 +131,7 @@ def dense_loss(factors_NRD: np.ndarray, components_KD: np.ndarray, coefficients_
 def reference(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """Planted components of seed 0, factorized in this process from one shard."""
     run = prepared(tmp_path_factory.mktemp("reference") / "run", planted(0), n_shards=1)
-    stages.factorize(run)
+    npeff.factorize(run)
     return run
 
 
@@ -138,7 +139,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 def test_planted_components_are_recovered_as_in_memory(seed: int, tmp_path: Path) -> None:
     truth = planted(seed)
     run = prepared(tmp_path / "run", truth, n_shards=2)
-    summary = stages.factorize(run)
+    summary = npeff.factorize(run)
     components_KD, coefficients_NK, _ = solved(run)
     assert match_components(components_KD, truth.components_KD)[1].mean() >= 0.99
     assert summary["n_fit"] == 2000
@@ -166,7 +167,7 @@ def test_planted_components_are_recovered_as_in_memory(seed: int, tmp_path: Path
 def undisturbed(three_actors: Executor, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """Planted components of seed 0, factorized by two actors from five shards."""
     run = prepared(tmp_path_factory.mktemp("undisturbed") / "run", planted(0), n_shards=5)
-    stages.factorize(run, executor=actors(2, three_actors))
+    npeff.factorize(run, executor=actors(2, three_actors))
     return run
 
 
@@ -190,13 +191,13 @@ def test_two_actors_find_what_one_process_does(undisturbed: RunDirectory, refere
 
 def test_shards_do_not_matter(reference: RunDirectory, tmp_path: Path) -> None:
     run = prepared(tmp_path / "run", planted(0), n_shards=5)
-    stages.factorize(run)
+    npeff.factorize(run)
     assert_same_solution(run, reference)
 
 
 def test_more_workers_than_shards_do_no_harm(reference: RunDirectory, three_actors: Executor, tmp_path: Path) -> None:
     run = prepared(tmp_path / "run", planted(0), n_shards=2)
-    stages.factorize(run, executor=three_actors)
+    npeff.factorize(run, executor=three_actors)
     assert_same_solution(run, reference)
 
 
@@ -206,20 +207,20 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(
     run = prepared(tmp_path / "run", planted(0), n_shards=5)
     two = actors(2, three_actors)
     with pytest.raises(Interrupted):
-        stages.factorize(run, executor=two, progress=Progress(interrupt_at=5))
+        npeff.factorize(run, executor=two, progress=Progress(interrupt_at=5))
     assert run.record("factorize") is None
     other = RunDirectory(tmp_path / "other", run.config)
     shutil.copytree(run.path, other.path)
 
     progress = Progress()
-    stages.factorize(run, executor=two, progress=progress)
+    npeff.factorize(run, executor=two, progress=progress)
     assert "going on from iteration 4" in progress.said
     for mine, theirs in zip(solved(run), solved(undisturbed), strict=True):
         np.testing.assert_array_equal(mine, theirs)
     assert len(solved(run)[2]) > 8, "there was enough left to do"
 
     progress = Progress()
-    stages.factorize(other, executor=SerialExecutor(), progress=progress)
+    npeff.factorize(other, executor=SerialExecutor(), progress=progress)
     assert "going on from iteration 4" in progress.said
     assert solved(other)[2][:4] == solved(undisturbed)[2][:4]
     assert_same_solution(other, undisturbed)
@@ -299,12 +300,12 @@ def stored_arrays(run: RunDirectory) -> dict[str, np.ndarray]:
 
 def test_the_stored_fishers_are_the_same_bits_whoever_computes_them(three_actors: Executor, tmp_path: Path) -> None:
     serial = digits(tmp_path / "serial")
-    stages.compute_fishers(serial)
+    npeff.compute_fishers(serial)
     expected = stored_files(serial)
     assert sum(map(len, expected.values())) > 200 * 9 * 512 * 2, "all of the factors are there"
     for n in (1, 2):
         run = digits(tmp_path / f"{n} actors")
-        stages.compute_fishers(run, executor=actors(n, three_actors))
+        npeff.compute_fishers(run, executor=actors(n, three_actors))
         assert stored_files(run) == expected
         assert read_table(run.table("examples"), "examples") == read_table(serial.table("examples"), "examples")
 
@@ -318,7 +319,7 @@ def test_batches_do_not_matter(sketch: dict[str, Any], tmp_path: Path) -> None:
         for batch_size in (1, 7, 32)
     }
     for run in runs.values():
-        stages.compute_fishers(run)
+        npeff.compute_fishers(run)
     arrays = {batch_size: stored_arrays(run) for batch_size, run in runs.items()}
     for batch_size in (7, 32):
         for name, expected in arrays[1].items():
@@ -334,9 +335,9 @@ def test_batches_do_not_matter(sketch: dict[str, Any], tmp_path: Path) -> None:
 
 def test_an_invalid_example_is_left_out_and_harms_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sound, run = digits(tmp_path / "sound", limit=80), digits(tmp_path / "run", "end_to_end.nan_digits:NanDigits", 80)
-    stages.compute_fishers(sound)
+    npeff.compute_fishers(sound)
     progress = Progress()
-    summary = stages.compute_fishers(run, progress=progress)
+    summary = npeff.compute_fishers(run, progress=progress)
     assert summary["n_invalid"] == 1
     assert progress.said == ["1 of 80 examples have non-finite logits or gradients and are left out"]
     assert status(run)[0].details == "80 examples, 1 invalid, rank 9"
@@ -355,7 +356,7 @@ def test_an_invalid_example_is_left_out_and_harms_no_other(tmp_path: Path, capsy
             arrays[name][others].astype(np.float64), expected[name][others].astype(np.float64), atol=atol, err_msg=name
         )
 
-    for stage in (stages.factorize, stages.lift, stages.verify):
+    for stage in (npeff.factorize, npeff.lift, npeff.verify):
         stage(run)
     coefficients_NK = open_factorization(run.factorization).read_coefficients()
     assert np.isnan(coefficients_NK).all(axis=1).nonzero()[0].tolist() == [DAMAGED]
@@ -367,7 +368,7 @@ def test_an_invalid_example_is_left_out_and_harms_no_other(tmp_path: Path, capsy
     rows = read_table(run.table("verification"), "verification").to_pylist()
     assert len(rows) == 4 * 2 * 2
     assert all(np.isfinite(row["kl_ratio"]) for row in rows)
-    assert str(stages.report(run)).endswith("index.html")
+    assert str(npeff.report(run)).endswith("index.html")
 
 
 @pytest.fixture(scope="module")
@@ -380,7 +381,7 @@ def converged(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
         sketch={"kind": "identity"},
         store_dtype="float32",
     )
-    for stage in (stages.compute_fishers, stages.factorize, stages.lift, stages.verify):
+    for stage in (npeff.compute_fishers, npeff.factorize, npeff.lift, npeff.verify):
         stage(run)
     return run
 
@@ -488,7 +489,7 @@ def test_a_fixed_step_is_taken_by_every_direction(converged: RunDirectory, tmp_p
     run = RunDirectory.open(tmp_path / "run")
     run.reopen("verify")
     shutil.rmtree(run.partial_results("verify"))
-    stages.verify(run)
+    npeff.verify(run)
     rows = read_table(run.table("verification"), "verification").to_pylist()
     assert {row[name] for row in rows for name in ("epsilon", "random_epsilon", "other_epsilon")} == {0.05}
     assert len({row["kl_top"] for row in rows}) == len(rows)

@@ -18,9 +18,9 @@ import pytest
 import yaml
 from test_documents import PAGES, ROOT, commands
 
-from pipeline import job_commands
-from pipeline.cli import main
-from pipeline.runtime.job import Job, Submission
+from pipeline.cli import job_commands
+from pipeline.cli.main import main
+from pipeline.execution.ray.jobs import Job, Submission
 from pipeline.tasks import load_task
 
 SMALL = {
@@ -125,7 +125,10 @@ def serve_and_interrupt(words: list[str]) -> int:
     """Its exit code, once it has said where it serves and was told to end."""
     port = [] if "--port" in words else ["--port", "0"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", *words, *port], stdout=subprocess.PIPE, text=True, env={**os.environ}
+        [sys.executable, "-m", "pipeline.cli.main", *words, *port],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ},
     )
     assert process.stdout is not None
     assert any("http://127.0.0.1:" in line for line in process.stdout)

@@ -12,16 +12,20 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline import stages
-from pipeline.cli import main
-from pipeline.config import ConfigError, RunConfig
+import pipeline as npeff
+from pipeline.cli.main import main
 from pipeline.errors import NpeffError
 from pipeline.factorization import InvalidProblemError, nnls
-from pipeline.metrics import metrics_writer
-from pipeline.run_directory import RunDirectory, RunDirectoryError
-from pipeline.runtime.solver_actor import SolverWorker
-from pipeline.stage import recorded
-from pipeline.store import FisherStore, open_factorization, read_table, write_table
+from pipeline.runs.config import RunConfig
+from pipeline.runs.config_reading import ConfigError
+from pipeline.runs.directory import RunDirectory
+from pipeline.runs.errors import RunDirectoryError
+from pipeline.runs.stage import recorded
+from pipeline.stages.factorize.live_history import metrics_writer
+from pipeline.stages.factorize.worker import SolverWorker
+from pipeline.store.component_store import open_factorization
+from pipeline.store.fisher_store import FisherStore
+from pipeline.store.tables import read_table, write_table
 
 
 def config(run_dir: Path, limit: int = 60, seed: int = 0, **factorization: Any) -> RunConfig:
@@ -40,8 +44,8 @@ def config(run_dir: Path, limit: int = 60, seed: int = 0, **factorization: Any) 
 @pytest.fixture(scope="module")
 def factorized(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     run = RunDirectory.create(config(tmp_path_factory.mktemp("extend") / "run"))
-    stages.compute_fishers(run)
-    stages.factorize(run)
+    npeff.compute_fishers(run)
+    npeff.factorize(run)
     return run
 
 
@@ -68,14 +72,14 @@ def test_a_raised_limit_continues_a_finished_run_bit_for_bit(factorized: RunDire
     continued = RunDirectory.open(tmp_path / "short")
     assert continued.config.factorization.max_iterations == 9
     whole = beside(factorized, tmp_path / "whole", max_iterations=9)
-    stages.factorize(whole)
+    npeff.factorize(whole)
     for one, other in zip(arrays(continued), arrays(whole), strict=True):
         np.testing.assert_array_equal(one, other)
     columns = ["iteration", "loss", "mu", "accepted"]
     histories = [read_table(run.table("history"), "history").select(columns) for run in (continued, whole)]
     assert histories[0].equals(histories[1])
     assert len(histories[0]) == 9
-    again = stages.factorize(continued)
+    again = npeff.factorize(continued)
     assert again["n_iter"] == 9
     with pytest.raises(RunDirectoryError, match=r"differs in factorization\.max_iterations"):
         RunDirectory.create(continued.config.with_max_iterations(5))
@@ -95,10 +99,10 @@ def test_a_run_that_crashed_repeats_the_same_bits(
 
     monkeypatch.setattr(SolverWorker, "step", dying_step)
     with pytest.raises(KeyboardInterrupt):
-        stages.factorize(broken)
-    stages.factorize(broken)
+        npeff.factorize(broken)
+    npeff.factorize(broken)
     whole = beside(factorized, tmp_path / "whole", max_iterations=8)
-    stages.factorize(whole)
+    npeff.factorize(whole)
     for one, other in zip(arrays(broken), arrays(whole), strict=True):
         np.testing.assert_array_equal(one, other)
     lines = (broken.path / "metrics" / "factorize.jsonl").read_text().splitlines()
@@ -108,29 +112,29 @@ def test_a_run_that_crashed_repeats_the_same_bits(
 def test_a_run_starts_from_the_components_of_another(factorized: RunDirectory, tmp_path: Path) -> None:
     before = recorded(factorized, "factorize")
     warm = beside(factorized, tmp_path / "warm", start_from=str(factorized.path), max_iterations=2)
-    summary = stages.factorize(warm)
+    summary = npeff.factorize(warm)
     assert before is not None
     assert summary["loss"] <= before["loss"] * (1 + 1e-6)
     wrong = beside(factorized, tmp_path / "wrong", start_from=str(factorized.path), n_components=4)
     with pytest.raises(InvalidProblemError, match="has 3 components"):
-        stages.factorize(wrong)
+        npeff.factorize(wrong)
 
 
 def test_an_expanded_run_keeps_the_components_and_adds_others(factorized: RunDirectory, tmp_path: Path) -> None:
     more = beside(factorized, tmp_path / "more", expand=str(factorized.path), n_components=5)
-    summary = stages.factorize(more)
+    summary = npeff.factorize(more)
     np.testing.assert_allclose(arrays(more)[0][:3], arrays(factorized)[0], rtol=0, atol=1e-14)
     assert len(arrays(more)[0]) == summary["n_components"] == 5
     assert summary["explained"] > recorded(factorized, "factorize")["explained"]  # type: ignore[index]
     with pytest.raises(InvalidProblemError, match="leave none to fit"):
-        stages.factorize(beside(factorized, tmp_path / "none", expand=str(factorized.path)))
+        npeff.factorize(beside(factorized, tmp_path / "none", expand=str(factorized.path)))
 
 
 def test_only_mispredicted_examples_are_fitted_and_all_get_coefficients(
     factorized: RunDirectory, tmp_path: Path
 ) -> None:
     run = beside(factorized, tmp_path / "wrong", examples="mispredicted")
-    summary = stages.factorize(run)
+    summary = npeff.factorize(run)
     examples = read_table(run.table("examples"), "examples").to_pandas()
     chosen = (~examples["correct"].astype(bool) & (examples["split"] == "fit")).to_numpy()
     assert 0 < summary["n_fit"] == chosen.sum() < (examples["split"] == "fit").sum()
@@ -153,11 +157,11 @@ def with_column(run: RunDirectory, name: str, values: Any) -> RunDirectory:
 def test_examples_are_weighed_by_a_column_of_their_table(factorized: RunDirectory, tmp_path: Path) -> None:
     weights_N = np.random.default_rng(0).choice([0.0, 0.5, 1.0, 20.0], 60)
     plain = with_column(beside(factorized, tmp_path / "plain", max_iterations=60), "weight", weights_N)
-    stages.factorize(plain)
+    npeff.factorize(plain)
     run = with_column(
         beside(factorized, tmp_path / "run", max_iterations=60, example_weights="weight"), "weight", weights_N
     )
-    summary = stages.factorize(run)
+    summary = npeff.factorize(run)
     fit_N = np.array(read_table(run.table("examples"), "examples")["split"].to_pylist()) == "fit"
     factors_NRD = FisherStore.open(run.fishers).read_rows(np.arange(60), ["factors"])["factors"]
 
@@ -189,14 +193,14 @@ def test_weights_that_cannot_be_are_refused(values: Any, said: str, factorized: 
     if values is not None:
         with_column(run, "weight", values)
     with pytest.raises(InvalidProblemError, match=said):
-        stages.factorize(run)
+        npeff.factorize(run)
     assert not run.factorization.exists()
 
 
 def test_a_column_of_weights_that_the_task_does_not_give_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
     run = RunDirectory.create(config(tmp_path / "run", example_weights="importance"))
     with pytest.raises(InvalidProblemError, match="have no column 'importance'"):
-        stages.compute_fishers(run)
+        npeff.compute_fishers(run)
     assert not run.fishers.exists()
 
 
@@ -213,11 +217,11 @@ def test_new_examples_are_transformed_in_a_new_run(factorized: RunDirectory, tmp
     h_KD, a_NRD = torch.from_numpy(components_KD), torch.from_numpy(factors_NRD).double()
     expected = nnls((a_NRD @ h_KD.T).square().sum(dim=1), (h_KD @ h_KD.T).square())
     np.testing.assert_allclose(coefficients_NK, expected, atol=1e-5)
-    assert stages.transform(new, factorized.path)["stopped"] == "transformed"
-    assert stages.open_components(new.path).top_examples(0, n=2).num_rows == 2
+    assert npeff.transform(new, factorized.path)["stopped"] == "transformed"
+    assert npeff.ComponentStore.open(new.path).top_examples(0, n=2).num_rows == 2
     (new.factorization / "components/c/0/0").unlink()
-    assert [each.what for each in stages.check(new)] == ["factorization"]
-    assert stages.check(new, repair=True) == []
+    assert [each.what for each in npeff.check(new)] == ["factorization"]
+    assert npeff.check(new, repair=True) == []
     assert (recorded(new, "factorize") or {})["stopped"] == "transformed"
     for mended, before in zip(arrays(new), (components_KD, coefficients_NK), strict=True):
         np.testing.assert_array_equal(mended, before)
@@ -231,7 +235,7 @@ def test_a_run_of_another_space_is_refused(
 ) -> None:
     new = RunDirectory.create(config(tmp_path / "new", limit=20, **changes))
     with pytest.raises(NpeffError, match=said) as caught:
-        stages.transform(new, factorized.path)
+        npeff.transform(new, factorized.path)
     assert "\n" not in str(caught.value)
     assert not new.factorization.exists()
 
@@ -241,13 +245,13 @@ def test_another_model_and_other_parameters_are_refused(factorized: RunDirectory
     document["task"]["options"]["epochs"] = 2
     document["parameters"] = {"exclude": ["*bias"]}
     with pytest.raises(RunDirectoryError, match="differ in parameters, model"):
-        stages.transform(RunDirectory.create(RunConfig.model_validate(document)), factorized.path)
+        npeff.transform(RunDirectory.create(RunConfig.model_validate(document)), factorized.path)
 
 
 def test_a_run_with_components_of_its_own_is_not_transformed(factorized: RunDirectory, tmp_path: Path) -> None:
     shutil.copytree(factorized.path, tmp_path / "run")
     with pytest.raises(RunDirectoryError, match="components of its own"):
-        stages.transform(RunDirectory.open(tmp_path / "run"), factorized.path)
+        npeff.transform(RunDirectory.open(tmp_path / "run"), factorized.path)
 
 
 def test_metrics_without_tensorboard_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +265,7 @@ def test_metrics_are_events_that_tensorboard_reads(factorized: RunDirectory, tmp
         "tensorboard.backend.event_processing.event_accumulator", reason="needs pip install tensorboard"
     )
     run = beside(factorized, tmp_path / "run", metrics="tensorboard")
-    stages.factorize(run)
+    npeff.factorize(run)
     events = reader.EventAccumulator(str(run.path / "metrics")).Reload()
     history = read_table(run.table("history"), "history").to_pydict()
     for tag in events.Tags()["scalars"]:

@@ -23,8 +23,10 @@ from PIL import Image
 from torch import Tensor
 
 import pipeline as npeff
-from pipeline.run_directory import RunDirectory
-from pipeline.store import FisherStore, read_json, read_table
+from pipeline.runs.directory import RunDirectory
+from pipeline.storage.checksums import read_json
+from pipeline.store.fisher_store import FisherStore
+from pipeline.store.tables import read_table
 from pipeline.tasks import IGNORED
 
 pytest.importorskip("transformers", reason="needs pip install 'npeff-pipeline[hf]'")

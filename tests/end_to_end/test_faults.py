@@ -7,7 +7,8 @@ import time
 import pytest
 from end_to_end import commands, kills, run_contents
 
-from pipeline.store import DirectionStore, read_table, write_table
+from pipeline.store.direction_store import DirectionStore
+from pipeline.store.tables import read_table, write_table
 
 pytestmark = pytest.mark.timeout(900)  # a minute or two on two free cores
 

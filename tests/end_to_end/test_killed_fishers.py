@@ -20,8 +20,9 @@ import torch
 from end_to_end import run_contents
 from torch import Tensor, nn
 
-from pipeline import RunConfig, compute_fishers
-from pipeline.run_directory import RunDirectory
+from pipeline.runs.config import RunConfig
+from pipeline.runs.directory import RunDirectory
+from pipeline.stages.fishers.stage import compute_fishers
 from pipeline.tasks import Examples, Task
 
 N_EXAMPLES, SHARD_SIZE, KILLS = 128, 8, 20

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from end_to_end.test_polish import config_of, copy_of, directions_of, narrow
 
-from pipeline import stages
-from pipeline.run_directory import RunDirectory
-from pipeline.runtime.executor import SerialExecutor, WorkerSpec
-from pipeline.store import StoreError, read_json
+import pipeline as npeff
+from pipeline.execution.executor import WorkerSpec
+from pipeline.execution.serial import SerialExecutor
+from pipeline.runs.directory import RunDirectory
+from pipeline.storage.checksums import read_json
+from pipeline.storage.errors import StoreError
 
 __all__ = ["narrow"]
 
@@ -45,8 +47,8 @@ def factorized(request: pytest.FixtureRequest, narrow: RunDirectory, tmp_path_fa
     document["fishers"]["diagonal"]["groups"] = True
     document["factorization"]["kind"] = request.param
     run = RunDirectory.create(type(narrow.config).model_validate(document))
-    stages.compute_fishers(run)
-    stages.factorize(run)
+    npeff.compute_fishers(run)
+    npeff.factorize(run)
     return run
 
 
@@ -65,7 +67,7 @@ def test_workers_share_the_examples_and_find_the_same(factorized: RunDirectory, 
     for workers, calls in ((1, {"lift"}), (2, {"add_up", "finish"}), (5, {"add_up", "finish"})):
         executor = Several(workers)
         runs.append(copied(factorized, tmp_path / f"{workers}"))
-        stages.lift(runs[-1], executor=executor)
+        npeff.lift(runs[-1], executor=executor)
         assert set(executor.done) == calls
         assert executor.done.count("add_up") == (min(workers, 2) if workers > 1 else 0)  # of two shards
         assert not (runs[-1].partial_results("lift") / "sums").exists()
@@ -80,27 +82,27 @@ def test_workers_share_the_examples_and_find_the_same(factorized: RunDirectory, 
 @pytest.mark.parametrize("units", [1, 2, 3])
 def test_it_goes_on_from_the_sums_that_are_there(factorized: RunDirectory, tmp_path: Path, units: int) -> None:
     undisturbed, run = (copied(factorized, tmp_path / name) for name in ("undisturbed", "interrupted"))
-    stages.lift(undisturbed, executor=Several(2))
+    npeff.lift(undisturbed, executor=Several(2))
     with pytest.raises(KeyboardInterrupt):
-        stages.lift(run, executor=Several(2, units))
+        npeff.lift(run, executor=Several(2, units))
     sums = sorted((run.partial_results("lift") / "sums").iterdir())
     assert len(sums) == min(units, 2)
     before = [(path.stat().st_ino, path.stat().st_mtime_ns) for path in sums]
     (sums[0].parent / "0123456789abcdef-0-of-2.f32").touch()  # as another number of workers might leave
     with pytest.raises(KeyboardInterrupt):
-        stages.lift(run, executor=Several(2, 2))
+        npeff.lift(run, executor=Several(2, 2))
     assert [path for path in sorted(sums[0].parent.iterdir()) if path in sums] == sums
     assert len(list(sums[0].parent.iterdir())) == 2
     assert before == [(path.stat().st_ino, path.stat().st_mtime_ns) for path in sums]
-    stages.lift(run, executor=Several(2))
+    npeff.lift(run, executor=Several(2))
     close(directions_of(run), directions_of(undisturbed))
 
 
 def test_truncated_sums_are_said_to_be_so(narrow: RunDirectory, tmp_path: Path) -> None:
     run = copy_of(narrow, tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
-        stages.lift(run, executor=Several(2, 2))
+        npeff.lift(run, executor=Several(2, 2))
     for path in (run.partial_results("lift") / "sums").iterdir():
         path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(StoreError, match="truncated: delete it and run the same command again"):
-        stages.lift(run, executor=Several(2))
+        npeff.lift(run, executor=Several(2))

@@ -21,14 +21,18 @@ import yaml
 from object_store import BROKEN, DENIED, SLOW_DOWN, Answer, ObjectStore, Request
 from safetensors.numpy import load
 
-from pipeline import stages
-from pipeline.cli import main
-from pipeline.config import RunConfig
-from pipeline.progress import SilentProgress
-from pipeline.query import ComponentStore
-from pipeline.run_directory import RunDirectory, RunDirectoryError, StageState
-from pipeline.status import status
-from pipeline.store import ObjectStoreError, location, object_lock, objects
+import pipeline as npeff
+from pipeline.cli.main import main
+from pipeline.query.components import ComponentStore
+from pipeline.runs.config import RunConfig
+from pipeline.runs.directory import RunDirectory, StageState
+from pipeline.runs.errors import RunDirectoryError
+from pipeline.runs.progress import SilentProgress
+from pipeline.stages.pipeline import export_direction
+from pipeline.stages.status import status
+from pipeline.stages.worker_specs import executor_for
+from pipeline.storage import location, object_lock, objects
+from pipeline.storage.errors import ObjectStoreError
 
 CONFIG: dict[str, Any] = {
     "run_dir": "s3://runs/team/digits",
@@ -60,7 +64,7 @@ def config(run_dir: str, **sections: Any) -> RunConfig:
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """An undisturbed run on a local disk."""
-    return stages.run(config(str(tmp_path_factory.mktemp("reference") / "digits")))
+    return npeff.run(config(str(tmp_path_factory.mktemp("reference") / "digits")))
 
 
 def names(run: RunDirectory) -> list[str]:
@@ -123,7 +127,7 @@ def test_whatever_request_fails_the_same_command_goes_on_to_the_same_result(
         while True:
             before, n_failed = set(s3.contents(f"{RUN}/shards")), len(failed)
             try:
-                stages.run(config(RUN))
+                npeff.run(config(RUN))
                 break
             except ObjectStoreError:
                 assert len(failed) > n_failed
@@ -151,7 +155,7 @@ def ask(s3: ObjectStore) -> None:
     assert store.sql("select count(*) as n from examples")["n"].to_pylist() == [40]
     assert {len(rows) for rows in store.directions.values()} == {2}
     assert b"npeff" in s3.contents(f"{RUN}/report")["index.html"].lower()
-    stages.export_direction(run, 1, "s3://runs/exports/1.safetensors")
+    export_direction(run, 1, "s3://runs/exports/1.safetensors")
     assert load(s3.objects()["exports/1.safetensors"].value).keys() == store.directions.keys()
     lines = s3.contents(f"{RUN}/metrics")["factorize.jsonl"].decode().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == list(range(1, 7))
@@ -161,7 +165,7 @@ def test_a_command_that_is_killed_is_taken_up_by_the_next_one(
     s3: ObjectStore, reference: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
-    command = [sys.executable, "-m", "pipeline.cli", "run", str(tmp_path / "run.yaml")]
+    command = [sys.executable, "-m", "pipeline.cli.main", "run", str(tmp_path / "run.yaml")]
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while len(s3.contents(f"{RUN}/shards")) < 2:
         assert killed.poll() is None, capfd.readouterr().err
@@ -187,10 +191,10 @@ def test_two_commands_do_not_work_on_one_run(s3: ObjectStore, monkeypatch: pytes
     with one.lock():
         pass
     script = (
-        f"from pipeline.run_directory import *\nwith RunDirectory.open({RUN!r}).lock(): print(1, flush=True); input()"
+        f"from pipeline.runs.directory import *\nwith RunDirectory.open({RUN!r}).lock(): print(1, flush=True); input()"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", "import pipeline.store.object_lock as l; l.RENEW_S = 0.05\n" + script],
+        [sys.executable, "-c", "import pipeline.storage.object_lock as l; l.RENEW_S = 0.05\n" + script],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as holder:
@@ -234,9 +238,9 @@ def test_actors_share_a_run_on_an_object_store(
 ) -> None:
     assert "AWS_ENDPOINT_URL" in os.environ
     run = RunDirectory.create(config(RUN, executor={"kind": "ray", "address": "local", "workers": 2}))
-    with stages.executor_for(run, None) as workers:
-        stages.compute_fishers(run, executor=workers)
-        stages.factorize(run, executor=workers)
+    with executor_for(run, None) as workers:
+        npeff.compute_fishers(run, executor=workers)
+        npeff.factorize(run, executor=workers)
     of_fishers = ("fishers.zarr", "diagonal_fisher", "task", "tables/examples", "tables/classes", "tables/parameters")
     mine, theirs = (
         {name: content for name, content in found.items() if name.startswith(of_fishers)}
@@ -264,7 +268,7 @@ def test_damage_is_found_and_made_again_there(
     objects.upload_files(local.path, location(RUN), [name for name in names(local) if not name.startswith(".")])
     run, told = RunDirectory.open(RUN), Told()
     location(f"{RUN}/directions.zarr/zarr.json").unlink()
-    assert stages.check(run, repair=True, progress=told) == []
+    assert npeff.check(run, repair=True, progress=told) == []
     assert told.lines == ["making again: directions.zarr"]
     assert differences(s3, reference) == []
 
@@ -272,4 +276,4 @@ def test_damage_is_found_and_made_again_there(
 def test_components_of_a_run_there_are_used_here(s3: ObjectStore, local: RunDirectory, tmp_path: Path) -> None:
     objects.upload_files(local.path, location(RUN), [name for name in names(local) if not name.startswith(".")])
     new = RunDirectory.create(config(str(tmp_path / "new")))
-    assert stages.transform(new, location(RUN))["transformed_from"] == RUN
+    assert npeff.transform(new, location(RUN))["transformed_from"] == RUN

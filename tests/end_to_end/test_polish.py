@@ -10,19 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import cli, stages
-from pipeline.config import ConfigError, RunConfig
-from pipeline.run_directory import RunDirectory
-from pipeline.runtime import lift_actor
-from pipeline.runtime.executor import SerialExecutor, WorkerSpec
-from pipeline.store import (
-    DirectionStore,
-    FisherStore,
-    StoreError,
-    open_factorization,
-    read_json,
-    read_table,
-)
+import pipeline as npeff
+from pipeline.cli import main as cli
+from pipeline.execution.executor import WorkerSpec
+from pipeline.execution.serial import SerialExecutor
+from pipeline.runs.config import RunConfig
+from pipeline.runs.config_reading import ConfigError
+from pipeline.runs.directory import RunDirectory
+from pipeline.stages.lift import worker as lift_worker
+from pipeline.storage.checksums import read_json
+from pipeline.storage.errors import StoreError
+from pipeline.store.component_store import open_factorization
+from pipeline.store.direction_store import DirectionStore
+from pipeline.store.fisher_store import FisherStore
+from pipeline.store.tables import read_table
 
 N, K, STEPS = 120, 3, 2
 
@@ -45,8 +46,8 @@ def config_of(path: Path, sketch: dict[str, Any], **lift: Any) -> RunConfig:
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """Factorized in 48 coordinates, not lifted."""
     run = RunDirectory.create(config_of(tmp_path_factory.mktemp("narrow") / "run", {"dim": 48}))
-    stages.compute_fishers(run)
-    stages.factorize(run)
+    npeff.compute_fishers(run)
+    npeff.factorize(run)
     return run
 
 
@@ -67,7 +68,7 @@ def directions_of(run: RunDirectory) -> np.ndarray:
 def dense(run: RunDirectory, tmp_path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Â of the same examples in all parameters (N, R, P), and W of those fitted on, in float64."""
     whole = RunDirectory.create(config_of(tmp_path / "whole", {"kind": "identity"}))
-    stages.compute_fishers(whole)
+    npeff.compute_fishers(whole)
     factors = FisherStore.open(whole.fishers).read_rows(np.arange(N), ("factors",))["factors"].astype(np.float64)
     w = open_factorization(run.factorization).read_coefficients().astype(np.float64)
     split = np.asarray(read_table(run.table("examples"), "examples")["split"].to_pylist())
@@ -80,7 +81,7 @@ def test_steps_are_those_of_their_definition_and_the_loss_falls(narrow: RunDirec
     losses = []
     for steps in range(STEPS + 1):
         run = copy_of(narrow, tmp_path / f"{steps}", polish_steps=steps)
-        stages.lift(run)
+        npeff.lift(run)
         found = directions_of(run)
         if steps > 0:
             products = np.einsum("nrp,kp->nrk", factors, before)  # noqa: F821
@@ -122,34 +123,34 @@ class _Stops(SerialExecutor):
 
 def test_it_goes_on_to_the_same_directions_wherever_it_is_interrupted(narrow: RunDirectory, tmp_path: Path) -> None:
     undisturbed = copy_of(narrow, tmp_path / "undisturbed", polish_steps=2)
-    stages.lift(undisturbed, executor=_Stops())
+    npeff.lift(undisturbed, executor=_Stops())
     expected = directions_of(undisturbed)
     for units in (K, K + 1, 2 * K + 1, 4 * K + 2):
         run = copy_of(narrow, tmp_path / f"{units}", polish_steps=2)
         with pytest.raises(_Interrupted):
-            stages.lift(run, executor=_Stops(units))
-        stages.lift(run, executor=_Stops())
+            npeff.lift(run, executor=_Stops(units))
+        npeff.lift(run, executor=_Stops())
         np.testing.assert_array_equal(directions_of(run), expected)
 
 
 def test_a_lost_direction_is_made_again_with_all_others(narrow: RunDirectory, tmp_path: Path) -> None:
     run = copy_of(narrow, tmp_path / "run", polish_steps=1)
-    stages.lift(run)
+    npeff.lift(run)
     expected = directions_of(run)
     (run.partial_results("lift") / "00002.json").unlink()
     (run.path / "stages" / "lift.json").unlink()
-    stages.lift(run)
+    npeff.lift(run)
     np.testing.assert_array_equal(directions_of(run), expected)
 
 
 def test_a_damaged_direction_is_made_again_by_check(narrow: RunDirectory, tmp_path: Path) -> None:
     run = copy_of(narrow, tmp_path / "run", polish_steps=1)
-    stages.lift(run)
+    npeff.lift(run)
     expected = directions_of(run)
     chunk = next(path for path in (run.directions / "7.weight" / "c" / "1").rglob("*") if path.is_file())
     chunk.write_bytes(chunk.read_bytes()[:-1] + b"x")
-    assert [damage.what for damage in stages.check(run)] == ["direction 1"]
-    stages.check(run, repair=True)
+    assert [damage.what for damage in npeff.check(run)] == ["direction 1"]
+    npeff.check(run, repair=True)
     np.testing.assert_array_equal(directions_of(run), expected)
 
 
@@ -159,7 +160,7 @@ def test_examples_that_came_with_a_batch_need_not_be_finite(tmp_path: Path) -> N
     document["task"]["name"] = "end_to_end.nan_digits:NanDigits"
     document["fishers"] |= {"labels": "sampled", "rank": 2}
     run = RunDirectory.create(RunConfig.model_validate(document))
-    for stage in (stages.compute_fishers, stages.factorize, stages.lift):
+    for stage in (npeff.compute_fishers, npeff.factorize, npeff.lift):
         stage(run)
     assert np.isfinite(directions_of(run)).all()
     np.testing.assert_allclose(np.linalg.norm(directions_of(run), axis=1), 1, rtol=1e-5)
@@ -173,7 +174,7 @@ def test_a_component_that_no_example_uses_has_no_direction_and_harms_no_other(
     document["fishers"]["diagonal"]["groups"] = True
     document["factorization"]["kind"] = kind
     run = RunDirectory.create(RunConfig.model_validate(document))
-    for stage in (stages.compute_fishers, stages.factorize):
+    for stage in (npeff.compute_fishers, npeff.factorize):
         stage(run)
 
     class Unused:
@@ -188,8 +189,8 @@ def test_a_component_that_no_example_uses_has_no_direction_and_harms_no_other(
         def __getattr__(self, name: str) -> Any:
             return getattr(self._stored, name)
 
-    monkeypatch.setattr(lift_actor, "open_factorization", Unused)
-    stages.lift(run)
+    monkeypatch.setattr(lift_worker, "open_factorization", Unused)
+    npeff.lift(run)
     lengths = np.linalg.norm(directions_of(run), axis=1)
     np.testing.assert_allclose(lengths, [1, 0, 1], atol=1e-5)
 
@@ -197,13 +198,13 @@ def test_a_component_that_no_example_uses_has_no_direction_and_harms_no_other(
 def test_damaged_scores_are_said_to_be_so(narrow: RunDirectory, tmp_path: Path) -> None:
     run = copy_of(narrow, tmp_path / "run", polish_steps=1)
     with pytest.raises(_Interrupted):
-        stages.lift(run, executor=_Stops(2 + 2 * K))  # two parts, all directions and scores
+        npeff.lift(run, executor=_Stops(2 + 2 * K))  # two parts, all directions and scores
     damaged = run.partial_results("lift") / "polish" / "001" / "00001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:100])
     with pytest.raises(StoreError, match="missing or damaged: delete it and run the same command again"):
-        stages.lift(run, executor=_Stops())
+        npeff.lift(run, executor=_Stops())
     damaged.unlink()
-    stages.lift(run, executor=_Stops())
+    npeff.lift(run, executor=_Stops())
     assert not damaged.parent.parent.exists()
 
 

@@ -13,16 +13,21 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from pipeline import stages
-from pipeline.cli import main
-from pipeline.config import RunConfig
-from pipeline.run_directory import RunDirectory, RunDirectoryError
-from pipeline.runtime.repair_actor import Batch, RepairWorker
-from pipeline.stage import fingerprint_of, model_spec
-from pipeline.stages import repair_stage
-from pipeline.store import DirectionStore, open_factorization, read_table, write_table
+import pipeline as npeff
+from pipeline.cli.main import main
+from pipeline.runs.config import RunConfig
+from pipeline.runs.directory import RunDirectory
+from pipeline.runs.errors import RunDirectoryError
+from pipeline.stages.inputs import fingerprint_of
+from pipeline.stages.repair import stage as repair_stage
+from pipeline.stages.repair.worker import Batch, RepairWorker
+from pipeline.stages.worker_specs import model_spec
+from pipeline.statistics.mcnemar import mcnemar
+from pipeline.store.component_store import open_factorization
+from pipeline.store.direction_store import DirectionStore
+from pipeline.store.tables import read_table, write_table
 from pipeline.tasks import load_task
-from pipeline.verification import Edit, mcnemar, over_represented, top_examples
+from pipeline.verification import Edit, over_represented, top_examples
 
 LIMIT = 400
 
@@ -44,7 +49,7 @@ def config(run_dir: Path, **repair: Any) -> RunConfig:
 @pytest.fixture(scope="module")
 def lifted(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     run = RunDirectory.create(config(tmp_path_factory.mktemp("repair") / "run"))
-    for stage in (stages.compute_fishers, stages.factorize, stages.lift):
+    for stage in (npeff.compute_fishers, npeff.factorize, npeff.lift):
         stage(run)
     return run
 
@@ -52,7 +57,7 @@ def lifted(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 @pytest.fixture(scope="module")
 def repaired(lifted: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     run = copied(lifted, tmp_path_factory.mktemp("repaired") / "run")
-    stages.repair(run)
+    npeff.repair(run)
     return run
 
 
@@ -151,8 +156,8 @@ def test_an_interrupted_repair_goes_on_to_the_same_end(
 
     monkeypatch.setattr(RepairWorker, "attempt", dying)
     with pytest.raises(KeyboardInterrupt):
-        stages.repair(run)
-    summary, expected = stages.repair(run), repaired.record("repair")
+        npeff.repair(run)
+    summary, expected = npeff.repair(run), repaired.record("repair")
     assert expected is not None
     assert calls[2] == calls[1], "what was interrupted is done again"
     assert calls.count(calls[0]) == 1, "and what was finished is not"
@@ -160,13 +165,13 @@ def test_an_interrupted_repair_goes_on_to_the_same_end(
         name: expected[name] for name in ("edits", "held_out")
     }
     calls.clear()
-    assert stages.repair(run) == summary
+    assert npeff.repair(run) == summary
     assert not calls, "a complete stage is not repeated"
 
 
 def test_another_request_is_another_repair(repaired: RunDirectory, tmp_path: Path) -> None:
     run = copied(repaired, tmp_path / "run", significance=1e-12)
-    summary = stages.repair(run)
+    summary = npeff.repair(run)
     assert summary["edits"] == []
     assert not run.repaired.exists(), "the model of the former one is not left beside this record"
 
@@ -182,10 +187,10 @@ def test_components_that_are_lifted_later_are_tried_too(
     shutil.rmtree(run.partial_results("lift"))
     run.reopen("lift")
     few = RunDirectory(run.path, run.config.with_lift(components=(other,)))
-    stages.lift(few)
-    assert {edit["component"] for edit in stages.repair(few)["edits"]} <= {other}
-    stages.lift(run)
-    assert {edit["component"] for edit in stages.repair(run)["edits"]} == edited
+    npeff.lift(few)
+    assert {edit["component"] for edit in npeff.repair(few)["edits"]} <= {other}
+    npeff.lift(run)
+    assert {edit["component"] for edit in npeff.repair(run)["edits"]} == edited
 
 
 def test_examples_without_labels_cannot_be_repaired(
@@ -200,7 +205,7 @@ def test_examples_without_labels_cannot_be_repaired(
     assert end.value.code == 2
     assert "repair needs examples with one prediction, and their labels" in capsys.readouterr().err
     with pytest.raises(RunDirectoryError, match="have no known labels"):
-        stages.repair(run)
+        npeff.repair(run)
 
 
 ALL_ONCE = {"significance": 1.0, "max_edits": 1, "kl_steps": [0.1]}
@@ -213,8 +218,8 @@ def with_steps_at_once(lifted: RunDirectory, path: Path) -> RunDirectory:
 
 def test_steps_at_once_mend_more_than_those_one_after_the_other(lifted: RunDirectory, tmp_path: Path) -> None:
     one_by_one, run = copied(lifted, tmp_path / "one", **ALL_ONCE), with_steps_at_once(lifted, tmp_path / "run")
-    stages.repair(one_by_one)
-    summary = stages.repair(run)
+    npeff.repair(one_by_one)
+    summary = npeff.repair(run)
     table = read_table(run.table("examples"), "examples")
     fit = np.array(table["split"].to_pylist()) == "fit"
     before, after = correct(run, []), correct(run, summary["edits"])
@@ -236,7 +241,7 @@ def test_steps_at_once_mend_more_than_those_one_after_the_other(lifted: RunDirec
 def test_steps_at_once_are_the_same_in_any_parts_and_after_an_interruption(
     lifted: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = stages.repair(with_steps_at_once(lifted, tmp_path / "whole"))
+    expected = npeff.repair(with_steps_at_once(lifted, tmp_path / "whole"))
     run = with_steps_at_once(lifted, tmp_path / "run")
     slopes, calls = RepairWorker.slopes, []
 
@@ -248,13 +253,13 @@ def test_steps_at_once_are_the_same_in_any_parts_and_after_an_interruption(
 
     monkeypatch.setattr(RepairWorker, "slopes", dying)
     with pytest.raises(KeyboardInterrupt):
-        stages.repair(run)
-    assert stages.repair(run)["edits"] == expected["edits"]
+        npeff.repair(run)
+    assert npeff.repair(run)["edits"] == expected["edits"]
     assert calls[5] == calls[4], "what was interrupted is done again"
     assert calls.count(calls[0]) == 1, "and what was finished is not"
     parts = with_steps_at_once(lifted, tmp_path / "parts")
     monkeypatch.setattr(repair_stage, "_EXAMPLES_AT_ONCE", 97)
-    in_parts = [edit["step"] for edit in stages.repair(parts)["edits"]]
+    in_parts = [edit["step"] for edit in npeff.repair(parts)["edits"]]
     np.testing.assert_allclose(in_parts, [edit["step"] for edit in expected["edits"]], rtol=0.05, atol=1e-4)
 
 

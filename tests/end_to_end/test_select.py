@@ -11,15 +11,21 @@ import pytest
 from planted import planted_fishers
 from planted_run import planted_run
 
-from pipeline import RunConfig, factorize, select
-from pipeline.cli import main
-from pipeline.config import ConfigError
+from pipeline.cli.main import main
+from pipeline.execution.create import make_executor
+from pipeline.execution.executor import WorkerSpec
+from pipeline.execution.serial import SerialExecutor
 from pipeline.factorization import InvalidProblemError
-from pipeline.query import ComponentStore, QueryError
-from pipeline.run_directory import RunDirectory, RunDirectoryError
-from pipeline.runtime.executor import SerialExecutor, WorkerSpec, make_executor
-from pipeline.status import status
-from pipeline.store import read_table
+from pipeline.query.components import ComponentStore
+from pipeline.query.errors import QueryError
+from pipeline.runs.config import RunConfig
+from pipeline.runs.config_reading import ConfigError
+from pipeline.runs.directory import RunDirectory
+from pipeline.runs.errors import RunDirectoryError
+from pipeline.stages.factorize.stage import factorize
+from pipeline.stages.select.stage import select
+from pipeline.stages.status import status
+from pipeline.store.tables import read_table
 
 PLANTED = 6
 PROBLEM = planted_fishers(n_examples=480, rank=3, dim=32, n_components=PLANTED, noise=0.2, n_active=3, seed=0)

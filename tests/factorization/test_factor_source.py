@@ -8,13 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.factorization import (
-    ExampleShard,
-    FactorsInMemory,
-    InvalidProblemError,
-    StreamedFactors,
-    factor_source,
-)
+from pipeline.factorization import ExampleShard, FactorsInMemory, InvalidProblemError, StreamedFactors, factor_source
 from pipeline.factorization.half_products import product
 
 SIZES = (7, 0, 12, 5)

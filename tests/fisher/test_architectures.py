@@ -9,24 +9,15 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import dense_definition
 import pytest
 import torch
+from gradients import dense_definition
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pipeline.fisher import (
-    IGNORED,
-    FisherBatch,
-    LabelSpec,
-    ParameterLayout,
-    PerExampleFishers,
-    SketchSpec,
-    check_coverage,
-    label_rows,
-    make_sketch,
-    select_parameters,
-)
+from pipeline.fisher import FisherBatch, PerExampleFishers
+from pipeline.gradients import IGNORED, LabelSpec, ParameterLayout, check_coverage, label_rows, select_parameters
+from pipeline.sketches import SketchSpec, make_sketch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install -e '.[hf]'")
 

@@ -4,16 +4,20 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import dense_definition
-import fisher_models as models
 import pytest
 import torch
+from gradients import dense_definition
+from gradients import fisher_models as models
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.fisher import GradientCollector, LabelSpec, ParameterLayout, contributions, select_parameters
-from pipeline.fisher.contributions import Contribution, Dense, Outer, Rows, Sum
-from pipeline.fisher.diagonal import GroupLayout, diagonal_norms, diagonal_sum, grouped_sums, top_entries
+from pipeline.fisher import GroupLayout, diagonal_norms, diagonal_sum, grouped_sums, top_entries
+from pipeline.gradients import GradientCollector, LabelSpec, ParameterLayout, select_parameters
+from pipeline.gradients import contribution as contributions
+from pipeline.gradients.contribution import Contribution, Dense
+from pipeline.gradients.embedding_rows import Rows
+from pipeline.gradients.outer import Outer
+from pipeline.gradients.sums import Sum
 
 EXACT = LabelSpec()
 

@@ -3,20 +3,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-import dense_definition
-import fisher_models as models
 import pytest
 import torch
+from gradients import dense_definition
+from gradients import fisher_models as models
 from torch import Tensor, nn
 
-from pipeline.fisher import (
-    FisherBatch,
-    PerExampleFishers,
-    SketchSpec,
-    UnsupportedModelError,
-    make_sketch,
-    select_parameters,
-)
+from pipeline.fisher import FisherBatch, PerExampleFishers
+from pipeline.gradients import UnsupportedModelError, select_parameters
+from pipeline.sketches import SketchSpec, make_sketch
 
 IDENTITY = SketchSpec("identity", None, 0)
 SKETCH = SketchSpec("tensorsketch", 64, 0)

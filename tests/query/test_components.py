@@ -8,7 +8,8 @@ import dask.array as da
 import numpy as np
 import pytest
 
-from pipeline.query import ComponentStore, QueryError
+from pipeline.query.components import ComponentStore
+from pipeline.query.errors import QueryError
 
 
 @pytest.fixture

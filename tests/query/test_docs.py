@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.query import ComponentStore
-from pipeline.store import SCHEMAS
+from pipeline.query.components import ComponentStore
 from pipeline.store.component_store import StoredFactorization
 from pipeline.store.fisher_store import _array_specs
+from pipeline.store.tables import SCHEMAS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "store.md").read_text(encoding="utf-8")
 SNIPPETS = {

@@ -14,9 +14,10 @@ import pytest
 import zarr
 from scipy import stats
 
-from pipeline.query import ComponentStore, QueryError
-from pipeline.store import FisherStore
+from pipeline.query.components import ComponentStore
+from pipeline.query.errors import QueryError
 from pipeline.store import tables as stored_tables
+from pipeline.store.fisher_store import FisherStore
 
 CONDITIONS = {
     "label = 2 and not correct": lambda row: row["label"] == 2 and not row["correct"],

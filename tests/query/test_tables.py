@@ -12,7 +12,8 @@ from object_store import ObjectStore
 from pipeline.query.errors import QueryError
 from pipeline.query.sql import run_sql
 from pipeline.query.tables import WRITTEN_BY, RunTables
-from pipeline.store import location, write_table
+from pipeline.storage.location import location
+from pipeline.store.tables import write_table
 
 
 @pytest.mark.parametrize(("name", "command"), sorted(WRITTEN_BY.items()))

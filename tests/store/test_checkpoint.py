@@ -5,15 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.store import (
-    Checkpoint,
-    CheckpointStore,
-    StoreError,
-    read_json,
-    write_checkpoint_array,
-    write_json_atomically,
-)
-from pipeline.store.manifest import file_checksum
+from pipeline.storage.checksums import file_checksum, read_json, write_json_atomically
+from pipeline.storage.errors import StoreError
+from pipeline.store.checkpoint import Checkpoint, CheckpointStore, write_checkpoint_array
 
 CONFIG_HASH = "0123abcd"
 

@@ -5,15 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.store import (
-    StackedRows,
-    StoreError,
-    checksum,
-    columns_of,
-    component_store,
-    open_factorization,
-    write_factorization,
-)
+from pipeline.storage.checksums import checksum
+from pipeline.storage.errors import StoreError
+from pipeline.store import component_store
+from pipeline.store.coefficient_rows import StackedRows, columns_of
+from pipeline.store.component_store import open_factorization, write_factorization
 
 N, K, D = 3001, 50, 7
 

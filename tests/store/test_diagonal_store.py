@@ -8,7 +8,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from pipeline.store import DiagonalSums, StoreError
+from pipeline.storage.errors import StoreError
+from pipeline.store.diagonal_store import DiagonalSums
 
 N_SHARDS = 70
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.store import DirectionStore, StoreError
+from pipeline.storage.errors import StoreError
+from pipeline.store.direction_store import DirectionStore
 
 K = 5
 SHAPES: dict[str, tuple[int, ...]] = {"conv.weight": (4, 2, 3, 3), "conv.bias": (4,), "scale": ()}

@@ -12,9 +12,9 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.store import FisherStore, StoreError
-from pipeline.store.bfloat16 import decode_bfloat16, encode_bfloat16
-from pipeline.store.fisher_store import ARRAY_NAMES, StoreDtype
+from pipeline.storage.bfloat16 import decode_bfloat16, encode_bfloat16
+from pipeline.storage.errors import StoreError
+from pipeline.store.fisher_store import ARRAY_NAMES, FisherStore, StoreDtype
 from pipeline.store.layout import MIN_CHUNK_BYTES
 
 N, SHARD_SIZE, RANK, DIM, N_CLASSES = 23, 10, 2, 48, 3

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.store import FitStore, StoreError
+from pipeline.storage.errors import StoreError
+from pipeline.store.fit_store import FitStore
 
 COMPONENTS_KD = np.random.default_rng(0).standard_normal((3, 5))
 

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.store import SCHEMAS, StoreError, read_table, write_table, write_table_in_parts
+from pipeline.storage.errors import StoreError
+from pipeline.store.tables import SCHEMAS, read_table, write_table, write_table_in_parts
 
 _VALUES: dict[pa.DataType, list[Any]] = {
     pa.int64(): [3, -1],

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.fisher import PerExampleFishers, SketchSpec, make_sketch, select_parameters
+from pipeline.fisher import PerExampleFishers
+from pipeline.gradients import select_parameters
+from pipeline.sketches import SketchSpec, make_sketch
 from pipeline.tasks import TaskError
 
 pytest.importorskip("transformers", reason="needs pip install 'npeff-pipeline[hf]'")

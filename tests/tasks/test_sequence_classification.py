@@ -12,8 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.fisher import PerExampleFishers, SketchSpec, make_sketch, select_parameters
-from pipeline.runtime.model import LoadedModel, ModelSpec
+from pipeline.fisher import PerExampleFishers
+from pipeline.gradients import select_parameters
+from pipeline.models.loaded import LoadedModel, ModelSpec
+from pipeline.sketches import SketchSpec, make_sketch
 from pipeline.tasks import TaskError, load_task
 
 pytest.importorskip("transformers", reason="needs pip install 'npeff-pipeline[hf]'")

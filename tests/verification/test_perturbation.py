@@ -9,14 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.verification import (
-    displacement,
-    find_step_size,
-    kl_divergence,
-    moved,
-    orthogonalized,
-    parameter_norm,
-)
+from pipeline.directions import displacement, orthogonalized, parameter_norm
+from pipeline.models.predictions import kl_divergence
+from pipeline.verification import find_step_size, moved
 
 
 def model() -> nn.Module:

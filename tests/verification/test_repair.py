@@ -9,15 +9,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from pipeline.verification.repair import (
-    Edit,
-    McNemar,
-    RepairCandidate,
-    choose_step,
-    joint_steps,
-    mcnemar,
-    over_represented,
-)
+from pipeline.statistics.mcnemar import McNemar, mcnemar
+from pipeline.verification import Edit, RepairCandidate, choose_step, joint_steps, over_represented
 
 EVERYONE = np.ones(400, dtype=bool)
 

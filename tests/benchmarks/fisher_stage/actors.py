@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+import pipeline as npeff
 from fisher_stage import minilm
 from fisher_stage.workload import median_and_spread
-from pipeline import stages
-from pipeline.run_directory import RunDirectory
+from pipeline.runs.directory import RunDirectory
 
 N_EXAMPLES, SHARD, BATCH = 4927, 64, 32
 LIMIT = 1.7
@@ -52,7 +52,7 @@ def actors(rounds: int) -> dict[str, Any] | None:
 def shards_s(folder: Path, name: str, workers: int) -> float:
     config = minilm.config(folder / name, folder / "pairs.txt", shard_size=SHARD, batch_size=BATCH)
     run = RunDirectory.create(config.with_executor(kind="ray", address="local", workers=workers, cpus_per_worker=1))
-    stages.compute_fishers(run)
+    npeff.compute_fishers(run)
     written = {path: json.loads(path.read_text())["seconds"] for path in run.shard_records.glob("*.json")}
     ends = {path: path.stat().st_mtime for path in written}
     return max(ends.values()) - min(ends[path] - seconds for path, seconds in written.items())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pipeline.fisher import IGNORED, UNKNOWN, LabelSpec, label_rows
+from pipeline.gradients import IGNORED, UNKNOWN, LabelSpec, label_rows
 
 WORDS, TOPICS, TOPIC_WORDS, SUCCESSORS = 2000, 16, 200, 4
 TRAINED_AT_ONCE = 16

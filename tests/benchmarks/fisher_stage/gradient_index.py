@@ -25,8 +25,8 @@ from fisher_stage import causal_model
 from fisher_stage.accuracy import inner_products, normalised_rows, off_diagonal_error
 from fisher_stage.causal_model import Size
 from fisher_stage.workload import Workload, median_and_spread
-from pipeline.fisher import ParameterLayout, select_parameters
-from pipeline.store import FisherStore
+from pipeline.gradients import ParameterLayout, select_parameters
+from pipeline.store.fisher_store import FisherStore
 
 HERE = Path(__file__).parent
 SIZES = (Size(width=768, length=32, n_texts=512, steps=150), Size(width=256, length=128, n_texts=256, steps=300))

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from fisher_stage.workload import Workload
-from pipeline.config import RunConfig
-from pipeline.runtime.model import LoadedModel, ModelSpec
+from pipeline.models.loaded import LoadedModel, ModelSpec
+from pipeline.runs.config import RunConfig
 
 RUN_FILE = Path(__file__).parents[3] / "jobs" / "minilm-sick.yaml"
 DATA = Path("data/sick/SICK_test_annotated.txt")

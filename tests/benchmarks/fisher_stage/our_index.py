@@ -23,9 +23,11 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from fisher_stage.bergson_index import memory, read_data, reset_peak_memory
 from fisher_stage.causal_model import SAMPLED, targets_of
-from pipeline.fisher import PerExampleFishers, SketchSpec, make_sketch, select_parameters
-from pipeline.runtime.heap import keep_freed_memory
-from pipeline.store import FisherStore
+from pipeline.fisher import PerExampleFishers
+from pipeline.gradients import select_parameters
+from pipeline.models.heap import keep_freed_memory
+from pipeline.sketches import SketchSpec, make_sketch
+from pipeline.store.fisher_store import FisherStore
 from pipeline.tasks.huggingface.pretrained import with_fused_gelu
 
 WEIGHTS = ("transformer.h.*.attn.*.weight", "transformer.h.*.mlp.*.weight")

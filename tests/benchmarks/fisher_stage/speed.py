@@ -18,10 +18,12 @@ from torch import Tensor
 
 from fisher_stage import minilm
 from fisher_stage.workload import floor, interleaved, median_and_spread, pieces
-from pipeline.fisher import GradientCollector, LabelSpec, SketchSpec, exact_label_factor, make_sketch
-from pipeline.runtime.fisher_actor import FisherWorker
-from pipeline.runtime.model import LoadedModel, ModelSpec
-from pipeline.store import FisherStore, ShardRecords
+from pipeline.gradients import GradientCollector, LabelSpec, exact_label_factor
+from pipeline.models.loaded import LoadedModel, ModelSpec
+from pipeline.sketches import SketchSpec, make_sketch
+from pipeline.stages.fishers.worker import FisherWorker
+from pipeline.store.fisher_store import FisherStore
+from pipeline.store.shard_records import ShardRecords
 
 THREADS, N_EXAMPLES, SHARD, BATCH = 2, 512, 256, 32
 N_FEW, FEW_BATCH = 16, 4

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.fisher import GradientCollector, LabelSpec, LogitsFunction, ParameterLayout, Sketch
-from pipeline.fisher.capture import frozen
-from pipeline.fisher.contributions import total_gram
+from pipeline.gradients import GradientCollector, LabelSpec, LogitsFunction, ParameterLayout, frozen
+from pipeline.gradients.sums import total_gram
+from pipeline.sketches import Sketch
 
 _CPU = torch.device("cpu")
 

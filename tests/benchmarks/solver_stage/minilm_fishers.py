@@ -9,10 +9,10 @@ import torch
 from fisher_stage import minilm as workload
 from torch import Tensor
 
-from pipeline import stages
-from pipeline.config import SketchConfig
-from pipeline.run_directory import RunDirectory
-from pipeline.store import FisherStore
+import pipeline as npeff
+from pipeline.runs.config_sections import SketchConfig
+from pipeline.runs.directory import RunDirectory
+from pipeline.store.fisher_store import FisherStore
 
 DIM = 4096
 
@@ -34,7 +34,7 @@ def minilm_factors(cache: Path, pairs: int | None = None) -> Tensor | None:
     config = workload.config(cache / name, data, sketch=SketchConfig(kind="tensorsketch", dim=DIM))
     config = config.with_executor(kind="serial", workers=1)
     run = RunDirectory.create(config)
-    stages.compute_fishers(run)
+    npeff.compute_fishers(run)
     store = FisherStore.open(run.fishers)
     rows = store.read_rows(np.arange(store.plan.n_examples), ["factors", "valid"])
     return torch.from_numpy(rows["factors"][rows["valid"]])

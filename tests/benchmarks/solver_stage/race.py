@@ -26,7 +26,7 @@ from pipeline.factorization import (
     solve,
     starting_components,
 )
-from pipeline.runtime.probe import peak_bytes
+from pipeline.models.batch_size import peak_bytes
 from solver_stage.minilm_fishers import minilm_factors
 from solver_stage.reference_updates import best_reference_run
 

@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from planted_run import SIGNATURE
 
+from pipeline.execution.create import make_executor
+from pipeline.execution.executor import WorkerSpec
 from pipeline.factorization import BLOCK_ROWS, ExampleShard, SolverOptions
-from pipeline.run_directory import RunDirectory
-from pipeline.runtime.executor import WorkerSpec, make_executor
-from pipeline.runtime.fitted_examples import FittedExamples
-from pipeline.runtime.solver_actor import SolverWorker
-from pipeline.runtime.solver_driver import run_solver
-from pipeline.store import CheckpointStore, ShardRecords
+from pipeline.runs.directory import RunDirectory
+from pipeline.stages.factorize.driver import run_solver
+from pipeline.stages.factorize.worker import SolverWorker
+from pipeline.stages.fitted_examples import FittedExamples
+from pipeline.store.checkpoint import CheckpointStore
+from pipeline.store.shard_records import ShardRecords
 from solver_stage.synthetic import synthetic_run
 
 _IN_MEMORY, _STREAMED = 8 * 2**30, 2**20

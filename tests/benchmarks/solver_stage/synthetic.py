@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from planted_run import run_with_fishers
 
-from pipeline.run_directory import RunDirectory
+from pipeline.runs.directory import RunDirectory
 
 _NOISE, _SHARD_SIZE = 0.3, 256
 

@@ -19,9 +19,9 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import NMF
 from torch import Tensor
 
-from pipeline.factorization import nnls
-from pipeline.fisher.label_factor import exact_label_factor
-from pipeline.runtime.model import LoadedModel
+from pipeline.factorization.nnls import nnls
+from pipeline.gradients import exact_label_factor
+from pipeline.models.loaded import LoadedModel
 
 Found = tuple[NDArray[np.float32], NDArray[np.float64]]
 

@@ -1,0 +1,1 @@
+"""The ``npeff`` command: parse, call, print."""

@@ -1,0 +1,34 @@
+"""The Typer application of the ``npeff`` command."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Annotated
+
+import typer
+
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+app = typer.Typer(
+    invoke_without_command=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings=HELP,
+)
+
+
+@app.callback()
+def npeff(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Say which version this is.")] = False,
+) -> None:
+    """Factorize the per-example Fishers of a model (NPEFF), verify the components, look at them.
+
+    Begin with: npeff run jobs/quickstart.yaml
+    """
+    if version:
+        print("npeff", importlib.metadata.version("npeff-pipeline"))
+    elif context.invoked_subcommand is None:
+        print(context.get_help())

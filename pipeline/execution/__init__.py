@@ -1,0 +1,1 @@
+"""Where workers run: executors that map work over workers, in this process or on Ray."""

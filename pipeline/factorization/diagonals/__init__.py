@@ -1,0 +1,1 @@
+"""D-NPEFF: non-negative factorization of diagonals."""

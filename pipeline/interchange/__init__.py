@@ -1,0 +1,1 @@
+"""Files of the NPEFF reference implementation, into a run and out of it."""

@@ -1,0 +1,1 @@
+"""The model and the examples of a run, as a worker loads them."""

@@ -1,0 +1,1 @@
+"""One run: its configuration, directory, lock and records, and what a stage is."""

@@ -1,0 +1,1 @@
+"""Stage `attribute`: the tokens at which a direction acts."""

@@ -1,0 +1,1 @@
+"""Verification of everything in a run directory."""

@@ -1,0 +1,1 @@
+"""Stage `factorize`: non-negative coefficients and components of the stored Fishers."""

@@ -1,0 +1,1 @@
+"""Stage `fishers`: the low-rank Fisher of every example."""

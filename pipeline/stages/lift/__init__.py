@@ -1,0 +1,1 @@
+"""Stage `lift`: components to directions in parameter space."""

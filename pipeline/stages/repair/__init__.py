@@ -1,0 +1,1 @@
+"""Stage `repair`: edits of the model along components that stand for mistakes."""

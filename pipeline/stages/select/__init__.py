@@ -1,0 +1,1 @@
+"""Stage `select`: how many components the Fishers support."""

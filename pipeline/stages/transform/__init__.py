@@ -1,0 +1,1 @@
+"""Stage `transform`: coefficients of new examples for the components of another run."""

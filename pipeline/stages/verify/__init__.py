@@ -1,0 +1,1 @@
+"""Stage `verify`: the model moved along each direction, beside controls."""

@@ -1,0 +1,1 @@
+"""Tasks whose strategies are known, to test the method on."""

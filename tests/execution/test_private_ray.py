@@ -1,0 +1,74 @@
+"""A Ray of this process alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from ray._raylet import AuthenticationMode, AuthenticationTokenLoader, get_authentication_mode
+
+from pipeline.execution.ray.authentication import Authentication
+from pipeline.execution.ray.private import PrivateRay
+
+HERS = "0" * 64
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with a token that this process has read, as another command of the same user left it."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray/auth_token").write_text(HERS)
+    Authentication.current().use()
+    assert AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("mode", [None, "token", "disabled"])
+def test_it_has_a_token_of_its_own_whatever_others_say_meanwhile(
+    home: Path, mode: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / ".ray/auth_token").write_text("1" * 64)
+    if mode is not None:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)  # of which this process's Ray does not know
+    private = PrivateRay(1)
+    try:
+        token = os.environ["RAY_AUTH_TOKEN"]
+        assert token not in (HERS, "1" * 64)
+        assert get_authentication_mode() == AuthenticationMode.TOKEN
+        assert ray.get(ray.remote(os.getenv).remote("RAY_AUTH_TOKEN")) == token
+        servers = [process for process in psutil.Process().children() if process.name() in ("gcs_server", "raylet")]
+        assert len(servers) == 2
+        heard = {
+            at.laddr.ip.removeprefix("::ffff:")
+            for server in servers
+            for at in server.net_connections("inet")
+            if at.status == "LISTEN"
+        }
+        assert heard == {"127.0.0.1"}
+        assert private.dead_server() is None
+    finally:
+        private.close()
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    assert os.environ.get("RAY_AUTH_MODE") == mode
+    assert not ray.is_initialized()
+    assert (home / ".ray/auth_token").read_text() == "1" * 64
+
+
+def test_no_token_is_left_where_it_does_not_start(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+
+    def init(**options: object) -> None:
+        tries.append(os.environ["RAY_AUTH_TOKEN"])
+        raise RuntimeError("Failed to start GCS")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(RuntimeError, match="Failed to start"):
+        PrivateRay(1)
+    assert len(tries) == 2
+    assert "RAY_AUTH_TOKEN" not in os.environ

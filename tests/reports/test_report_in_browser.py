@@ -1,0 +1,255 @@
+"""The report in a headless Chromium."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from chromium import Browser, find_chromium
+
+from pipeline.query.components import ComponentStore
+from pipeline.reports import in_common, report
+from pipeline.reports.report import write_report
+from pipeline.reports.serve import make_server
+
+HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(2)>{{ 7 * 7 }}"""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    program = find_chromium()
+    if program is None:
+        pytest.skip("no Chromium or Chrome is installed: the report was not opened in a browser")
+    opened = Browser(program, tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 420])
+def test_the_report_opens_without_complaints_requests_or_sideways_scrolling(
+    browser: Browser, run, scheme: str, width: int
+) -> None:
+    report = write_report(run.path)
+    browser.open(report, width=width, scheme=scheme)
+    assert browser.complaints == []
+    assert browser.requests == [report.as_uri()]
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    shown = "[...document.querySelectorAll('.image')].map((e) => getComputedStyle(e).backgroundImage.slice(0, 20))"
+    assert set(browser.evaluate(shown)) == {'url("data:image/png;'}
+    assert browser.evaluate("getComputedStyle(document.querySelector('.gallery .image')).imageRendering") == "pixelated"
+    background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    brightness = sum(int(part) for part in background.strip("rgb()").split(","))
+    assert (brightness > 600) == (scheme == "light")
+
+
+@pytest.mark.parametrize("at_once", [64, 1])
+@pytest.mark.parametrize("texts", [False, True])
+def test_text_of_the_data_set_is_shown_as_text(
+    browser: Browser, make_run: Callable, monkeypatch, at_once: int, texts: bool
+) -> None:
+    monkeypatch.setattr(report, "CARDS_AT_ONCE", at_once)
+    monkeypatch.setattr(in_common, "SIGNIFICANT", 2.0)
+    run = make_run(n_components=4, hostile_text=HOSTILE, text_instead_of_images=texts, shares=True)
+    browser.open(write_report(run.path))
+    browser.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert browser.complaints == []
+    assert len(browser.requests) == 1
+    assert browser.evaluate("document.scripts.length") == 1
+    assert browser.evaluate("document.images.length") == 0
+    places = ["h1", ".finding b", ".caption", ".mix th[scope=row]", ".energy th[scope=row]", ".common th",
+              "details th[scope=row]", "pre", "#provenance dd"]  # fmt: skip
+    for place in places + (["#component-0 .text", ".tokens b", ".text q"] if texts else []):
+        seen = browser.evaluate(f"[...document.querySelectorAll('{place}')].map((e) => e.textContent).join(' ')")
+        assert HOSTILE in seen, place
+
+
+def test_the_page_refuses_scripts_that_are_not_its_own(browser: Browser, run) -> None:
+    browser.open(write_report(run.path))
+    browser.evaluate(
+        "(() => { const s = document.createElement('script'); s.textContent = 'window.intruder = 1';"
+        " document.body.append(s); })()"
+    )
+    assert browser.evaluate("window.intruder") is None
+
+
+def test_headings_sort_the_table_both_ways_with_missing_values_last(browser: Browser, run) -> None:
+    browser.open(write_report(run.path))
+    headings = browser.evaluate("[...document.querySelectorAll('.sortable th button')].map((b) => b.textContent)")
+    ratios = "[...document.querySelectorAll('.sortable tbody tr')].map((r) => r.cells[7].dataset.value)"
+    click = "document.querySelectorAll('.sortable th button')[6].click()"
+    assert headings[6] == "KL + held out"
+
+    browser.evaluate(click)
+    values = browser.evaluate(ratios)
+    measured = [float(value) for value in values if value]
+    assert len(measured) == 11
+    assert values[-1] == ""
+    assert measured == sorted(measured, reverse=True)
+    assert measured[0] == float("inf")
+    assert browser.evaluate("document.querySelector('[aria-sort]').textContent") == "KL + held out"
+
+    browser.evaluate(click)
+    values = browser.evaluate(ratios)
+    measured = [float(value) for value in values if value]
+    assert values[-1] == ""
+    assert measured == sorted(measured)
+
+    browser.evaluate("document.querySelector('.sortable th button').click()")
+    order = browser.evaluate("[...document.querySelectorAll('.sortable tbody th')].map((c) => Number(c.textContent))")
+    assert order == list(range(12))
+    assert browser.evaluate("document.querySelectorAll('[aria-sort]').length") == 1
+
+
+def test_the_two_plots_take_turns_on_screen(browser: Browser, run) -> None:
+    browser.open(write_report(run.path))
+    shown = "[...document.querySelectorAll('.switch figure')].map((f) => getComputedStyle(f).display)"
+    assert browser.evaluate(shown) == ["block", "none"]
+    browser.evaluate("document.querySelector('#show-2').click()")
+    assert browser.evaluate(shown) == ["none", "block"]
+
+
+def test_a_card_is_reached_by_its_link(browser: Browser, run) -> None:
+    browser.open(write_report(run.path))
+    browser.evaluate("document.documentElement.style.scrollBehavior = 'auto'")
+    browser.evaluate("document.querySelector('svg a[href=\"#component-7\"]').dispatchEvent(new MouseEvent('click'))")
+    top = browser.evaluate("document.querySelector('#component-7').getBoundingClientRect().top")
+    assert 0 <= top < 120
+
+
+def shown_components(browser: Browser) -> list[int]:
+    rows = "[...document.querySelectorAll('.sortable tbody tr')].filter((r) => r.checkVisibility())"
+    return browser.evaluate(f"{rows}.map((r) => Number(r.cells[0].textContent))")
+
+
+@pytest.mark.parametrize("at_once", [64, 2])
+def test_the_search_finds_components_by_what_their_cards_say(
+    browser: Browser, make_run: Callable, monkeypatch, at_once: int
+) -> None:
+    monkeypatch.setattr(report, "CARDS_AT_ONCE", at_once)
+    run = make_run(n_components=6, text_instead_of_images=True)
+    browser.open(write_report(run.path))
+    top = ComponentStore.open(run.path).table("top_examples")
+    card_of = "document.getElementById('component-{}')"
+    wanted = top["example"][0].as_py()
+    browser.evaluate("document.getElementById('search').focus()")
+    for key in f"number {wanted}.":
+        browser.press(key)
+    found = shown_components(browser)
+    assert 0 in found
+    assert len(found) < 6
+    assert browser.evaluate("document.getElementById('found').textContent") == f"{len(found)} of 6"
+    for component in range(6):
+        browser.evaluate(f"location.hash = 'component-{component}'")
+        said = browser.evaluate(card_of.format(component) + ".textContent")
+        assert (f"number {wanted}." in said) == (component in found), component
+    browser.evaluate("(() => { const box = document.getElementById('search'); box.value = '<p &amp; nothing';"
+                     " box.dispatchEvent(new Event('input')); })()")  # fmt: skip
+    assert shown_components(browser) == []
+
+
+def test_the_page_is_used_with_the_keyboard(browser: Browser, run) -> None:
+    browser.open(write_report(run.path))
+    focused = "document.activeElement.textContent"
+    browser.press("Tab")
+    assert browser.evaluate(focused) == "Skip to the components"
+    assert browser.evaluate("document.activeElement.getBoundingClientRect().left") >= 0
+    browser.press("Enter")
+    assert browser.evaluate("location.hash") == "#components"
+    browser.press("Tab")
+    assert browser.evaluate("document.activeElement.id") == "search"
+    for _ in range(3):
+        browser.press("Tab")
+    assert browser.evaluate(focused) == "Commonest label"
+    assert browser.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    browser.press("Enter")
+    assert browser.evaluate("document.activeElement.closest('th').getAttribute('aria-sort')") == "ascending"
+    browser.press("Enter")
+    assert browser.evaluate("document.activeElement.closest('th').getAttribute('aria-sort')") == "descending"
+
+
+def test_everything_has_a_name_and_headings_do_not_skip(browser: Browser, run) -> None:
+    browser.open(write_report(run.path))
+    nameless = (
+        "[...document.querySelectorAll('[role=img], [role=group], input, svg:not([aria-hidden])')].filter((e) =>"
+        " !e.getAttribute('aria-label') && !e.title && !(e.labels && e.labels.length))"
+        ".map((e) => e.outerHTML.slice(0, 99))"
+    )
+    assert browser.evaluate(nameless) == []
+    levels = browser.evaluate("[...document.querySelectorAll('h1, h2, h3, h4')].map((h) => Number(h.tagName[1]))")
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+
+
+def test_with_many_components_a_card_is_made_when_it_is_linked_to_seen_or_printed(
+    browser: Browser, run, monkeypatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(report, "CARDS_AT_ONCE", 2)
+    page = write_report(run.path)
+    made = "[...document.querySelectorAll('.card')].filter((c) => !c.querySelector('noscript')).length"
+    browser.call("Page.navigate", url="about:blank")  # the same page is not loaded anew for another fragment
+    browser.open(page.resolve().as_uri() + "#component-8")
+    assert browser.evaluate("document.querySelectorAll('#component-8 .gallery li').length") > 10
+    assert -10 <= browser.evaluate("document.querySelector('#component-8').getBoundingClientRect().top") < 120
+    browser.open(page)
+    assert browser.evaluate(made) < 3
+    assert browser.evaluate("document.querySelectorAll('#component-9 h3').length") == 1
+    browser.evaluate("document.querySelector('#component-9').scrollIntoView({behavior: 'instant'})")
+    seen = "document.querySelectorAll('#component-9 .gallery li').length"
+    deadline = time.monotonic() + 20
+    while not browser.evaluate(seen) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert browser.evaluate(seen) > 10
+    browser.print(tmp_path / "report.pdf")
+    assert browser.evaluate(made) == 12
+    assert browser.complaints == []
+
+
+def test_with_many_components_the_page_is_readable_without_scripts(browser: Browser, run, monkeypatch) -> None:
+    monkeypatch.setattr(report, "CARDS_AT_ONCE", 2)
+    page = write_report(run.path)
+    browser.call("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        browser.open(page)
+        assert browser.evaluate("document.querySelectorAll('#component-9 .gallery li').length") > 10
+        assert browser.evaluate("document.querySelector('#component-9 .gallery li').checkVisibility()")
+        assert not browser.evaluate("document.querySelector('.search').checkVisibility()")
+    finally:
+        browser.call("Emulation.setScriptExecutionDisabled", value=False)
+
+
+def test_shares_are_laid_over_images_and_can_be_hidden(browser: Browser, make_run: Callable) -> None:
+    browser.open(write_report(make_run(n_components=3, shares=True).path))
+    shown = "document.querySelector('.gallery .heat').checkVisibility()"
+    assert browser.evaluate(shown)
+    browser.evaluate("document.getElementById('heat').click()")
+    assert not browser.evaluate(shown)
+
+
+def test_the_live_view_works_in_a_browser(browser: Browser, run) -> None:
+    with make_server(run.path, 0, top_examples=4) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            home = f"http://127.0.0.1:{server.server_port}"
+            browser.open(f"{home}/top?component=2&n=3")
+            assert browser.evaluate("[...document.images].map((i) => i.naturalWidth)") == [8, 8, 8]
+            assert browser.evaluate("getComputedStyle(document.querySelector('.panel')).borderRadius") == "10px"
+            browser.evaluate("document.querySelector('textarea').value = 'select 6 * 7 as answer'")
+            browser.evaluate("document.querySelector('form[action=\"/sql\"] button').click()")
+            deadline = time.monotonic() + 20
+            while "/sql" not in browser.evaluate("location.pathname") and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert browser.evaluate("document.querySelector('#answer td').textContent") == "42"
+            browser.open(f"{home}/report#component-3")
+            assert browser.evaluate("document.querySelectorAll('.card').length") == 12
+            assert browser.complaints == []
+            assert {url[: len(home)] for url in browser.requests} == {home}
+        finally:
+            server.shutdown()
+            thread.join()

@@ -1,0 +1,105 @@
+"""Run files: what is accepted, and that each mistake is named in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.runs.config import RunConfig
+from pipeline.runs.config_reading import ConfigError
+
+MINIMAL = "run_dir: runs/x\ntask: {name: digits}\nfactorization: {n_components: 4}\n"
+
+
+def read(tmp_path: Path, text: str) -> RunConfig:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return RunConfig.from_yaml(path)
+
+
+def test_only_three_keys_have_no_default(tmp_path: Path) -> None:
+    config = read(tmp_path, MINIMAL)
+    assert config.fishers.sketch.dim == 4096
+    assert config.factorization.n_components == 4
+
+
+def test_the_resolved_configuration_reads_back_as_the_same(tmp_path: Path) -> None:
+    config = read(tmp_path, MINIMAL + "fishers: {sketch: {kind: identity}}\nexecutor: {workers: 3}\n")
+    assert read(tmp_path, config.to_yaml()) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("task: {name: digits}\nfactorization: {n_components: 4}\n", "missing key 'run_dir'"),
+        ("run_dir: x\ntask: {name: digits}\n", "missing key 'factorization'"),
+        ("run_dir: x\ntask: {name: digits}\nfactorization: {}\n", "missing key 'factorization.n_components'"),
+        (MINIMAL + "fisher: {}\n", "unknown key 'fisher' (did you mean 'fishers'?)"),
+        (MINIMAL + "fishers: {shardsize: 3}\n", "unknown key 'fishers.shardsize' (did you mean 'shard_size'?)"),
+        (MINIMAL + "fishers: {sketch: {kind: gaussian}}\n", "fishers.sketch.kind"),
+        (MINIMAL + "fishers: {sketch: {kind: identity, dim: 3}}\n", "takes no dim"),
+        (MINIMAL + "fishers: {shard_size: 0}\n", "fishers.shard_size must be greater than 0, not 0"),
+        (MINIMAL + "fishers: {diagonal: {top: 3}}\n", "unknown key 'fishers.diagonal.top'"),
+        (MINIMAL + "fishers: {diagonal: {top_entries: 0}}\n", "fishers.diagonal.top_entries must be greater than 0"),
+        (MINIMAL + "seed: -1\n", "seed"),
+        (MINIMAL + "executor: {kind: serial, workers: 2}\n", "the serial executor has one worker"),
+        (MINIMAL + "verification: {target_kl: 0}\n", "verification.target_kl"),
+        ("- a\n- b\n", "is no run file: it must hold key: value lines"),
+        ("run_dir: [", "not valid YAML: line 1, column 11: "),
+        (MINIMAL + "seed: 1\nseed: 2\n", "not valid YAML: line 5, column 1: key 'seed' is given twice"),
+        (MINIMAL.replace("runs/x", "''"), "run_dir must be given"),
+        (MINIMAL.replace("{name: digits}", "digits"), "task must be a mapping, such as {key: value}, not 'digits'"),
+        (MINIMAL + "parameters: {include: '*'}\n", "parameters.include must be a list, such as [\"*\"], not '*'"),
+        (MINIMAL.replace("4", "many"), "factorization.n_components must be a whole number, not 'many'"),
+        ("", "is no run file: it must hold key: value lines"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, text)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_run_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run file at"):
+        RunConfig.from_yaml(tmp_path / "absent.yaml")
+
+
+def test_differences_name_what_results_depend_on_and_nothing_else(tmp_path: Path) -> None:
+    config = read(tmp_path, MINIMAL)
+    other = read(tmp_path, MINIMAL.replace("runs/x", "runs/y") + "seed: 3\nexecutor: {workers: 2}\n")
+    assert config.differences(other) == ["seed"]
+    assert config.differences(read(tmp_path, MINIMAL.replace("4}", "5}"))) == ["factorization.n_components"]
+
+
+def test_the_signature_changes_with_the_named_sections_only(tmp_path: Path) -> None:
+    config = read(tmp_path, MINIMAL)
+    other = read(tmp_path, MINIMAL.replace("4}", "5}"))
+    assert config.signature("task", "fishers") == other.signature("task", "fishers")
+    assert config.signature("factorization") != other.signature("factorization")
+
+
+def test_environment_variables_are_put_in_wherever_a_text_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA", "/data/of ${DATA}: 'mine'")
+    text = (
+        "run_dir: runs/${DATA}\nfactorization: {n_components: 4}\nparameters: {include: ['${DATA}*']}\n"
+        "task: {name: digits, options: {a: [{b: '${DATA}/x'}], c: '$${DATA}', d: '$DATA ${}', e: 3}}\n"
+    )
+    config = read(tmp_path, text)
+    value = "/data/of ${DATA}: 'mine'"
+    assert config.run_dir == f"runs/{value}"
+    assert config.parameters.include == (f"{value}*",)
+    assert config.task.options == {"a": [{"b": f"{value}/x"}], "c": "${DATA}", "d": "$DATA ${}", "e": 3}
+    monkeypatch.delenv("DATA")
+    assert read(tmp_path, config.to_yaml()) == config, "what is stored has the values, and needs the variable no more"
+
+
+def test_an_environment_variable_that_is_not_set_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_SUCH_FOLDER", raising=False)
+    text = MINIMAL.replace("digits", "digits, options: {data: '${NO_SUCH_FOLDER}/x'}")
+    with pytest.raises(
+        ConfigError, match=r"task\.options\.data names the environment variable NO_SUCH_FOLDER, which is not set"
+    ):
+        read(tmp_path, text)

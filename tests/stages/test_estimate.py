@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import pipeline as npeff
+from pipeline.runs.config import RunConfig
+from pipeline.runs.directory import RunDirectory
+from pipeline.stages.fishers.estimate import estimate, rows
+from pipeline.store.fisher_store import FisherStore
+from pipeline.store.tables import read_table
+
+
+def run_file(folder: Path, **fishers: object) -> Path:
+    document = {
+        "run_dir": str(folder / "run"),
+        "task": {"name": "digits", "options": {"limit": 120, "epochs": 1}},
+        "parameters": {"exclude": ["*.bias"]},
+        "fishers": {"sketch": {"kind": "tensorsketch", "dim": 1024}, "shard_size": 50, **fishers},
+        "factorization": {"n_components": 3},
+        "executor": {"kind": "serial"},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def test_sizes_are_those_of_the_run_and_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    config = RunConfig.from_yaml(run_file(tmp_path))
+    found = estimate(config)
+    assert list((tmp_path / "temporary").glob("npeff-*")) == []
+    assert not (tmp_path / "run").exists()
+    assert 0 < found.start_up_seconds < found.seconds
+    assert dict(rows(found, config))["examples"] == "120 of rank 9, 10 classes"
+
+    run = RunDirectory.create(config)
+    npeff.compute_fishers(run)
+    store = FisherStore.open(run.fishers)
+    on_disk = sum(path.stat().st_size for path in run.fishers.rglob("*") if path.is_file())
+    assert found.store_bytes < on_disk < 1.1 * found.store_bytes
+    assert store.attrs["batch_size"] == found.trial.facts.batch_size
+    parameters = read_table(run.table("parameters"), "parameters").to_pylist()
+    assert [row["parameter"] for row in parameters if row["taken"]] == list(found.trial.facts.layout.names)
+    assert {row["parameter"]: row["reason"] for row in parameters if not row["taken"]} == found.trial.facts.left_out
+    assert set(found.trial.facts.left_out.values()) == {"matches '*.bias' of parameters.exclude"}
+
+
+def test_the_batch_size_is_found_or_the_one_that_is_asked_for(tmp_path: Path) -> None:
+    roomy = estimate(RunConfig.from_yaml(run_file(tmp_path))).trial.facts.batch_size
+    fixed = estimate(RunConfig.from_yaml(run_file(tmp_path, batch_size=7))).trial.facts.batch_size
+    assert (roomy, fixed) == (32, 7)
+
+
+def test_the_command_says_it_in_a_table_and_mistakes_in_one_line(tmp_path: Path) -> None:
+    path = run_file(tmp_path)
+
+    def npeff_estimate() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pipeline.cli.main", "estimate", str(path), "--parameters"]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    shown = npeff_estimate()
+    assert shown.returncode == 0, shown.stderr
+    assert "fishers.zarr" in shown.stdout
+    assert "matches '*.bias' of" in " ".join(shown.stdout.split())
+    path.write_text(path.read_text().replace("digits", "unknown-task"))
+    refused = npeff_estimate()
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("npeff: error: unknown task 'unknown-task'")
+    assert refused.stderr.count("\n") == 1

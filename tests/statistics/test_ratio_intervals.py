@@ -1,0 +1,69 @@
+"""Intervals of KL ratios: how often they hold, and when a ratio is surely above its controls."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from pipeline.statistics.ratio_intervals import Measured, confidence, rank_correlation
+
+
+def drawn(rng: np.random.Generator, top: float, baseline: float = 1.0) -> Measured:
+    """KLs of 32 and 200 examples with these means, as scattered as KLs are."""
+    return Measured(top * rng.exponential(size=32), baseline * rng.exponential(size=200))
+
+
+def test_an_interval_holds_the_true_ratio_about_as_often_as_it_says() -> None:
+    rng, trials = np.random.default_rng(0), 400
+    found = [confidence(drawn(rng, 3.0), [], seed) for seed in range(trials)]
+    covered = np.mean([one.low <= 3.0 <= one.high for one in found])
+    # percentile intervals of a skewed mean of 32 fall short of 95% by a few points; the standard error here is 1.3
+    assert 0.88 <= covered <= 0.98
+    assert all(one.low < one.high for one in found)
+
+
+def test_a_ratio_that_is_no_larger_than_a_controls_is_seldom_surely_above_it() -> None:
+    rng, trials = np.random.default_rng(1), 400
+    sure = [confidence(drawn(rng, 3.0), [drawn(rng, 3.0)], seed).above_controls for seed in range(trials)]
+    assert np.mean(sure) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / trials) + 0.02
+
+
+@pytest.mark.parametrize(
+    ("own", "controls", "sure"), [(5.0, [1.0, 1.5], True), (5.0, [1.0, 9.0], False), (0.5, [0.01], False)]
+)
+def test_it_must_be_above_one_and_every_control(own: float, controls: list[float], sure: bool) -> None:
+    rng = np.random.default_rng(2)
+    assert confidence(drawn(rng, own), [drawn(rng, control) for control in controls], 0).above_controls is sure
+
+
+def test_examples_without_a_kl_are_left_out_and_infinite_ones_are_not() -> None:
+    rng = np.random.default_rng(3)
+    plain = drawn(rng, 5.0)
+    padded = Measured(np.append(plain.top_n, np.nan), np.append(plain.baseline_m, [np.nan] * 5))
+    assert padded.ratio == pytest.approx(plain.ratio)
+    found = confidence(padded, [], 0)
+    assert np.isfinite([found.low, found.high]).all()
+    infinite = confidence(Measured(np.append(plain.top_n, np.inf), plain.baseline_m), [], 0)
+    assert np.isfinite(infinite.low)
+    assert infinite.high == np.inf
+    still = confidence(Measured(plain.top_n, np.zeros(200)), [plain], 0)
+    assert still.above_controls
+    assert Measured(plain.top_n, np.zeros(200)).ratio > 1e9
+
+
+def test_the_same_seed_draws_the_same() -> None:
+    own = drawn(np.random.default_rng(4), 2.0)
+    assert confidence(own, [], 1) == confidence(own, [], 1)
+    assert confidence(own, [], 1) != confidence(own, [], 2)
+
+
+def test_the_rank_correlation_is_spearmans_with_ties() -> None:
+    rng = np.random.default_rng(5)
+    x, y = rng.integers(0, 5, 50).astype(float), rng.random(50)
+    assert rank_correlation(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
+    x[3], y[7] = np.nan, np.nan
+    kept = np.isfinite(x) & np.isfinite(y)
+    assert rank_correlation(x, y) == pytest.approx(stats.spearmanr(x[kept], y[kept]).statistic)
+    assert rank_correlation(np.zeros(50), y) is None
+    assert rank_correlation(x[:1], y[:1]) is None

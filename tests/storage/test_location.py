@@ -1,0 +1,45 @@
+"""Text becomes a path in one place."""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+from pathlib import Path
+
+import pytest
+
+from pipeline.storage.errors import StoreError
+from pipeline.storage.location import is_remote, location
+
+
+@pytest.mark.parametrize("text", ["runs/a", "/runs/a", "~/a", "a:b", "s3:/bucket/a"])
+def test_a_local_path_is_a_plain_one(text: str) -> None:
+    path = location(text)
+    assert type(path) is type(Path())
+    assert str(path) == text
+    assert not is_remote(path)
+
+
+@pytest.mark.parametrize("text", ["s3://bucket/a/b", "s3://bucket//a/./b/"])
+def test_a_uri_keeps_its_slashes_and_can_be_sent_to_a_worker(text: str) -> None:
+    path = location(text)
+    assert is_remote(path)
+    assert str(path) == "s3://bucket/a/b"
+    assert str(path / "c.json") == "s3://bucket/a/b/c.json"
+    assert (path / "c.json").name == "c.json"
+    assert path.expanduser().absolute() == path
+    assert pickle.loads(pickle.dumps(path)) == path
+    assert type(pickle.loads(pickle.dumps(path / "c")).parent) is type(path)
+    assert location(path) is path
+
+
+@pytest.mark.parametrize("text", ["gs://bucket/a", "http://host/a", "file:///a", "s3://", "s3://bucket", "s3://b/../a"])
+def test_other_uris_are_refused_in_one_line_that_says_what_to_give(text: str) -> None:
+    with pytest.raises(StoreError, match=r"give .*s3://bucket/prefix"):
+        location(text)
+
+
+def test_without_s3fs_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(StoreError, match=r"pip install 'npeff-pipeline\[s3\]'"):
+        location("s3://bucket/a")

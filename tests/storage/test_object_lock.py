@@ -1,0 +1,164 @@
+"""The lock of a run on an object store: one holder at a time, by the server's clock; who loses it writes no more."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from object_store import BROKEN, ObjectStore, Request
+
+from pipeline.storage import location, object_lock
+from pipeline.storage.errors import ObjectStoreError
+from pipeline.storage.object_lock import HeldError
+from pipeline.storage.object_lock import object_lock as hold
+from pipeline.storage.objects import put
+
+LOCK, FILE = "s3://runs/run/.lock", "s3://runs/run/a"
+KEY = "run/.lock"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No renewal but those that a test asks for, and short waits."""
+    monkeypatch.setattr(object_lock, "_LOOK_S", 0.02)
+    monkeypatch.setattr(object_lock, "RENEW_S", 1000.0)
+
+
+def age(s3: ObjectStore, seconds: float) -> None:
+    """As if the lock had not been renewed for so long."""
+    s3.objects()[KEY].last_modified -= timedelta(seconds=seconds)
+
+
+def guard() -> object_lock._ObjectLock:
+    from pipeline.storage.s3 import guards
+
+    (found,) = guards.values()
+    assert isinstance(found, object_lock._ObjectLock)
+    return found
+
+
+def test_it_is_held_while_the_body_runs_and_let_go_however_that_ends(s3: ObjectStore) -> None:
+    def interrupted() -> None:
+        with hold(location(LOCK), "process 1 on here"):
+            assert b"process 1 on here" in s3.objects()[KEY].value
+            put(location(FILE), b"")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert KEY not in s3.objects()
+    with hold(location(LOCK), "process 2 on here"):
+        pass
+
+
+def test_a_renewed_lock_refuses_another_holder_by_name(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_lock, "RENEW_S", 0.05)
+    with (
+        hold(location(LOCK), "process 1 on here"),
+        pytest.raises(HeldError, match="process 1 on here"),
+        hold(location(LOCK), "process 2 on there"),
+    ):
+        raise AssertionError
+
+
+def test_a_lock_that_nobody_renews_is_taken_over_and_its_holder_writes_no_more(s3: ObjectStore) -> None:
+    with hold(location(LOCK), "process 1 on here"):
+        first = guard()
+        put(location(FILE), b"first")
+        age(s3, object_lock.STALE_S + 2)
+        second = object_lock._ObjectLock(location(LOCK), "process 2 on there")
+        second.acquire()
+        first._renew()
+        with pytest.raises(ObjectStoreError, match=r"s3://runs/run was taken over by another run \(process 2 on there"):
+            put(location(FILE), b"second")
+        with pytest.raises(ObjectStoreError, match="taken over"):
+            location(FILE).unlink()
+        put(location("s3://runs/another run/a"), b"")
+    assert s3.objects()["run/a"].value == b"first"
+    assert b"process 2" in s3.objects()[KEY].value, "the loser leaves the lock to its holder"
+    second.release()
+    assert KEY not in s3.objects()
+
+
+def test_of_two_that_take_it_over_one_succeeds(s3: ObjectStore) -> None:
+    left = object_lock._ObjectLock(location(LOCK), "killed")
+    left.acquire()
+    age(s3, object_lock.STALE_S + 2)
+    one, other = (object_lock._ObjectLock(location(LOCK), name) for name in ("one", "other"))
+    found = other._look()
+    assert found is not None
+    one.acquire()
+    assert not other._put(IfMatch=found.etag)
+
+
+def test_a_younger_lock_is_waited_for_until_it_is_old(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_lock, "STALE_S", 1.0)
+    object_lock._ObjectLock(location(LOCK), "killed").acquire()
+    with hold(location(LOCK), "process 2 on here"):
+        assert b"process 2" in s3.objects()[KEY].value
+
+
+@pytest.mark.parametrize("behind_s", [-7200, 7200])
+def test_the_clock_of_this_machine_plays_no_part(
+    s3: ObjectStore, monkeypatch: pytest.MonkeyPatch, behind_s: float
+) -> None:
+    s3.behind = timedelta(seconds=behind_s)
+    lock = object_lock._ObjectLock(location(LOCK), "process 1 on here")
+    lock.acquire()
+    age(s3, behind_s)  # the server's LastModified, by its own clock
+    found = lock._look()
+    assert found is not None
+    assert abs(found.age_s) <= 2
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 10**6)
+    found = lock._look()
+    assert found is not None
+    assert abs(found.age_s) <= 2
+
+
+def test_an_answer_that_was_lost_is_recognised(s3: ObjectStore) -> None:
+    lock = object_lock._ObjectLock(location(LOCK), "process 1 on here")
+    lock.acquire()
+    etag = lock._etag
+    lock._renew()
+    lock._etag = etag  # as if the answer had not come, and botocore had asked again
+    lock._renew()
+    lock._renew()
+    assert lock._lost_to is None
+    lock.acquire()
+    lock.release()
+    assert KEY not in s3.objects()
+
+
+def test_a_holder_that_cannot_renew_waits_and_then_stops(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_lock, "STALE_S", 0.2)
+
+    def of_the_lock(request: Request) -> bool:
+        return request.key == KEY and request.method == "PUT"
+
+    with hold(location(LOCK), "process 1 on here"):
+        guard()._renewed_at -= 1
+        with s3.failing(BROKEN, of_the_lock), pytest.raises(ObjectStoreError, match="could not be renewed"):
+            put(location(FILE), b"")
+        guard()._renew()
+        put(location(FILE), b"")
+
+
+def test_it_holds_between_processes(s3: ObjectStore, tmp_path: Path) -> None:
+    script = (
+        "import sys, pipeline.storage.object_lock as l; from pipeline.storage.location import location\n"
+        "l._LOOK_S = 0.02\n"
+        f"try:\n with l.object_lock(location({LOCK!r}), 'process 2'): pass\n"
+        "except l.HeldError as error: sys.exit(f'held by {error}')"
+    )
+    with hold(location(LOCK), "process 1"):
+        other = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+        while other.poll() is None:
+            guard()._renew()
+            time.sleep(0.01)
+        assert other.stderr is not None
+        assert "held by process 1" in other.stderr.read()
