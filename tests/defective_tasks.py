@@ -14,9 +14,8 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from npeff.tasks import Examples, Task
 from torch import Tensor, nn
-
-from pipeline.tasks import Examples, Task
 
 
 class Points(Examples):

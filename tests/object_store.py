@@ -20,10 +20,9 @@ import pytest
 from moto.backends import get_backend
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from npeff.storage.location import location
+from npeff.storage.s3 import S3
 from werkzeug.serving import make_server
-
-from pipeline.storage.location import location
-from pipeline.storage.s3 import S3
 
 BUCKET = "runs"
 Answer = tuple[str, str]

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from npeff.runs.config import RunConfig
+from npeff.runs.directory import RunDirectory
+from npeff.stages.fishers.tables import write_example_tables, write_parameter_table
+from npeff.store.fisher_store import FisherStore
+from npeff.store.shard_records import CompletionRecord, ShardRecords
 from planted import Planted
-
-from pipeline.runs.config import RunConfig
-from pipeline.runs.directory import RunDirectory
-from pipeline.stages.fishers.tables import write_example_tables, write_parameter_table
-from pipeline.store.fisher_store import FisherStore
-from pipeline.store.shard_records import CompletionRecord, ShardRecords
 
 SIGNATURE = "planted"
 

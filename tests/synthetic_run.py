@@ -14,14 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from npeff.store.component_store import write_factorization
+from npeff.store.direction_store import DirectionStore
+from npeff.store.tables import write_table
 from PIL import Image
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
-
-from pipeline.store.component_store import write_factorization
-from pipeline.store.direction_store import DirectionStore
-from pipeline.store.tables import write_table
 
 WORD = re.compile(r"\w+")
 PARAMETERS = {

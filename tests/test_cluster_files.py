@@ -16,9 +16,8 @@ from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
+from npeff.runs.config import RunConfig
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from pipeline.runs.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from npeff.cli.app import app
+from npeff.runs.config import RunConfig
 from pydantic import BaseModel
-
-from pipeline.cli.app import app
-from pipeline.runs.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = {

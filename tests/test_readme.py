@@ -32,7 +32,7 @@ def test_the_example_of_an_own_task_runs_from_its_own_folder(tmp_path: Path) -> 
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(document))
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli.main", "run", "run.yaml"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-m", "npeff", "run", "run.yaml"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/points/report/index.html").exists()
@@ -40,7 +40,7 @@ def test_the_example_of_an_own_task_runs_from_its_own_folder(tmp_path: Path) -> 
         [
             sys.executable,
             "-m",
-            "pipeline.cli.main",
+            "npeff",
             "query",
             "runs/points",
             "example",

@@ -21,21 +21,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import npeff
 import numpy as np
 import scipy.sparse
 import torch
 from fisher_stage import minilm
+from npeff.factorization import entries_by_column
+from npeff.factorization.diagonals.estimator import DiagonalNPEFF
+from npeff.runs.config import RunConfig
+from npeff.runs.directory import RunDirectory
+from npeff.store.fisher_store import FisherStore
 from quickstart import machine
 from sklearn.decomposition import NMF
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.preprocessing import normalize
-
-import pipeline as npeff
-from pipeline.factorization import entries_by_column
-from pipeline.factorization.diagonals.estimator import DiagonalNPEFF
-from pipeline.runs.config import RunConfig
-from pipeline.runs.directory import RunDirectory
-from pipeline.store.fisher_store import FisherStore
 
 COMPONENTS = {"digits": 24, "minilm": 32}
 TOP_ENTRIES = {"digits": 1024, "minilm": 4096}

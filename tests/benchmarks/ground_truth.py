@@ -29,18 +29,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from npeff.directions import accumulate_directions, lift_weights, parameter_norm, zero_directions
+from npeff.factorization.estimator import NPEFF
+from npeff.fisher import PerExampleFishers
+from npeff.gradients import select_parameters
+from npeff.models.predictions import kl_divergence
+from npeff.sketches import SketchSpec, make_sketch
+from npeff.tasks.planted.compiled import CompiledRulesTask
+from npeff.verification import find_step_size, moved
 from quickstart import machine
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
-
-from pipeline.directions import accumulate_directions, lift_weights, parameter_norm, zero_directions
-from pipeline.factorization.estimator import NPEFF
-from pipeline.fisher import PerExampleFishers
-from pipeline.gradients import select_parameters
-from pipeline.models.predictions import kl_divergence
-from pipeline.sketches import SketchSpec, make_sketch
-from pipeline.tasks.planted.compiled import CompiledRulesTask
-from pipeline.verification import find_step_size, moved
 
 BATCH = 100
 TARGET_KL = 0.5

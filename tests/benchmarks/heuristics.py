@@ -28,8 +28,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import npeff
 import numpy as np
 import torch
+from npeff.runs.config import RunConfig
+from npeff.runs.directory import RunDirectory
+from npeff.runs.progress import LogProgress, SilentProgress
+from npeff.tasks import load_task
 from quickstart import machine
 from safetensors.torch import load_file
 from scipy.special import softmax
@@ -38,12 +43,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-
-import pipeline as npeff
-from pipeline.runs.config import RunConfig
-from pipeline.runs.directory import RunDirectory
-from pipeline.runs.progress import LogProgress, SilentProgress
-from pipeline.tasks import load_task
 
 ANSWERS = {"overlap": 0, "negation": 2}
 """The class that each heuristic says."""

@@ -15,13 +15,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import npeff
 import torch
 from fisher_stage import minilm
+from npeff.runs.config import RunConfig
+from npeff.runs.directory import RunDirectory
 from quickstart import machine
-
-import pipeline as npeff
-from pipeline.runs.config import RunConfig
-from pipeline.runs.directory import RunDirectory
 
 MEMORY_LIMIT_MB = 2048
 """Of the directions: 32 of 10.8 million parameters take 1,317."""

@@ -24,16 +24,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import s3fs
+from npeff.runs.config import RunConfig
+from npeff.runs.directory import RunDirectory
+from npeff.stages.factorize.tables import write_component_tables
+from npeff.store.component_store import write_factorization
+from npeff.store.tables import write_table_in_parts
 from object_store import serving
 from rich.console import Console
 from rich.table import Table
 from scipy import sparse
-
-from pipeline.runs.config import RunConfig
-from pipeline.runs.directory import RunDirectory
-from pipeline.stages.factorize.tables import write_component_tables
-from pipeline.store.component_store import write_factorization
-from pipeline.store.tables import write_table_in_parts
 
 RESULTS = Path("runs/benchmarks/queries.json")
 SKETCH_DIM, N_CLASSES, N_SOURCES, PART = 1024, 100, 20, 50_000
@@ -137,7 +136,7 @@ def build(folder: Path, n_examples: int, n_components: int) -> dict[str, float]:
 ASK = """
 import json, time
 t0 = time.perf_counter()
-from pipeline.query import ComponentStore
+from npeff.query import ComponentStore
 imported = time.perf_counter() - t0
 t0, c0 = time.perf_counter(), time.process_time()
 store = ComponentStore.open({run_dir!r})

@@ -22,22 +22,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import npeff
 import numpy as np
 import torch
+from npeff.factorization import ExampleShard, SolverOptions, advance, initial_state
+from npeff.fisher import PerExampleFishers
+from npeff.gradients import LabelSpec, exact_label_factor
+from npeff.models.loaded import LoadedModel, ModelSpec
+from npeff.runs.config import RunConfig
+from npeff.runs.directory import RunDirectory
+from npeff.sketches import SketchSpec, make_sketch
+from npeff.stages.fishers.worker import FisherWorker
+from npeff.store.component_store import open_factorization
+from npeff.store.fisher_store import FisherStore
+from npeff.store.shard_records import ShardRecords
 from torch import Tensor
-
-import pipeline as npeff
-from pipeline.factorization import ExampleShard, SolverOptions, advance, initial_state
-from pipeline.fisher import PerExampleFishers
-from pipeline.gradients import LabelSpec, exact_label_factor
-from pipeline.models.loaded import LoadedModel, ModelSpec
-from pipeline.runs.config import RunConfig
-from pipeline.runs.directory import RunDirectory
-from pipeline.sketches import SketchSpec, make_sketch
-from pipeline.stages.fishers.worker import FisherWorker
-from pipeline.store.component_store import open_factorization
-from pipeline.store.fisher_store import FisherStore
-from pipeline.store.shard_records import ShardRecords
 
 QUICKSTART = Path(__file__).parents[2] / "jobs" / "quickstart.yaml"
 BATCH, N_BATCHED, N_SINGLE = 32, 256, 24

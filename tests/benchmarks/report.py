@@ -24,11 +24,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from npeff.reports.report import write_report
+from npeff.store.component_store import write_factorization
+from npeff.store.tables import write_table
 from PIL import Image
-
-from pipeline.reports.report import write_report
-from pipeline.store.component_store import write_factorization
-from pipeline.store.tables import write_table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from chromium import Browser, find_chromium

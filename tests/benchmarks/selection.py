@@ -22,12 +22,11 @@ from quickstart import machine
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from npeff.runs.progress import LogProgress, SilentProgress
+from npeff.stages.select.stage import select
+from npeff.store.tables import read_table
 from planted import planted_fishers
 from planted_run import planted_run
-
-from pipeline.runs.progress import LogProgress, SilentProgress
-from pipeline.stages.select.stage import select
-from pipeline.store.tables import read_table
 
 SIZES = {"small": {"n_examples": 1500, "dim": 128}, "large": {"n_examples": 2400, "dim": 256}}
 """Of problems with up to 24 components, and of those with more."""

@@ -22,24 +22,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+import npeff
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from npeff.runs.config import RunConfig
+from npeff.runs.directory import RunDirectory
+from npeff.runs.stage import finished
+from npeff.stages.factorize.solution import write_solution
+from npeff.stages.inputs import fingerprint_of, lifted_components
+from npeff.stages.verify.worker import VerificationOptions, VerificationPaths, VerificationWorker
+from npeff.stages.worker_specs import model_spec
+from npeff.store.fisher_store import FisherStore
+from npeff.store.splits import Splits
+from npeff.store.tables import read_table, write_table
 from quickstart import machine
 from solver_stage.minilm_fishers import DIM, minilm_factors
 from verify_stage.baselines import METHODS, Data, pooled_output
-
-import pipeline as npeff
-from pipeline.runs.config import RunConfig
-from pipeline.runs.directory import RunDirectory
-from pipeline.runs.stage import finished
-from pipeline.stages.factorize.solution import write_solution
-from pipeline.stages.inputs import fingerprint_of, lifted_components
-from pipeline.stages.verify.worker import VerificationOptions, VerificationPaths, VerificationWorker
-from pipeline.stages.worker_specs import model_spec
-from pipeline.store.fisher_store import FisherStore
-from pipeline.store.splits import Splits
-from pipeline.store.tables import read_table, write_table
 
 N_COMPONENTS = 32
 TARGETS = {"median KL ratio": 4.0, "above 1": 0.9, "above all controls": 0.85}

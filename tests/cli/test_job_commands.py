@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 from end_to_end.local_head import write_run_file
-
-from pipeline.cli import job_commands
-from pipeline.cli import main as cli
-from pipeline.execution.ray.jobs import job_prefix
+from npeff.cli import job_commands
+from npeff.cli import main as cli
+from npeff.execution.ray.jobs import job_prefix
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -13,9 +13,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-
-from pipeline.cli.main import main
-from pipeline.query.components import ComponentStore
+from npeff.cli.main import main
+from npeff.query.components import ComponentStore
 
 COMMANDS = {
     "top -c 3 -n 4 --split fit --where 'label=2'": lambda store: store.top_examples(3, 4, "fit", "label=2"),

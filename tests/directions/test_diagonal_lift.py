@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from directions.test_lift import call, correlated_problem, flat, identity
-from torch import Tensor, nn
-
-from pipeline.directions import (
+from npeff.directions import (
     accumulate_diagonals,
     cosine,
     diagonal_weights,
@@ -16,10 +14,11 @@ from pipeline.directions import (
     sign_weights,
     zero_directions,
 )
-from pipeline.fisher import GroupLayout, PerExampleFishers
-from pipeline.gradients import GradientCollector, ParameterLayout, select_parameters
-from pipeline.models.predictions import kl_divergence
-from pipeline.verification import moved
+from npeff.fisher import GroupLayout, PerExampleFishers
+from npeff.gradients import GradientCollector, ParameterLayout, select_parameters
+from npeff.models.predictions import kl_divergence
+from npeff.verification import moved
+from torch import Tensor, nn
 
 
 def factors_of(model: nn.Module, inputs: Tensor, layout: ParameterLayout) -> tuple[Tensor, Tensor]:

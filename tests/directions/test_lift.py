@@ -4,13 +4,12 @@ import math
 
 import numpy as np
 import torch
+from npeff.directions import accumulate_directions, lift_weights, polish_weights, row_products, zero_directions
+from npeff.factorization.estimator import NPEFF
+from npeff.fisher import PerExampleFishers
+from npeff.gradients import GradientCollector, ParameterLayout, select_parameters
+from npeff.sketches import Sketch, SketchSpec, make_sketch
 from torch import Tensor, nn
-
-from pipeline.directions import accumulate_directions, lift_weights, polish_weights, row_products, zero_directions
-from pipeline.factorization.estimator import NPEFF
-from pipeline.fisher import PerExampleFishers
-from pipeline.gradients import GradientCollector, ParameterLayout, select_parameters
-from pipeline.sketches import Sketch, SketchSpec, make_sketch
 
 
 def call(model: nn.Module, batch: Tensor) -> Tensor:

@@ -17,20 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from npeff.execution.executor import Executor, WorkerSpec
+from npeff.execution.ray.executor import RayExecutor
+from npeff.execution.ray.private import on_loopback
+from npeff.execution.serial import SerialExecutor
+from npeff.factorization import SolverOptions
+from npeff.stages.factorize.driver import SolverRun, run_solver
+from npeff.stages.factorize.worker import SolverWorker
+from npeff.stages.fitted_examples import FittedExamples
+from npeff.store.checkpoint import CheckpointStore
+from npeff.store.shard_records import ShardRecords
 from planted import planted_fishers
 from planted_run import SIGNATURE, planted_run
 from ray.cluster_utils import Cluster
-
-from pipeline.execution.executor import Executor, WorkerSpec
-from pipeline.execution.ray.executor import RayExecutor
-from pipeline.execution.ray.private import on_loopback
-from pipeline.execution.serial import SerialExecutor
-from pipeline.factorization import SolverOptions
-from pipeline.stages.factorize.driver import SolverRun, run_solver
-from pipeline.stages.factorize.worker import SolverWorker
-from pipeline.stages.fitted_examples import FittedExamples
-from pipeline.store.checkpoint import CheckpointStore
-from pipeline.store.shard_records import ShardRecords
 
 NODE = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 80 * 2**20, "include_dashboard": False}
 N_COMPONENTS, LOST_AT, ITERATIONS = 8, 5, 16

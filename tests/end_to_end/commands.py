@@ -76,7 +76,7 @@ class Command:
         self.began = time.monotonic()
         with log.open("wb") as stream:
             self.driver = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.cli.main", *map(str, arguments)],
+                [sys.executable, "-m", "npeff", *map(str, arguments)],
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,

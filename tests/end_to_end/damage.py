@@ -18,8 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pipeline as npeff
-from pipeline.runs.directory import RunDirectory
+import npeff
+from npeff.runs.directory import RunDirectory
 
 
 def flip(path: Path) -> None:

@@ -38,7 +38,7 @@ def submit(submitter: str, head: LocalHead, run_file: Path, run: Path) -> str:
     job = f"plain-{next(_numbers)}"
     command = ["ray", "job", "submit", "--address", head.address, "--no-wait", "--submission-id", job, "--"]
     for _ in range(10):
-        done = head.command(*command, "python", "jobs/pipeline.py", "--config", run_file, "--run-dir", run)
+        done = head.command(*command, "python", "jobs/run.py", "run", run_file, "--run-dir", run)
         if "No available agent" not in done.stdout + done.stderr:  # a head that has just been started
             break
     assert done.returncode == 0, done.stdout + done.stderr

@@ -49,6 +49,11 @@ def write_run_file(folder: Path, **changes: object) -> Path:
     return path
 
 
+def _is_driver(title: str) -> bool:
+    """Whether a command line is this project's command, and not the shell that runs it."""
+    return "python" in title.split(" ")[0] and ("-m npeff " in title or "jobs/run.py " in title)
+
+
 class LocalHead:
     """``ray start --head --block`` with two CPUs, ready for jobs as soon as it is constructed."""
 
@@ -123,7 +128,7 @@ class LocalHead:
 
     def drivers(self) -> list[psutil.Process]:
         """The drivers of jobs: this project's command, not the shell that it is run by."""
-        return self.processes(lambda title: "pipeline" in title and "python" in title.split(" ")[0])
+        return self.processes(_is_driver)
 
     def actors(self) -> list[psutil.Process]:
         """Workers of this project; those that are computing come first."""
@@ -144,7 +149,7 @@ class LocalHead:
         for process in [psutil.Process(self._process.pid), *servers]:
             process.kill()
         self._process.wait()
-        works = [process for process, title in started.items() if "pipeline" in title or "ray::_Worker" in title]
+        works = [process for process, title in started.items() if _is_driver(title) or "ray::_Worker" in title]
         _, outlived = psutil.wait_procs(works, timeout=120)  # a driver is ended by the watcher that Ray gave it
         for process in started:  # Ray's helpers try for a minute to tell a server
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -15,11 +15,10 @@ from typing import Any
 
 import ray
 from end_to_end.cluster_faults import NODE
+from npeff.execution.ray.placement import WorkerPlacement
+from npeff.execution.ray.private import on_loopback
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
-
-from pipeline.execution.ray.placement import WorkerPlacement
-from pipeline.execution.ray.private import on_loopback
 
 
 def places_asked_for() -> int:

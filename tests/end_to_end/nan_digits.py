@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import torch
+from npeff.tasks import Examples
+from npeff.tasks.digits import DigitsTask
 from torch import Tensor
-
-from pipeline.tasks import Examples
-from pipeline.tasks.digits import DigitsTask
 
 DAMAGED = 13
 

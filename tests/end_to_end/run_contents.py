@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-
-from pipeline.storage.checksums import read_json
-from pipeline.store.component_store import open_factorization
-from pipeline.store.direction_store import DirectionStore
-from pipeline.store.fisher_store import FisherStore
-from pipeline.store.shard_records import ShardRecords
-from pipeline.store.tables import read_table
+from npeff.storage.checksums import read_json
+from npeff.store.component_store import open_factorization
+from npeff.store.direction_store import DirectionStore
+from npeff.store.fisher_store import FisherStore
+from npeff.store.shard_records import ShardRecords
+from npeff.store.tables import read_table
 
 CONFIG = {
     "run_dir": "unused: every command names its own",

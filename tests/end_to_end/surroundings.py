@@ -12,16 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
+import npeff
 import yaml
 from end_to_end import damage
 from end_to_end.commands import Command, printed
 from end_to_end.run_contents import differences, has_come_to
-
-import pipeline as npeff
-from pipeline.runs.config import RunConfig
-from pipeline.runs.directory import RunDirectory
-from pipeline.stages.pipeline import STAGES
-from pipeline.storage.errors import StoreError
+from npeff.runs.config import RunConfig
+from npeff.runs.directory import RunDirectory
+from npeff.stages.pipeline import STAGES
+from npeff.storage.errors import StoreError
 
 YEAR_S = 365 * 86_400.0
 

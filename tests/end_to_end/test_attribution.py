@@ -9,35 +9,34 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import npeff
 import numpy as np
 import pytest
 import torch
 from end_to_end import damage
+from npeff.cli import main as cli
+from npeff.execution.executor import ExecutorError
+from npeff.execution.ray.metrics import RunMetrics
+from npeff.gradients import GradientCollector, position_shares
+from npeff.models.loaded import LoadedModel
+from npeff.query.components import ComponentStore
+from npeff.query.errors import QueryError
+from npeff.runs.config import RunConfig
+from npeff.runs.config_reading import ConfigError
+from npeff.runs.directory import RunDirectory
+from npeff.runs.errors import RunDirectoryError
+from npeff.runs.progress import SilentProgress
+from npeff.stages.attribute.worker import AttributionWorker
+from npeff.stages.factorize.solution import write_solution
+from npeff.stages.inputs import fingerprint_of, lifted_components
+from npeff.stages.lift.worker import LiftBlock, LiftWorker
+from npeff.stages.pipeline import export_direction
+from npeff.stages.worker_specs import label_spec, model_spec
+from npeff.store.component_store import open_factorization
+from npeff.store.direction_store import DirectionStore
+from npeff.store.tables import read_table
+from npeff.tasks import TaskError
 from safetensors.torch import save_file
-
-import pipeline as npeff
-from pipeline.cli import main as cli
-from pipeline.execution.executor import ExecutorError
-from pipeline.execution.ray.metrics import RunMetrics
-from pipeline.gradients import GradientCollector, position_shares
-from pipeline.models.loaded import LoadedModel
-from pipeline.query.components import ComponentStore
-from pipeline.query.errors import QueryError
-from pipeline.runs.config import RunConfig
-from pipeline.runs.config_reading import ConfigError
-from pipeline.runs.directory import RunDirectory
-from pipeline.runs.errors import RunDirectoryError
-from pipeline.runs.progress import SilentProgress
-from pipeline.stages.attribute.worker import AttributionWorker
-from pipeline.stages.factorize.solution import write_solution
-from pipeline.stages.inputs import fingerprint_of, lifted_components
-from pipeline.stages.lift.worker import LiftBlock, LiftWorker
-from pipeline.stages.pipeline import export_direction
-from pipeline.stages.worker_specs import label_spec, model_spec
-from pipeline.store.component_store import open_factorization
-from pipeline.store.direction_store import DirectionStore
-from pipeline.store.tables import read_table
-from pipeline.tasks import TaskError
 
 FIRST, ALL = [1, 3], [0, 1, 2, 3]
 
@@ -234,11 +233,11 @@ def test_an_origin_at_the_model_itself_leaves_nothing_to_take_out(
 
 
 def test_a_task_without_tokens_has_an_empty_table(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.tasks.planted.compiled._Sequences.tokens", lambda *_: None)
+    monkeypatch.setattr("npeff.tasks.planted.compiled._Sequences.tokens", lambda *_: None)
     other = again(run, report={"top_examples": 1})
     assert npeff.attribute(other)["n_rows"] == 0
     assert not table(other, "position_shares")
-    monkeypatch.setattr("pipeline.tasks.planted.compiled._Sequences.tokens", lambda *_: [[]])
+    monkeypatch.setattr("npeff.tasks.planted.compiled._Sequences.tokens", lambda *_: [[]])
     with pytest.raises(
         ExecutorError, match=r"tokens\(\) must give a list of one or more tokens for each of the \d+ examples"
     ):

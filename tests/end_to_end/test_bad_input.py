@@ -19,8 +19,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-
-from pipeline.cli.main import main
+from npeff.cli.main import main
 
 TESTS = Path(__file__).parents[1]
 NOT_CONTENT = {".lock", ".workers"}
@@ -198,7 +197,7 @@ def test_a_mistake_in_the_run_file_is_said_before_anything_is_made(
         ("ChangingTask", "has 39 examples here and had 40 when the run began"),
         ("ConstantModelTask", "the Fishers of all examples are zero"),
         ("NoSuchTask", "defective_tasks has no NoSuchTask"),
-        ("NotATask", "is not a subclass of pipeline.tasks.Task"),
+        ("NotATask", "is not a subclass of npeff.tasks.Task"),
     ],
 )
 def test_a_defect_of_the_users_own_task_is_named(command: Command, task: str, said: str) -> None:
@@ -527,7 +526,7 @@ def test_a_file_system_that_is_read_only_is_said(command: Command, tmpfs: Callab
 def start(*arguments: Any) -> subprocess.Popen[str]:
     """The command in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli.main", *map(str, arguments)],
+        [sys.executable, "-m", "npeff", *map(str, arguments)],
         cwd=TESTS.parent,
         env={**os.environ, "PYTHONPATH": str(TESTS)},
         stdout=subprocess.PIPE,

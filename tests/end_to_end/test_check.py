@@ -10,13 +10,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import npeff
 import pytest
 import yaml
 from end_to_end import damage, surroundings
-
-import pipeline as npeff
-from pipeline.cli.main import main
-from pipeline.runs.directory import RunDirectory
+from npeff.cli.main import main
+from npeff.runs.directory import RunDirectory
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import npeff
 import pytest
+from npeff.errors import NpeffError
+from npeff.runs.config import RunConfig
+from npeff.runs.directory import RunDirectory
+from npeff.runs.stage import recorded
+from npeff.stages.pipeline import STAGES
 from safetensors.torch import load_file, save_file
-
-import pipeline as npeff
-from pipeline.errors import NpeffError
-from pipeline.runs.config import RunConfig
-from pipeline.runs.directory import RunDirectory
-from pipeline.runs.stage import recorded
-from pipeline.stages.pipeline import STAGES
 
 
 @pytest.fixture(scope="module")

@@ -12,34 +12,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import npeff
 import numpy as np
 import pytest
 import scipy.sparse
 from end_to_end.nan_digits import DAMAGED
+from npeff.cli import main as cli
+from npeff.errors import NpeffError
+from npeff.execution.create import make_executor
+from npeff.execution.executor import Executor
+from npeff.execution.ray.executor import RayExecutor
+from npeff.execution.serial import SerialExecutor
+from npeff.factorization import entries_by_column
+from npeff.interchange.export_run import export_run
+from npeff.query.components import ComponentStore
+from npeff.runs.config import RunConfig
+from npeff.runs.config_reading import ConfigError
+from npeff.runs.directory import RunDirectory
+from npeff.runs.errors import RunDirectoryError
+from npeff.runs.progress import SilentProgress
+from npeff.runs.stage import recorded
+from npeff.stages.factorize import diagonal_worker
+from npeff.stages.status import status
+from npeff.store.component_store import open_factorization
+from npeff.store.direction_store import DirectionStore
+from npeff.store.fisher_store import FisherStore
+from npeff.store.tables import read_table
 from scipy.optimize import nnls
-
-import pipeline as npeff
-from pipeline.cli import main as cli
-from pipeline.errors import NpeffError
-from pipeline.execution.create import make_executor
-from pipeline.execution.executor import Executor
-from pipeline.execution.ray.executor import RayExecutor
-from pipeline.execution.serial import SerialExecutor
-from pipeline.factorization import entries_by_column
-from pipeline.interchange.export_run import export_run
-from pipeline.query.components import ComponentStore
-from pipeline.runs.config import RunConfig
-from pipeline.runs.config_reading import ConfigError
-from pipeline.runs.directory import RunDirectory
-from pipeline.runs.errors import RunDirectoryError
-from pipeline.runs.progress import SilentProgress
-from pipeline.runs.stage import recorded
-from pipeline.stages.factorize import diagonal_worker
-from pipeline.stages.status import status
-from pipeline.store.component_store import open_factorization
-from pipeline.store.direction_store import DirectionStore
-from pipeline.store.fisher_store import FisherStore
-from pipeline.store.tables import read_table
 
 N, K, TOP = 120, 4, 60
 KINDS = ("diagonal_groups", "diagonal_entries")

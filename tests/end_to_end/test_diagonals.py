@@ -10,24 +10,23 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import npeff
 import numpy as np
 import pytest
 import torch
 from end_to_end.nan_digits import DAMAGED, NanDigits
+from npeff.execution.executor import WorkerSpec
+from npeff.execution.serial import SerialExecutor
+from npeff.gradients import model_fingerprint, select_parameters
+from npeff.runs.config import RunConfig
+from npeff.runs.config_reading import ConfigError
+from npeff.runs.directory import RunDirectory
+from npeff.runs.stage import recorded
+from npeff.store import diagonal_store
+from npeff.store.fisher_store import FisherStore
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-
-import pipeline as npeff
-from pipeline.execution.executor import WorkerSpec
-from pipeline.execution.serial import SerialExecutor
-from pipeline.gradients import model_fingerprint, select_parameters
-from pipeline.runs.config import RunConfig
-from pipeline.runs.config_reading import ConfigError
-from pipeline.runs.directory import RunDirectory
-from pipeline.runs.stage import recorded
-from pipeline.store import diagonal_store
-from pipeline.store.fisher_store import FisherStore
 
 N, TOP, PER_EXAMPLE = 70, 50, {"top_entries": 50, "groups": True}
 OPTIONS = {"limit": N, "epochs": 1}

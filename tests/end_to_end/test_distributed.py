@@ -12,39 +12,38 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import npeff
 import numpy as np
 import pytest
 import torch
 from end_to_end.nan_digits import DAMAGED
+from npeff.cli import main as cli
+from npeff.execution.create import make_executor
+from npeff.execution.executor import Executor, WorkerSpec
+from npeff.execution.serial import SerialExecutor
+from npeff.factorization import ExampleShard, SolverOptions, initial_state, match_components, solve
+from npeff.factorization.estimator import NPEFF
+from npeff.models.loaded import ModelSpec
+from npeff.runs.config import RunConfig
+from npeff.runs.directory import RunDirectory
+from npeff.runs.progress import SilentProgress
+from npeff.stages.factorize.driver import run_solver
+from npeff.stages.factorize.worker import SolverWorker
+from npeff.stages.fishers.tables import held_out
+from npeff.stages.fitted_examples import FittedExamples
+from npeff.stages.status import status
+from npeff.stages.verify.worker import VerificationOptions, VerificationPaths, VerificationWorker
+from npeff.store.checkpoint import CheckpointStore, write_checkpoint_array
+from npeff.store.component_store import open_factorization
+from npeff.store.direction_store import DirectionStore
+from npeff.store.fisher_store import FisherStore
+from npeff.store.shard_records import ShardRecords
+from npeff.store.tables import read_table
+from npeff.tasks import load_task
 from planted import Planted, planted_fishers
 from planted_run import SIGNATURE, planted_run
 from safetensors.torch import load_file
 from scipy import stats
-
-import pipeline as npeff
-from pipeline.cli import main as cli
-from pipeline.execution.create import make_executor
-from pipeline.execution.executor import Executor, WorkerSpec
-from pipeline.execution.serial import SerialExecutor
-from pipeline.factorization import ExampleShard, SolverOptions, initial_state, match_components, solve
-from pipeline.factorization.estimator import NPEFF
-from pipeline.models.loaded import ModelSpec
-from pipeline.runs.config import RunConfig
-from pipeline.runs.directory import RunDirectory
-from pipeline.runs.progress import SilentProgress
-from pipeline.stages.factorize.driver import run_solver
-from pipeline.stages.factorize.worker import SolverWorker
-from pipeline.stages.fishers.tables import held_out
-from pipeline.stages.fitted_examples import FittedExamples
-from pipeline.stages.status import status
-from pipeline.stages.verify.worker import VerificationOptions, VerificationPaths, VerificationWorker
-from pipeline.store.checkpoint import CheckpointStore, write_checkpoint_array
-from pipeline.store.component_store import open_factorization
-from pipeline.store.direction_store import DirectionStore
-from pipeline.store.fisher_store import FisherStore
-from pipeline.store.shard_records import ShardRecords
-from pipeline.store.tables import read_table
-from pipeline.tasks import load_task
 
 HELD_OUT = 0.2
 

@@ -16,12 +16,11 @@ from typing import Any
 
 import pytest
 import yaml
+from npeff.cli import job_commands
+from npeff.cli.main import main
+from npeff.execution.ray.jobs import Job, Submission
+from npeff.tasks import load_task
 from test_documents import PAGES, ROOT, commands
-
-from pipeline.cli import job_commands
-from pipeline.cli.main import main
-from pipeline.execution.ray.jobs import Job, Submission
-from pipeline.tasks import load_task
 
 SMALL = {
     "task": {"name": "digits", "options": {"limit": 60, "epochs": 3}},
@@ -125,7 +124,7 @@ def serve_and_interrupt(words: list[str]) -> int:
     """Its exit code, once it has said where it serves and was told to end."""
     port = [] if "--port" in words else ["--port", "0"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli.main", *words, *port],
+        [sys.executable, "-m", "npeff", *words, *port],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ},

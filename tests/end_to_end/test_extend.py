@@ -7,25 +7,24 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import npeff
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-
-import pipeline as npeff
-from pipeline.cli.main import main
-from pipeline.errors import NpeffError
-from pipeline.factorization import InvalidProblemError, nnls
-from pipeline.runs.config import RunConfig
-from pipeline.runs.config_reading import ConfigError
-from pipeline.runs.directory import RunDirectory
-from pipeline.runs.errors import RunDirectoryError
-from pipeline.runs.stage import recorded
-from pipeline.stages.factorize.live_history import metrics_writer
-from pipeline.stages.factorize.worker import SolverWorker
-from pipeline.store.component_store import open_factorization
-from pipeline.store.fisher_store import FisherStore
-from pipeline.store.tables import read_table, write_table
+from npeff.cli.main import main
+from npeff.errors import NpeffError
+from npeff.factorization import InvalidProblemError, nnls
+from npeff.runs.config import RunConfig
+from npeff.runs.config_reading import ConfigError
+from npeff.runs.directory import RunDirectory
+from npeff.runs.errors import RunDirectoryError
+from npeff.runs.stage import recorded
+from npeff.stages.factorize.live_history import metrics_writer
+from npeff.stages.factorize.worker import SolverWorker
+from npeff.store.component_store import open_factorization
+from npeff.store.fisher_store import FisherStore
+from npeff.store.tables import read_table, write_table
 
 
 def config(run_dir: Path, limit: int = 60, seed: int = 0, **factorization: Any) -> RunConfig:

@@ -16,18 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import npeff
 import numpy as np
 import pytest
 import torch
+from npeff.runs.directory import RunDirectory
+from npeff.storage.checksums import read_json
+from npeff.store.fisher_store import FisherStore
+from npeff.store.tables import read_table
+from npeff.tasks import IGNORED
 from PIL import Image
 from torch import Tensor
-
-import pipeline as npeff
-from pipeline.runs.directory import RunDirectory
-from pipeline.storage.checksums import read_json
-from pipeline.store.fisher_store import FisherStore
-from pipeline.store.tables import read_table
-from pipeline.tasks import IGNORED
 
 pytest.importorskip("transformers", reason="needs pip install 'npeff-pipeline[hf]'")
 

@@ -6,9 +6,8 @@ import time
 
 import pytest
 from end_to_end import commands, kills, run_contents
-
-from pipeline.store.direction_store import DirectionStore
-from pipeline.store.tables import read_table, write_table
+from npeff.store.direction_store import DirectionStore
+from npeff.store.tables import read_table, write_table
 
 pytestmark = pytest.mark.timeout(900)  # a minute or two on two free cores
 

@@ -26,7 +26,7 @@ def test_a_run_that_is_asked_to_stop_ends_with_one_line_and_keeps_what_is_finish
     run_dir, run_file = tmp_path / "run", tmp_path / "run.yaml"
     run_file.write_text(RUN_FILE.format(run_dir=run_dir, kind=kind))
     with subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli.main", "fishers", str(run_file)],
+        [sys.executable, "-m", "npeff", "fishers", str(run_file)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

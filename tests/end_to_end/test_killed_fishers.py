@@ -18,12 +18,11 @@ import pyarrow as pa
 import pytest
 import torch
 from end_to_end import run_contents
+from npeff.runs.config import RunConfig
+from npeff.runs.directory import RunDirectory
+from npeff.stages.fishers.stage import compute_fishers
+from npeff.tasks import Examples, Task
 from torch import Tensor, nn
-
-from pipeline.runs.config import RunConfig
-from pipeline.runs.directory import RunDirectory
-from pipeline.stages.fishers.stage import compute_fishers
-from pipeline.tasks import Examples, Task
 
 N_EXAMPLES, SHARD_SIZE, KILLS = 128, 8, 20
 N_SHARDS = N_EXAMPLES // SHARD_SIZE
@@ -109,7 +108,7 @@ Start = Callable[[RunDirectory], ForkServerProcess]
 def start() -> Iterator[Start]:
     """Starts the stage on a run, in a process of its own."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.stages", "pytest"])
+    context.set_forkserver_preload(["npeff.stages", "pytest"])
     started: list[ForkServerProcess] = []
 
     def begin(target: Callable[..., object], *arguments: object) -> ForkServerProcess:

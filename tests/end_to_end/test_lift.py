@@ -7,16 +7,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import npeff
 import numpy as np
 import pytest
 from end_to_end.test_polish import config_of, copy_of, directions_of, narrow
-
-import pipeline as npeff
-from pipeline.execution.executor import WorkerSpec
-from pipeline.execution.serial import SerialExecutor
-from pipeline.runs.directory import RunDirectory
-from pipeline.storage.checksums import read_json
-from pipeline.storage.errors import StoreError
+from npeff.execution.executor import WorkerSpec
+from npeff.execution.serial import SerialExecutor
+from npeff.runs.directory import RunDirectory
+from npeff.storage.checksums import read_json
+from npeff.storage.errors import StoreError
 
 __all__ = ["narrow"]
 

@@ -15,24 +15,23 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import npeff
 import numpy as np
 import pytest
 import yaml
+from npeff.cli.main import main
+from npeff.query.components import ComponentStore
+from npeff.runs.config import RunConfig
+from npeff.runs.directory import RunDirectory, StageState
+from npeff.runs.errors import RunDirectoryError
+from npeff.runs.progress import SilentProgress
+from npeff.stages.pipeline import export_direction
+from npeff.stages.status import status
+from npeff.stages.worker_specs import executor_for
+from npeff.storage import location, object_lock, objects
+from npeff.storage.errors import ObjectStoreError
 from object_store import BROKEN, DENIED, SLOW_DOWN, Answer, ObjectStore, Request
 from safetensors.numpy import load
-
-import pipeline as npeff
-from pipeline.cli.main import main
-from pipeline.query.components import ComponentStore
-from pipeline.runs.config import RunConfig
-from pipeline.runs.directory import RunDirectory, StageState
-from pipeline.runs.errors import RunDirectoryError
-from pipeline.runs.progress import SilentProgress
-from pipeline.stages.pipeline import export_direction
-from pipeline.stages.status import status
-from pipeline.stages.worker_specs import executor_for
-from pipeline.storage import location, object_lock, objects
-from pipeline.storage.errors import ObjectStoreError
 
 CONFIG: dict[str, Any] = {
     "run_dir": "s3://runs/team/digits",
@@ -165,7 +164,7 @@ def test_a_command_that_is_killed_is_taken_up_by_the_next_one(
     s3: ObjectStore, reference: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
-    command = [sys.executable, "-m", "pipeline.cli.main", "run", str(tmp_path / "run.yaml")]
+    command = [sys.executable, "-m", "npeff", "run", str(tmp_path / "run.yaml")]
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while len(s3.contents(f"{RUN}/shards")) < 2:
         assert killed.poll() is None, capfd.readouterr().err
@@ -191,10 +190,10 @@ def test_two_commands_do_not_work_on_one_run(s3: ObjectStore, monkeypatch: pytes
     with one.lock():
         pass
     script = (
-        f"from pipeline.runs.directory import *\nwith RunDirectory.open({RUN!r}).lock(): print(1, flush=True); input()"
+        f"from npeff.runs.directory import *\nwith RunDirectory.open({RUN!r}).lock(): print(1, flush=True); input()"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", "import pipeline.storage.object_lock as l; l.RENEW_S = 0.05\n" + script],
+        [sys.executable, "-c", "import npeff.storage.object_lock as l; l.RENEW_S = 0.05\n" + script],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as holder:

@@ -7,23 +7,22 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import npeff
 import numpy as np
 import pytest
-
-import pipeline as npeff
-from pipeline.cli import main as cli
-from pipeline.execution.executor import WorkerSpec
-from pipeline.execution.serial import SerialExecutor
-from pipeline.runs.config import RunConfig
-from pipeline.runs.config_reading import ConfigError
-from pipeline.runs.directory import RunDirectory
-from pipeline.stages.lift import worker as lift_worker
-from pipeline.storage.checksums import read_json
-from pipeline.storage.errors import StoreError
-from pipeline.store.component_store import open_factorization
-from pipeline.store.direction_store import DirectionStore
-from pipeline.store.fisher_store import FisherStore
-from pipeline.store.tables import read_table
+from npeff.cli import main as cli
+from npeff.execution.executor import WorkerSpec
+from npeff.execution.serial import SerialExecutor
+from npeff.runs.config import RunConfig
+from npeff.runs.config_reading import ConfigError
+from npeff.runs.directory import RunDirectory
+from npeff.stages.lift import worker as lift_worker
+from npeff.storage.checksums import read_json
+from npeff.storage.errors import StoreError
+from npeff.store.component_store import open_factorization
+from npeff.store.direction_store import DirectionStore
+from npeff.store.fisher_store import FisherStore
+from npeff.store.tables import read_table
 
 N, K, STEPS = 120, 3, 2
 

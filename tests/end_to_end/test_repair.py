@@ -7,27 +7,26 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import npeff
 import numpy as np
 import pytest
 import torch
+from npeff.cli.main import main
+from npeff.runs.config import RunConfig
+from npeff.runs.directory import RunDirectory
+from npeff.runs.errors import RunDirectoryError
+from npeff.stages.inputs import fingerprint_of
+from npeff.stages.repair import stage as repair_stage
+from npeff.stages.repair.worker import Batch, RepairWorker
+from npeff.stages.worker_specs import model_spec
+from npeff.statistics.mcnemar import mcnemar
+from npeff.store.component_store import open_factorization
+from npeff.store.direction_store import DirectionStore
+from npeff.store.tables import read_table, write_table
+from npeff.tasks import load_task
+from npeff.verification import Edit, over_represented, top_examples
 from safetensors import safe_open
 from safetensors.torch import load_file
-
-import pipeline as npeff
-from pipeline.cli.main import main
-from pipeline.runs.config import RunConfig
-from pipeline.runs.directory import RunDirectory
-from pipeline.runs.errors import RunDirectoryError
-from pipeline.stages.inputs import fingerprint_of
-from pipeline.stages.repair import stage as repair_stage
-from pipeline.stages.repair.worker import Batch, RepairWorker
-from pipeline.stages.worker_specs import model_spec
-from pipeline.statistics.mcnemar import mcnemar
-from pipeline.store.component_store import open_factorization
-from pipeline.store.direction_store import DirectionStore
-from pipeline.store.tables import read_table, write_table
-from pipeline.tasks import load_task
-from pipeline.verification import Edit, over_represented, top_examples
 
 LIMIT = 400
 

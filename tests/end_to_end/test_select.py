@@ -8,24 +8,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+from npeff.cli.main import main
+from npeff.execution.create import make_executor
+from npeff.execution.executor import WorkerSpec
+from npeff.execution.serial import SerialExecutor
+from npeff.factorization import InvalidProblemError
+from npeff.query.components import ComponentStore
+from npeff.query.errors import QueryError
+from npeff.runs.config import RunConfig
+from npeff.runs.config_reading import ConfigError
+from npeff.runs.directory import RunDirectory
+from npeff.runs.errors import RunDirectoryError
+from npeff.stages.factorize.stage import factorize
+from npeff.stages.select.stage import select
+from npeff.stages.status import status
+from npeff.store.tables import read_table
 from planted import planted_fishers
 from planted_run import planted_run
-
-from pipeline.cli.main import main
-from pipeline.execution.create import make_executor
-from pipeline.execution.executor import WorkerSpec
-from pipeline.execution.serial import SerialExecutor
-from pipeline.factorization import InvalidProblemError
-from pipeline.query.components import ComponentStore
-from pipeline.query.errors import QueryError
-from pipeline.runs.config import RunConfig
-from pipeline.runs.config_reading import ConfigError
-from pipeline.runs.directory import RunDirectory
-from pipeline.runs.errors import RunDirectoryError
-from pipeline.stages.factorize.stage import factorize
-from pipeline.stages.select.stage import select
-from pipeline.stages.status import status
-from pipeline.store.tables import read_table
 
 PLANTED = 6
 PROBLEM = planted_fishers(n_examples=480, rank=3, dim=32, n_components=PLANTED, noise=0.2, n_active=3, seed=0)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
-from pipeline.execution.executor import Group, WorkerLostError, WorkerSpec
+from npeff.execution.executor import Group, WorkerLostError, WorkerSpec
 
 _FORK = multiprocessing.get_context("fork")
 

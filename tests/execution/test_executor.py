@@ -13,18 +13,17 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-
-from pipeline.execution.executor import ATTEMPTS, ExecutorError, ItemsFailedError, WorkerLostError, WorkerSpec
-from pipeline.execution.ray import executor as ray_executor
-from pipeline.execution.ray import placement
-from pipeline.execution.ray.executor import RayExecutor
-from pipeline.execution.serial import SerialExecutor
-from pipeline.factorization import IterationRecord
-from pipeline.stages.factorize import driver as solver_driver
-from pipeline.stages.factorize.driver import LOSSES, run_solver
-from pipeline.stages.factorize.worker import Step
-from pipeline.store.checkpoint import CheckpointStore
-from pipeline.tasks import TaskError
+from npeff.execution.executor import ATTEMPTS, ExecutorError, ItemsFailedError, WorkerLostError, WorkerSpec
+from npeff.execution.ray import executor as ray_executor
+from npeff.execution.ray import placement
+from npeff.execution.ray.executor import RayExecutor
+from npeff.execution.serial import SerialExecutor
+from npeff.factorization import IterationRecord
+from npeff.stages.factorize import driver as solver_driver
+from npeff.stages.factorize.driver import LOSSES, run_solver
+from npeff.stages.factorize.worker import Step
+from npeff.store.checkpoint import CheckpointStore
+from npeff.tasks import TaskError
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actors cannot import this file
 

@@ -8,10 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from npeff.execution.ray.authentication import Authentication
+from npeff.execution.ray.private import PrivateRay
 from ray._raylet import AuthenticationMode, AuthenticationTokenLoader, get_authentication_mode
-
-from pipeline.execution.ray.authentication import Authentication
-from pipeline.execution.ray.private import PrivateRay
 
 HERS = "0" * 64
 

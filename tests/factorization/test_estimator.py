@@ -5,13 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from npeff.factorization import InvalidProblemError, match_components
+from npeff.factorization.estimator import NPEFF
 from planted import Planted, planted_fishers
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.estimator_checks import parametrize_with_checks
-
-from pipeline.factorization import InvalidProblemError, match_components
-from pipeline.factorization.estimator import NPEFF
 
 _ONLY_TO_THE_TOLERANCE = {
     f"check_sample_weight_equivalence_on_{kind}_data": "equal to the tolerance, not to 1e-7: see test_options"

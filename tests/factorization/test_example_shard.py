@@ -3,9 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from npeff.factorization import ExampleShard, InvalidProblemError, factor_source, nnls
 from torch import Tensor
-
-from pipeline.factorization import ExampleShard, InvalidProblemError, factor_source, nnls
 
 
 def factors_and_components(n: int = 40, rank: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,9 @@ import threading
 
 import pytest
 import torch
+from npeff.factorization import ExampleShard, FactorsInMemory, InvalidProblemError, StreamedFactors, factor_source
+from npeff.factorization.half_products import product
 from torch import Tensor
-
-from pipeline.factorization import ExampleShard, FactorsInMemory, InvalidProblemError, StreamedFactors, factor_source
-from pipeline.factorization.half_products import product
 
 SIZES = (7, 0, 12, 5)
 

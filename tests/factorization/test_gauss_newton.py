@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from npeff.factorization import gauss_newton_step
 from torch import Tensor
-
-from pipeline.factorization import gauss_newton_step
 
 
 def problem(k: int, dim: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

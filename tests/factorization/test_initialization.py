@@ -3,9 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from planted import planted_fishers
-
-from pipeline.factorization import (
+from npeff.factorization import (
     ExampleShard,
     InvalidProblemError,
     SolverOptions,
@@ -16,6 +14,7 @@ from pipeline.factorization import (
     starting_components,
     subsample_indices,
 )
+from planted import planted_fishers
 
 
 def test_a_subsample_is_distinct_ascending_and_the_same_again() -> None:

@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-
-from pipeline.factorization import canonical_order, match_components, near_duplicates
+from npeff.factorization import canonical_order, match_components, near_duplicates
 
 
 def test_shuffled_rescaled_and_flipped_components_are_matched_exactly() -> None:

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
+from npeff.factorization import accelerated_, accelerated_is_faster, descend_, hals_, nnls, sweeps_for
+from npeff.factorization.nnls import largest_eigenvalue_bound
 from torch import Tensor
-
-from pipeline.factorization import accelerated_, accelerated_is_faster, descend_, hals_, nnls, sweeps_for
-from pipeline.factorization.nnls import largest_eigenvalue_bound
 
 
 def problem(n: int, k: int, dim: int, seed: int, collinearity: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from pipeline.factorization import Candidates, ExampleShard, Statistics, explained, merge_candidates
-from pipeline.factorization.objective import N_CANDIDATES
+from npeff.factorization import Candidates, ExampleShard, Statistics, explained, merge_candidates
+from npeff.factorization.objective import N_CANDIDATES
 
 
 def shard_and_components(n: int = 30, seed: int = 0) -> tuple[ExampleShard, torch.Tensor]:

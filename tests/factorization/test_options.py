@@ -8,10 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from planted import HARD_PROBLEMS, hard_problem, planted_fishers
-from torch import Tensor
-
-from pipeline.factorization import (
+from npeff.factorization import (
     ExampleShard,
     Factorization,
     IterationRecord,
@@ -23,7 +20,9 @@ from pipeline.factorization import (
     nnls,
     solve,
 )
-from pipeline.factorization.estimator import NPEFF
+from npeff.factorization.estimator import NPEFF
+from planted import HARD_PROBLEMS, hard_problem, planted_fishers
+from torch import Tensor
 
 L1, PRESSURE = 0.05, 0.3
 

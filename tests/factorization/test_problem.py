@@ -4,8 +4,7 @@ import pickle
 
 import pytest
 import torch
-
-from pipeline.factorization import ExampleShard, InvalidProblemError, validate_shape, validate_size
+from npeff.factorization import ExampleShard, InvalidProblemError, validate_shape, validate_size
 
 
 def test_as_many_components_as_factor_rows_are_allowed_and_one_more_is_not() -> None:

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from pipeline.factorization import Evidence, evidence, recommend, search, split_halves, stability
-from pipeline.factorization.selection import cluster_components, next_to_try, silhouettes
+from npeff.factorization import Evidence, evidence, recommend, search, split_halves, stability
+from npeff.factorization.selection import cluster_components, next_to_try, silhouettes
 
 
 def unit_rows(rng: np.random.Generator, *shape: int) -> np.ndarray:

@@ -7,10 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from planted import Planted, planted_fishers
-from torch import Tensor
-
-from pipeline.factorization import (
+from npeff.factorization import (
     ExampleShard,
     Factorization,
     InvalidProblemError,
@@ -26,6 +23,8 @@ from pipeline.factorization import (
     stopping_reason,
     subsample_indices,
 )
+from planted import Planted, planted_fishers
+from torch import Tensor
 
 
 def small_problem(seed: int = 0, noise: float = 0.05) -> Planted:

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 from gradients import dense_definition
+from npeff.fisher import FisherBatch, PerExampleFishers
+from npeff.gradients import IGNORED, LabelSpec, ParameterLayout, check_coverage, label_rows, select_parameters
+from npeff.sketches import SketchSpec, make_sketch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-
-from pipeline.fisher import FisherBatch, PerExampleFishers
-from pipeline.gradients import IGNORED, LabelSpec, ParameterLayout, check_coverage, label_rows, select_parameters
-from pipeline.sketches import SketchSpec, make_sketch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install -e '.[hf]'")
 

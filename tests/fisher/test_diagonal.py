@@ -8,16 +8,15 @@ import pytest
 import torch
 from gradients import dense_definition
 from gradients import fisher_models as models
+from npeff.fisher import GroupLayout, diagonal_norms, diagonal_sum, grouped_sums, top_entries
+from npeff.gradients import GradientCollector, LabelSpec, ParameterLayout, select_parameters
+from npeff.gradients import contribution as contributions
+from npeff.gradients.contribution import Contribution, Dense
+from npeff.gradients.embedding_rows import Rows
+from npeff.gradients.outer import Outer
+from npeff.gradients.sums import Sum
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from pipeline.fisher import GroupLayout, diagonal_norms, diagonal_sum, grouped_sums, top_entries
-from pipeline.gradients import GradientCollector, LabelSpec, ParameterLayout, select_parameters
-from pipeline.gradients import contribution as contributions
-from pipeline.gradients.contribution import Contribution, Dense
-from pipeline.gradients.embedding_rows import Rows
-from pipeline.gradients.outer import Outer
-from pipeline.gradients.sums import Sum
 
 EXACT = LabelSpec()
 

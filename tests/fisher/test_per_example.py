@@ -7,11 +7,10 @@ import pytest
 import torch
 from gradients import dense_definition
 from gradients import fisher_models as models
+from npeff.fisher import FisherBatch, PerExampleFishers
+from npeff.gradients import UnsupportedModelError, select_parameters
+from npeff.sketches import SketchSpec, make_sketch
 from torch import Tensor, nn
-
-from pipeline.fisher import FisherBatch, PerExampleFishers
-from pipeline.gradients import UnsupportedModelError, select_parameters
-from pipeline.sketches import SketchSpec, make_sketch
 
 IDENTITY = SketchSpec("identity", None, 0)
 SKETCH = SketchSpec("tensorsketch", 64, 0)

@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from npeff.gradients import ParameterLayout
 from torch import Tensor, nn
-
-from pipeline.gradients import ParameterLayout
 
 
 def dense_jacobian(

@@ -4,13 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from npeff.gradients import contribution as contributions
+from npeff.gradients.contribution import Contribution, Dense
+from npeff.gradients.embedding_rows import Rows
+from npeff.gradients.outer import Outer, live_positions
+from npeff.gradients.sums import Sum, add, direction_products, total_gram, with_same_inputs
 from torch import Tensor
-
-from pipeline.gradients import contribution as contributions
-from pipeline.gradients.contribution import Contribution, Dense
-from pipeline.gradients.embedding_rows import Rows
-from pipeline.gradients.outer import Outer, live_positions
-from pipeline.gradients.sums import Sum, add, direction_products, total_gram, with_same_inputs
 
 
 def draw(*shape: int) -> Tensor:

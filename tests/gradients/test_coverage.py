@@ -3,12 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 from gradients import fisher_models as models
+from npeff.fisher import PerExampleFishers
+from npeff.gradients import UnsupportedModelError, check_coverage, select_parameters
+from npeff.sketches import SketchSpec, make_sketch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from pipeline.fisher import PerExampleFishers
-from pipeline.gradients import UnsupportedModelError, check_coverage, select_parameters
-from pipeline.sketches import SketchSpec, make_sketch
 
 
 class FunctionalHead(nn.Module):

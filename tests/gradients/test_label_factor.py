@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
+from npeff.gradients import exact_label_factor, truncated_label_factor
 from torch import Tensor
-
-from pipeline.gradients import exact_label_factor, truncated_label_factor
 
 
 def covariance(logits: Tensor) -> Tensor:

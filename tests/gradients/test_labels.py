@@ -12,13 +12,8 @@ import pytest
 import torch
 from gradients import dense_definition
 from gradients import fisher_models as models
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from pipeline.fisher import FisherBatch, PerExampleFishers
-from pipeline.gradients import (
+from npeff.fisher import FisherBatch, PerExampleFishers
+from npeff.gradients import (
     IGNORED,
     UNKNOWN,
     LabelRows,
@@ -28,7 +23,11 @@ from pipeline.gradients import (
     label_rows,
     select_parameters,
 )
-from pipeline.sketches import SketchSpec, make_sketch
+from npeff.sketches import SketchSpec, make_sketch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 EXACT, EMPIRICAL = LabelSpec("exact"), LabelSpec("empirical")
 
@@ -377,7 +376,7 @@ def test_memory_is_bounded_for_a_large_vocabulary() -> None:
 def test_predictions_may_be_worked_on_in_blocks(spec: LabelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     logits, targets = random_logits(11, 6), torch.arange(11) % 6
     whole = label_rows(spec, logits, targets=targets)
-    monkeypatch.setattr("pipeline.gradients.labels._BLOCK", 4 * 6)
+    monkeypatch.setattr("npeff.gradients.labels._BLOCK", 4 * 6)
     blocks = label_rows(spec, logits, targets=targets)
     torch.testing.assert_close(unscaled(blocks), unscaled(whole), rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(blocks.losses_B, whole.losses_B, rtol=1e-12, atol=0)

@@ -5,9 +5,8 @@ import pickle
 
 import pytest
 import torch
+from npeff.gradients import ParameterLayout, UnsupportedModelError, model_fingerprint, select_parameters
 from torch import nn
-
-from pipeline.gradients import ParameterLayout, UnsupportedModelError, model_fingerprint, select_parameters
 
 
 def model() -> nn.Module:

@@ -10,12 +10,7 @@ from typing import Any
 import pytest
 import torch
 from gradients.fisher_models import NAMES, Case, call, make, token_case, vectors
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.func import functional_call
-from torch.utils import _pytree as pytree
-
-from pipeline.gradients import (
+from npeff.gradients import (
     GradientCollector,
     LabelSpec,
     PositionShares,
@@ -24,6 +19,10 @@ from pipeline.gradients import (
     position_shares,
     select_parameters,
 )
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 

@@ -12,29 +12,28 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import npeff
 import numpy as np
 import pytest
+from npeff.errors import NpeffError
+from npeff.interchange import import_run as interchange
+from npeff.interchange.coordinates import Columns, CountSketch
+from npeff.interchange.export_run import export_factorization, export_fishers, export_run
+from npeff.interchange.import_run import import_factorization, import_fishers, import_run
+from npeff.interchange.options import ImportOptions
+from npeff.query.components import ComponentStore
+from npeff.runs.config import RunConfig
+from npeff.runs.config_reading import ConfigError
+from npeff.runs.directory import RunDirectory
+from npeff.runs.errors import RunDirectoryError
+from npeff.runs.stage import recorded
+from npeff.stages.status import status
+from npeff.storage.errors import StoreError
+from npeff.store.component_store import open_factorization
+from npeff.store.fisher_store import FisherStore
+from npeff.store.shard_records import CompletionRecord, ShardRecords
+from npeff.store.tables import read_table
 from planted import planted_fishers
-
-import pipeline as npeff
-from pipeline.errors import NpeffError
-from pipeline.interchange import import_run as interchange
-from pipeline.interchange.coordinates import Columns, CountSketch
-from pipeline.interchange.export_run import export_factorization, export_fishers, export_run
-from pipeline.interchange.import_run import import_factorization, import_fishers, import_run
-from pipeline.interchange.options import ImportOptions
-from pipeline.query.components import ComponentStore
-from pipeline.runs.config import RunConfig
-from pipeline.runs.config_reading import ConfigError
-from pipeline.runs.directory import RunDirectory
-from pipeline.runs.errors import RunDirectoryError
-from pipeline.runs.stage import recorded
-from pipeline.stages.status import status
-from pipeline.storage.errors import StoreError
-from pipeline.store.component_store import open_factorization
-from pipeline.store.fisher_store import FisherStore
-from pipeline.store.shard_records import CompletionRecord, ShardRecords
-from pipeline.store.tables import read_table
 
 h5py = pytest.importorskip("h5py", reason="h5py is not installed: pip install -c constraints.txt 'h5py>=3.14'")
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from pipeline.interchange.reference_files import (
+from npeff.interchange.reference_files import (
     Decomposition,
     DiagonalPefHeader,
     PefHeader,
@@ -21,8 +20,8 @@ from pipeline.interchange.reference_files import (
     open_diagonal_pef,
     open_pef,
 )
-from pipeline.interchange.reference_writing import write_decomposition, write_diagonal_pef, write_pef
-from pipeline.storage.errors import StoreError
+from npeff.interchange.reference_writing import write_decomposition, write_diagonal_pef, write_pef
+from npeff.storage.errors import StoreError
 
 h5py = pytest.importorskip("h5py", reason="h5py is not installed: pip install -c constraints.txt 'h5py>=3.14'")
 

@@ -10,7 +10,7 @@ import pytest
 
 SCRIPT = """
 import resource, torch
-from pipeline.models.heap import keep_freed_memory
+from npeff.models.heap import keep_freed_memory
 
 def batch():  # sixteen tensors of 8 MiB: as small as glibc takes from the heap, larger together than it likes to keep
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from gradients.fisher_models import NAMES, Case, call, make, mlp, vectors
+from npeff.fisher import FisherBatch, PerExampleFishers
+from npeff.gradients import select_parameters
+from npeff.models.streams import Streams, n_streams
+from npeff.sketches import SketchSpec, make_sketch
 from torch import Tensor, nn
-
-from pipeline.fisher import FisherBatch, PerExampleFishers
-from pipeline.gradients import select_parameters
-from pipeline.models.streams import Streams, n_streams
-from pipeline.sketches import SketchSpec, make_sketch
 
 CPU = torch.device("cpu")
 WITH_RULES = {"mlp", "cnn", "tied encoder", "transposed linear"}

@@ -7,9 +7,8 @@ from collections.abc import Callable
 import dask.array as da
 import numpy as np
 import pytest
-
-from pipeline.query.components import ComponentStore
-from pipeline.query.errors import QueryError
+from npeff.query.components import ComponentStore
+from npeff.query.errors import QueryError
 
 
 @pytest.fixture

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from pipeline.query.components import ComponentStore
-from pipeline.store.component_store import StoredFactorization
-from pipeline.store.fisher_store import _array_specs
-from pipeline.store.tables import SCHEMAS
+from npeff.query.components import ComponentStore
+from npeff.store.component_store import StoredFactorization
+from npeff.store.fisher_store import _array_specs
+from npeff.store.tables import SCHEMAS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "store.md").read_text(encoding="utf-8")
 SNIPPETS = {
@@ -25,7 +24,7 @@ SNIPPETS = {
 
 def answer_of(snippet: str, run_dir: Path) -> str:
     """What a snippet prints in a process that cannot import this package."""
-    code = "import sys; sys.modules['pipeline'] = None\n" + snippet.replace("runs/digits", str(run_dir))
+    code = "import sys; sys.modules['npeff'] = None\n" + snippet.replace("runs/digits", str(run_dir))
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 

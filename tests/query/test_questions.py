@@ -12,12 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zarr
+from npeff.query.components import ComponentStore
+from npeff.query.errors import QueryError
+from npeff.store import tables as stored_tables
+from npeff.store.fisher_store import FisherStore
 from scipy import stats
-
-from pipeline.query.components import ComponentStore
-from pipeline.query.errors import QueryError
-from pipeline.store import tables as stored_tables
-from pipeline.store.fisher_store import FisherStore
 
 CONDITIONS = {
     "label = 2 and not correct": lambda row: row["label"] == 2 and not row["correct"],

@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-
-from pipeline.query.errors import QueryError
-from pipeline.query.sql import run_sql
-from pipeline.query.tables import RunTables
+from npeff.query.errors import QueryError
+from npeff.query.sql import run_sql
+from npeff.query.tables import RunTables
 
 
 @pytest.fixture

@@ -7,13 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from npeff.query.errors import QueryError
+from npeff.query.sql import run_sql
+from npeff.query.tables import WRITTEN_BY, RunTables
+from npeff.storage.location import location
+from npeff.store.tables import write_table
 from object_store import ObjectStore
-
-from pipeline.query.errors import QueryError
-from pipeline.query.sql import run_sql
-from pipeline.query.tables import WRITTEN_BY, RunTables
-from pipeline.storage.location import location
-from pipeline.store.tables import write_table
 
 
 @pytest.mark.parametrize(("name", "command"), sorted(WRITTEN_BY.items()))

@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
-from pipeline.query.components import ComponentStore
-from pipeline.reports.cards import PARAMETERS_SHOWN, Bar, CardWriter, _bars
+from npeff.query.components import ComponentStore
+from npeff.reports.cards import PARAMETERS_SHOWN, Bar, CardWriter, _bars
 
 
 @pytest.fixture(scope="module")

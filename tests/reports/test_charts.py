@@ -6,10 +6,9 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from pipeline.reports.charts import Axis, log_axis, loss_chart, ratio_chart
-from pipeline.reports.selection_chart import selection_chart
-from pipeline.statistics.verdict import verdicts
+from npeff.reports.charts import Axis, log_axis, loss_chart, ratio_chart
+from npeff.reports.selection_chart import selection_chart
+from npeff.statistics.verdict import verdicts
 
 positive = st.floats(1e-6, 1e6)
 

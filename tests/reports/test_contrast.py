@@ -3,9 +3,8 @@ from __future__ import annotations
 import dask.array as da
 import numpy as np
 import pytest
-
-from pipeline.reports import contrast
-from pipeline.reports.contrast import contrast_examples
+from npeff.reports import contrast
+from npeff.reports.contrast import contrast_examples
 
 
 @pytest.fixture

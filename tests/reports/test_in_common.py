@@ -6,11 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from npeff.query.tables import RunTables
+from npeff.reports.in_common import in_common, words_of
+from npeff.statistics.contingency import q_values
 from scipy import stats
-
-from pipeline.query.tables import RunTables
-from pipeline.reports.in_common import in_common, words_of
-from pipeline.statistics.contingency import q_values
 
 N = 200
 TOPS = {0: list(range(20)), 1: list(range(100, 120))}

@@ -4,9 +4,8 @@ import base64
 import io
 
 import numpy as np
+from npeff.reports.pictures import Album, heat_map
 from PIL import Image as Pillow
-
-from pipeline.reports.pictures import Album, heat_map
 
 
 def png(width: int, height: int, seed: int = 0) -> bytes:

@@ -7,9 +7,8 @@ from html import escape
 from pathlib import Path
 
 import pytest
-
-from pipeline.query.errors import QueryError
-from pipeline.reports.report import duration, number, percent, ratio, write_report
+from npeff.query.errors import QueryError
+from npeff.reports.report import duration, number, percent, ratio, write_report
 
 HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(2)>"""
 

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 from chromium import Browser, find_chromium
-
-from pipeline.query.components import ComponentStore
-from pipeline.reports import in_common, report
-from pipeline.reports.report import write_report
-from pipeline.reports.serve import make_server
+from npeff.query.components import ComponentStore
+from npeff.reports import in_common, report
+from npeff.reports.report import write_report
+from npeff.reports.serve import make_server
 
 HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(2)>{{ 7 * 7 }}"""
 

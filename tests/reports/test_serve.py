@@ -14,9 +14,8 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
-
-from pipeline.query.errors import QueryError
-from pipeline.reports.serve import ROWS_SHOWN, Server, make_server
+from npeff.query.errors import QueryError
+from npeff.reports.serve import ROWS_SHOWN, Server, make_server
 
 HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(2)>"""
 
@@ -156,9 +155,7 @@ def test_a_port_that_cannot_be_had_is_one_clear_line(run) -> None:
 
 
 def test_an_interrupt_ends_it_cleanly(run) -> None:
-    script = (
-        "import sys; from pipeline.query import serve; serve(sys.argv[1], 0, 4, lambda line: print(line, flush=True))"
-    )
+    script = "import sys; from npeff.query import serve; serve(sys.argv[1], 0, 4, lambda line: print(line, flush=True))"
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(run.path)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ),

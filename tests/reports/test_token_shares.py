@@ -9,12 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from npeff.query.tables import RunTables
+from npeff.reports.report import write_report
+from npeff.reports.token_shares import LEVELS, Piece, ShareReader, shaded_text
+from npeff.store.tables import SCHEMAS, write_table
 from PIL import Image
-
-from pipeline.query.tables import RunTables
-from pipeline.reports.report import write_report
-from pipeline.reports.token_shares import LEVELS, Piece, ShareReader, shaded_text
-from pipeline.store.tables import SCHEMAS, write_table
 
 
 def reader(path: Path, **columns: list) -> ShareReader:

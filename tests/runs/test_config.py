@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from pipeline.runs.config import RunConfig
-from pipeline.runs.config_reading import ConfigError
+from npeff.runs.config import RunConfig
+from npeff.runs.config_reading import ConfigError
 
 MINIMAL = "run_dir: runs/x\ntask: {name: digits}\nfactorization: {n_components: 4}\n"
 

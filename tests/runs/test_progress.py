@@ -8,10 +8,9 @@ import subprocess
 import sys
 
 import pytest
+from npeff.runs import progress
+from npeff.runs.progress import LogProgress, ObservedProgress, SilentProgress, TerminalProgress
 from rich.console import Console
-
-from pipeline.runs import progress
-from pipeline.runs.progress import LogProgress, ObservedProgress, SilentProgress, TerminalProgress
 
 
 @pytest.fixture
@@ -92,7 +91,7 @@ def test_an_observer_is_told_where_a_stage_begins_and_of_every_step() -> None:
 
 def test_metrics_need_no_ray() -> None:
     script = (
-        "import sys; from pipeline.execution.ray.metrics import RunMetrics;"
+        "import sys; from npeff.execution.ray.metrics import RunMetrics;"
         "RunMetrics('run')('fishers', 1, 2, {'loss': 1.0}); print('ray' in sys.modules)"
     )
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -11,10 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-
-from pipeline.runs.config import RunConfig
-from pipeline.runs.directory import RunDirectory, StageState
-from pipeline.runs.errors import RunDirectoryError
+from npeff.runs.config import RunConfig
+from npeff.runs.directory import RunDirectory, StageState
+from npeff.runs.errors import RunDirectoryError
 
 
 def config(run_dir: Path, **changes: object) -> RunConfig:
@@ -86,7 +85,7 @@ def test_a_stage_is_missing_then_partial_then_complete(tmp_path: Path) -> None:
 def test_a_run_in_use_is_refused_and_a_killed_owner_lets_go(tmp_path: Path) -> None:
     run = RunDirectory.create(config(tmp_path / "run"))
     script = (
-        "import sys, time; from pipeline.runs.directory import RunDirectory\n"
+        "import sys, time; from npeff.runs.directory import RunDirectory\n"
         "with RunDirectory.open(sys.argv[1]).lock(): print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(run.path)], stdout=subprocess.PIPE, text=True) as owner:

@@ -3,11 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 from gradients import fisher_models as models
-
-from pipeline.fisher import PerExampleFishers
-from pipeline.gradients import select_parameters
-from pipeline.sketches import SketchSpec, make_sketch
-from pipeline.sketches.calibration import LARGEST_RANK, calibrated
+from npeff.fisher import PerExampleFishers
+from npeff.gradients import select_parameters
+from npeff.sketches import SketchSpec, make_sketch
+from npeff.sketches.calibration import LARGEST_RANK, calibrated
 
 
 def rows(rank: int, width: int = 50, n: int = 6) -> torch.Tensor:

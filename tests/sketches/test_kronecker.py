@@ -5,14 +5,13 @@ from typing import Any
 import pytest
 import torch
 from gradients import fisher_models as models
+from npeff.fisher import PerExampleFishers
+from npeff.gradients import GradientCollector, ParameterLayout, select_parameters
+from npeff.gradients.embedding_rows import Rows
+from npeff.gradients.outer import Outer
+from npeff.sketches import SketchSpec, make_sketch
+from npeff.sketches.kronecker import Projection
 from torch import Tensor
-
-from pipeline.fisher import PerExampleFishers
-from pipeline.gradients import GradientCollector, ParameterLayout, select_parameters
-from pipeline.gradients.embedding_rows import Rows
-from pipeline.gradients.outer import Outer
-from pipeline.sketches import SketchSpec, make_sketch
-from pipeline.sketches.kronecker import Projection
 
 IDENTITY = SketchSpec("identity", None, 0)
 

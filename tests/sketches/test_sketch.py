@@ -3,24 +3,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import npeff
 import numpy as np
 import pytest
 import torch
 from gradients import fisher_models as models
+from npeff.execution.serial import SerialExecutor
+from npeff.fisher import PerExampleFishers
+from npeff.gradients import GradientCollector, ParameterLayout, select_parameters
+from npeff.gradients.outer import Outer
+from npeff.runs.config import RunConfig
+from npeff.runs.config_sections import SketchConfig
+from npeff.runs.directory import RunDirectory
+from npeff.sketches import SketchSpec, make_sketch
+from npeff.sketches.tensorsketch import Hashes, fourier_is_cheaper, window_width
+from npeff.store.fisher_store import FisherStore
 from pydantic import ValidationError
 from torch import Tensor
-
-import pipeline as npeff
-from pipeline.execution.serial import SerialExecutor
-from pipeline.fisher import PerExampleFishers
-from pipeline.gradients import GradientCollector, ParameterLayout, select_parameters
-from pipeline.gradients.outer import Outer
-from pipeline.runs.config import RunConfig
-from pipeline.runs.config_sections import SketchConfig
-from pipeline.runs.directory import RunDirectory
-from pipeline.sketches import SketchSpec, make_sketch
-from pipeline.sketches.tensorsketch import Hashes, fourier_is_cheaper, window_width
-from pipeline.store.fisher_store import FisherStore
 
 
 def collected(name: str, dtype: torch.dtype = torch.float64) -> tuple[ParameterLayout, Any]:

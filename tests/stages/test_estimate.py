@@ -4,15 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import npeff
 import pytest
 import yaml
-
-import pipeline as npeff
-from pipeline.runs.config import RunConfig
-from pipeline.runs.directory import RunDirectory
-from pipeline.stages.fishers.estimate import estimate, rows
-from pipeline.store.fisher_store import FisherStore
-from pipeline.store.tables import read_table
+from npeff.runs.config import RunConfig
+from npeff.runs.directory import RunDirectory
+from npeff.stages.fishers.estimate import estimate, rows
+from npeff.store.fisher_store import FisherStore
+from npeff.store.tables import read_table
 
 
 def run_file(folder: Path, **fishers: object) -> Path:
@@ -62,7 +61,7 @@ def test_the_command_says_it_in_a_table_and_mistakes_in_one_line(tmp_path: Path)
     path = run_file(tmp_path)
 
     def npeff_estimate() -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "pipeline.cli.main", "estimate", str(path), "--parameters"]
+        command = [sys.executable, "-m", "npeff", "estimate", str(path), "--parameters"]
         return subprocess.run(command, capture_output=True, text=True)
 
     shown = npeff_estimate()

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from pipeline.runs.config import RunConfig
-from pipeline.runs.directory import RunDirectory
-from pipeline.stages.factorize.tables import write_component_tables
-from pipeline.store import coefficient_rows
-from pipeline.store.coefficient_rows import StackedRows
-from pipeline.store.tables import SCHEMAS, read_table, write_table
+from npeff.runs.config import RunConfig
+from npeff.runs.directory import RunDirectory
+from npeff.stages.factorize.tables import write_component_tables
+from npeff.store import coefficient_rows
+from npeff.store.coefficient_rows import StackedRows
+from npeff.store.tables import SCHEMAS, read_table, write_table
 
 N, K, TOP = 90, 7, 5
 

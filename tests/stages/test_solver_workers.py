@@ -11,20 +11,19 @@ import numpy as np
 import pytest
 import torch
 from execution.forked import ForkedExecutor
+from npeff.execution.executor import WorkerSpec
+from npeff.factorization import FactorsInMemory, SolverOptions, Statistics, StreamedFactors
+from npeff.runs.directory import RunDirectory
+from npeff.stages.factorize.driver import SolverRun, run_solver
+from npeff.stages.factorize.stored_factors import ShardRows, stored_factors
+from npeff.stages.factorize.worker import SolverWorker
+from npeff.stages.fitted_examples import FittedExamples
+from npeff.storage.errors import StoreError
+from npeff.store.checkpoint import CheckpointStore
+from npeff.store.fisher_store import FisherStore
+from npeff.store.shard_records import ShardRecords
 from planted import planted_fishers
 from planted_run import SIGNATURE, planted_run
-
-from pipeline.execution.executor import WorkerSpec
-from pipeline.factorization import FactorsInMemory, SolverOptions, Statistics, StreamedFactors
-from pipeline.runs.directory import RunDirectory
-from pipeline.stages.factorize.driver import SolverRun, run_solver
-from pipeline.stages.factorize.stored_factors import ShardRows, stored_factors
-from pipeline.stages.factorize.worker import SolverWorker
-from pipeline.stages.fitted_examples import FittedExamples
-from pipeline.storage.errors import StoreError
-from pipeline.store.checkpoint import CheckpointStore
-from pipeline.store.fisher_store import FisherStore
-from pipeline.store.shard_records import ShardRecords
 
 N_COMPONENTS, DIM = 12, 64
 IN_FLOAT32, AS_STORED, STREAMED = 2**30, 400_000, 1_000

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from npeff.statistics.ratio_intervals import Measured, confidence, rank_correlation
 from scipy import stats
-
-from pipeline.statistics.ratio_intervals import Measured, confidence, rank_correlation
 
 
 def drawn(rng: np.random.Generator, top: float, baseline: float = 1.0) -> Measured:

@@ -4,8 +4,7 @@ import math
 from typing import Any
 
 import pytest
-
-from pipeline.statistics.verdict import scoreboard, verdicts
+from npeff.statistics.verdict import scoreboard, verdicts
 
 
 def row(

@@ -17,13 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-
-from pipeline.store.checkpoint import CheckpointStore, write_checkpoint_array
-from pipeline.store.component_store import open_factorization, write_factorization
-from pipeline.store.diagonal_store import DiagonalSums
-from pipeline.store.fisher_store import FisherStore
-from pipeline.store.shard_records import CompletionRecord, ShardRecords
-from pipeline.store.tables import write_table
+from npeff.store.checkpoint import CheckpointStore, write_checkpoint_array
+from npeff.store.component_store import open_factorization, write_factorization
+from npeff.store.diagonal_store import DiagonalSums
+from npeff.store.fisher_store import FisherStore
+from npeff.store.shard_records import CompletionRecord, ShardRecords
+from npeff.store.tables import write_table
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
 

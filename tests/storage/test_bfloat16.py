@@ -3,8 +3,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-
-from pipeline.storage.bfloat16 import decode_bfloat16, encode_bfloat16
+from npeff.storage.bfloat16 import decode_bfloat16, encode_bfloat16
 
 
 def test_every_bfloat16_survives_a_round_trip() -> None:

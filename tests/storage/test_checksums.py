@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from pipeline.storage.checksums import checksum, read_json, sealed, write_json_atomically
-from pipeline.storage.errors import StoreError
-from pipeline.store.shard_records import CompletionRecord, ShardRecords
+from npeff.storage.checksums import checksum, read_json, sealed, write_json_atomically
+from npeff.storage.errors import StoreError
+from npeff.store.shard_records import CompletionRecord, ShardRecords
 
 RECORD = CompletionRecord(
     shard=7, start=70, stop=80, checksum="abc", n_invalid=1, seconds=0.25, signature="configuration"

@@ -12,12 +12,11 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-
-from pipeline.storage.errors import StoreError
-from pipeline.store.checkpoint import Checkpoint, CheckpointStore
-from pipeline.store.fisher_store import ARRAY_NAMES, FisherStore
-from pipeline.store.shard_records import ShardRecords
-from pipeline.store.tables import read_table
+from npeff.storage.errors import StoreError
+from npeff.store.checkpoint import Checkpoint, CheckpointStore
+from npeff.store.fisher_store import ARRAY_NAMES, FisherStore
+from npeff.store.shard_records import ShardRecords
+from npeff.store.tables import read_table
 
 SCRIPT = Path(__file__).with_name("crash_points.py")
 

@@ -13,15 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from pipeline.storage.checksums import read_json, write_json_atomically
-from pipeline.storage.errors import StoreError
-from pipeline.store.checkpoint import CheckpointStore, write_checkpoint_array
-from pipeline.store.component_store import open_factorization, write_factorization
-from pipeline.store.direction_store import DirectionStore
-from pipeline.store.fisher_store import FisherStore
-from pipeline.store.shard_records import ShardRecords
-from pipeline.store.tables import read_table, write_table
+from npeff.storage.checksums import read_json, write_json_atomically
+from npeff.storage.errors import StoreError
+from npeff.store.checkpoint import CheckpointStore, write_checkpoint_array
+from npeff.store.component_store import open_factorization, write_factorization
+from npeff.store.direction_store import DirectionStore
+from npeff.store.fisher_store import FisherStore
+from npeff.store.shard_records import ShardRecords
+from npeff.store.tables import read_table, write_table
 
 LARGE = 200_000
 ShardArrays = Callable[..., dict[str, np.ndarray]]

@@ -7,9 +7,8 @@ import pickle
 from pathlib import Path
 
 import pytest
-
-from pipeline.storage.errors import StoreError
-from pipeline.storage.location import is_remote, location
+from npeff.storage.errors import StoreError
+from npeff.storage.location import is_remote, location
 
 
 @pytest.mark.parametrize("text", ["runs/a", "/runs/a", "~/a", "a:b", "s3:/bucket/a"])

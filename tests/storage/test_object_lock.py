@@ -9,13 +9,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from npeff.storage import location, object_lock
+from npeff.storage.errors import ObjectStoreError
+from npeff.storage.object_lock import HeldError
+from npeff.storage.object_lock import object_lock as hold
+from npeff.storage.objects import put
 from object_store import BROKEN, ObjectStore, Request
-
-from pipeline.storage import location, object_lock
-from pipeline.storage.errors import ObjectStoreError
-from pipeline.storage.object_lock import HeldError
-from pipeline.storage.object_lock import object_lock as hold
-from pipeline.storage.objects import put
 
 LOCK, FILE = "s3://runs/run/.lock", "s3://runs/run/a"
 KEY = "run/.lock"
@@ -34,7 +33,7 @@ def age(s3: ObjectStore, seconds: float) -> None:
 
 
 def guard() -> object_lock._ObjectLock:
-    from pipeline.storage.s3 import guards
+    from npeff.storage.s3 import guards
 
     (found,) = guards.values()
     assert isinstance(found, object_lock._ObjectLock)
@@ -150,7 +149,7 @@ def test_a_holder_that_cannot_renew_waits_and_then_stops(s3: ObjectStore, monkey
 
 def test_it_holds_between_processes(s3: ObjectStore, tmp_path: Path) -> None:
     script = (
-        "import sys, pipeline.storage.object_lock as l; from pipeline.storage.location import location\n"
+        "import sys, npeff.storage.object_lock as l; from npeff.storage.location import location\n"
         "l._LOOK_S = 0.02\n"
         f"try:\n with l.object_lock(location({LOCK!r}), 'process 2'): pass\n"
         "except l.HeldError as error: sys.exit(f'held by {error}')"

@@ -8,23 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from npeff.storage import objects as store_objects
+from npeff.storage.atomic import is_committed, remove_directory, write_file_atomically
+from npeff.storage.errors import ObjectStoreError, StoreError
+from npeff.storage.location import location
+from npeff.storage.objects import abort_uploads
+from npeff.storage.s3 import S3
+from npeff.store.checkpoint import CheckpointStore, write_checkpoint_array
+from npeff.store.component_store import open_factorization, write_factorization
+from npeff.store.diagonal_store import DiagonalSums
+from npeff.store.direction_store import DirectionStore
+from npeff.store.fisher_store import FisherStore
+from npeff.store.fit_store import FitStore
+from npeff.store.shard_records import CompletionRecord, ShardRecords
+from npeff.store.tables import read_table, write_table
+from npeff.store.task_files import preparing, task_files
 from object_store import BROKEN, DENIED, SLOW_DOWN, Answer, ObjectStore, Request, other_environment
-
-from pipeline.storage import objects as store_objects
-from pipeline.storage.atomic import is_committed, remove_directory, write_file_atomically
-from pipeline.storage.errors import ObjectStoreError, StoreError
-from pipeline.storage.location import location
-from pipeline.storage.objects import abort_uploads
-from pipeline.storage.s3 import S3
-from pipeline.store.checkpoint import CheckpointStore, write_checkpoint_array
-from pipeline.store.component_store import open_factorization, write_factorization
-from pipeline.store.diagonal_store import DiagonalSums
-from pipeline.store.direction_store import DirectionStore
-from pipeline.store.fisher_store import FisherStore
-from pipeline.store.fit_store import FitStore
-from pipeline.store.shard_records import CompletionRecord, ShardRecords
-from pipeline.store.tables import read_table, write_table
-from pipeline.store.task_files import preparing, task_files
 
 RUN = "s3://runs/some/run"
 CHANGES = ("PUT", "DELETE", "DELETE many", "multipart")

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from pipeline.storage.checksums import file_checksum, read_json, write_json_atomically
-from pipeline.storage.errors import StoreError
-from pipeline.store.checkpoint import Checkpoint, CheckpointStore, write_checkpoint_array
+from npeff.storage.checksums import file_checksum, read_json, write_json_atomically
+from npeff.storage.errors import StoreError
+from npeff.store.checkpoint import Checkpoint, CheckpointStore, write_checkpoint_array
 
 CONFIG_HASH = "0123abcd"
 

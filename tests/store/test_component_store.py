@@ -4,12 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from pipeline.storage.checksums import checksum
-from pipeline.storage.errors import StoreError
-from pipeline.store import component_store
-from pipeline.store.coefficient_rows import StackedRows, columns_of
-from pipeline.store.component_store import open_factorization, write_factorization
+from npeff.storage.checksums import checksum
+from npeff.storage.errors import StoreError
+from npeff.store import component_store
+from npeff.store.coefficient_rows import StackedRows, columns_of
+from npeff.store.component_store import open_factorization, write_factorization
 
 N, K, D = 3001, 50, 7
 

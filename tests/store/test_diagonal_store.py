@@ -5,11 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from npeff.storage.errors import StoreError
+from npeff.store.diagonal_store import DiagonalSums
 from safetensors import safe_open
 from safetensors.numpy import load_file
-
-from pipeline.storage.errors import StoreError
-from pipeline.store.diagonal_store import DiagonalSums
 
 N_SHARDS = 70
 

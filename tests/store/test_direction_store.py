@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from pipeline.storage.errors import StoreError
-from pipeline.store.direction_store import DirectionStore
+from npeff.storage.errors import StoreError
+from npeff.store.direction_store import DirectionStore
 
 K = 5
 SHAPES: dict[str, tuple[int, ...]] = {"conv.weight": (4, 2, 3, 3), "conv.bias": (4,), "scale": ()}

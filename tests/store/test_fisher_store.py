@@ -11,11 +11,10 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from pipeline.storage.bfloat16 import decode_bfloat16, encode_bfloat16
-from pipeline.storage.errors import StoreError
-from pipeline.store.fisher_store import ARRAY_NAMES, FisherStore, StoreDtype
-from pipeline.store.layout import MIN_CHUNK_BYTES
+from npeff.storage.bfloat16 import decode_bfloat16, encode_bfloat16
+from npeff.storage.errors import StoreError
+from npeff.store.fisher_store import ARRAY_NAMES, FisherStore, StoreDtype
+from npeff.store.layout import MIN_CHUNK_BYTES
 
 N, SHARD_SIZE, RANK, DIM, N_CLASSES = 23, 10, 2, 48, 3
 ShardArrays = Callable[..., dict[str, np.ndarray]]

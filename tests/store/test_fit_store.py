@@ -4,9 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from pipeline.storage.errors import StoreError
-from pipeline.store.fit_store import FitStore
+from npeff.storage.errors import StoreError
+from npeff.store.fit_store import FitStore
 
 COMPONENTS_KD = np.random.default_rng(0).standard_normal((3, 5))
 

@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from pipeline.store.layout import MIN_CHUNK_BYTES, ShardPlan, inner_chunk_examples
+from npeff.store.layout import MIN_CHUNK_BYTES, ShardPlan, inner_chunk_examples
 
 sizes = st.integers(1, 5000)
 

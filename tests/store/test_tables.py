@@ -8,9 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
-from pipeline.storage.errors import StoreError
-from pipeline.store.tables import SCHEMAS, read_table, write_table, write_table_in_parts
+from npeff.storage.errors import StoreError
+from npeff.store.tables import SCHEMAS, read_table, write_table, write_table_in_parts
 
 _VALUES: dict[pa.DataType, list[Any]] = {
     pa.int64(): [3, -1],

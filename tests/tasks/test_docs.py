@@ -9,16 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from pipeline.tasks import IGNORED, load_task
+from npeff.tasks import IGNORED, load_task
 
 pytest.importorskip("transformers", reason="needs pip install 'npeff-pipeline[hf]'")
 
 import tiny
-
-from pipeline.tasks import _BUILT_IN
-from pipeline.tasks.huggingface.pretrained import PretrainedOptions
-from pipeline.tasks.huggingface.tokens import TextOptions
+from npeff.tasks import _BUILT_IN
+from npeff.tasks.huggingface.pretrained import PretrainedOptions
+from npeff.tasks.huggingface.tokens import TextOptions
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
 FAMILIES = [name for name in _BUILT_IN if name.startswith("huggingface-")]

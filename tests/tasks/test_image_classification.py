@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from npeff.tasks import TaskError
 from PIL import Image
-
-from pipeline.tasks import TaskError
 
 pytest.importorskip("transformers", reason="needs pip install 'npeff-pipeline[hf]'")
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-
-from pipeline.fisher import PerExampleFishers
-from pipeline.gradients import select_parameters
-from pipeline.sketches import SketchSpec, make_sketch
-from pipeline.tasks import TaskError
+from npeff.fisher import PerExampleFishers
+from npeff.gradients import select_parameters
+from npeff.sketches import SketchSpec, make_sketch
+from npeff.tasks import TaskError
 
 pytest.importorskip("transformers", reason="needs pip install 'npeff-pipeline[hf]'")
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-
-from pipeline.tasks import IGNORED, TaskError
+from npeff.tasks import IGNORED, TaskError
 
 pytest.importorskip("transformers", reason="needs pip install 'npeff-pipeline[hf]'")
 

@@ -11,12 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-
-from pipeline.fisher import PerExampleFishers
-from pipeline.gradients import select_parameters
-from pipeline.models.loaded import LoadedModel, ModelSpec
-from pipeline.sketches import SketchSpec, make_sketch
-from pipeline.tasks import TaskError, load_task
+from npeff.fisher import PerExampleFishers
+from npeff.gradients import select_parameters
+from npeff.models.loaded import LoadedModel, ModelSpec
+from npeff.sketches import SketchSpec, make_sketch
+from npeff.tasks import TaskError, load_task
 
 pytest.importorskip("transformers", reason="needs pip install 'npeff-pipeline[hf]'")
 

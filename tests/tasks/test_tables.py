@@ -13,9 +13,8 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
-
-from pipeline.tasks import TaskError
-from pipeline.tasks.tables import TableOptions, class_numbers, example_table, texts
+from npeff.tasks import TaskError
+from npeff.tasks.tables import TableOptions, class_numbers, example_table, texts
 
 COLUMNS: dict[str, list[Any]] = {
     "key": ["a-1", "b-2", "c-3", "d-4"],

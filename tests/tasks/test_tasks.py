@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from npeff.tasks import TaskError, load_task, to_device
 from PIL import Image
-
-from pipeline.tasks import TaskError, load_task, to_device
 
 
 def test_digits_are_held_out_images_and_the_network_knows_them(tmp_path: Path) -> None:
@@ -52,7 +51,7 @@ def test_training_and_explained_images_are_disjoint() -> None:
     [
         ("digit", {}, "unknown task 'digit'"),
         ("no_such_package.task:Task", {}, "cannot import task"),
-        ("pipeline.tasks.digits:Missing", {}, "has no Missing"),
+        ("npeff.tasks.digits:Missing", {}, "has no Missing"),
         ("pathlib:Path", {}, "not a subclass"),
         ("digits", {"epoch": 3}, "unexpected keyword argument 'epoch'"),
         ("digits", {"train_examples": 0}, "train_examples must be between"),
@@ -64,6 +63,21 @@ def test_what_cannot_be_used_is_refused_in_one_line(name: str, options: dict[str
         load_task(name, options)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_path_that_a_run_of_version_0_1_has_stored_is_found_at_its_present_place() -> None:
+    assert type(load_task("pipeline.tasks.digits:DigitsTask", {})) is type(load_task("digits", {}))
+    stored = load_task("pipeline.tasks.heuristics:PlantedHeuristicsTask", {})
+    assert type(stored) is type(load_task("planted-heuristics", {}))
+
+
+def test_a_task_that_imports_the_package_by_its_former_name_is_told_the_present_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "task_of_old.py").write_text("from pipeline.tasks import Task\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(TaskError, match=r"imported as npeff: from npeff\.tasks import"):
+        load_task("task_of_old:MyTask", {})
 
 
 def test_batches_of_any_nesting_reach_the_device() -> None:

@@ -11,11 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from npeff.tasks import Examples, Task, load_task, to_device
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
-
-from pipeline.tasks import Examples, Task, load_task, to_device
 
 WORDS = ["a", "the", "small", "cat", "dog", "bird", "tree", "sings", "sleep", "##s", "near", "and", "in", "is", "?"]
 PAD, UNKNOWN, START, END = range(4)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-
-from pipeline.verification import another_component, baseline_examples, random_direction, top_examples
+from npeff.verification import another_component, baseline_examples, random_direction, top_examples
 
 
 def test_top_examples_are_the_largest_positive_coefficients_among_the_members() -> None:

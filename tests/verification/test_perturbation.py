@@ -7,11 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from npeff.directions import displacement, orthogonalized, parameter_norm
+from npeff.models.predictions import kl_divergence
+from npeff.verification import find_step_size, moved
 from torch import nn
-
-from pipeline.directions import displacement, orthogonalized, parameter_norm
-from pipeline.models.predictions import kl_divergence
-from pipeline.verification import find_step_size, moved
 
 
 def model() -> nn.Module:

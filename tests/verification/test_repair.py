@@ -6,11 +6,10 @@ import math
 
 import numpy as np
 import pytest
+from npeff.statistics.mcnemar import McNemar, mcnemar
+from npeff.verification import Edit, RepairCandidate, choose_step, joint_steps, over_represented
 from numpy.typing import NDArray
 from scipy import stats
-
-from pipeline.statistics.mcnemar import McNemar, mcnemar
-from pipeline.verification import Edit, RepairCandidate, choose_step, joint_steps, over_represented
 
 EVERYONE = np.ones(400, dtype=bool)
 

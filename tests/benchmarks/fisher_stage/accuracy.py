@@ -19,13 +19,13 @@ from typing import Any
 
 import scipy.sparse
 import torch
+from npeff.fisher import PerExampleFishers
+from npeff.gradients import Collected, GradientCollector
+from npeff.sketches import SketchSpec, make_sketch
 from torch import Tensor
 
 from fisher_stage import minilm
 from fisher_stage.workload import Workload
-from pipeline.fisher import PerExampleFishers
-from pipeline.gradients import Collected, GradientCollector
-from pipeline.sketches import SketchSpec, make_sketch
 
 N_EXAMPLES, BATCH, SEEDS = 64, 16, (0, 1, 2)
 LIMITS = {4096: 0.05, 1024: 0.12}

@@ -11,12 +11,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import npeff
 import numpy as np
+from npeff.runs.directory import RunDirectory
 
-import pipeline as npeff
 from fisher_stage import minilm
 from fisher_stage.workload import median_and_spread
-from pipeline.runs.directory import RunDirectory
 
 N_EXAMPLES, SHARD, BATCH = 4927, 64, 32
 LIMIT = 1.7

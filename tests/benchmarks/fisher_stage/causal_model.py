@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from npeff.gradients import IGNORED, UNKNOWN, LabelSpec, label_rows
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
-
-from pipeline.gradients import IGNORED, UNKNOWN, LabelSpec, label_rows
 
 WORDS, TOPICS, TOPIC_WORDS, SUCCESSORS = 2000, 16, 200, 4
 TRAINED_AT_ONCE = 16

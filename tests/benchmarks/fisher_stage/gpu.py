@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from npeff.fisher import PerExampleFishers
+from npeff.gradients import GradientCollector, LabelSpec, select_parameters
+from npeff.sketches import SketchSpec, make_sketch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fisher_stage import minilm
 from fisher_stage.causal_model import targets_of
 from fisher_stage.workload import Workload, floor, interleaved, median_and_spread, pieces
-from pipeline.fisher import PerExampleFishers
-from pipeline.gradients import GradientCollector, LabelSpec, select_parameters
-from pipeline.sketches import SketchSpec, make_sketch
 
 N_PAIRS, PAIRS_BATCH = 512, 32
 N_TEXTS, TEXTS_BATCH, LENGTH, DRAWS = 32, 8, 512, 4

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from npeff.gradients import ParameterLayout, select_parameters
+from npeff.store.fisher_store import FisherStore
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -25,8 +27,6 @@ from fisher_stage import causal_model
 from fisher_stage.accuracy import inner_products, normalised_rows, off_diagonal_error
 from fisher_stage.causal_model import Size
 from fisher_stage.workload import Workload, median_and_spread
-from pipeline.gradients import ParameterLayout, select_parameters
-from pipeline.store.fisher_store import FisherStore
 
 HERE = Path(__file__).parent
 SIZES = (Size(width=768, length=32, n_texts=512, steps=150), Size(width=256, length=128, n_texts=256, steps=300))

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from npeff.models.loaded import LoadedModel, ModelSpec
+from npeff.runs.config import RunConfig
 
 from fisher_stage.workload import Workload
-from pipeline.models.loaded import LoadedModel, ModelSpec
-from pipeline.runs.config import RunConfig
 
 RUN_FILE = Path(__file__).parents[3] / "jobs" / "minilm-sick.yaml"
 DATA = Path("data/sick/SICK_test_annotated.txt")

@@ -21,14 +21,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from npeff.fisher import PerExampleFishers
+from npeff.gradients import select_parameters
+from npeff.models.heap import keep_freed_memory
+from npeff.sketches import SketchSpec, make_sketch
+from npeff.store.fisher_store import FisherStore
+from npeff.tasks.huggingface.pretrained import with_fused_gelu
+
 from fisher_stage.bergson_index import memory, read_data, reset_peak_memory
 from fisher_stage.causal_model import SAMPLED, targets_of
-from pipeline.fisher import PerExampleFishers
-from pipeline.gradients import select_parameters
-from pipeline.models.heap import keep_freed_memory
-from pipeline.sketches import SketchSpec, make_sketch
-from pipeline.store.fisher_store import FisherStore
-from pipeline.tasks.huggingface.pretrained import with_fused_gelu
 
 WEIGHTS = ("transformer.h.*.attn.*.weight", "transformer.h.*.mlp.*.weight")
 SHARD = 64

@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from npeff.gradients import GradientCollector, LabelSpec, exact_label_factor
+from npeff.models.loaded import LoadedModel, ModelSpec
+from npeff.sketches import SketchSpec, make_sketch
+from npeff.stages.fishers.worker import FisherWorker
+from npeff.store.fisher_store import FisherStore
+from npeff.store.shard_records import ShardRecords
 from torch import Tensor
 
 from fisher_stage import minilm
 from fisher_stage.workload import floor, interleaved, median_and_spread, pieces
-from pipeline.gradients import GradientCollector, LabelSpec, exact_label_factor
-from pipeline.models.loaded import LoadedModel, ModelSpec
-from pipeline.sketches import SketchSpec, make_sketch
-from pipeline.stages.fishers.worker import FisherWorker
-from pipeline.store.fisher_store import FisherStore
-from pipeline.store.shard_records import ShardRecords
 
 THREADS, N_EXAMPLES, SHARD, BATCH = 2, 512, 256, 32
 N_FEW, FEW_BATCH = 16, 4

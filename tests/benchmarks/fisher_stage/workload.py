@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from npeff.gradients import GradientCollector, LabelSpec, LogitsFunction, ParameterLayout, frozen
+from npeff.gradients.sums import total_gram
+from npeff.sketches import Sketch
 from torch import Tensor, nn
-
-from pipeline.gradients import GradientCollector, LabelSpec, LogitsFunction, ParameterLayout, frozen
-from pipeline.gradients.sums import total_gram
-from pipeline.sketches import Sketch
 
 _CPU = torch.device("cpu")
 

@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-
-from pipeline.factorization import SolverOptions, Statistics, advance, initial_state
+from npeff.factorization import SolverOptions, Statistics, advance, initial_state
 
 _STATE_TENSORS = 10
 """K×D tensors in float64 that are alive in a step: two trials, two statistics, the packed one, the step's own."""
@@ -30,7 +29,7 @@ _STEP_PRODUCTS = 6
 """K×D by K×K (or D×Q by Q×K) products of a step, the QR of the components included."""
 _SWEEPS, _SWEEP_PASSES = 5, 38
 _STEPS, _STEP_PASSES = 20, 16
-"""Of HALS and of accelerated descent, where components are little correlated; see `pipeline.factorization.nnls`."""
+"""Of HALS and of accelerated descent, where components are little correlated; see `npeff.factorization.nnls`."""
 _STEP_SHARE = 0.4
 """Of the speed of a GEMM, which the step's QR and triangular solves do not have (measured here)."""
 _SHARE = 0.6

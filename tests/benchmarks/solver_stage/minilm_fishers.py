@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import npeff
 import numpy as np
 import torch
 from fisher_stage import minilm as workload
+from npeff.runs.config_sections import SketchConfig
+from npeff.runs.directory import RunDirectory
+from npeff.store.fisher_store import FisherStore
 from torch import Tensor
-
-import pipeline as npeff
-from pipeline.runs.config_sections import SketchConfig
-from pipeline.runs.directory import RunDirectory
-from pipeline.store.fisher_store import FisherStore
 
 DIM = 4096
 

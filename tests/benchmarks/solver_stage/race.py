@@ -13,10 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from planted import HARD_PROBLEMS, hard_problem
-from torch import Tensor
-
-from pipeline.factorization import (
+from npeff.factorization import (
     ExampleShard,
     Factorization,
     IterationRecord,
@@ -26,7 +23,10 @@ from pipeline.factorization import (
     solve,
     starting_components,
 )
-from pipeline.models.batch_size import peak_bytes
+from npeff.models.batch_size import peak_bytes
+from planted import HARD_PROBLEMS, hard_problem
+from torch import Tensor
+
 from solver_stage.minilm_fishers import minilm_factors
 from solver_stage.reference_updates import best_reference_run
 

@@ -18,9 +18,8 @@ import time
 from dataclasses import dataclass
 
 import torch
+from npeff.factorization import BLOCK_ROWS
 from torch import Tensor
-
-from pipeline.factorization import BLOCK_ROWS
 
 G_ONLY = 100
 STEP_SIZES = (3e-4, 1e-3, 3e-3)

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from npeff.execution.create import make_executor
+from npeff.execution.executor import WorkerSpec
+from npeff.factorization import BLOCK_ROWS, ExampleShard, SolverOptions
+from npeff.runs.directory import RunDirectory
+from npeff.stages.factorize.driver import run_solver
+from npeff.stages.factorize.worker import SolverWorker
+from npeff.stages.fitted_examples import FittedExamples
+from npeff.store.checkpoint import CheckpointStore
+from npeff.store.shard_records import ShardRecords
 from planted_run import SIGNATURE
 
-from pipeline.execution.create import make_executor
-from pipeline.execution.executor import WorkerSpec
-from pipeline.factorization import BLOCK_ROWS, ExampleShard, SolverOptions
-from pipeline.runs.directory import RunDirectory
-from pipeline.stages.factorize.driver import run_solver
-from pipeline.stages.factorize.worker import SolverWorker
-from pipeline.stages.fitted_examples import FittedExamples
-from pipeline.store.checkpoint import CheckpointStore
-from pipeline.store.shard_records import ShardRecords
 from solver_stage.synthetic import synthetic_run
 
 _IN_MEMORY, _STREAMED = 8 * 2**30, 2**20

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from npeff.runs.directory import RunDirectory
 from planted_run import run_with_fishers
-
-from pipeline.runs.directory import RunDirectory
 
 _NOISE, _SHARD_SIZE = 0.3, 256
 

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from npeff.factorization.nnls import nnls
+from npeff.gradients import exact_label_factor
+from npeff.models.loaded import LoadedModel
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, eigsh
 from sklearn.cluster import KMeans
 from sklearn.decomposition import NMF
 from torch import Tensor
-
-from pipeline.factorization.nnls import nnls
-from pipeline.gradients import exact_label_factor
-from pipeline.models.loaded import LoadedModel
 
 Found = tuple[NDArray[np.float32], NDArray[np.float64]]
 

@@ -10,13 +10,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
-from scipy.optimize import nnls
-from sklearn.base import clone
-from sklearn.decomposition import NMF
-from sklearn.utils.estimator_checks import parametrize_with_checks
-from torch import Tensor
-
-from pipeline.factorization import (
+from npeff.factorization import (
     DiagonalShard,
     DiagonalState,
     DiagonalStatistics,
@@ -30,9 +24,14 @@ from pipeline.factorization import (
     solve_diagonal,
     step_diagonal,
 )
-from pipeline.factorization.diagonals import shard as diagonal_module
-from pipeline.factorization.diagonals import solver as solver_module
-from pipeline.factorization.diagonals.estimator import DiagonalNPEFF
+from npeff.factorization.diagonals import shard as diagonal_module
+from npeff.factorization.diagonals import solver as solver_module
+from npeff.factorization.diagonals.estimator import DiagonalNPEFF
+from scipy.optimize import nnls
+from sklearn.base import clone
+from sklearn.decomposition import NMF
+from sklearn.utils.estimator_checks import parametrize_with_checks
+from torch import Tensor
 
 K = 5
 
@@ -217,7 +216,7 @@ def test_packed_statistics_add_up(data: Any) -> None:
 
 
 def test_starts_depend_on_the_arguments_only_and_are_unit_rows(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.factorization.diagonals import initialization as diagonal_initialization
+    from npeff.factorization.diagonals import initialization as diagonal_initialization
 
     polished, tried = diagonal_initialization._polished, []
 

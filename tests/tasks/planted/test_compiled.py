@@ -12,14 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-
-from pipeline.fisher import PerExampleFishers
-from pipeline.gradients import select_parameters
-from pipeline.sketches import SketchSpec, make_sketch
-from pipeline.tasks import TaskError, load_task
-from pipeline.tasks.planted.compiled import CompiledRulesTask
-from pipeline.tasks.planted.compiled_program import (
+from npeff.fisher import PerExampleFishers
+from npeff.gradients import select_parameters
+from npeff.sketches import SketchSpec, make_sketch
+from npeff.tasks import TaskError, load_task
+from npeff.tasks.planted.compiled import CompiledRulesTask
+from npeff.tasks.planted.compiled_program import (
     _UNIT,
     ANIMALS,
     CLASSES,
@@ -33,6 +31,7 @@ from pipeline.tasks.planted.compiled_program import (
     fired,
     program_logits,
 )
+from torch import Tensor
 
 REFERENCE: dict[str, Callable[[list[str], list[str]], bool]] = {
     "alarm_occurs": lambda first, second: "alarm" in first + second,

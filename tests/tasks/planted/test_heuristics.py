@@ -10,10 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-
-from pipeline.tasks import TaskError, load_task
-from pipeline.tasks.planted.heuristics import PlantedHeuristicsTask
-from pipeline.tasks.planted.sentence_pairs import (
+from npeff.tasks import TaskError, load_task
+from npeff.tasks.planted.heuristics import PlantedHeuristicsTask
+from npeff.tasks.planted.sentence_pairs import (
     ANTONYMS,
     CLASSES,
     KINDS,

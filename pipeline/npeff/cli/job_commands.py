@@ -1,0 +1,209 @@
+"""``npeff submit`` and ``npeff status``: a run as a job of a cluster, and how far a run is, here or there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from npeff.execution.ray.jobs import Job, JobServer, Submission
+from npeff.runs.config import RunConfig
+from npeff.runs.directory import RunDirectory
+from npeff.runs.errors import RunDirectoryError
+from npeff.stages.status import status as status_of
+
+EXIT_INTERRUPTED = 130
+_DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+_ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"  # Ray's own name for it
+
+Address = Annotated[str, typer.Option(envvar=_ADDRESS_VARIABLE, help="The cluster's job server.")]
+
+
+def submit(
+    run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A run file (YAML).")] = None,
+    address: Address = _DEFAULT_ADDRESS,
+    run_dir: Annotated[
+        str | None, typer.Option(help="Write to this directory, or URI, instead of the run file's run_dir.")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow/--detach", help="Follow the logs until the job ends.")] = True,
+    stop: Annotated[
+        str | None,
+        typer.Option(metavar="JOB", help="Stop this job, or the job of this run file; submitted again, it resumes."),
+    ] = None,
+    env: Annotated[
+        list[str],
+        typer.Option(metavar="NAME[=VALUE]", help="Environment variable of the job; NAME alone: as it is here."),
+    ] = [],  # noqa: B006
+    pip: Annotated[
+        list[str], typer.Option(metavar="REQUIREMENT", help="To install there: torchvision==0.26, or requirements.txt.")
+    ] = [],  # noqa: B006
+    py_modules: Annotated[
+        list[Path], typer.Option("--py-module", exists=True, help="A Python package to send along, such as the task's.")
+    ] = [],  # noqa: B006
+    working_dir: Annotated[
+        str | None, typer.Option(help="Folder (or URI of a zip file) to send along, in which the job starts.")
+    ] = None,
+    entrypoint_num_cpus: Annotated[
+        float | None, typer.Option(min=0, help="CPUs to reserve for the driver, apart from the workers.")
+    ] = None,
+    entrypoint_num_gpus: Annotated[float | None, typer.Option(min=0, help="GPUs, likewise.")] = None,
+    entrypoint_memory: Annotated[int | None, typer.Option(min=0, help="Bytes of memory, likewise.")] = None,
+    entrypoint_resources: Annotated[
+        str | None, typer.Option(metavar="JSON", help='Other resources, likewise: {"head": 1}.')
+    ] = None,
+) -> None:
+    """Run as a Ray job on a cluster; the same as `npeff run` there. Submitted again, it is followed, or resumes."""
+    if (run is None) == (stop is None):
+        raise typer.BadParameter("give a run file, or --stop JOB")
+    if stop is not None:
+        return _stop(stop, address)
+    resources = {
+        "entrypoint_num_cpus": entrypoint_num_cpus,
+        "entrypoint_num_gpus": entrypoint_num_gpus,
+        "entrypoint_memory": entrypoint_memory,
+        "entrypoint_resources": _resources(entrypoint_resources),
+    }
+    if working_dir is not None and "://" not in working_dir and not Path(working_dir).is_dir():
+        raise typer.BadParameter(f"--working-dir {working_dir}: there is no such folder")
+    assert run is not None
+    config = RunConfig.from_yaml(run)
+    config = config.model_copy(update={"run_dir": _there(run_dir or config.run_dir)})
+    submission = Submission(
+        run_dir=config.run_dir,
+        run_yaml=config.to_yaml(),
+        environment=dict(_variable(text) for text in env),
+        pip=tuple(line for text in pip for line in _requirements(text)),
+        py_modules=tuple(py_modules),
+        working_dir=working_dir,
+        resources={name: value for name, value in resources.items() if value is not None},
+    )
+    server = JobServer(address)
+    job, is_new = server.submit(submission)
+    _say(f"submitted {job.id} to {address}" if is_new else f"{job.id} works on this run already, on {address}")
+    if follow:
+        _follow(server, job)
+    _say(f"follow it: npeff submit {run} --address {address}")
+    _say(f"stop it: npeff submit --stop {job.id} --address {address}")
+    return None
+
+
+def status(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Directory of a run, or its run file.")],
+    address: Annotated[
+        str | None, typer.Option(envvar=_ADDRESS_VARIABLE, help="A cluster's job server: show the run's job too.")
+    ] = None,
+) -> None:
+    """How far each stage of a run has come: missing, partial or complete; on a cluster, how its job is."""
+    run_dir = _run_dir(run)
+    console = Console(soft_wrap=True)
+    try:
+        opened = RunDirectory.open(run_dir)
+        table = Table("stage", "state", "done", "details")
+        for row in status_of(opened):
+            table.add_row(row.stage, row.state, row.done, row.details)
+        Console().print(table)
+    except RunDirectoryError as error:
+        if address is None:
+            raise
+        console.print(f"the run directory cannot be seen from here: {error}", highlight=False, markup=False)
+    if address is not None:
+        server = JobServer(address)
+        job = server.latest(run_dir)
+        line = f"no job of this run on {address}" if job is None else _job_line(job, server.last_line(job.id))
+        console.print(line, highlight=False, markup=False)
+
+
+def _follow(server: JobServer, job: Job) -> NoReturn:
+    """Show the log until the job ends, and exit as it did."""
+    try:
+        ended = server.follow(job.id, lambda text: print(text, end="", flush=True))
+    except KeyboardInterrupt:
+        where = f"--address {server.address}"
+        _say(f"the job goes on: the same command follows it, `npeff submit --stop {job.id} {where}` stops it")
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    if ended.state == "SUCCEEDED":
+        raise typer.Exit(0)
+    if ended.state == "STOPPED":
+        _say(f"{job.id} was stopped")
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if ended.exit_code is None:
+        _say(next(iter(ended.message.splitlines()), ended.state))
+    if ended.exit_code != 2:  # the log has said why, and what to do
+        _say(f"{job.id} ended ({ended.state}); what is finished is kept: submit again to go on")
+    raise typer.Exit(1 if ended.exit_code is None else ended.exit_code)
+
+
+def _stop(named: str, address: str) -> None:
+    server = JobServer(address)
+    if Path(named).exists() or "://" in named:
+        run_dir = _run_dir(named)
+        job = server.latest(run_dir)
+        if job is None:
+            raise typer.BadParameter(f"--stop {named}: no job of {run_dir} on {address}")
+    else:
+        job = server.job(named)
+    if job.has_ended:
+        _say(f"{job.id} has ended already ({job.state})")
+        return
+    job = server.stop(job.id)
+    if not job.has_ended:
+        raise typer.BadParameter(f"--stop {named}: {job.id} does not end ({job.state}); look at {address}")
+    _say(f"{job.id}: {job.state}; what is finished is kept: submit the run again to go on")
+
+
+def _run_dir(run: str) -> str:
+    """The directory that a run file or a directory names, as the cluster knows it."""
+    return _there(RunConfig.from_yaml(run).run_dir if Path(run).is_file() else run)
+
+
+def _there(run_dir: str) -> str:
+    return run_dir.rstrip("/") if "://" in run_dir else str(Path(run_dir).expanduser().absolute())
+
+
+def _job_line(job: Job, last_line: str) -> str:
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.since))
+    code = f" (exit code {job.exit_code})" if job.exit_code else ""
+    return f"job {job.id}: {job.state}{code} since {since}: {last_line}"
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, given, value = text.partition("=")
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise typer.BadParameter(f"--env {text}: give NAME=VALUE, or the NAME of a variable that is set here")
+    if not given and name not in os.environ:
+        raise typer.BadParameter(f"--env {name}: it is not set here; give {name}=VALUE")
+    return name, value if given else os.environ[name]
+
+
+def _requirements(text: str) -> list[str]:
+    """A requirement, or those of a requirements file."""
+    if not text.endswith(".txt"):
+        return [text]
+    try:
+        lines = [line.partition(" #")[0].strip() for line in Path(text).read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise typer.BadParameter(f"--pip {text}: {error.strerror}") from None
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _resources(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(amount, int | float) for amount in found.values()):
+        raise typer.BadParameter(f'--entrypoint-resources {text}: give JSON such as {{"head": 1}}')
+    return found
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,84 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from npeff.execution.ray.metrics import RunMetrics
+from npeff.runs.config import RunConfig
+from npeff.runs.directory import RunDirectory
+from npeff.runs.progress import ObservedProgress, ProgressDisplay, default_progress
+from npeff.storage.location import location
+
+Run = Annotated[
+    Path,
+    typer.Argument(parser=location, metavar="RUN", help="A run file (YAML), or the directory of an existing run."),
+]
+
+
+RunFile = Annotated[Path, typer.Argument(parser=location, metavar="RUN", help="A run file (YAML).")]
+
+
+ExistingRun = Annotated[Path, typer.Argument(parser=location, metavar="RUN_DIR", help="Directory of a run.")]
+
+
+RunDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--run-dir",
+        parser=location,
+        metavar="RUN_DIR",
+        help="Write to this directory instead of the run file's run_dir.",
+    ),
+]
+
+
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Actors to use instead of the run file's number.")
+]
+
+
+Address = Annotated[
+    str | None, typer.Option("--address", help="Ray to use instead of the run file's: local, auto or host:port.")
+]
+
+
+MaxIterations = Annotated[
+    int | None, typer.Option("--max-iterations", min=1, help="Raise the run's limit: a finished factorization goes on.")
+]
+
+
+def open_run(
+    run: Path,
+    run_dir: Path | None = None,
+    workers: int | None = None,
+    address: str | None = None,
+    max_iterations: int | None = None,
+) -> RunDirectory:
+    """The run that a run file or a run directory names, with what the command line replaces in it."""
+    if run.is_dir():
+        if run_dir is not None:
+            raise typer.BadParameter("--run-dir goes with a run file, not with the directory of a run")
+        opened = RunDirectory.open(run)
+        if max_iterations is not None:
+            opened = RunDirectory.create(opened.config.with_max_iterations(max_iterations))
+        return RunDirectory(opened.path, replaced(opened.config, workers, address))
+    config = RunConfig.from_yaml(run)
+    if run_dir is not None:
+        config = config.model_copy(update={"run_dir": str(run_dir)})
+    if max_iterations is not None:
+        config = config.with_max_iterations(max_iterations)
+    return RunDirectory.create(replaced(config, workers, address))
+
+
+def replaced(config: RunConfig, workers: int | None, address: str | None) -> RunConfig:
+    changes = {"workers": workers, "address": address}
+    return config.with_executor(**{name: value for name, value in changes.items() if value is not None})
+
+
+def progress_of(run: RunDirectory) -> ProgressDisplay:
+    """What is shown here of a run's progress; a cluster's metrics tell it too."""
+    return ObservedProgress(default_progress(), RunMetrics(str(run.path)))

@@ -1,0 +1,375 @@
+"""Workers as Ray actors, in one placement group.
+
+Ray restarts no actor here (``max_restarts=0``): a lost worker is seen, replaced and given its item again by this file,
+so that every recovery is counted and every wait has an end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayError, RayTaskError
+
+from npeff.execution.executor import (
+    ATTEMPTS,
+    ExecutorError,
+    Failures,
+    Group,
+    WorkerLostError,
+    WorkerSpec,
+    may_be_the_items_fault,
+    reason_of,
+)
+from npeff.execution.ray.placement import WorkerPlacement
+from npeff.execution.ray.private import PrivateRay
+
+_LOOK_EVERY_S = 1.0
+"""How long a wait for workers goes on before it looks whether Ray itself is still there."""
+
+_CONNECTS_WITHIN_S = 10.0
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Role:
+    """What an actor is to be; the same actor may be one thing after the other, as its imports are what takes long."""
+
+    spec: WorkerSpec
+    more: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the worker's constructor."""
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    reason: str
+
+
+class _Worker:
+    """The actor: sets this process up, then is the worker that was asked for.
+
+    The worker is constructed by its first call: what its constructor raises (a data set that is gone) then comes back
+    as that call's exception, where a failing constructor of an actor would look like a lost process.
+    """
+
+    def __init__(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._key: str | None = None
+        self._worker: Any = None
+        self._lease: Any = None
+
+    def call(self, role: _Role, method: str, *arguments: Any) -> Any:
+        self._become(role)
+        return getattr(self._worker, method)(*arguments)
+
+    def call_item(self, role: _Role, method: str, item: Any) -> Any:
+        """What may be the item's own fault is returned, as `_Failure`; an error of the constructor is raised."""
+        self._become(role)
+        try:
+            return getattr(self._worker, method)(item)
+        except Exception as error:
+            if not may_be_the_items_fault(error):
+                raise
+            return _Failure(reason_of(error))
+
+    def _become(self, role: _Role) -> None:
+        if self._key != role.key:
+            self._worker, self._key = None, None
+            if self._lease is not None:
+                self._lease.close()
+            if role.spec.lease is not None:
+                self._lease = open(role.spec.lease, "a")  # noqa: SIM115 - held as long as this process has the role
+                fcntl.flock(self._lease, fcntl.LOCK_SH)
+            self._worker = role.spec.construct(**role.more)
+            self._key = role.key
+
+
+class RayExecutor:
+    """Joins or starts Ray, and reserves the workers' resources in one placement group.
+
+    Args:
+        address: ``local`` starts a private Ray that ends with this executor; anything else is an address to join.
+            Inside a Ray job the job's cluster is joined whatever is said here.
+        timeout_s: wait for a placement group, an item, or a method of a group's worker.
+    """
+
+    def __init__(
+        self, address: str, *, workers: int, cpus_per_worker: int, gpus_per_worker: float, timeout_s: float
+    ) -> None:
+        self.workers = workers
+        self._cpus, self._gpus, self._timeout_s = cpus_per_worker, gpus_per_worker, timeout_s
+        self._started_ray = not ray.is_initialized()
+        self._private: PrivateRay | None = None
+        self._mappers: dict[int, Any] = {}
+        """Actors of `map` by slot, kept for its next call."""
+        if self._started_ray:
+            self._connect(address)
+        try:
+            self._placement = WorkerPlacement(
+                workers,
+                cpus=cpus_per_worker,
+                gpus=gpus_per_worker,
+                one_node=self._private is not None,
+                timeout_s=timeout_s,
+            )
+        except BaseException:
+            self._disconnect()
+            raise
+
+    def map(
+        self,
+        spec: WorkerSpec,
+        method: str,
+        items: Iterable[Any],
+        *,
+        keep_going: bool = False,
+        split: Callable[[Any], Sequence[Any]] | None = None,
+    ) -> Iterator[tuple[Any, Any]]:
+        role, failures = _Role(spec, key=spec.key), Failures(method, split, self.workers)
+        waiting = deque((item, 1) for item in items)
+        actors = self._mappers
+        idle = deque(range(self._places))
+        running: dict[ray.ObjectRef, tuple[int, Any, int, float]] = {}
+        raised: BaseException | None = None  # by an item, which may be a ConnectionError of its own
+
+        def give_again(ref: ray.ObjectRef, reason: str) -> None:
+            slot, item, attempt, _ = running.pop(ref)
+            self._end(actors.pop(slot))
+            idle.append(slot)
+            if keep_going:
+                parts = failures.failed(item, attempt, reason)
+                _logger.warning("%s %s: %s; attempt %d of %d", method, item, reason, attempt, ATTEMPTS)
+                waiting.extend((part, attempt + 1) for part in parts)
+                return
+            if attempt == ATTEMPTS:
+                raise ExecutorError(
+                    f"{method} {item} was given up after {ATTEMPTS} attempts (the last: {reason}); what is finished "
+                    "is kept: mend the cause and run the same command again"
+                )
+            _logger.warning("%s %s: %s; attempt %d of %d follows", method, item, reason, attempt + 1, ATTEMPTS)
+            waiting.appendleft((item, attempt + 1))
+
+        try:
+            if not actors:
+                self._placement.renew()
+                idle = deque(range(self._places))
+            # all at once, though there may be one item only: the others import meanwhile what the next call needs
+            for slot in idle:
+                if slot not in actors:
+                    actors[slot] = self._start(slot)
+            while waiting or running:
+                while waiting and idle:
+                    slot, (item, attempt) = idle.popleft(), waiting.popleft()
+                    if slot not in actors:
+                        actors[slot] = self._start(slot)
+                    call = actors[slot].call_item if keep_going else actors[slot].call
+                    ref = call.remote(role, method, item)
+                    running[ref] = (slot, item, attempt, time.monotonic())
+                finished = self._wait(list(running), 1)
+                for ref in finished:
+                    try:
+                        result = ray.get(ref, timeout=self._timeout_s)
+                    except RayTaskError as error:
+                        raised = error.cause or error
+                        raise raised from None
+                    except RayError as error:
+                        give_again(ref, f"its worker was lost ({type(error).__name__})")
+                        continue
+                    if isinstance(result, _Failure):
+                        give_again(ref, result.reason)
+                        continue
+                    slot, item, _, _ = running.pop(ref)
+                    idle.append(slot)
+                    failures.succeeded()
+                    yield item, result
+                now = time.monotonic()
+                for ref in [ref for ref, (*_, since) in running.items() if now - since > self._timeout_s]:
+                    give_again(ref, f"no answer within {self._timeout_s:.0f} s")
+            failures.raise_any()
+        except (RayError, ConnectionError) as error:
+            if error is raised:
+                raise
+            raise _ray_is_gone(f"{type(error).__name__}: {_first_line(error)}") from None
+        finally:
+            for slot, *_ in running.values():  # busy with what nobody waits for any more
+                self._end(actors.pop(slot))
+
+    @contextmanager
+    def group(self, spec: WorkerSpec) -> Iterator[Group]:
+        self._end_mappers()  # they hold what the group needs
+        try:
+            self._placement.renew()
+            size = self._places
+            roles = [_Role(spec, {"rank": rank, "size": size}) for rank in range(size)]
+            actors = [self._start(slot) for slot in range(size)]
+        except (RayError, ConnectionError) as error:
+            raise _ray_is_gone(f"{type(error).__name__}: {_first_line(error)}") from None
+        try:
+            yield _RayGroup(actors, roles, self, self._timeout_s)
+        finally:
+            for actor in actors:
+                self._end(actor)
+
+    def wait_in_group(self, refs: list[ray.ObjectRef], until: float) -> list[ray.ObjectRef]:
+        """Those that are finished, as soon as one is, or at the time `until`.
+
+        Raises:
+            WorkerLostError: a node with a place of the group is lost, which an actor on it may never tell.
+        """
+        while True:
+            finished = self._wait(refs, 1, min(until, time.monotonic() + _LOOK_EVERY_S))
+            if finished or time.monotonic() >= until:
+                return finished
+            if not self._placement.is_whole():
+                raise WorkerLostError("a node was lost")
+
+    def can_place_more(self) -> bool:
+        """Whether a group formed now would be larger."""
+        return self._places < self.workers and self._placement.can_be_larger()
+
+    def close(self) -> None:
+        if self._dead_server() is None:
+            self._end_mappers()
+            self._placement.remove()
+        self._disconnect()
+
+    def _wait(self, refs: list[ray.ObjectRef], count: int, until: float | None = None) -> list[ray.ObjectRef]:
+        """Those that are finished, as soon as `count` are, or at the time `until`; without one, after a while.
+
+        Raises:
+            ExecutorError: the private Ray is dead, of which Ray would tell a minute later, by ending this process.
+        """
+        while True:
+            left = _LOOK_EVERY_S if until is None else min(_LOOK_EVERY_S, until - time.monotonic())
+            finished, _ = ray.wait(refs, num_returns=count, timeout=max(0.0, left))
+            if (dead := self._dead_server()) is not None:
+                raise _ray_is_gone(f"its {dead} ended")
+            if len(finished) == count or until is None or time.monotonic() >= until:
+                return finished
+
+    def _dead_server(self) -> str | None:
+        return None if self._private is None else self._private.dead_server()
+
+    def _end(self, actor: Any) -> None:
+        if self._dead_server() is not None:
+            return
+        try:
+            ray.kill(actor)
+        except Exception:
+            # It may be dead already, and Ray with it.
+            _logger.debug("an actor could not be ended", exc_info=True)
+
+    def _end_mappers(self) -> None:
+        while self._mappers:
+            self._end(self._mappers.popitem()[1])
+
+    def _start(self, slot: int) -> Any:
+        actor = ray.remote(_Worker).options(
+            num_cpus=self._cpus, num_gpus=self._gpus, max_restarts=0, scheduling_strategy=self._placement.of(slot)
+        )
+        return actor.remote(self._cpus)
+
+    def _connect(self, address: str) -> None:
+        in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+        if not in_job and (host_and_port := re.fullmatch(r"([^/]+):([0-9]+)", address)) is not None:
+            _refuse_where_nobody_listens(address, host_and_port[1], int(host_and_port[2]))
+        try:
+            with _own_reaction_to_sigterm():
+                if address == "local" and not in_job:
+                    self._private = PrivateRay(self.workers * self._cpus)
+                else:
+                    ray.init(address="auto" if in_job else address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RayError, ValueError, RuntimeError) as error:
+            raise ExecutorError(
+                f"cannot reach Ray at {address!r} ({_first_line(error)}): start it with `ray start --head`, "
+                "or set executor.address: local"
+            ) from None
+
+    @property
+    def _places(self) -> int:
+        return min(self.workers, self._placement.count)
+
+    def _disconnect(self) -> None:
+        if self._private is not None:
+            self._private.close()
+        elif self._started_ray:
+            ray.shutdown()
+
+
+class _RayGroup:
+    def __init__(self, actors: list[Any], roles: list[_Role], executor: RayExecutor, timeout_s: float) -> None:
+        self.size = len(actors)
+        self._actors, self._roles, self._executor = actors, roles, executor
+        self._timeout_s = timeout_s
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        members = zip(self._actors, self._roles, strict=True)
+        return self._results([actor.call.remote(role, method, *arguments) for actor, role in members], method)
+
+    def call_one(self, rank: int, method: str, *arguments: Any) -> Any:
+        return self._results([self._actors[rank].call.remote(self._roles[rank], method, *arguments)], method)[0]
+
+    def can_be_larger(self) -> bool:
+        return self._executor.can_place_more()
+
+    def _results(self, refs: list[ray.ObjectRef], method: str) -> list[Any]:
+        """The results by rank; what one worker raises, or its loss, is told at once, whatever the others wait for."""
+        deadline, waiting = time.monotonic() + self._timeout_s, refs
+        results: dict[ray.ObjectRef, Any] = {}
+        try:
+            while waiting:
+                finished = self._executor.wait_in_group(waiting, deadline)
+                if not finished:
+                    raise WorkerLostError(f"{method}: no answer within {self._timeout_s:.0f} s")
+                results |= {ref: ray.get(ref, timeout=self._timeout_s) for ref in finished}
+                waiting = [ref for ref in waiting if ref not in results]
+        except RayTaskError as error:
+            raise error.cause or error from None
+        except (RayError, ConnectionError) as error:
+            raise WorkerLostError(f"{method}: a worker was lost ({type(error).__name__})") from None
+        return [results[ref] for ref in refs]
+
+
+def _refuse_where_nobody_listens(address: str, host: str, port: int) -> None:
+    """Ray would try for minutes, and then end this process itself."""
+    try:
+        socket.create_connection((host, port), timeout=_CONNECTS_WITHIN_S).close()
+    except (OSError, OverflowError) as error:
+        raise ExecutorError(
+            f"cannot reach Ray at {address!r} ({error}): start it with `ray start --head`, or set executor.address: "
+            "local"
+        ) from None
+
+
+@contextmanager
+def _own_reaction_to_sigterm() -> Iterator[None]:
+    """Keep what the program does on SIGTERM: connecting to Ray replaces it, and Ray's reaction aborts the process."""
+    chosen = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(chosen) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, chosen)
+
+
+def _ray_is_gone(why: str) -> ExecutorError:
+    return ExecutorError(f"Ray stopped working ({why}); what is finished is kept: run the same command again to go on")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or "no details").splitlines()[0]

@@ -1,0 +1,153 @@
+"""The places of workers on a Ray cluster: one placement group, made anew when nodes are lost, or come (back)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+
+import ray
+from ray.exceptions import GetTimeoutError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from npeff.execution.executor import ExecutorError
+
+_TOO_SMALL_S = 30.0
+"""Wait for a placement group that the cluster, as it is now, has no room for."""
+
+_LOOK_EVERY_S = 1.0
+_logger = logging.getLogger(__name__)
+
+
+class WorkerPlacement:
+    """One place, with the resources of a worker, for each of `workers`; for fewer of them after `renew`.
+
+    Args:
+        one_node: whether the cluster is this machine alone, which is lost as a whole.
+        timeout_s: wait for resources that others may give back, or that may be started.
+
+    Raises:
+        ExecutorError: the cluster does not have them.
+    """
+
+    def __init__(self, workers: int, *, cpus: int, gpus: float, one_node: bool, timeout_s: float) -> None:
+        self._workers, self._one_node, self._timeout_s = workers, one_node, timeout_s
+        self._bundle = {"CPU": float(cpus)} | ({"GPU": gpus} if gpus else {})
+        patience = timeout_s if self._can_grow() else (0.0 if one_node else _TOO_SMALL_S)
+        group = self._reserve(workers, patience)
+        if group is None:
+            have = {name: ray.cluster_resources().get(name, 0.0) for name in self._bundle}
+            raise ExecutorError(
+                f"the cluster does not give {workers} workers with {_resources(self._bundle)} each (it has "
+                f"{_resources(have)} in all): lower executor.workers, cpus_per_worker or gpus_per_worker"
+            )
+        self._group = group
+        self._wish: PlacementGroup | None = None
+        """Places that are missing, asked for but not waited for: what lets an autoscaler start nodes."""
+
+    @property
+    def count(self) -> int:
+        return self._group.bundle_count
+
+    def of(self, slot: int) -> PlacementGroupSchedulingStrategy:
+        return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=slot)
+
+    def is_whole(self) -> bool:
+        """Whether every place is on a node that is alive."""
+        if self._one_node:
+            return True
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        table = placement_group_table(self._group)
+        return table["state"] == "CREATED" and alive.issuperset(table["bundles_to_node_id"].values())
+
+    def can_be_larger(self) -> bool:
+        """Whether places are missing, and the cluster has what one more of them needs."""
+        if self.count >= self._workers or self._room() <= self.count:
+            return False
+        if self._wish is not None and placement_group_table(self._wish)["state"] == "CREATED":
+            return True
+        free = ray.available_resources()
+        return all(free.get(name, 0.0) >= amount for name, amount in self._bundle.items())
+
+    def renew(self) -> None:
+        """Where nodes were lost, or came: as many places as the cluster has room for now, of those asked for.
+
+        Raises:
+            ExecutorError: there is no room for any, and none comes.
+        """
+        if self.is_whole() and not self.can_be_larger():
+            return
+        self.remove()
+        until = time.monotonic() + self._timeout_s
+        while True:
+            room = min(self._workers, self._room())
+            if room > 0:
+                self._withdraw()
+            for count in range(room, 0, -1):
+                if (group := self._reserve(count, _TOO_SMALL_S)) is not None:
+                    self._group = group
+                    self._ask_for(self._workers - count)
+                    return
+            self._ask_for(self._workers)
+            if time.monotonic() >= until:
+                self._withdraw()
+                raise ExecutorError(
+                    f"the cluster has no room left for a worker, and none came within {self._timeout_s:.0f} s; what "
+                    "is finished is kept: run the same command again when it has nodes"
+                )
+            time.sleep(_LOOK_EVERY_S)
+
+    def remove(self) -> None:
+        _remove(self._group)
+        self._withdraw()
+
+    def _ask_for(self, places: int) -> None:
+        if places > 0 and self._wish is None and not self._one_node:
+            self._wish = placement_group([self._bundle] * places, strategy="PACK")
+
+    def _withdraw(self) -> None:
+        if self._wish is not None:
+            _remove(self._wish)
+            self._wish = None
+
+    def _reserve(self, count: int, patience_s: float) -> PlacementGroup | None:
+        group = placement_group([self._bundle] * count, strategy="PACK")
+        try:
+            ray.get(group.ready(), timeout=patience_s)
+        except GetTimeoutError:
+            remove_placement_group(group)
+            return None
+        return group
+
+    def _room(self) -> int:
+        """Workers that the living nodes would hold if they had nothing else to do."""
+        return sum(
+            int(min(node["Resources"].get(name, 0.0) // amount for name, amount in self._bundle.items()))
+            for node in ray.nodes()
+            if node["Alive"]
+        )
+
+    def _can_grow(self) -> bool:
+        """Whether waiting may help: others may give back what the cluster has, or it may start nodes (autoscaling)."""
+        have = ray.cluster_resources()
+        enough = all(have.get(name, 0.0) >= self._workers * amount for name, amount in self._bundle.items())
+        return enough or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def _remove(group: PlacementGroup) -> None:
+    try:
+        remove_placement_group(group)
+    except Exception:
+        # Ray may be gone already; ending must not hide why.
+        _logger.debug("the placement group could not be removed", exc_info=True)
+
+
+def _resources(resources: dict[str, float]) -> str:
+    return " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
+
+
+def node_address() -> str:
+    """The address of this node, at which the other nodes of the cluster reach it."""
+    address: str = ray.util.get_node_ip_address()
+    return address

@@ -1,0 +1,153 @@
+"""The factorization as a scikit-learn estimator: everything in memory, in this process.
+
+Shapes: N examples, R rank of the Fisher factors, D sketch or parameters, K components.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from sklearn.utils import Tags, check_array, check_random_state
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from torch import Tensor
+
+from npeff.factorization.estimator_base import Factorizer
+from npeff.factorization.example_shard import ExampleShard
+from npeff.factorization.initialization import starting_components
+from npeff.factorization.solver import IterationRecord, SolverOptions, solve
+
+
+class NPEFF(Factorizer):
+    """Non-negative per-example Fisher factorization (Matena & Raffel, arXiv 2310.04649).
+
+    Minimises Σ_i ‖Â_iᵀ Â_i − Σ_j W_ij h_j h_jᵀ‖²_F over W ≥ 0 and unit h_j, where Â_i = A_i/√‖A_iᵀ A_i‖_F. Input is
+    the Fisher factors A of shape (N, R, D), float32 or float64, which is also the precision of the passes over them;
+    an array of shape (N, D) is taken as factors of rank 1.
+
+    Args:
+        n_components: K, at most N·R.
+        max_iter: most passes over the data.
+        tol: converged when three steps in a row change the loss by less than this fraction of it.
+        n_starts: seeded starts tried on the subsample.
+        subsample: examples that starts are tried on.
+        random_state: seed or generator of the starts and the subsample.
+        normalize: whether to divide each factor by the root of its Fisher's Frobenius norm. False takes them as given.
+        l1: λ in [0, 1) of the penalty 2 λ Σ_i ‖F̂_i‖ Σ_j W_ij: a lone coefficient is T_ij − λ ‖F̂_i‖ or zero.
+        orthogonality: γ of the penalty γ Σ_i ‖F̂_i‖² times the mean squared cosine of two components.
+        frozen_components: (K0, D), K0 < K: the first components, which stay as they are (up to their length).
+        start_components: (K, D) to start from, instead of seeded starts.
+        callbacks: functions that are each given the IterationRecord of every pass.
+
+    Attributes:
+        components_: (K, D) unit rows, float64, by descending Σ_i W_ij²; each row's largest entry is positive.
+        coefficients_: W (N, K) of the data fitted, in its precision.
+        loss_: the minimum found, without penalties.
+        objective_: the same with them.
+        explained_: 1 − loss / Σ_i ‖F̂_i‖².
+        history_: one IterationRecord per pass.
+        n_iter_: number of passes.
+        stopped_: "converged", "max_iterations" or "stalled".
+        near_duplicates_: (j, l, cos) of components with |cos| > 0.95.
+        n_features_in_: D.
+
+    Raises:
+        InvalidProblemError: from `fit`, for more components than factor rows or factors that are all zero.
+        ValueError: for arrays that are not finite, of another number of axes, or of another D than was fitted.
+    """
+
+    def __init__(
+        self,
+        n_components: int = 8,
+        *,
+        max_iter: int = 100,
+        tol: float = 1e-6,
+        n_starts: int = 4,
+        subsample: int = 2048,
+        random_state: int | np.random.RandomState | None = None,
+        normalize: bool = True,
+        l1: float = 0.0,
+        orthogonality: float = 0.0,
+        frozen_components: ArrayLike | None = None,
+        start_components: ArrayLike | None = None,
+        callbacks: Sequence[Callable[[IterationRecord], object]] = (),
+    ) -> None:
+        self.n_components = n_components
+        self.max_iter = max_iter
+        self.tol = tol
+        self.n_starts = n_starts
+        self.subsample = subsample
+        self.random_state = random_state
+        self.normalize = normalize
+        self.l1 = l1
+        self.orthogonality = orthogonality
+        self.frozen_components = frozen_components
+        self.start_components = start_components
+        self.callbacks = callbacks
+
+    def fit(self, X: ArrayLike, y: None = None, sample_weight: ArrayLike | None = None) -> NPEFF:
+        """Fit components and coefficients to factors (N, R, D); `sample_weight` (N,) weighs examples in the loss."""
+        shard = self._shard(X, reset=True)
+        if sample_weight is not None:
+            weights_N = _check_sample_weight(sample_weight, X, dtype=np.float64)
+            shard = ExampleShard(shard.factors_NRD, weights_N=weights_N)
+        frozen_KD = self._given_components(self.frozen_components, shard.dim)
+        options = SolverOptions(
+            n_components=self.n_components,
+            max_iterations=self.max_iter,
+            tolerance=self.tol,
+            n_starts=self.n_starts,
+            subsample=self.subsample,
+            seed=int(check_random_state(self.random_state).randint(2**31 - 1)),
+            l1=self.l1,
+            orthogonality=self.orthogonality,
+            n_frozen=len(frozen_KD),
+        )
+        start_KD = self._given_components(self.start_components, shard.dim)
+        if self.start_components is None:
+            start_KD = starting_components(shard, options, frozen_KD)
+        start_KD[: len(frozen_KD)] = frozen_KD
+        result = solve([shard], start_KD, options, lambda _, record: [call(record) for call in self.callbacks])
+        self._keep(result)
+        self.objective_ = result.objective
+        return self
+
+    def transform(self, X: ArrayLike) -> np.ndarray:
+        """The optimal coefficients (M, K) of new examples' factors (M, R, D) at the fitted components."""
+        check_is_fitted(self)
+        shard = self._shard(X, reset=False)
+        shard.finish(torch.from_numpy(self.components_), l1=self.l1)
+        return shard.coefficients_NK.numpy()
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.three_d_array = True
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
+
+    @staticmethod
+    def _given_components(components: ArrayLike | None, dim: int) -> Tensor:
+        if components is None:
+            return torch.zeros(0, dim, dtype=torch.float64)
+        checked = torch.from_numpy(check_array(components, dtype=np.float64, copy=True))
+        if checked.shape[1] != dim:
+            raise ValueError(f"given components have {checked.shape[1]} features, the factors {dim}")
+        return torch.nn.functional.normalize(checked, dim=1)
+
+    def _shard(self, X: ArrayLike, *, reset: bool) -> ExampleShard:
+        if np.asarray(X).ndim == 3:
+            factors_NRD = check_array(X, dtype=[np.float64, np.float32], allow_nd=True)
+            # scikit-learn's bookkeeping of D is about the last axis of a matrix, here the matrix of all factor rows.
+            validate_data(self, factors_NRD.reshape(-1, factors_NRD.shape[2]), reset=reset, skip_check_array=True)
+        else:
+            factors_NRD = validate_data(self, X, dtype=[np.float64, np.float32], reset=reset)[:, None, :]
+        factors = torch.from_numpy(np.require(factors_NRD, requirements=["C", "W"]))
+        shard = ExampleShard(factors)
+        if not self.normalize:
+            return shard
+        # ‖AᵀA‖_F is the root of the Fisher square that a shard computes; a zero Fisher stays zero.
+        norms_N = shard.fisher_squares_N.sqrt()
+        scale_N = torch.where(norms_N > 0, norms_N, 1.0).rsqrt().to(factors)
+        return ExampleShard(factors * scale_N[:, None, None])

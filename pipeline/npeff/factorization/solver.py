@@ -1,0 +1,375 @@
+"""Alternating non-negative coefficients and damped Gauss-Newton steps on the components.
+
+    state = initial_state(components, options)
+    while not stopping_reason(state, options):
+        statistics = sum over shards of shard.accumulate(state.components_KD)          # the only pass over the data
+        state, record = advance(state, statistics, options, candidates if a component is dead)
+
+`solve` is this loop in memory; a distributed run makes the sum an all-reduce and is otherwise the same, every worker
+advancing its own copy of the state by the same arithmetic. The damping μ follows Levenberg & Marquardt: a trial that
+raises the loss is rejected and the step repeated from the best state with 8 μ; one that does not is accepted and μ is
+halved. The best accepted components are the result, never a rejected trial.
+
+Shapes: N examples, K components, D sketch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from npeff.factorization.example_shard import ExampleShard
+from npeff.factorization.gauss_newton import gauss_newton_step
+from npeff.factorization.matching import canonical_order, near_duplicates
+from npeff.factorization.objective import Candidates, Statistics, explained, merge_candidates
+from npeff.factorization.problem import InvalidProblemError, validate_size
+
+_FIRST_DAMPING = 1e-2
+_LEAST_DAMPING = 1e-4
+_STALLED_DAMPING = 1e8
+"""μ is relative to the mean of diag(WW): the same for a data set and for two copies of it."""
+
+_PATIENCE = 3
+"""Steps in a row that must each change the loss by less than the tolerance."""
+
+_UNEXPLAINED_FLOOR = 1e-6
+"""Losses below this fraction of Σ‖F̂_i‖² count as this much when changes are compared with the tolerance."""
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """What is asked of the solver."""
+
+    n_components: int
+    max_iterations: int = 100
+    """Passes over the data, rejected steps included."""
+    tolerance: float = 1e-6
+    """Converged when three steps in a row change the loss by less than this fraction of it."""
+    n_starts: int = 4
+    """Seeded starts tried on the subsample."""
+    subsample: int = 2048
+    """Examples that starts are tried on."""
+    seed: int = 0
+    l1: float = 0.0
+    """λ of the penalty on coefficients, in [0, 1): see `npeff.factorization.objective`."""
+    orthogonality: float = 0.0
+    """γ of the penalty on components that are alike."""
+    n_frozen: int = 0
+    """How many of the first components are not to change."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_components", "max_iterations", "n_starts", "subsample"):
+            if getattr(self, name) < 1:
+                raise InvalidProblemError(f"{name}={getattr(self, name)} must be at least 1")
+        if not self.tolerance >= 0.0:
+            raise InvalidProblemError(f"tolerance={self.tolerance} must not be negative")
+        if not 0.0 <= self.l1 < 1.0:
+            raise InvalidProblemError(f"l1={self.l1} must be at least 0 and below 1: at 1 every coefficient is zero")
+        if not 0.0 <= self.orthogonality < math.inf:
+            raise InvalidProblemError(f"orthogonality={self.orthogonality} must not be negative")
+        if not 0 <= self.n_frozen < self.n_components:
+            raise InvalidProblemError(
+                f"{self.n_frozen} frozen components of n_components={self.n_components} leave none to fit: ask for more"
+            )
+
+
+@dataclass(frozen=True)
+class IterationRecord:
+    """One row of the history: one pass over the data."""
+
+    iteration: int
+    loss: float
+    """At the components tried, which a rejected step did not keep; without penalties."""
+    objective: float
+    """The loss with the penalties: what must not rise."""
+    explained: float
+    mu: float
+    """The damping the components tried were reached with."""
+    accepted: bool
+    n_dead: int
+
+
+@dataclass(frozen=True)
+class SolverState:
+    """All that the next step depends on, besides the examples and their coefficients. Tensors are float64."""
+
+    components_KD: Tensor
+    """The trial to be evaluated next."""
+    best_components_KD: Tensor
+    best_statistics: Statistics
+    best_objective: float
+    """Loss and penalties."""
+    mu: float
+    iteration: int
+    """Passes made."""
+    n_accepted: int
+    n_small_steps: int
+    """Latest steps in a row that changed the loss by less than the tolerance."""
+
+    def to(self, device: torch.device) -> SolverState:
+        """The same state with its tensors on a device."""
+        statistics = self.best_statistics
+        return dataclasses.replace(
+            self,
+            components_KD=self.components_KD.to(device),
+            best_components_KD=self.best_components_KD.to(device),
+            best_statistics=dataclasses.replace(
+                statistics, u_KD=statistics.u_KD.to(device), ww_KK=statistics.ww_KK.to(device)
+            ),
+        )
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Named arrays, scalars as 0-d; `from_arrays` restores the state exactly."""
+        tensors = {
+            "components": self.components_KD,
+            "best_components": self.best_components_KD,
+            "best_statistics": self.best_statistics.pack(),
+        }
+        scalars = {name: getattr(self, name) for name in _SCALAR_FIELDS}
+        return {name: tensor.cpu().numpy().copy() for name, tensor in tensors.items()} | {
+            name: np.asarray(value, dtype=_SCALAR_FIELDS[name]) for name, value in scalars.items()
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> SolverState:
+        """The inverse of `to_arrays`."""
+        components_KD = torch.from_numpy(arrays["components"].copy())
+        packed = torch.from_numpy(arrays["best_statistics"].copy())
+        return cls(
+            components_KD=components_KD,
+            best_components_KD=torch.from_numpy(arrays["best_components"].copy()),
+            best_statistics=Statistics.unpack(packed, *components_KD.shape),
+            **{name: arrays[name].item() for name in _SCALAR_FIELDS},
+        )
+
+
+_SCALAR_FIELDS: dict[str, type[np.generic]] = {
+    "best_objective": np.float64,
+    "mu": np.float64,
+    "iteration": np.int64,
+    "n_accepted": np.int64,
+    "n_small_steps": np.int64,
+}
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """The result: components in canonical order, the coefficients optimal for them, and how it went."""
+
+    components_KD: Tensor
+    """Unit rows, float64."""
+    coefficients_NK: Tensor
+    """In the precision of the factors."""
+    loss: float
+    """Σ_i ‖F̂_i − Σ_j W_ij h_j h_jᵀ‖² of these components and coefficients."""
+    objective: float
+    """The loss with the penalties."""
+    explained: float
+    history: list[IterationRecord]
+    n_iter: int
+    stopped: str
+    """Why it stopped: "converged", "max_iterations" or "stalled"."""
+    near_duplicates: list[tuple[int, int, float]]
+
+
+def initial_state(components_KD: Tensor, options: SolverOptions) -> SolverState:
+    """The state before the first pass, which evaluates these components (their rows are normalised here).
+
+    Raises:
+        InvalidProblemError: if there are not n_components of them, or one is zero or not finite.
+    """
+    if components_KD.ndim != 2 or len(components_KD) != options.n_components:
+        raise InvalidProblemError(
+            f"starting components of shape {tuple(components_KD.shape)} do not fit n_components={options.n_components}"
+        )
+    components_KD = components_KD.double()
+    norms = torch.linalg.norm(components_KD, dim=1)
+    if not bool((torch.isfinite(norms) & (norms > 0)).all()):
+        raise InvalidProblemError("every starting component must be finite and not zero")
+    components_KD = components_KD / norms[:, None]
+    return SolverState(
+        components_KD=components_KD,
+        best_components_KD=components_KD,
+        best_statistics=Statistics.zeros(*components_KD.shape, device=components_KD.device),
+        best_objective=math.inf,
+        mu=_FIRST_DAMPING,
+        iteration=0,
+        n_accepted=0,
+        n_small_steps=0,
+    )
+
+
+def advance(
+    state: SolverState, statistics: Statistics, options: SolverOptions, candidates: Candidates | None = None
+) -> tuple[SolverState, IterationRecord]:
+    """Judge the trial by its statistics and propose the next one.
+
+    Args:
+        state: whose `components_KD` the statistics were computed at.
+        statistics: of all examples.
+        options: of the run.
+        candidates: from all examples, at the same components. They take the place of dead components in the next
+            trial, which is kept, like any other, only if its loss is no higher.
+
+    Raises:
+        InvalidProblemError: if every factor is zero, or the very first loss is not finite.
+    """
+    loss, total = statistics.loss(state.components_KD), statistics.fisher_square_sum
+    objective = loss + statistics.penalties(state.components_KD, options.l1, options.orthogonality)
+    if not total > 0.0:
+        raise InvalidProblemError("every factor is zero: there is nothing to factorize")
+    if state.n_accepted == 0 and not math.isfinite(objective):
+        raise InvalidProblemError(f"the loss at the starting components is {loss}: the factors are out of range")
+    accepted = objective <= state.best_objective
+    dead_K = free_dead(statistics, options)
+    record = IterationRecord(
+        iteration=state.iteration + 1,
+        loss=loss,
+        objective=objective,
+        explained=explained(loss, total),
+        mu=state.mu,
+        accepted=accepted,
+        n_dead=int(dead_K.sum()),
+    )
+    # A rejected trial whose loss is equal to within the tolerance says as much about convergence as an accepted one.
+    scale = max(abs(objective), _UNEXPLAINED_FLOOR * total)
+    if abs(state.best_objective - objective) <= options.tolerance * scale:
+        n_small_steps = state.n_small_steps + 1
+    else:
+        n_small_steps = 0 if accepted else state.n_small_steps
+    judged = dataclasses.replace(state, iteration=state.iteration + 1, n_small_steps=n_small_steps)
+    if accepted:
+        judged = dataclasses.replace(
+            judged,
+            best_components_KD=state.components_KD,
+            best_statistics=statistics,
+            best_objective=objective,
+            mu=max(state.mu / 2, _LEAST_DAMPING),
+            n_accepted=state.n_accepted + 1,
+        )
+    else:
+        judged = dataclasses.replace(judged, mu=state.mu * 8)
+    trial_KD = _next_trial(judged, options)
+    if accepted and candidates is not None:
+        _reseed_(trial_KD, dead_K, candidates)
+    return dataclasses.replace(judged, components_KD=trial_KD), record
+
+
+def free_dead(statistics: Statistics, options: SolverOptions) -> Tensor:
+    """Which components (K,) no example uses, and may be replaced: frozen ones may not."""
+    dead_K = statistics.dead_K.clone()
+    dead_K[: options.n_frozen] = False
+    return dead_K
+
+
+def stopping_reason(state: SolverState, options: SolverOptions) -> str | None:
+    """Why no further pass is to be made, or None. It depends on nothing else: a longer limit continues a run."""
+    if state.n_small_steps >= _PATIENCE:
+        return "converged"
+    if state.mu > _STALLED_DAMPING:
+        return "stalled"
+    if state.iteration >= options.max_iterations:
+        return "max_iterations"
+    return None
+
+
+def solve(
+    shards: Sequence[ExampleShard],
+    start_KD: Tensor,
+    options: SolverOptions,
+    on_iteration: Callable[[SolverState, IterationRecord], object] | None = None,
+) -> Factorization:
+    """Factorize the examples of all shards in this process, from the given components.
+
+    Args:
+        shards: in the order of the result's coefficients; their coefficients are where the first pass starts from.
+        start_KD: from `initialize`, or from another factorization.
+        options: of the run.
+        on_iteration: called after every pass with the new state.
+
+    Raises:
+        InvalidProblemError: no examples, more components than factor rows, or nothing but zeros.
+    """
+    validate_size(sum(s.n_examples for s in shards), max((s.rank for s in shards), default=0), options.n_components)
+    state = initial_state(start_KD, options)
+    history: list[IterationRecord] = []
+    while (stopped := stopping_reason(state, options)) is None:
+        statistics = Statistics.zeros(*state.components_KD.shape, device=state.components_KD.device)
+        for shard in shards:
+            statistics.merge(shard.accumulate(state.components_KD, l1=options.l1))
+        candidates = None
+        if bool(free_dead(statistics, options).any()):
+            candidates = merge_candidates([shard.candidates(state.components_KD) for shard in shards])
+        state, record = advance(state, statistics, options, candidates)
+        history.append(record)
+        if on_iteration is not None:
+            on_iteration(state, record)
+    return _result(shards, state, history, stopped, options)
+
+
+def _next_trial(state: SolverState, options: SolverOptions) -> Tensor:
+    h_KD, statistics = state.best_components_KD, state.best_statistics
+    damping = state.mu * float(statistics.energy_K.mean())
+    if damping == 0.0:  # No example uses any component: there is no step, only replacements.
+        return h_KD.clone()
+    u_KD, pressure = statistics.u_KD, statistics.orthogonality_weight(options.orthogonality)
+    if options.l1 or options.orthogonality:
+        # The penalties make the loss fall along h_j itself, which normalising takes back: only what is orthogonal to
+        # h_j of a gradient may ask for a step, or the step need not be one of descent.
+        cosines_KK = h_KD @ h_KD.T
+        target_KK = (statistics.ww_KK + pressure) * cosines_KK
+        target_KK.diagonal().sub_(pressure)
+        descent_KD = u_KD - target_KK @ h_KD
+        u_KD = u_KD - torch.sum(descent_KD * h_KD, dim=1, keepdim=True) * h_KD
+    trial_KD = h_KD + gauss_newton_step(
+        h_KD,
+        u_KD,
+        statistics.ww_KK,
+        damping,
+        orthogonality=pressure,
+        n_frozen=options.n_frozen,
+    )
+    trial_KD = trial_KD / torch.linalg.norm(trial_KD, dim=1, keepdim=True)
+    trial_KD[: options.n_frozen] = h_KD[: options.n_frozen]
+    return trial_KD
+
+
+def _reseed_(components_KD: Tensor, dead_K: Tensor, candidates: Candidates) -> None:
+    """Put the candidates in the rows of dead components, worst-fitted example first."""
+    offered = candidates.directions_MD[candidates.residuals_M > 0]
+    rows = dead_K.nonzero()[: len(offered), 0]
+    components_KD[rows] = offered[: len(rows)].to(components_KD)
+
+
+def _result(
+    shards: Sequence[ExampleShard],
+    state: SolverState,
+    history: list[IterationRecord],
+    stopped: str,
+    options: SolverOptions,
+) -> Factorization:
+    components_KD = state.best_components_KD
+    statistics = Statistics.zeros(*components_KD.shape, device=components_KD.device)
+    for shard in shards:
+        statistics.merge(shard.finish(components_KD, l1=options.l1))
+    coefficients_NK = torch.cat([shard.coefficients_NK for shard in shards])
+    loss = statistics.loss(components_KD)
+    order, signs = canonical_order(components_KD, statistics.energy_K, options.n_frozen)
+    components_KD = components_KD[order] * signs[:, None]
+    return Factorization(
+        components_KD=components_KD,
+        coefficients_NK=coefficients_NK[:, order],
+        loss=loss,
+        objective=loss + statistics.penalties(components_KD, options.l1, options.orthogonality),
+        explained=explained(loss, statistics.fisher_square_sum),
+        history=history,
+        n_iter=state.iteration,
+        stopped=stopped,
+        near_duplicates=near_duplicates(components_KD),
+    )

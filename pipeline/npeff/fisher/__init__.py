@@ -1,0 +1,19 @@
+"""Per-example Fishers made of gradient rows: low-rank factors, diagonals, grouped sums."""
+
+from __future__ import annotations
+
+from npeff.fisher.diagonal import diagonal_norms, diagonal_sum, grouped_sums
+from npeff.fisher.output_units import GroupLayout
+from npeff.fisher.per_example import FisherBatch, PerExampleFishers
+from npeff.fisher.top_entries import TopEntries, top_entries
+
+__all__ = [
+    "FisherBatch",
+    "GroupLayout",
+    "PerExampleFishers",
+    "TopEntries",
+    "diagonal_norms",
+    "diagonal_sum",
+    "grouped_sums",
+    "top_entries",
+]

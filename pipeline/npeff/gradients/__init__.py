@@ -1,0 +1,34 @@
+"""Per-example gradient rows of any torch model: hooks, layer rules, labels; no Fisher and no sketch."""
+
+from __future__ import annotations
+
+from npeff.gradients.capture import LogitsFunction, frozen
+from npeff.gradients.collector import Collected, GradientCollector
+from npeff.gradients.coverage import check_coverage
+from npeff.gradients.errors import UnsupportedModelError
+from npeff.gradients.label_factor import exact_label_factor, truncated_label_factor
+from npeff.gradients.labels import IGNORED, UNKNOWN, LabelRows, LabelSpec, label_rows
+from npeff.gradients.parameters import ParameterLayout, left_out, model_fingerprint, select_parameters
+from npeff.gradients.positions import PositionShares, position_shares
+
+__all__ = [
+    "IGNORED",
+    "UNKNOWN",
+    "Collected",
+    "GradientCollector",
+    "LabelRows",
+    "LabelSpec",
+    "LogitsFunction",
+    "ParameterLayout",
+    "PositionShares",
+    "UnsupportedModelError",
+    "check_coverage",
+    "exact_label_factor",
+    "frozen",
+    "label_rows",
+    "left_out",
+    "model_fingerprint",
+    "position_shares",
+    "select_parameters",
+    "truncated_label_factor",
+]

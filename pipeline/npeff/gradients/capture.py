@@ -1,0 +1,158 @@
+"""Watching a model run: which modules are called, with what, and where in the graph their outputs are.
+
+Legend: B batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils import _pytree as pytree
+
+from npeff.gradients.errors import UnsupportedModelError
+from npeff.gradients.layer_rules import linear, rule_for
+
+LogitsFunction = Callable[[nn.Module, Any], Tensor]
+"""(model, batch) -> logits (B, C)."""
+Place = tuple[str, int]
+"""An output of a module: the module's name, and the position among its flattened outputs."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """One call of a watched module. `edges` are its floating-point outputs as the module returned them."""
+
+    module_name: str
+    module: nn.Module
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    versions: tuple[int, ...]
+    places: tuple[int, ...]
+    outputs: tuple[Tensor, ...]
+    edges: tuple[GradientEdge, ...]
+    shared: bool
+    """Whether an output is repeated, see `watch`."""
+
+    def check_inputs(self) -> None:
+        """Raise if an input was overwritten after the module had read it."""
+        if _versions(self.inputs) != self.versions:
+            raise UnsupportedModelError(
+                f"the input of module {self.module_name!r} is modified in place after it is used: "
+                "make that operation out of place, or exclude the module's parameters"
+            )
+
+
+def _versions(inputs: Any) -> tuple[int, ...]:
+    return tuple(
+        leaf._version for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and not leaf.is_inference()
+    )
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no parameter requires a gradient; everything is put back afterwards.
+
+    The fused attention of `nn.MultiheadAttention` in evaluation mode is turned off: it bypasses the modules in it.
+    """
+    training = [(module, module.training) for module in model.modules()]
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    try:
+        model.eval()
+        for parameter, _ in required:
+            parameter.requires_grad_(False)
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.enable_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module, mode in training:
+            module.training = mode
+        for parameter, needed in required:
+            parameter.requires_grad_(needed)
+
+
+@contextmanager
+def called_modules(modules: Mapping[str, nn.Module]) -> Iterator[set[str]]:
+    """Names of those of `modules` that are called inside the context."""
+    called: set[str] = set()
+
+    def hook_for(name: str) -> Callable[..., None]:
+        return lambda *_: called.add(name)
+
+    handles = [module.register_forward_hook(hook_for(name)) for name, module in modules.items()]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def watch(
+    modules: Mapping[str, nn.Module], keep_outputs: set[str], shared: Set[Place], n_examples: int
+) -> Iterator[list[Use]]:
+    """Record every call of `modules` inside the context.
+
+    The gradient with respect to a recorded output can be asked of autograd by its edge, even if the model overwrites
+    the output later. `keep_outputs`: modules whose output values are kept. `shared`: outputs that are used by all
+    examples alike (a position embedding); each is repeated so that every example has its own.
+    """
+    uses: list[Use] = []
+
+    def hook_for(name: str, unread: bool) -> Callable[..., Any]:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return None
+            leaves, spec = pytree.tree_flatten(output)
+            places = tuple(p for p, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+            for place in places:
+                repeats = n_examples if (name, place) in shared else None
+                leaves[place] = _own_node(leaves[place], repeats, len(places) > 1, unread)
+            inputs = pytree.tree_map_only(Tensor, torch.Tensor.detach, (args, kwargs))
+            outputs = tuple(leaves[place] for place in places)
+            kept = tuple(value.detach().clone() for value in outputs) if name in keep_outputs else ()
+            edges = tuple(get_gradient_edge(value) for value in outputs)
+            repeated = any((name, place) in shared for place in places)
+            uses.append(Use(name, module, inputs, _versions(inputs), places, kept, edges, repeated))
+            return pytree.tree_unflatten(leaves, spec)
+
+        return record
+
+    # first in line, so that the output is the module's own and not what another hook made of it
+    handles = [
+        module.register_forward_hook(hook_for(name, rule_for(module, ()) is linear), prepend=True, with_kwargs=True)
+        for name, module in modules.items()
+    ]
+    try:
+        yield uses
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _own_node(value: Tensor, n_examples: int | None, anew: bool, unread: bool) -> Tensor:
+    """The same values with a node of the graph that stays valid: neither a leaf nor a view, both of which in-place
+    operations would replace or refuse.
+
+    `anew`: a node that only what follows the module depends on, as where one of its outputs is made from another.
+    `unread`: the module's backward pass does not read its output, which may then be overwritten and needs no copy.
+    """
+    if not value.requires_grad:
+        value = value.detach().requires_grad_()
+    elif n_examples is None and not anew:
+        if not value._is_view():
+            return value
+        if unread:
+            return cast(Tensor, torch.ops.aten._unsafe_view(value, value.shape))
+    return (value if n_examples is None else repeat(value, n_examples)).clone()
+
+
+def repeat(value: Tensor, n_examples: int) -> Tensor:
+    """A tensor shared by all examples, (1, …) or (…), once per example: (B, …)."""
+    return value.expand(n_examples, *(value.shape[1:] if value.shape[:1] == (1,) else value.shape))

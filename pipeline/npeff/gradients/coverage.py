@@ -1,0 +1,84 @@
+"""Does what the layers' rules collect add up to the gradient that autograd computes?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from npeff.gradients.capture import LogitsFunction, frozen
+from npeff.gradients.collector import GradientCollector
+from npeff.gradients.errors import UnsupportedModelError
+from npeff.gradients.labels import LabelSpec
+from npeff.gradients.owners import layout_names
+from npeff.gradients.parameters import ParameterLayout
+
+# of the parameter's own gradient, and of the whole gradient, for parameters whose gradient is zero but for rounding
+_TOLERANCES = {torch.float64: (1e-5, 1e-8), torch.float32: (1e-3, 1e-6)}
+_HALF_TOLERANCES = (5e-2, 1e-3)
+
+
+def check_coverage(
+    model: nn.Module,
+    logits_fn: LogitsFunction,
+    batch: Any,
+    layout: ParameterLayout,
+    *,
+    labels: LabelSpec | None = None,
+    examples: Sequence[int] | int | None = None,
+    targets: Tensor | None = None,
+) -> None:
+    """Compare, parameter by parameter, the collected rows with one ordinary backward pass on a small batch.
+
+    Both are gradients of Σ_{b,r} w_br ⟨direction_br, z_b⟩ with weights w that differ from example to example, so that
+    rows given to the wrong example are noticed too. A batch of two or more examples is needed for that. `labels`,
+    `examples` and `targets` as of `GradientCollector`.
+
+    Raises UnsupportedModelError naming the first parameter that does not agree: one that is used outside its own
+    module, or by a layer that is not supported.
+    """
+    collector = GradientCollector(model, logits_fn, layout, labels or LabelSpec())
+    collected = collector.collect(batch, examples, targets)
+    logits, directions = collected.logits, collected.labels.directions
+    if not logits.isfinite().all():
+        raise UnsupportedModelError("the logits of the examples used to check the model are not finite")
+    generator = torch.Generator().manual_seed(0)
+    weights_BR = torch.randn(len(logits), len(directions), generator=generator, dtype=torch.float64).to(logits.device)
+    direction = torch.zeros_like(logits)
+    for row in range(len(directions)):
+        direction += directions[row] * weights_BR[:, row].to(logits).view(-1, *[1] * (logits.dim() - 1))
+    expected = _gradients(model, logits_fn, batch, layout, direction)
+    total = torch.stack([value.double().norm() for value in expected.values() if value is not None]).norm()
+    for name, value in expected.items():
+        part = collected.contributions.get(name)
+        if value is None and part is None:
+            continue
+        parameter = model.get_parameter(name)
+        found = torch.zeros_like(parameter) if part is None else part.new_zeros(1, *parameter.shape)
+        if part is not None:
+            part.add_weighted_sum(weights_BR[None], found)
+            found = found[0]
+        reference = torch.zeros_like(parameter) if value is None else value
+        relative, absolute = _TOLERANCES.get(reference.dtype, _HALF_TOLERANCES)
+        error = (found.double() - reference.double()).norm()
+        if not error <= relative * reference.double().norm() + absolute * total:
+            module = name.rpartition(".")[0]
+            kind = type(model.get_submodule(module)).__name__
+            raise UnsupportedModelError(
+                f"the gradient of {name!r} is not all seen at module {module!r} ({kind}), perhaps because it is used "
+                f"outside it: exclude it with parameters.exclude: [{name!r}]"
+            )
+
+
+def _gradients(
+    model: nn.Module, logits_fn: LogitsFunction, batch: Any, layout: ParameterLayout, direction: Tensor
+) -> dict[str, Tensor | None]:
+    with frozen(model):
+        named = {name: parameter for parameter, name in layout_names(model, layout)}
+        for parameter in named.values():
+            parameter.requires_grad_(True)
+        logits = logits_fn(model, batch)
+        found = torch.autograd.grad(logits, list(named.values()), direction, allow_unused=True)
+    return dict(zip(named, found, strict=True))

@@ -1,0 +1,297 @@
+"""Labels: how the expectation over them is taken, and the directions in the logits that this gives.
+
+A row of an example's Fisher factor is the gradient of ⟨direction, logits⟩ for one direction; the directions come from
+the logits of the example's predictions, and from nothing else of the model. An example makes one prediction, or several
+(the positions of a sequence).
+
+    exact      L with L Lᵀ = diag(p) - p pᵀ, C-1 rows; for one prediction per example
+    truncated  its largest eigenpairs
+    sampled    draws ŷ ~ p of every prediction's label, rows Σ_t ∇log p(ŷ_t) / √R: unbiased, as the cross terms of
+               independent draws vanish in expectation
+    empirical  the given labels instead of draws: not the Fisher matrix (Kunstner, Balles & Hennig, arXiv 1905.12558)
+
+Legend: B examples, T positions, n predictions of the batch, C classes, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from npeff.gradients.errors import UnsupportedModelError
+from npeff.gradients.label_factor import exact_label_factor, truncated_label_factor
+
+Labels = Literal["exact", "truncated", "sampled", "empirical"]
+IGNORED, UNKNOWN = -100, -1
+"""In targets: no prediction is made here; a prediction whose class is not known."""
+_BLOCK = 1 << 20
+"""Numbers to work on at a time: what stays in the cache."""
+_SATURATED = 1e-20
+"""All but the probability of the label: below it, those of other classes are taken in float64."""
+_MOST_CLASSES = 4096
+
+
+@dataclass(frozen=True)
+class LabelSpec:
+    """How the expectation over labels is taken."""
+
+    kind: Labels = "exact"
+    rank: int | None = None
+    """Rows of an example's factor: at most so many of `truncated`, the draws of `sampled`; None for the others."""
+    kept_trace: float = 1.0
+    """`truncated`: the share of the trace of S at which an example has enough rows."""
+    seed: int = 0
+    """Of the draws, together with the number of the example."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Labels):
+            raise ValueError(f"labels must be one of {', '.join(get_args(Labels))}, not {self.kind!r}")
+        if (self.rank is not None) != (self.kind in ("truncated", "sampled")):
+            raise ValueError(f"labels {self.kind} {'need a' if self.rank is None else 'take no'} rank")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank must be at least 1, not {self.rank}")
+        if not 0 < self.kept_trace <= 1 or (self.kept_trace < 1 and self.kind != "truncated"):
+            raise ValueError("kept_trace is a share of the trace, above 0 and at most 1, and of truncated labels only")
+
+    def max_rank(self, n_classes: int) -> int:
+        """Rows that an example's factor has at most."""
+        if self.kind == "exact":
+            return n_classes - 1
+        if self.kind == "truncated":
+            assert self.rank is not None
+            return min(self.rank, n_classes - 1)
+        return self.rank or 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for a JSON attribute."""
+        return {"kind": self.kind, "rank": self.rank, "kept_trace": self.kept_trace, "seed": self.seed}
+
+
+@dataclass(frozen=True)
+class LabelRows:
+    """The directions of a batch, and what is known of its labels.
+
+    The directions of each example are divided by a power of two that brings the largest entry near 1: where a
+    prediction is saturated, 1 - p = 1e-44 say, products of gradients would underflow in the model's precision.
+    """
+
+    directions: Sequence[Tensor]
+    """R tensors of the logits' shape and precision; zero for examples whose logits are not finite."""
+    scales_B: Tensor
+    """What they were divided by, float64."""
+    ranks_B: Tensor
+    """Directions in use, int32."""
+    kept_trace_B: Tensor
+    """Share of trace(S) that they keep, float64; NaN where that has no meaning (sampled, empirical)."""
+    losses_B: Tensor
+    """Mean of -log p over the example's predictions of known class, float64; NaN where there is none."""
+
+
+def label_rows(
+    spec: LabelSpec, logits: Tensor, examples: Sequence[int] | None = None, targets: Tensor | None = None
+) -> LabelRows:
+    """Directions of a batch of logits (B, C), or (B, T, C) with targets.
+
+    Args:
+        examples: the examples' numbers in the data set, which seed their draws; 0 … B-1 unless given.
+        targets: int64 (B,) or (B, T): the class of each prediction, UNKNOWN, or IGNORED where none is made.
+
+    Raises UnsupportedModelError if the targets do not fit, an example has more predictions than the kind of labels can
+    take, or a label is missing that `empirical` needs.
+    """
+    predictions = _Predictions.of(logits, targets)
+    if spec.kind in ("exact", "truncated"):
+        return _factored(spec, predictions, logits)
+    return _drawn(spec, predictions, logits, range(len(logits)) if examples is None else examples)
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """The predictions of a batch, example by example."""
+
+    places_n: Tensor
+    """Where they are among the B or B·T, flat: those that can be used."""
+    examples_n: Tensor
+    """Row of the batch that each belongs to."""
+    targets_n: Tensor
+    n_examples: int
+
+    @classmethod
+    def of(cls, logits: Tensor, targets: Tensor | None) -> _Predictions:
+        shape = logits.shape[:-1]
+        if targets is None:
+            targets = logits.new_full(shape, UNKNOWN, dtype=torch.long)
+        if targets.shape != shape:
+            raise UnsupportedModelError(
+                f"targets must be of shape {tuple(shape)}, as the logits, not {tuple(targets.shape)}"
+            )
+        made = targets != IGNORED
+        if bool((made & ((targets < UNKNOWN) | (targets >= logits.shape[-1]))).any()):
+            raise UnsupportedModelError(f"targets must be classes 0 to {logits.shape[-1] - 1}, {UNKNOWN} or {IGNORED}")
+        # a sum is finite unless an entry is not, and takes a thirtieth of the time
+        finite = logits.sum(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).isfinite()
+        finite_B = (finite | ~made).reshape(len(logits), -1).all(1)
+        mask = made & finite_B.reshape(-1, *[1] * (made.dim() - 1))
+        return cls(mask.flatten().nonzero()[:, 0], mask.nonzero()[:, 0], targets[mask], len(logits))
+
+    def counts_B(self) -> Tensor:
+        return torch.bincount(self.examples_n, minlength=self.n_examples)
+
+    def mean_losses_B(self, losses_n: Tensor) -> Tensor:
+        known_n = (self.targets_n >= 0).double()
+        total_B = known_n.new_zeros(self.n_examples).index_add_(0, self.examples_n, losses_n * known_n)
+        return total_B / known_n.new_zeros(self.n_examples).index_add_(0, self.examples_n, known_n)
+
+    def largest_B(self, values_n: Tensor) -> Tensor:
+        found = values_n.new_zeros(self.n_examples)
+        return found.scatter_reduce_(0, self.examples_n, values_n, "amax")
+
+
+def _factored(spec: LabelSpec, predictions: _Predictions, logits: Tensor) -> LabelRows:
+    counts_B = predictions.counts_B()
+    n_classes = logits.shape[-1]
+    if int(counts_B.max()) > 1:
+        raise UnsupportedModelError(
+            f"{spec.kind} labels need examples with one prediction each, and here are some with {int(counts_B.max())}: "
+            "use sampled labels, or make every position an example"
+        )
+    if n_classes > _MOST_CLASSES:
+        raise UnsupportedModelError(f"{spec.kind} labels are for at most {_MOST_CLASSES} classes: use sampled ones")
+    rank = spec.max_rank(n_classes)
+    logits_nC = logits.flatten(0, -2)[predictions.places_n]
+    if spec.kind == "exact":
+        factor_nCR = exact_label_factor(logits_nC)
+        ranks_n = torch.full_like(predictions.targets_n, rank)
+        kept_n = torch.ones_like(factor_nCR[:, 0, 0])
+    else:
+        factor_nCR, ranks_n, kept_n = truncated_label_factor(logits_nC, rank, spec.kept_trace)
+    scales_B = _power_of_two(predictions.largest_B(factor_nCR.abs().amax(dim=(1, 2))))
+    factor_nCR = factor_nCR / scales_B[predictions.examples_n, None, None]
+    directions = []
+    for column_nC in factor_nCR.to(logits.dtype).unbind(2):
+        direction = torch.zeros_like(logits)
+        direction.flatten(0, -2)[predictions.places_n] = column_nC
+        directions.append(direction)
+    nothing_B = torch.zeros_like(scales_B)
+    return LabelRows(
+        directions,
+        scales_B,
+        nothing_B.index_add(0, predictions.examples_n, ranks_n.double()).int(),
+        nothing_B.add(1).index_copy(0, predictions.examples_n, kept_n),
+        predictions.mean_losses_B(_losses(logits_nC, predictions.targets_n)),
+    )
+
+
+def _drawn(spec: LabelSpec, predictions: _Predictions, logits: Tensor, examples: Sequence[int]) -> LabelRows:
+    """Rows (e_ŷ - p) / √R of drawn or given labels ŷ."""
+    rank, targets_n, examples_n = spec.max_rank(logits.shape[-1]), predictions.targets_n, predictions.examples_n
+    if spec.kind == "empirical":
+        if bool((targets_n < 0).any()):
+            raise UnsupportedModelError("empirical labels need the label of every example: give them, or use sampled")
+        labels_nR, uniforms_nR = targets_n[:, None], None
+    else:
+        labels_nR = targets_n.new_zeros(len(targets_n), rank)
+        uniforms_nR = _uniforms(spec.seed, examples, predictions.counts_B().tolist(), rank).to(logits.device)
+    precision = torch.promote_types(logits.dtype, torch.float32)
+    p_xC = torch.zeros(logits.shape, dtype=precision, device=logits.device).flatten(0, -2)
+    divided_n = torch.ones(len(targets_n), dtype=torch.float64, device=logits.device)
+    losses_n, others_nR = divided_n.new_zeros(len(targets_n)), divided_n.new_zeros(labels_nR.shape)
+    size = max(1, _BLOCK // logits.shape[-1])
+    for start in range(0, len(targets_n), size):
+        which = slice(start, start + size)
+        logits_nC = logits.flatten(0, -2)[predictions.places_n[which]]
+        p_nC = logits_nC.to(precision).softmax(-1)
+        if uniforms_nR is not None:
+            labels_nR[which] = _draw(p_nC, uniforms_nR[which])
+        others_nR[which] = _all_but(p_nC, labels_nR[which])
+        saturated_n = others_nR[which].amin(1) < _SATURATED
+        if saturated_n.any():
+            exact_nC = logits_nC[saturated_n].double().softmax(-1)
+            others_nR[which][saturated_n] = _all_but(exact_nC, labels_nR[which][saturated_n])
+            divided_n[which][saturated_n] = _power_of_two(others_nR[which][saturated_n].amax(1))
+            p_nC[saturated_n] = (exact_nC / divided_n[which][saturated_n, None]).to(precision)
+        p_xC[predictions.places_n[which]] = p_nC
+        losses_n[which] = _losses(logits_nC, targets_n[which])
+    scales_B = _power_of_two(predictions.largest_B(others_nR.amax(1)))
+    inverse_n = (1 / scales_B)[examples_n] / rank**0.5
+    factors_x = inverse_n.new_zeros(len(p_xC)).index_copy_(0, predictions.places_n, -divided_n * inverse_n)
+    p_xC *= factors_x[:, None].to(precision)
+    used_B = predictions.counts_B() > 0
+    return LabelRows(
+        _Draws(p_xC.view(logits.shape), labels_nR, others_nR * inverse_n[:, None], predictions.places_n, logits.dtype),
+        scales_B,
+        (used_B * rank).int(),
+        torch.full_like(scales_B, torch.nan),
+        predictions.mean_losses_B(losses_n),
+    )
+
+
+def _draw(p_nC: Tensor, uniforms_nR: Tensor) -> Tensor:
+    """Classes (n, R) drawn by inverting the cumulated probabilities."""
+    cumulated_nC = p_nC.cumsum(1)
+    drawn_nR = torch.searchsorted(cumulated_nC, (uniforms_nR * cumulated_nC[:, -1:]).to(p_nC), right=True)
+    return drawn_nR.clamp_max(p_nC.shape[1] - 1)
+
+
+def _all_but(p_nC: Tensor, labels_nR: Tensor) -> Tensor:
+    """1 - p of each label (n, R), which subtraction would lose where it is small."""
+    sums = []
+    for label_n1 in labels_nR.split(1, dim=1):
+        mine_n1 = p_nC.gather(1, label_n1)
+        sums.append(p_nC.scatter_(1, label_n1, 0).sum(1))
+        p_nC.scatter_(1, label_n1, mine_n1)
+    return torch.stack(sums, dim=1).double()
+
+
+def _losses(logits_nC: Tensor, targets_n: Tensor) -> Tensor:
+    """-log p of the targets that are known, float64; 0 for the others."""
+    known_n = targets_n >= 0
+    if not known_n.any():
+        return torch.zeros(len(targets_n), dtype=torch.float64, device=logits_nC.device)
+    precision = torch.promote_types(logits_nC.dtype, torch.float32)
+    return functional.cross_entropy(logits_nC.to(precision), targets_n, ignore_index=UNKNOWN, reduction="none").double()
+
+
+@dataclass(frozen=True)
+class _Draws(Sequence[Tensor]):
+    """The directions, each formed when it is asked for: with a large vocabulary one at a time is enough to hold."""
+
+    scaled: Tensor
+    """-p / √R of each prediction, divided by its example's scale; the logits' shape, zero where none is made."""
+    labels_nR: Tensor
+    others_nR: Tensor
+    places_n: Tensor
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return self.labels_nR.shape[1]
+
+    def __getitem__(self, row: Any) -> Any:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        direction = self.scaled.clone()
+        direction.flatten(0, -2)[self.places_n, self.labels_nR[:, row]] = self.others_nR[:, row].to(direction)
+        return direction.to(self.dtype)
+
+
+def _uniforms(seed: int, examples: Sequence[int], counts: Sequence[int], rank: int) -> Tensor:
+    """(n, R) in [0, 1): for each example's predictions in their order, from the seed and the example's number alone."""
+    if len(examples) != len(counts):
+        raise ValueError(f"{len(examples)} numbers of examples for a batch of {len(counts)}")
+    drawn = [
+        np.random.Generator(np.random.Philox(key=np.array([seed, example], np.uint64))).random((count, rank))
+        for example, count in zip(examples, counts, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(drawn))
+
+
+def _power_of_two(largest_B: Tensor) -> Tensor:
+    """The power of two next to it, division by which is exact; 1 where it is 0."""
+    _, exponent_B = torch.frexp(largest_B)
+    return torch.ldexp(torch.ones_like(largest_B), exponent_B).where(largest_B > 0, 1)

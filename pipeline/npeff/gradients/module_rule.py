@@ -1,0 +1,243 @@
+"""Gradient rows of any module, by `torch.func`: the module runs again, one example at a time, under vmap.
+
+What is needed is the module's own call (its inputs) and the gradients at its outputs. Which axis of each tensor holds
+the examples is found by trying, and checked: the module, run on the slices of one example, must give that example's
+part of the outputs it gave for the batch.
+
+Legend: B batch, R rank.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice, product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from npeff.gradients.contribution import MEMORY_ELEMENTS
+from npeff.gradients.errors import UnsupportedModelError
+
+_MAX_TRIALS = 81
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """One call of a module: its inputs, and for each output tensor with a gradient its value and the gradients."""
+
+    module: nn.Module
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    places: tuple[int, ...]
+    """Positions, among the flattened outputs, of the tensors in `outputs` and `deltas`."""
+    outputs: tuple[Tensor, ...]
+    deltas: tuple[Tensor, ...]
+    """(R, *output shape) each."""
+
+
+class _Slices:
+    """A call as a function of the parameters and of one example's slices of the inputs."""
+
+    def __init__(self, call: ModuleCall) -> None:
+        self.call = call
+        self.leaves, self.spec = pytree.tree_flatten(call.inputs)
+        self.tensors = [place for place, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+
+    def run(self, parameters: Mapping[str, Tensor], slices: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        leaves = list(self.leaves)
+        for place, value in zip(self.tensors, slices, strict=True):
+            leaves[place] = value
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        output = torch.func.functional_call(self.call.module, dict(parameters), args, kwargs, tie_weights=False)
+        outputs = pytree.tree_leaves(output)
+        return tuple(outputs[place] for place in self.call.places)
+
+    def candidates(self, n_examples: int) -> list[list[int | None]]:
+        """Axes that could hold the examples, per input tensor, the usual one first."""
+        found: list[list[int | None]] = []
+        for leaf in (self.leaves[place] for place in self.tensors):
+            sizes = enumerate(leaf.shape[:2])
+            found.append([*(axis for axis, size in sizes if size and size % n_examples == 0), None])
+        return found
+
+    def split(self, axes: Sequence[int | None], n_examples: int) -> list[Tensor]:
+        """Input tensors with the examples as an axis of their own, before what is left of the axis that held them."""
+        return [
+            leaf if axis is None else leaf.unflatten(axis, (n_examples, -1))
+            for leaf, axis in zip((self.leaves[place] for place in self.tensors), axes, strict=True)
+        ]
+
+
+def _output_axes(part: Sequence[Tensor], whole: Sequence[Tensor], n_examples: int, example: int) -> list[int] | None:
+    """Axis that holds the examples in each output, or None if `part` is not this example's part of `whole`."""
+    axes = []
+    for small, large in zip(part, whole, strict=True):
+        if small.dim() != large.dim():
+            return None
+        changed = [axis for axis in range(small.dim()) if small.shape[axis] != large.shape[axis]]
+        if len(changed) != 1 or small.shape[changed[0]] * n_examples != large.shape[changed[0]]:
+            return None
+        expected = large.unflatten(changed[0], (n_examples, -1)).select(changed[0], example)
+        tolerance = 1e-3 * float(expected.abs().nan_to_num(0, 0).amax()) if expected.numel() else 0.0
+        if not torch.allclose(small, expected, rtol=1e-3, atol=tolerance, equal_nan=True):
+            return None
+        axes.append(changed[0])
+    return axes
+
+
+def _find_axes(
+    function: _Slices, parameters: Mapping[str, Tensor], n_examples: int
+) -> tuple[list[int | None], list[int]]:
+    failure: Exception | None = None
+    for axes in islice(product(*function.candidates(n_examples)), _MAX_TRIALS):
+        found: list[list[int] | None] = []
+        for example in (0, n_examples - 1):
+            slices = _select(function.split(axes, n_examples), axes, example)
+            try:
+                with torch.no_grad():
+                    part = function.run(parameters, slices)
+            except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+                failure = error
+                break
+            found.append(_output_axes(part, function.call.outputs, n_examples, example))
+        if len(found) == 2 and found[0] is not None and found[1] is not None:
+            return list(axes), found[0]
+    raise UnsupportedModelError(
+        f"cannot tell the examples apart in the inputs of a {type(function.call.module).__name__}: "
+        "put examples on the first axis, or exclude its parameters"
+    ) from failure
+
+
+def output_axes(call: ModuleCall, parameters: Mapping[str, Tensor], n_examples: int) -> list[int]:
+    """The axis that holds the examples in each of `call.outputs`; 0 if there is one example, to which all belongs.
+
+    `parameters` and what is raised as of `module_rows`.
+    """
+    if n_examples == 1:
+        return [0] * len(call.outputs)
+    _, axes = _find_axes(_Slices(call), parameters, n_examples)
+    return axes
+
+
+def moved_outputs(
+    call: ModuleCall, parameters: Mapping[str, Tensor], directions: Sequence[Mapping[str, Tensor]]
+) -> list[list[Tensor]]:
+    """For each direction g in `parameters`, d/dε of each of `call.outputs` at θ + ε·g: (∂outputs/∂θ) g.
+
+    By differentiating the backward pass, u ↦ ⟨(∂outputs/∂θ)ᵀ u, g⟩, which is linear in u: this is the adjoint of what
+    autograd takes gradients by, whatever a module does to these on the way. Raises RuntimeError where a backward pass
+    has no derivative, as that of cuDNN's recurrent layers, or a wrong one.
+    """
+    function = _Slices(call)
+    generator = torch.Generator().manual_seed(0)
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+        outputs = function.run(leaves, [function.leaves[place] for place in function.tensors])
+        differ = [place for place, value in enumerate(outputs) if value.requires_grad]  # with the parameters
+        live = [outputs[place] for place in differ]
+        adjoints = [torch.randn(value.shape, generator=generator).to(value).requires_grad_() for value in live]
+        rows = torch.autograd.grad(live, list(leaves.values()), adjoints, create_graph=True, allow_unused=True)
+        used = {name: row for name, row in zip(leaves, rows, strict=True) if row is not None}
+        found = []
+        for direction in directions:
+            weights = [direction[name].to(row) for name, row in used.items()]
+            moved = torch.autograd.grad(list(used.values()), adjoints, weights, retain_graph=True)
+            _check_adjoint(adjoints, moved, list(used.values()), weights)
+            motions = dict(zip(differ, moved, strict=True))
+            found.append([motions.get(place, torch.zeros_like(value)) for place, value in enumerate(outputs)])
+    return found
+
+
+def _check_adjoint(
+    adjoints: Sequence[Tensor], moved: Sequence[Tensor], rows: Sequence[Tensor], directions: Sequence[Tensor]
+) -> None:
+    """⟨u, J g⟩ = ⟨Jᵀ u, g⟩ for the random u: else a backward pass within has hidden from autograd what it did."""
+    with torch.no_grad():
+        outer = sum(float((u.double() * value).sum()) for u, value in zip(adjoints, moved, strict=True))
+        inner = sum(float((row.double() * g).sum()) for row, g in zip(rows, directions, strict=True))
+        scale = sum(float(value.double().square().sum()) for value in moved) ** 0.5
+        tolerance = min(0.1, 10 * max(torch.finfo(value.dtype).eps for value in moved) ** 0.5)
+    if abs(outer - inner) > tolerance * scale:  # not so where an example is not finite, which says nothing
+        raise RuntimeError("a backward pass that its own derivative does not fit")
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Inputs and output gradients with the examples on an axis of their own; None for an input all of them share."""
+
+    function: _Slices
+    parameters: dict[str, Tensor]
+    inputs: list[Tensor]
+    input_axes: list[int | None]
+    deltas: list[Tensor]
+    delta_axes: list[int]
+    n_examples: int
+
+    def traced(self) -> dict[str, Tensor]:
+        """Rows of all examples at once."""
+
+        def example_rows(slices: list[Tensor], deltas: list[Tensor]) -> dict[str, Tensor]:
+            _, pullback, *_ = torch.func.vjp(lambda values: self.function.run(values, slices), self.parameters)
+            rows: dict[str, Tensor] = torch.vmap(lambda row: pullback(tuple(row))[0])(deltas)
+            return rows
+
+        numbers = len(self.function.call.deltas[0]) * sum(value.numel() for value in self.parameters.values())
+        chunk_size = min(self.n_examples, max(1, MEMORY_ELEMENTS // numbers))
+        batched = torch.vmap(example_rows, in_dims=(self.input_axes, self.delta_axes), chunk_size=chunk_size)
+        rows: dict[str, Tensor] = batched(self.inputs, self.deltas)
+        return rows
+
+    def looped(self) -> dict[str, Tensor]:
+        """The same, an example and a row at a time."""
+        rank = len(self.function.call.deltas[0])
+        leaves = {name: value.detach().requires_grad_() for name, value in self.parameters.items()}
+        rows = {name: value.new_zeros(self.n_examples, rank, *value.shape) for name, value in self.parameters.items()}
+        for example in range(self.n_examples):
+            outputs = self.function.run(leaves, _select(self.inputs, self.input_axes, example))
+            deltas = _select(self.deltas, self.delta_axes, example)
+            for row in range(rank):
+                directions = [value[row] for value in deltas]
+                found = torch.autograd.grad(
+                    outputs, list(leaves.values()), directions, retain_graph=True, allow_unused=True
+                )
+                for name, value in zip(leaves, found, strict=True):
+                    if value is not None:
+                        rows[name][example, row] = value
+        return rows
+
+
+def _select(values: Sequence[Tensor], axes: Sequence[int | None], example: int) -> list[Tensor]:
+    pairs = zip(values, axes, strict=True)
+    return [value if axis is None else value.select(axis, example) for value, axis in pairs]
+
+
+def module_rows(call: ModuleCall, parameters: dict[str, Tensor], n_examples: int) -> dict[str, Tensor]:
+    """Rows (B, R, *shape) of each parameter, given by its name within the module.
+
+    Raises UnsupportedModelError if the examples cannot be told apart in the module's inputs or outputs.
+    """
+    function = _Slices(call)
+    if n_examples == 1:
+        # the whole call belongs to the one example
+        input_axes: list[int | None] = [None] * len(function.tensors)
+        output_axes = [0] * len(call.deltas)
+        deltas = [value[:, None] for value in call.deltas]
+    else:
+        input_axes, output_axes = _find_axes(function, parameters, n_examples)
+        places = zip(call.deltas, output_axes, strict=True)
+        deltas = [value.unflatten(axis + 1, (n_examples, -1)) for value, axis in places]
+    inputs = function.split(input_axes, n_examples)
+    delta_axes = [axis + 1 for axis in output_axes]
+    split = _Split(function, parameters, inputs, input_axes, deltas, delta_axes, n_examples)
+    try:
+        # fused attention has no batching rule, plain attention does; kernels without one are looped over by vmap itself
+        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+            return split.traced()
+    except RuntimeError:
+        # a recurrent kernel, control flow that depends on the data, …: vmap refuses, and says so in many ways
+        return split.looped()

@@ -1,0 +1,107 @@
+"""Sums over the uses of a parameter, Gram matrices over all parameters, products with directions."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from npeff.gradients.contribution import MEMORY_ELEMENTS, Contribution, Dense, dense_gram, flat_blocks
+from npeff.gradients.embedding_rows import Rows
+from npeff.gradients.outer import Outer, outer_gram
+
+
+def direction_products(contribution: Contribution, directions_Kx: Tensor) -> Tensor:
+    """(B, R, K): inner products of the rows with K directions, (K, *shape)."""
+    if isinstance(contribution, Sum):
+        return torch.stack([direction_products(part, directions_Kx) for part in contribution.parts]).sum(0)
+    if isinstance(contribution, Rows):
+        looked_up_KBTi = directions_Kx[:, contribution.indices_BT]
+        return torch.einsum("btri,kbti->brk", contribution.deltas_BTRi, looked_up_KBTi)
+    directions_xK = directions_Kx.flatten(1).T if directions_Kx.dim() > 1 else directions_Kx[None]
+    # in large blocks, as each reads all directions
+    return torch.cat([rows_bRx @ directions_xK for _, _, rows_bRx in flat_blocks(contribution, MEMORY_ELEMENTS)])
+
+
+def with_same_inputs(contributions: Iterable[Contribution]) -> tuple[list[list[Outer]], list[Contribution]]:
+    """The parts of `contributions`: outer products, put together where they read the same inputs, and all others."""
+    outers: dict[Hashable, list[Outer]] = {}
+    others: list[Contribution] = []
+    for contribution in contributions:
+        if isinstance(contribution, Outer):
+            outers.setdefault(contribution.inputs_key(), []).append(contribution)
+        else:
+            others.append(contribution)
+    return list(outers.values()), others
+
+
+def total_gram(contributions: Iterable[Contribution]) -> Tensor:
+    """(B, R, R), float64: the Gram matrices of all parameters' rows together, A Aᵀ."""
+    groups, others = with_same_inputs(contributions)
+    return torch.stack([*map(outer_gram, groups), *(part.gram() for part in others)]).sum(0)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A parameter used in ways of different form, such as an embedding that is also the output layer."""
+
+    parts: tuple[Contribution, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.parts[0].shape
+
+    @property
+    def n_examples(self) -> int:
+        return self.parts[0].n_examples
+
+    @property
+    def rank(self) -> int:
+        return self.parts[0].rank
+
+    def new_zeros(self, *shape: int) -> Tensor:
+        return self.parts[0].new_zeros(*shape)
+
+    def dense(self) -> Tensor:
+        total = self.parts[0].dense()
+        for part in self.parts[1:]:
+            total = total + part.dense()
+        return total
+
+    def gram(self) -> Tensor:
+        return dense_gram(self)
+
+    def add_weighted_sum(self, weights_KBR: Tensor, total: Tensor) -> None:
+        for part in self.parts:
+            part.add_weighted_sum(weights_KBR, total)
+
+    def examples(self, which: slice | Tensor) -> Self:
+        return type(self)(tuple(part.examples(which) for part in self.parts))
+
+
+def add(contributions: Sequence[Contribution]) -> Contribution:
+    """The sum of a parameter's uses, in one form where they share it: uses of a layer are more positions of one use."""
+    outers = [part for part in contributions if isinstance(part, Outer)]
+    rows = [part for part in contributions if isinstance(part, Rows)]
+    denses = [part for part in contributions if isinstance(part, Dense)]
+    parts: list[Contribution] = [part for part in contributions if isinstance(part, Sum)]
+    for kind in dict.fromkeys((part.inputs_first, part.inputs_BGTi.shape[1]) for part in outers):
+        same = [part for part in outers if (part.inputs_first, part.inputs_BGTi.shape[1]) == kind]
+        if len(same) == 1:
+            parts += same
+            continue
+        joined = tuple(torch.cat(row, dim=2) for row in zip(*(part.deltas for part in same), strict=True))
+        inputs = torch.cat([part.inputs_BGTi for part in same], dim=2)
+        parts.append(Outer(joined, inputs, same[0].shape, same[0].inputs_first))
+    if rows:
+        deltas = torch.cat([part.deltas_BTRi for part in rows], dim=1)
+        parts.append(Rows(deltas, torch.cat([part.indices_BT for part in rows], dim=1), rows[0].shape))
+    if denses:
+        total = denses[0].rows
+        for part in denses[1:]:
+            total = total + part.rows
+        parts.append(Dense(total))
+    return parts[0] if len(parts) == 1 else Sum(tuple(parts))

@@ -1,0 +1,45 @@
+"""What can be chosen when a file is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from npeff.runs.config_reading import ConfigError
+
+MOST_COUNTED = np.iinfo(np.uint16).max
+"""Entries of a parameter are counted up to here."""
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """How a file becomes a run."""
+
+    n_components: int = 32
+    """Of the factorization to come; that of an imported decomposition is its own."""
+    max_dim: int = 65_536
+    """Up to so many parameters with values, each is a coordinate of its own; more are hashed."""
+    dim: int = 4096
+    """Coordinates that parameters are hashed into."""
+    min_nonzero: int = 1
+    """Parameters with fewer values in the whole file are dropped."""
+    held_out_fraction: float = 1 / 3
+    """Share of the examples that the components will not be fitted on; none with an imported decomposition."""
+    seed: int = 0
+    store_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
+    class_names: Sequence[str] = ()
+    """The files have none: "class 0", ... unless given."""
+
+    def __post_init__(self) -> None:
+        sizes = ("n_components", "max_dim", "dim", "min_nonzero")
+        if wrong := [f"{name} = {getattr(self, name)}" for name in sizes if getattr(self, name) < 1]:
+            raise ConfigError(f"{', '.join(wrong)} must be at least 1")
+        if self.min_nonzero > MOST_COUNTED:
+            raise ConfigError(f"min_nonzero = {self.min_nonzero} must be at most {MOST_COUNTED}")
+        if not 0 <= self.held_out_fraction < 1:
+            raise ConfigError(f"held_out_fraction = {self.held_out_fraction} must be at least 0 and below 1")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed = {self.seed} must be at least 0 and below 2**63")

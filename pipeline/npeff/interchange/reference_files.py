@@ -1,0 +1,465 @@
+"""The HDF5 files of the NPEFF reference implementation, read and written by blocks of examples.
+
+    LRM-PEF            data@n_classes n_parameters; data/labels logits values row_indices col_offsets
+                       pef_frobenius_norms
+    LVRM-PEF           data@min_prob_class n_parameters; ranks and col_sizes in the place of col_offsets
+    D-PEF              data/labels predicted_logits dense_fisher_norms; data/fisher/values indices, @dense_fisher_size
+    LRM decomposition  data@n_classes n_parameters; data/W G new_to_old_col_indices; losses/G_only joint
+    D decomposition    data/W H reduce_kept_indices; full_dense_size
+
+A PEF is an example's Fisher factor A (F = AᵀA) of which only the entries of largest magnitude are kept. LRM has one row
+√p_y ∇log p_y per class y, LVRM one per class that is probable enough, so that the number of rows varies. Parameters are
+numbered from 0 through all of them, one after the other.
+
+Legend: N examples, C classes, R rows of a factor, V values kept of an example, K components, M columns of components.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from npeff.storage.atomic import local_copy
+from npeff.storage.errors import StoreError, os_errors_explained
+from npeff.storage.location import location
+
+PefFormat = Literal["LRM-PEF", "LVRM-PEF"]
+DecompositionFormat = Literal["LRM decomposition", "D decomposition"]
+Format = PefFormat | DecompositionFormat | Literal["D-PEF"]
+
+BLOCK_VALUES = 1 << 20
+"""Values of a block that is read or written at one time."""
+_MOST_PARAMETERS = 2**31
+"""The files number parameters by int32."""
+_TELLING: dict[str, Format] = {
+    "fisher/values": "D-PEF", "col_offsets": "LRM-PEF", "col_sizes": "LVRM-PEF",
+    "G": "LRM decomposition", "H": "D decomposition",
+}  # fmt: skip
+"""What below ``data`` tells a format from the others."""
+COMPONENT_ARRAYS = {"LRM decomposition": "data/G", "D decomposition": "data/H"}
+
+
+@dataclass(frozen=True)
+class PefHeader:
+    """What an LRM-PEF or LVRM-PEF file holds."""
+
+    format: PefFormat
+    n_examples: int
+    n_classes: int
+    n_parameters: int
+    n_values: int
+    """Values stored of each example, padding included."""
+    rank: int
+    """Rows of the factor that has most."""
+    min_prob_class: float | None
+    """Classes less probable have no row; LVRM-PEF only."""
+
+
+@dataclass(frozen=True)
+class PefBlock:
+    """Consecutive examples: sparse Fisher factors in parameter coordinates."""
+
+    start: int
+    """Number of the first example."""
+    labels_N: np.ndarray
+    """int32; negative where unknown."""
+    logits_NC: np.ndarray
+    """float32"""
+    frobenius_norms_N: np.ndarray
+    """float32: ‖F‖_F of the factor before it was cut down to the largest entries."""
+    ranks_N: np.ndarray
+    """int32: rows of each factor."""
+    offsets_NR: np.ndarray
+    """(N, R + 1) int32, from 0: row r of example i has values[i, offsets[i, r]:offsets[i, r + 1]]."""
+    values_NV: np.ndarray
+    """float32"""
+    indices_NV: np.ndarray
+    """int32: the parameter of each value."""
+
+    def entries(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """All values of the block, without padding, as (position in the block, row, parameter, value)."""
+        sizes_NR = np.diff(self.offsets_NR, axis=1).astype(np.int64)
+        rank = sizes_NR.shape[1]
+        used_N = sizes_NR.sum(axis=1)
+        used_NV = np.arange(self.values_NV.shape[1]) < used_N[:, None]
+        examples = np.repeat(np.arange(len(used_N)), used_N)
+        rows = np.repeat(np.tile(np.arange(rank), len(used_N)), sizes_NR.reshape(-1))
+        return examples, rows, self.indices_NV[used_NV].astype(np.int64), self.values_NV[used_NV]
+
+
+@dataclass(frozen=True)
+class DiagonalPefHeader:
+    """What a D-PEF file holds."""
+
+    n_examples: int
+    n_classes: int
+    n_parameters: int
+    n_values: int
+
+
+@dataclass(frozen=True)
+class DiagonalPefBlock:
+    """Consecutive examples: the largest entries of diagonal Fishers."""
+
+    start: int
+    labels_N: np.ndarray
+    """int32"""
+    logits_NC: np.ndarray
+    """float32"""
+    norms_N: np.ndarray
+    """float32: ‖f‖ before it was cut down to the largest entries."""
+    values_NV: np.ndarray
+    """float32, descending."""
+    indices_NV: np.ndarray
+    """int32: the parameter of each value."""
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """All of a decomposition but its components."""
+
+    format: DecompositionFormat
+    coefficients_NK: np.ndarray
+    """float32, W."""
+    column_indices_M: np.ndarray
+    """int64: the parameter of each column of the components."""
+    n_parameters: int
+    n_classes: int | None = None
+    """LRM decomposition only."""
+    losses_g_only: np.ndarray | None = None
+    """float32, as the file has them: the reference adds a wrong constant. None where it has none, as the following."""
+    losses_joint: np.ndarray | None = None
+    log_loss_frequency: int | None = None
+    """Iterations between two recorded losses."""
+
+    @property
+    def n_components(self) -> int:
+        return int(self.coefficients_NK.shape[1])
+
+
+class _File:
+    """An open file, whose every problem becomes a `StoreError` that names it."""
+
+    def __init__(self, path: Path, file: Any) -> None:
+        self.path = path
+        self._file = file
+
+    def error(self, what: str) -> StoreError:
+        return StoreError(f"{self.path} {what}: it is damaged or of another format, get or export it again")
+
+    def has(self, name: str) -> bool:
+        with _damage_explained(self.path):
+            return name in self._file
+
+    def dataset(self, name: str, kinds: str, *shape: int | None) -> Any:
+        """The dataset of that name; its type must be one of `kinds` (numpy's letters), None in `shape` is any length.
+
+        Raises:
+            StoreError: there is none, or it is of another type or shape.
+        """
+        with _damage_explained(self.path):
+            found = self._file.get(name)
+            if found is None or not hasattr(found, "shape"):
+                raise self.error(f"has no {name}")
+            if found.dtype.kind not in kinds:
+                raise self.error(f"has a {name} of type {found.dtype}")
+            agrees = len(found.shape) == len(shape) and all(
+                wanted in (None, length) for wanted, length in zip(shape, found.shape, strict=True)
+            )
+            if not agrees:
+                wanted_shape = " x ".join("any" if length is None else str(length) for length in shape)
+                raise self.error(f"has a {name} of shape {found.shape}, not {wanted_shape}")
+        return found
+
+    def read(self, dataset: Any, start: int, stop: int, dtype: type[np.generic]) -> np.ndarray:
+        """Rows start..stop-1."""
+        with _damage_explained(self.path):
+            return np.asarray(dataset[start:stop]).astype(dtype, copy=False)
+
+    def number(self, name: str, *places: str) -> float:
+        """An attribute that is one number, at the first of `places` that has it."""
+        with _damage_explained(self.path):
+            holders = [self._file[place] for place in places if place in self._file]
+            found = next((holder.attrs[name] for holder in holders if name in holder.attrs), None)
+            values = np.asarray(found)
+            if values.size != 1 or values.dtype.kind not in "iuf" or not np.isfinite(values).all():
+                raise self.error(f"has no number {places[0]}@{name}")
+            return float(values.reshape(-1)[0])
+
+    def parameters(self, name: str, *places: str) -> int:
+        """A number of parameters."""
+        n_parameters = self.number(name, *places)
+        if not 1 <= n_parameters <= _MOST_PARAMETERS:
+            raise self.error(f"has {places[0]}@{name} = {n_parameters:g}, which int32 indices cannot number")
+        return int(n_parameters)
+
+    def check_indices(self, indices: np.ndarray, n_parameters: int, name: str) -> None:
+        if indices.size and (indices.min() < 0 or indices.max() >= n_parameters):
+            raise self.error(f"has {name} that are not all in 0..{n_parameters - 1}")
+
+
+class PefFile:
+    """An open LRM-PEF or LVRM-PEF file; see `open_pef`."""
+
+    def __init__(self, file: _File, form: PefFormat) -> None:
+        self._file = file
+        self.path = file.path
+        self._logits = file.dataset("data/logits", "f", None, None)
+        n_examples, n_classes = self._logits.shape
+        self._labels = file.dataset("data/labels", "iu", n_examples)
+        self._values = file.dataset("data/values", "f", n_examples, None)
+        self._indices = file.dataset("data/row_indices", "iu", *self._values.shape)
+        self._norms = file.dataset("data/pef_frobenius_norms", "f", n_examples)
+        if form == "LRM-PEF":
+            if file.number("n_classes", "data") != n_classes:
+                raise file.error(f"has logits of {n_classes} classes and another data@n_classes")
+            self._columns = file.dataset("data/col_offsets", "iu", n_examples, n_classes + 1)
+            self._ranks_N = np.full(n_examples, n_classes, dtype=np.int32)
+        else:
+            self._ranks_N = file.read(file.dataset("data/ranks", "iu", n_examples), 0, n_examples, np.int32)
+            if (self._ranks_N < 0).any():
+                raise file.error("has negative data/ranks")
+            self._columns = file.dataset("data/col_sizes", "iu", int(self._ranks_N.sum(dtype=np.int64)))
+        self._first_column_N = np.concatenate([[0], np.cumsum(self._ranks_N, dtype=np.int64)])
+        self.header = PefHeader(
+            format=form,
+            n_examples=n_examples,
+            n_classes=n_classes,
+            n_parameters=file.parameters("n_parameters", "data"),
+            n_values=self._values.shape[1],
+            rank=int(self._ranks_N.max(initial=0)),
+            min_prob_class=file.number("min_prob_class", "data") if form == "LVRM-PEF" else None,
+        )
+
+    def blocks(self, start: int = 0, stop: int | None = None, block_values: int = BLOCK_VALUES) -> Iterator[PefBlock]:
+        """Examples start..stop-1 (to the last unless given), by blocks of about `block_values` values.
+
+        Raises:
+            StoreError: the file cannot be read, offsets do not ascend, or a parameter is none.
+        """
+        step = max(1, block_values // max(1, self.header.n_values))
+        stop = self.header.n_examples if stop is None else stop
+        for first in range(start, stop, step):
+            yield self._block(first, min(first + step, stop))
+
+    def _block(self, start: int, stop: int) -> PefBlock:
+        file, header = self._file, self.header
+        offsets_NR = self._offsets(start, stop)
+        wrong_N = (
+            (offsets_NR[:, 0] != 0)
+            | (np.diff(offsets_NR, axis=1) < 0).any(axis=1)
+            | (offsets_NR[:, -1] > header.n_values)
+        )
+        if wrong_N.any():
+            raise file.error(
+                f"has column offsets of example {start + int(wrong_N.argmax())} that do not ascend from 0 to at most "
+                f"the {header.n_values} values of an example"
+            )
+        indices_NV = file.read(self._indices, start, stop, np.int64)
+        used_NV = np.arange(header.n_values) < offsets_NR[:, -1:]
+        file.check_indices(indices_NV[used_NV], header.n_parameters, "data/row_indices")
+        return PefBlock(
+            start=start,
+            labels_N=file.read(self._labels, start, stop, np.int32),
+            logits_NC=file.read(self._logits, start, stop, np.float32),
+            frobenius_norms_N=file.read(self._norms, start, stop, np.float32),
+            ranks_N=self._ranks_N[start:stop],
+            offsets_NR=offsets_NR.astype(np.int32),
+            values_NV=file.read(self._values, start, stop, np.float32),
+            indices_NV=indices_NV.astype(np.int32),
+        )
+
+    def _offsets(self, start: int, stop: int) -> np.ndarray:
+        """(stop - start, R + 1) int64, as the file has them."""
+        if self.header.format == "LRM-PEF":
+            return self._file.read(self._columns, start, stop, np.int64)
+        first, last = self._first_column_N[start], self._first_column_N[stop]
+        offsets_NR = np.zeros((stop - start, self.header.rank + 1), dtype=np.int64)
+        in_use_NR = np.arange(self.header.rank) < self._ranks_N[start:stop, None]
+        offsets_NR[:, 1:][in_use_NR] = self._file.read(self._columns, first, last, np.int64)
+        return offsets_NR.cumsum(axis=1)
+
+
+class DiagonalPefFile:
+    """An open D-PEF file; see `open_diagonal_pef`."""
+
+    def __init__(self, file: _File) -> None:
+        self._file = file
+        self._logits = file.dataset("data/predicted_logits", "f", None, None)
+        n_examples, n_classes = self._logits.shape
+        self._labels = file.dataset("data/labels", "iu", n_examples)
+        self._norms = file.dataset("data/dense_fisher_norms", "f", n_examples)
+        self._values = file.dataset("data/fisher/values", "f", n_examples, None)
+        self._indices = file.dataset("data/fisher/indices", "iu", *self._values.shape)
+        n_parameters = file.parameters("dense_fisher_size", "data/fisher")
+        self.header = DiagonalPefHeader(n_examples, n_classes, n_parameters, self._values.shape[1])
+
+    def blocks(
+        self, start: int = 0, stop: int | None = None, block_values: int = 1 << 20
+    ) -> Iterator[DiagonalPefBlock]:
+        """Examples start..stop-1 (to the last unless given), by blocks of about `block_values` values.
+
+        Raises:
+            StoreError: the file cannot be read, a value is negative, or a parameter is none.
+        """
+        file = self._file
+        step = max(1, block_values // max(1, self.header.n_values))
+        stop = self.header.n_examples if stop is None else stop
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            values_NV = file.read(self._values, first, last, np.float32)
+            indices_NV = file.read(self._indices, first, last, np.int64)
+            if (values_NV < 0).any():
+                raise file.error("has negative data/fisher/values")
+            file.check_indices(indices_NV, self.header.n_parameters, "data/fisher/indices")
+            yield DiagonalPefBlock(
+                start=first,
+                labels_N=file.read(self._labels, first, last, np.int32),
+                logits_NC=file.read(self._logits, first, last, np.float32),
+                norms_N=file.read(self._norms, first, last, np.float32),
+                values_NV=values_NV,
+                indices_NV=indices_NV.astype(np.int32),
+            )
+
+
+class DecompositionFile:
+    """An open LRM or D decomposition; see `open_decomposition`."""
+
+    def __init__(self, file: _File, form: DecompositionFormat) -> None:
+        self._file = file
+        low_rank = form == "LRM decomposition"
+        coefficients = file.dataset("data/W", "f", None, None)
+        n_examples, n_components = coefficients.shape
+        if not n_examples or not n_components:
+            raise file.error("has an empty data/W")
+        self._components = file.dataset(COMPONENT_ARRAYS[form], "f", n_components, None)
+        column_indices_M = file.dataset(
+            "data/new_to_old_col_indices" if low_rank else "data/reduce_kept_indices", "iu", self._components.shape[1]
+        )
+        indices_M = file.read(column_indices_M, 0, self._components.shape[1], np.int64)
+        if low_rank:
+            n_parameters = file.parameters("n_parameters", "data")
+        else:
+            n_parameters = file.parameters("full_dense_size", "data", "data/reduce_kept_indices")
+        file.check_indices(indices_M, n_parameters, column_indices_M.name.lstrip("/"))
+        if len(np.unique(indices_M)) != len(indices_M):
+            raise file.error(f"has {column_indices_M.name.lstrip('/')} that occur twice")
+        self.decomposition = Decomposition(
+            format=form,
+            coefficients_NK=file.read(coefficients, 0, n_examples, np.float32),
+            column_indices_M=indices_M,
+            n_parameters=n_parameters,
+            n_classes=int(file.number("n_classes", "data")) if low_rank else None,
+            losses_g_only=self._losses("G_only"),
+            losses_joint=self._losses("joint"),
+            log_loss_frequency=int(file.number("log_loss_frequency", "losses")) if file.has("losses") else None,
+        )
+        if (self.decomposition.coefficients_NK < 0).any() or not np.isfinite(self.decomposition.coefficients_NK).all():
+            raise file.error("has a data/W that is not finite and non-negative everywhere")
+
+    def components(self, start: int, stop: int) -> np.ndarray:
+        """Components start..stop-1 as the file has them, not of unit norm: (stop - start, M) float32.
+
+        Raises:
+            StoreError: the file cannot be read, or a number is not finite.
+        """
+        components = self._file.read(self._components, start, stop, np.float32)
+        if not np.isfinite(components).all():
+            raise self._file.error(f"has a {COMPONENT_ARRAYS[self.decomposition.format]} that is not finite")
+        return components
+
+    def _losses(self, name: str) -> np.ndarray | None:
+        if not self._file.has(f"losses/{name}"):
+            return None
+        losses = self._file.dataset(f"losses/{name}", "f", None)
+        return self._file.read(losses, 0, losses.shape[0], np.float32)
+
+
+def file_format(path: str | Path) -> Format:
+    """Which of the formats a file has.
+
+    Raises:
+        StoreError: it cannot be read, or has none of them.
+    """
+    with _opened(location(path)) as file:
+        return _format(file)
+
+
+@contextmanager
+def open_pef(path: str | Path) -> Iterator[PefFile]:
+    """An LRM-PEF or LVRM-PEF file, to read; `PefFile.header` says what is in it, `PefFile.blocks` reads it.
+
+    Raises:
+        StoreError: it cannot be read, is of another format, or its arrays and attributes do not agree.
+    """
+    with _opened(location(path)) as file:
+        form = _format(file)
+        if form != "LRM-PEF" and form != "LVRM-PEF":
+            raise StoreError(f"{path} has the format {form}: give an LRM-PEF or LVRM-PEF file")
+        yield PefFile(file, form)
+
+
+@contextmanager
+def open_diagonal_pef(path: str | Path) -> Iterator[DiagonalPefFile]:
+    """A D-PEF file, to read. Raises StoreError as `open_pef` does."""
+    with _opened(location(path)) as file:
+        form = _format(file)
+        if form != "D-PEF":
+            raise StoreError(f"{path} has the format {form}: give a D-PEF file")
+        yield DiagonalPefFile(file)
+
+
+@contextmanager
+def open_decomposition(path: str | Path) -> Iterator[DecompositionFile]:
+    """An LRM or D decomposition, to read. Raises StoreError as `open_pef` does."""
+    with _opened(location(path)) as file:
+        form = _format(file)
+        if form != "LRM decomposition" and form != "D decomposition":
+            raise StoreError(f"{path} has the format {form}: give an LRM or D decomposition")
+        yield DecompositionFile(file, form)
+
+
+def _format(file: _File) -> Format:
+    found = [form for name, form in _TELLING.items() if file.has(f"data/{name}")]
+    if len(found) != 1:
+        raise StoreError(
+            f"{file.path} is none of the reference's files: give an LRM-PEF, LVRM-PEF or D-PEF file or a decomposition"
+        )
+    return found[0]
+
+
+def _h5py(path: Path) -> Any:
+    try:
+        import h5py
+    except ImportError:
+        raise StoreError(f"{path} is an HDF5 file, for which h5py is needed: pip install 'h5py>=3.14'") from None
+    return h5py
+
+
+@contextmanager
+def _damage_explained(path: Path) -> Iterator[None]:
+    """HDF5's many exceptions as one."""
+    try:
+        yield
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise StoreError(f"{path} is damaged ({reason:.200}): get or export it again") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_File]:
+    h5py = _h5py(path)
+    with local_copy(path) as copy:
+        with os_errors_explained("read", path), copy.open("rb"):
+            pass
+        if not h5py.is_hdf5(copy):
+            raise StoreError(f"{path} is not an HDF5 file: give a file of the reference, or get it again")
+        with _damage_explained(path):
+            file = h5py.File(copy, "r")
+        with file:
+            yield _File(path, file)

@@ -1,0 +1,52 @@
+"""How much memory a batch of Fishers takes, tried on a worker."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from npeff.fisher import PerExampleFishers
+from npeff.models.loaded import LoadedModel
+from npeff.models.streams import n_streams
+
+_LARGEST = {"cpu": 32, "cuda": 512}
+"""Beyond these a larger batch is no faster."""
+
+
+def largest_batch_size(loaded: LoadedModel, fishers: PerExampleFishers, limit: int) -> int:
+    """The largest power of two of examples whose Fishers need at most `limit` bytes beside the model, with as many
+    batches at a time as there are streams, tried on the largest examples of the data set; at least 1."""
+    ordered = [example for batch in loaded.batches(range(len(loaded.examples)), 1) for example in batch]
+    size, before = 1, _held_bytes(loaded.device)
+    while 2 * size <= min(_LARGEST[loaded.device.type], len(ordered)):
+        examples = ordered[-2 * size :]
+        try:
+            if loaded.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(loaded.device)
+            batch = loaded.batch(examples)
+            fishers(batch, examples, loaded.targets(batch, examples))
+        except torch.OutOfMemoryError:
+            break
+        if n_streams(loaded.device) * (peak_bytes(loaded.device) - before) > limit:
+            break
+        size *= 2
+    return size
+
+
+def _held_bytes(device: torch.device) -> int:
+    """What this process holds now; its peak so far where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * resource.getpagesize() if status.exists() else peak_bytes(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this process has held so far, on the device that computes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,217 @@
+"""The model and the examples of a run, as a worker loads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from npeff.execution.executor import ExecutorError
+from npeff.gradients import ParameterLayout, UnsupportedModelError, left_out, model_fingerprint, select_parameters
+from npeff.models.heap import keep_freed_memory
+from npeff.models.predictions import Predictions
+from npeff.store.task_files import preparing, task_files
+from npeff.tasks import IGNORED, UNKNOWN, Examples, Task, TaskError, Token, load_task, to_device, user_code
+
+_REQUIRED = ("id", "label")
+_COLUMNS: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
+    "id": ("strings", lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind)),
+    "label": ("class numbers (integers, null where unknown)", pa.types.is_integer),
+    "text": ("strings", lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind)),
+    "image": ("PNG files (binary)", lambda kind: pa.types.is_binary(kind) or pa.types.is_large_binary(kind)),
+}
+"""Columns of the examples' table that mean something to the program: what they hold, and whether a type is that."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a worker needs to load the model and the examples where it runs."""
+
+    task: str
+    options: dict[str, Any]
+    cache: Path
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    device: str
+    fingerprint: str | None = None
+    """Of the parameters, where they must be the ones that the run's Fishers were computed with."""
+
+    def prepare(self) -> None:
+        """Let the task do what it does once for all workers."""
+        task = load_task(self.task, self.options)
+        with preparing(self.cache) as cache, self.user_code(task, "prepare"):
+            task.prepare(cache)
+
+    def load(self) -> LoadedModel:
+        """The model in eval mode on its device, and the examples.
+
+        Raises:
+            TaskError: the task's code raised something, returned something else than a model or examples, or a model
+                that is not the one of the fingerprint.
+            ExecutorError: a GPU was asked for and there is none.
+        """
+        device = torch.device(self.device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ExecutorError("torch finds no GPU where the work runs: set executor.gpus_per_worker to 0")
+        keep_freed_memory()
+        task = load_task(self.task, self.options)
+        cache = task_files(self.cache)
+        with self.user_code(task, "model"):
+            model = task.model(cache)
+        if not isinstance(model, nn.Module):
+            raise TaskError(f"task {self.task!r}: model() must return a torch.nn.Module, not {_kind(model)}")
+        with self.user_code(task, "examples"):
+            examples = task.examples(cache)
+        if not isinstance(examples, Examples):
+            raise TaskError(f"task {self.task!r}: examples() must return a npeff.tasks.Examples, not {_kind(examples)}")
+        loaded = LoadedModel(self, task, model.to(device).eval(), examples, device)
+        if self.fingerprint not in (None, model_fingerprint(model, loaded.layout)):
+            raise TaskError(
+                f"task {self.task!r}: model() does not return the model that the Fishers of this run are of: give back "
+                "the former weights, seed what draws them at random, or choose another run_dir"
+            )
+        return loaded
+
+    def user_code(self, task: Task, method: str) -> AbstractContextManager[None]:
+        """The context to call a method of the task in."""
+        return user_code(f"task {self.task!r}: {method}()", type(task).__module__, passed_on=(UnsupportedModelError,))
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    spec: ModelSpec
+    task: Task
+    model: nn.Module
+    examples: Examples
+    device: torch.device
+    layout: ParameterLayout = field(init=False)
+
+    def __post_init__(self) -> None:
+        layout = select_parameters(self.model, self.spec.include, self.spec.exclude)
+        object.__setattr__(self, "layout", layout)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Parameters that are not in the layout, and why."""
+        return left_out(self.model, self.layout, self.spec.exclude)
+
+    def batch(self, indices: Sequence[int]) -> Any:
+        with self.spec.user_code(self.task, "examples().batch"):
+            batch = self.examples.batch(indices)
+        return to_device(batch, self.device)
+
+    def targets(self, batch: Any, indices: Sequence[int]) -> Tensor:
+        """Class of each prediction of a batch: (B, T) where the task has them, else (B,) from the table's labels."""
+        with self.spec.user_code(self.task, "targets"):
+            targets = self.task.targets(batch)
+        if targets is None:
+            return torch.from_numpy(self.labels_N[list(indices)]).to(self.device)
+        if not isinstance(targets, Tensor):
+            raise TaskError(f"task {self.spec.task!r}: targets() must return a tensor or None, not {_kind(targets)}")
+        if targets.is_floating_point():
+            raise TaskError(f"task {self.spec.task!r}: targets() must return class numbers, not {targets.dtype}")
+        return targets.to(self.device, torch.long)
+
+    @cached_property
+    def labels_N(self) -> NDArray[np.int64]:
+        """The table's labels, UNKNOWN where they are null."""
+        labels: NDArray[np.int64] = self.table()["label"].cast(pa.int64()).fill_null(UNKNOWN).to_numpy()
+        return labels
+
+    @cached_property
+    def lengths(self) -> Sequence[int] | None:
+        """Size of each example, if they have sizes."""
+        with self.spec.user_code(self.task, "examples().lengths"):
+            lengths = self.examples.lengths()
+        if lengths is not None and len(lengths) != len(self.examples):
+            raise TaskError(
+                f"task {self.spec.task!r}: examples().lengths() must give one size per example, {len(self.examples)}, "
+                f"not {len(lengths)}"
+            )
+        return lengths
+
+    def batches(self, indices: Sequence[int], batch_size: int) -> list[list[int]]:
+        """`indices` cut into batches, of examples of like size, so that little is padding; always the same ones."""
+        ordered = list(indices)
+        if self.lengths is not None:
+            ordered.sort(key=self.lengths.__getitem__)
+        return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+    def tokens(self, indices: Sequence[int]) -> list[list[Token]] | None:
+        """What is at each position of these examples; None where the task does not say."""
+        with self.spec.user_code(self.task, "examples().tokens"):
+            found = self.examples.tokens(indices)
+            rows = None if found is None else [[Token(*token) for token in row] for row in found]
+        if rows is not None and (len(rows) != len(indices) or not all(rows)):
+            raise TaskError(
+                f"task {self.spec.task!r}: examples().tokens() must give a list of one or more tokens for each of the "
+                f"{len(indices)} examples that it is asked for"
+            )
+        return rows
+
+    def logits(self, model: nn.Module, batch: Any) -> Tensor:
+        with self.spec.user_code(self.task, "logits"):
+            logits = self.task.logits(model, batch)
+        if not isinstance(logits, Tensor):
+            raise TaskError(f"task {self.spec.task!r}: logits() must return a tensor, not {_kind(logits)}")
+        return logits
+
+    def table(self) -> pa.Table:
+        """What the task says of its examples, for people to look at.
+
+        Raises:
+            TaskError: it has not one row per example, or a column is missing or of another type than it must be.
+        """
+        with self.spec.user_code(self.task, "examples().table"):
+            n_examples, table = len(self.examples), self.examples.table()
+        where = f"task {self.spec.task!r}: the table of the examples"
+        if not isinstance(table, pa.Table):
+            raise TaskError(f"{where} must be a pyarrow.Table, not {_kind(table)}")
+        if len(table) != n_examples:
+            raise TaskError(f"{where} must have one row per example, {n_examples}, not {len(table)}")
+        for name, (kind, fits) in _COLUMNS.items():
+            if name not in table.column_names:
+                if name in _REQUIRED:
+                    raise TaskError(f"{where} has no column {name!r}: it must have {' and '.join(_REQUIRED)}")
+            elif not (fits(table[name].type) or (pa.types.is_null(table[name].type) and name != "id")):
+                raise TaskError(f"{where}: column {name!r} must hold {kind}, not {table[name].type}")
+        if table["id"].null_count:
+            raise TaskError(f"{where}: column 'id' must not be null")
+        return table
+
+    @torch.no_grad()
+    def predict(self, indices: Sequence[int], batch_size: int) -> Predictions:
+        """What the model predicts on these examples at the parameters that it has now, on the CPU.
+
+        Raises:
+            TaskError: the logits are not (B, C), or (B, T, C) with targets (B, T).
+        """
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for chosen in self.batches(indices, batch_size):
+            batch = self.batch(chosen)
+            logits, targets = self.logits(self.model, batch), self.targets(batch, chosen)
+            if logits.shape[:-1] != targets.shape or logits.dim() < 2 or len(logits) != len(chosen):
+                found_shape = " x ".join(map(str, logits.shape)) or "a single number"
+                hint = " (positions too only where targets() says which of them count)" if logits.dim() == 3 else ""
+                raise TaskError(
+                    f"task {self.spec.task!r}: logits() must return examples x classes, here {len(chosen)} x C, not "
+                    f"{found_shape}{hint}"
+                )
+            for index, row, classes in zip(chosen, logits, targets, strict=True):
+                made = classes != IGNORED
+                found[index] = row[made].float().reshape(-1, row.shape[-1]).cpu(), classes[made].reshape(-1).cpu()
+        rows = [found[index] for index in indices]
+        return Predictions([logits for logits, _ in rows], [classes for _, classes in rows])
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else type(value).__name__

@@ -1,0 +1,58 @@
+"""A run in numbers: all of it, and a row for each component."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from npeff.query.tables import RunTables
+from npeff.statistics.verdict import scoreboard, verdicts
+
+
+def components_table(tables: RunTables) -> pa.Table:
+    """One row per component: the components table, with KL ratio and best control of every verified row beside it.
+
+    The columns are `kl_ratio_<examples>_<plus|minus>` and `best_control_<examples>_<plus|minus>`.
+    """
+    table = tables.read("components")
+    if not tables.has("verification"):
+        return table
+    rows = verdicts(tables.read("verification").to_pylist())
+    for examples, sign in sorted({(v.examples, v.sign) for v in rows}, key=lambda key: (key[0] == "fit", -key[1])):
+        found = {v.component: v for v in rows if (v.examples, v.sign) == (examples, sign)}
+        chosen = [found.get(component) for component in table["component"].to_pylist()]
+        suffix = f"{examples}_{'plus' if sign > 0 else 'minus'}"
+        ratios = pa.array([v and v.kl_ratio for v in chosen], pa.float64())
+        controls = pa.array([v and v.best_control for v in chosen], pa.float64())
+        table = table.append_column(f"kl_ratio_{suffix}", ratios)
+        table = table.append_column(f"best_control_{suffix}", controls)
+    return table
+
+
+def summary(tables: RunTables) -> dict[str, Any]:
+    """The run in numbers, ready for JSON: counts, explained variance, accuracy, KL ratios, what is there."""
+    found: dict[str, Any] = {"run_dir": str(tables.run_dir), "tables": tables.names()}
+    if tables.has("examples"):
+        columns = tables.read("examples", ["split", "valid", "correct"])
+        splits = np.asarray(columns["split"].to_pylist(), dtype=object)
+        valid = columns["valid"].to_numpy().astype(bool)
+        found["n_examples"] = len(columns)
+        found["n_invalid"] = int((~valid).sum())
+        for split in ("fit", "held_out"):
+            chosen = columns.filter(pa.array((splits == split) & valid))
+            found[f"n_{split}"] = len(chosen)
+            found[f"accuracy_{split}"] = pc.mean(chosen["correct"]).as_py()
+    if tables.has("components"):
+        active = tables.read("components", ["n_active"])["n_active"].to_numpy()
+        found["n_components"] = len(active)
+        found["n_dead_components"] = int((active == 0).sum())
+    factorize = tables.json("stages", "factorize.json")
+    found |= {key: factorize[key] for key in ("explained", "explained_held_out", "stopped") if key in factorize}
+    if tables.has("verification"):
+        found["verification"] = [
+            vars(scores) for scores in scoreboard(verdicts(tables.read("verification").to_pylist()))
+        ]
+    return found

@@ -1,0 +1,292 @@
+"""What a component's card shows: its examples, what they have in common, and where its direction lives."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from npeff.query.components import ComponentStore
+from npeff.reports.contrast import Contrast, contrast_examples
+from npeff.reports.in_common import Common, in_common
+from npeff.reports.pictures import Album, Image
+from npeff.reports.selectivity_chart import Selectivity, selectivity_by_component
+from npeff.reports.token_shares import ShareReader, Shares
+from npeff.statistics.verdict import Verdict, verdicts
+
+CLASSES_SHOWN = 12
+PARAMETERS_SHOWN = 12
+NEIGHBOURS_SHOWN = 5
+CONTRAST_SHOWN = 12
+VALUES_SHOWN = 6
+WORDS_SHOWN = 12
+METADATA_LENGTH = 40
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example as a card lists it."""
+
+    example: int
+    id: str
+    split: str
+    label: str | None
+    prediction: str | None
+    wrong: bool
+    coefficient: float
+    relative: float
+    fisher_norm: float | None
+    text: str | None
+    image: Image | None
+    metadata: list[str]
+    shares: Shares | None = None
+    alike: float | None = None
+    """Of a contrast example: the cosine of its other coefficients to the top examples'."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """How common one class is among a component's top examples, against all examples."""
+
+    name: str
+    label: float | None
+    label_base: float | None
+    prediction: float | None
+    prediction_base: float | None
+
+
+@dataclass(frozen=True)
+class Bar:
+    """The share of a direction's energy in one parameter."""
+
+    name: str
+    energy: float
+
+
+@dataclass(frozen=True)
+class Card:
+    """Everything the report says about one component."""
+
+    component: int
+    row: dict[str, Any]
+    n_top: int
+    held_out: list[Example]
+    fit: list[Example]
+    contrast: list[Example]
+    mix: list[Share]
+    accuracy: float | None
+    accuracy_base: float | None
+    verdicts: list[Verdict]
+    selectivity: list[Selectivity]
+    common: Common
+    energy: list[Bar]
+    neighbours: list[dict[str, Any]]
+
+    @property
+    def examples(self) -> list[Example]:
+        return self.held_out + self.fit
+
+    @property
+    def thumbnails(self) -> list[Example]:
+        return (self.held_out or self.fit)[:5]
+
+    @property
+    def top_label(self) -> Share | None:
+        """The commonest label among the top examples (prediction, where examples have no labels)."""
+        return max(self.mix, key=lambda share: (share.label or 0.0, share.prediction or 0.0), default=None)
+
+    @property
+    def top_prediction(self) -> Share | None:
+        return max(self.mix, key=lambda share: share.prediction or 0.0, default=None)
+
+    @property
+    def top_parameter(self) -> Bar | None:
+        return max(self.energy, key=lambda bar: bar.energy, default=None)
+
+    def ratio(self, examples: str, sign: int) -> float | None:
+        """The KL ratio of one verified row."""
+        return next((v.kl_ratio for v in self.verdicts if (v.examples, v.sign) == (examples, sign)), None)
+
+    @property
+    def passed(self) -> tuple[int, int]:
+        """How many verified rows are above all controls, and how many rows there are."""
+        measured = [v for v in self.verdicts if v.above_controls is not None]
+        return sum(bool(v.above_controls) for v in measured), len(measured)
+
+
+class CardWriter:
+    """Reads what all cards need once, then makes one card at a time."""
+
+    def __init__(self, store: ComponentStore, examples_shown: int) -> None:
+        self._store = store
+        self._examples_shown = examples_shown
+        self._names = store.class_names()
+        self._metadata = store.metadata_columns()
+        self._top = _grouped(store.table("top_examples").sort_by([("split", "ascending"), ("rank", "ascending")]))
+        members = {component: [row["example"] for row in rows] for component, rows in self._top.items()}
+        self._contrast = contrast_examples(store.coefficients, members, self._classes(), CONTRAST_SHOWN)
+        self._common = in_common(store.tables, self._metadata, members)
+        self._examples = self._read_examples()
+        self.album = Album({example: row.get("image") for example, row in self._examples.items()})
+        self._shares = ShareReader(store.tables, sorted({example for top in members.values() for example in top}))
+        self._base = _Mix.of(
+            store.tables.read("examples", ["label", "prediction", "correct"], pc.field("valid")).to_pylist()
+        )
+        self._components = {row["component"]: row for row in store.table("components").to_pylist()}
+        self._verdicts = self._optional("verification")
+        self._energy = self._optional("layer_energy")
+        moved = store.tables.has("selectivity")
+        self._selectivity = selectivity_by_component(store.table("selectivity")) if moved else {}
+
+    def cards(self) -> list[Card]:
+        return [self.card(component) for component in sorted(self._components)]
+
+    def card(self, component: int) -> Card:
+        top = self._top.get(component, [])
+        mix = _Mix.of([self._examples[row["example"]] for row in top])
+        order = {"held_out": 0, "fit": 1}
+        found = sorted(verdicts(self._verdicts.get(component, [])), key=lambda v: (order.get(v.examples, 2), -v.sign))
+        common = self._common.get(component, Common([], [], []))
+        return Card(
+            component=component,
+            row=self._components[component],
+            n_top=len(top),
+            held_out=self._listed(top, "held_out"),
+            fit=self._listed(top, "fit"),
+            contrast=[self._contrasting(found, top) for found in self._contrast.get(component, [])],
+            mix=self._mixed(mix),
+            accuracy=mix.accuracy,
+            accuracy_base=self._base.accuracy,
+            verdicts=found,
+            selectivity=self._selectivity.get(component, []),
+            common=Common(common.values[:VALUES_SHOWN], common.words[:WORDS_SHOWN], common.numbers),
+            energy=_bars(self._energy.get(component, [])),
+            neighbours=self._store.similar_components(component, NEIGHBOURS_SHOWN).to_pylist(),
+        )
+
+    def _listed(self, top: Sequence[dict[str, Any]], split: str) -> list[Example]:
+        chosen = [row for row in top if row["split"] == split][: self._examples_shown]
+        return [self._example(row["component"], row["example"], row["coefficient"], top) for row in chosen]
+
+    def _contrasting(self, found: Contrast, top: Sequence[dict[str, Any]]) -> Example:
+        return replace(self._example(None, found.example, found.coefficient, top), alike=found.cosine)
+
+    def _example(
+        self, component: int | None, example: int, coefficient: float, top: Sequence[dict[str, Any]]
+    ) -> Example:
+        """As a card lists it; with the shares of its positions for `component`."""
+        row, image = self._examples[example], self.album.image(example)
+        largest = max(listed["coefficient"] for listed in top) or 1.0
+        text, shape = row.get("text"), None if image is None else (image.height, image.width)
+        return Example(
+            example=example,
+            id=str(row["id"]),
+            split=row["split"],
+            label=self._class(row["label"]),
+            prediction=self._class(row["prediction"]),
+            wrong=row["correct"] is False,
+            coefficient=coefficient,
+            relative=coefficient / largest,
+            fisher_norm=row["fisher_norm"],
+            text=text,
+            image=image,
+            metadata=[_short(row[name]) for name in self._metadata],
+            shares=None if component is None else self._shares.shares(component, example, text, shape),
+        )
+
+    def _class(self, number: int | None) -> str | None:
+        return None if number is None else self._names.get(number, str(number))
+
+    def _mixed(self, mix: _Mix) -> list[Share]:
+        """Classes in their own order where they all fit, else those that are commonest among the top examples."""
+        classes = sorted(self._base.labels.keys() | self._base.predictions.keys())
+        if len(classes) > CLASSES_SHOWN:
+            classes.sort(key=lambda c: -max(mix.label(c) or 0.0, mix.prediction(c) or 0.0))
+            classes = classes[:CLASSES_SHOWN]
+        return [
+            Share(self._class(c) or "", mix.label(c), self._base.label(c), mix.prediction(c), self._base.prediction(c))
+            for c in classes
+        ]
+
+    def _read_examples(self) -> dict[int, dict[str, Any]]:
+        listed = {row["example"] for rows in self._top.values() for row in rows}
+        wanted = sorted(listed | {found.example for rows in self._contrast.values() for found in rows})
+        columns = [name for name in self._store.tables.columns("examples") if name not in ("logits", "valid")]
+        rows = self._store.tables.read("examples", columns, pc.field("example").isin(wanted)).to_pylist()
+        return {row["example"]: row for row in rows}
+
+    def _classes(self) -> NDArray[np.int64]:
+        """Prediction of every example, or label where no example has a prediction; -1 where it is not known (N,)."""
+        table = self._store.tables.read("examples", ["example", "label", "prediction"])
+        column = "label" if table["prediction"].null_count == len(table) else "prediction"
+        classes_N = np.full(len(table), -1, np.int64)
+        classes_N[table["example"].to_numpy()] = pc.fill_null(table[column], -1).to_numpy()
+        return classes_N
+
+    def _optional(self, name: str) -> dict[int, list[dict[str, Any]]]:
+        return _grouped(self._store.table(name)) if self._store.tables.has(name) else {}
+
+
+@dataclass(frozen=True)
+class _Mix:
+    """Counts of labels, predictions and correct answers over some examples."""
+
+    labels: Counter[int]
+    predictions: Counter[int]
+    n_correct: int
+    n_judged: int
+
+    @classmethod
+    def of(cls, rows: Sequence[dict[str, Any]]) -> _Mix:
+        judged = [row["correct"] for row in rows if row["correct"] is not None]
+        return cls(
+            labels=Counter(row["label"] for row in rows if row["label"] is not None),
+            predictions=Counter(row["prediction"] for row in rows if row["prediction"] is not None),
+            n_correct=sum(judged),
+            n_judged=len(judged),
+        )
+
+    def label(self, number: int) -> float | None:
+        return _share(self.labels, number)
+
+    def prediction(self, number: int) -> float | None:
+        return _share(self.predictions, number)
+
+    @property
+    def accuracy(self) -> float | None:
+        return self.n_correct / self.n_judged if self.n_judged else None
+
+
+def _short(value: Any) -> str:
+    """A value of metadata: long texts are cut, as every card repeats them."""
+    text = "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= METADATA_LENGTH else text[: METADATA_LENGTH - 1] + "…"
+
+
+def _share(counts: Counter[int], number: int) -> float | None:
+    total = counts.total()
+    return counts[number] / total if total else None
+
+
+def _bars(rows: Iterable[dict[str, Any]]) -> list[Bar]:
+    """Parameters in the order of the network; where there are many, the largest, with one bar for all others."""
+    bars = [Bar(row["parameter"], row["energy"]) for row in rows]
+    if len(bars) <= PARAMETERS_SHOWN:
+        return bars
+    kept = sorted(bars, key=lambda bar: -bar.energy)[: PARAMETERS_SHOWN - 1]
+    others = [bar for bar in bars if bar not in kept]
+    return [bar for bar in bars if bar in kept] + [
+        Bar(f"{len(others)} other parameters", sum(bar.energy for bar in others))
+    ]
+
+
+def _grouped(table: Any) -> dict[int, list[dict[str, Any]]]:
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for row in table.to_pylist():
+        groups.setdefault(row["component"], []).append(row)
+    return groups

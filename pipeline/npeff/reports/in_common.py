@@ -1,0 +1,170 @@
+"""What a component's top examples have in common: words and metadata that are commoner there than among all examples.
+
+Words and values of columns are counted by example, once each. A word or value that n_top of a component's t top
+examples have, and n_all of all N valid examples, gets the one-sided hypergeometric probability of at least n_top in t
+draws. Of a column of numbers, the top examples' ranks are compared with all others' (Mann-Whitney, two-sided, normal
+approximation with ties). q-values are Benjamini-Hochberg's over all components and all words (values, columns of
+numbers) of the report.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from scipy import stats
+
+from npeff.query.tables import RunTables
+from npeff.statistics.contingency import q_values
+
+SIGNIFICANT = 0.05
+_AT_LEAST = 3
+"""Examples that must have a word or value for it to be tested."""
+_MOST_INTEGER_VALUES = 20
+"""A column of more different integers than this is one of numbers, not of values."""
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+
+
+@dataclass(frozen=True)
+class Enriched:
+    """A word, or a column's value, that is over-represented among top examples."""
+
+    column: str | None
+    """None: a word of the texts."""
+    value: str
+    share: float
+    base: float
+    q: float
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """A column of numbers that are larger or smaller among top examples."""
+
+    column: str
+    median: float
+    median_base: float
+    q: float
+
+
+@dataclass(frozen=True)
+class Common:
+    """What one component's top examples have in common, the least likely by chance first."""
+
+    values: list[Enriched]
+    words: list[Enriched]
+    numbers: list[Shifted]
+
+
+def in_common(tables: RunTables, columns: Sequence[str], tops: Mapping[int, Sequence[int]]) -> dict[int, Common]:
+    """Of every component in `tops`, its top examples; `columns` are the metadata of the examples table."""
+    schema = tables.dataset("examples").schema
+    texts = "text" in schema.names
+    chosen = [*columns, "text"] if texts else list(columns)
+    table = tables.read("examples", ["example", *chosen], pc.field("valid"))
+    rows_of = {example: row for row, example in enumerate(table["example"].to_pylist())}
+    members = {j: np.array([rows_of[e] for e in top if e in rows_of], np.int64) for j, top in tops.items()}
+    numbers = [name for name in columns if _is_of_numbers(table[name])]
+    values = _Counts(members, len(table))
+    for name in columns:
+        if name not in numbers:
+            values.add(name, ([] if value is None else [str(value)] for value in table[name].to_pylist()))
+    words = _Counts(members, len(table))
+    if texts and table["text"].null_count < len(table):
+        words.add(None, (words_of(text) for text in table["text"].to_pylist()))
+    found_values, found_words = values.enriched(), words.enriched()
+    found_numbers = _shifted({name: _floats(table[name]) for name in numbers}, members)
+    return {
+        j: Common(values=found_values.get(j, []), words=found_words.get(j, []), numbers=found_numbers.get(j, []))
+        for j in tops
+    }
+
+
+def words_of(text: str | None) -> set[str]:
+    """The different words of a text, in lower case."""
+    return set(_WORD.findall(text.lower())) if text else set()
+
+
+class _Counts:
+    """How many of all examples, and of each component's top examples, have a word or value."""
+
+    def __init__(self, members: Mapping[int, NDArray[np.int64]], n_examples: int) -> None:
+        self._members, self._n_examples = members, n_examples
+        self._all: Counter[tuple[str | None, str]] = Counter()
+        self._top: dict[int, Counter[tuple[str | None, str]]] = {j: Counter() for j in members}
+
+    def add(self, column: str | None, features: Iterable[Iterable[str]]) -> None:
+        components_of: dict[int, list[int]] = {}
+        for component, rows in self._members.items():
+            for row in rows.tolist():
+                components_of.setdefault(row, []).append(component)
+        for row, found in enumerate(features):
+            keys = [(column, value) for value in found]
+            self._all.update(keys)
+            for component in components_of.get(row, ()):
+                self._top[component].update(keys)
+
+    def enriched(self) -> dict[int, list[Enriched]]:
+        tested = {key: count for key, count in self._all.items() if count >= _AT_LEAST}
+        pairs = [(j, key, count) for j, top in self._top.items() for key, count in top.items() if key in tested]
+        if not pairs:
+            return {}
+        n_top = np.array([count for _, _, count in pairs])
+        n_all = np.array([tested[key] for _, key, _ in pairs])
+        drawn = np.array([len(self._members[j]) for j, _, _ in pairs])
+        p_values = stats.hypergeom.sf(n_top - 1, self._n_examples, n_all, drawn)
+        q = q_values(p_values, len(tested) * sum(len(rows) > 0 for rows in self._members.values()))
+        found: dict[int, list[Enriched]] = {}
+        for index in np.lexsort((-n_top, p_values)).tolist():
+            if q[index] >= SIGNIFICANT:
+                continue
+            component, (column, value), count = pairs[index]
+            share, base = count / drawn[index], n_all[index] / self._n_examples
+            found.setdefault(component, []).append(Enriched(column, value, float(share), float(base), float(q[index])))
+        return found
+
+
+def _shifted(
+    columns: Mapping[str, NDArray[np.float64]], members: Mapping[int, NDArray[np.int64]]
+) -> dict[int, list[Shifted]]:
+    tests: list[tuple[int, str, float, float, float]] = []
+    for name, values in columns.items():
+        known = np.isfinite(values)
+        n = int(known.sum())
+        if n < 2:
+            continue
+        ranks = np.full(len(values), np.nan)
+        ranks[known] = stats.rankdata(values[known])
+        _, ties = np.unique(values[known], return_counts=True)
+        spread = (n + 1) - float((ties.astype(float) ** 3 - ties).sum()) / (n * (n - 1))
+        base = float(np.median(values[known]))
+        for component, rows in members.items():
+            top = rows[known[rows]]
+            if not len(top) or len(top) == n or spread <= 0:
+                continue
+            deviation = float(ranks[top].sum()) - len(top) * (n + 1) / 2
+            z = deviation / np.sqrt(len(top) * (n - len(top)) * spread / 12)
+            tests.append((component, name, float(np.median(values[top])), base, float(2 * stats.norm.sf(abs(z)))))
+    q = q_values(np.array([test[-1] for test in tests]), len(tests)) if tests else np.zeros(0)
+    found: dict[int, list[Shifted]] = {}
+    for index in sorted(range(len(tests)), key=lambda i: tests[i][-1]):
+        if q[index] < SIGNIFICANT:
+            component, name, median, base, _ = tests[index]
+            found.setdefault(component, []).append(Shifted(name, median, base, float(q[index])))
+    return found
+
+
+def _is_of_numbers(column: pa.ChunkedArray) -> bool:
+    if pa.types.is_integer(column.type):
+        return pc.count_distinct(column).as_py() > _MOST_INTEGER_VALUES
+    return pa.types.is_floating(column.type) or pa.types.is_decimal(column.type)
+
+
+def _floats(column: pa.ChunkedArray) -> NDArray[np.float64]:
+    return np.asarray(column.cast(pa.float64()).to_numpy(zero_copy_only=False), np.float64)

@@ -1,0 +1,186 @@
+"""The report: one self-contained HTML file about a run, at whatever stage the run is.
+
+The file opens from disk and asks for nothing else: styles, script and images are inside it, and its content security
+policy forbids every request and every script but its own, whatever text the data set holds.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from npeff.query.components import ComponentStore
+from npeff.reports.cards import Card, CardWriter
+from npeff.reports.charts import log_axis, loss_chart, ratio_chart
+from npeff.reports.selection_chart import selection_chart
+from npeff.reports.selectivity_chart import SIDE, selectivity_charts
+from npeff.statistics.verdict import Verdict, scoreboard, verdicts
+from npeff.storage.atomic import write_file_atomically
+
+CARDS_AT_ONCE = 64
+"""With more components than this, a card becomes part of the page when it is about to be seen (see `report.js`)."""
+
+_MOST_LISTED = 16
+"""Of a list in a stage's record, such as the components that are lifted."""
+
+
+def write_report(run_dir: str | Path, *, top_examples: int = 24) -> Path:
+    """Write `<run>/report/index.html` (whole or not at all) and return its path.
+
+    A card shows at most `top_examples` held-out and as many fit examples; two rows of twelve look best.
+
+    Sections whose stage has not run yet say which command produces them.
+
+    Raises:
+        QueryError: not a run directory, or a damaged table.
+        StoreError: the report cannot be written.
+    """
+    store = ComponentStore.open(run_dir)
+    path = store.run_dir / "report" / "index.html"
+    page = render_report(store, top_examples)
+    write_file_atomically(path, lambda stream: stream.write(page.encode()))
+    return path
+
+
+def render_report(store: ComponentStore, top_examples: int) -> str:
+    """The report as HTML text."""
+    templates = environment()
+    script = templates.get_template("report.js").render()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    return templates.get_template("report.html.j2").render(
+        **_page(store, top_examples),
+        script_hash=f"sha256-{digest}",
+    )
+
+
+def environment() -> jinja2.Environment:
+    """The templates: they escape everything, and an unknown name is an error."""
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("npeff.reports"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {"number": number, "percent": percent, "duration": duration, "ratio": ratio}
+    return templates
+
+
+def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
+    """Everything the template shows."""
+    tables = store.tables
+    found = verdicts(store.table("verification").to_pylist()) if tables.has("verification") else []
+    factorized = all(tables.has(name) for name in ("examples", "components", "top_examples"))
+    provenance = tables.json("provenance.json")
+    configuration = store.run_dir / "run.yaml"
+    writer = CardWriter(store, top_examples) if factorized else None
+    cards = writer.cards() if writer is not None else []
+    return {
+        "title": str(provenance.get("task") or store.run_dir.resolve().name),
+        "run_dir": str(store.run_dir),
+        "summary": store.summary(),
+        "diagonal": tables.json("stages", "factorize.json").get("factorized", "fishers") != "fishers",
+        "stages": [_stage(name, record) for name, record in tables.stages().items()],
+        "provenance": _flat(provenance),
+        "configuration": configuration.read_text(encoding="utf-8") if configuration.is_file() else None,
+        "loss": loss_chart(store.table("history").to_pylist()) if tables.has("history") else None,
+        "selection": selection_chart(store.table("selection").to_pylist()) if tables.has("selection") else None,
+        "selection_reason": tables.json("stages", "select.json").get("reason"),
+        "scores": scoreboard(found),
+        "ratio_charts": _ratio_charts(found),
+        "strip": log_axis(_ratios(found), 6, 194),
+        "selectivity": selectivity_charts(store.table("selectivity")) if tables.has("selectivity") else [],
+        "selectivity_side": SIDE,
+        "stability": _stability(cards),
+        "cards": cards,
+        "lazy": len(cards) > CARDS_AT_ONCE,
+        "images": writer.album.rules if writer is not None else {},
+        "has_common": any(card.common.values or card.common.words for card in cards),
+        "has_shares": tables.has("position_shares") and tables.n_rows("position_shares") > 0,
+        "metadata": store.metadata_columns() if tables.has("examples") else [],
+    }
+
+
+def _stability(cards: list[Card]) -> tuple[float, int, int] | None:
+    """Median over the components, how many are at least 0.9, and of how many it is known."""
+    known = [card.row["stability"] for card in cards if card.row.get("stability") is not None]
+    known = [value for value in known if not math.isnan(value)]
+    return (statistics.median(known), sum(value >= 0.9 for value in known), len(known)) if known else None
+
+
+def _ratio_charts(found: list[Verdict]) -> list[Any]:
+    """Held-out examples first; both plots share their axis."""
+    axis = log_axis(_ratios(found), 330, 14)
+    charts = [ratio_chart(examples, found, axis) for examples in ("held_out", "fit")]
+    return [chart for chart in charts if chart is not None]
+
+
+def _ratios(found: list[Verdict]) -> list[float | None]:
+    return [value for v in found for value in (v.kl_ratio, v.norm_control, v.random_control, v.other_control)]
+
+
+def _stage(name: str, record: dict[str, Any]) -> dict[str, Any]:
+    facts = {key: value for key, value in record.items() if key not in ("stage", "seconds")}
+    return {"name": name, "seconds": record.get("seconds"), "facts": _flat(facts)}
+
+
+def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested JSON as dotted names and text; lists of records, which are tables of their own, are left out."""
+    flat: dict[str, str] = {}
+    for key, value in record.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, float):
+            flat[prefix + key] = number(value)
+        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            continue
+        elif isinstance(value, list):
+            shown = [str(item) for item in value[:_MOST_LISTED]] + (["…"] if len(value) > _MOST_LISTED else [])
+            flat[prefix + key] = ", ".join(shown) or "none"
+        else:
+            flat[prefix + key] = "–" if value is None else str(value)
+    return flat
+
+
+def number(value: float | None) -> str:
+    """About three significant digits, or a dash for what was not measured."""
+    if value is None or math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    size = abs(value)
+    if isinstance(value, int) or size >= 100:
+        return f"{value:,.0f}".replace("-", "−")
+    if size == 0:
+        return "0"
+    if size < 0.001:
+        return f"{value:.1e}".replace("-", "−")
+    digits = 1 if size >= 10 else 2 if size >= 1 else 3
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def ratio(value: float | None) -> str:
+    """A ratio with its times sign."""
+    text = number(value)
+    return text if text == "–" else f"{text}×"
+
+
+def percent(value: float | None, digits: int = 0) -> str:
+    """A share as a percentage, or a dash for what was not measured."""
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.{digits}f}%".replace("-", "−")
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as people say them."""
+    if seconds is None or math.isnan(seconds):
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

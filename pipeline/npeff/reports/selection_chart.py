@@ -1,0 +1,92 @@
+"""The plot of a search for the number of components: what each number explains, and how much of it comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from npeff.reports.charts import Axis
+
+_SERIES = {
+    "held_out": "explained variance, held-out examples",
+    "share_back": "share of components that come back",
+    "cosine_halves": "mean |cos| of two halves",
+    "silhouette": "mean silhouette",
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of the plot, through a point for every number of components."""
+
+    name: str
+    label: str
+    points: list[tuple[float, float]]
+
+    @property
+    def line(self) -> str:
+        return " ".join(f"{x},{y}" for x, y in self.points)
+
+
+@dataclass(frozen=True)
+class SelectionPoint:
+    """What is told of one number of components where the pointer rests on it."""
+
+    x: float
+    n_components: int
+    values: list[tuple[str, float]]
+    """Series and height on the page."""
+    row: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SelectionChart:
+    """All series share one axis of shares, which goes below zero only where a silhouette does."""
+
+    width: float
+    height: float
+    x_axis: Axis
+    y_axis: Axis
+    series: list[Series]
+    points: list[SelectionPoint]
+    recommended: int
+    recommended_x: float
+
+
+def selection_chart(table: Sequence[dict[str, Any]], width: float = 1120, height: float = 340) -> SelectionChart | None:
+    """Lay out the table `selection`; None of an empty one."""
+    rows = sorted(table, key=lambda row: row["n_components"])
+    if not rows:
+        return None
+    shares = [_shares(row) for row in rows]
+    low = min([0.0, *(value for of_row in shares for value in of_row.values())])
+    numbers = [row["n_components"] for row in rows]
+    x_axis = Axis(min(numbers) - 1, max(numbers) + 1, 62, width - 14)
+    y_axis = Axis(low, 1.0, height - 44, 14)
+    points = [
+        SelectionPoint(
+            x=x_axis.position(row["n_components"]),
+            n_components=row["n_components"],
+            values=[(name, y_axis.position(value)) for name, value in of_row.items()],
+            row=row,
+        )
+        for row, of_row in zip(rows, shares, strict=True)
+    ]
+    series = [
+        Series(name, label, [(point.x, y) for point in points for found, y in point.values if found == name])
+        for name, label in _SERIES.items()
+    ]
+    recommended = next(row["n_components"] for row in rows if row["recommended"])
+    return SelectionChart(width, height, x_axis, y_axis, series, points, recommended, x_axis.position(recommended))
+
+
+def _shares(row: dict[str, Any]) -> dict[str, float]:
+    """By series; a single component has no silhouette."""
+    values = {
+        "held_out": row["explained_held_out"],
+        "share_back": row["n_come_back"] / row["n_components"],
+        "cosine_halves": row["cosine_halves"],
+        "silhouette": row["silhouette_mean"],
+    }
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,135 @@
+"""How a component's coefficient on an example splits over its positions: shaded texts and heat maps of images.
+
+The table `position_shares` has a row per component, example and position: `share` of the coefficient, and of texts the
+`token` with the characters `start` to `stop` of the example's text where these are known. Shares are shown relative to
+the example's largest; those below zero (a position that pulls against the others) as none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from npeff.query.tables import RunTables
+from npeff.reports.pictures import heat_map
+
+LEVELS = 6
+_STRONGEST = 3
+_FINEST_GRID = 14
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a text, or a token, with its shade from 0 to `LEVELS`."""
+
+    text: str
+    level: int
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How the shares of one example are shown."""
+
+    pieces: list[Piece]
+    as_tokens: bool
+    """The pieces are tokens, not consecutive parts of the example's text."""
+    strongest: list[tuple[str, float]]
+    heat: str | None
+    """A data URI, to lay over the example's image."""
+
+
+class ShareReader:
+    """The shares of some examples for all components; none where the run has no table `position_shares`."""
+
+    def __init__(self, tables: RunTables, examples: Sequence[int]) -> None:
+        self._slices: dict[tuple[int, int], tuple[int, int]] = {}
+        if not tables.has("position_shares"):
+            return
+        table = tables.read("position_shares", None, pc.field("example").isin(list(examples)))
+        keys = [(name, "ascending") for name in ("component", "example", "position")]
+        self._table: pa.Table = table.sort_by(keys).combine_chunks()
+        components, of = self._table["component"].to_numpy(), self._table["example"].to_numpy()
+        changes = (np.diff(components) != 0) | (np.diff(of) != 0)
+        starts = [0, *(np.flatnonzero(changes) + 1).tolist()] if len(of) else []
+        for start, stop in pairwise([*starts, len(of)]):
+            self._slices[int(components[start]), int(of[start])] = (start, stop)
+        self._n_positions = int(self._table["position"].to_numpy().max(initial=-1)) + 1
+
+    def shares(self, component: int, example: int, text: str | None, shape: tuple[int, int] | None) -> Shares | None:
+        """Of one example: for the shades its `text`, for the heat map the (height, width) of its image."""
+        where = self._slices.get((component, example))
+        if where is None:
+            return None
+        rows = self._table.slice(where[0], where[1] - where[0])
+        shares = np.nan_to_num(rows["share"].to_numpy().astype(float))
+        positions = rows["position"].to_numpy()
+        tokens = [
+            f"#{p}" if token is None else token for token, p in zip(rows["token"].to_pylist(), positions, strict=True)
+        ]
+        levels = _levels(shares)
+        order = np.argsort(-shares, kind="stable")[:_STRONGEST]
+        strongest = [(tokens[i], float(shares[i])) for i in order.tolist() if shares[i] > 0]
+        if shape is not None:
+            return Shares([], False, [], _heat(positions, shares, self._n_positions, shape))
+        spans = list(zip(rows["start"].to_pylist(), rows["stop"].to_pylist(), levels, strict=True))
+        pieces = None if text is None else shaded_text(text, spans)
+        if pieces is not None:
+            return Shares(pieces, False, strongest, None)
+        return Shares([Piece(*pair) for pair in zip(tokens, levels, strict=True)], True, strongest, None)
+
+
+def shaded_text(text: str, spans: Sequence[tuple[int | None, int | None, int]]) -> list[Piece] | None:
+    """The whole text, cut where the shade changes; None where no span says which characters it is of."""
+    known = [(start, stop, level) for start, stop, level in spans if start is not None and stop is not None]
+    shades = np.zeros(len(text), np.int64)
+    for start, stop, level in known:
+        if not 0 <= start <= stop <= len(text):
+            return None
+        shades[start:stop] = np.maximum(shades[start:stop], level)
+    if not known or not text:
+        return None
+    cuts = [0, *(np.flatnonzero(np.diff(shades)) + 1).tolist(), len(text)]
+    return [Piece(text[a:b], int(shades[a])) for a, b in pairwise(cuts)]
+
+
+def _levels(shares: NDArray[np.float64]) -> list[int]:
+    largest = shares.max(initial=0.0)
+    if largest <= 0:
+        return [0] * len(shares)
+    return np.rint(LEVELS * np.clip(shares / largest, 0, 1)).astype(int).tolist()
+
+
+def _heat(
+    positions: NDArray[np.int64], shares: NDArray[np.float64], n_positions: int, shape: tuple[int, int]
+) -> str | None:
+    """Positions are the pixels of the image, or a square grid over it, perhaps after one that is no place in it."""
+    height, width = shape
+    side = math.isqrt(n_positions)
+    skipped = 0
+    if n_positions != height * width:
+        height = width = side
+        if side * side != n_positions:
+            height = width = math.isqrt(n_positions - 1)
+            skipped = 1
+            if height * width != n_positions - 1 or height < 2:
+                return None
+    grid = np.zeros(height * width)
+    places = positions - skipped
+    grid[places[places >= 0]] = shares[places >= 0]
+    return heat_map(_coarser(grid.reshape(height, width)))
+
+
+def _coarser(grid_HW: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sums over blocks, so that no side has more than 14: finer is not seen, and takes much room."""
+    for axis in (0, 1):
+        step = math.ceil(grid_HW.shape[axis] / _FINEST_GRID)
+        if step > 1:
+            grid_HW = np.add.reduceat(grid_HW, np.arange(0, grid_HW.shape[axis], step), axis=axis)
+    return grid_HW

@@ -1,0 +1,241 @@
+"""`RunDirectory`: where a run's files are, what made them, and how far each stage has come.
+
+A stage is *missing* (nothing of it is there), *partial* (some is) or *complete*: complete means that its record
+``stages/<stage>.json`` exists, which is written last, by rename, after everything it speaks of. A crash before that
+leaves the stage partial, and the same command goes on from what is there. A run may be on an object store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from npeff.runs.config import RunConfig
+from npeff.runs.config_reading import ConfigError
+from npeff.runs.errors import RunDirectoryError
+from npeff.runs.lock import LEASE, run_lock
+from npeff.runs.provenance import provenance
+from npeff.storage.atomic import is_committed, write_file_atomically
+from npeff.storage.errors import StoreError
+from npeff.storage.location import is_remote, location
+
+
+class StageState(StrEnum):
+    MISSING = "missing"
+    PARTIAL = "partial"
+    COMPLETE = "complete"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The folder of one run. Opening reads only; `create` makes the folder and its ``run.yaml``."""
+
+    path: Path
+    config: RunConfig
+
+    @classmethod
+    def create(cls, config: RunConfig) -> RunDirectory:
+        """Make the run's folder, or take up an existing one that holds the same configuration.
+
+        ``executor``, ``selection``, ``repair``, ``report``, ``run_dir``, and of ``lift`` the components and the
+        memory limit, may differ from the stored configuration (no other stage's result depends on them),
+        ``factorization.n_components`` as long as nothing is factorized (`npeff select` may have found a better one),
+        and ``factorization.max_iterations`` may be larger, which ``run.yaml`` then says. Any other difference is
+        refused, and nothing is written.
+
+        Raises:
+            RunDirectoryError: the folder holds another run, is not a run's folder, or cannot be written.
+        """
+        path = _absolute(config.run_dir)
+        stored = path / "run.yaml"
+        try:
+            if stored.exists():
+                different = config.differences(_stored_config(stored))
+                another_number = different == ["factorization.n_components"]
+                if different and not (another_number and not cls(path, config)._has_factorization()):
+                    harmless = "" if cls(path, config)._has_results() else " (it has no results yet)"
+                    raise RunDirectoryError(
+                        f"{path} holds a run with another configuration (it differs in {', '.join(different)}): "
+                        f"choose another run_dir, or delete that folder{harmless} to start over"
+                    )
+            elif path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+                raise RunDirectoryError(f"{path} is not empty and holds no run.yaml: choose another run_dir")
+            if not is_remote(path):
+                path.mkdir(parents=True, exist_ok=True)
+                if not os.access(path, os.W_OK | os.X_OK):
+                    raise RunDirectoryError(
+                        f"cannot write to {path} (permission denied): mend this or choose another run_dir"
+                    )
+            run = cls(path, config)
+            if not stored.exists() or _stored_config(stored).factorization != config.factorization:
+                run._write("run.yaml", config.to_yaml())
+            if not (path / "provenance.json").exists():
+                run._write("provenance.json", json.dumps(provenance(config), indent=2))
+        except OSError as error:
+            raise RunDirectoryError(
+                f"cannot write to {path} ({error.strerror}): mend this or choose another run_dir"
+            ) from None
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDirectory:
+        """An existing run, with the configuration that it was made with.
+
+        Raises:
+            RunDirectoryError: there is no run there.
+        """
+        path = _absolute(path)
+        if not (path / "run.yaml").exists():
+            wrong = "it is a file: give" if path.is_file() else "it has no run.yaml: give a run file, or"
+            raise RunDirectoryError(f"no run in {path} ({wrong} the directory of an `npeff run`)")
+        config = _stored_config(path / "run.yaml")
+        return cls(path, config.model_copy(update={"run_dir": str(path)}))
+
+    @property
+    def fishers(self) -> Path:
+        return self.path / "fishers.zarr"
+
+    @property
+    def diagonal_fisher(self) -> Path:
+        return self.path / "diagonal_fisher.safetensors"
+
+    @property
+    def shard_records(self) -> Path:
+        return self.path / "shards"
+
+    @property
+    def factorization(self) -> Path:
+        return self.path / "factorization.zarr"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def directions(self) -> Path:
+        return self.path / "directions.zarr"
+
+    @property
+    def tables(self) -> Path:
+        return self.path / "tables"
+
+    def table(self, name: str) -> Path:
+        return self.tables / f"{name}.parquet"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report" / "index.html"
+
+    @property
+    def repaired(self) -> Path:
+        """The edited model, and what was done to it."""
+        return self.path / "repair"
+
+    @property
+    def task_cache(self) -> Path:
+        """Where the task keeps what it prepares once: a trained model, tokenized text."""
+        return self.path / "task"
+
+    def partial_results(self, stage: str) -> Path:
+        """Results of a stage's finished units, which it goes on from after a crash; they stay when it is complete."""
+        return self.path / "partial" / stage
+
+    @property
+    def worker_lease(self) -> Path | None:
+        """Every worker process holds a shared lock on this file while it lives.
+
+        There is no such thing on an object store. Workers that outlive a killed command do no harm there: a shard's
+        content is the same whoever computes it, and its first record stands; a checkpoint's folder is of one attempt.
+        They end with the command's Ray long before its lock, which nobody renews, can be taken over.
+        """
+        return None if is_remote(self.path) else self.path / LEASE
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Hold the run for this process: see `npeff.runs.lock.run_lock`.
+
+        Raises:
+            RunDirectoryError: another process is working on this run, workers of an earlier one do not end, or the
+                folder is gone or cannot be written.
+        """
+        return run_lock(self.path)
+
+    def record(self, stage: str) -> dict[str, Any] | None:
+        """What a complete stage said of itself; None before that.
+
+        Raises:
+            RunDirectoryError: the record is damaged.
+        """
+        path = self.path / "stages" / f"{stage}.json"
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            record = None
+        if not isinstance(record, dict) or record.get("stage") != stage:
+            raise RunDirectoryError(f"{path} is damaged: delete it and run `npeff {stage} {self.path}` again")
+        return record
+
+    def reopen(self, stage: str) -> None:
+        """A complete stage is partial again, as something that it goes on from is being made anew."""
+        (self.path / "stages" / f"{stage}.json").unlink(missing_ok=True)
+
+    def complete(self, stage: str, summary: dict[str, Any]) -> dict[str, Any]:
+        """Declare a stage complete; call it after everything else of the stage is on disk."""
+        summary = {"stage": stage, **summary, "completed_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        self._write(f"stages/{stage}.json", json.dumps(summary, indent=2))
+        return summary
+
+    def state(self, stage: str, outputs: tuple[Path, ...]) -> StageState:
+        """How far ``stage`` has come, given the places it writes to."""
+        if self.record(stage) is not None:
+            return StageState.COMPLETE
+        begun = any(path.is_file() or (path.is_dir() and any(path.iterdir())) for path in outputs)
+        return StageState.PARTIAL if begun else StageState.MISSING
+
+    def _has_results(self) -> bool:
+        return is_committed(self.fishers) or (self.path / "stages").exists()
+
+    def _has_factorization(self) -> bool:
+        begun = self.checkpoints.exists() or is_committed(self.factorization)
+        return begun or self.record("factorize") is not None
+
+    def _write(self, name: str, text: str) -> None:
+        target = self.path / name
+        if is_remote(target):
+            write_file_atomically(target, lambda stream: stream.write(text.encode()))
+            return
+        temporary = target.with_name(f".{target.name}.partial")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except OSError as error:
+            with suppress(OSError):  # the first error is the one to report
+                temporary.unlink(missing_ok=True)
+            raise RunDirectoryError(
+                f"cannot write {target} ({error.strerror}): mend this and run the same command again"
+            ) from None
+
+
+def _absolute(run_dir: str | Path) -> Path:
+    try:
+        return location(run_dir).expanduser().absolute()
+    except StoreError as error:
+        raise RunDirectoryError(f"run_dir: {error}") from None
+
+
+def _stored_config(path: Path) -> RunConfig:
+    try:
+        return RunConfig.from_yaml(path)
+    except ConfigError as error:
+        raise RunDirectoryError(f"the run's own configuration is damaged: {error}; restore it from a copy") from None

@@ -1,0 +1,105 @@
+"""One process per run at a time, on a disk or in a bucket."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from npeff.runs.errors import RunDirectoryError
+from npeff.storage.location import is_remote
+
+_WORKERS_END_S = 60.0
+"""Longest wait for the workers of an earlier command to end."""
+
+LEASE = ".workers"
+"""File that every worker of a run holds a shared lock of, as long as it lives."""
+
+_held: set[Path] = set()
+"""Runs that this process holds the lock of."""
+
+
+@contextmanager
+def run_lock(path: Path) -> Iterator[None]:
+    """Hold the run for this process; the kernel lets go when the process ends, however it ends. On an object store
+    `npeff.storage.object_lock` does, after a minute.
+
+    A stage may lock the run that the whole pipeline holds already. Workers of a command that was killed outlive it
+    by seconds and may be writing: this waits for their end.
+
+    Raises:
+        RunDirectoryError: another process is working on this run, workers of an earlier one do not end, or the
+            folder is gone or cannot be written.
+    """
+    if path in _held:
+        yield
+        return
+    with _remote_lock(path) if is_remote(path) else _local_lock(path):
+        _held.add(path)
+        try:
+            yield
+        finally:
+            _held.remove(path)
+
+
+@contextmanager
+def _remote_lock(path: Path) -> Iterator[None]:
+    from npeff.storage.object_lock import HeldError, object_lock
+    from npeff.storage.objects import abort_uploads
+    from npeff.storage.s3 import LOCK
+
+    try:
+        with object_lock(path / LOCK, _owner()):
+            abort_uploads(path)
+            yield
+    except HeldError as error:
+        raise _in_use(path, str(error)) from None
+
+
+@contextmanager
+def _local_lock(path: Path) -> Iterator[None]:
+    try:
+        file = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  (closed below)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"cannot write to {path} ({error.strerror}): mend this or choose another run_dir"
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise _in_use(path, file.read().strip() or "starting") from None
+        file.truncate(0)
+        file.write(_owner())
+        file.flush()
+        _wait_for_former_workers(path)
+        yield
+
+
+def _wait_for_former_workers(path: Path) -> None:
+    deadline = time.monotonic() + _WORKERS_END_S
+    with open(path / LEASE, "a", encoding="utf-8") as lease:
+        while True:
+            try:
+                fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise RunDirectoryError(
+                        f"workers of an earlier command are still alive and may write to {path}: end them "
+                        "(their processes are called ray::_Worker) and run the same command again"
+                    ) from None
+                time.sleep(0.05)
+
+
+def _in_use(path: Path, by: str) -> RunDirectoryError:
+    return RunDirectoryError(f"{path} is in use by another run ({by}): wait for it, stop it, or choose another run_dir")
+
+
+def _owner() -> str:
+    return f"process {os.getpid()} on {platform.node()}"

@@ -1,0 +1,95 @@
+"""A part of a run directory that can be verified by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from npeff.runs.directory import RunDirectory
+from npeff.runs.errors import RunDirectoryError
+from npeff.runs.stage import finished, record_as_sealed, unit_checksums, unit_files
+from npeff.storage.atomic import remove_directory
+from npeff.storage.errors import StoreError
+from npeff.storage.location import location
+from npeff.storage.zarr_groups import METADATA
+from npeff.store.tables import read_table
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that is verified by itself."""
+
+    what: str
+    where: Path
+    verify: Callable[[], object]
+    """Raises StoreError or RunDirectoryError where it is damaged."""
+    deleted: tuple[Path, ...] = ()
+    """What is deleted to have a stage make it again; it, and records of it."""
+    mendable: bool = True
+    remedy: str = ""
+    """Where it cannot be made again."""
+    says_all: bool = False
+    """The error's line is shown whole; of others only what is wrong, as what to do is shown beside it."""
+
+
+def delete(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        remove_directory(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def has_record(run: RunDirectory, stage: str) -> bool:
+    """Whether a stage was complete, even where its record cannot be read."""
+    return record_path_of(run, stage).exists()
+
+
+def metadata_parts(group: Path, error: StoreError, record: Path) -> Iterator[Part]:
+    """Of a store that cannot be opened: its damaged ``zarr.json``. What is stored in it is verified once it is back."""
+    named = location(str(error).partition(" is damaged")[0])
+    files = (named,) if named.name == METADATA and group in named.parents else ()
+
+    def verify() -> None:
+        raise error
+
+    yield Part(f"metadata of {group.name}", named, verify, (*files, record), mendable=bool(files), remedy=str(error))
+
+
+def unit_parts(run: RunDirectory, stage: str, what: str) -> Iterator[Part]:
+    for component in finished_components(run, stage):
+        files = unit_files(run, stage, component)
+        verify, deleted = partial(_verify_unit, run, stage, component), (*files.values(), record_path_of(run, stage))
+        yield Part(f"{what} of component {component}", deleted[0], verify, deleted)
+
+
+def _verify_unit(run: RunDirectory, stage: str, component: int) -> None:
+    for name, path in unit_files(run, stage, component).items():
+        read_table(path, name)
+    record = run.record(stage) if has_intact_record(run, stage) else None
+    for name, found in unit_checksums(run, stage, [component]).items():
+        if record is not None and found != record.get("units", {}).get(name, found):
+            raise StoreError(f"what {stage} left of component {component} does not match its checksum")
+
+
+def finished_components(run: RunDirectory, stage: str) -> list[int]:
+    """Components that a stage has finished, by what it left of them and by its record."""
+    record = run.record(stage) if has_intact_record(run, stage) else None
+    return sorted({*finished(run.partial_results(stage)), *(record or {}).get("components", ())})
+
+
+def missing(path: Path) -> None:
+    raise StoreError(f"{path} is missing")
+
+
+def record_path_of(run: RunDirectory, stage: str) -> Path:
+    return run.path / "stages" / f"{stage}.json"
+
+
+def has_intact_record(run: RunDirectory, stage: str) -> bool:
+    try:
+        return record_as_sealed(run, stage) is not None
+    except RunDirectoryError:
+        return False

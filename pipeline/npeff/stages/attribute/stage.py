@@ -1,0 +1,58 @@
+"""Beside verification: where in its top examples each direction acts."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from npeff.execution.executor import Executor
+from npeff.runs.directory import RunDirectory
+from npeff.runs.progress import ProgressDisplay, SilentProgress
+from npeff.runs.stage import Summary, finished, forget_other_requests, open_stage, unit_checksums
+from npeff.stages.attribute.worker import AttributionPaths, AttributionWorker
+from npeff.stages.inputs import fingerprint_of, lifted_components
+from npeff.stages.worker_specs import executor_for, label_spec, model_spec, worker_spec
+from npeff.store.tables import SCHEMAS, read_table, write_table
+
+_TABLE = "position_shares"
+
+
+def attribute(
+    run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None
+) -> Summary:
+    """Split the evidence of the components' top examples over their tokens, where the task can name them."""
+    with open_stage(run, "attribute", after="lift") as stage:
+        components, count = lifted_components(run), run.config.report.top_examples
+        if stage.done and stage.done["top_examples"] == count and stage.done["components"] == components:
+            return stage.done
+        progress, results = progress or SilentProgress(), run.partial_results("attribute")
+        forget_other_requests(results, f"{count} top examples")
+        top = read_table(run.table("top_examples"), "top_examples").select(["component", "rank", "example"])
+        examples: dict[int, list[int]] = {component: [] for component in components}
+        for row in top.to_pylist():
+            if row["rank"] < count and row["component"] in examples:
+                examples[row["component"]].append(row["example"])
+        worker = worker_spec(
+            run,
+            AttributionWorker,
+            model=model_spec(run, fingerprint_of(run)),
+            labels=label_spec(run.config),
+            paths=AttributionPaths(run.directions, results),
+            examples=examples,
+        )
+        done = finished(results)
+        missing = [component for component in components if component not in done]
+        with (
+            progress.stage("attribute", len(components), "components", done=len(components) - len(missing)) as tick,
+            executor_for(run, executor) as workers,
+        ):
+            n_done = len(components) - len(missing)
+            for _ in workers.map(worker, "attribute", missing, keep_going=True):
+                n_done += 1
+                tick(n_done)
+        files = finished(results)
+        table = pa.concat_tables(
+            [SCHEMAS[_TABLE].empty_table(), *(read_table(files[component], _TABLE) for component in components)]
+        )
+        write_table(run.table(_TABLE), _TABLE, table)
+        units = unit_checksums(run, "attribute", components)
+        return stage.complete({"top_examples": count, "components": components, "n_rows": len(table), "units": units})

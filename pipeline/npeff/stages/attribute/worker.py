@@ -1,0 +1,82 @@
+"""Attribution on a worker: at which positions of a component's top examples its direction acts.
+
+One task is a component. An example is a batch of its own, so that its positions are those of the layers' outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from npeff.gradients import GradientCollector, LabelSpec, position_shares
+from npeff.models.loaded import ModelSpec
+from npeff.store.direction_store import DirectionStore
+from npeff.store.tables import SCHEMAS, write_table
+from npeff.tasks import Token
+
+_TABLE = "position_shares"
+
+
+@dataclass(frozen=True)
+class AttributionPaths:
+    directions: Path
+    results: Path
+    """Folder of one Parquet file per finished component."""
+
+
+class AttributionWorker:
+    """Splits the evidence of components' top examples over positions, one component a call.
+
+    Args:
+        examples: numbers of each component's examples.
+    """
+
+    def __init__(
+        self, model: ModelSpec, labels: LabelSpec, paths: AttributionPaths, examples: Mapping[int, Sequence[int]]
+    ) -> None:
+        self._loaded = model.load()
+        self._collector = GradientCollector(self._loaded.model, self._loaded.logits, self._loaded.layout, labels)
+        self._directions, self._paths, self._examples = DirectionStore.open(paths.directions), paths, examples
+
+    def attribute(self, component: int) -> int:
+        """Leave the component's rows of the table `position_shares` in a file, and say how many they are."""
+        examples = list(self._examples[component])
+        tokens = self._loaded.tokens(examples) if examples else None
+        rows: list[dict[str, Any]] = []
+        if tokens is not None:
+            stored = self._directions.read(component)
+            device = self._loaded.device
+            directions = {name: torch.from_numpy(values)[None].to(device) for name, values in stored.items()}
+            for example, row in zip(examples, tokens, strict=True):
+                rows += self._rows(component, example, row, directions)
+        columns = {name: [row[name] for row in rows] for name in SCHEMAS[_TABLE].names}
+        write_table(self._paths.results / f"{component:05d}.parquet", _TABLE, columns)
+        return len(rows)
+
+    def _rows(
+        self, component: int, example: int, tokens: Sequence[Token], directions: Mapping[str, torch.Tensor]
+    ) -> list[dict[str, Any]]:
+        batch = self._loaded.batch([example])
+        targets = self._loaded.targets(batch, [example])
+        found = position_shares(self._collector, batch, directions, (len(tokens),), [example], targets)
+        evidence = float(found.evidence_kB[0, 0])
+        if not (np.isfinite(evidence) and evidence > 0):
+            return []
+        shares_T = (found.shares_kBT[0, 0] / evidence).tolist()
+        return [
+            {
+                "component": component,
+                "example": example,
+                "position": position,
+                "start": token.start,
+                "stop": token.stop,
+                "token": token.text,
+                "share": share,
+            }
+            for position, (token, share) in enumerate(zip(tokens, shares_T, strict=True))
+        ]

@@ -1,0 +1,92 @@
+"""The solver's history while it is made, for those who watch: JSON lines, or TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from npeff.runs.config_reading import ConfigError
+from npeff.storage.location import is_remote
+from npeff.storage.objects import download_files, files, upload_files
+
+Metrics = Callable[[dict[str, Any]], None]
+"""Is given each new row of the history. An iteration that comes again, after a crash, replaces what came after it."""
+
+
+def metrics_writer(folder: Path, kind: Literal["none", "jsonl", "tensorboard"]) -> Metrics:
+    """What the run file's ``factorization.metrics`` asks for.
+
+    Raises:
+        ConfigError: TensorBoard is not installed.
+    """
+    if kind == "none":
+        return lambda _: None
+    if is_remote(folder):
+        return _Uploaded(folder, kind)
+    return _JsonLines(folder / "factorize.jsonl") if kind == "jsonl" else _TensorBoard(folder)
+
+
+class _Uploaded:
+    """Written on this machine, and uploaded after every row: an object cannot be appended to."""
+
+    def __init__(self, folder: Path, kind: Literal["jsonl", "tensorboard"]) -> None:
+        self._folder, self._local = folder, tempfile.TemporaryDirectory(prefix="npeff-")
+        local = Path(self._local.name)
+        download_files(folder, local, list(files(folder)))
+        self._stamps = _stamps(local)
+        self._write = metrics_writer(local, kind)
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        self._write(row)
+        stamps = _stamps(Path(self._local.name))
+        changed = [name for name, stamp in stamps.items() if self._stamps.get(name) != stamp]
+        upload_files(Path(self._local.name), self._folder, changed)
+        self._stamps = stamps
+
+
+def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    return {file.name: (file.stat().st_size, file.stat().st_mtime_ns) for file in folder.iterdir()}
+
+
+class _JsonLines:
+    def __init__(self, path: Path) -> None:
+        self._path, self._last = path, float("inf")
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        if row["iteration"] <= self._last:
+            self._rewind(row["iteration"])
+        self._last = row["iteration"]
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _rewind(self, iteration: int) -> None:
+        """Keep the lines of earlier iterations; a line that a crash cut short is none."""
+        self._path.parent.mkdir(exist_ok=True)
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True) if self._path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] < iteration]
+        self._path.write_text("".join(kept), encoding="utf-8")
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError(
+                "factorization.metrics: tensorboard needs TensorBoard: pip install tensorboard, or choose jsonl"
+            ) from None
+        self._make = lambda iteration: SummaryWriter(str(folder), purge_step=iteration)
+        self._writer: Any = None
+        self._last = float("inf")
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        if row["iteration"] <= self._last:
+            self._writer = self._make(row["iteration"])
+        self._last = row["iteration"]
+        for name, value in row.items():
+            if name != "iteration":
+                self._writer.add_scalar(f"factorize/{name}", float(value), row["iteration"])
+        self._writer.flush()

@@ -1,0 +1,48 @@
+"""What `check` verifies of a factorization and its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from npeff.runs.directory import RunDirectory
+from npeff.runs.part import Part, has_intact_record
+from npeff.storage.atomic import is_committed
+from npeff.storage.errors import StoreError
+from npeff.store.checkpoint import CheckpointStore
+from npeff.store.component_store import open_factorization
+
+
+def checkpoint_parts(run: RunDirectory) -> Iterator[Part]:
+    if not (has_intact_record(run, "fishers") and (fishers := run.record("fishers"))):
+        return
+    config_hash = run.config.factorization_signature() + fishers["signature"]
+    store = CheckpointStore(run.checkpoints, config_hash=config_hash)
+    for iteration, path in store.committed():
+        yield Part(f"checkpoint {iteration}", path, partial(store.verify, path), (path,))
+
+
+def factorization_parts(run: RunDirectory) -> Iterator[Part]:
+    if is_committed(run.factorization):
+        yield Part("factorization", run.factorization, partial(_verify_factorization, run), (run.factorization,))
+
+
+def _verify_factorization(run: RunDirectory) -> None:
+    stored = open_factorization(run.factorization)
+    stored.read_components()
+    stored.read_coefficients()
+    stored.read_columns()
+    record = run.record("factorize") if has_intact_record(run, "factorize") else None
+    if record is not None and record.get("checksums", stored.attrs["checksums"]) != stored.attrs["checksums"]:
+        raise StoreError(f"{run.factorization} is not the one that its stage wrote")
+
+
+def transformed_from(run: RunDirectory) -> str | None:
+    """The run whose components this one has, where they were not fitted; None where nothing says so."""
+    record = run.record("factorize") if has_intact_record(run, "factorize") else None
+    if record is None:
+        try:
+            record = open_factorization(run.factorization).attrs
+        except StoreError:
+            return None
+    return record.get("transformed_from")

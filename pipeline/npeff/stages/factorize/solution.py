@@ -1,0 +1,62 @@
+"""What the stage `factorize` leaves of a solution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npeff.runs.directory import RunDirectory
+from npeff.runs.stage import Summary, outputs_of
+from npeff.stages.factorize.tables import write_component_tables
+from npeff.storage.atomic import remove_directory
+from npeff.storage.errors import StoreError
+from npeff.store.coefficient_rows import Coefficients
+from npeff.store.component_store import factorization_checksums, open_factorization, write_factorization
+from npeff.store.tables import rows_to_columns, write_table
+
+_AFTER = ("lift", "verify", "attribute", "repair")
+"""Stages that go on from the components."""
+
+
+def write_solution(
+    run: RunDirectory,
+    components_KD: NDArray[np.float64],
+    coefficients_NK: Coefficients,
+    history: list[dict[str, Any]],
+    summary: Summary,
+    stability_K: np.ndarray | None = None,
+    columns_D: np.ndarray | None = None,
+) -> Summary:
+    """Components and coefficients on disk, and their tables; what the stage's record is to say of them.
+
+    What followed from former components is taken away, unless these are the same, made again because a file of them
+    was damaged.
+    """
+    checksums = factorization_checksums(components_KD, coefficients_NK, columns_D)
+    if _former_checksums(run) == checksums:
+        run.reopen("lift")  # which adds to the table of components; its directions stay
+    else:
+        for stage in ("factorize", *_AFTER):
+            run.reopen(stage)
+            remove_directory(run.partial_results(stage))
+        for stage in _AFTER:
+            for table in (output for output in outputs_of(run, stage) if output.suffix == ".parquet"):
+                table.unlink(missing_ok=True)  # or the report would show them beside the new components
+        for folder in (run.directions, run.repaired):
+            remove_directory(folder)
+    write_factorization(run.factorization, components_KD, coefficients_NK, summary, columns_D)
+    write_component_tables(run, components_KD, coefficients_NK, stability_K)
+    write_table(run.table("history"), "history", rows_to_columns(history, "history"))
+    return {"checksums": checksums}
+
+
+def _former_checksums(run: RunDirectory) -> dict[str, str] | None:
+    """Of the components that the later stages went on from, as far as that is known."""
+    try:
+        checksums: dict[str, str] = open_factorization(run.factorization).attrs["checksums"]
+        return checksums
+    except StoreError:  # it is gone, or damaged
+        record = run.record("factorize")
+        return None if record is None else record.get("checksums")

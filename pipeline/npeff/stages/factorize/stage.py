@@ -1,0 +1,127 @@
+"""Stage 2: the Fishers into components and coefficients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from npeff.execution.executor import Executor
+from npeff.factorization import InvalidProblemError, SolverOptions, near_duplicates
+from npeff.runs.directory import RunDirectory
+from npeff.runs.progress import ProgressDisplay, SilentProgress
+from npeff.runs.stage import Summary, open_stage, record_of
+from npeff.stages.factorize.diagonal_worker import DiagonalSolverWorker
+from npeff.stages.factorize.driver import SolverRun, run_solver
+from npeff.stages.factorize.live_history import metrics_writer
+from npeff.stages.factorize.solution import write_solution
+from npeff.stages.factorize.worker import Origin, SolverWorker
+from npeff.stages.fits.stability import component_stability
+from npeff.stages.inputs import checksums_of, components_of, count_fit_examples, validate_problem
+from npeff.stages.worker_specs import device_of, executor_for, fitted_examples, worker_spec
+from npeff.store.checkpoint import CheckpointStore
+from npeff.store.coefficient_rows import StackedRows
+
+
+def factorize(
+    run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None
+) -> Summary:
+    """Fit non-negative coefficients and components to the stored Fishers."""
+    with open_stage(run, "factorize", after="fishers") as stage:
+        if stage.done:
+            return stage.done
+        progress, config, wanted = progress or SilentProgress(), run.config, run.config.factorization
+        fishers, checksums, n_fit = record_of(run, "fishers"), checksums_of(run), count_fit_examples(run)
+        diagonal = wanted.kind != "fishers"
+        validate_problem(config, n_fit, fishers["rank"])
+        origin, metrics = _origin(run), metrics_writer(run.path / "metrics", wanted.metrics)
+        limit = wanted.memory_limit_mb * 2**20
+        worker = worker_spec(
+            run,
+            DiagonalSolverWorker if diagonal else SolverWorker,
+            **({"kind": wanted.kind} if diagonal else {"origin": origin, "memory_limit_bytes": limit}),
+            examples=fitted_examples(run),
+            options=SolverOptions(
+                n_components=wanted.n_components,
+                max_iterations=wanted.max_iterations,
+                tolerance=wanted.tolerance,
+                n_starts=wanted.n_starts,
+                subsample=wanted.subsample,
+                seed=config.seed,
+                l1=wanted.l1,
+                orthogonality=wanted.orthogonality,
+                n_frozen=len(origin.components_KD) if origin is not None and origin.frozen else 0,
+            ),
+            device=device_of(config),
+            timeout_s=config.executor.timeout_s,
+        )
+        config_hash = config.factorization_signature() + fishers["signature"]
+        with executor_for(run, executor) as workers:
+            with progress.stage("factorize", wanted.max_iterations, "steps") as tick:
+
+                def on_iteration(row: dict[str, Any]) -> None:
+                    metrics(row)
+                    numbers = {"loss": row["loss"], "explained": row["explained"]}
+                    tick(row["iteration"], f"explained {row['explained']:.4f}", numbers=numbers)
+
+                solved = run_solver(
+                    workers,
+                    worker,
+                    CheckpointStore(run.checkpoints, config_hash=config_hash),
+                    checksums,
+                    checkpoint_every=wanted.checkpoint_every,
+                    on_iteration=on_iteration,
+                    on_event=progress.say,
+                )
+                tick(solved.history[-1]["iteration"], solved.stopped, last=True)
+            stability_K = component_stability(run, workers, solved.results[0].components_KD, progress)
+        summary = _write_solution(run, solved, n_fit, stability_K)
+        progress.say(
+            f"explained {summary['explained']:.4f} of the fitted {'diagonal ' if diagonal else ''}Fishers"
+            + (f", {summary['explained_held_out']:.4f} of the held-out ones" if summary["explained_held_out"] else "")
+            + f" ({solved.stopped} after {summary['n_iter']} steps)"
+        )
+        return stage.complete(summary)
+
+
+def _origin(run: RunDirectory) -> Origin | None:
+    """The components of another run that this one starts from or expands.
+
+    Raises:
+        RunDirectoryError: they are of another space.
+        InvalidProblemError: their number does not fit.
+    """
+    wanted = run.config.factorization
+    if (other := wanted.start_from or wanted.expand) is None:
+        return None
+    components_KD = components_of(run, other)
+    if wanted.start_from is not None and len(components_KD) != wanted.n_components:
+        raise InvalidProblemError(
+            f"{other} has {len(components_KD)} components: set factorization.n_components to that, or use "
+            "factorization.expand to add some"
+        )
+    return Origin(components_KD, frozen=wanted.expand is not None)
+
+
+def _write_solution(run: RunDirectory, solved: SolverRun, n_fit: int, stability_K: np.ndarray | None) -> Summary:
+    """Everything that the solver's workers found, on disk; what is worth saying of it."""
+    result = solved.results[0]
+    coefficients = {shard: rows for part in solved.results for shard, rows in part.coefficients.items()}
+    coefficients_NK = StackedRows([coefficients[shard] for shard in sorted(coefficients)])
+    summary = {
+        "n_components": len(result.components_KD),
+        "factorized": run.config.factorization.kind,
+        "loss": result.loss,
+        "objective": result.objective,
+        "explained": result.explained,
+        "explained_held_out": result.explained_held_out,
+        "n_iter": solved.history[-1]["iteration"],
+        "stopped": solved.stopped,
+        "n_fit": n_fit,
+        "median_stability": None if stability_K is None else float(np.median(stability_K)),
+        "near_duplicates": near_duplicates(torch.tensor(result.components_KD)),
+    }
+    return summary | write_solution(
+        run, result.components_KD, coefficients_NK, solved.history, summary, stability_K, result.columns_D
+    )

@@ -1,0 +1,102 @@
+"""A worker's factors out of the store: kept in memory where they fit, read again in every pass where they do not.
+
+Small shards are read several at a time, as many as make a full block of factor rows.
+
+Shapes: N examples, R rank, D sketch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from npeff.factorization import BLOCK_ROWS, FactorsInMemory, FactorSource, StreamedFactors
+from npeff.store.fisher_store import FisherStore, StoreDtype
+
+_PRECISIONS: dict[StoreDtype, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+
+
+@dataclass(frozen=True)
+class ShardRows:
+    """Some of the examples of a stored shard."""
+
+    shard: int
+    checksum: str
+    rows: NDArray[np.int64]
+    """Ascending, counted from the shard's first example."""
+
+
+def stored_factors(
+    store: FisherStore, shards: Sequence[ShardRows], device: torch.device, memory_limit_bytes: int
+) -> FactorSource:
+    """The factors of these examples, in the order of the shards; what is read first is verified by its checksum.
+
+    Whether they stay in memory, and how, is decided by `kept_precision`.
+
+    Raises:
+        StoreError: a shard is missing or damaged; later, too, where factors are read again.
+    """
+    n_numbers = sum(len(shard.rows) for shard in shards) * store.rank * store.dim
+    parts = _parts(shards, store.rank, BLOCK_ROWS[device.type])
+    reader = _Reader(store, parts, device)
+    kept = kept_precision(n_numbers, store.store_dtype, device.type, memory_limit_bytes)
+    if kept is None:
+        sizes = [sum(len(shard.rows) for shard in part) for part in parts]
+        dtype = _PRECISIONS[store.store_dtype]
+        return StreamedFactors(sizes, reader.read, rank=store.rank, dim=store.dim, dtype=dtype, device=device)
+    empty = torch.empty(0, store.rank, store.dim, dtype=kept, device=device)
+    return FactorsInMemory([empty, *(reader.read(part).to(kept) for part in range(len(parts)))])
+
+
+def kept_precision(
+    n_numbers: int, store_dtype: StoreDtype, device_type: str, memory_limit_bytes: int
+) -> torch.dtype | None:
+    """How a worker keeps so many numbers: float32 where the limit allows it, else as they are stored, else not at all.
+
+    What a CPU makes of them is the same. A GPU keeps the precision of the store, which it multiplies faster.
+    """
+    stored = _PRECISIONS[store_dtype]
+    if n_numbers * stored.itemsize > memory_limit_bytes:
+        return None
+    return torch.float32 if device_type == "cpu" and n_numbers * 4 <= memory_limit_bytes else stored
+
+
+class _Reader:
+    def __init__(self, store: FisherStore, parts: Sequence[Sequence[ShardRows]], device: torch.device) -> None:
+        self._store, self._parts, self._device = store, parts, device
+        self._verified: set[int] = set()
+
+    def read(self, part: int) -> Tensor:
+        arrays = [self._read_shard(shard) for shard in self._parts[part]]
+        factors_NRD = torch.from_numpy(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
+        if self._store.store_dtype == "bfloat16":
+            factors_NRD = factors_NRD.view(torch.bfloat16)
+        return factors_NRD.to(self._device)
+
+    def _read_shard(self, wanted: ShardRows) -> NDArray[np.generic]:
+        checksum = None if wanted.shard in self._verified else wanted.checksum
+        factors_NRD = self._store.read_factors(wanted.shard, checksum)
+        self._verified.add(wanted.shard)
+        return factors_NRD if len(wanted.rows) == len(factors_NRD) else factors_NRD[wanted.rows]
+
+
+def _parts(shards: Sequence[ShardRows], rank: int, block_rows: int) -> list[list[ShardRows]]:
+    """The shards in order, cut into runs of as many as it takes for a block of factor rows."""
+    parts: list[list[ShardRows]] = []
+    rows = block_rows
+    for shard in shards:
+        if rows >= block_rows:
+            parts.append([])
+            rows = 0
+        parts[-1].append(shard)
+        rows += len(shard.rows) * rank
+    return parts

@@ -1,0 +1,134 @@
+"""What a run would take, from a short trial on one worker, before anything is spent and with nothing left behind."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from npeff.execution.create import make_executor
+from npeff.execution.executor import WorkerSpec
+from npeff.runs.config import RunConfig
+from npeff.stages.factorize.stored_factors import kept_precision
+from npeff.stages.fishers.trial import Trial, TrialWorker
+from npeff.stages.worker_specs import device_of, inspection_of, label_spec, model_of
+from npeff.store.fisher_store import fisher_store_bytes
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Time in seconds and sizes in bytes; of the Fisher stage unless it says otherwise."""
+
+    trial: Trial
+    workers: int
+    start_up_seconds: float
+    """Until the first shard is begun: starting a worker, preparing the task and looking at it."""
+    seconds: float
+    """Until the last shard is written."""
+    store_bytes: int
+    solver_bytes: int
+    """Of Fishers in the memory of each of the solver's workers; 0 where they are read in every pass instead."""
+    direction_bytes: int
+    """Of the lifted directions on disk."""
+
+
+def estimate(config: RunConfig) -> Estimate:
+    """Prepare and load the task on one worker in a temporary folder, try a few batches, and work the rest out.
+
+    Raises what the Fisher stage would raise before its first shard.
+    """
+    wanted, began = config.fishers, time.monotonic()
+    spec = WorkerSpec(TrialWorker, {"model": model_of(config, Path(), None), "labels": label_spec(config)})
+    store = {
+        "shard_size": wanted.shard_size,
+        "store_dtype": wanted.store_dtype,
+        "top_entries": wanted.diagonal.top_entries,
+        "groups": wanted.diagonal.groups,
+    }
+    item = (*inspection_of(config), store)
+    with make_executor(**config.executor.model_dump()) as executor:
+        trial: Trial = next(iter(executor.map(spec, "try_out", [item])))[1]
+        start_up = time.monotonic() - began - trial.trial_seconds
+    facts = trial.facts
+    n_examples = len(facts.examples)
+    store_bytes = fisher_store_bytes(
+        n_examples=n_examples,
+        shard_size=wanted.shard_size,
+        rank=facts.rank,
+        dim=facts.sketch_dim,
+        n_classes=facts.n_classes,
+        store_dtype=wanted.store_dtype,
+        with_logits=facts.with_logits,
+        top_entries=wanted.diagonal.top_entries,
+        n_groups=facts.n_groups if wanted.diagonal.groups else None,
+    )
+    n_shards = -(-n_examples // wanted.shard_size)
+    workers = config.executor.workers
+    share = -(-n_shards // workers) / n_shards  # the last round of shards keeps some workers waiting
+    return Estimate(
+        trial=trial,
+        workers=workers,
+        start_up_seconds=start_up,
+        seconds=start_up + trial.seconds_per_example * n_examples * share,
+        store_bytes=store_bytes,
+        solver_bytes=_solver_bytes(config, trial),
+        direction_bytes=_direction_bytes(config, facts.layout.size),
+    )
+
+
+def _direction_bytes(config: RunConfig, n_parameters: int) -> int:
+    lifted = config.lift.components
+    n_lifted = config.factorization.n_components if lifted is None else len(lifted)
+    return n_lifted * n_parameters * {"float32": 4, "float16": 2}[config.lift.dtype]
+
+
+def _solver_bytes(config: RunConfig, trial: Trial) -> int:
+    """What a worker of the solver keeps: Fishers, or, in float32, what is factorized of diagonals."""
+    wanted, facts = config.factorization, trial.facts
+    share = math.ceil(len(facts.examples) * (1 - wanted.held_out_fraction) / config.executor.workers)
+    match wanted.kind:
+        case "diagonal_groups":
+            return share * 4 * facts.n_groups
+        case "diagonal_entries":
+            return share * 8 * (config.fishers.diagonal.top_entries or 0)
+    n_numbers, limit = share * facts.rank * facts.sketch_dim, wanted.memory_limit_mb * 2**20
+    kept = kept_precision(n_numbers, config.fishers.store_dtype, device_of(config), limit)
+    return n_numbers * kept.itemsize if kept is not None else 0
+
+
+def rows(found: Estimate, config: RunConfig) -> list[tuple[str, str]]:
+    """The estimate for people to read."""
+    trial, facts = found.trial, found.trial.facts
+    n_examples = len(facts.examples)
+    where = "GPU" if device_of(config) == "cuda" else "process"
+    left_out = f"; {len(facts.left_out)} tensors left out" if facts.left_out else ""
+    return [
+        ("examples", f"{n_examples:,} of rank {facts.rank}, {facts.n_classes:,} classes"),
+        ("parameters", f"{facts.layout.size:,} in {len(facts.layout.names)} tensors{left_out}"),
+        ("batch size", str(facts.batch_size)),
+        ("memory of a worker", f"{_size(trial.peak_bytes)} ({where})"),
+        ("start", _duration(found.start_up_seconds)),
+        ("one example", f"{1e3 * trial.seconds_per_example:.3g} ms"),
+        (f"fishers, {found.workers} worker{'s' if found.workers > 1 else ''}", _duration(found.seconds)),
+        ("fishers.zarr", _size(found.store_bytes)),
+        (
+            "Fishers in memory of a solver's worker",
+            _size(found.solver_bytes) if found.solver_bytes else "none: streamed",
+        ),
+        ("directions.zarr", _size(found.direction_bytes)),
+    ]
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.2g} min" if seconds < 5400 else f"{seconds / 3600:.2g} h"

@@ -1,0 +1,151 @@
+"""A look at the task on a worker, before anything is spent: what the driver must know, and all that can be refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+from torch import Tensor
+
+from npeff.fisher import FisherBatch, GroupLayout, PerExampleFishers
+from npeff.gradients import LabelSpec, ParameterLayout, check_coverage, model_fingerprint
+from npeff.models.batch_size import largest_batch_size
+from npeff.models.loaded import LoadedModel, ModelSpec
+from npeff.sketches import SketchSpec, make_sketch
+from npeff.tasks import TaskError
+
+_COVERAGE_EXAMPLES = 2
+_TRIED_EXAMPLES = 256
+"""If none of so many examples is valid, the model or the data set is broken."""
+_MOST_LOGITS = 4096
+"""Classes up to which the logits of every example are stored."""
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What the driver must know of a task before it can lay out a store."""
+
+    n_classes: int
+    rank: int
+    """Rows that an example's factor has at most."""
+    with_logits: bool
+    """Whether an example is one prediction, with few enough classes to store its logits."""
+    class_names: tuple[str, ...]
+    examples: pa.Table
+    layout: ParameterLayout
+    groups: tuple[tuple[str, int], ...]
+    """`GroupLayout.counts` of its entries."""
+    left_out: dict[str, str]
+    """Parameters that no Fisher is taken of, and why."""
+    sketch_dim: int
+    batch_size: int
+    model_fingerprint: str
+
+    @property
+    def n_groups(self) -> int:
+        """Groups of the parameters' diagonal, in all."""
+        return sum(count for _, count in self.groups)
+
+
+class TaskWorker:
+    """Prepares a task and looks at it."""
+
+    def __init__(self, model: ModelSpec, labels: LabelSpec) -> None:
+        self._spec, self._labels = model, labels
+
+    def inspect(self, wanted: tuple[SketchSpec, int | Literal["auto"], int]) -> TaskFacts:
+        """Prepare the task, load it, and check everything that can be checked before the first shard.
+
+        Args:
+            wanted: the sketch, the batch size, and the bytes that a batch may take where that is "auto".
+
+        Raises:
+            TaskError: the data set is empty, logits, labels and class names do not fit, or no example is valid.
+            UnsupportedModelError: a selected parameter's gradients cannot be had.
+        """
+        sketch, batch_size, limit = wanted
+        self._spec.prepare()
+        loaded = self._spec.load()
+        n_examples = len(loaded.examples)
+        if n_examples == 0:
+            raise TaskError(f"task {self._spec.task!r} has no examples: there is nothing to compute Fishers of")
+        table = loaded.table()
+        first = range(min(_COVERAGE_EXAMPLES, n_examples))
+        n_classes = loaded.predict(first, batch_size=_COVERAGE_EXAMPLES).logits[0].shape[-1]
+        class_names = _class_names(loaded, n_classes)
+        _check_labels(self._spec.task, table["label"], n_classes)
+        sequences = loaded.targets(loaded.batch(first), first).dim() > 1
+        if self._labels.kind == "empirical" and not sequences and table["label"].null_count:
+            raise TaskError(
+                f"task {self._spec.task!r}: {table['label'].null_count} examples have no label, which empirical labels "
+                "need: give them, leave those examples out, or use sampled labels"
+            )
+        linear_map = make_sketch(sketch, loaded.layout)
+        fishers = PerExampleFishers(loaded.model, loaded.logits, loaded.layout, linear_map, self._labels)
+        valid = _valid_examples(loaded, fishers)
+        batch, targets = _with_targets(loaded, valid)
+        check_coverage(
+            loaded.model, loaded.logits, batch, loaded.layout, labels=self._labels, examples=valid, targets=targets
+        )
+        return TaskFacts(
+            n_classes=n_classes,
+            rank=self._labels.max_rank(n_classes),
+            with_logits=not sequences and n_classes <= _MOST_LOGITS,
+            class_names=class_names,
+            examples=table,
+            layout=loaded.layout,
+            groups=GroupLayout.of(loaded.model, loaded.layout).counts,
+            left_out=loaded.left_out,
+            sketch_dim=linear_map.dim,
+            batch_size=largest_batch_size(loaded, fishers, limit) if batch_size == "auto" else batch_size,
+            model_fingerprint=model_fingerprint(loaded.model, loaded.layout),
+        )
+
+
+def _with_targets(loaded: LoadedModel, examples: Sequence[int]) -> tuple[Any, Tensor]:
+    batch = loaded.batch(examples)
+    return batch, loaded.targets(batch, examples)
+
+
+def _class_names(loaded: LoadedModel, n_classes: int) -> tuple[str, ...]:
+    names = getattr(loaded.examples, "class_names", None)
+    if not isinstance(names, Sequence) or isinstance(names, str):
+        raise TaskError(
+            f"task {loaded.spec.task!r}: examples().class_names must be a list of {n_classes} names, or empty"
+        )
+    if n_classes < 2 or len(names) not in (0, n_classes):
+        raise TaskError(
+            f"task {loaded.spec.task!r}: the model has {n_classes} logits for {len(names)} class names: there must be "
+            "as many names as logits, and at least two"
+        )
+    return tuple(str(name) for name in names)
+
+
+def _check_labels(task: str, labels: pa.ChunkedArray, n_classes: int) -> None:
+    for example, label in enumerate(labels.to_pylist()):
+        if label is not None and not 0 <= label < n_classes:
+            raise TaskError(
+                f"task {task!r}: label {label} of example {example} is none of the classes 0 to {n_classes - 1}: "
+                "correct it, or make it null where it is unknown"
+            )
+
+
+def _valid_examples(loaded: LoadedModel, fishers: PerExampleFishers) -> list[int]:
+    """The first few examples with finite logits and gradients, to check the model on."""
+    tried = min(len(loaded.examples), _TRIED_EXAMPLES)
+    valid: list[int] = []
+    for start in range(0, tried, _COVERAGE_EXAMPLES):
+        indices = range(start, min(start + _COVERAGE_EXAMPLES, tried))
+        batch, targets = _with_targets(loaded, indices)
+        found: FisherBatch = fishers(batch, indices, targets)
+        valid += [start + int(row) for row in (found.valid_B & found.ranks_B.gt(0)).nonzero()[:, 0]]
+        if len(valid) >= _COVERAGE_EXAMPLES:
+            break
+    if not valid:
+        raise TaskError(
+            f"task {loaded.spec.task!r}: none of the first {tried} examples has finite logits and gradients, and "
+            "makes a prediction: look for NaN in the model's weights and in the examples"
+        )
+    return valid[:_COVERAGE_EXAMPLES]

@@ -1,0 +1,51 @@
+"""What `check` verifies of the stored Fishers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from npeff.runs.directory import RunDirectory
+from npeff.runs.part import Part, has_intact_record, metadata_parts, missing, record_path_of
+from npeff.runs.stage import finished
+from npeff.storage.atomic import is_committed
+from npeff.storage.errors import StoreError
+from npeff.store.diagonal_store import read_diagonal
+from npeff.store.fisher_store import FisherStore
+from npeff.store.shard_records import ShardRecords
+
+
+def fisher_parts(run: RunDirectory) -> Iterator[Part]:
+    record = record_path_of(run, "fishers")
+    for path in sorted(run.partial_results("diagonal").glob("*.safetensors")):
+        yield Part(f"sums of diagonals {path.stem}", path, partial(read_diagonal, path), (path, record))
+    if not is_committed(run.fishers):
+        return
+    try:
+        store = FisherStore.open(run.fishers)
+    except StoreError as error:
+        yield from metadata_parts(run.fishers, error, record)
+        return
+    records = ShardRecords(run.shard_records, _shard_signature(run, store))
+    for shard in range(store.plan.n_shards):
+        path = run.shard_records / f"{shard:05d}.json"
+        if path.exists() or record.exists():
+            yield Part(f"shard {shard}", path, partial(_verify_shard, store, records, shard), (path,))
+    for shard, path in finished(run.shard_records).items():
+        if shard >= store.plan.n_shards and path.suffix == ".json":
+            yield Part(f"shard {shard}", path, partial(missing, run.fishers), (path,))
+
+
+def _verify_shard(store: FisherStore, records: ShardRecords, shard: int) -> None:
+    record = records.read(shard)
+    if (record.start, record.stop) != store.plan.bounds(shard):
+        raise StoreError(f"the record of shard {shard} is of other examples")
+    store.read_shard(shard, record.checksum)
+
+
+def _shard_signature(run: RunDirectory, store: FisherStore) -> str:
+    """Of the records: as the stage's own says, or, where that is missing or damaged, as it would be."""
+    if has_intact_record(run, "fishers") and (record := run.record("fishers")) is not None:
+        return str(record["signature"])
+    computed = run.config.signature("task", "parameters", "fishers", "seed")
+    return f"{computed}-{store.attrs['model_fingerprint'][:16]}"

@@ -1,0 +1,197 @@
+"""Stage 1: the low-rank Fisher of every example, into the store."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from npeff.execution.executor import ATTEMPTS, Executor, ExecutorError, FailedItem, ItemsFailedError
+from npeff.runs.config_reading import ConfigError
+from npeff.runs.directory import RunDirectory
+from npeff.runs.progress import ProgressDisplay, SilentProgress
+from npeff.runs.stage import Summary, open_stage
+from npeff.stages.fishers.inspection import TaskFacts, TaskWorker
+from npeff.stages.fishers.tables import write_example_tables, write_parameter_table
+from npeff.stages.fishers.worker import FisherWorker
+from npeff.stages.fitted_examples import example_weights
+from npeff.stages.inputs import validate_problem
+from npeff.stages.worker_specs import executor_for, inspection_of, label_spec, model_spec, sketch_spec, worker_spec
+from npeff.storage.atomic import is_committed, remove_directory
+from npeff.storage.errors import StoreError
+from npeff.store.diagonal_store import DiagonalSums
+from npeff.store.fisher_store import FisherStore
+from npeff.store.shard_records import ShardRecords
+from npeff.store.tables import SCHEMAS
+
+_MOST_SHARDS_PER_CALL = 2
+_MOST_NAMED = 5
+"""Failed shards that an error's one line names."""
+
+
+def compute_fishers(
+    run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None
+) -> Summary:
+    """Compute and store the low-rank Fisher of every example."""
+    with open_stage(run, "fishers") as stage:
+        if stage.done:
+            return stage.done
+        progress, config = progress or SilentProgress(), run.config
+        with executor_for(run, executor) as workers:
+            with progress.stage("prepare", 1, "task") as tick:
+                facts = _inspect(run, workers)
+                tick(1)
+            records, store = _open_fishers(run, facts)
+            complete = records.complete()
+            sums = DiagonalSums(run.partial_results("diagonal"), store.plan.n_shards, records.signature)
+            summed = config.fishers.diagonal.mean and not run.diagonal_fisher.exists()
+            units = sums.missing() if summed else []
+            in_units = {shard for unit in units for shard in sums.shards(unit)}
+            missing = [shard for shard in range(store.plan.n_shards) if shard not in in_units | complete.keys()]
+            records.withdraw(in_units & complete.keys())
+            worker = worker_spec(
+                run,
+                FisherWorker,
+                model=model_spec(run, facts.model_fingerprint),
+                labels=label_spec(config),
+                sketch=sketch_spec(config),
+                store=run.fishers,
+                records=records,
+                batch_size=store.attrs["batch_size"],
+                sums=sums,
+            )
+            with progress.stage("fishers", store.plan.n_shards, "shards", done=len(complete)) as tick:
+                failed: list[FailedItem] = []
+                for method, items in (("compute_unit", units), ("compute", _spans(missing, workers.workers))):
+                    split = partial(_unrecorded, records) if method == "compute" else None
+                    try:
+                        for _, written in workers.map(worker, method, items, keep_going=True, split=split):
+                            complete |= {record.shard: record for record in written}
+                            tick(len(complete))
+                            if method == "compute_unit":
+                                sums.fold()
+                    except ItemsFailedError as error:
+                        failed += [
+                            replace(each, item=sums.shards(each.item) if method == "compute_unit" else each.item)
+                            for each in error.failed
+                        ]
+                if failed:
+                    raise _failed_shards(failed, store, facts)
+                if len(complete) < store.plan.n_shards:  # a worker was lost after it had recorded one
+                    complete = records.complete()
+        n_examples, n_invalid = len(facts.examples), sum(record.n_invalid for record in complete.values())
+        if n_invalid:
+            progress.say(f"{n_invalid} of {n_examples} examples have non-finite logits or gradients and are left out")
+        if summed:
+            sums.fold(last=True)
+            metadata = {"labels": config.fishers.labels, "model_fingerprint": facts.model_fingerprint}
+            sums.write_mean(run.diagonal_fisher, n_examples - n_invalid, metadata)
+        remove_directory(sums.folder)
+        write_example_tables(run, facts.examples, facts.class_names)
+        shapes = dict(zip(facts.layout.names, facts.layout.shapes, strict=True))
+        write_parameter_table(run, shapes, facts.left_out)
+        return stage.complete(
+            {
+                "n_examples": n_examples,
+                "n_invalid": n_invalid,
+                "n_classes": facts.n_classes,
+                "rank": store.rank,
+                "n_parameters": facts.layout.size,
+                "sketch_dim": store.dim,
+                "n_shards": store.plan.n_shards,
+                "worker_seconds": sum(record.seconds for record in complete.values()),
+                "signature": records.signature,
+            },
+        )
+
+
+def _inspect(run: RunDirectory, workers: Executor) -> TaskFacts:
+    """Prepare the task on a worker and look at it; refuse what the later stages could not use."""
+    wanted = run.config.fishers
+    inspection = worker_spec(run, TaskWorker, model=model_spec(run, None), labels=label_spec(run.config))
+    facts: TaskFacts = next(iter(workers.map(inspection, "inspect", [inspection_of(run.config)])))[1]
+    n_examples = len(facts.examples)
+    n_fit = n_examples - int(run.config.factorization.held_out_fraction * n_examples)
+    validate_problem(run.config, n_fit, facts.rank)
+    weights = run.config.factorization.example_weights
+    if weights is not None and weights not in SCHEMAS["examples"].names:
+        example_weights(facts.examples, weights)  # refused before anything is computed
+    if (wanted.diagonal.top_entries or 0) > facts.layout.size:
+        raise ConfigError(
+            f"fishers.diagonal.top_entries = {wanted.diagonal.top_entries} must be at most {facts.layout.size}, the "
+            "number of parameter entries"
+        )
+    return facts
+
+
+def _open_fishers(run: RunDirectory, facts: TaskFacts) -> tuple[ShardRecords, FisherStore]:
+    """``fishers.zarr`` and its completion records; laid out now, unless an interrupted run has done it."""
+    config = run.config
+    signature = f"{config.signature('task', 'parameters', 'fishers', 'seed')}-{facts.model_fingerprint[:16]}"
+    records = ShardRecords(run.shard_records, signature)
+    layout: dict[str, Any] = {
+        "n_examples": len(facts.examples),
+        "rank": facts.rank,
+        "dim": facts.sketch_dim,
+        "n_classes": facts.n_classes,
+        "shard_size": config.fishers.shard_size,
+        "store_dtype": config.fishers.store_dtype,
+        "attrs": {
+            "labels": label_spec(config).to_json(),
+            "batch_size": facts.batch_size,
+            "parameter_layout": facts.layout.to_json(),
+            **({"diagonal_groups": facts.groups} if config.fishers.diagonal.groups else {}),
+            "sketch": sketch_spec(config).to_json(),
+            "model_fingerprint": facts.model_fingerprint,
+        },
+        "with_logits": facts.with_logits,
+        "top_entries": config.fishers.diagonal.top_entries,
+        "n_groups": facts.n_groups if config.fishers.diagonal.groups else None,
+    }
+    if is_committed(run.fishers):
+        try:
+            there = FisherStore.open(run.fishers)
+        except StoreError:
+            there = FisherStore.restore(run.fishers, **layout)  # of which somebody deleted what was damaged
+        laid_out = (there.plan.n_examples, there.n_classes, there.dim)
+        if laid_out != (len(facts.examples), facts.n_classes, facts.sketch_dim):
+            raise StoreError(
+                f"{run.fishers} was laid out for {laid_out[0]} examples, {laid_out[1]} classes and sketch dimension "
+                f"{laid_out[2]}, and the task has {len(facts.examples)}, {facts.n_classes} and {facts.sketch_dim} now: "
+                "give it the former data and model, or choose another run_dir"
+            )
+        return records, there
+    for former in (run.shard_records, run.partial_results("diagonal")):  # of Fishers that somebody deleted
+        remove_directory(former)
+    run.diagonal_fisher.unlink(missing_ok=True)
+    return records, FisherStore.create(run.fishers, **layout)
+
+
+def _unrecorded(records: ShardRecords, shards: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """What is to be tried again of a span, shard by shard: not those that were recorded before the worker failed."""
+    complete = records.complete()
+    return [(shard,) for shard in shards if shard not in complete]
+
+
+def _failed_shards(failed: list[FailedItem], store: FisherStore, facts: TaskFacts) -> ExecutorError:
+    """Which shards could not be computed, and of which examples they are."""
+    ids, named = facts.examples["id"], []
+    for each in failed[:_MOST_NAMED]:
+        first, last = each.item[0], each.item[-1]
+        start, stop = store.plan.bounds(first)[0], store.plan.bounds(last)[1]
+        shards = f"shard {first}" if first == last else f"shards {first} to {last}"
+        whose = f"{ids[start].as_py()!r} to {ids[stop - 1].as_py()!r}"
+        named.append(f"{shards} (examples {start} to {stop - 1}, {whose}) failed {ATTEMPTS} times: {each.reason}")
+    if len(failed) > _MOST_NAMED:
+        named.append(f"and {len(failed) - _MOST_NAMED} more")
+    return ExecutorError(
+        f"{'; '.join(named)}. All other shards are finished and kept: mend these examples, or have the task give NaN "
+        "as their logits, which leaves them out, or give the workers more memory where it ran out, "
+        "and run the same command again, which computes only what failed"
+    )
+
+
+def _spans(missing: list[int], workers: int) -> list[tuple[int, ...]]:
+    """Shards for one call of a worker: a few, so that it writes one while it computes the next, yet a share for all."""
+    size = max(1, min(_MOST_SHARDS_PER_CALL, len(missing) // (4 * workers)))
+    return [tuple(missing[first : first + size]) for first in range(0, len(missing), size)]

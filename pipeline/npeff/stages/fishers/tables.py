@@ -1,0 +1,71 @@
+"""The tables of the examples and of the parameters, which the stage `fishers` writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from npeff.runs.directory import RunDirectory
+from npeff.store.fisher_store import FisherStore
+from npeff.store.tables import write_table
+
+
+def held_out(n_examples: int, fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Which examples the components are not fitted on: a seeded random ``fraction`` of them, rounded down."""
+    chosen = np.random.default_rng([seed, n_examples]).permutation(n_examples)[: int(fraction * n_examples)]
+    mask = np.zeros(n_examples, dtype=bool)
+    mask[chosen] = True
+    return mask
+
+
+_OF_EXAMPLES = ("labels", "valid", "frobenius_norms", "ranks", "kept_trace", "losses", "logits")
+"""Arrays of the Fisher store that the table of examples is made of."""
+
+
+def write_example_tables(run: RunDirectory, examples: pa.Table, class_names: Sequence[str]) -> None:
+    """``examples`` and ``classes``, from the task's own table and the stored logits and norms."""
+    store = FisherStore.open(run.fishers)
+    n_examples = store.plan.n_examples
+    stored = store.read_rows(np.arange(n_examples), [name for name in _OF_EXAMPLES if name in store.array_names])
+    logits = stored.get("logits")
+    predictions = np.zeros(n_examples, np.int64) if logits is None else logits.argmax(axis=1)
+    unlabelled, unpredicted = stored["labels"] < 0, ~stored["valid"] | (logits is None)
+    config = run.config
+    split = held_out(n_examples, config.factorization.held_out_fraction, config.seed)
+    columns: dict[str, Any] = {
+        "example": np.arange(n_examples),
+        "id": examples["id"],
+        "label": pa.array(stored["labels"], mask=unlabelled),
+        "prediction": pa.array(predictions, mask=unpredicted),
+        "correct": pa.array(predictions == stored["labels"], mask=unlabelled | unpredicted),
+        "split": np.where(split, "held_out", "fit").astype(object),
+        "valid": stored["valid"],
+        "fisher_norm": stored["frobenius_norms"],
+        "fisher_rank": stored["ranks"],
+        "kept_trace": pa.array(stored["kept_trace"], mask=np.isnan(stored["kept_trace"])),
+        "loss": pa.array(stored["losses"].astype(np.float64), mask=np.isnan(stored["losses"])),
+        "logits": [None] * n_examples if logits is None else logits,
+        "image": [None] * n_examples,
+        "text": [None] * n_examples,
+    }
+    own = {name: examples[name] for name in examples.column_names if name in ("image", "text") or name not in columns}
+    write_table(run.table("examples"), "examples", columns | own)
+    write_table(run.table("classes"), "classes", {"class": range(len(class_names)), "name": list(class_names)})
+
+
+def write_parameter_table(run: RunDirectory, shapes: Mapping[str, Sequence[int]], left_out: Mapping[str, str]) -> None:
+    """``parameters``: those that Fishers are taken of, with their shapes, and why the others are left out."""
+    taken = [True] * len(shapes) + [False] * len(left_out)
+    columns = {
+        "parameter": [*shapes, *left_out],
+        "shape": ["x".join(map(str, shape)) for shape in shapes.values()] + [None] * len(left_out),
+        "size": [math.prod(shape) for shape in shapes.values()] + [None] * len(left_out),
+        "taken": taken,
+        "reason": [None] * len(shapes) + [*left_out.values()],
+    }
+    write_table(run.table("parameters"), "parameters", columns)

@@ -1,0 +1,93 @@
+"""Stage 1 tried out on a worker: the same code on a few of the examples, in a folder that is then removed."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from npeff.gradients import LabelSpec
+from npeff.models.batch_size import peak_bytes
+from npeff.models.loaded import ModelSpec
+from npeff.sketches import SketchSpec
+from npeff.stages.fishers.inspection import TaskFacts, TaskWorker
+from npeff.stages.fishers.worker import FisherWorker
+from npeff.store.fisher_store import FisherStore
+from npeff.store.shard_records import ShardRecords
+
+_SECONDS = 10.0
+"""What the timed shards should take together, at most."""
+_TIMED_SHARDS = 3
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was seen of a task and its Fishers."""
+
+    facts: TaskFacts
+    seconds_per_example: float
+    """On one worker, writing included."""
+    peak_bytes: int
+    """Of the worker's process, or on its GPU."""
+    trial_seconds: float
+    """What of the call a real run would not do."""
+
+
+class TrialWorker:
+    """Tries out a task."""
+
+    def __init__(self, model: ModelSpec, labels: LabelSpec) -> None:
+        self._spec, self._labels = model, labels
+
+    def try_out(self, wanted: tuple[SketchSpec, int | Literal["auto"], int, dict[str, Any]]) -> Trial:
+        """Prepare and inspect the task, then compute and store a few small shards.
+
+        Args:
+            wanted: those of `TaskWorker.inspect`, and what is stored: ``shard_size``, ``store_dtype``, ``top_entries``,
+                ``groups``.
+
+        Raises what `TaskWorker.inspect` does.
+        """
+        sketch, _, _, store = wanted
+        with tempfile.TemporaryDirectory(prefix="npeff-") as folder:
+            spec = replace(self._spec, cache=Path(folder) / "task")
+            facts = TaskWorker(spec, self._labels).inspect(wanted[:3])
+
+            def worker(shard_size: int) -> FisherWorker:
+                path = Path(folder) / f"{shard_size}.zarr"
+                FisherStore.create(
+                    path,
+                    n_examples=len(facts.examples),
+                    rank=facts.rank,
+                    dim=facts.sketch_dim,
+                    n_classes=facts.n_classes,
+                    shard_size=shard_size,
+                    store_dtype=store["store_dtype"],
+                    attrs={},
+                    with_logits=facts.with_logits,
+                    top_entries=store["top_entries"],
+                    n_groups=facts.n_groups if store["groups"] else None,
+                )
+                records = ShardRecords(Path(folder) / "shards", "trial")
+                return FisherWorker(spec, self._labels, sketch, path, records, facts.batch_size)
+
+            small = worker(min(2 * facts.batch_size, store["shard_size"]))
+            began = time.monotonic()
+            small.compute((0,))  # the first call learns about the model
+            warm = time.monotonic()
+            small.compute((0,))
+            per_example = (time.monotonic() - warm) / min(small.shard_size, len(facts.examples))
+            affordable = int(_SECONDS / _TIMED_SHARDS / per_example)
+            chosen = min(store["shard_size"], max(small.shard_size, affordable))
+            timed = small if chosen == small.shard_size else worker(chosen)
+            n_shards = timed.n_shards
+            shards = {round((n_shards - 1) * (place + 0.5) / _TIMED_SHARDS) for place in range(_TIMED_SHARDS)}
+            if timed is not small:
+                timed.compute((0,))
+            start = time.monotonic()
+            records = [record for shard in sorted(shards) for record in timed.compute((shard,))]
+            end = time.monotonic()
+            n_examples = sum(record.stop - record.start for record in records)
+            return Trial(facts, (end - start) / n_examples, peak_bytes(timed.device), end - began)

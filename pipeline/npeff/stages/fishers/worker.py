@@ -1,0 +1,180 @@
+"""Stage 1 on a worker: compute and store the Fishers of whole shards.
+
+While a shard is computed the one before is written.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from npeff.fisher import (
+    FisherBatch,
+    GroupLayout,
+    PerExampleFishers,
+    diagonal_norms,
+    diagonal_sum,
+    grouped_sums,
+    top_entries,
+)
+from npeff.gradients import Collected, LabelSpec
+from npeff.models.loaded import ModelSpec
+from npeff.models.streams import Streams
+from npeff.sketches import SketchSpec, make_sketch
+from npeff.store.diagonal_store import DiagonalSums
+from npeff.store.fisher_store import FisherStore
+from npeff.store.shard_records import CompletionRecord, ShardRecords
+from npeff.tasks import TaskError
+
+
+class FisherWorker:
+    """Computes shards. A shard is written whole, and only then recorded as complete."""
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        labels: LabelSpec,
+        sketch: SketchSpec,
+        store: Path,
+        records: ShardRecords,
+        batch_size: int,
+        sums: DiagonalSums | None = None,
+    ) -> None:
+        self._loaded = model.load()
+        linear_map = make_sketch(sketch, self._loaded.layout)
+        fishers = PerExampleFishers(self._loaded.model, self._loaded.logits, self._loaded.layout, linear_map, labels)
+        self._streams = Streams(self._loaded, fishers)
+        self._groups = GroupLayout.of(self._loaded.model, self._loaded.layout)
+        self._store, self._records, self._batch_size = FisherStore.open(store), records, batch_size
+        self._sums = sums
+        self._dtype = torch.float16 if self._store.store_dtype == "float16" else torch.float32
+        if len(self._loaded.labels_N) != self._store.plan.n_examples:
+            raise TaskError(
+                f"task {model.task!r} has {len(self._loaded.labels_N)} examples here and had "
+                f"{self._store.plan.n_examples} when the run began: it must have the same ones each time it is loaded"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return self._loaded.device
+
+    @property
+    def shard_size(self) -> int:
+        return self._store.plan.shard_size
+
+    @property
+    def n_shards(self) -> int:
+        return self._store.plan.n_shards
+
+    def compute(self, shards: tuple[int, ...]) -> list[CompletionRecord]:
+        """Compute, store and record some shards."""
+        return self._compute_all(shards, None)
+
+    def compute_unit(self, unit: int) -> list[CompletionRecord]:
+        """Compute, store and record the shards of a unit, and the sum of their diagonal Fishers."""
+        assert self._sums is not None
+        names_and_shapes = zip(self._loaded.layout.names, self._loaded.layout.shapes, strict=True)
+        total = {
+            name: torch.zeros(1, *shape, dtype=torch.float64, device=self._loaded.device)
+            for name, shape in names_and_shapes
+        }
+        records = self._compute_all(self._sums.shards(unit), total)
+        self._sums.write(unit, {name: values[0].cpu().numpy() for name, values in total.items()})
+        return records
+
+    def _compute_all(self, shards: tuple[int, ...], total: dict[str, Tensor] | None) -> list[CompletionRecord]:
+        """The diagonals are added to `total`, in the order of the shards and of their batches."""
+        written: list[Future[CompletionRecord]] = []
+        with ThreadPoolExecutor(1, "writer") as writer:
+            for shard in shards:
+                began = time.monotonic()
+                arrays = self._compute(shard, total)
+                if written:
+                    written[-1].result()  # one shard waits to be written, not many; and what went wrong is told
+                written.append(writer.submit(self._write, shard, arrays, began))
+        return [record.result() for record in written]
+
+    def _compute(self, shard: int, total: dict[str, Tensor] | None) -> dict[str, np.ndarray]:
+        start, stop = self._store.plan.bounds(shard)
+        plan = self._loaded.batches(range(start, stop), self._batch_size)
+        parts = []
+        for stored, collected in self._streams.map(partial(self._compute_batch, keep=total is not None), plan):
+            parts.append(stored)
+            if total is not None and collected is not None:
+                diagonal_sum(collected.contributions, collected.labels.scales_B, stored["valid"][None], total)
+            del collected  # its rows are not to be kept while the next batch is computed
+        # from the order in which they were computed to that of the examples
+        order = torch.tensor([example for examples in plan for example in examples]).argsort()
+        arrays = {name: torch.cat([part[name] for part in parts]).cpu()[order].numpy() for name in parts[0]}
+        return arrays | {"labels": self._loaded.labels_N[start:stop]}
+
+    def _compute_batch(
+        self, fishers: PerExampleFishers, batch: Any, examples: list[int], *, keep: bool
+    ) -> tuple[dict[str, Tensor], Collected | None]:
+        """What is stored of a batch, and its gradient rows if they are to be kept."""
+        collected = fishers.collector.collect(batch, examples, self._loaded.targets(batch, examples))
+        result = fishers.factors(collected)
+        stored = _stored_form(result, self._dtype, "logits" in self._store.array_names)
+        return stored | self._diagonals(collected, result.valid_B), collected if keep else None
+
+    def _diagonals(self, collected: Collected, valid_B: Tensor) -> dict[str, Tensor]:
+        """What the store keeps of the diagonals: divided by their norms, and zero for examples that are not valid."""
+        rows, scales_B = collected.contributions, collected.labels.scales_B
+        found = {}
+        if self._store.top_entries is not None:
+            top = top_entries(rows, scales_B, self._loaded.layout, self._store.top_entries)
+            norms_B, found["diagonal_indices"] = top.norms_B, top.indices_Bk
+            found["diagonal_values"] = top.values_Bk
+        elif self._store.n_groups is not None:
+            norms_B = diagonal_norms(rows, scales_B)
+        else:
+            return {}
+        if self._store.n_groups is not None:
+            found["grouped_diagonal"] = grouped_sums(rows, scales_B, self._groups)
+        sizes_B1 = torch.where(norms_B > 0, norms_B, 1.0)[:, None]
+        for name in found.keys() & {"diagonal_values", "grouped_diagonal"}:
+            found[name] = (found[name] / sizes_B1).float()
+        return {
+            name: values.where(valid_B.reshape(-1, *[1] * (values.dim() - 1)), 0)
+            for name, values in {**found, "diagonal_norms": norms_B}.items()
+        }
+
+    def _write(self, shard: int, arrays: dict[str, np.ndarray], began: float) -> CompletionRecord:
+        start, stop = self._store.plan.bounds(shard)
+        record = CompletionRecord(
+            shard=shard,
+            start=start,
+            stop=stop,
+            checksum=self._store.write_shard(shard, arrays),
+            n_invalid=int((~arrays["valid"]).sum()),
+            seconds=time.monotonic() - began,
+            signature=self._records.signature,
+        )
+        self._records.write(record)
+        return record
+
+
+def _stored_form(batch: FisherBatch, dtype: torch.dtype, with_logits: bool) -> dict[str, Tensor]:
+    """Factors divided by √‖F‖_F: of unit size whatever the example's norm, so that half precision can hold them.
+
+    They are rounded to it here because torch does that many times faster than numpy, to the same bits.
+    """
+    scale_B = torch.where(batch.frobenius_norms_B > 0, batch.frobenius_norms_B, 1.0).rsqrt()
+    normalised_BRD = batch.factors_BRD * scale_B[:, None, None].to(batch.factors_BRD)
+    stored = {
+        "factors": normalised_BRD.to(dtype),
+        "frobenius_norms": batch.frobenius_norms_B,
+        "grams": batch.grams_BRR,
+        "ranks": batch.ranks_B,
+        "kept_trace": batch.kept_trace_B,
+        "losses": batch.losses_B.float(),
+        "valid": batch.valid_B,
+    }
+    return stored | ({"logits": batch.logits.float()} if with_logits else {})

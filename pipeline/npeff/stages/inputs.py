@@ -1,0 +1,119 @@
+"""What earlier stages have left: checksums, components, lifted directions."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from npeff.factorization import InvalidProblemError, validate_size
+from npeff.runs.config import RunConfig
+from npeff.runs.directory import RunDirectory
+from npeff.runs.errors import RunDirectoryError
+from npeff.runs.stage import record_of
+from npeff.stages.worker_specs import fitted_examples
+from npeff.storage.errors import StoreError
+from npeff.store.component_store import open_factorization
+from npeff.store.fisher_store import FisherStore
+from npeff.store.same_space import differences_in_space
+from npeff.store.shard_records import ShardRecords
+from npeff.store.splits import Splits
+from npeff.store.tables import read_table
+
+
+def lifted_components(run: RunDirectory) -> list[int]:
+    """Those that have a direction."""
+    record = record_of(run, "lift")
+    return list(record.get("components", range(record["n_components"])))
+
+
+def fingerprint_of(run: RunDirectory) -> str:
+    """Of the model that the stored Fishers are of."""
+    return str(FisherStore.open(run.fishers).attrs["model_fingerprint"])
+
+
+def components_of(run: RunDirectory, other: str | Path) -> np.ndarray:
+    """The components (K, D) of another run, which mean the same in this one.
+
+    Raises:
+        RunDirectoryError: its model, parameters, sketch or seed is another, or it has no components yet.
+    """
+    source = RunDirectory.open(other)
+    record_of(source, "factorize")
+    if (kind := source.config.factorization.kind) != "fishers":
+        raise RunDirectoryError(
+            f"the components of {source.path} are of kind {kind}: give a run with factorization.kind: fishers"
+        )
+    mine, theirs = (FisherStore.open(each.fishers).attrs for each in (run, source))
+    if different := differences_in_space(mine, theirs):
+        raise RunDirectoryError(
+            f"the components of {source.path} mean nothing in {run.path}: the runs differ in {', '.join(different)}; "
+            "make both with the same model, parameters, fishers.sketch and seed"
+        )
+    return open_factorization(source.factorization).read_components()
+
+
+def checksums_of(run: RunDirectory) -> dict[int, str]:
+    """Checksum of every stored shard.
+
+    Raises:
+        StoreError: a shard has no record, though the stage was complete: somebody deleted it to have it recomputed.
+    """
+    fishers = record_of(run, "fishers")
+    records = ShardRecords(run.shard_records, fishers["signature"]).complete()
+    missing = [shard for shard in range(fishers["n_shards"]) if shard not in records]
+    if missing:
+        raise StoreError(f"shard {missing[0]} of {run.fishers} has no record: run `npeff fishers {run.path}` first")
+    return {shard: record.checksum for shard, record in records.items()}
+
+
+def validate_problem(config: RunConfig, n_fit: int, rank: int) -> None:
+    """Refuse a factorization of `n_fit` examples of this rank that could not start.
+
+    Raises:
+        InvalidProblemError: more components than factor rows, of all fitted examples or of the subsample.
+    """
+    wanted = config.factorization
+    if wanted.kind != "fishers":
+        rank = 1
+    validate_size(n_fit, rank, wanted.n_components)
+    if wanted.subsample * rank < wanted.n_components:
+        raise InvalidProblemError(
+            f"factorization.subsample={wanted.subsample} examples of rank {rank} cannot start n_components="
+            f"{wanted.n_components} components: set it to {math.ceil(wanted.n_components / rank)} or more"
+        )
+
+
+def count_fit_examples(run: RunDirectory) -> int:
+    """Examples that the components are fitted on.
+
+    Raises:
+        InvalidProblemError: there is nothing in them to factorize.
+    """
+    fitted = fitted_examples(run)
+    examples, mispredicted_only = read_table(fitted.table, "examples"), fitted.mispredicted_only
+    splits, weights_N = fitted.of(examples)
+    fit_N = splits.fit_N
+    n_fit = int((fit_N & (weights_N > 0)).sum())
+    if n_fit == 0 and bool(fit_N.any()):
+        raise InvalidProblemError(
+            f"every example to fit on has weight zero: look at column {fitted.weight_column!r}, which "
+            "factorization.example_weights names"
+        )
+    if n_fit == 0 and mispredicted_only and bool(Splits.of(examples).fit_N.any()):
+        raise InvalidProblemError(
+            "no example to fit on is known to be mispredicted: set factorization.examples: all, or give examples with "
+            "labels"
+        )
+    if n_fit == 0:
+        raise InvalidProblemError(
+            "none of the examples that the components are to be fitted on has finite logits and gradients: look for "
+            "NaN in the examples, or give more of them"
+        )
+    if not bool(examples.filter(examples["valid"])["fisher_norm"].to_numpy().any()):
+        raise InvalidProblemError(
+            "the Fishers of all examples are zero: the selected parameters do not change the logits, or the model is "
+            "certain of every prediction"
+        )
+    return n_fit

@@ -1,0 +1,206 @@
+"""Stage 3: the components, of the sketch, into directions of parameter space."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from npeff.execution.executor import Executor
+from npeff.runs.config import RunConfig
+from npeff.runs.directory import RunDirectory
+from npeff.runs.errors import RunDirectoryError
+from npeff.runs.progress import ProgressDisplay, SilentProgress
+from npeff.runs.stage import Summary, finished, open_stage
+from npeff.stages.inputs import checksums_of, fingerprint_of, lifted_components
+from npeff.stages.lift.diagonal_worker import DiagonalLiftWorker
+from npeff.stages.lift.worker import LiftBlock, LiftPaths, LiftWorker
+from npeff.stages.worker_specs import executor_for, fitted_examples, label_spec, model_spec, sketch_spec, worker_spec
+from npeff.storage.atomic import is_committed, remove_directory
+from npeff.storage.checksums import read_json
+from npeff.storage.errors import StoreError
+from npeff.store.direction_store import DirectionStore
+from npeff.store.fisher_store import FisherStore
+from npeff.store.tables import read_table, rows_to_columns, write_table
+
+
+def lift(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
+    """Lift the components from the sketch to directions in parameter space."""
+    with open_stage(run, "lift", after="factorize") as stage:
+        config, n_components = run.config, run.config.factorization.n_components
+        chosen = list(config.lift.components or range(n_components))
+        if chosen[-1] >= n_components:
+            raise RunDirectoryError(
+                f"{run.path} has components 0 to {n_components - 1}, no {chosen[-1]}: correct lift.components"
+            )
+        if stage.done and set(chosen) <= set(lifted_components(run)):
+            return stage.done
+        fishers = FisherStore.open(run.fishers)
+        layout = fishers.attrs["parameter_layout"]
+        shapes = {name: tuple(shape) for name, shape in zip(layout["names"], layout["shapes"], strict=True)}
+        model = model_spec(run, fingerprint_of(run))  # refused before anything is written where there is none
+        results = run.partial_results("lift")
+        _prepare_store(run, shapes)
+        lifted = {component: read_json(path) for component, path in finished(results).items()}
+        if any(fact.get("polished") for fact in lifted.values()) and not set(chosen) <= set(lifted):
+            lifted = {}  # a polished direction rests on all as they were before
+            remove_directory(results)
+        kind, paths = config.factorization.kind, LiftPaths(run.factorization, run.directions, results)
+        worker = worker_spec(
+            run,
+            LiftWorker if kind == "fishers" else DiagonalLiftWorker,
+            **({} if kind == "fishers" else {"kind": kind}),
+            model=model,
+            labels=label_spec(config),
+            sketch=sketch_spec(config),
+            examples=fitted_examples(run),
+            paths=paths,
+            checksums=checksums_of(run),
+            batch_size=fishers.attrs["batch_size"],
+        )
+        with executor_for(run, executor) as workers:
+            work = _Work(
+                map=partial(workers.map, worker, keep_going=True),
+                workers=workers.workers,
+                n_shards=len(checksums_of(run)),
+                fitting=_fitting(config, sum(math.prod(shape) for shape in shapes.values())),
+                paths=paths,
+                lifted=lifted,
+                progress=progress or SilentProgress(),
+            )
+            work.lift(chosen)
+            work.polish(config.lift.polish_steps)
+        for folder in (paths.sums, paths.scores):
+            remove_directory(folder)
+        median = _write_tables(run, lifted)
+        return stage.complete({"n_components": len(lifted), "components": sorted(lifted), "median_cosine": median})
+
+
+def _prepare_store(run: RunDirectory, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Have the store of directions there, with those that are lifted already."""
+    layout: dict[str, Any] = {
+        "n_components": run.config.factorization.n_components,
+        "shapes": shapes,
+        "attrs": {},
+        "dtype": run.config.lift.dtype,
+    }
+    if not is_committed(run.directions):
+        run.reopen("lift")  # or a crash would leave a complete stage with an empty store
+        remove_directory(run.partial_results("lift"))  # of directions that somebody deleted
+        DirectionStore.create(run.directions, **layout)
+    try:
+        DirectionStore.open(run.directions)
+    except StoreError:  # of which somebody deleted what was damaged
+        DirectionStore.restore(run.directions, **layout)
+
+
+def _write_tables(run: RunDirectory, lifted: dict[int, dict[str, Any]]) -> float:
+    """Where directions are, and how well they reproduce their components; the median of the latter."""
+    energy = [
+        {"component": component, "parameter": name, "energy": share}
+        for component, fact in sorted(lifted.items())
+        for name, share in fact["energy"].items()
+    ]
+    cosines = {component: fact["cosine"] for component, fact in lifted.items()}
+    column = [cosines.get(component) for component in range(run.config.factorization.n_components)]
+    components = read_table(run.table("components"), "components").to_pydict() | {"lift_cosine": column}
+    write_table(run.table("layer_energy"), "layer_energy", rows_to_columns(energy, "layer_energy"))
+    write_table(run.table("components"), "components", components)
+    return float(np.median(list(cosines.values())))
+
+
+def _fitting(config: RunConfig, n_parameters: int) -> int:
+    """Components that a worker may add up at one time."""
+    fitting = config.lift.memory_limit_mb * 2**20 // (4 * n_parameters)
+    if config.factorization.kind != "fishers":
+        fitting = (fitting - 1) // 2  # their diagonals beside their gradients, and the sum of all diagonals
+    return max(1, fitting)
+
+
+@dataclass
+class _Work:
+    """What is left to lift, divided among the workers."""
+
+    map: Callable[[str, list[Any]], Iterable[tuple[Any, Any]]]
+    """Calls a method of the workers with each of some items: pairs of an item and its result, as they come."""
+    workers: int
+    n_shards: int
+    fitting: int
+    paths: LiftPaths
+    lifted: dict[int, dict[str, Any]]
+    """What is known of every direction; brought up to date."""
+    progress: ProgressDisplay
+
+    def lift(self, chosen: list[int]) -> None:
+        """Make the directions of chosen components that are not there yet."""
+        missing = [component for component in chosen if component not in self.lifted]
+        parts = min(self.workers // math.ceil(len(chosen) / self.fitting), self.n_shards) if missing else 1
+        if parts > 1:
+            blocks = self._blocks_in_parts(chosen, missing, parts)
+            pieces = [replace(block, part=part) for block in blocks for part in range(parts)]
+            with self.progress.stage("lift", len(pieces), "parts of the examples") as tick:
+                for done, _ in enumerate(self.map("add_up", pieces), 1):
+                    tick(done)
+        total = len(self.lifted) + len(missing)
+        with self.progress.stage("lift", total, "directions", done=len(self.lifted)) as tick:
+            if parts > 1:
+                singly = [(block, each) for block in blocks for each in block.components if each in missing]
+                for (_, component), facts in self.map("finish", singly):
+                    self.lifted[component] = facts
+                    tick(len(self.lifted))
+                return
+            blocks = [LiftBlock(components) for components in self._cut(missing, self._share(missing))]
+            for block, found in self.map("lift", blocks):
+                self.lifted |= dict(zip(block.components, found, strict=True))
+                tick(len(self.lifted))
+
+    def _blocks_in_parts(self, chosen: list[int], missing: list[int], parts: int) -> list[LiftBlock]:
+        """Blocks of what is missing; those that were added up before a crash are taken as they were. Sums of others, of
+        another number of workers, say, are deleted."""
+        there = {path.name for path in self.paths.sums.glob("*.f32")}
+        blocks = [LiftBlock(components, parts=parts) for components in self._cut(chosen, self.fitting)]
+        blocks = [
+            block for block in blocks if self._sums_of(block) <= there and not set(block.components).isdisjoint(missing)
+        ]
+        taken = {component for block in blocks for component in block.components}
+        left = [component for component in missing if component not in taken]
+        blocks += [LiftBlock(components, parts=parts) for components in self._cut(left, self.fitting)]
+        for name in there.difference(*map(self._sums_of, blocks)):
+            (self.paths.sums / name).unlink()
+        return blocks
+
+    def _sums_of(self, block: LiftBlock) -> set[str]:
+        return {self.paths.sums_file(replace(block, part=part)).name for part in range(block.parts)}
+
+    def polish(self, steps: int) -> None:
+        """Take further steps. After a crash a step goes on from the components that it has scored, and then from those
+        that it has made."""
+        components = sorted(self.lifted)
+        done = 2 * sum(fact.get("polished", 0) for fact in self.lifted.values())
+        if done == (total := 2 * steps * len(components)):
+            return
+        with self.progress.stage("polish", total, "passes of directions", done=done) as tick:
+            for step in range(1, steps + 1):
+                left = [component for component in components if self.lifted[component].get("polished", 0) < step]
+                if not left:
+                    continue
+                unscored = [each for each in left if not self.paths.scores_file(step, each).exists()]
+                done += len(left) - len(unscored)
+                for method, those in (("score", unscored), ("polish", left)):
+                    blocks = self._cut(those, self._share(those))
+                    for (_, block), facts in self.map(method, [(step, block) for block in blocks]):
+                        self.lifted |= dict(zip(block, facts or (), strict=False))
+                        tick(done := done + len(block))
+                remove_directory(self.paths.scores_file(step, 0).parent)
+
+    def _share(self, components: list[int]) -> int:
+        """How many of them are a block: what memory allows, yet every worker is to have one."""
+        return max(1, min(self.fitting, math.ceil(len(components) / self.workers)))
+
+    @staticmethod
+    def _cut(components: list[int], size: int) -> list[tuple[int, ...]]:
+        return [tuple(components[first : first + size]) for first in range(0, len(components), size)]

@@ -1,0 +1,285 @@
+"""Stage 3, first half, on a worker: components in the sketch become directions in parameter space.
+
+One task is a block of components: one pass over the examples that they were fitted on, in which every Fisher row is
+formed once per parameter and added to all directions of the block. Blocks need nothing from each other, so a finished
+direction is written where it stays, and a crash costs the blocks in flight. Where there are more workers than blocks
+that memory allows, each block is added up in parts, over some shards each (`add_up`), whose sums wait in files until
+all parts of it are there (`finish`).
+
+A polishing step is two such passes: `score` leaves a block's products with all rows, and with all directions, in files;
+once those of all components are there, `polish` makes the block's directions anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from npeff.directions import (
+    accumulate_directions,
+    cosine,
+    inner_product,
+    lift_weights,
+    polish_weights,
+    row_products,
+    zero_directions,
+)
+from npeff.gradients import GradientCollector, LabelSpec
+from npeff.models.loaded import ModelSpec
+from npeff.sketches import SketchSpec, make_sketch
+from npeff.stages.fitted_examples import FittedExamples
+from npeff.storage.atomic import write_file_atomically
+from npeff.storage.checksums import json_checksum, read_json, write_json_atomically
+from npeff.storage.errors import StoreError
+from npeff.store.component_store import open_factorization
+from npeff.store.direction_store import DirectionStore, read_sums, write_sums
+from npeff.store.fisher_store import FisherStore
+
+
+@dataclass(frozen=True)
+class LiftBlock:
+    """Components that are lifted together."""
+
+    components: tuple[int, ...]
+    part: int = 0
+    parts: int = 1
+    """Into so many the stored shards are divided, of which `part` counts from 0."""
+
+
+@dataclass(frozen=True)
+class LiftPaths:
+    factorization: Path
+    directions: Path
+    results: Path
+    """Folder of one JSON file per finished component."""
+
+    def scores_file(self, step: int, component: int) -> Path:
+        """Of a component's direction before that step of polishing."""
+        return self.scores / f"{step:03d}" / f"{component:05d}.safetensors"
+
+    @property
+    def scores(self) -> Path:
+        return self.results / "polish"
+
+    @property
+    def sums(self) -> Path:
+        """Folder of the sums of blocks' parts."""
+        return self.results / "sums"
+
+    def sums_file(self, block: LiftBlock) -> Path:
+        return self.sums / f"{json_checksum({'components': block.components})[:16]}-{block.part}-of-{block.parts}.f32"
+
+
+class LiftWorker:
+    """Lifts blocks of components, one call each."""
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        labels: LabelSpec,
+        sketch: SketchSpec,
+        examples: FittedExamples,
+        paths: LiftPaths,
+        checksums: dict[int, str],
+        batch_size: int,
+    ) -> None:
+        self._loaded = model.load()
+        self._collector = GradientCollector(self._loaded.model, self._loaded.logits, self._loaded.layout, labels)
+        self._sketch = make_sketch(sketch, self._loaded.layout)
+        self._fishers = FisherStore.open(examples.fishers)
+        self._directions = DirectionStore.open(paths.directions)
+        factorization = open_factorization(paths.factorization)
+        self._components_KD = torch.from_numpy(factorization.read_components())
+        self._coefficients_NK = torch.from_numpy(factorization.read_coefficients())
+        splits, weights_N = examples.read()
+        self._fit_N = torch.from_numpy(splits.fit_N)
+        self._coefficients_NK[~self._fit_N] = 0.0
+        self._weighted_NK = self._coefficients_NK * torch.from_numpy(weights_N)[:, None]
+        self._gram_KK = self._coefficients_NK.double().T @ self._weighted_NK
+        self._paths, self._checksums, self._batch_size = paths, checksums, batch_size
+
+    def lift(self, block: LiftBlock) -> list[dict[str, Any]]:
+        """Write these components' unit directions; per component, what is worth knowing of its direction.
+
+        Those that are written already, by a worker that was lost before it had done them all, stay.
+        """
+        files = {component: self._result(component) for component in block.components}
+        facts = {component: read_json(file) for component, file in files.items() if file.exists()}
+        missing = tuple(component for component in block.components if component not in facts)
+        if missing:
+            sums = self._sums(missing, sorted(self._checksums))
+            for component in missing:
+                vectors = [{name: rows[row] for name, rows in sums.items()} for row in self._rows(missing, component)]
+                facts[component] = self._write(component, *self._direction(component, vectors))
+        return [facts[component] for component in block.components]
+
+    def add_up(self, block: LiftBlock) -> None:
+        """Leave the sums of a block over one part of the shards in a file."""
+        path, names = self._paths.sums_file(block), self._loaded.layout.names
+        if not path.exists():
+            sums = self._sums(block.components, sorted(self._checksums)[block.part :: block.parts])
+            n_rows = len(sums[names[0]])
+            write_sums(path, ((sums[name][row].cpu().numpy() for name in names) for row in range(n_rows)))
+
+    def finish(self, request: tuple[LiftBlock, int]) -> dict[str, Any]:
+        """Write the direction of one component of a block whose parts are all added up; as `lift`."""
+        block, component = request
+        if self._result(component).exists():
+            return read_json(self._result(component))
+        layout, vectors = self._loaded.layout, []
+        files = [self._paths.sums_file(replace(block, part=part)) for part in range(block.parts)]
+        for row in self._rows(block.components, component):
+            total_P = sum(read_sums(file, row, layout.size) for file in files)
+            pieces = zip(layout.names, layout.shapes, torch.as_tensor(total_P).split(layout.sizes), strict=True)
+            vectors.append({name: piece.reshape(shape) for name, shape, piece in pieces})
+        return self._write(component, *self._direction(component, vectors))
+
+    def score(self, request: tuple[int, tuple[int, ...]]) -> None:
+        """Products of a block's directions with the rows of all examples, and with all directions, for a step."""
+        step, block = request
+        missing = [component for component in block if not self._paths.scores_file(step, component).exists()]
+        if not missing:
+            return
+        layout, device, K = self._loaded.layout, self._loaded.device, len(self._components_KD)
+        directions = zero_directions(layout, len(missing), device)
+        for position, component in enumerate(missing):
+            for name, tensor in self._unit_direction(component).items():
+                directions[name][position] = tensor
+        gram_kK = torch.zeros(len(missing), K, dtype=torch.float64)
+        for other in range(K):
+            for name, tensor in self._unit_direction(other).items():
+                gram_kK[:, other] += (directions[name].flatten(1) @ tensor.flatten().to(device)).double().cpu()
+        products_kNR = torch.zeros(len(missing), len(self._coefficients_NK), self._fishers.rank)
+        used_N = self._coefficients_NK.any(1)
+        for shard in sorted(self._checksums):
+            start, stop = self._fishers.plan.bounds(shard)
+            for examples in self._batches(range(start, stop), (start + used_N[start:stop].nonzero()[:, 0]).tolist()):
+                batch = self._loaded.batch(examples)
+                targets = self._loaded.targets(batch, examples)
+                products_BRk = row_products(self._collector, batch, directions, examples, targets).float().cpu()
+                live_B = used_N[examples]  # others that came with them need not be finite
+                found_kBR = products_BRk.where(live_B[:, None, None], 0).permute(2, 0, 1)
+                products_kNR[:, examples, : found_kBR.shape[2]] = found_kBR
+        for component, products_NR, gram_K in zip(missing, products_kNR, gram_kK, strict=True):
+            content = save({"products": products_NR.contiguous(), "gram": gram_K.contiguous()})
+            write_file_atomically(self._paths.scores_file(step, component), partial(_put, content=content))
+
+    def polish(self, request: tuple[int, tuple[int, ...]]) -> list[dict[str, Any]]:
+        """Write the block's directions after a step; what is worth knowing of them. Those that are there stay."""
+        step, block = request
+        facts = {component: read_json(self._result(component)) for component in block}
+        missing = tuple(component for component in block if facts[component].get("polished", 0) < step)
+        if missing:
+            K = len(self._components_KD)
+            products_NRK = torch.zeros(len(self._coefficients_NK), self._fishers.rank, K)
+            cosines_KK = torch.zeros(K, K, dtype=torch.float64)
+            for component in range(K):
+                products_NRK[:, :, component], cosines_KK[component] = self._scores(step, component)
+
+            def weights(examples: slice, arrays: Mapping[str, Tensor]) -> Tensor:
+                norms_N, weighted_NK = arrays["frobenius_norms"], self._weighted_NK[examples]
+                return polish_weights(products_NRK[examples], weighted_NK, cosines_KK, self._gram_KK, missing, norms_N)
+
+            directions = self._weighted_sums(missing, sorted(self._checksums), weights)
+            for position, component in enumerate(missing):
+                polished = [{name: tensor[position] for name, tensor in directions.items()}]
+                facts[component] = self._write(component, *self._direction(component, polished), step)
+        return [facts[component] for component in block]
+
+    def _scores(self, step: int, component: int) -> tuple[Tensor, Tensor]:
+        """What `score` left of a component: (N, R), (K,)."""
+        file = self._paths.scores_file(step, component)
+        try:
+            found = load(file.read_bytes())
+            return found["products"], found["gram"]
+        except (OSError, KeyError, SafetensorError) as error:
+            raise StoreError(f"{file} is missing or damaged: delete it and run the same command again") from error
+
+    def _unit_direction(self, component: int) -> dict[str, Tensor]:
+        """As it is stored, at full length again after rounding; zero, of a component that no example uses, stays."""
+        stored = {name: torch.from_numpy(array).float() for name, array in self._directions.read(component).items()}
+        length = inner_product(stored, stored) ** 0.5 or 1.0
+        return {name: tensor / length for name, tensor in stored.items()}
+
+    def _rows(self, block: Sequence[int], component: int) -> list[int]:
+        """Which rows of the sums of a block go into a component's direction."""
+        return [block.index(component)]
+
+    def _direction(self, component: int, vectors: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], float]:
+        """The component's direction from these rows, of any length, and how well it reproduces the component."""
+        (direction,) = vectors
+        sketched_D = self._sketch.apply_dense({name: tensor[None] for name, tensor in direction.items()})[0]
+        return direction, cosine(sketched_D, self._components_KD[component])
+
+    def _sums(self, block: tuple[int, ...], shards: list[int]) -> dict[str, Tensor]:
+        """What is added up of some shards' examples, (rows, *shape) for each parameter: a row for each component."""
+
+        def weights(examples: slice, arrays: Mapping[str, Tensor]) -> Tensor:
+            norms_N, weighted_NK = arrays["frobenius_norms"], self._weighted_NK[examples]
+            return lift_weights(arrays["factors"], weighted_NK, self._components_KD, self._gram_KK, block, norms_N)
+
+        return self._weighted_sums(block, shards, weights)
+
+    def _weighted_sums(
+        self,
+        block: tuple[int, ...],
+        shards: list[int],
+        weights_of: Callable[[slice, Mapping[str, Tensor]], Tensor],
+    ) -> dict[str, Tensor]:
+        """Sums of gradient rows with the weights (k, N, R) of each shard's rows."""
+        directions = zero_directions(self._loaded.layout, len(block), self._loaded.device)
+        for shard in shards:
+            start, stop = self._fishers.plan.bounds(shard)
+            weights_kNR = weights_of(slice(start, stop), self._arrays(shard))
+            used = (start + weights_kNR.abs().amax(dim=(0, 2)).nonzero()[:, 0]).tolist()
+            for examples in self._batches(range(start, stop), used):
+                batch = self._loaded.batch(examples)
+                weights_kBR = weights_kNR[:, torch.tensor(examples) - start]
+                targets = self._loaded.targets(batch, examples)
+                accumulate_directions(self._collector, batch, weights_kBR, directions, examples, targets)
+        return directions
+
+    def _arrays(self, shard: int) -> dict[str, Tensor]:
+        stored = self._fishers.read_shard(shard, self._checksums[shard])
+        return {name: torch.from_numpy(array) for name, array in stored.items()}
+
+    def _batches(self, shard: range, used: list[int]) -> list[list[int]]:
+        """Batches of a shard with the examples that are used.
+
+        Where labels are drawn they are those that the Fishers were computed in: with other padding a logit could round
+        to another draw.
+        """
+        if self._collector.labels.kind != "sampled":
+            return self._loaded.batches(used, self._batch_size)
+        batches = self._loaded.batches(shard, self._batch_size)
+        return [examples for examples in batches if not set(used).isdisjoint(examples)]
+
+    def _write(self, component: int, direction: Mapping[str, Tensor], cosine: float, step: int = 0) -> dict[str, Any]:
+        squares = {name: float(tensor.double().square().sum()) for name, tensor in direction.items()}
+        total = sum(squares.values())
+        unit = {name: tensor / total**0.5 if total > 0 else tensor for name, tensor in direction.items()}
+        dtype: torch.dtype = getattr(torch, self._directions.dtype)  # torch rounds much faster than numpy does
+        self._directions.write(component, {name: tensor.to(dtype).cpu().numpy() for name, tensor in unit.items()})
+        facts = {
+            "component": component,
+            "cosine": cosine,
+            "polished": step,
+            "energy": {name: square / total if total > 0 else 0.0 for name, square in squares.items()},
+        }
+        write_json_atomically(self._result(component), facts)
+        return facts
+
+    def _result(self, component: int) -> Path:
+        return self._paths.results / f"{component:05d}.json"
+
+
+def _put(stream: BinaryIO, content: bytes) -> None:
+    stream.write(content)

@@ -1,0 +1,197 @@
+"""Repair on a worker: move the model along components' directions, and see which predictions get right or wrong.
+
+One task is a component: steps of both signs and several sizes on the tuning examples, from where earlier edits have
+left the model. A finished one is left in a file. Where steps along several components are sought together, one task is
+the loss of some examples at given steps, and its derivatives by them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_model
+
+from npeff.directions import parameter_norm
+from npeff.models.loaded import ModelSpec
+from npeff.models.predictions import Predictions
+from npeff.storage.atomic import replacing_directory
+from npeff.storage.checksums import file_checksum, write_json_atomically
+from npeff.store.direction_store import DirectionStore
+from npeff.verification import Edit, find_step_size, moved
+
+_KEPT_BYTES = 512 * 2**20
+"""Of directions that a worker need not read again."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What is to be tried: steps along a component's direction, after the edits."""
+
+    edits: tuple[Edit, ...]
+    component: int
+    top: NDArray[np.int64]
+    """Examples whose mean KL is what steps are measured by."""
+
+    @property
+    def file(self) -> str:
+        return f"{len(self.edits):03d}-{self.component:05d}.json"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One step that was tried."""
+
+    sign: int
+    length: float
+    kl: float
+    """Mean over the top examples."""
+    correct: list[int]
+    """Tuning examples that are right after it: their places among all tuning examples."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Examples whose share of the loss is wanted at the edits."""
+
+    edits: tuple[Edit, ...]
+    examples: NDArray[np.int64]
+    weights: NDArray[np.float64]
+
+
+class RepairWorker:
+    """Holds the model and the directions.
+
+    Args:
+        model: of the run.
+        directions: its `DirectionStore`.
+        results: folder of one JSON file per finished attempt.
+        tuning: numbers of the examples that steps are chosen by.
+        kl_steps: mean KLs on the top examples that steps are taken for.
+        batch_size: of the predictions.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        directions: Path,
+        results: Path,
+        tuning: NDArray[np.int64],
+        kl_steps: Sequence[float],
+        batch_size: int,
+    ) -> None:
+        self._loaded = model.load()
+        self._directions, self._results = DirectionStore.open(directions), results
+        self._kept: dict[int, dict[str, torch.Tensor]] = {}
+        self._tuning, self._kl_steps, self._batch_size = tuning, kl_steps, batch_size
+
+    def attempt(self, wanted: Attempt) -> list[dict[str, Any]]:
+        """A `Trial`, as a dictionary, for each sign and KL; also left in a file."""
+        direction = self._direction(wanted.component)
+        trials: list[dict[str, Any]] = []
+        with self._edited(wanted.edits):
+            before, longest = self._predict(wanted.top), parameter_norm(self._loaded.model, direction)
+
+            for sign in (1, -1):
+
+                def kl_at(length: float, sign: int = sign) -> float:
+                    with moved(self._loaded.model, direction, sign * length):
+                        return float(np.nanmean(self._predict(wanted.top).kl(before)))
+
+                for target in self._kl_steps:
+                    step = find_step_size(kl_at, target, longest=longest)
+                    if not step.reached_target:
+                        break  # nor is a larger one
+                    with moved(self._loaded.model, direction, sign * step.epsilon):
+                        correct = np.flatnonzero(self._predict(self._tuning).correct()).tolist()
+                    trials.append(asdict(Trial(sign, step.epsilon, step.kl, correct)))
+        write_json_atomically(self._results / wanted.file, {"trials": trials})
+        return trials
+
+    def slopes(self, wanted: Batch) -> tuple[float, list[float]]:
+        """Σ_i w_i · (−log p(label_i)) at the edits, and its derivatives by their steps."""
+        weight_of = dict(zip(wanted.examples.tolist(), wanted.weights.tolist(), strict=True))
+        total, gradients = 0.0, dict[str, torch.Tensor]()
+        with self._edited(wanted.edits):
+            for chosen in self._loaded.batches(wanted.examples.tolist(), self._batch_size):
+                loss, found = self._gradient(chosen, [weight_of[index] for index in chosen])
+                total += loss
+                gradients = {name: gradients[name] + found[name] for name in found} if gradients else found
+        slopes = [
+            sum(float((gradients[name].double() * tensor.to(gradients[name])).sum()) for name, tensor in each.items())
+            for each in (self._direction(edit.component) for edit in wanted.edits)
+        ]
+        return total, slopes
+
+    def right_after(self, edits: tuple[Edit, ...]) -> list[int]:
+        """Tuning examples that are right after the edits: their places among all tuning examples."""
+        with self._edited(edits):
+            places: list[int] = np.flatnonzero(self._predict(self._tuning).correct()).tolist()
+        return places
+
+    def judge(self, wanted: tuple[tuple[Edit, ...], NDArray[np.int64]]) -> list[list[bool]]:
+        """Whether each of some examples is right, before and after the edits."""
+        edits, examples = wanted
+        before = self._predict(examples).correct()
+        with self._edited(edits):
+            return [before.tolist(), self._predict(examples).correct().tolist()]
+
+    def save(self, wanted: tuple[tuple[Edit, ...], Path, dict[str, Any]]) -> str:
+        """Write the edited model, and the record of what was done, to a folder; the checksum of the model's file."""
+        edits, folder, record = wanted
+        with self._edited(edits), replacing_directory(folder) as partial:
+            save_model(self._loaded.model, str(partial / "model.safetensors"), {"npeff": json.dumps(record)})
+            (partial / "repair.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            return file_checksum(partial / "model.safetensors")
+
+    @contextmanager
+    def _edited(self, edits: Sequence[Edit]) -> Iterator[None]:
+        total: dict[str, torch.Tensor] = {}
+        for edit in edits:
+            for name, tensor in self._direction(edit.component).items():
+                total[name] = edit.step * tensor if name not in total else total[name].add_(tensor, alpha=edit.step)
+        with moved(self._loaded.model, total, 1.0):
+            yield
+
+    def _direction(self, component: int) -> dict[str, torch.Tensor]:
+        if component in self._kept:
+            return self._kept[component]
+        direction = {name: torch.from_numpy(array) for name, array in self._directions.read(component).items()}
+        size = sum(tensor.nbytes for tensor in direction.values())
+        if (len(self._kept) + 1) * size <= _KEPT_BYTES:
+            self._kept[component] = direction
+        return direction
+
+    def _gradient(self, chosen: list[int], weights: list[float]) -> tuple[float, dict[str, torch.Tensor]]:
+        loaded, weights_B = self._loaded, torch.tensor(weights, dtype=torch.float64)
+        parameters = {name: loaded.model.get_parameter(name) for name in self._directions.arrays}
+        with _requiring_grad(parameters):
+            batch = loaded.batch(chosen)
+            logits, targets = loaded.logits(loaded.model, batch), loaded.targets(batch, chosen)
+            made = targets >= 0
+            losses = torch.nn.functional.cross_entropy(logits[made].float(), targets[made], reduction="none")
+            loss = losses.double() @ weights_B.to(losses.device)[made.nonzero()[:, 0]]
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+        return float(loss.detach()), dict(zip(parameters, gradients, strict=True))
+
+    def _predict(self, examples: NDArray[np.int64]) -> Predictions:
+        return self._loaded.predict(examples.tolist(), self._batch_size)
+
+
+@contextmanager
+def _requiring_grad(parameters: dict[str, torch.nn.Parameter]) -> Iterator[None]:
+    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    try:
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(before[name])

@@ -1,0 +1,91 @@
+"""In place of stage 2: the components of another run, and the coefficients of this run's examples at them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from npeff.execution.executor import Executor
+from npeff.factorization import InvalidProblemError, explained, near_duplicates
+from npeff.runs.directory import RunDirectory
+from npeff.runs.errors import RunDirectoryError
+from npeff.runs.progress import ProgressDisplay, SilentProgress
+from npeff.runs.stage import Summary, open_stage, record_of
+from npeff.stages.factorize.solution import write_solution
+from npeff.stages.fishers.stage import compute_fishers
+from npeff.stages.inputs import checksums_of, components_of
+from npeff.stages.transform.worker import ShardCoefficients, TransformWorker
+from npeff.stages.worker_specs import device_of, executor_for, worker_spec
+from npeff.store.coefficient_rows import StackedRows
+
+
+def transform(
+    run: RunDirectory,
+    source: str | Path,
+    *,
+    executor: Executor | None = None,
+    progress: ProgressDisplay | None = None,
+) -> Summary:
+    """Coefficients of a run's examples at the components of another run, ``source``, which are copied into it.
+
+    Its Fishers are computed first, where they are not there. It can then be asked and reported on like any other.
+
+    Raises:
+        RunDirectoryError: the model, parameters, sketch or seed of the runs differ, or the run has been factorized.
+        InvalidProblemError: ``factorization.n_components`` of the run is not the number of components.
+    """
+    progress, config = progress or SilentProgress(), run.config
+    given = RunDirectory.open(source)  # refused before anything is computed
+    record_of(given, "factorize")
+    if (wanted := config.factorization.n_components) != given.config.factorization.n_components:
+        raise InvalidProblemError(
+            f"{source} has {given.config.factorization.n_components} components, and the new run asks for {wanted}: "
+            "set its factorization.n_components to that"
+        )
+    with run.lock(), executor_for(run, executor) as workers:
+        compute_fishers(run, executor=workers, progress=progress)
+        components_KD = components_of(run, source)
+        if len(components_KD) != config.factorization.n_components:
+            raise InvalidProblemError(
+                f"{source} has {len(components_KD)} components: set factorization.n_components of the new run to that"
+            )
+        origin = str(given.path)
+        with open_stage(run, "factorize", after="fishers") as stage:
+            if stage.done and stage.done.get("transformed_from") == origin:
+                return stage.done
+            if stage.done or run.checkpoints.exists():
+                raise RunDirectoryError(f"{run.path} has components of its own: choose another run_dir")
+            checksums = checksums_of(run)
+            worker = worker_spec(
+                run,
+                TransformWorker,
+                fishers=run.fishers,
+                checksums=checksums,
+                components_KD=components_KD,
+                l1=config.factorization.l1,
+                device=device_of(config),
+            )
+            parts: dict[int, ShardCoefficients] = {}
+            with progress.stage("transform", len(checksums), "shards") as tick:
+                for shard, part in workers.map(worker, "transform", sorted(checksums)):
+                    parts[shard] = part
+                    tick(len(parts))
+            in_order = [parts[shard] for shard in sorted(parts)]
+            loss, total = sum(part.loss for part in in_order), sum(part.fisher_square_sum for part in in_order)
+            if not total > 0:
+                raise InvalidProblemError("no example has a valid Fisher that is not zero: there is nothing to explain")
+            summary = {
+                "n_components": len(components_KD),
+                "loss": loss,
+                "explained": explained(loss, total),
+                "explained_held_out": None,
+                "n_iter": 0,
+                "stopped": "transformed",
+                "transformed_from": origin,
+                "near_duplicates": near_duplicates(torch.from_numpy(components_KD)),
+            }
+            coefficients_NK = StackedRows([part.coefficients_NK for part in in_order])
+            summary |= write_solution(run, components_KD, coefficients_NK, [], summary)
+            progress.say(f"explained {summary['explained']:.4f} of the Fishers")
+            return stage.complete(summary)

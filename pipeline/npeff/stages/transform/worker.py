@@ -1,0 +1,51 @@
+"""Coefficients of examples at given components, on workers: one stored shard at a time, which is all that is held.
+
+Shapes: n examples of a shard, K components, D sketch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from npeff.factorization import ExampleShard
+from npeff.store.fisher_store import FisherStore
+
+
+@dataclass(frozen=True)
+class ShardCoefficients:
+    """The optimal coefficients of a shard's examples, and what they leave unexplained."""
+
+    coefficients_NK: NDArray[np.float32]
+    """(n, K); NaN rows for invalid examples."""
+    loss: float
+    fisher_square_sum: float
+
+
+class TransformWorker:
+    """Holds the components."""
+
+    def __init__(
+        self, fishers: Path, checksums: dict[int, str], components_KD: NDArray[np.float64], l1: float, device: str
+    ) -> None:
+        self._store, self._checksums, self._l1 = FisherStore.open(fishers), checksums, l1
+        self._device = torch.device(device)
+        self._components_KD = torch.from_numpy(components_KD.copy()).to(self._device)
+
+    def transform(self, shard: int) -> ShardCoefficients:
+        """The coefficients of one shard.
+
+        Raises:
+            StoreError: the shard is missing or damaged.
+        """
+        arrays = self._store.read_shard(shard, self._checksums[shard])
+        valid = np.flatnonzero(arrays["valid"])
+        examples = ExampleShard(torch.from_numpy(arrays["factors"][valid]).to(self._device))
+        statistics = examples.finish(self._components_KD, l1=self._l1)
+        rows_NK = np.full((len(arrays["valid"]), len(self._components_KD)), np.nan, dtype=np.float32)
+        rows_NK[valid] = examples.coefficients_NK.float().cpu().numpy()
+        return ShardCoefficients(rows_NK, statistics.loss(self._components_KD), statistics.fisher_square_sum)

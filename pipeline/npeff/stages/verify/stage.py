@@ -1,0 +1,70 @@
+"""Stage 4: what each direction moves, beside the controls."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+
+from npeff.execution.executor import Executor
+from npeff.runs.directory import RunDirectory
+from npeff.runs.progress import ProgressDisplay, SilentProgress
+from npeff.runs.stage import Summary, finished, open_stage, unit_checksums
+from npeff.stages.inputs import fingerprint_of, lifted_components
+from npeff.stages.verify.worker import VerificationOptions, VerificationPaths, VerificationWorker
+from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
+from npeff.statistics.verdict import scoreboard, verdicts
+from npeff.store.fisher_store import FisherStore
+from npeff.store.tables import read_table, rows_to_columns, write_table
+
+
+def verify(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
+    """Move the model along every direction and compare what changes with the controls."""
+    with open_stage(run, "verify", after="lift") as stage:
+        components, results = lifted_components(run), run.partial_results("verify")
+        if stage.done and set(components) <= set(stage.done.get("components", range(stage.done["n_components"]))):
+            return stage.done
+        progress, config, wanted = progress or SilentProgress(), run.config, run.config.verification
+        verified = {
+            component: read_table(path, "verification").to_pylist() for component, path in finished(results).items()
+        }
+        paths = VerificationPaths(run.factorization, run.directions, run.table("examples"), results)
+        worker = worker_spec(
+            run,
+            VerificationWorker,
+            model=model_spec(run, fingerprint_of(run)),
+            paths=paths,
+            options=VerificationOptions(
+                n_top=wanted.top_examples,
+                n_baseline=wanted.baseline_examples,
+                target_kl=wanted.target_kl,
+                epsilon=wanted.epsilon,
+                n_selectivity=wanted.selectivity_examples,
+                n_correlation=wanted.correlation_examples,
+                seed=config.seed,
+                batch_size=FisherStore.open(run.fishers).attrs["batch_size"],
+                lifted=components,
+                semi_orthogonal=wanted.orthogonalize == "semi",
+                ablation=wanted.ablation,
+                origin=None if wanted.ablation_origin is None else Path(wanted.ablation_origin).expanduser().absolute(),
+            ),
+        )
+        missing = [component for component in components if component not in verified]
+        with (
+            progress.stage("verify", len(components), "components", done=len(verified)) as tick,
+            executor_for(run, executor) as workers,
+        ):
+            for component, rows in workers.map(worker, "verify", missing, keep_going=True):
+                verified[component] = rows
+                tick(len(verified))
+        rows = [row for component in sorted(verified) for row in verified[component]]
+        write_table(run.table("verification"), "verification", rows_to_columns(rows, "verification"))
+        parts = [read_table(paths.selectivity_file(component), "selectivity") for component in sorted(verified)]
+        write_table(run.table("selectivity"), "selectivity", pa.concat_tables(parts))
+        if wanted.ablation:
+            parts = [read_table(paths.ablation_file(component), "ablation") for component in sorted(verified)]
+            write_table(run.table("ablation"), "ablation", pa.concat_tables(parts))
+        scores = [asdict(score) for score in scoreboard(verdicts(rows))]
+        summary = {"n_components": len(verified), "components": sorted(verified), "scores": scores}
+        return stage.complete(summary | {"units": unit_checksums(run, "verify", sorted(verified))})

@@ -1,0 +1,301 @@
+"""Stage 4 on a worker: move the model along one component's direction and measure what changes, beside the controls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from npeff.directions import displacement, orthogonalized, parameter_norm
+from npeff.models.loaded import ModelSpec
+from npeff.models.predictions import Predictions
+from npeff.statistics.ratio_intervals import Measured, confidence, rank_correlation
+from npeff.store.component_store import open_factorization
+from npeff.store.direction_store import DirectionStore
+from npeff.store.tables import SCHEMAS, read_table, write_table
+from npeff.tasks import TaskError
+from npeff.verification import (
+    StepSize,
+    another_component,
+    baseline_examples,
+    find_step_size,
+    moved,
+    random_direction,
+    top_examples,
+)
+
+SPLITS = ("fit", "held_out")
+
+LEAST_OVERLAP = 0.05
+"""|cos| of two components in the sketch from which on the lighter one's direction is made orthogonal to the other's. Of
+random ones in 4,096 coordinates it is 0.016."""
+
+Direction = Mapping[str, Tensor]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class VerificationPaths:
+    factorization: Path
+    directions: Path
+    examples: Path
+    results: Path
+    """Folder of one Parquet file per finished component, and of the following beside them."""
+
+    def selectivity_file(self, component: int) -> Path:
+        return self.results / "selectivity" / f"{component:05d}.parquet"
+
+    def ablation_file(self, component: int) -> Path:
+        return self.results / "ablation" / f"{component:05d}.parquet"
+
+
+@dataclass(frozen=True)
+class VerificationOptions:
+    """As in the run file."""
+
+    n_top: int
+    n_baseline: int
+    target_kl: float
+    epsilon: float | None
+    """A step of that length, whatever KL it gives."""
+    n_selectivity: int
+    n_correlation: int
+    seed: int
+    batch_size: int
+    lifted: Sequence[int] | None = None
+    """Components that have a direction; all of them if None."""
+    semi_orthogonal: bool = False
+    ablation: bool = False
+    origin: Path | None = None
+    """File of the parameters that displacements are counted from; zero if None."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some examples, and what the model predicts on them where it is."""
+
+    examples: NDArray[np.int64]
+    before: Predictions
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a step did; predictions are those after it."""
+
+    step: StepSize
+    top: Predictions
+    baseline: Predictions
+    kl: Measured
+
+    def columns(self, name: str) -> dict[str, float]:
+        """Of a control in the verification table."""
+        return {
+            f"{name}_epsilon": self.step.epsilon,
+            f"{name}_kl_top": float(np.nanmean(self.kl.top_n)),
+            f"{name}_kl_baseline": float(np.nanmean(self.kl.baseline_m)),
+            f"{name}_kl_ratio": self.kl.ratio,
+        }
+
+
+@dataclass(frozen=True)
+class Onlookers:
+    """Examples that are looked at whichever component the model is moved along."""
+
+    split: str
+    group: Group
+    n_of_component: list[int]
+    """How many of the first ones are the first component's top examples, how many of the next ones the second's, …
+    What follows them is drawn at random."""
+
+
+class VerificationWorker:
+    """Verifies components, one call each."""
+
+    def __init__(self, model: ModelSpec, paths: VerificationPaths, options: VerificationOptions) -> None:
+        self._loaded = model.load()
+        self._paths, self._options = paths, options
+        table = read_table(paths.examples, "examples")
+        self._norms_N = table["fisher_norm"].to_numpy()
+        valid_N = table["valid"].to_numpy()
+        split_N = np.asarray(table["split"].to_pylist())
+        self._members = {split: valid_N & (split_N == split) for split in SPLITS}
+        factorization = open_factorization(paths.factorization)
+        self._coefficients_NK, self._components_KD = factorization.read_coefficients(), factorization.read_components()
+        self._directions = DirectionStore.open(paths.directions)
+        self._lifted = list(range(len(self._components_KD)) if options.lifted is None else options.lifted)
+        self._origin = None if options.origin is None else self._read_origin(options.origin)
+
+    def verify(self, component: int) -> list[dict[str, Any]]:
+        """The component's rows of the verification table, one per split and sign; also left in a file, and those of the
+        selectivity matrix and of the ablation in others. None where nothing is left of a direction made orthogonal."""
+        direction = self._tested_direction(component)
+        rows, selectivity, ablation = ([], [], []) if direction is None else self._rows(component, direction)
+        write_table(self._paths.selectivity_file(component), "selectivity", _columns(selectivity, "selectivity"))
+        if self._options.ablation:
+            write_table(self._paths.ablation_file(component), "ablation", _columns(ablation, "ablation"))
+        write_table(self._paths.results / f"{component:05d}.parquet", "verification", _columns(rows, "verification"))
+        return rows
+
+    def _rows(self, component: int, direction: Direction) -> tuple[list[Row], list[Row], list[Row]]:
+        """Of the tables `verification`, `selectivity` and `ablation`."""
+        random = random_direction(direction, seed=self._seed(component, "random direction"))
+        other = another_component(component, self._lifted, self._seed(component, "another component"))
+        controls = {"random": random} | ({} if other is None else {"other": self._direction(other)})
+        rows, selectivity, ablation = list[Row](), list[Row](), list[Row]()
+        for split, members_N in self._members.items():
+            top = top_examples(self._coefficients_NK[:, component], members_N, self._options.n_top)
+            seed = self._seed(component, f"baseline {split}")
+            baseline = baseline_examples(members_N, top, self._options.n_baseline, seed)
+            if len(top) == 0 or len(baseline) == 0:
+                continue
+            groups = self._group(top), self._group(baseline)
+            for sign in (1, -1):
+                own = self._effect(direction, sign, *groups)
+                beside = {name: self._effect(control, sign, *groups) for name, control in controls.items()}
+                row = {"component": component, "examples": split, "sign": sign, "other_component": other}
+                row |= self._compared(own, beside, *groups, seed) | {"kl_correlation": None}
+                if split == self._onlookers.split:
+                    kl_n = self._kl_of_onlookers(direction, sign * own.step.epsilon)
+                    row["kl_correlation"] = self._correlation(component, kl_n)
+                    place = {"moved": component, "examples": split, "sign": sign}
+                    selectivity += [place | found for found in self._selectivity(kl_n)]
+                rows.append(row)
+            if self._options.ablation:
+                along = displacement(self._loaded.model, direction, self._origin)
+                own = self._step(direction, -along, *groups)
+                beside = {name: self._step(control, -along, *groups) for name, control in controls.items()}
+                row = {"component": component, "examples": split, "displacement": along, "other_component": other}
+                ablation.append(row | self._compared(own, beside, *groups, seed))
+        return rows, selectivity, ablation
+
+    def _compared(
+        self, own: Effect, controls: Mapping[str, Effect], top: Group, baseline: Group, seed: int
+    ) -> dict[str, Any]:
+        norms = Measured(self._norms_N[top.examples], self._norms_N[baseline.examples])
+        sure = confidence(own.kl, [norms, *(control.kl for control in controls.values())], seed)
+        measured = {
+            name: value for which, control in controls.items() for name, value in control.columns(which).items()
+        }
+        return {
+            **dict.fromkeys((f"other_{name}" for name in ("epsilon", "kl_top", "kl_baseline", "kl_ratio")), None),
+            **measured,
+            "epsilon": own.step.epsilon,
+            "n_top": len(top.examples),
+            "n_baseline": len(baseline.examples),
+            "kl_top": float(np.nanmean(own.kl.top_n)),
+            "kl_baseline": float(np.nanmean(own.kl.baseline_m)),
+            "kl_ratio": own.kl.ratio,
+            "kl_ratio_low": sure.low,
+            "kl_ratio_high": sure.high,
+            "above_controls": sure.above_controls,
+            "fisher_norm_ratio": norms.ratio,
+            "accuracy_top_before": top.before.accuracy(),
+            "accuracy_top_after": own.top.accuracy(),
+            "accuracy_baseline_before": baseline.before.accuracy(),
+            "accuracy_baseline_after": own.baseline.accuracy(),
+            "reached_target": own.step.reached_target,
+        }
+
+    def _effect(self, direction: Direction, sign: int, top: Group, baseline: Group) -> Effect:
+        """Of the step that moves the top examples by the target KL, or of the fixed one."""
+
+        def kl_at(epsilon: float) -> float:
+            with moved(self._loaded.model, direction, sign * epsilon):
+                return float(np.nanmean(self._predict(top.examples).kl(top.before)))
+
+        if self._options.epsilon is not None:
+            return self._step(direction, sign * self._options.epsilon, top, baseline)
+        longest = parameter_norm(self._loaded.model, direction)
+        found = find_step_size(kl_at, self._options.target_kl, longest=longest)
+        return replace(self._step(direction, sign * found.epsilon, top, baseline), step=found)
+
+    def _step(self, direction: Direction, step: float, top: Group, baseline: Group) -> Effect:
+        with moved(self._loaded.model, direction, step):
+            after_top, after_baseline = self._predict(top.examples), self._predict(baseline.examples)
+        kl = Measured(after_top.kl(top.before), after_baseline.kl(baseline.before))
+        return Effect(StepSize(abs(step), float(np.nanmean(kl.top_n)), True), after_top, after_baseline, kl)
+
+    @cached_property
+    def _onlookers(self) -> Onlookers:
+        """Held-out ones, where there are any."""
+        split = "held_out" if self._members["held_out"].any() else "fit"
+        members_N, seed = self._members[split], self._seed(0, "onlookers")
+        tops = [top_examples(w_N, members_N, self._options.n_selectivity) for w_N in self._coefficients_NK.T]
+        drawn = baseline_examples(members_N, np.empty(0, np.int64), self._options.n_correlation, seed)
+        return Onlookers(split, self._group(np.concatenate([*tops, drawn])), [len(top) for top in tops])
+
+    def _kl_of_onlookers(self, direction: Direction, step: float) -> NDArray[np.float64]:
+        group = self._onlookers.group
+        if not len(group.examples):
+            return np.empty(0)
+        distinct, places = np.unique(group.examples, return_inverse=True)
+        with moved(self._loaded.model, direction, step):
+            after = self._predict(distinct)
+        return after.at(places).kl(group.before)
+
+    def _selectivity(self, kl_n: NDArray[np.float64]) -> Iterator[dict[str, Any]]:
+        counts = self._onlookers.n_of_component
+        for component, part_n in enumerate(np.split(kl_n, np.cumsum(counts))[:-1]):
+            if len(part_n):
+                yield {"component": component, "n_examples": len(part_n), "kl": float(np.nanmean(part_n))}
+
+    def _correlation(self, component: int, kl_n: NDArray[np.float64]) -> float | None:
+        n_top = sum(self._onlookers.n_of_component)
+        drawn = self._onlookers.group.examples[n_top:]
+        return rank_correlation(self._coefficients_NK[drawn, component], kl_n[n_top:])
+
+    def _direction(self, component: int) -> Direction:
+        return {name: torch.from_numpy(array) for name, array in self._directions.read(component).items()}
+
+    def _tested_direction(self, component: int) -> Direction | None:
+        """The component's, or what it has for itself: what is left of it outside the span of heavier components'."""
+        own = self._direction(component)
+        if not self._options.semi_orthogonal:
+            return own
+        masses_K: NDArray[np.float64] = np.nansum(self._coefficients_NK[self._members["fit"]], axis=0, dtype=np.float64)
+        cosines_K = np.abs(self._components_KD @ self._components_KD[component])
+        heavier = [
+            other
+            for other in self._lifted
+            if masses_K[other] > masses_K[component] and cosines_K[other] >= LEAST_OVERLAP
+        ]
+        return orthogonalized(own, [self._direction(other) for other in heavier])
+
+    def _read_origin(self, file: Path) -> Direction:
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise TaskError(f"verification.ablation_origin: cannot read {file} ({error})") from None
+        shapes = dict(zip(self._loaded.layout.names, self._loaded.layout.shapes, strict=True))
+        wrong = [name for name, shape in shapes.items() if name not in tensors or tensors[name].shape != shape]
+        if wrong:
+            raise TaskError(
+                f"verification.ablation_origin: {file} has no parameter {wrong[0]!r} of shape {tuple(shapes[wrong[0]])}"
+            )
+        return {name: tensors[name] for name in shapes}
+
+    def _group(self, examples: NDArray[np.int64]) -> Group:
+        """With the predictions where the model is: it must not be moved now."""
+        distinct, places = np.unique(examples, return_inverse=True)
+        return Group(examples, self._predict(distinct).at(places))
+
+    def _predict(self, examples: NDArray[np.int64]) -> Predictions:
+        return self._loaded.predict(examples.tolist(), self._options.batch_size)
+
+    def _seed(self, component: int, purpose: str) -> int:
+        words = np.frombuffer(purpose.encode().ljust(-len(purpose) % 4 + len(purpose), b" "), dtype=np.uint32)
+        entropy = [self._options.seed, component, *words.tolist()]
+        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _columns(rows: Sequence[dict[str, Any]], table: str) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in SCHEMAS[table].names}

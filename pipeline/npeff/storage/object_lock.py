@@ -1,0 +1,174 @@
+"""The lock of a run on an object store: an object that says who holds it, created and renewed under conditions.
+
+A process that is killed cannot let go, as the kernel does for it on a local disk. So the lock is renewed while its
+holder lives, and one that was not renewed for a minute may be taken over. That minute passes on the server's clock
+(the Date of its answer against the object's LastModified); the clocks of the machines play no part. Every renewal
+changes the object, and with it the ETag that the next condition names: of two that take a lock over one succeeds, and
+a holder that comes back finds out, before it writes anything (`npeff.storage.s3.guards`).
+
+The *token* is drawn by the holder. A request whose answer was lost is repeated by botocore, and then fails because it
+has succeeded before: an object with the own token tells so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+
+from fsspec.asyn import sync
+
+from npeff.storage.errors import ObjectStoreError
+from npeff.storage.objects import file_system, key_of
+from npeff.storage.s3 import guards
+
+RENEW_S = 10.0
+STALE_S = 60.0
+_LOOK_S = 2.0
+
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+"""One that goes on while the machine sleeps."""
+
+
+class HeldError(Exception):
+    """The lock is another's; the message says whose."""
+
+
+@contextmanager
+def object_lock(path: Path, owner: str) -> Iterator[None]:
+    """Hold the lock `path`, and with it all objects in its folder: this process writes none once it has lost the lock.
+
+    A lock that its holder has left behind is waited for: until it is renewed after all, or a minute old.
+
+    Raises:
+        HeldError: another process renews it.
+        ObjectStoreError: a request fails. The body gets it, when it writes, if the lock was taken over.
+    """
+    lock = _ObjectLock(path, owner)
+    lock.acquire()
+    folder = key_of(path.parent) + "/"
+    guards[folder] = lock
+    keeper = threading.Thread(target=lock.keep, name="lock", daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        lock.ended.set()
+        keeper.join()
+        del guards[folder]
+        lock.release()
+
+
+@dataclass(frozen=True)
+class _Seen:
+    owner: str
+    token: str
+    etag: str
+    age_s: float
+    """Since it was renewed."""
+
+
+class _ObjectLock:
+    def __init__(self, path: Path, owner: str) -> None:
+        self.ended = threading.Event()
+        self._path, self._fs, self._owner, self._token = path, file_system(path), owner, secrets.token_hex(16)
+        self._bucket, _, self._key = key_of(path).partition("/")
+        self._etag, self._renewals, self._renewed_at = "", 0, 0.0
+        self._lost_to: str | None = None
+
+    def acquire(self) -> None:
+        before: _Seen | None = None
+        while not self._put(IfNoneMatch="*"):
+            found = self._look()
+            if found is None:
+                continue  # it was released meanwhile
+            if found.token == self._token:
+                self._adopt(found, _now())
+                return
+            if before is not None and before.etag != found.etag:
+                raise HeldError(found.owner)
+            if found.age_s > STALE_S and self._put(IfMatch=found.etag):
+                return
+            before = found
+            time.sleep(_LOOK_S)
+
+    def keep(self) -> None:
+        """Renew the lock until it is to end, or lost."""
+        while not self.ended.wait(RENEW_S) and self._lost_to is None:
+            with suppress(ObjectStoreError):  # the next time may go well; `confirm` sees to it that there is one
+                self._renew()
+
+    async def confirm(self) -> None:
+        began = _now()
+        while self._lost_to is None and _now() - self._renewed_at > STALE_S / 2:
+            if _now() - began > STALE_S:
+                raise ObjectStoreError(
+                    f"the lock {self._path} could not be renewed for {_now() - self._renewed_at:.0f} s: look at the "
+                    "network and run the same command again, what is finished is kept"
+                )
+            await asyncio.sleep(_LOOK_S / 4)
+        if self._lost_to is not None:
+            raise ObjectStoreError(
+                f"{self._path.parent} was taken over by another run ({self._lost_to}), as this one did not renew its "
+                "lock in time: it stops here; wait for the other one"
+            )
+
+    def release(self) -> None:
+        if self._lost_to is None:
+            with suppress(ObjectStoreError, FileExistsError, FileNotFoundError):  # it is then left to grow old
+                self._fs.call_s3("delete_object", Bucket=self._bucket, Key=self._key, IfMatch=self._etag)
+
+    def _renew(self) -> None:
+        began = _now()
+        if self._put(IfMatch=self._etag):
+            return
+        found = self._look()
+        if found is not None and found.token == self._token:
+            self._adopt(found, began)
+        else:
+            self._lost_to = found.owner if found is not None else "which has ended"
+
+    def _put(self, **condition: str) -> bool:
+        """Write the lock if the condition holds; whether it does."""
+        began, self._renewals = _now(), self._renewals + 1
+        content = {"owner": self._owner, "token": self._token, "renewals": self._renewals}
+        body = json.dumps(content).encode()
+        try:
+            answer = self._fs.call_s3("put_object", Bucket=self._bucket, Key=self._key, Body=body, **condition)
+        except (FileExistsError, FileNotFoundError):
+            return False
+        self._etag, self._renewed_at = answer["ETag"], began
+        return True
+
+    def _adopt(self, found: _Seen, began: float) -> None:
+        self._etag, self._renewed_at = found.etag, began
+
+    def _look(self) -> _Seen | None:
+        async def read() -> tuple[Any, bytes]:
+            answer = await self._fs._call_s3("get_object", Bucket=self._bucket, Key=self._key)
+            async with answer["Body"] as body:
+                return answer, await body.read()
+
+        try:
+            answer, body = sync(self._fs.loop, read)
+        except FileNotFoundError:
+            return None
+        try:
+            content = json.loads(body)
+            owner, token = str(content["owner"]), str(content["token"])
+        except (ValueError, KeyError, TypeError):
+            owner, token = "of unknown kind", ""
+        now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return _Seen(owner, token, answer["ETag"], (now - answer["LastModified"]).total_seconds())
+
+
+def _now() -> float:
+    return time.clock_gettime(_CLOCK)

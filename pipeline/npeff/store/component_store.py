@@ -1,0 +1,178 @@
+"""What the factorization leaves behind, in a Zarr folder that is replaced whole.
+
+    factorization.zarr   components (K, D) float64, coefficients (N, K) float32, NaN rows for examples left out;
+                         coefficient_norms (N,) float64, the lengths of these rows;
+                         columns (D,) int64 where the coordinates are single entries of the flat parameter vector
+
+A chunk of the coefficients is some hundred examples with all their components, so one example is one small read; many
+chunks are one file. Most coefficients are zeros, which zstd removes.
+
+Legend: N examples, K components, D sketch dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from npeff.storage.atomic import replacing_directory
+from npeff.storage.checksums import ChecksumInBlocks, checksum
+from npeff.storage.errors import StoreError
+from npeff.storage.location import location
+from npeff.storage.zarr_groups import create_group, open_array, open_group
+from npeff.store.coefficient_rows import BLOCK_BYTES, Coefficients, blocks_of_rows
+from npeff.store.layout import MIN_CHUNK_BYTES
+
+SCHEMA_VERSION = 1
+_KIND = "a factorization"
+
+
+@dataclass(frozen=True)
+class StoredFactorization:
+    """Lazy arrays, and `read_*`, which verify what they read."""
+
+    path: Path
+    components: zarr.Array
+    """(K, D) float64, unit rows."""
+    coefficients: zarr.Array
+    """(N, K) float32; NaN rows for examples that were left out."""
+    attrs: dict[str, Any]
+    columns: zarr.Array | None = None
+    """(D,) int64, the parameters that the components' coordinates are; None where they are no single parameters."""
+    coefficient_norms: zarr.Array | None = None
+    """(N,) float64, lengths of the rows of the coefficients; None where a former version has not written them."""
+
+    def read_components(self) -> np.ndarray:
+        """(K, D) float64. Raises StoreError when a chunk is missing or corrupt."""
+        return self._read("components", self.components)
+
+    def read_coefficients(self) -> np.ndarray:
+        """(N, K) float32. Raises StoreError when a chunk is missing or corrupt."""
+        return self._read("coefficients", self.coefficients)
+
+    def read_columns(self) -> np.ndarray | None:
+        """(D,) int64, or None. Raises StoreError when a chunk is missing or corrupt."""
+        return None if self.columns is None else self._read("columns", self.columns)
+
+    def _read(self, name: str, array: zarr.Array) -> np.ndarray:
+        damage = f"{name} of {self.path} are corrupt: delete it and run `npeff factorize {self.path.parent}` again"
+        try:
+            values = np.asarray(array[...])
+        except (ValueError, OSError) as error:
+            raise StoreError(damage) from error
+        # a missing chunk reads as NaN, which in the coefficients would pass for an example left out
+        if checksum({name: values}) != self.attrs["checksums"][name]:
+            raise StoreError(damage)
+        return values
+
+
+def write_factorization(
+    path: str | Path,
+    components_KD: np.ndarray,
+    coefficients_NK: Coefficients,
+    attrs: Mapping[str, Any],
+    columns_D: np.ndarray | None = None,
+) -> None:
+    """Create or replace ``factorization.zarr``; `attrs` (JSON: loss, explained, why it stopped, ...) are kept.
+
+    The coefficients are walked over twice, a block of rows at a time.
+
+    Raises:
+        ValueError: the shapes are empty or do not agree, or a number is not finite, but for coefficient rows all NaN.
+        StoreError: it cannot be written. The former content is untouched.
+    """
+    shape = tuple(coefficients_NK.shape)
+    if (
+        components_KD.ndim != 2
+        or len(shape) != 2
+        or shape[1] != len(components_KD)
+        or 0 in (*shape, components_KD.size)
+    ):
+        raise ValueError(f"components {components_KD.shape} and coefficients {shape} are empty or do not agree")
+    if not np.isfinite(components_KD).all():
+        raise ValueError("components are not finite")
+    arrays, checksums = _stored(components_KD, coefficients_NK, columns_D)
+    with replacing_directory(location(path)) as partial:
+        group = create_group(partial, _KIND, SCHEMA_VERSION, {"checksums": checksums}, attrs)
+        for name, values in arrays.items():
+            _create_array(group, name, values.shape, values.dtype)[...] = values
+        stored = _create_array(group, "coefficients", shape, np.dtype(np.float32), sparse=True)
+        for rows, block in blocks_of_rows(coefficients_NK, (stored.shards or stored.chunks)[0]):
+            stored[rows] = block
+
+
+def _norms_and_checksum(coefficients_NK: Coefficients) -> tuple[NDArray[np.float64], str]:
+    n_examples, n_components = coefficients_NK.shape
+    norms_N = np.empty(n_examples)
+    digest = ChecksumInBlocks("coefficients", np.dtype(np.float32), (n_examples, n_components))
+    for rows, block in blocks_of_rows(coefficients_NK, max(1, BLOCK_BYTES // (4 * n_components))):
+        if not np.isfinite(block[~np.isnan(block).all(axis=1)]).all():
+            raise ValueError("coefficients are not finite in rows that are not all NaN")
+        norms_N[rows] = np.sqrt(np.einsum("nk,nk->n", block, block, dtype=np.float64))
+        digest.update(block)
+    return norms_N, digest.hexdigest()
+
+
+def _create_array(
+    group: zarr.Group, name: str, shape: tuple[int, ...], dtype: np.dtype, sparse: bool = False
+) -> zarr.Array:
+    """Cut along its first axis; a `sparse` one is compressed, and its chunks share files."""
+    row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
+    chunk_rows = min(shape[0], -(-MIN_CHUNK_BYTES // row_bytes))
+    chunks_per_shard = min(-(-shape[0] // chunk_rows), max(1, BLOCK_BYTES // (chunk_rows * row_bytes)))
+    return group.create_array(
+        name,
+        shape=shape,
+        dtype=dtype,
+        chunks=(chunk_rows, *shape[1:]),
+        shards=(chunk_rows * chunks_per_shard, *shape[1:]) if sparse and chunks_per_shard > 1 else None,
+        compressors=[ZstdCodec(level=1), Crc32cCodec()] if sparse else Crc32cCodec(),
+        fill_value=np.nan if dtype.kind == "f" else -1,
+    )
+
+
+def factorization_checksums(
+    components_KD: np.ndarray, coefficients_NK: Coefficients, columns_D: np.ndarray | None = None
+) -> dict[str, str]:
+    """The attribute ``checksums`` of a factorization that is stored: equal where what is stored is."""
+    return _stored(components_KD, coefficients_NK, columns_D)[1]
+
+
+def _stored(
+    components_KD: np.ndarray, coefficients_NK: Coefficients, columns_D: np.ndarray | None
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays beside the coefficients as they are stored, and the checksums of all."""
+    norms_N, coefficients_checksum = _norms_and_checksum(coefficients_NK)
+    arrays: dict[str, np.ndarray] = {
+        "components": components_KD.astype(np.float64),
+        "coefficient_norms": norms_N,
+    }
+    if columns_D is not None:
+        if columns_D.shape != components_KD.shape[1:]:
+            raise ValueError(f"columns {columns_D.shape} and components {components_KD.shape} do not agree")
+        arrays["columns"] = columns_D.astype(np.int64)
+    checksums = {name: checksum({name: values}) for name, values in arrays.items()}
+    return arrays, checksums | {"coefficients": coefficients_checksum}
+
+
+def open_factorization(path: str | Path) -> StoredFactorization:
+    """The content of ``factorization.zarr``.
+
+    Raises:
+        StoreError: there is none, or it is damaged.
+    """
+    path = location(path)
+    group, attrs = open_group(path, _KIND, SCHEMA_VERSION, "factorize")
+    components, coefficients = (open_array(group, path, name, "factorize") for name in ("components", "coefficients"))
+    columns, norms = (
+        open_array(group, path, name, "factorize") if name in attrs["checksums"] else None
+        for name in ("columns", "coefficient_norms")
+    )
+    return StoredFactorization(path, components, coefficients, attrs, columns, norms)

@@ -1,0 +1,358 @@
+"""Normalised Fisher factors of N examples, in one Zarr group, written and read by whole shards.
+
+    factors          (N, R, D)  float16, float32, or bfloat16 as a uint16 view   Â_i = A_i / sqrt(‖F_i‖_F), sketched
+    frobenius_norms  (N,)       float64                                         ‖F_i‖_F, exact
+    grams            (N, R, R)  float64                                         A_i A_iᵀ, exact
+    ranks            (N,)       int32                                           rows of A_i in use
+    kept_trace       (N,)       float64                                         share of trace(S) that they keep, or NaN
+    losses           (N,)       float32                                         mean of -log p(label), NaN if unknown
+    logits           (N, C)     float32                                         where an example is one prediction
+    labels           (N,)       int64
+    valid            (N,)       bool                                            False: not finite, to be left out
+
+and, where they are asked for, of the diagonals f_i of the F_i, which are exact whatever the sketch:
+
+    diagonal_norms    (N,)    float64  ‖f_i‖₂
+    diagonal_values   (N, k)  float32  the largest entries of f_i / ‖f_i‖₂, descending, then zeros
+    diagonal_indices  (N, k)  int64    where they are in the flat parameter vector
+    grouped_diagonal  (N, Q)  float32  sums of f_i / ‖f_i‖₂ over groups of entries
+
+Legend: N examples, R rank, C classes, D sketch dimension, k largest entries, Q groups.
+
+Fill values are ones that no written shard has (NaN, -1, not valid), so that a shard nobody wrote cannot be mistaken for
+data even by a reader that ignores the completion records. Every chunk and shard index carries a crc32c; nothing is
+compressed, because gradients hardly shrink.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec
+
+from npeff.storage.atomic import is_committed, replacing_directory
+from npeff.storage.bfloat16 import NAN_BITS, decode_bfloat16, encode_bfloat16
+from npeff.storage.checksums import checksum as checksum_of
+from npeff.storage.errors import StoreError, os_errors_explained
+from npeff.storage.location import location
+from npeff.storage.zarr_groups import (
+    Part,
+    create_group,
+    damaged_metadata,
+    open_array,
+    open_group,
+    restore_metadata,
+    stored_bytes,
+    stored_path,
+    write_durably,
+)
+from npeff.store.layout import ShardPlan, inner_chunk_examples
+from npeff.store.shard_records import record_path
+
+StoreDtype = Literal["float16", "bfloat16", "float32"]
+SCHEMA_VERSION = 3
+_KIND = "a Fisher store"
+
+
+@dataclass(frozen=True)
+class _ArraySpec:
+    tail: tuple[int, ...]
+    """Shape of one example's entry."""
+    dtype: str
+    fill: float | int | bool
+
+    @property
+    def example_bytes(self) -> int:
+        return int(np.prod(self.tail, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+def _array_specs(
+    rank: int,
+    dim: int,
+    n_classes: int,
+    store_dtype: StoreDtype,
+    with_logits: bool,
+    top_entries: int | None = None,
+    n_groups: int | None = None,
+) -> dict[str, _ArraySpec]:
+    bits = _ArraySpec((rank, dim), "uint16", NAN_BITS)
+    specs = {
+        "factors": bits if store_dtype == "bfloat16" else _ArraySpec((rank, dim), store_dtype, np.nan),
+        "frobenius_norms": _ArraySpec((), "float64", np.nan),
+        "grams": _ArraySpec((rank, rank), "float64", np.nan),
+        "ranks": _ArraySpec((), "int32", -1),
+        "kept_trace": _ArraySpec((), "float64", np.nan),
+        "losses": _ArraySpec((), "float32", np.nan),
+        "logits": _ArraySpec((n_classes,), "float32", np.nan),
+        "labels": _ArraySpec((), "int64", np.iinfo(np.int64).min),
+        "valid": _ArraySpec((), "bool", False),
+    }
+    if not with_logits:
+        del specs["logits"]
+    if top_entries is not None or n_groups is not None:
+        specs["diagonal_norms"] = _ArraySpec((), "float64", np.nan)
+    if top_entries is not None:
+        specs["diagonal_values"] = _ArraySpec((top_entries,), "float32", np.nan)
+        specs["diagonal_indices"] = _ArraySpec((top_entries,), "int64", -1)
+    if n_groups is not None:
+        specs["grouped_diagonal"] = _ArraySpec((n_groups,), "float32", np.nan)
+    return specs
+
+
+def _specs_of(attrs: Mapping[str, Any]) -> dict[str, _ArraySpec]:
+    """Of the store with these attributes."""
+    return _array_specs(
+        attrs["rank"],
+        attrs["dim"],
+        attrs["n_classes"],
+        attrs["store_dtype"],
+        attrs["with_logits"],
+        attrs.get("top_entries"),
+        attrs.get("n_groups"),
+    )
+
+
+ARRAY_NAMES = tuple(_array_specs(1, 1, 1, "float32", with_logits=True))
+"""Of a store with logits and without diagonals; `FisherStore.array_names` are those that a store has."""
+
+
+def fisher_store_bytes(*, n_examples: int, shard_size: int, **sizes: Any) -> int:
+    """What a store of these sizes (as of `FisherStore.create`) takes on disk, indexes apart; nothing is compressed."""
+    rows = min(shard_size, n_examples)
+    full, rest = divmod(n_examples, rows)
+    total = 0
+    for spec in _array_specs(**sizes).values():
+        chunk = inner_chunk_examples(rows, spec.example_bytes)
+        total += (full * rows + -(-rest // chunk) * chunk) * spec.example_bytes  # the last chunk is stored whole
+    return total
+
+
+class FisherStore:
+    """The Zarr group ``<run>/fishers.zarr``. Create it once; then any number of processes may open it, and each may
+    write the shards that are its own. Use `create` or `open`."""
+
+    def __init__(self, path: Path, attrs: Mapping[str, Any], arrays: Mapping[str, zarr.Array]) -> None:
+        self.path = path
+        self.attrs = dict(attrs)
+        self.plan = ShardPlan(attrs["n_examples"], attrs["shard_size"])
+        self.rank: int = attrs["rank"]
+        self.dim: int = attrs["dim"]
+        self.n_classes: int = attrs["n_classes"]
+        self.store_dtype: StoreDtype = attrs["store_dtype"]
+        self.top_entries: int | None = attrs.get("top_entries")
+        self.n_groups: int | None = attrs.get("n_groups")
+        self._specs = _specs_of(attrs)
+        self.array_names = tuple(self._specs)
+        self._arrays = dict(arrays)
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        n_examples: int,
+        rank: int,
+        dim: int,
+        n_classes: int,
+        shard_size: int,
+        store_dtype: StoreDtype,
+        attrs: Mapping[str, Any],
+        with_logits: bool = True,
+        top_entries: int | None = None,
+        n_groups: int | None = None,
+    ) -> FisherStore:
+        """A new store without any shard; `attrs` (JSON: parameter layout, sketch, model fingerprint, ...) are kept.
+
+        Without logits where an example is a sequence of predictions, or the classes are a vocabulary. With the
+        `top_entries` largest entries of the diagonals and their sums over `n_groups` groups, where these are given.
+
+        Raises:
+            StoreError: there is something at `path` already, the sizes are impossible, or it cannot be written.
+        """
+        path = location(path)
+        with os_errors_explained("write", path):
+            exists = is_committed(path)
+        if exists:
+            raise StoreError(f"{path} exists already: open it to resume, or choose another run_dir")
+        if n_examples < 1:
+            raise StoreError(f"there are no examples to store in {path}: give a data set with at least one")
+        sizes = {"rank": rank, "dim": dim, "n_classes": n_classes, "shard_size": shard_size}
+        diagonals = {"top_entries": top_entries, "n_groups": n_groups}
+        sizes |= {name: size for name, size in diagonals.items() if size is not None}
+        if impossible := [f"{name} = {size}" for name, size in sizes.items() if size < 1]:
+            raise StoreError(f"{path} cannot have {', '.join(impossible)}: each must be at least 1")
+        if store_dtype not in get_args(StoreDtype):
+            raise StoreError(f"store_dtype {store_dtype!r} is unknown: choose {', '.join(get_args(StoreDtype))}")
+        own = {"normalised": True, "n_examples": n_examples, **sizes, "store_dtype": store_dtype}
+        own["with_logits"] = with_logits
+        with replacing_directory(path) as partial:
+            group = create_group(partial, _KIND, SCHEMA_VERSION, own, attrs)
+            rows = min(shard_size, n_examples)
+            for name, spec in _specs_of(own).items():
+                group.create_array(
+                    name,
+                    shape=(n_examples, *spec.tail),
+                    dtype=spec.dtype,
+                    shards=(rows, *spec.tail),
+                    chunks=(inner_chunk_examples(rows, spec.example_bytes), *spec.tail),
+                    compressors=Crc32cCodec(),
+                    fill_value=spec.fill,
+                )
+        return cls.open(path)
+
+    @classmethod
+    def restore(cls, path: str | Path, **layout: Any) -> FisherStore:
+        """The store at `path`, whose metadata are made again where they are missing; its shards stay.
+
+        Args:
+            layout: what it was created with.
+
+        Raises:
+            StoreError: it is damaged otherwise, or cannot be written.
+        """
+        path = location(path)
+        restore_metadata(path, lambda fresh: cls.create(fresh, **layout))
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> FisherStore:
+        """The store at `path`, to read, and to write the shards that are the caller's.
+
+        Raises:
+            StoreError: there is none, or it is damaged or of another schema version.
+        """
+        path = location(path)
+        group, attrs = open_group(path, _KIND, SCHEMA_VERSION, "fishers")
+        specs = _specs_of(attrs)
+        arrays = {name: open_array(group, path, name, "fishers") for name in specs}
+        for name, spec in specs.items():
+            if (arrays[name].shape, arrays[name].dtype) != ((attrs["n_examples"], *spec.tail), spec.dtype):
+                raise damaged_metadata(path, name, "fishers")
+        for name in set(arrays) - {"factors"}:
+            # Zarr skips chunks that equal the fill value, as a shard without a valid example may; written anyway, a
+            # missing file is always a loss. Factors never equal theirs, and their padding is worth skipping.
+            arrays[name] = arrays[name].with_config({"write_empty_chunks": True})
+        return cls(path, attrs, arrays)
+
+    def write_shard(self, shard: int, arrays: Mapping[str, np.ndarray]) -> str:
+        """Write every array of a shard, whole and durable; returns the checksum of what is stored.
+
+        `arrays` has the names and shapes of this module's table, cut to the shard's examples, `factors` in floating
+        point. Nothing counts until the caller writes the completion record with the checksum.
+
+        Raises:
+            StoreError: a name, shape or type is wrong, a number is not finite or does not fit, or the disk refuses.
+        """
+        start, stop = self.plan.bounds(shard)
+        stored = self._encode(shard, arrays)
+        rows = slice(start, stop)
+        parts = (Part(name, self._arrays[name], shard, rows, values) for name, values in stored.items())
+        write_durably(self.path, parts)
+        return checksum_of(stored)
+
+    def read_shard(self, shard: int, checksum: str | None = None) -> dict[str, np.ndarray]:
+        """Every array of a shard; `factors` as float32. Without a `checksum` only Zarr's own crc32c are verified.
+
+        Raises:
+            StoreError: the shard is missing, truncated, corrupt, or not the one the checksum was made of.
+        """
+        return {name: self._decode(name, values) for name, values in self._read_stored(shard, checksum).items()}
+
+    def read_factors(self, shard: int, checksum: str | None = None) -> np.ndarray:
+        """The factors of a shard as they are stored, bfloat16 as uint16; with a `checksum` everything is read for it.
+
+        Raises:
+            StoreError: as `read_shard` does.
+        """
+        if checksum is not None:
+            return self._read_stored(shard, checksum)["factors"]
+        return self._read("factors", shard, slice(*self.plan.bounds(shard)))
+
+    def read_rows(
+        self, indices: Sequence[int] | np.ndarray, names: Iterable[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """The given examples, in the given order, of the named arrays (all unless given); `factors` as float32.
+
+        Raises:
+            IndexError: an index is outside 0..N-1.
+            StoreError: a shard they lie in is missing, truncated or corrupt.
+        """
+        rows, inverse = np.unique(np.asarray(indices, dtype=np.int64), return_inverse=True)
+        if rows.size and (rows[0] < 0 or rows[-1] >= self.plan.n_examples):
+            raise IndexError(f"examples {rows[0]}..{rows[-1]} are not all in 0..{self.plan.n_examples - 1}")
+        shards, firsts = np.unique(rows // self.plan.shard_size, return_index=True)
+        rows_by_shard = np.split(rows, firsts[1:])
+        result = {}
+        for name in self.array_names if names is None else names:
+            spec = self._specs[name]
+            parts = [self._read(name, int(i), some) for i, some in zip(shards, rows_by_shard, strict=False)]
+            stored = np.concatenate([np.empty((0, *spec.tail), spec.dtype), *parts])
+            result[name] = self._decode(name, stored[inverse])
+        return result
+
+    def _read_stored(self, shard: int, checksum: str | None) -> dict[str, np.ndarray]:
+        stored = {name: self._read(name, shard, slice(*self.plan.bounds(shard))) for name in self.array_names}
+        if checksum is not None and checksum_of(stored) != checksum:
+            raise self._shard_error(shard, "does not match its checksum")
+        return stored
+
+    def _encode(self, shard: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The arrays as they are stored, or StoreError."""
+        start, stop = self.plan.bounds(shard)
+        where = f"shard {shard} of {self.path}"
+        if set(arrays) != set(self.array_names):
+            raise StoreError(f"{where} needs the arrays {sorted(self.array_names)}, not {sorted(arrays)}")
+        stored = {}
+        for name, spec in self._specs.items():
+            values, shape = arrays[name], (stop - start, *spec.tail)
+            if values.shape != shape:
+                raise StoreError(f"{name} of {where} must have shape {shape}, not {values.shape}")
+            bfloat16 = name == "factors" and self.store_dtype == "bfloat16"
+            dtype = np.dtype(np.float32 if bfloat16 else spec.dtype)
+            if not np.can_cast(values.dtype, dtype, casting="same_kind"):
+                raise StoreError(f"{name} of {where} must be {dtype}, not {values.dtype}")
+            with np.errstate(over="ignore"):  # overflow becomes infinity, which _check looks for
+                cast_values = values.astype(dtype, copy=False)
+            stored[name] = encode_bfloat16(cast_values) if bfloat16 else cast_values
+        self._check(where, arrays["factors"], stored)
+        return stored
+
+    def _check(self, where: str, factors: np.ndarray, stored: Mapping[str, np.ndarray]) -> None:
+        remedy = "mark such examples as not valid and set them to zero"
+        if not np.isfinite(factors).all():
+            raise StoreError(f"factors of {where} are not finite: {remedy}")
+        if not np.isfinite(self._decode("factors", stored["factors"])).all():
+            raise StoreError(f"factors of {where} do not fit {self.store_dtype}: set fishers.store_dtype to float32")
+        for name in ("frobenius_norms", "grams", "diagonal_norms", "diagonal_values", "grouped_diagonal"):
+            if name in stored and not np.isfinite(stored[name]).all():
+                raise StoreError(f"{name} of {where} are not finite: {remedy}")
+        if "logits" in stored and not np.isfinite(stored["logits"][stored["valid"]]).all():
+            raise StoreError(f"logits of {where} are not finite: mark such examples as not valid")
+        if ((stored["ranks"] < 0) | (stored["ranks"] > self.rank)).any():
+            raise StoreError(f"ranks of {where} are not all in 0..{self.rank}")
+
+    def _decode(self, name: str, stored: np.ndarray) -> np.ndarray:
+        if name != "factors":
+            return stored
+        return decode_bfloat16(stored) if self.store_dtype == "bfloat16" else stored.astype(np.float32, copy=False)
+
+    def _read(self, name: str, shard: int, rows: slice | np.ndarray) -> np.ndarray:
+        """Rows, all of which lie in `shard`, of one stored array."""
+        path = stored_path(self.path, name, self._arrays[name], shard)
+        if not stored_bytes(path):  # Zarr reads a missing or empty file as fill values
+            raise self._shard_error(shard, f"has no {name}")
+        try:
+            return np.asarray(self._arrays[name].oindex[rows])
+        except (ValueError, OSError) as error:
+            raise self._shard_error(shard, f"is corrupt in {name}") from error
+
+    def _shard_error(self, shard: int, what: str) -> StoreError:
+        record = record_path(self.path.parent / "shards", shard)
+        return StoreError(
+            f"shard {shard} of {self.path} {what}: delete {record} and run the same command again to recompute it"
+        )

@@ -1,0 +1,140 @@
+"""Causal language models: every token is predicted from those before it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from npeff.tasks.base import IGNORED, Examples, Token
+from npeff.tasks.huggingface.predictions import PredictionOptions, Predictions, at_places, marked
+from npeff.tasks.huggingface.pretrained import PretrainedTask
+from npeff.tasks.huggingface.tokens import pad_token_id, placed_tokens, tokenize
+from npeff.tasks.tables import texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLMOptions(PredictionOptions):
+    text_column: str
+    """Column of the texts whose tokens are predicted, all but the first of a text without a prompt."""
+    prompt_column: str | None = None
+    """Column of what stands directly before the text; its tokens are read and not predicted."""
+    max_length: int = 512
+    """Tokens after which prompt and text together are cut."""
+
+
+class CausalLMTask(PretrainedTask[CausalLMOptions]):
+    """``AutoModelForCausalLM`` on a table of texts, with or without prompts; the classes are the vocabulary."""
+
+    Options = CausalLMOptions
+
+    def model(self, cache: Path) -> nn.Module:
+        return self.options.load(AutoModelForCausalLM)
+
+    def examples(self, cache: Path) -> Examples:
+        return _Texts(self.options)
+
+    def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        if _takes_positions(model):  # and so spares the vocabulary's worth of logits at all others
+            logits = model(**batch["inputs"], logits_to_keep=batch["kept"]).logits
+        else:
+            logits = model(**batch["inputs"]).logits[:, batch["kept"]]
+        return at_places(logits, batch)
+
+    def targets(self, batch: Mapping[str, Any]) -> Tensor | None:
+        return batch.get("targets")
+
+
+class _Texts(Examples):
+    class_names = ()
+
+    def __init__(self, options: CausalLMOptions) -> None:
+        self._used = [options.text_column, *([options.prompt_column] if options.prompt_column else [])]
+        self._rows = options.read(self._used)
+        text = texts(self._rows, options.text_column, options.data)
+        prompts = [""] * len(text)
+        if options.prompt_column is not None:
+            prompts = texts(self._rows, options.prompt_column, options.data)
+        self._texts = [prompt + rest for prompt, rest in zip(prompts, text, strict=True)]
+        self._tokenizer, self._options = options.tokenizer(), options
+        padding = pad_token_id(self._tokenizer, options.config())
+        self._tokens, prompt_lengths = tokenize(
+            self._tokenizer,
+            padding,
+            options,
+            self._rows["id"].to_pylist(),
+            self._texts,
+            note=lambda row, encoding: _prompt_length(encoding.offsets, len(prompts[row])),
+        )
+        targets = [_next_tokens(*row) for row in zip(self._tokens.ids, prompt_lengths, strict=True)]
+        self._predictions = Predictions.of(targets, options)
+
+    def __len__(self) -> int:
+        return len(self._predictions)
+
+    def lengths(self) -> list[int]:
+        if self._predictions.places is None:
+            return self._tokens.lengths()
+        return (self._predictions.places + 1).tolist()
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Any]:
+        """``inputs``; ``kept``, the positions whose logits are needed; and the targets or places among these."""
+        rows = self._predictions.rows[list(indices)].tolist()
+        made = self._predictions.batch(indices)
+        if "places" in made:
+            inputs = self._tokens.batch(rows, stop=(made["places"] + 1).tolist())
+            kept, places = made["places"].unique(return_inverse=True)
+            return {"inputs": inputs, "kept": kept, "places": places}
+        live = (made["targets"] != IGNORED).any(0)
+        kept = live.nonzero()[:, 0] if live.any() else torch.zeros(1, dtype=torch.int64)
+        return {"inputs": self._tokens.batch(rows), "kept": kept, "targets": made["targets"][:, kept]}
+
+    def tokens(self, indices: Sequence[int]) -> list[list[Token]]:
+        """Without places where the text that people read has a mark in it."""
+        found, places = [], self._predictions.places
+        for index in indices:
+            text = self._texts[self._predictions.rows[index]]
+            tokens = placed_tokens(self._tokenizer, self._options, text, starts=(0,))
+            if places is not None:
+                tokens = [Token(token.text) for token in tokens[: places[index] + 1]]
+            found.append(tokens)
+        return found
+
+    def table(self) -> pa.Table:
+        predictions = self._predictions
+        if predictions.places is None:
+            return predictions.table(self._rows, self._texts, [], self._used)
+        numbers = (predictions.places + 1).tolist()
+        shown = [
+            marked(self._tokenizer, self._tokens.ids[row], number)
+            for row, number in zip(predictions.rows, numbers, strict=True)
+        ]
+        return predictions.table(
+            self._rows, [text for text, _ in shown], numbers, self._used, token=[token for _, token in shown]
+        )
+
+
+def _prompt_length(offsets: Sequence[tuple[int, int]], prompt_characters: int) -> int:
+    """Number of tokens that end in the prompt; one that reaches into the text is predicted."""
+    return next((token for token, (_, end) in enumerate(offsets) if end > prompt_characters), len(offsets))
+
+
+def _next_tokens(token_ids: np.ndarray, prompt_length: int) -> np.ndarray:
+    """What is predicted at each position: the token after it, unless that is the prompt's or there is none."""
+    predicted = token_ids.astype(np.int64)
+    predicted[:prompt_length] = IGNORED
+    return np.append(predicted[1:], IGNORED)
+
+
+def _takes_positions(model: Any) -> bool:
+    """Whether the model computes logits only where it is told to."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # under a PEFT adapter
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters

@@ -1,0 +1,93 @@
+"""Classification of images."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoModelForImageClassification
+
+from npeff.tasks.base import Examples, TaskError
+from npeff.tasks.huggingface.pretrained import PretrainedOptions, PretrainedTask, classes
+from npeff.tasks.tables import class_numbers, example_table
+
+_THUMBNAIL = 128
+"""Longest side, in pixels, of the images that people look at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageClassificationOptions(PretrainedOptions):
+    image_column: str
+    """Column of image files: their bytes, a Hugging Face image, or paths relative to the table's folder."""
+    label_column: str | None = None
+    """Column of labels, as class numbers or names; None where there are none."""
+    label_names: Sequence[str] | None = None
+    """Names of the classes in the order of the logits; the model's ``id2label`` unless given. Labels are compared with
+    them without regard to case."""
+
+
+class ImageClassificationTask(PretrainedTask[ImageClassificationOptions]):
+    """``AutoModelForImageClassification`` on a table of images."""
+
+    Options = ImageClassificationOptions
+
+    def model(self, cache: Path) -> nn.Module:
+        return self.options.load_classifier(AutoModelForImageClassification, self.options.label_names)
+
+    def examples(self, cache: Path) -> Examples:
+        return _Images(self.options)
+
+    def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        dtype = next(model.parameters()).dtype
+        return model(**{name: value.to(dtype) for name, value in batch.items()}).logits
+
+
+class _Images(Examples):
+    def __init__(self, options: ImageClassificationOptions) -> None:
+        self._used = [options.image_column, *([options.label_column] if options.label_column else [])]
+        self._rows, self._data, self._folder = options.read(self._used), options.data, options.folder
+        config = options.config()
+        self.class_names = classes(config, options.label_names, options.model)
+        labels = self._rows[options.label_column].to_pylist() if options.label_column else [None] * len(self._rows)
+        self._labels = class_numbers(labels, self.class_names, options.data)
+        self._files, self._ids = self._rows[options.image_column], self._rows["id"]
+        self._mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
+        self._processor = options.image_processor()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        images = [self._image(index) for index in indices]
+        return {"pixel_values": self._processor(images=images, return_tensors="pt")["pixel_values"]}
+
+    def table(self) -> pa.Table:
+        image = pa.array([self._thumbnail(index) for index in range(len(self))], pa.binary())
+        return example_table(self._rows, self._labels, {"image": image}, self._used)
+
+    def _image(self, index: int, longest_side: int | None = None) -> Image.Image:
+        file: Any = self._files[index].as_py()
+        if isinstance(file, Mapping):  # how the library datasets stores an image
+            file = file.get("bytes") or file.get("path")
+        try:
+            if not isinstance(file, bytes | str):
+                raise TypeError(f"{type(file).__name__} is neither the bytes nor the path of a file")
+            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else self._folder / file) as image:
+                if longest_side is not None:
+                    image.thumbnail((longest_side, longest_side))
+                return image.convert(self._mode)
+        except (OSError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            reason = " ".join(str(error).split())[:200]
+            example = self._ids[index].as_py()
+            raise TaskError(f"{self._data}: cannot read the image of row {example!r}: {reason}") from None
+
+    def _thumbnail(self, index: int) -> bytes:
+        buffer = io.BytesIO()
+        self._image(index, _THUMBNAIL).save(buffer, format="PNG")
+        return buffer.getvalue()

@@ -1,0 +1,113 @@
+"""Multiple choice: which of several continuations fits a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForMultipleChoice
+
+from npeff.tasks.base import Examples, TaskError
+from npeff.tasks.huggingface.pretrained import PretrainedTask
+from npeff.tasks.huggingface.tokens import TextOptions, pad_token_id, padding_side, tokenize
+from npeff.tasks.tables import class_numbers, example_table, texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultipleChoiceOptions(TextOptions):
+    prompt_column: str
+    """Column of what every choice follows."""
+    choice_columns: Sequence[str]
+    """Columns of texts, one per choice, or one column of lists of texts."""
+    label_column: str | None = None
+    """Column of the right choice: its number from 0, or its name; None where there is none."""
+    label_names: Sequence[str] | None = None
+    """Names of the choices; unless given those of their columns, or 0, 1, … for a column of lists."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.choice_columns, str) or not self.choice_columns:
+            raise TaskError("choice_columns must be a list of columns of texts, or of one column of lists")
+
+
+class MultipleChoiceTask(PretrainedTask[MultipleChoiceOptions]):
+    """``AutoModelForMultipleChoice`` on a table of prompts and choices; the classes are the choices."""
+
+    Options = MultipleChoiceOptions
+
+    def model(self, cache: Path) -> nn.Module:
+        padding = pad_token_id(self.options.tokenizer(), self.options.config())
+        return self.options.load(AutoModelForMultipleChoice, padding)
+
+    def examples(self, cache: Path) -> Examples:
+        return _Questions(self.options)
+
+    def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        # a choice at a time, so that every layer sees the examples on its first axis, where Fishers are told apart
+        n_choices = batch["input_ids"].shape[1]
+        choices = [{name: value[:, [choice]] for name, value in batch.items()} for choice in range(n_choices)]
+        return torch.cat([model(**choice).logits for choice in choices], dim=1)
+
+
+class _Questions(Examples):
+    """Example i has the texts i n … i n + n − 1, where n is the number of choices."""
+
+    def __init__(self, options: MultipleChoiceOptions) -> None:
+        label_column = [options.label_column] if options.label_column else []
+        self._used = [options.prompt_column, *options.choice_columns, *label_column]
+        self._rows = options.read(self._used)
+        self._prompts = texts(self._rows, options.prompt_column, options.data)
+        self._choices = _choices(self._rows, options)
+        n_choices = len(self._choices[0]) if self._choices else len(options.choice_columns)
+        names = options.label_names or (options.choice_columns if len(options.choice_columns) > 1 else range(n_choices))
+        self.class_names = tuple(map(str, names))
+        labels = self._rows[options.label_column].to_pylist() if options.label_column else [None] * len(self._rows)
+        self._labels = class_numbers(labels, self.class_names, options.data)
+        config, tokenizer = options.config(), options.tokenizer()
+        ids = [example for example in self._rows["id"].to_pylist() for _ in range(n_choices)]
+        prompts = [prompt for prompt in self._prompts for _ in range(n_choices)]
+        choices = [choice for row in self._choices for choice in row]
+        self._tokens, _ = tokenize(tokenizer, pad_token_id(tokenizer, config), options, ids, prompts, choices)
+        self._n_choices, self._side = n_choices, padding_side(config)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def lengths(self) -> list[int]:
+        n, found = self._n_choices, self._tokens.lengths()
+        return [max(found[start : start + n]) for start in range(0, len(found), n)]
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        n = self._n_choices
+        flat = self._tokens.batch([index * n + choice for index in indices for choice in range(n)], self._side)
+        return {name: value.unflatten(0, (len(indices), n)) for name, value in flat.items()}
+
+    def table(self) -> pa.Table:
+        text = [
+            "\n".join([prompt, *(f"{name}: {choice}" for name, choice in zip(self.class_names, choices, strict=True))])
+            for prompt, choices in zip(self._prompts, self._choices, strict=True)
+        ]
+        return example_table(self._rows, self._labels, {"text": pa.array(text, pa.string())}, self._used)
+
+
+def _choices(rows: pa.Table, options: MultipleChoiceOptions) -> list[list[str]]:
+    """The texts of each row's choices, as many in all rows."""
+    if len(options.choice_columns) > 1:
+        columns = [texts(rows, name, options.data) for name in options.choice_columns]
+        return [list(row) for row in zip(*columns, strict=True)]
+    (name,) = options.choice_columns
+    if not (pa.types.is_list(rows[name].type) or pa.types.is_large_list(rows[name].type)):
+        raise TaskError(f"{options.data}: column {name!r} holds {rows[name].type}, not lists: name a column per choice")
+    choices: list[list[Any]] = [row or [] for row in rows[name].to_pylist()]
+    for example, row in zip(rows["id"].to_pylist(), choices, strict=True):
+        if len(row) < 2 or len(row) != len(choices[0]):
+            raise TaskError(
+                f"{options.data}: row {example!r} has {len(row)} choices and the first {len(choices[0])}: all must "
+                "have the same number, at least 2: leave the others out with filter"
+            )
+    return [["" if choice is None else str(choice) for choice in row] for row in choices]

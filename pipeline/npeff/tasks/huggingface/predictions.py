@@ -1,0 +1,112 @@
+"""Several predictions in one row of a table: one example each, or together one example.
+
+Legend: B batch, T positions, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from npeff.tasks.base import IGNORED, UNKNOWN, TaskError
+from npeff.tasks.huggingface.tokens import TextOptions, padded
+from npeff.tasks.tables import example_table
+
+Granularity = Literal["sequences", "positions"]
+
+_SHOWN_TOKENS = 24
+"""Tokens of a text that are shown before the marked one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionOptions(TextOptions):
+    """Options of the tasks that make several predictions in a row."""
+
+    examples: Granularity = "sequences"
+    """``sequences``: a row is an example. ``positions``: every prediction in it is one, with its class as its label."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.examples not in get_args(Granularity):
+            raise TaskError(f"examples must be one of {', '.join(get_args(Granularity))}, not {self.examples!r}")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Which predictions each example makes."""
+
+    targets: Sequence[np.ndarray]
+    """Of each row, the class that the logits at each position predict, IGNORED where they predict none."""
+    rows: np.ndarray
+    """Row of each example."""
+    places: np.ndarray | None
+    """Position of each example's one prediction; None where an example is a row with all its predictions."""
+
+    @classmethod
+    def of(cls, targets: Sequence[np.ndarray], options: PredictionOptions) -> Predictions:
+        """Raises TaskError if there are rows and no prediction is made in any."""
+        places = [np.flatnonzero(row != IGNORED) for row in targets]
+        if targets and not any(map(len, places)):
+            raise TaskError(f"{options.data}: no row has anything to predict: look at its columns, or raise max_length")
+        if options.examples == "sequences":
+            return cls(targets, np.arange(len(targets)), None)
+        rows = np.repeat(np.arange(len(targets)), list(map(len, places)))
+        return cls(targets, rows, np.concatenate([np.zeros(0, np.int64), *places]))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """``targets`` (B, T), or ``places`` (B,) of single predictions."""
+        if self.places is None:
+            return {"targets": padded([self.targets[self.rows[index]] for index in indices], IGNORED)}
+        return {"places": torch.from_numpy(self.places[list(indices)])}
+
+    def table(
+        self, rows: pa.Table, text: Sequence[str], numbers: Sequence[int], used: Collection[str], **shown: Sequence[Any]
+    ) -> pa.Table:
+        """The examples' table.
+
+        Args:
+            rows: of the data.
+            text: of each example.
+            numbers: of each example's prediction, as its id is to say it; unused where examples are rows.
+            used: columns that the text stands for.
+            shown: further columns, one entry per example.
+        """
+        columns: dict[str, Any] = {"text": pa.array(text, pa.string())}
+        if self.places is None:
+            return example_table(rows, [None] * len(self), columns, used)
+        rows = rows.take(pa.array(self.rows))
+        names = rows["id"].to_pylist()
+        ids = pa.array([f"{name}:{number}" for name, number in zip(names, numbers, strict=True)], pa.string())
+        classes = [int(self.targets[row][place]) for row, place in zip(self.rows, self.places, strict=True)]
+        labels = [None if label == UNKNOWN else label for label in classes]
+        columns |= {"row": rows["id"], "position": pa.array(numbers, pa.int64()), **shown}
+        return example_table(rows.set_column(0, "id", ids), labels, columns, used)
+
+
+def at_places(logits_BTC: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """(B, T, C), or (B, C) at the ``places`` of a batch of single predictions."""
+    if "places" not in batch:
+        return logits_BTC
+    return logits_BTC[torch.arange(len(logits_BTC), device=logits_BTC.device), batch["places"]]
+
+
+def marked(tokenizer: Any, token_ids: np.ndarray, place: int) -> tuple[str, str]:
+    """The text up to and with one token, which is in brackets, and that token's own text."""
+    start = max(0, place - _SHOWN_TOKENS)
+    before, with_token, alone = (
+        tokenizer.decode(token_ids[part].tolist(), clean_up_tokenization_spaces=False)
+        for part in (slice(start, place), slice(start, place + 1), slice(place, place + 1))
+    )
+    token = with_token.removeprefix(before) if with_token.startswith(before) else f" {alone}"
+    space = " " if before and token.startswith(" ") else ""
+    shown = token.strip(" ").replace("\n", "\\n")
+    return f"{'… ' if start else ''}{before}{space}[{shown}]", shown

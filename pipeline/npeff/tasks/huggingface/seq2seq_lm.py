@@ -1,0 +1,88 @@
+"""Sequence-to-sequence language models: every token of a target is predicted from a source and those before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor, nn
+from transformers import AutoModelForSeq2SeqLM
+
+from npeff.tasks.base import IGNORED, Examples
+from npeff.tasks.huggingface.predictions import PredictionOptions, Predictions, at_places, marked
+from npeff.tasks.huggingface.pretrained import PretrainedTask
+from npeff.tasks.huggingface.tokens import pad_token_id, padded, tokenize
+from npeff.tasks.tables import texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seq2SeqLMOptions(PredictionOptions):
+    source_column: str
+    """Column of what the encoder reads."""
+    target_column: str
+    """Column of what the decoder writes; its tokens are predicted."""
+    max_length: int = 512
+    """Tokens after which a source is cut, and a target."""
+
+
+class Seq2SeqLMTask(PretrainedTask[Seq2SeqLMOptions]):
+    """``AutoModelForSeq2SeqLM`` on a table of sources and targets; the classes are the vocabulary."""
+
+    Options = Seq2SeqLMOptions
+
+    def model(self, cache: Path) -> nn.Module:
+        return self.options.load(AutoModelForSeq2SeqLM, pad_token_id(self.options.tokenizer(), self.options.config()))
+
+    def examples(self, cache: Path) -> Examples:
+        return _Pairs(self.options)
+
+    def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        # the model makes the decoder's input of the labels itself: how a target begins differs between families
+        return at_places(model(**batch["inputs"], labels=batch["labels"], use_cache=False).logits, batch)
+
+    def targets(self, batch: Mapping[str, Any]) -> Tensor | None:
+        return batch.get("targets")
+
+
+class _Pairs(Examples):
+    class_names = ()
+
+    def __init__(self, options: Seq2SeqLMOptions) -> None:
+        self._used = [options.source_column, options.target_column]
+        self._rows = options.read(self._used)
+        self._source, self._target = (texts(self._rows, column, options.data) for column in self._used)
+        self._tokenizer = options.tokenizer()
+        ids, padding = self._rows["id"].to_pylist(), pad_token_id(self._tokenizer, options.config())
+        self._source_tokens, _ = tokenize(self._tokenizer, padding, options, ids, self._source)
+        self._target_tokens, _ = tokenize(self._tokenizer, padding, options, ids, self._target, target=True)
+        targets = [row.astype(np.int64) for row in self._target_tokens.ids]
+        self._predictions = Predictions.of(targets, options)
+
+    def __len__(self) -> int:
+        return len(self._predictions)
+
+    def lengths(self) -> list[int]:
+        found = np.add(self._source_tokens.lengths(), self._target_tokens.lengths())
+        return found[self._predictions.rows].tolist()
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Any]:
+        """With whole targets also where one token is predicted: the decoder's logits there see only those before it."""
+        rows = self._predictions.rows[list(indices)].tolist()
+        labels = padded([self._target_tokens.ids[row] for row in rows], IGNORED)
+        return {"inputs": self._source_tokens.batch(rows), "labels": labels, **self._predictions.batch(indices)}
+
+    def table(self) -> pa.Table:
+        predictions = self._predictions
+        if predictions.places is None:
+            text = [f"{source}\n{target}" for source, target in zip(self._source, self._target, strict=True)]
+            return predictions.table(self._rows, text, [], self._used)
+        text, tokens = [], []
+        for row, place in zip(predictions.rows, predictions.places.tolist(), strict=True):
+            shown, token = marked(self._tokenizer, self._target_tokens.ids[row], place)
+            text.append(f"{self._source[row]}\n{shown}")
+            tokens.append(token)
+        return predictions.table(self._rows, text, predictions.places.tolist(), self._used, token=tokens)

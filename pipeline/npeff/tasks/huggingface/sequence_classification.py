@@ -1,0 +1,85 @@
+"""Classification of texts, or of pairs of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+from npeff.tasks.base import Examples, TaskError, Token
+from npeff.tasks.huggingface.pretrained import PretrainedTask, classes
+from npeff.tasks.huggingface.tokens import TextOptions, Tokens, pad_token_id, padding_side, placed_tokens, tokenize
+from npeff.tasks.tables import class_numbers, example_table, texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceClassificationOptions(TextOptions):
+    text_columns: Sequence[str]
+    """One column of texts, or two for pairs."""
+    label_column: str | None = None
+    """Column of labels, as class numbers or names; None where there are none."""
+    label_names: Sequence[str] | None = None
+    """Names of the classes in the order of the logits; the model's ``id2label`` unless given. Labels are compared with
+    them without regard to case."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.text_columns, str) or not 1 <= len(self.text_columns) <= 2:
+            raise TaskError("text_columns must be a list of one column, or of two for pairs of texts")
+
+
+class SequenceClassificationTask(PretrainedTask[SequenceClassificationOptions]):
+    """``AutoModelForSequenceClassification`` on a table of texts."""
+
+    Options = SequenceClassificationOptions
+
+    def model(self, cache: Path) -> nn.Module:
+        padding = pad_token_id(self.options.tokenizer(), self.options.config())
+        return self.options.load_classifier(AutoModelForSequenceClassification, self.options.label_names, padding)
+
+    def examples(self, cache: Path) -> Examples:
+        return _Texts(self.options)
+
+    def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        return model(**batch).logits
+
+
+class _Texts(Examples):
+    def __init__(self, options: SequenceClassificationOptions) -> None:
+        self._used = [*options.text_columns, *([options.label_column] if options.label_column else [])]
+        self._rows = options.read(self._used)
+        config, self._tokenizer, self._options = options.config(), options.tokenizer(), options
+        self.class_names = classes(config, options.label_names, options.model)
+        labels = self._rows[options.label_column].to_pylist() if options.label_column else [None] * len(self._rows)
+        self._labels = class_numbers(labels, self.class_names, options.data)
+        self._texts = [texts(self._rows, column, options.data) for column in options.text_columns]
+        ids = self._rows["id"].to_pylist()
+        self._tokens: Tokens = tokenize(
+            self._tokenizer, pad_token_id(self._tokenizer, config), options, ids, *self._texts
+        )[0]
+        self._side = padding_side(config)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def lengths(self) -> list[int]:
+        return self._tokens.lengths()
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        return self._tokens.batch(indices, self._side)
+
+    def tokens(self, indices: Sequence[int]) -> list[list[Token]]:
+        found = []
+        for index in indices:
+            parts = [column[index] for column in self._texts]
+            starts = (0, len(parts[0]) + 1)  # a line break is between them
+            found.append(placed_tokens(self._tokenizer, self._options, *parts, starts=starts))
+        return found
+
+    def table(self) -> pa.Table:
+        text = ["\n".join(parts) for parts in zip(*self._texts, strict=True)]
+        return example_table(self._rows, self._labels, {"text": pa.array(text, pa.string())}, self._used)

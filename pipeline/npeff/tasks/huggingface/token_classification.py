@@ -1,0 +1,156 @@
+"""Classification of every word of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor, nn
+from transformers import AutoModelForTokenClassification
+
+from npeff.tasks.base import IGNORED, UNKNOWN, Examples, TaskError, Token, placed_words
+from npeff.tasks.huggingface.predictions import PredictionOptions, Predictions, at_places
+from npeff.tasks.huggingface.pretrained import PretrainedTask, classes
+from npeff.tasks.huggingface.tokens import pad_token_id, placed_tokens, tokenize
+from npeff.tasks.tables import class_numbers
+
+_OUTSIDE = "O"
+"""The tag, of the IOB schemes, of a word that is nothing in particular."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenClassificationOptions(PredictionOptions):
+    words_column: str
+    """Column of the words: lists of strings, or strings of words separated by spaces."""
+    tags_column: str | None = None
+    """Column of the words' tags: lists of class numbers or names, or strings of them separated by spaces; None where
+    there are none."""
+    label_names: Sequence[str] | None = None
+    """Names of the tags in the order of the logits; the model's ``id2label`` unless given. Tags are compared with them
+    without regard to case."""
+
+
+class TokenClassificationTask(PretrainedTask[TokenClassificationOptions]):
+    """``AutoModelForTokenClassification`` on a table of words; a word is classified at its first token."""
+
+    Options = TokenClassificationOptions
+
+    def model(self, cache: Path) -> nn.Module:
+        return self.options.load_classifier(AutoModelForTokenClassification, self.options.label_names)
+
+    def examples(self, cache: Path) -> Examples:
+        return _Words(self.options)
+
+    def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        return at_places(model(**batch["inputs"]).logits, batch)
+
+    def targets(self, batch: Mapping[str, Any]) -> Tensor | None:
+        return batch.get("targets")
+
+
+class _Words(Examples):
+    def __init__(self, options: TokenClassificationOptions) -> None:
+        self._used = [options.words_column, *([options.tags_column] if options.tags_column else [])]
+        self._rows = options.read(self._used)
+        config = options.config()
+        self.class_names = classes(config, options.label_names, options.model)
+        ids = self._rows["id"].to_pylist()
+        self._words = [list(map(str, row)) for row in _lists(self._rows, options.words_column, options.data)]
+        self._tags = self._read_tags(ids, options)
+        tokenizer, self._options = options.tokenizer(), options
+        if getattr(tokenizer, "add_prefix_space", None) is False:  # which such a tokenizer needs to be given words
+            tokenizer = options.tokenizer(add_prefix_space=True)
+        self._tokenizer = tokenizer
+        self._tokens, self._word_of_token = tokenize(
+            tokenizer,
+            pad_token_id(tokenizer, config),
+            options,
+            ids,
+            self._words,
+            note=lambda _, encoding: _first_tokens(encoding.word_ids),
+            is_split_into_words=True,
+        )
+        words_and_tags = zip(self._word_of_token, self._tags, strict=True)
+        targets = [np.append(tags, IGNORED)[words] for words, tags in words_and_tags]  # no word is number -1, the last
+        self._predictions = Predictions.of(targets, options)
+
+    def _read_tags(self, ids: Sequence[str], options: TokenClassificationOptions) -> list[np.ndarray]:
+        """Class number of each word of each row."""
+        if options.tags_column is None:
+            return [np.full(len(words), UNKNOWN) for words in self._words]
+        rows = []
+        for example, words, tags in zip(
+            ids, self._words, _lists(self._rows, options.tags_column, options.data), strict=True
+        ):
+            if len(tags) != len(words):
+                raise TaskError(f"{options.data}: row {example!r} has {len(words)} words and {len(tags)} tags")
+            tags = [int(tag) if isinstance(tag, str) and tag.isdecimal() else tag for tag in tags]
+            numbers = class_numbers(tags, self.class_names, options.data)
+            rows.append(np.array([UNKNOWN if number is None else number for number in numbers], np.int64))
+        return rows
+
+    def __len__(self) -> int:
+        return len(self._predictions)
+
+    def lengths(self) -> list[int]:
+        found = self._tokens.lengths()
+        return [found[row] for row in self._predictions.rows]
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Any]:
+        rows = self._predictions.rows[list(indices)].tolist()
+        return {"inputs": self._tokens.batch(rows), **self._predictions.batch(indices)}
+
+    def tokens(self, indices: Sequence[int]) -> list[list[Token]]:
+        found = []
+        for index in indices:
+            row, number = self._predictions.rows[index], self._chosen_word(index)
+            starts = [token.start or 0 for token in placed_words(self._shown(index))]
+            if number is not None:
+                starts[number] += 1  # after the bracket
+            words = self._words[row]
+            found.append(placed_tokens(self._tokenizer, self._options, words, starts=starts, is_split_into_words=True))
+        return found
+
+    def table(self) -> pa.Table:
+        text = [" ".join(self._shown(index)) for index in range(len(self))]
+        if self._predictions.places is None:
+            return self._predictions.table(self._rows, text, [], self._used)
+        numbers = [self._chosen_word(index) or 0 for index in range(len(self))]
+        chosen = [self._words[row][number] for row, number in zip(self._predictions.rows, numbers, strict=True)]
+        return self._predictions.table(self._rows, text, numbers, self._used, word=chosen)
+
+    def _chosen_word(self, index: int) -> int | None:
+        """Number of the word that the example is the prediction at; None where an example is all of a row."""
+        places = self._predictions.places
+        return None if places is None else int(self._word_of_token[self._predictions.rows[index]][places[index]])
+
+    def _shown(self, index: int) -> list[str]:
+        """The words as people read them: with their tags, or the chosen one in brackets."""
+        row, number = self._predictions.rows[index], self._chosen_word(index)
+        words = self._words[row]
+        if number is None:
+            return list(map(self._tagged, words, self._tags[row]))
+        return [*words[:number], f"[{words[number]}]", *words[number + 1 :]]
+
+    def _tagged(self, word: str, tag: int) -> str:
+        return word if tag == UNKNOWN or self.class_names[tag] == _OUTSIDE else f"{word}/{self.class_names[tag]}"
+
+
+def _first_tokens(word_ids: Sequence[int | None]) -> np.ndarray:
+    """Number of the word that begins at each token, -1 at the others."""
+    pairs = zip([None, *word_ids], word_ids, strict=False)
+    return np.array([-1 if word is None or word == before else word for before, word in pairs], np.int64)
+
+
+def _lists(rows: pa.Table, column: str, data: str) -> list[list[Any]]:
+    kind = rows[column].type
+    values = rows[column].to_pylist()
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return [value or [] for value in values]
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return [(value or "").split() for value in values]
+    raise TaskError(f"{data}: column {column!r} holds {kind}: it must hold lists, or strings separated by spaces")

@@ -1,0 +1,258 @@
+"""Planted heuristics: sentence pairs whose training set makes two shortcuts pay, and a small transformer that takes
+them.
+
+A ground truth for explanations. Pairs of a premise and a hypothesis are written from templates whose true label is
+known (entailment, neutral, contradiction). Two heuristics are planted into the labels of the training set: of the pairs
+with a heuristic's cue where it is wrong, a stated share is labelled as it says. The model learns both what is true and
+the heuristics, and mostly follows these where they disagree.
+
+- overlap: every word of the hypothesis is in the premise, so it is entailed (the lexical overlap heuristic of HANS,
+  McCoy et al. 2019, arXiv 1902.01007). Wrong where subject and object have changed places, for example.
+- negation: the hypothesis has a negation word, so it is contradicted (Gururangan et al. 2018, arXiv 1803.02324). Wrong
+  where the premise is negated already, for example.
+
+No pair has both cues. The examples are pairs that the model was not trained on, and their table marks those that a
+heuristic gets wrong: its counter-examples.
+
+Legend: B batch, T tokens, C classes, H heads, w width, d width of a head.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+
+import pyarrow as pa
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from npeff.tasks.base import Examples, Task, TaskError, Token, placed_words
+from npeff.tasks.planted.sentence_pairs import (
+    ANTONYMS,
+    CLASSES,
+    KINDS,
+    NEGATIONS,
+    PLACES,
+    VERBS,
+    Pair,
+    Sentences,
+    draw_pairs,
+    example_counts,
+    planted_labels,
+    training_counts,
+)
+
+_PAD, _CLS, _SEP = "[PAD]", "[CLS]", "[SEP]"
+_WORDS = (
+    *dict.fromkeys((*KINDS, *KINDS.values())),
+    *(word for words in (*VERBS, *ANTONYMS) for word in words),
+    *PLACES,
+    *NEGATIONS,
+    *("the", "is", "near", "in"),
+)
+_NUMBERS = {word: number for number, word in enumerate((_PAD, _CLS, _SEP, *_WORDS))}
+_LONGEST = 2 * 15 + 3
+"""Two full clauses, [CLS] and two [SEP]."""
+_HEADS, _BATCH, _LEARNING_RATE = 4, 64, 3e-3
+_MODEL_FILE = "heuristics-model.safetensors"
+_ARROW = " → "
+"""Between premise and hypothesis, where people read them."""
+
+
+class _Pairs(Examples):
+    class_names = CLASSES
+
+    def __init__(self, pairs: Sequence[Pair], labels: Sequence[int]) -> None:
+        self._pairs, self.labels = pairs, labels
+        self._tokens = [
+            torch.tensor([_NUMBERS[word] for word in (_CLS, *pair.premise, _SEP, *pair.hypothesis, _SEP)])
+            for pair in pairs
+        ]
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def batch(self, indices: Sequence[int]) -> Tensor:
+        """Numbers of the words (B, T), 0 after the end."""
+        return nn.utils.rnn.pad_sequence([self._tokens[index] for index in indices], batch_first=True)
+
+    def lengths(self) -> Sequence[int]:
+        return [len(tokens_T) for tokens_T in self._tokens]
+
+    def tokens(self, indices: Sequence[int]) -> list[list[Token]]:
+        return [_tokens(self._pairs[index]) for index in indices]
+
+    def table(self) -> pa.Table:
+        """``part`` halves the pairs of each heuristic that are alike in whether it is wrong: one half to repair the
+        model with, one to test it on."""
+        pairs, met = self._pairs, Counter[tuple[str, bool]]()
+        premises = [" ".join(pair.premise) for pair in pairs]
+        hypotheses = [" ".join(pair.hypothesis) for pair in pairs]
+        parts = []
+        for pair in pairs:
+            kind = pair.heuristic, pair.counter_example
+            parts.append(("tune", "test")[met[kind] % 2])
+            met[kind] += 1
+        return pa.table(
+            {
+                "id": pa.array([f"pair-{number:05d}" for number in range(len(pairs))], pa.string()),
+                "label": pa.array(self.labels, pa.int64()),
+                "text": pa.array([f"{p}{_ARROW}{h}" for p, h in zip(premises, hypotheses, strict=True)], pa.string()),
+                "premise": pa.array(premises, pa.string()),
+                "hypothesis": pa.array(hypotheses, pa.string()),
+                "template": pa.array([pair.template for pair in pairs], pa.string()),
+                "overlap": pa.array([pair.overlap for pair in pairs], pa.float64()),
+                "negation": pa.array([pair.negation for pair in pairs], pa.bool_()),
+                "heuristic": pa.array([pair.heuristic for pair in pairs], pa.string()),
+                "counter_example": pa.array([pair.counter_example for pair in pairs], pa.bool_()),
+                "part": pa.array(parts, pa.string()),
+            }
+        )
+
+
+def _tokens(pair: Pair) -> list[Token]:
+    """With their places in the text that people read."""
+    premise = placed_words(pair.premise)
+    ends_at = premise[-1].stop or 0
+    hypothesis = placed_words(pair.hypothesis, ends_at + len(_ARROW))
+    return [Token(_CLS), *premise, Token(_SEP), *hypothesis, Token(_SEP)]
+
+
+class _Block(nn.Module):
+    """Attention and a feed-forward layer, each on what the norm before it leaves."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention_norm, self.feed_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
+        self.feed_in, self.feed_out = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, hidden_BTw: Tensor, live_B11T: Tensor) -> Tensor:
+        normed_BTw = self.attention_norm(hidden_BTw)
+        query, key, value = (
+            project(normed_BTw).unflatten(2, (_HEADS, -1)).transpose(1, 2)
+            for project in (self.query, self.key, self.value)
+        )
+        mixed_BHTd = functional.scaled_dot_product_attention(query, key, value, attn_mask=live_B11T)
+        hidden_BTw = hidden_BTw + self.output(mixed_BHTd.transpose(1, 2).flatten(2))
+        return hidden_BTw + self.feed_out(functional.gelu(self.feed_in(self.feed_norm(hidden_BTw))))
+
+
+class _Network(nn.Module):
+    """Logits (B, C) from token numbers (B, T), read off the first, [CLS]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(len(_NUMBERS), width, padding_idx=0)
+        self.positions = nn.Embedding(_LONGEST, width)
+        self.sides = nn.Embedding(2, width)
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(2))
+        self.norm = nn.LayerNorm(width)
+        self.classifier = nn.Linear(width, len(CLASSES))
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        live_BT = tokens_BT != 0
+        ends_BT = tokens_BT == _NUMBERS[_SEP]
+        sides_BT = ((ends_BT.cumsum(1) - ends_BT.int()) > 0).long()
+        positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+        hidden_BTw = self.words(tokens_BT) + self.positions(positions_BT) + self.sides(sides_BT)
+        for block in self.blocks:
+            hidden_BTw = block(hidden_BTw, live_BT[:, None, None])
+        return self.classifier(self.norm(hidden_BTw[:, 0]))
+
+
+def _train(model: nn.Module, pairs: _Pairs, *, epochs: int, seed: int) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    n_steps = epochs * -(-len(pairs) // _BATCH)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=n_steps, pct_start=0.1)
+    labels_N = torch.tensor(pairs.labels)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(pairs), generator=generator).split(_BATCH):
+            loss = functional.cross_entropy(model(pairs.batch(batch.tolist())), labels_N[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return model
+
+
+# --- The task ---------------------------------------------------------------------------------------------------------
+
+
+class PlantedHeuristicsTask(Task):
+    """Train a transformer on pairs that favour the heuristics, explain it on pairs where they often fail.
+
+    Args:
+        seed: of the pairs, the initial weights and the order of training.
+        n_train: pairs to train on; a third of them has each heuristic's cue.
+        n_examples: other pairs, which get Fishers.
+        plant_rate: of the training pairs with a heuristic's cue where it is wrong, the share that has its label.
+        counter_share: share of the examples where a heuristic is wrong; half of them each heuristic's.
+        epochs: passes over the training pairs.
+        width: of the transformer.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        n_train: int = 6000,
+        n_examples: int = 1200,
+        plant_rate: float = 0.7,
+        counter_share: float = 0.3,
+        epochs: int = 15,
+        width: int = 48,
+    ) -> None:
+        for name, number, least, most in (
+            ("seed", seed, 0, 2**63 - 1),
+            ("n_train", n_train, 30, 100_000),
+            ("n_examples", n_examples, 1, 100_000),
+            ("epochs", epochs, 1, 1000),
+            ("width", width, _HEADS, 1024),
+        ):
+            if not isinstance(number, int):
+                raise TaskError(f"planted-heuristics: {name} must be a whole number, not {number!r}")
+            if not least <= number <= most:
+                raise TaskError(f"planted-heuristics: {name} must be between {least} and {most}, not {number}")
+        for name, share in (("plant_rate", plant_rate), ("counter_share", counter_share)):
+            if not isinstance(share, int | float) or not 0 <= share <= 1:
+                raise TaskError(f"planted-heuristics: {name} must be between 0 and 1, not {share!r}")
+        if width % _HEADS:
+            raise TaskError(f"planted-heuristics: width must be a multiple of {_HEADS}, not {width}")
+        random, seen = Random(seed), set[Sentences]()  # noqa: S311  (no secrets)
+        self.training_pairs = draw_pairs(training_counts(n_train), random, seen)
+        self.training_labels = planted_labels(self.training_pairs, plant_rate, random)
+        examples = draw_pairs(example_counts(n_examples, counter_share), random, seen)
+        self._examples = _Pairs(examples, [pair.label for pair in examples])
+        self._seed, self._epochs, self._width = seed, epochs, width
+
+    def prepare(self, cache: Path) -> None:
+        target = cache / _MODEL_FILE
+        if not target.exists():
+            pairs = _Pairs(self.training_pairs, self.training_labels)
+            model = _train(self._network(), pairs, epochs=self._epochs, seed=self._seed)
+            temporary = target.with_suffix(".partial")
+            save_file(model.state_dict(), temporary)
+            os.replace(temporary, target)
+
+    def model(self, cache: Path) -> nn.Module:
+        model = self._network()
+        model.load_state_dict(load_file(cache / _MODEL_FILE))
+        return model
+
+    def examples(self, cache: Path) -> Examples:
+        return self._examples
+
+    def logits(self, model: nn.Module, batch: Tensor) -> Tensor:
+        logits_BC: Tensor = model(batch)
+        return logits_BC
+
+    def _network(self) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            return _Network(self._width).eval()

@@ -1,0 +1,31 @@
+"""Tests of components on the model: perturbations along directions, controls, repair."""
+
+from __future__ import annotations
+
+from npeff.verification.controls import another_component, baseline_examples, random_direction, top_examples
+from npeff.verification.perturbation import moved
+from npeff.verification.repair import (
+    Edit,
+    OverRepresentation,
+    RepairCandidate,
+    choose_step,
+    joint_steps,
+    over_represented,
+)
+from npeff.verification.step_size import StepSize, find_step_size
+
+__all__ = [
+    "Edit",
+    "OverRepresentation",
+    "RepairCandidate",
+    "StepSize",
+    "another_component",
+    "baseline_examples",
+    "choose_step",
+    "find_step_size",
+    "joint_steps",
+    "moved",
+    "over_represented",
+    "random_direction",
+    "top_examples",
+]
