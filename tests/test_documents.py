@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from npeff.cli.app import app
+from npeff.cli.main import app
 from npeff.runs.config import RunConfig
 from pydantic import BaseModel
 

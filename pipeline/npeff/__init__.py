@@ -1,81 +1,69 @@
-"""NPEFF: factorize the per-example Fishers of a trained model, and verify what the components claim.
+"""NPEFF: factorize the per-example Fishers of a trained model, and verify the components on the model.
 
     import npeff
 
     run = npeff.run(npeff.RunConfig.from_yaml("jobs/quickstart.yaml"))
     npeff.ComponentStore.open(run.path).top_examples(component=0)
 
-Names are loaded when they are first used, so that importing the package imports neither ray nor transformers.
+Names are imported when they are first used, so that importing the package imports neither torch nor ray.
 """
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from npeff.factorization.diagonals.estimator import DiagonalNPEFF
-    from npeff.factorization.estimator import NPEFF
-    from npeff.query.components import ComponentStore
-    from npeff.runs.config import RunConfig
-    from npeff.runs.directory import RunDirectory
-    from npeff.stages.attribute.stage import attribute
-    from npeff.stages.check.stage import check
-    from npeff.stages.factorize.stage import factorize
-    from npeff.stages.fishers.stage import compute_fishers
-    from npeff.stages.lift.stage import lift
-    from npeff.stages.pipeline import report, run
-    from npeff.stages.repair.stage import repair
-    from npeff.stages.select.stage import select
-    from npeff.stages.transform.stage import transform
-    from npeff.stages.verify.stage import verify
-    from npeff.tasks import Examples, Task
+    from npeff.errors import NpeffError as NpeffError
+    from npeff.factorization.diagonals.estimator import DiagonalNPEFF as DiagonalNPEFF
+    from npeff.factorization.estimator import NPEFF as NPEFF
+    from npeff.query.components import ComponentStore as ComponentStore
+    from npeff.runs.config import RunConfig as RunConfig
+    from npeff.runs.directory import RunDirectory as RunDirectory
+    from npeff.stages.attribute.stage import attribute as attribute
+    from npeff.stages.check.stage import check as check
+    from npeff.stages.factorize.stage import factorize as factorize
+    from npeff.stages.fishers.stage import compute_fishers as compute_fishers
+    from npeff.stages.lift.stage import lift as lift
+    from npeff.stages.pipeline import report as report
+    from npeff.stages.pipeline import run as run
+    from npeff.stages.repair.stage import repair as repair
+    from npeff.stages.select.stage import select as select
+    from npeff.stages.transform.stage import transform as transform
+    from npeff.stages.verify.stage import verify as verify
+    from npeff.tasks import Examples as Examples
+    from npeff.tasks import Task as Task
 
-_HOMES = {
+_MODULES = {
+    "ComponentStore": "npeff.query.components",
+    "DiagonalNPEFF": "npeff.factorization.diagonals.estimator",
+    "Examples": "npeff.tasks",
+    "NPEFF": "npeff.factorization.estimator",
+    "NpeffError": "npeff.errors",
     "RunConfig": "npeff.runs.config",
     "RunDirectory": "npeff.runs.directory",
-    "DiagonalNPEFF": "npeff.factorization.diagonals.estimator",
-    "NPEFF": "npeff.factorization.estimator",
-    "ComponentStore": "npeff.query.components",
     "Task": "npeff.tasks",
-    "Examples": "npeff.tasks",
-    "compute_fishers": "npeff.stages.fishers.stage",
+    "check": "npeff.stages.check.stage",
     "report": "npeff.stages.pipeline",
     "run": "npeff.stages.pipeline",
-    **{
-        name: f"npeff.stages.{name}.stage"
-        for name in ("attribute", "check", "factorize", "lift", "repair", "select", "transform", "verify")
-    },
 }
+"""Public names besides the functions of the stages, which `npeff.stages.registry` lists."""
 
-__all__ = [
-    "NPEFF",
-    "ComponentStore",
-    "DiagonalNPEFF",
-    "Examples",
-    "RunConfig",
-    "RunDirectory",
-    "Task",
-    "attribute",
-    "check",
-    "compute_fishers",
-    "factorize",
-    "lift",
-    "repair",
-    "report",
-    "run",
-    "select",
-    "transform",
-    "verify",
-]
+
+def _modules() -> dict[str, str]:
+    from npeff.stages.registry import STAGES
+
+    functions = (stage.function.partition(":") for stage in STAGES)
+    return _MODULES | {attribute: module for module, _, attribute in functions}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    import importlib
+
+    if name.startswith("__") or (module := _modules().get(name)) is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    value = globals()[name] = getattr(importlib.import_module(module), name)
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted(_modules())

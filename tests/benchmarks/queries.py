@@ -136,7 +136,7 @@ def build(folder: Path, n_examples: int, n_components: int) -> dict[str, float]:
 ASK = """
 import json, time
 t0 = time.perf_counter()
-from npeff.query import ComponentStore
+from npeff.query.components import ComponentStore
 imported = time.perf_counter() - t0
 t0, c0 = time.perf_counter(), time.process_time()
 store = ComponentStore.open({run_dir!r})

@@ -27,8 +27,8 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from npeff.runs.config import RunConfig
+from npeff.runs.definition import finished
 from npeff.runs.directory import RunDirectory
-from npeff.runs.stage import finished
 from npeff.stages.factorize.solution import write_solution
 from npeff.stages.inputs import fingerprint_of, lifted_components
 from npeff.stages.verify.worker import VerificationOptions, VerificationPaths, VerificationWorker

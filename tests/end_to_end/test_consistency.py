@@ -11,7 +11,11 @@ from npeff.errors import NpeffError
 from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory
 from npeff.runs.stage import recorded
-from npeff.stages.pipeline import STAGES
+from npeff.stages.factorize import FACTORIZE
+from npeff.stages.fishers import FISHERS
+from npeff.stages.lift import LIFT
+from npeff.stages.registry import STAGES
+from npeff.stages.verify import VERIFY
 from safetensors.torch import load_file, save_file
 
 
@@ -46,7 +50,7 @@ def test_a_model_that_changed_between_stages_is_refused(run: RunDirectory, stage
     if stage == "fishers":
         (run.shard_records / "00001.json").unlink()
     with pytest.raises(Exception, match=r"the model that the Fishers of this run|is of another run") as caught:
-        STAGES[stage](run)
+        {each.name: each for each in STAGES}[stage](run)
     assert isinstance(caught.value, NpeffError)
 
 
@@ -57,7 +61,7 @@ def test_a_new_factorization_takes_the_old_directions_and_verification_away(run:
     npeff.factorize(RunDirectory(run.path, run.config.with_max_iterations(6)))
     run = RunDirectory.create(run.config.with_max_iterations(6))
     assert not run.directions.exists()
-    assert [recorded(run, stage) is None for stage in ("fishers", "factorize", "lift", "verify")] == [
+    assert [recorded(run, stage) is None for stage in (FISHERS, FACTORIZE, LIFT, VERIFY)] == [
         False,
         False,
         True,
@@ -65,4 +69,4 @@ def test_a_new_factorization_takes_the_old_directions_and_verification_away(run:
     ]
     npeff.lift(run)
     npeff.verify(run)
-    assert recorded(run, "verify") is not None
+    assert recorded(run, VERIFY) is not None

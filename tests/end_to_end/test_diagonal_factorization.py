@@ -32,7 +32,7 @@ from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import SilentProgress
 from npeff.runs.stage import recorded
-from npeff.stages.factorize import diagonal_worker
+from npeff.stages.factorize import FACTORIZE, diagonal_worker
 from npeff.stages.status import status
 from npeff.store.component_store import open_factorization
 from npeff.store.direction_store import DirectionStore
@@ -141,7 +141,7 @@ def test_the_factorization_is_of_the_stored_diagonals(finished: RunDirectory) ->
 def test_components_are_lifted_and_verified(finished: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
     states = {row.stage: (row.state, row.details) for row in status(finished)}
     assert {state for state, _ in states.values()} == {"complete"}
-    assert "median cosine to the component" in states["lift"][1]
+    assert "median cosine to the fitted component" in states["lift"][1]
     lifted = finished.record("lift")
     assert lifted is not None
     assert lifted["median_cosine"] > 0.8
@@ -267,7 +267,7 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(
 
     with pytest.raises(Interrupted):
         npeff.factorize(broken, progress=Progress())
-    assert recorded(broken, "factorize") is None
+    assert recorded(broken, FACTORIZE) is None
     said: list[str] = []
     progress = SilentProgress()
     progress.say = said.append  # type: ignore[method-assign]

@@ -22,6 +22,7 @@ from npeff.runs.config import RunConfig
 from npeff.runs.config_reading import ConfigError
 from npeff.runs.directory import RunDirectory
 from npeff.runs.stage import recorded
+from npeff.stages.fishers import FISHERS
 from npeff.store import diagonal_store
 from npeff.store.fisher_store import FisherStore
 from safetensors import safe_open
@@ -211,13 +212,13 @@ def test_a_lost_mean_is_made_again_and_a_lost_shard_alone(whole: RunDirectory, t
     expected = files_of(run)
     (run.shard_records / "00004.json").unlink()
     run.fishers.joinpath("diagonal_values/c/4/0").write_bytes(b"")
-    assert recorded(run, "fishers") is None
+    assert recorded(run, FISHERS) is None
     watched = Watched()
     npeff.compute_fishers(run, executor=watched)
     assert watched.asked[1:] == [("compute", (4,))]
     assert files_of(run) == expected
     run.diagonal_fisher.unlink()
-    assert recorded(run, "fishers") is None
+    assert recorded(run, FISHERS) is None
     npeff.compute_fishers(run)
     assert files_of(run) == expected
 

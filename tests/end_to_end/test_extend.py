@@ -20,6 +20,7 @@ from npeff.runs.config_reading import ConfigError
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.stage import recorded
+from npeff.stages.factorize import FACTORIZE
 from npeff.stages.factorize.live_history import metrics_writer
 from npeff.stages.factorize.worker import SolverWorker
 from npeff.store.component_store import open_factorization
@@ -109,7 +110,7 @@ def test_a_run_that_crashed_repeats_the_same_bits(
 
 
 def test_a_run_starts_from_the_components_of_another(factorized: RunDirectory, tmp_path: Path) -> None:
-    before = recorded(factorized, "factorize")
+    before = recorded(factorized, FACTORIZE)
     warm = beside(factorized, tmp_path / "warm", start_from=str(factorized.path), max_iterations=2)
     summary = npeff.factorize(warm)
     assert before is not None
@@ -124,7 +125,7 @@ def test_an_expanded_run_keeps_the_components_and_adds_others(factorized: RunDir
     summary = npeff.factorize(more)
     np.testing.assert_allclose(arrays(more)[0][:3], arrays(factorized)[0], rtol=0, atol=1e-14)
     assert len(arrays(more)[0]) == summary["n_components"] == 5
-    assert summary["explained"] > recorded(factorized, "factorize")["explained"]  # type: ignore[index]
+    assert summary["explained"] > recorded(factorized, FACTORIZE)["explained"]  # type: ignore[index]
     with pytest.raises(InvalidProblemError, match="leave none to fit"):
         npeff.factorize(beside(factorized, tmp_path / "none", expand=str(factorized.path)))
 
@@ -221,7 +222,7 @@ def test_new_examples_are_transformed_in_a_new_run(factorized: RunDirectory, tmp
     (new.factorization / "components/c/0/0").unlink()
     assert [each.what for each in npeff.check(new)] == ["factorization"]
     assert npeff.check(new, repair=True) == []
-    assert (recorded(new, "factorize") or {})["stopped"] == "transformed"
+    assert (recorded(new, FACTORIZE) or {})["stopped"] == "transformed"
     for mended, before in zip(arrays(new), (components_KD, coefficients_NK), strict=True):
         np.testing.assert_array_equal(mended, before)
 

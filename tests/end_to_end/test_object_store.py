@@ -28,8 +28,9 @@ from npeff.runs.progress import SilentProgress
 from npeff.stages.pipeline import export_direction
 from npeff.stages.status import status
 from npeff.stages.worker_specs import executor_for
-from npeff.storage import location, object_lock, objects
+from npeff.storage import object_lock, objects
 from npeff.storage.errors import ObjectStoreError
+from npeff.storage.location import location
 from object_store import BROKEN, DENIED, SLOW_DOWN, Answer, ObjectStore, Request
 from safetensors.numpy import load
 

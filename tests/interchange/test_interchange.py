@@ -27,6 +27,8 @@ from npeff.runs.config_reading import ConfigError
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.stage import recorded
+from npeff.stages.factorize import FACTORIZE
+from npeff.stages.fishers import FISHERS
 from npeff.stages.status import status
 from npeff.storage.errors import StoreError
 from npeff.store.component_store import open_factorization
@@ -250,7 +252,7 @@ def test_factorize_query_and_report_go_on_from_an_imported_file(tmp_path: Path, 
     options = ImportOptions(n_components=K, class_names=("no", "maybe", "yes"), held_out_fraction=0.25)
     run = serial(import_run(file, tmp_path / "run", options=options))
     assert {row.stage: str(row.state) for row in status(run)}["fishers"] == "complete"
-    assert recorded(run, "fishers") is not None
+    assert recorded(run, FISHERS) is not None
     summary = npeff.factorize(run)
     assert npeff.check(run) == []
     record = run.shard_records / "00000.json"
@@ -298,7 +300,7 @@ def test_an_interrupted_import_goes_on_and_another_file_is_refused(
     assert (after[0], after[2]) == (before[0], before[2])
     checksums = [[line for line in text.splitlines() if "checksum" in line] for text in (before[1], after[1])]
     assert checksums[0] == checksums[1]
-    assert recorded(run, "fishers") is not None
+    assert recorded(run, FISHERS) is not None
     write_pefs(path, make_pefs([C] * N, seed=5))
     with pytest.raises(RunDirectoryError, match=r"task\.options\.checksum") as caught:
         import_fishers(path, tmp_path / "run")
@@ -492,7 +494,7 @@ def test_a_decomposition_and_its_fishers_become_a_factorized_run(
         fisher = rows.astype(float).T @ rows
         squares += np.square(fisher).sum()
         residuals += np.square(fisher - (g_KP.T * w_K) @ g_KP).sum()
-    record = recorded(run, "factorize")
+    record = recorded(run, FACTORIZE)
     assert record is not None
     assert record["loss"] == pytest.approx(residuals, rel=1e-5)
     assert record["explained"] == pytest.approx(1 - residuals / squares, rel=1e-4)
@@ -511,8 +513,8 @@ def test_a_decomposition_alone_can_be_asked_too(
 ) -> None:
     path, w_NK, _ = decomposition
     run = import_factorization(path, tmp_path / "run")
-    assert recorded(run, "factorize") is not None
-    assert recorded(run, "fishers") is None
+    assert recorded(run, FACTORIZE) is not None
+    assert recorded(run, FISHERS) is None
     store = ComponentStore.open(run.path)
     assert store.top_examples(3, n=2)["example"].to_pylist() == np.argsort(-w_NK[:, 3], kind="stable")[:2].tolist()
     assert store.similar_components(0).num_rows == K - 1

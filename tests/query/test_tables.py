@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from npeff.query.errors import QueryError
 from npeff.query.sql import run_sql
-from npeff.query.tables import WRITTEN_BY, RunTables
+from npeff.query.tables import RunTables
 from npeff.storage.location import location
+from npeff.store.table_names import WRITTEN_BY
 from npeff.store.tables import write_table
 from object_store import ObjectStore
 

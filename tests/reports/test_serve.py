@@ -155,7 +155,10 @@ def test_a_port_that_cannot_be_had_is_one_clear_line(run) -> None:
 
 
 def test_an_interrupt_ends_it_cleanly(run) -> None:
-    script = "import sys; from npeff.query import serve; serve(sys.argv[1], 0, 4, lambda line: print(line, flush=True))"
+    script = (
+        "import sys; from npeff.reports.serve import serve\n"
+        "serve(sys.argv[1], 0, 4, lambda line: print(line, flush=True))"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(run.path)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ),

@@ -9,8 +9,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from npeff.storage import location, object_lock
+from npeff.storage import object_lock
 from npeff.storage.errors import ObjectStoreError
+from npeff.storage.location import location
 from npeff.storage.object_lock import HeldError
 from npeff.storage.object_lock import object_lock as hold
 from npeff.storage.objects import put

@@ -1,18 +1,15 @@
-"""The Typer application of the ``npeff`` command."""
+"""The Typer application of the ``npeff`` command, to which the other modules add their commands."""
 
 from __future__ import annotations
 
-import importlib.metadata
 from typing import Annotated
 
 import typer
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
-
 app = typer.Typer(
     invoke_without_command=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings=HELP,
@@ -22,13 +19,15 @@ app = typer.Typer(
 @app.callback()
 def npeff(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Say which version this is.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
     """Factorize the per-example Fishers of a model (NPEFF), verify the components, look at them.
 
     Begin with: npeff run jobs/quickstart.yaml
     """
     if version:
+        import importlib.metadata
+
         print("npeff", importlib.metadata.version("npeff-pipeline"))
     elif context.invoked_subcommand is None:
         print(context.get_help())

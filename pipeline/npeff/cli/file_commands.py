@@ -7,21 +7,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+import npeff
 from npeff.cli.app import app
 from npeff.cli.options import Address, ExistingRun, RunFile, Workers, progress_of, replaced
-from npeff.interchange.export_run import export_run
-from npeff.interchange.import_run import import_run
-from npeff.interchange.options import ImportOptions
-from npeff.runs.config import RunConfig
-from npeff.runs.directory import RunDirectory
-from npeff.runs.progress import default_progress
-from npeff.stages import pipeline as stages
-from npeff.stages.fishers.estimate import estimate
-from npeff.stages.fishers.estimate import rows as estimate_rows
 from npeff.storage.location import location
 
 EXIT_DAMAGED = 1
@@ -42,7 +31,12 @@ def estimate_command(
     parameters: Annotated[bool, typer.Option(help="List every parameter: taken, or why not.")] = False,
 ) -> None:
     """What the run would take: memory, disk and time of its Fishers, from a short trial that leaves nothing behind."""
-    config = replaced(RunConfig.from_yaml(run), workers, address)
+    from rich.console import Console
+    from rich.table import Table
+
+    from npeff.stages.fishers.estimate import estimate, rows
+
+    config = replaced(npeff.RunConfig.from_yaml(run), workers, address)
     found = estimate(config)
     if parameters:
         facts = found.trial.facts
@@ -53,7 +47,7 @@ def estimate_command(
             listed.add_row(name, "", f"no: {reason}")
         Console().print(listed)
     table = Table("what", "estimate")
-    for what, value in estimate_rows(found, config):
+    for what, value in rows(found, config):
         table.add_row(what, value)
     Console().print(table)
 
@@ -68,10 +62,14 @@ def check_command(
     address: Address = None,
 ) -> None:
     """Read everything in a run's directory and verify it; exit code 1 where something is damaged."""
-    run = RunDirectory.open(run_dir)
-    run = RunDirectory(run.path, replaced(run.config, workers, address))
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    run = npeff.RunDirectory.open(run_dir)
+    run = npeff.RunDirectory(run.path, replaced(run.config, workers, address))
     progress = progress_of(run)
-    damaged = stages.check(run, repair=repair, progress=progress)
+    damaged = npeff.check(run, repair=repair, progress=progress)
     if not damaged:
         progress.say(f"check: everything in {run.path} is whole")
         return
@@ -101,6 +99,10 @@ def import_command(
     class_names: Annotated[list[str], typer.Option("--class-name", help="Once for each class, in order.")] = [],  # noqa: B006
 ) -> None:
     """Make a run from Fishers (LRM-PEF, LVRM-PEF) or a decomposition (LRM) of the NPEFF reference."""
+    from npeff.interchange.import_run import import_run
+    from npeff.interchange.options import ImportOptions
+    from npeff.runs.progress import default_progress
+
     progress = default_progress()
     options = ImportOptions(
         n_components=components,
@@ -130,8 +132,12 @@ def export_command(
     """Write Fishers or a factorization as an HDF5 file of the NPEFF reference, or a direction as safetensors."""
     if (what == "direction") != (component is not None):
         raise typer.BadParameter("--component goes with --what direction, and is needed there")
+    from npeff.interchange.export_run import export_run
+    from npeff.runs.progress import default_progress
+    from npeff.stages.pipeline import export_direction
+
     if component is not None:
-        stages.export_direction(RunDirectory.open(run_dir), component, file)
+        export_direction(npeff.RunDirectory.open(run_dir), component, file)
     elif what != "direction":
         export_run(run_dir, file, what=what, n_values=values)
     default_progress().say(f"export: {what} of {run_dir} written to {file}")

@@ -10,14 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+import npeff
+from npeff.cli.app import app
 from npeff.execution.ray.jobs import Job, JobServer, Submission
-from npeff.runs.config import RunConfig
-from npeff.runs.directory import RunDirectory
-from npeff.runs.errors import RunDirectoryError
-from npeff.stages.status import status as status_of
 
 EXIT_INTERRUPTED = 130
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -26,6 +22,7 @@ _ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"  # Ray's own name for it
 Address = Annotated[str, typer.Option(envvar=_ADDRESS_VARIABLE, help="The cluster's job server.")]
 
 
+@app.command("submit")
 def submit(
     run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A run file (YAML).")] = None,
     address: Address = _DEFAULT_ADDRESS,
@@ -73,7 +70,7 @@ def submit(
     if working_dir is not None and "://" not in working_dir and not Path(working_dir).is_dir():
         raise typer.BadParameter(f"--working-dir {working_dir}: there is no such folder")
     assert run is not None
-    config = RunConfig.from_yaml(run)
+    config = npeff.RunConfig.from_yaml(run)
     config = config.model_copy(update={"run_dir": _there(run_dir or config.run_dir)})
     submission = Submission(
         run_dir=config.run_dir,
@@ -94,6 +91,7 @@ def submit(
     return None
 
 
+@app.command("status")
 def status(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Directory of a run, or its run file.")],
     address: Annotated[
@@ -101,10 +99,16 @@ def status(
     ] = None,
 ) -> None:
     """How far each stage of a run has come: missing, partial or complete; on a cluster, how its job is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from npeff.runs.errors import RunDirectoryError
+    from npeff.stages.status import status as status_of
+
     run_dir = _run_dir(run)
     console = Console(soft_wrap=True)
     try:
-        opened = RunDirectory.open(run_dir)
+        opened = npeff.RunDirectory.open(run_dir)
         table = Table("stage", "state", "done", "details")
         for row in status_of(opened):
             table.add_row(row.stage, row.state, row.done, row.details)
@@ -160,7 +164,7 @@ def _stop(named: str, address: str) -> None:
 
 def _run_dir(run: str) -> str:
     """The directory that a run file or a directory names, as the cluster knows it."""
-    return _there(RunConfig.from_yaml(run).run_dir if Path(run).is_file() else run)
+    return _there(npeff.RunConfig.from_yaml(run).run_dir if Path(run).is_file() else run)
 
 
 def _there(run_dir: str) -> str:

@@ -1,4 +1,4 @@
-"""The ``npeff`` command. It parses, calls `npeff.stages`, and prints; every mistake of a user ends in one line."""
+"""The entry point of the ``npeff`` command: exit codes, signals, and errors as one line."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import os
 import signal
 import sys
 import warnings
+from importlib.abc import MetaPathFinder
 from typing import NoReturn
 
 import typer
 from typer.exceptions import TyperException
 
-from npeff.cli.app import HELP, app
-from npeff.cli.job_commands import EXIT_INTERRUPTED, status, submit
-from npeff.cli.query_commands import query_app
-from npeff.cli.stage_commands import stage_command
+from npeff.cli import file_commands, job_commands, query_commands, stage_commands
+from npeff.cli.app import app
+from npeff.cli.job_commands import EXIT_INTERRUPTED
 from npeff.errors import NpeffError
-from npeff.stages import pipeline as stages
 
-app.add_typer(query_app, name="query", context_settings=HELP)
+COMMANDS = (stage_commands, file_commands, job_commands, query_commands)
+"""Modules that add commands to `app`."""
 
 EXIT_USER_ERROR = 2
 _DISK_ERRORS = {
@@ -31,18 +31,28 @@ _DISK_ERRORS = {
 }
 
 
-for _name, _stage in stages.STAGES.items():
-    if _name not in ("factorize", "lift", "report"):
-        stage_command(_name, _stage)
+class _WithoutPandas(MetaPathFinder):
+    """Hides pandas from pyarrow, which imports it, where it is installed, before the first conversion of a value. That
+    takes a second, and no answer needs it."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError("pandas is not used here", name=name)
 
 
-app.command("status")(status)
-app.command("submit")(submit)
+def command() -> NoReturn:
+    """The process of the ``npeff`` command."""
+    if sys.argv[1:2] == ["query"]:
+        sys.meta_path.insert(0, _WithoutPandas())
+    main()
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line; exit code 0 done, 1 `check` found damage, 2 a mistake that one line explains, 130
-    interrupted and resumable."""
+    """Run the command line and exit.
+
+    Exit codes: 0, done; 1, `check` found damage; 2, a user error, explained in one line; 130, interrupted and
+    resumable.
+    """
 
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
@@ -82,7 +92,3 @@ def _usage(error: TyperException) -> str:
 def _fail(message: str) -> NoReturn:
     print("npeff: error: " + " ".join(message.split()), file=sys.stderr)
     raise SystemExit(EXIT_USER_ERROR)
-
-
-if __name__ == "__main__":
-    main()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from npeff.execution.ray.metrics import RunMetrics
-from npeff.runs.config import RunConfig
-from npeff.runs.directory import RunDirectory
-from npeff.runs.progress import ObservedProgress, ProgressDisplay, default_progress
 from npeff.storage.location import location
+
+if TYPE_CHECKING:
+    from npeff.runs.config import RunConfig
+    from npeff.runs.directory import RunDirectory
+    from npeff.runs.progress import ProgressDisplay
 
 Run = Annotated[
     Path,
@@ -59,6 +60,9 @@ def open_run(
     max_iterations: int | None = None,
 ) -> RunDirectory:
     """The run that a run file or a run directory names, with what the command line replaces in it."""
+    from npeff.runs.config import RunConfig
+    from npeff.runs.directory import RunDirectory
+
     if run.is_dir():
         if run_dir is not None:
             raise typer.BadParameter("--run-dir goes with a run file, not with the directory of a run")
@@ -80,5 +84,8 @@ def replaced(config: RunConfig, workers: int | None, address: str | None) -> Run
 
 
 def progress_of(run: RunDirectory) -> ProgressDisplay:
-    """What is shown here of a run's progress; a cluster's metrics tell it too."""
+    """A display of a run's progress on this terminal, which also sets the metrics of a Ray cluster."""
+    from npeff.execution.ray.metrics import RunMetrics
+    from npeff.runs.progress import ObservedProgress, default_progress
+
     return ObservedProgress(default_progress(), RunMetrics(str(run.path)))

@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 
 class OutputFormat(StrEnum):
@@ -101,6 +98,10 @@ def _write(table: Any, output: OutputFormat, stream: BinaryIO) -> None:
 
 def _print_for_people(table: Any, stream: TextIO) -> None:
     """As many columns as the terminal has room for, from the left, without those that are empty."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     filled = [name for name in table.column_names if table[name].null_count < len(table)] or table.column_names
     cells = {name: [_cell(value) for value in table[name].to_pylist()] for name in filled}
     room = Console().width if stream.isatty() else sys.maxsize

@@ -7,11 +7,13 @@ from typing import Annotated, Literal
 
 import typer
 
+import npeff
+from npeff.cli.app import HELP, app
 from npeff.cli.output import OutputFormat, write_answer
-from npeff.stages import pipeline as stages
 from npeff.storage.location import location
 
 query_app = typer.Typer(help="Ask a run's component store.")
+app.add_typer(query_app, name="query", context_settings=HELP)
 
 Component = Annotated[int, typer.Option("--component", "-c", help="Number of the component.")]
 Example = Annotated[str, typer.Option("--example", "-e", help="Id or number of the example.")]
@@ -36,7 +38,7 @@ def query(
     context: typer.Context,
     run_dir: Annotated[Path, typer.Argument(parser=location, metavar="RUN_DIR", help="Directory of a run.")],
 ) -> None:
-    context.obj = stages.open_components(run_dir)
+    context.obj = npeff.ComponentStore.open(run_dir)
 
 
 @query_app.command()
@@ -89,7 +91,7 @@ def similar(
     if other is None:
         found = context.obj.similar_components(component, n=n)
     else:
-        found = context.obj.similar_components_in(stages.open_components(other), component, n=n)
+        found = context.obj.similar_components_in(npeff.ComponentStore.open(other), component, n=n)
     write_answer(found, output, file)
 
 

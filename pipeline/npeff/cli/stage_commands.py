@@ -1,49 +1,46 @@
-"""Commands that run stages."""
+"""Commands that run stages. What a command needs of torch, Zarr or Ray is imported when the command runs."""
 
 from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
+import npeff
 from npeff.cli.app import app
 from npeff.cli.options import Address, MaxIterations, Run, RunDir, Workers, open_run, progress_of
 from npeff.cli.output import OutputFormat, print_table
-from npeff.runs.directory import RunDirectory
-from npeff.runs.progress import default_progress
-from npeff.stages import pipeline as stages
-from npeff.stages.status import outcome
+from npeff.stages.factorize import FACTORIZE
+from npeff.stages.lift import LIFT
+from npeff.stages.registry import STAGES
+from npeff.stages.repair import REPAIR
+from npeff.stages.select import SELECT
+from npeff.stages.transform import TRANSFORM
 from npeff.storage.location import location
+
+if TYPE_CHECKING:
+    from npeff.runs.definition import StageDefinition
+    from npeff.runs.directory import RunDirectory
 
 
 @app.command("run")
 def run_command(run: Run, run_dir: RunDir = None, workers: Workers = None, address: Address = None) -> None:
     """Every stage, in order; goes on from whatever is there already."""
     opened = open_run(run, run_dir, workers, address)
-    stages.run(opened, progress=progress_of(opened))
+    npeff.run(opened, progress=progress_of(opened))
     _print_outcome(opened)
 
 
-def _complete(name: str, opened: RunDirectory, stage: Callable[..., Any], *arguments: Any) -> None:
+def _complete(stage: StageDefinition, opened: RunDirectory, *arguments: Any) -> None:
     progress = progress_of(opened)
     stage(opened, *arguments, progress=progress)
-    progress.say(f"{name}: complete, in {opened.path}")
+    progress.say(f"{stage.name}: complete, in {opened.path}")
 
 
-def stage_command(name: str, stage: Callable[..., Any]) -> None:
-    def command(run: Run, run_dir: RunDir = None, workers: Workers = None, address: Address = None) -> None:
-        _complete(name, open_run(run, run_dir, workers, address), stage)
-
-    command.__doc__ = (stage.__doc__ or "").split("\n\n")[0].replace("\n", " ")
-    app.command(name)(command)
-
-
-@app.command("factorize")
+@app.command(FACTORIZE.name, help=FACTORIZE.help)
 def factorize_command(
     run: Run,
     run_dir: RunDir = None,
@@ -51,11 +48,10 @@ def factorize_command(
     address: Address = None,
     max_iterations: MaxIterations = None,
 ) -> None:
-    """Fit non-negative coefficients and components to the stored Fishers; goes on from the last checkpoint."""
-    _complete("factorize", open_run(run, run_dir, workers, address, max_iterations), stages.factorize)
+    _complete(FACTORIZE, open_run(run, run_dir, workers, address, max_iterations))
 
 
-@app.command("lift")
+@app.command(LIFT.name, help=LIFT.help)
 def lift_command(
     run: Run,
     component: Annotated[
@@ -65,11 +61,10 @@ def lift_command(
     workers: Workers = None,
     address: Address = None,
 ) -> None:
-    """Lift components from the sketch to directions in parameter space; others may be added later."""
     opened = open_run(run, run_dir, workers, address)
     if component:
-        opened = RunDirectory(opened.path, opened.config.with_lift(components=tuple(component)))
-    _complete("lift", opened, stages.lift)
+        opened = npeff.RunDirectory(opened.path, opened.config.with_lift(components=tuple(component)))
+    _complete(LIFT, opened)
 
 
 @app.command("report")
@@ -89,16 +84,19 @@ def report_command(
     """Write the report, one HTML file, from whatever is there; or serve it on this machine until Ctrl-C."""
     if port is not None and not serve:
         raise typer.BadParameter("--port goes with --serve")
+    from npeff.runs.progress import default_progress
+    from npeff.stages.pipeline import serve_report
+
     opened = open_run(run, run_dir, workers, address)
     progress = default_progress()
     if serve:
-        stages.serve_report(opened, port or 0, progress.say)
+        serve_report(opened, port or 0, progress.say)
     else:
-        stages.report(opened, progress=progress)
+        npeff.report(opened, progress=progress)
         progress.say(f"report: complete, in {opened.path}")
 
 
-@app.command("transform")
+@app.command(TRANSFORM.name, help=TRANSFORM.help)
 def transform_command(
     source: Annotated[
         Path, typer.Argument(parser=location, metavar="RUN_DIR", help="The run whose components are used.")
@@ -110,11 +108,10 @@ def transform_command(
     workers: Workers = None,
     address: Address = None,
 ) -> None:
-    """Coefficients of new examples: their Fishers, and a run's components as they are."""
-    _complete("transform", open_run(run, None, workers, address), stages.transform, source)
+    _complete(TRANSFORM, open_run(run, None, workers, address), source)
 
 
-@app.command("select")
+@app.command(SELECT.name, help=SELECT.help)
 def select_command(
     run: Run,
     components: Annotated[
@@ -128,22 +125,20 @@ def select_command(
     workers: Workers = None,
     address: Address = None,
 ) -> None:
-    """How many components there should be: fits of a range of them, compared; asked again, it goes on."""
     opened = open_run(run, run_dir, workers, address)
     asked = {"components": components, "seeds": seeds, "refine": refine}
     changes = {name: value for name, value in asked.items() if value is not None}
-    opened = RunDirectory(opened.path, opened.config.with_selection(**changes))
-    stages.select(opened, progress=progress_of(opened))
-    print_table(stages.open_components(opened.path).table("selection"), OutputFormat.TABLE)
-    print(f"plot: {stages.report(opened)}#selection")
+    opened = npeff.RunDirectory(opened.path, opened.config.with_selection(**changes))
+    npeff.select(opened, progress=progress_of(opened))
+    print_table(npeff.ComponentStore.open(opened.path).table("selection"), OutputFormat.TABLE)
+    print(f"plot: {npeff.report(opened)}#selection")
 
 
-@app.command("repair")
+@app.command(REPAIR.name, help=REPAIR.help)
 def repair_command(run: Run, run_dir: RunDir = None, workers: Workers = None, address: Address = None) -> None:
-    """Edit the model along components whose top examples it gets wrong; judged on held-out examples."""
     opened = open_run(run, run_dir, workers, address)
-    summary = stages.repair(opened, progress=progress_of(opened))
-    print_table(stages.open_components(opened.path).table("repair"), OutputFormat.TABLE)
+    summary = npeff.repair(opened, progress=progress_of(opened))
+    print_table(npeff.ComponentStore.open(opened.path).table("repair"), OutputFormat.TABLE)
     if summary["edits"]:
         print(
             f"edited model: {opened.repaired / 'model.safetensors'}; what was done: {opened.repaired / 'repair.json'}"
@@ -151,8 +146,26 @@ def repair_command(run: Run, run_dir: RunDir = None, workers: Workers = None, ad
 
 
 def _print_outcome(run: RunDirectory) -> None:
-    """What a newcomer should look at next."""
+    """Print what a newcomer should look at next."""
+    from rich.console import Console
+
+    from npeff.stages.status import outcome
+
     console = Console(soft_wrap=True)
     command = "npeff" if shutil.which("npeff") else str(Path(sys.executable).with_name("npeff"))
     for line in outcome(run, command):
         console.print(line, highlight=False, markup=False)
+
+
+_WITH_OPTIONS_OF_THEIR_OWN = (FACTORIZE, LIFT, TRANSFORM, SELECT, REPAIR)
+
+
+def _stage_command(stage: StageDefinition) -> None:
+    @app.command(stage.name, help=stage.help)
+    def command(run: Run, run_dir: RunDir = None, workers: Workers = None, address: Address = None) -> None:
+        _complete(stage, open_run(run, run_dir, workers, address))
+
+
+for _stage in STAGES:
+    if _stage not in _WITH_OPTIONS_OF_THEIR_OWN:
+        _stage_command(_stage)

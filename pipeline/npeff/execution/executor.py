@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from npeff.errors import ItemError, NpeffError
 
 ATTEMPTS = 3
@@ -95,8 +93,8 @@ class Failures:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, RuntimeError):
-        return isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
+    if isinstance(error, RuntimeError):  # torch.OutOfMemoryError is one, and is said in the same words
+        return _OUT_OF_MEMORY.search(str(error)) is not None or type(error).__name__ == "OutOfMemoryError"
     return isinstance(error, MemoryError)
 
 

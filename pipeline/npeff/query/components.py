@@ -12,30 +12,27 @@ import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import dask.array as da
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import zarr
 from numpy.typing import NDArray
 
 from npeff.query import neighbours
 from npeff.query.coefficients import n_larger, runs_of
-from npeff.query.enrichment import enriched
 from npeff.query.errors import QueryError
-from npeff.query.filters import NAMED_CLASSES, matching
-from npeff.query.sql import run_sql
 from npeff.query.summary import components_table, summary
-from npeff.query.tables import EXAMPLE_COLUMNS, RunTables, missing
+from npeff.query.tables import EXAMPLE_COLUMNS, NAMED_CLASSES, RunTables, missing
 from npeff.storage.atomic import is_committed
 from npeff.storage.errors import StoreError
 from npeff.storage.location import location
-from npeff.store.component_store import StoredFactorization, open_factorization
-from npeff.store.direction_store import DirectionStore
-from npeff.store.fisher_store import FisherStore
-from npeff.store.same_space import differences_in_space
+
+if TYPE_CHECKING:  # most answers need none of Zarr, Dask, SciPy and DuckDB, which are imported where they are used
+    import dask.array as da
+    import zarr
+
+    from npeff.store.component_store import StoredFactorization
 
 _TOO_WIDE_TO_LIST = ("image", "logits", "valid")
 """Columns of the examples table that a list of examples leaves out."""
@@ -87,6 +84,8 @@ class ComponentStore:
         path = self.run_dir / "directions.zarr"
         if not is_committed(path):
             raise missing(self.run_dir, "directions.zarr", "lift")
+        from npeff.store.direction_store import DirectionStore
+
         try:
             arrays = DirectionStore.open(path).arrays
         except StoreError as error:
@@ -208,6 +207,8 @@ class ComponentStore:
         Raises:
             QueryError: the runs differ in model, parameters, sketch or seed, or have components of diagonals.
         """
+        from npeff.store.same_space import differences_in_space
+
         self._check_component(component)
         for store in (self, other):
             if (kind := store.tables.json("stages", "factorize.json").get("factorized", "fishers")) != "fishers":
@@ -231,6 +232,8 @@ class ComponentStore:
         Raises:
             QueryError: the condition is wrong, or holds for none or for all of the examples.
         """
+        from npeff.query.enrichment import enriched
+
         for wanted, what in ((top, "top examples"), (n, "components")):
             if wanted is not None:
                 _check_number(wanted, what)
@@ -276,6 +279,8 @@ class ComponentStore:
 
     def sql(self, query: str) -> pa.Table:
         """Answer one SELECT over all tables of the run (DuckDB's dialect); it can read nothing else."""
+        from npeff.query.sql import run_sql
+
         return run_sql(self.tables, query)
 
     def summary(self) -> dict[str, Any]:
@@ -337,6 +342,8 @@ class ComponentStore:
         if condition not in self._masks:
             while len(self._masks) >= _MASKS_KEPT:
                 del self._masks[next(iter(self._masks))]
+            from npeff.query.filters import matching
+
             self._masks[condition] = matching(self.tables, condition)
         return self._masks[condition]
 
@@ -366,6 +373,8 @@ class ComponentStore:
 
     @property
     def _fisher_attributes(self) -> dict[str, Any]:
+        from npeff.store.fisher_store import FisherStore
+
         try:
             return FisherStore.open(self.run_dir / "fishers.zarr").attrs
         except StoreError as error:
@@ -406,6 +415,8 @@ class ComponentStore:
         path = self.run_dir / "factorization.zarr"
         if not is_committed(path):
             raise missing(self.run_dir, "factorization.zarr", "factorize")
+        from npeff.store.component_store import open_factorization
+
         try:
             return open_factorization(path)
         except StoreError as error:
@@ -414,6 +425,8 @@ class ComponentStore:
 
 def _as_dask(array: zarr.Array) -> da.Array:
     """A lazy view with one block per stored shard, or per chunk where the array is not sharded."""
+    import dask.array as da
+
     return da.from_array(array, chunks=array.shards or array.chunks)
 
 

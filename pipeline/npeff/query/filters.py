@@ -16,10 +16,7 @@ from numpy.typing import NDArray
 
 from npeff.query.errors import QueryError
 from npeff.query.sql import locked_down
-from npeff.query.tables import RunTables
-
-NAMED_CLASSES = {"label_name": "label", "prediction_name": "prediction"}
-"""Column with a class's name to the column with its number."""
+from npeff.query.tables import NAMED_CLASSES, RunTables
 
 _NO_COLUMN = re.compile(r'Referenced column "([^"]*)" not found')
 

@@ -11,11 +11,10 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import pyarrow.fs as pa_fs
 import pyarrow.parquet as pq
 
@@ -23,44 +22,29 @@ from npeff.query.errors import QueryError
 from npeff.storage.errors import StoreError
 from npeff.storage.location import is_remote
 from npeff.storage.objects import file_system, key_of
+from npeff.store.table_names import WRITTEN_BY
 from npeff.store.tables import SCHEMAS, check_version
 
-WRITTEN_BY = {
-    "examples": "fishers",
-    "classes": "fishers",
-    "parameters": "fishers",
-    "components": "factorize",
-    "top_examples": "factorize",
-    "coefficients": "factorize",
-    "history": "factorize",
-    "selection": "select",
-    "selection_fits": "select",
-    "layer_energy": "lift",
-    "verification": "verify",
-    "selectivity": "verify",
-    "ablation": "verify",
-    "position_shares": "attribute",
-    "repair": "repair",
-    "repair_steps": "repair",
-}
-"""Table name to the `npeff` command of the stage that writes it."""
+if TYPE_CHECKING:  # it imports pandas, where that is installed, which most questions do not need
+    import pyarrow.dataset as ds
 
 EXAMPLE_COLUMNS = tuple(SCHEMAS["examples"].names)
 """Columns of the examples table that every task has; all further ones are the task's own metadata."""
 
+NAMED_CLASSES = {"label_name": "label", "prediction_name": "prediction"}
+"""Column with a class's name to the column with its number."""
+
 _SCAN_GROUPS, _SCAN_ROWS = 64, 131_072
 """Groups of rows, of about 1 MiB or less, and rows that are held at a time while a whole table is walked over."""
 
-_PARQUET = ds.ParquetFileFormat(
-    default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
-)
 
-_REMOTE_PARQUET = ds.ParquetFileFormat(
-    default_fragment_scan_options=ds.ParquetFragmentScanOptions(
-        page_checksum_verification=True, pre_buffer=True, cache_options=pa.CacheOptions(hole_size_limit=2**20)
-    )
-)
-"""What lies between two wanted columns is read along: over a network that is cheaper than asking twice."""
+def _parquet(remote: bool) -> ds.ParquetFileFormat:
+    import pyarrow.dataset as ds
+
+    options: dict[str, Any] = {"page_checksum_verification": True}
+    if remote:  # what lies between two wanted columns is read along, which is cheaper than another request
+        options |= {"pre_buffer": True, "cache_options": pa.CacheOptions(hole_size_limit=2**20)}
+    return ds.ParquetFileFormat(default_fragment_scan_options=ds.ParquetFragmentScanOptions(**options))
 
 
 def missing(run_dir: Path, what: str, command: str) -> QueryError:
@@ -103,8 +87,10 @@ class RunTables:
             QueryError: there is no such table, it is not written yet, or its file is damaged.
         """
         if name not in self._datasets:
+            import pyarrow.dataset as ds
+
             schema, path = self.schema(name), self._folder / f"{name}.parquet"
-            kind = _REMOTE_PARQUET if is_remote(path) else _PARQUET
+            kind = _parquet(is_remote(path))
             where, filesystem = _located(path)
             fragment = kind.make_fragment(where, filesystem)
             fragments = self._parts(name, fragment) if is_remote(path) else [fragment]
@@ -210,10 +196,7 @@ class RunTables:
 
     def stages(self) -> dict[str, dict[str, Any]]:
         """Every stage summary that is there, in the order in which the stages run."""
-        order = {
-            name: position
-            for position, name in enumerate(("fishers", "select", "factorize", "lift", "verify", "attribute"))
-        }
+        order = {name: position for position, name in enumerate(dict.fromkeys(WRITTEN_BY.values()))}
         names = sorted(
             (path.stem for path in (self.run_dir / "stages").glob("*.json")),
             key=lambda name: (order.get(name, len(order)), name),

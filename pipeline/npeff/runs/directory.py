@@ -165,13 +165,17 @@ class RunDirectory:
         """
         return run_lock(self.path)
 
+    def record_file(self, stage: str) -> Path:
+        """The record of a stage, which is there when the stage is complete."""
+        return self.path / "stages" / f"{stage}.json"
+
     def record(self, stage: str) -> dict[str, Any] | None:
         """What a complete stage said of itself; None before that.
 
         Raises:
             RunDirectoryError: the record is damaged.
         """
-        path = self.path / "stages" / f"{stage}.json"
+        path = self.record_file(stage)
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -184,7 +188,7 @@ class RunDirectory:
 
     def reopen(self, stage: str) -> None:
         """A complete stage is partial again, as something that it goes on from is being made anew."""
-        (self.path / "stages" / f"{stage}.json").unlink(missing_ok=True)
+        self.record_file(stage).unlink(missing_ok=True)
 
     def complete(self, stage: str, summary: dict[str, Any]) -> dict[str, Any]:
         """Declare a stage complete; call it after everything else of the stage is on disk."""

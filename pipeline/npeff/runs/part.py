@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from npeff.runs.definition import StageDefinition, Summary, finished
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
-from npeff.runs.stage import finished, record_as_sealed, unit_checksums, unit_files
+from npeff.runs.stage import checked_record, unit_checksums, unit_files
 from npeff.storage.atomic import remove_directory
 from npeff.storage.errors import StoreError
 from npeff.storage.location import location
@@ -42,11 +43,6 @@ def delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def has_record(run: RunDirectory, stage: str) -> bool:
-    """Whether a stage was complete, even where its record cannot be read."""
-    return record_path_of(run, stage).exists()
-
-
 def metadata_parts(group: Path, error: StoreError, record: Path) -> Iterator[Part]:
     """Of a store that cannot be opened: its damaged ``zarr.json``. What is stored in it is verified once it is back."""
     named = location(str(error).partition(" is damaged")[0])
@@ -58,38 +54,36 @@ def metadata_parts(group: Path, error: StoreError, record: Path) -> Iterator[Par
     yield Part(f"metadata of {group.name}", named, verify, (*files, record), mendable=bool(files), remedy=str(error))
 
 
-def unit_parts(run: RunDirectory, stage: str, what: str) -> Iterator[Part]:
-    for component in finished_components(run, stage):
+def unit_parts(run: RunDirectory, stage: StageDefinition, what: str) -> Iterator[Part]:
+    """What a stage that works by components has left of each."""
+    for component in finished_components(run, stage.name):
         files = unit_files(run, stage, component)
-        verify, deleted = partial(_verify_unit, run, stage, component), (*files.values(), record_path_of(run, stage))
+        verify, deleted = partial(_verify_unit, run, stage, component), (*files.values(), run.record_file(stage.record))
         yield Part(f"{what} of component {component}", deleted[0], verify, deleted)
 
 
-def _verify_unit(run: RunDirectory, stage: str, component: int) -> None:
+def _verify_unit(run: RunDirectory, stage: StageDefinition, component: int) -> None:
     for name, path in unit_files(run, stage, component).items():
         read_table(path, name)
-    record = run.record(stage) if has_intact_record(run, stage) else None
+    record = intact_record(run, stage.name)
     for name, found in unit_checksums(run, stage, [component]).items():
         if record is not None and found != record.get("units", {}).get(name, found):
-            raise StoreError(f"what {stage} left of component {component} does not match its checksum")
+            raise StoreError(f"what {stage.name} left of component {component} does not match its checksum")
 
 
 def finished_components(run: RunDirectory, stage: str) -> list[int]:
     """Components that a stage has finished, by what it left of them and by its record."""
-    record = run.record(stage) if has_intact_record(run, stage) else None
-    return sorted({*finished(run.partial_results(stage)), *(record or {}).get("components", ())})
+    record = intact_record(run, stage) or {}
+    return sorted({*finished(run.partial_results(stage)), *record.get("components", ())})
 
 
 def missing(path: Path) -> None:
     raise StoreError(f"{path} is missing")
 
 
-def record_path_of(run: RunDirectory, stage: str) -> Path:
-    return run.path / "stages" / f"{stage}.json"
-
-
-def has_intact_record(run: RunDirectory, stage: str) -> bool:
+def intact_record(run: RunDirectory, stage: str) -> Summary | None:
+    """The record of a complete stage; None where there is none, or where it is damaged."""
     try:
-        return record_as_sealed(run, stage) is not None
+        return checked_record(run, stage)
     except RunDirectoryError:
-        return False
+        return None

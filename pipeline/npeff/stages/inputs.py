@@ -12,6 +12,9 @@ from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.stage import record_of
+from npeff.stages.factorize import FACTORIZE
+from npeff.stages.fishers import FISHERS
+from npeff.stages.lift import LIFT
 from npeff.stages.worker_specs import fitted_examples
 from npeff.storage.errors import StoreError
 from npeff.store.component_store import open_factorization
@@ -24,7 +27,7 @@ from npeff.store.tables import read_table
 
 def lifted_components(run: RunDirectory) -> list[int]:
     """Those that have a direction."""
-    record = record_of(run, "lift")
+    record = record_of(run, LIFT)
     return list(record.get("components", range(record["n_components"])))
 
 
@@ -40,7 +43,7 @@ def components_of(run: RunDirectory, other: str | Path) -> np.ndarray:
         RunDirectoryError: its model, parameters, sketch or seed is another, or it has no components yet.
     """
     source = RunDirectory.open(other)
-    record_of(source, "factorize")
+    record_of(source, FACTORIZE)
     if (kind := source.config.factorization.kind) != "fishers":
         raise RunDirectoryError(
             f"the components of {source.path} are of kind {kind}: give a run with factorization.kind: fishers"
@@ -60,7 +63,7 @@ def checksums_of(run: RunDirectory) -> dict[int, str]:
     Raises:
         StoreError: a shard has no record, though the stage was complete: somebody deleted it to have it recomputed.
     """
-    fishers = record_of(run, "fishers")
+    fishers = record_of(run, FISHERS)
     records = ShardRecords(run.shard_records, fishers["signature"]).complete()
     missing = [shard for shard in range(fishers["n_shards"]) if shard not in records]
     if missing:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pyarrow as pa
 
 from npeff.execution.executor import Executor
+from npeff.runs.definition import Summary, finished
 from npeff.runs.directory import RunDirectory
 from npeff.runs.progress import ProgressDisplay, SilentProgress
-from npeff.runs.stage import Summary, finished, forget_other_requests, open_stage, unit_checksums
+from npeff.runs.stage import forget_other_requests, open_stage, unit_checksums
+from npeff.stages.attribute import ATTRIBUTE
 from npeff.stages.attribute.worker import AttributionPaths, AttributionWorker
 from npeff.stages.inputs import fingerprint_of, lifted_components
 from npeff.stages.worker_specs import executor_for, label_spec, model_spec, worker_spec
@@ -20,7 +22,7 @@ def attribute(
     run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None
 ) -> Summary:
     """Split the evidence of the components' top examples over their tokens, where the task can name them."""
-    with open_stage(run, "attribute", after="lift") as stage:
+    with open_stage(run, ATTRIBUTE) as stage:
         components, count = lifted_components(run), run.config.report.top_examples
         if stage.done and stage.done["top_examples"] == count and stage.done["components"] == components:
             return stage.done
@@ -54,5 +56,5 @@ def attribute(
             [SCHEMAS[_TABLE].empty_table(), *(read_table(files[component], _TABLE) for component in components)]
         )
         write_table(run.table(_TABLE), _TABLE, table)
-        units = unit_checksums(run, "attribute", components)
+        units = unit_checksums(run, ATTRIBUTE, components)
         return stage.complete({"top_examples": count, "components": components, "n_rows": len(table), "units": units})

@@ -2,61 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from npeff.runs.config_sections import IMPORTED_TASK
+from npeff.runs.definition import StageDefinition
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
-from npeff.runs.part import Part, has_intact_record, has_record, missing, record_path_of, unit_parts
-from npeff.runs.stage import outputs_of, record_as_sealed, vouched_for
-from npeff.stages.factorize.parts import checkpoint_parts, factorization_parts
-from npeff.stages.fishers.parts import fisher_parts
-from npeff.stages.lift.parts import lift_parts
-from npeff.stages.repair.parts import repair_parts
-from npeff.stages.select.parts import select_parts
+from npeff.runs.part import Part, intact_record, missing
+from npeff.runs.stage import checked_record, outputs_of, tables_of
+from npeff.stages.factorize import FACTORIZE
+from npeff.stages.fishers import FISHERS
+from npeff.stages.registry import STAGES
 from npeff.storage.atomic import is_committed
 from npeff.storage.checksums import file_checksum, read_json
 from npeff.storage.errors import StoreError
 from npeff.store.diagonal_store import read_diagonal
 from npeff.store.tables import read_table
 
-_ORDER = ("fishers", "factorize", "lift", "verify")
-"""Stages that each go on from the one before."""
-_BESIDE = ("attribute", "select", "repair")
 
-
-def complete_stages(run: RunDirectory) -> list[str]:
+def complete_stages(run: RunDirectory) -> list[StageDefinition]:
     """Stages that were complete, in their order, even where a record is missing that a later one rests on."""
-    last = max((place for place, stage in enumerate(_ORDER) if has_record(run, stage)), default=-1)
-    return [*_ORDER[: last + 1], *(stage for stage in _BESIDE if has_record(run, stage))]
+    recorded = [stage for stage in STAGES if stage.leaves is None and run.record_file(stage.name).exists()]
+    complete = {*recorded, *(earlier for stage in recorded for earlier in stage.ancestors())}
+    return [stage for stage in STAGES if stage in complete]
 
 
 def parts_of(run: RunDirectory) -> list[Part]:
     """All parts of a run, in the order in which the stages made them."""
-    stages: dict[str, tuple[Callable[[RunDirectory], Iterator[Part]], ...]] = {
-        "fishers": (fisher_parts,),
-        "factorize": (checkpoint_parts, factorization_parts),
-        "lift": (lift_parts,),
-        "verify": (partial(unit_parts, stage="verify", what="verification"),),
-        "attribute": (partial(unit_parts, stage="attribute", what="shares"),),
-        "select": (select_parts,),
-        "repair": (repair_parts,),
-    }
     parts, imported = list(_of_the_run(run)), imported_stages(run)
-    for stage, parts_within in stages.items():
-        of_stage = [*_stage_parts(run, stage), *(part for within in parts_within for part in within(run))]
+    for stage in STAGES:
+        if stage.leaves is not None:
+            continue
+        within = [] if stage.parts is None else stage.resolve(stage.parts)(run)
+        of_stage = [*_stage_parts(run, stage), *within]
         parts += map(_not_mendable, of_stage) if stage in imported else of_stage
     return parts
 
 
-def imported_stages(run: RunDirectory) -> tuple[str, ...]:
+def imported_stages(run: RunDirectory) -> tuple[StageDefinition, ...]:
     """Those whose results are of a file, which no stage can make again."""
     if run.config.task.name != IMPORTED_TASK:
         return ()
-    return ("fishers",) if run.checkpoints.exists() or not has_record(run, "factorize") else ("fishers", "factorize")
+    factorized = run.record_file("factorize").exists() and not run.checkpoints.exists()
+    return (FISHERS, FACTORIZE) if factorized else (FISHERS,)
 
 
 def _not_mendable(part: Part) -> Part:
@@ -80,7 +71,7 @@ def _of_the_run(run: RunDirectory) -> Iterator[Part]:
 
 def _verify_configuration(run: RunDirectory) -> None:
     """What the shards were computed with must be what ``run.yaml`` says; its other sections have no such trace."""
-    record = run.record("fishers") if has_intact_record(run, "fishers") else None
+    record = intact_record(run, "fishers")
     mine = {run.config.signature("task", *more, "fishers", "seed") for more in ((), ("parameters",))}
     if record is not None and record["signature"].partition("-")[0] not in mine:
         raise RunDirectoryError("it is not the configuration that the Fishers were computed with")
@@ -91,32 +82,35 @@ def _verify_report(path: Path) -> None:
         raise StoreError(f"{path} is truncated")
 
 
-def _stage_parts(run: RunDirectory, stage: str) -> Iterator[Part]:
+def _stage_parts(run: RunDirectory, stage: StageDefinition) -> Iterator[Part]:
     """The record of a stage; and whether what a complete one must have written is there, and readable."""
-    record = record_path_of(run, stage)
+    record = run.record_file(stage.name)
     if record.exists():
-        yield Part(f"record of {stage}", record, partial(record_as_sealed, run, stage), (record,))
+        yield Part(f"record of {stage.name}", record, partial(checked_record, run, stage.name), (record,))
     elif stage in _expected(run):
-        yield Part(f"record of {stage}", record, partial(missing, record))
-    for output in outputs_of(run, stage):
-        if output.suffix == ".parquet" and (vouched_for(output, stage) or not has_record(run, "lift")):
-            if output.exists() or record.exists():
-                yield Part(f"table {output.stem}", output, partial(_verify_table, run, stage, output), (output,))
-        elif not is_committed(output) and record.exists():
-            yield Part(output.name, output, partial(missing, output))
-        elif output.suffix == ".safetensors" and output.exists():
-            yield Part("diagonal Fisher", output, partial(read_diagonal, output), (output, record))
+        yield Part(f"record of {stage.name}", record, partial(missing, record))
+    for table in tables_of(run, stage):
+        path, later = run.table(table), stage.completed_later.get(table)
+        verified_later = later is not None and run.record_file(later).exists()
+        if not verified_later and (path.exists() or record.exists()):
+            yield Part(f"table {table}", path, partial(_verify_table, run, stage, path), (path,))
+    for path in outputs_of(run, stage):
+        if path.suffix == ".parquet":
+            continue
+        if not is_committed(path) and record.exists():
+            yield Part(path.name, path, partial(missing, path))
+        elif path.suffix == ".safetensors" and path.exists():
+            yield Part("diagonal Fisher", path, partial(read_diagonal, path), (path, record))
 
 
-def _expected(run: RunDirectory) -> list[str]:
+def _expected(run: RunDirectory) -> list[StageDefinition]:
     """Stages that were complete; of an imported decomposition alone there were never any Fishers."""
-    without_fishers = "fishers" in imported_stages(run) and not is_committed(run.fishers)
-    return [stage for stage in complete_stages(run) if stage in _ORDER and not (stage == "fishers" and without_fishers)]
+    without_fishers = FISHERS in imported_stages(run) and not is_committed(run.fishers)
+    return [stage for stage in complete_stages(run) if not (stage is FISHERS and without_fishers)]
 
 
-def _verify_table(run: RunDirectory, stage: str, path: Path) -> None:
+def _verify_table(run: RunDirectory, stage: StageDefinition, path: Path) -> None:
     read_table(path, path.stem)
-    record = run.record(stage) if has_intact_record(run, stage) else None
-    expected = (record or {}).get("tables", {}).get(path.stem)
+    expected = (intact_record(run, stage.name) or {}).get("tables", {}).get(path.stem)
     if expected is not None and file_checksum(path) != expected:
         raise StoreError(f"{path} does not match its checksum")

@@ -16,21 +16,16 @@ from pathlib import Path
 from npeff.execution.executor import Executor
 from npeff.query.errors import QueryError
 from npeff.reports.report import write_report
+from npeff.runs.definition import StageDefinition
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.part import Part, delete, finished_components
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import recorded
-from npeff.stages.attribute.stage import attribute
 from npeff.stages.check.parts import complete_stages, imported_stages, parts_of
+from npeff.stages.factorize import FACTORIZE
 from npeff.stages.factorize.parts import transformed_from
-from npeff.stages.factorize.stage import factorize
-from npeff.stages.fishers.stage import compute_fishers
-from npeff.stages.lift.stage import lift
-from npeff.stages.repair.stage import repair
-from npeff.stages.select.stage import select
-from npeff.stages.transform.stage import transform
-from npeff.stages.verify.stage import verify
+from npeff.stages.transform import TRANSFORM
 from npeff.stages.worker_specs import executor_for
 from npeff.storage.errors import StoreError
 
@@ -38,17 +33,6 @@ _ROUNDS = 3
 """What is stored in an array can only be verified once its metadata are there: a later round finds more."""
 _MOST_AT_ONCE = 4
 """Parts that are read at a time; each is held in memory, whole."""
-
-_STAGES: dict[str, Callable[..., object]] = {
-    "fishers": compute_fishers,
-    "factorize": factorize,
-    "lift": lift,
-    "verify": verify,
-    "attribute": attribute,
-    "select": select,
-    "repair": repair,
-}
-"""In the order in which they are made again."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +64,7 @@ def check(
     with run.lock():
         damaged = _damaged(run, progress)
         if repair:
-            stages, as_lifted, reported = _complete_stages(run), _as_lifted(run), run.report.exists()
+            stages, as_lifted, reported = _recomputations(run), _as_lifted(run), run.report.exists()
             for _ in range(_ROUNDS):
                 mendable = [part for part, _ in damaged if part.mendable]
                 if not mendable:
@@ -112,12 +96,14 @@ def _verified(part: Part) -> str | None:
     return None
 
 
-def _complete_stages(run: RunDirectory) -> dict[str, Callable[..., object]]:
-    """What makes again what was complete; components that were taken from another run are taken from there again."""
+def _recomputations(run: RunDirectory) -> dict[StageDefinition, Callable[..., object]]:
+    """What recomputes each stage that was complete. Components of another run are taken from that run again."""
     imported = imported_stages(run)
-    stages = {stage: _STAGES[stage] for stage in complete_stages(run) if stage not in imported}
-    if "factorize" in stages and (source := transformed_from(run)) is not None:
-        stages["factorize"] = partial(transform, source=source)
+    stages: dict[StageDefinition, Callable[..., object]] = {
+        stage: stage for stage in complete_stages(run) if stage not in imported
+    }
+    if FACTORIZE in stages and (source := transformed_from(run)) is not None:
+        stages[FACTORIZE] = partial(TRANSFORM, source=source)
     return stages
 
 
@@ -133,7 +119,7 @@ def _as_lifted(run: RunDirectory) -> RunDirectory:
 def _make_again(
     run: RunDirectory,
     parts: Iterable[Part],
-    stages: Mapping[str, Callable[..., object]],
+    stages: Mapping[StageDefinition, Callable[..., object]],
     reported: bool,
     executor: Executor | None,
     progress: ProgressDisplay,
@@ -144,9 +130,9 @@ def _make_again(
             delete(path)
     RunDirectory.create(run.config)  # the provenance, if that is gone
     with executor_for(run, executor) as workers:
-        for name, stage in stages.items():
-            if recorded(run, name) is None:
-                stage(run, executor=workers, progress=progress)
+        for stage, recompute in stages.items():
+            if recorded(run, stage) is None:
+                recompute(run, executor=workers, progress=progress)
     if reported:
         try:
             write_report(run.path, top_examples=run.config.report.top_examples)

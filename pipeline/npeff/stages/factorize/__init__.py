@@ -1,1 +1,41 @@
 """Stage `factorize`: non-negative coefficients and components of the stored Fishers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from npeff.runs.definition import StageDefinition, Summary, UnitProgress
+from npeff.stages.fishers import FISHERS
+
+if TYPE_CHECKING:
+    from npeff.runs.directory import RunDirectory
+
+
+def _units(run: RunDirectory) -> UnitProgress:
+    steps = [int(path.name) for path in run.checkpoints.glob("*") if path.name.isdecimal()]
+    return UnitProgress(max(steps, default=0), None, "steps")
+
+
+def _details(record: Summary) -> str:
+    explained = f"explained {record['explained']:.4f}, " if "explained" in record else ""
+    return f"{explained}{record['stopped']}"
+
+
+def _stands(run: RunDirectory, record: Summary) -> bool:
+    """Not where the factorization ended at a limit that has been raised since."""
+    return record["stopped"] != "max_iterations" or record["n_iter"] >= run.config.factorization.max_iterations
+
+
+FACTORIZE = StageDefinition(
+    name="factorize",
+    help="Fit non-negative coefficients and components to the stored Fishers; resumes from the last checkpoint.",
+    function="npeff.stages.factorize.stage:factorize",
+    after=FISHERS,
+    stores=("factorization.zarr",),
+    completed_later={"components": "lift"},
+    traces=("checkpoints", "factorization.zarr"),
+    parts="npeff.stages.factorize.parts:factorize_parts",
+    units=_units,
+    details=_details,
+    stands=_stands,
+)

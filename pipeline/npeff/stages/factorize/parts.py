@@ -6,15 +6,21 @@ from collections.abc import Iterator
 from functools import partial
 
 from npeff.runs.directory import RunDirectory
-from npeff.runs.part import Part, has_intact_record
+from npeff.runs.part import Part, intact_record
 from npeff.storage.atomic import is_committed
 from npeff.storage.errors import StoreError
 from npeff.store.checkpoint import CheckpointStore
 from npeff.store.component_store import open_factorization
 
 
-def checkpoint_parts(run: RunDirectory) -> Iterator[Part]:
-    if not (has_intact_record(run, "fishers") and (fishers := run.record("fishers"))):
+def factorize_parts(run: RunDirectory) -> Iterator[Part]:
+    yield from _checkpoint_parts(run)
+    if is_committed(run.factorization):
+        yield Part("factorization", run.factorization, partial(_verify_factorization, run), (run.factorization,))
+
+
+def _checkpoint_parts(run: RunDirectory) -> Iterator[Part]:
+    if (fishers := intact_record(run, "fishers")) is None:
         return
     config_hash = run.config.factorization_signature() + fishers["signature"]
     store = CheckpointStore(run.checkpoints, config_hash=config_hash)
@@ -22,24 +28,19 @@ def checkpoint_parts(run: RunDirectory) -> Iterator[Part]:
         yield Part(f"checkpoint {iteration}", path, partial(store.verify, path), (path,))
 
 
-def factorization_parts(run: RunDirectory) -> Iterator[Part]:
-    if is_committed(run.factorization):
-        yield Part("factorization", run.factorization, partial(_verify_factorization, run), (run.factorization,))
-
-
 def _verify_factorization(run: RunDirectory) -> None:
     stored = open_factorization(run.factorization)
     stored.read_components()
     stored.read_coefficients()
     stored.read_columns()
-    record = run.record("factorize") if has_intact_record(run, "factorize") else None
+    record = intact_record(run, "factorize")
     if record is not None and record.get("checksums", stored.attrs["checksums"]) != stored.attrs["checksums"]:
         raise StoreError(f"{run.factorization} is not the one that its stage wrote")
 
 
 def transformed_from(run: RunDirectory) -> str | None:
     """The run whose components this one has, where they were not fitted; None where nothing says so."""
-    record = run.record("factorize") if has_intact_record(run, "factorize") else None
+    record = intact_record(run, "factorize")
     if record is None:
         try:
             record = open_factorization(run.factorization).attrs

@@ -7,17 +7,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
-from npeff.runs.stage import Summary, outputs_of
+from npeff.stages.factorize import FACTORIZE
 from npeff.stages.factorize.tables import write_component_tables
+from npeff.stages.registry import stages_after
 from npeff.storage.atomic import remove_directory
 from npeff.storage.errors import StoreError
 from npeff.store.coefficient_rows import Coefficients
 from npeff.store.component_store import factorization_checksums, open_factorization, write_factorization
 from npeff.store.tables import rows_to_columns, write_table
-
-_AFTER = ("lift", "verify", "attribute", "repair")
-"""Stages that go on from the components."""
 
 
 def write_solution(
@@ -38,12 +37,12 @@ def write_solution(
     if _former_checksums(run) == checksums:
         run.reopen("lift")  # which adds to the table of components; its directions stay
     else:
-        for stage in ("factorize", *_AFTER):
-            run.reopen(stage)
-            remove_directory(run.partial_results(stage))
-        for stage in _AFTER:
-            for table in (output for output in outputs_of(run, stage) if output.suffix == ".parquet"):
-                table.unlink(missing_ok=True)  # or the report would show them beside the new components
+        for stage in (FACTORIZE, *stages_after(FACTORIZE)):
+            run.reopen(stage.name)
+            remove_directory(run.partial_results(stage.name))
+        for stage in stages_after(FACTORIZE):
+            for table in stage.tables:
+                run.table(table).unlink(missing_ok=True)  # or the report would show it beside the new components
         for folder in (run.directions, run.repaired):
             remove_directory(folder)
     write_factorization(run.factorization, components_KD, coefficients_NK, summary, columns_D)

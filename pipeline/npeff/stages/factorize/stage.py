@@ -9,14 +9,17 @@ import torch
 
 from npeff.execution.executor import Executor
 from npeff.factorization import InvalidProblemError, SolverOptions, near_duplicates
+from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
 from npeff.runs.progress import ProgressDisplay, SilentProgress
-from npeff.runs.stage import Summary, open_stage, record_of
+from npeff.runs.stage import open_stage, record_of
+from npeff.stages.factorize import FACTORIZE
 from npeff.stages.factorize.diagonal_worker import DiagonalSolverWorker
 from npeff.stages.factorize.driver import SolverRun, run_solver
 from npeff.stages.factorize.live_history import metrics_writer
 from npeff.stages.factorize.solution import write_solution
 from npeff.stages.factorize.worker import Origin, SolverWorker
+from npeff.stages.fishers import FISHERS
 from npeff.stages.fits.stability import component_stability
 from npeff.stages.inputs import checksums_of, components_of, count_fit_examples, validate_problem
 from npeff.stages.worker_specs import device_of, executor_for, fitted_examples, worker_spec
@@ -28,11 +31,11 @@ def factorize(
     run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None
 ) -> Summary:
     """Fit non-negative coefficients and components to the stored Fishers."""
-    with open_stage(run, "factorize", after="fishers") as stage:
+    with open_stage(run, FACTORIZE) as stage:
         if stage.done:
             return stage.done
         progress, config, wanted = progress or SilentProgress(), run.config, run.config.factorization
-        fishers, checksums, n_fit = record_of(run, "fishers"), checksums_of(run), count_fit_examples(run)
+        fishers, checksums, n_fit = record_of(run, FISHERS), checksums_of(run), count_fit_examples(run)
         diagonal = wanted.kind != "fishers"
         validate_problem(config, n_fit, fishers["rank"])
         origin, metrics = _origin(run), metrics_writer(run.path / "metrics", wanted.metrics)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+from npeff.runs.definition import finished
 from npeff.runs.directory import RunDirectory
-from npeff.runs.part import Part, has_intact_record, metadata_parts, missing, record_path_of
-from npeff.runs.stage import finished
+from npeff.runs.part import Part, intact_record, metadata_parts, missing
 from npeff.storage.atomic import is_committed
 from npeff.storage.errors import StoreError
 from npeff.store.diagonal_store import read_diagonal
@@ -16,7 +16,7 @@ from npeff.store.shard_records import ShardRecords
 
 
 def fisher_parts(run: RunDirectory) -> Iterator[Part]:
-    record = record_path_of(run, "fishers")
+    record = run.record_file("fishers")
     for path in sorted(run.partial_results("diagonal").glob("*.safetensors")):
         yield Part(f"sums of diagonals {path.stem}", path, partial(read_diagonal, path), (path, record))
     if not is_committed(run.fishers):
@@ -45,7 +45,7 @@ def _verify_shard(store: FisherStore, records: ShardRecords, shard: int) -> None
 
 def _shard_signature(run: RunDirectory, store: FisherStore) -> str:
     """Of the records: as the stage's own says, or, where that is missing or damaged, as it would be."""
-    if has_intact_record(run, "fishers") and (record := run.record("fishers")) is not None:
+    if (record := intact_record(run, "fishers")) is not None:
         return str(record["signature"])
     computed = run.config.signature("task", "parameters", "fishers", "seed")
     return f"{computed}-{store.attrs['model_fingerprint'][:16]}"

@@ -8,9 +8,11 @@ from typing import Any
 
 from npeff.execution.executor import ATTEMPTS, Executor, ExecutorError, FailedItem, ItemsFailedError
 from npeff.runs.config_reading import ConfigError
+from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
 from npeff.runs.progress import ProgressDisplay, SilentProgress
-from npeff.runs.stage import Summary, open_stage
+from npeff.runs.stage import open_stage
+from npeff.stages.fishers import FISHERS
 from npeff.stages.fishers.inspection import TaskFacts, TaskWorker
 from npeff.stages.fishers.tables import write_example_tables, write_parameter_table
 from npeff.stages.fishers.worker import FisherWorker
@@ -33,7 +35,7 @@ def compute_fishers(
     run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None
 ) -> Summary:
     """Compute and store the low-rank Fisher of every example."""
-    with open_stage(run, "fishers") as stage:
+    with open_stage(run, FISHERS) as stage:
         if stage.done:
             return stage.done
         progress, config = progress or SilentProgress(), run.config

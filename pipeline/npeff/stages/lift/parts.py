@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from npeff.runs.directory import RunDirectory
-from npeff.runs.part import Part, finished_components, metadata_parts, record_path_of
+from npeff.runs.part import Part, finished_components, metadata_parts
 from npeff.storage.atomic import is_committed
 from npeff.storage.checksums import read_json
 from npeff.storage.errors import StoreError
@@ -17,7 +17,7 @@ from npeff.store.direction_store import DirectionStore
 def lift_parts(run: RunDirectory) -> Iterator[Part]:
     if not is_committed(run.directions):
         return
-    record, results = record_path_of(run, "lift"), run.partial_results("lift")
+    record, results = run.record_file("lift"), run.partial_results("lift")
     try:
         store = DirectionStore.open(run.directions)
     except StoreError as error:

@@ -12,11 +12,13 @@ import numpy as np
 
 from npeff.execution.executor import Executor
 from npeff.runs.config import RunConfig
+from npeff.runs.definition import Summary, finished
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import ProgressDisplay, SilentProgress
-from npeff.runs.stage import Summary, finished, open_stage
+from npeff.runs.stage import open_stage
 from npeff.stages.inputs import checksums_of, fingerprint_of, lifted_components
+from npeff.stages.lift import LIFT
 from npeff.stages.lift.diagonal_worker import DiagonalLiftWorker
 from npeff.stages.lift.worker import LiftBlock, LiftPaths, LiftWorker
 from npeff.stages.worker_specs import executor_for, fitted_examples, label_spec, model_spec, sketch_spec, worker_spec
@@ -30,7 +32,7 @@ from npeff.store.tables import read_table, rows_to_columns, write_table
 
 def lift(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
     """Lift the components from the sketch to directions in parameter space."""
-    with open_stage(run, "lift", after="factorize") as stage:
+    with open_stage(run, LIFT) as stage:
         config, n_components = run.config, run.config.factorization.n_components
         chosen = list(config.lift.components or range(n_components))
         if chosen[-1] >= n_components:

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from functools import partial
 
 from npeff.runs.directory import RunDirectory
-from npeff.runs.part import Part, has_intact_record, record_path_of
+from npeff.runs.part import Part, intact_record
 from npeff.storage.checksums import file_checksum, read_json
 from npeff.storage.errors import StoreError
 
 
 def repair_parts(run: RunDirectory) -> Iterator[Part]:
-    record = record_path_of(run, "repair")
+    record = run.record_file("repair")
     for path in sorted(run.partial_results("repair").glob("*.json")):
         yield Part(f"repair attempt {path.stem}", path, partial(read_json, path), (path, record))
     if run.repaired.is_dir():
@@ -27,6 +27,6 @@ def _verify_edited_model(run: RunDirectory) -> None:
         found = file_checksum(path)
     except (OSError, ValueError) as error:
         raise StoreError(f"{run.repaired} is damaged") from error
-    record = run.record("repair") if has_intact_record(run, "repair") else None
+    record = intact_record(run, "repair")
     if record is not None and found != record.get("model_checksum", found):
         raise StoreError(f"{path} does not match its checksum")

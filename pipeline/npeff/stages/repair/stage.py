@@ -13,11 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npeff.execution.executor import Executor, WorkerSpec
+from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import ProgressDisplay, SilentProgress
-from npeff.runs.stage import Summary, forget_other_requests, open_stage, record_of
+from npeff.runs.stage import forget_other_requests, open_stage, record_of
 from npeff.stages.inputs import fingerprint_of, lifted_components
+from npeff.stages.lift import LIFT
+from npeff.stages.repair import REPAIR
 from npeff.stages.repair.worker import Attempt, Batch, RepairWorker
 from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
 from npeff.statistics.mcnemar import mcnemar
@@ -41,7 +44,7 @@ _EXAMPLES_AT_ONCE = 1024
 
 def repair(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
     """Edit the model along components whose top examples it gets wrong, and judge that on held-out examples."""
-    with open_stage(run, "repair", after="lift") as stage:
+    with open_stage(run, REPAIR) as stage:
         progress, wanted = progress or SilentProgress(), run.config.repair
         request, lifted = _request(run), lifted_components(run)
         if stage.done and stage.done["request"] == request and stage.done.get("components", lifted) == lifted:
@@ -274,7 +277,7 @@ def _step_row(
 
 def _request(run: RunDirectory) -> str:
     """What the outcome depends on, as a hash."""
-    record_of(run, "lift")
+    record_of(run, LIFT)
     # the directions follow from the components: lifted again, they are the same
     components = open_factorization(run.factorization).attrs["checksums"]
     facts = [run.config.repair.model_dump(mode="json"), components]

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from functools import partial
 
 from npeff.runs.directory import RunDirectory
-from npeff.runs.part import Part, record_path_of
+from npeff.runs.part import Part
 from npeff.store.fit_store import FitStore
 
 
 def select_parts(run: RunDirectory) -> Iterator[Part]:
-    record = record_path_of(run, "select")
+    record = run.record_file("select")
     fits = FitStore(run.partial_results("select"), signature="")
     for name in fits.names():
         files = tuple(fits.directory / f"{name}{suffix}" for suffix in (".json", ".npy"))

@@ -10,13 +10,16 @@ from typing import Any
 
 from npeff.execution.executor import Executor, WorkerSpec
 from npeff.factorization import Evidence, InvalidProblemError, evidence, recommend, search, validate_size
+from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import ProgressDisplay, SilentProgress
-from npeff.runs.stage import Summary, open_stage, record_of
+from npeff.runs.stage import open_stage, record_of
+from npeff.stages.fishers import FISHERS
 from npeff.stages.fits.stability import fitting_worker
 from npeff.stages.fits.worker import PARTS, FitRequest, FitResult
 from npeff.stages.inputs import checksums_of, count_fit_examples
+from npeff.stages.select import SELECT
 from npeff.stages.worker_specs import executor_for
 from npeff.store.fit_store import FitStore, StoredFit
 from npeff.store.tables import rows_to_columns, write_table
@@ -24,7 +27,7 @@ from npeff.store.tables import rows_to_columns, write_table
 
 def select(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
     """Recommend a number of components, from fits of a range of them with several seeds and halves of the examples."""
-    with open_stage(run, "select", after="fishers") as stage:
+    with open_stage(run, SELECT) as stage:
         if (kind := run.config.factorization.kind) != "fishers":
             raise RunDirectoryError(
                 f"stage select has no part in {run.path}: it compares factorizations of Fishers, not of kind "
@@ -36,7 +39,7 @@ def select(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         if stage.done and stage.done["request"] == request:
             return stage.done
         n_half = min(count_fit_examples(run), wanted.max_examples) // 2
-        validate_size(n_half, record_of(run, "fishers")["rank"], max(wanted.components))
+        validate_size(n_half, record_of(run, FISHERS)["rank"], max(wanted.components))
         run.reopen("select")
         with executor_for(run, executor) as workers:
             fits = _Fits(run, workers, progress)
@@ -122,7 +125,7 @@ def _request(run: RunDirectory) -> dict[str, Any]:
     """What is asked, and, as a hash, what a fit depends on besides its name."""
     config, wanted = run.config, run.config.selection
     fits = {
-        "fishers": record_of(run, "fishers")["signature"],
+        "fishers": record_of(run, FISHERS)["signature"],
         "seed": config.seed,
         "subsample": config.factorization.subsample,
         "held_out_fraction": config.factorization.held_out_fraction,

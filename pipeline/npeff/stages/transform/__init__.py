@@ -1,1 +1,17 @@
 """Stage `transform`: coefficients of new examples for the components of another run."""
+
+from __future__ import annotations
+
+from npeff.runs.definition import StageDefinition
+from npeff.stages.fishers import FISHERS
+
+TRANSFORM = StageDefinition(
+    name="transform",
+    help="Compute coefficients of new examples for the components of another run, which are kept as they are.",
+    function="npeff.stages.transform.stage:transform",
+    after=FISHERS,
+    in_every_run=False,
+    leaves="factorize",
+    details=lambda record: f"components of {record['transformed_from']}",
+    stands=lambda run, record: "transformed_from" in record,
+)

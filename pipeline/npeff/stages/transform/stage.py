@@ -8,10 +8,12 @@ import torch
 
 from npeff.execution.executor import Executor
 from npeff.factorization import InvalidProblemError, explained, near_duplicates
+from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import ProgressDisplay, SilentProgress
-from npeff.runs.stage import Summary, open_stage, record_of
+from npeff.runs.stage import open_stage, record_of
+from npeff.stages.factorize import FACTORIZE
 from npeff.stages.factorize.solution import write_solution
 from npeff.stages.fishers.stage import compute_fishers
 from npeff.stages.inputs import checksums_of, components_of
@@ -37,7 +39,7 @@ def transform(
     """
     progress, config = progress or SilentProgress(), run.config
     given = RunDirectory.open(source)  # refused before anything is computed
-    record_of(given, "factorize")
+    record_of(given, FACTORIZE)
     if (wanted := config.factorization.n_components) != given.config.factorization.n_components:
         raise InvalidProblemError(
             f"{source} has {given.config.factorization.n_components} components, and the new run asks for {wanted}: "
@@ -51,7 +53,7 @@ def transform(
                 f"{source} has {len(components_KD)} components: set factorization.n_components of the new run to that"
             )
         origin = str(given.path)
-        with open_stage(run, "factorize", after="fishers") as stage:
+        with open_stage(run, FACTORIZE) as stage:
             if stage.done and stage.done.get("transformed_from") == origin:
                 return stage.done
             if stage.done or run.checkpoints.exists():

@@ -8,10 +8,12 @@ from pathlib import Path
 import pyarrow as pa
 
 from npeff.execution.executor import Executor
+from npeff.runs.definition import Summary, finished
 from npeff.runs.directory import RunDirectory
 from npeff.runs.progress import ProgressDisplay, SilentProgress
-from npeff.runs.stage import Summary, finished, open_stage, unit_checksums
+from npeff.runs.stage import open_stage, unit_checksums
 from npeff.stages.inputs import fingerprint_of, lifted_components
+from npeff.stages.verify import VERIFY
 from npeff.stages.verify.worker import VerificationOptions, VerificationPaths, VerificationWorker
 from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
 from npeff.statistics.verdict import scoreboard, verdicts
@@ -21,7 +23,7 @@ from npeff.store.tables import read_table, rows_to_columns, write_table
 
 def verify(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
     """Move the model along every direction and compare what changes with the controls."""
-    with open_stage(run, "verify", after="lift") as stage:
+    with open_stage(run, VERIFY) as stage:
         components, results = lifted_components(run), run.partial_results("verify")
         if stage.done and set(components) <= set(stage.done.get("components", range(stage.done["n_components"]))):
             return stage.done
@@ -67,4 +69,4 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
             write_table(run.table("ablation"), "ablation", pa.concat_tables(parts))
         scores = [asdict(score) for score in scoreboard(verdicts(rows))]
         summary = {"n_components": len(verified), "components": sorted(verified), "scores": scores}
-        return stage.complete(summary | {"units": unit_checksums(run, "verify", sorted(verified))})
+        return stage.complete(summary | {"units": unit_checksums(run, VERIFY, sorted(verified))})

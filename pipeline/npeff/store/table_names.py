@@ -1,0 +1,23 @@
+"""The tables of a run, and which stage writes each."""
+
+from __future__ import annotations
+
+WRITTEN_BY = {
+    "examples": "fishers",
+    "classes": "fishers",
+    "parameters": "fishers",
+    "components": "factorize",
+    "top_examples": "factorize",
+    "coefficients": "factorize",
+    "history": "factorize",
+    "selection": "select",
+    "selection_fits": "select",
+    "layer_energy": "lift",
+    "verification": "verify",
+    "selectivity": "verify",
+    "ablation": "verify",
+    "position_shares": "attribute",
+    "repair": "repair",
+    "repair_steps": "repair",
+}
+"""Table name to the stage that writes the table, in the order of the stages."""

@@ -1,0 +1,66 @@
+"""Commands that only read import nothing that takes seconds: each runs in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = {"torch", "transformers", "scipy", "sklearn", "dask", "ray", "zarr", "pandas", "matplotlib"}
+
+SCRIPT = """
+import sys
+from npeff.cli.main import command
+try:
+    command()
+except SystemExit as ended:
+    assert not ended.code, ended.code
+print("imported", *(name for name in {heavy!r} if sys.modules.get(name) is not None), file=sys.stderr)
+"""
+
+
+def imported(*arguments: object) -> set[str]:
+    """Heavy packages that a command has imported."""
+    command = [sys.executable, "-c", SCRIPT.format(heavy=sorted(HEAVY)), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.splitlines()[-1].split()[1:])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["query", "--help"], ["fishers", "--help"]])
+def test_help_imports_no_library_of_numbers(arguments: list[str]) -> None:
+    assert imported(*arguments) == set()
+
+
+def test_shell_completion_imports_no_library_of_numbers() -> None:
+    assert imported("--show-completion", "bash") == set()
+
+
+def test_status_imports_no_library_of_numbers(tmp_path: Path) -> None:
+    run_yaml = tmp_path / "run.yaml"
+    run_yaml.write_text("run_dir: run\ntask: {name: digits}\nfactorization: {n_components: 3}\n", encoding="utf-8")
+    assert imported("status", tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        ["top", "--component", "3"],
+        ["top", "--component", "3", "--where", "not correct"],
+        ["components"],
+        ["energy", "--component", "3"],
+        ["verification", "--component", "3"],
+        ["sql", "select count(*) from examples"],
+    ],
+    ids=" ".join,
+)
+def test_answers_from_tables_import_no_library_of_arrays(run, question: list[str]) -> None:
+    assert imported("query", run.path, *question) == set()
+
+
+def test_other_questions_import_what_their_answer_needs(run) -> None:
+    assert imported("query", run.path, "similar", "--component", "3") == {"zarr"}
+    assert imported("query", run.path, "example", "--example", "0") == {"zarr"}
+    assert imported("query", run.path, "enriched", "--where", "not correct") == {"scipy"}
