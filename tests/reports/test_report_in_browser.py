@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from contextlib import contextmanager
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
@@ -230,25 +232,95 @@ def test_shares_are_laid_over_images_and_can_be_hidden(browser: Browser, make_ru
     assert not browser.evaluate(shown)
 
 
-def test_the_live_view_works_in_a_browser(browser: Browser, run) -> None:
-    with make_server(run.path, 0, top_examples=4) as server:
+LONG_VALUES = {
+    "Examples": "12,345,678",
+    "Components": "512",
+    "Explained": "100.0%",
+    "Median KL ratio": "1234.5× · 1234.5×",
+    "Above all controls": "100% · 100%",
+}
+FILL_TILES = """((values) => { for (const tile of document.querySelectorAll('.tiles > div')) {
+  const value = values[tile.querySelector('dt').textContent];
+  if (value) tile.querySelector('dd').firstChild.textContent = value;
+} })(%s)"""
+BOXES = """[...document.querySelectorAll('%s')].map((box) => {
+  const edges = (r) => [r.left, r.top, r.right, r.bottom];
+  const texts = [], walk = document.createTreeWalker(box, NodeFilter.SHOW_TEXT);
+  while (walk.nextNode()) {
+    const range = document.createRange();
+    range.selectNodeContents(walk.currentNode);
+    if (walk.currentNode.data.trim()) texts.push(...[...range.getClientRects()].map(edges));
+  }
+  const controls = [...box.querySelectorAll('input, select, textarea, button')];
+  texts.push(...controls.map((control) => edges(control.getBoundingClientRect())));
+  return {name: box.textContent.trim().slice(0, 20), edges: edges(box.getBoundingClientRect()), texts};
+})"""
+
+
+def assert_boxes_are_apart(browser: Browser, selector: str, width: int) -> None:
+    """The text and the controls of every box lie inside it, and no two boxes overlap; a pixel is for rounding."""
+    boxes = browser.evaluate(BOXES % selector)
+    assert len(boxes) >= 5
+    for box in boxes:
+        left, top, right, bottom = box["edges"]
+        assert 0 <= left < right <= width, box
+        assert box["texts"], box
+        for x, y, x_end, y_end in box["texts"]:
+            assert left - 1 <= x < x_end <= right + 1, box
+            assert top - 1 <= y < y_end <= bottom + 1, box
+    for first, second in combinations(boxes, 2):
+        a, b = first["edges"], second["edges"]
+        shared = [min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1)]
+        assert min(shared) < 1, (first["name"], second["name"])
+
+
+@pytest.mark.parametrize("width", [1400, 1000, 700, 400])
+def test_tiles_hold_their_values_and_do_not_overlap(browser: Browser, run, width: int) -> None:
+    browser.open(write_report(run.path), width=width)
+    assert_boxes_are_apart(browser, ".tiles > div", width)
+    browser.evaluate(FILL_TILES % json.dumps(LONG_VALUES))
+    shown = browser.evaluate("document.querySelector('.tiles').textContent")
+    assert all(value in shown for value in LONG_VALUES.values())
+    assert_boxes_are_apart(browser, ".tiles > div", width)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("width", [1400, 400])
+def test_tiles_and_panels_of_the_live_view_do_not_overlap(browser: Browser, run, width: int) -> None:
+    with served(run.path) as home:
+        browser.open(f"{home}/", width=width)
+        assert_boxes_are_apart(browser, ".questions > .panel", width)
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width
+        browser.open(f"{home}/report", width=width)
+        browser.evaluate(FILL_TILES % json.dumps(LONG_VALUES))
+        assert_boxes_are_apart(browser, ".tiles > div", width)
+
+
+@contextmanager
+def served(path: Path) -> Iterator[str]:
+    """The address of the live view of a run."""
+    with make_server(path, 0, top_examples=4) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         try:
-            home = f"http://127.0.0.1:{server.server_port}"
-            browser.open(f"{home}/top?component=2&n=3")
-            assert browser.evaluate("[...document.images].map((i) => i.naturalWidth)") == [8, 8, 8]
-            assert browser.evaluate("getComputedStyle(document.querySelector('.panel')).borderRadius") == "10px"
-            browser.evaluate("document.querySelector('textarea').value = 'select 6 * 7 as answer'")
-            browser.evaluate("document.querySelector('form[action=\"/sql\"] button').click()")
-            deadline = time.monotonic() + 20
-            while "/sql" not in browser.evaluate("location.pathname") and time.monotonic() < deadline:
-                time.sleep(0.05)
-            assert browser.evaluate("document.querySelector('#answer td').textContent") == "42"
-            browser.open(f"{home}/report#component-3")
-            assert browser.evaluate("document.querySelectorAll('.card').length") == 12
-            assert browser.complaints == []
-            assert {url[: len(home)] for url in browser.requests} == {home}
+            yield f"http://127.0.0.1:{server.server_port}"
         finally:
             server.shutdown()
             thread.join()
+
+
+def test_the_live_view_works_in_a_browser(browser: Browser, run) -> None:
+    with served(run.path) as home:
+        browser.open(f"{home}/top?component=2&n=3")
+        assert browser.evaluate("[...document.images].map((i) => i.naturalWidth)") == [8, 8, 8]
+        assert browser.evaluate("getComputedStyle(document.querySelector('.panel')).borderRadius") == "10px"
+        browser.evaluate("document.querySelector('textarea').value = 'select 6 * 7 as answer'")
+        browser.evaluate("document.querySelector('form[action=\"/sql\"] button').click()")
+        deadline = time.monotonic() + 20
+        while "/sql" not in browser.evaluate("location.pathname") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert browser.evaluate("document.querySelector('#answer td').textContent") == "42"
+        browser.open(f"{home}/report#component-3")
+        assert browser.evaluate("document.querySelectorAll('.card').length") == 12
+        assert browser.complaints == []
+        assert {url[: len(home)] for url in browser.requests} == {home}
