@@ -116,7 +116,7 @@ def loss_chart(history: Sequence[dict[str, Any]], width: float = 560, height: fl
     low, high = min(accepted), max(accepted)
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     iterations = [row["iteration"] for row in rows]
-    x_axis = Axis(min(iterations), max(max(iterations), min(iterations) + 1), 62, width - 58)
+    x_axis = Axis(min(iterations), max(max(iterations), min(iterations) + 1), 62, width - 70)
     y_axis = Axis(low - margin, high + margin, height - 44, 14)
     steps = [
         LossStep(
