@@ -1,19 +1,30 @@
-# Two commands do everything on a machine with Python 3.11, make and pip:
-#   make demo   set up .venv, run jobs/quickstart.yaml, say where the report is
-#   make test   set up .venv, check style, types and import rules, run all tests
+# These commands do everything on a machine with Python 3.11, make and pip:
+#   make demo        set up .venv, run the quickstart, print where the report is
+#   make check       set up .venv, check style, types and import rules, run the tests that start no process
+#   make test        the same with all tests but the slow ones
+#   make test-slow   the slow tests
 
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint benchmarks clean
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo check test test-slow lint benchmarks clean
 
 demo: $(VENV)/installed
 	$(BIN)/npeff run jobs/quickstart.yaml
 
+# Style, types, import rules, and the tests that start no process: under three minutes on two cores.
+check: $(VENV)/installed-dev lint
+	$(PYTEST) -m "not process and not ray and not slow"
+
 test: $(VENV)/installed-dev lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/installed-dev
+	$(PYTEST) -m slow
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

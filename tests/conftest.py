@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import started_processes
 
 if TYPE_CHECKING:
     from object_store import ObjectStore
@@ -15,6 +16,17 @@ if TYPE_CHECKING:
 # A shell that runs the tests in the background lets them ignore Ctrl-C, and the commands they start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+started_processes.install()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    started_processes.enter(item)
+    try:
+        return (yield)
+    finally:
+        started_processes.enter(None)
 
 
 @pytest.fixture(scope="session")

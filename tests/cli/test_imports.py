@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 HEAVY = {"torch", "transformers", "scipy", "sklearn", "dask", "ray", "zarr", "pandas", "matplotlib"}
 
 SCRIPT = """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -16,11 +15,7 @@ from end_to_end import job_faults, run_contents
 from end_to_end.local_head import LocalHead, free_ports, write_run_file
 
 STAGES = ("fishers", "factorize", "lift", "verify")
-pytestmark = pytest.mark.timeout(900)  # a minute or two on two free cores
-
-on_request = pytest.mark.skipif(
-    os.environ.get("NPEFF_SLOW_TESTS") != "1", reason="kills jobs and heads, for minutes: set NPEFF_SLOW_TESTS=1"
-)
+pytestmark = [pytest.mark.process, pytest.mark.timeout(900)]  # a minute or two on two free cores
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +56,10 @@ def test_a_finished_run_is_not_repeated(submitter: str, head: LocalHead, undistu
     assert {path: path.stat().st_mtime_ns for path in run.glob("stages/*.json")} == before
 
 
-@on_request
+@pytest.mark.slow
 def test_the_stages_are_jobs_of_their_own(head: LocalHead, tmp_path: Path) -> None:
     config = write_run_file(tmp_path)
-    commands = [f"python jobs/{stage}.py --config {config}" for stage in (*STAGES, "report")]
+    commands = [f"python jobs/run.py {stage} {config}" for stage in (*STAGES, "report")]
     job = ("ray", "job", "submit", "--address", head.address, "--")
     done = head.command(*job, "sh", "-c", " && ".join(commands))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -89,7 +84,7 @@ def test_the_exit_code_is_the_runs_and_the_line_that_says_why_is_in_the_log(head
     assert job["metadata"]["npeff_run_dir"] == str(tmp_path / "run.yaml" / "below-a-file")
 
 
-@on_request
+@pytest.mark.slow
 def test_a_run_goes_on_after_the_driver_a_worker_and_the_head_were_killed(
     head: LocalHead, undisturbed: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -122,7 +117,7 @@ def test_a_run_goes_on_after_the_driver_a_worker_and_the_head_were_killed(
     assert run_contents.differences(run, undisturbed[0]) == []
 
 
-@on_request
+@pytest.mark.slow
 def test_a_run_has_one_job_at_a_time_which_is_followed_stopped_and_resumed(head: LocalHead, tmp_path: Path) -> None:
     many_shards = {"task": {"name": "digits", "options": {"epochs": 1}}, "fishers": {"shard_size": 1}}
     config, run = write_run_file(tmp_path, **many_shards), tmp_path / "run"

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 from end_to_end import cluster_faults
 from end_to_end.commands import printed
 
-slow = pytest.mark.skipif(
-    os.environ.get("NPEFF_SLOW_TESTS") != "1",
-    reason="starts a cluster of three nodes several times, more than a minute: set NPEFF_SLOW_TESTS=1",
-)
+pytestmark = [pytest.mark.process, pytest.mark.slow]  # a cluster of three nodes is started several times
 
 
-@slow
 @pytest.mark.timeout(600)
 def test_a_node_is_lost_and_another_comes_and_the_losses_are_the_undisturbed_ones(tmp_path: Path) -> None:
     found = printed("end_to_end.cluster_faults", tmp_path)
@@ -33,7 +28,6 @@ def test_a_node_is_lost_and_another_comes_and_the_losses_are_the_undisturbed_one
     assert found["largest_difference_of_losses"] < 1e-6
 
 
-@slow
 @pytest.mark.timeout(600)
 def test_places_that_were_lost_are_asked_for_again_so_that_an_autoscaler_starts_nodes() -> None:
     assert printed("end_to_end.lost_nodes") == {

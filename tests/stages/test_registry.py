@@ -59,6 +59,7 @@ def test_stages_are_listed_after_those_that_they_need() -> None:
     assert [stage.name for stage in stages_after(FACTORIZE)] == ["lift", "verify", "attribute", "repair"]
 
 
+@pytest.mark.process
 def test_reading_the_registry_imports_only_the_standard_library_and_this_package() -> None:
     script = (
         "import sys; before = set(sys.modules); import npeff.stages.registry\n"
