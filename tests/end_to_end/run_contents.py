@@ -43,7 +43,8 @@ AFTER_ALL = ("stages/attribute.json", "tables/position_shares.parquet", "partial
 STEPS_TOLERANCE = 1e-6
 """Components, coefficients and losses, relative to their largest entry."""
 DIRECTIONS_TOLERANCE = 1e-5
-"""Unit directions, absolute: other blocks of components are lifted together after a kill, in float32."""
+"""Unit directions, absolute: sums in float32, whose last bits depend on the block of components that is lifted
+together, which may be another after a kill or a repair."""
 VERIFICATION_TOLERANCE = 1e-3
 """Columns of the verification table, relative: a bisection on float32 logits, along those directions."""
 
@@ -136,7 +137,7 @@ def _differing_factorization(run: Path, reference: Path) -> list[str]:
 def _differing_directions(run: Path, reference: Path) -> list[str]:
     mine, theirs = (DirectionStore.open(path / "directions.zarr") for path in (run, reference))
     lines = []
-    for component in range(N_COMPONENTS):
+    for component in range(theirs.n_components):
         a, b = mine.read(component), theirs.read(component)
         for name in b:
             error = float(np.abs(a[name] - b[name]).max())

@@ -72,12 +72,6 @@ def without(reference: Path, stage: str, copy: Path) -> RunDirectory:
     return RunDirectory.open(copy)
 
 
-def changed(run: Path, reference: Path) -> list[str]:
-    """Files whose bytes differ, those apart that hold times."""
-    now, expected = damage.contents(run), damage.contents(reference)
-    return sorted(name for name in now.keys() | expected.keys() if now.get(name) != expected.get(name))
-
-
 @contextmanager
 def full_disk(file_bytes: int) -> Iterator[None]:
     """No file of this process grows beyond so many bytes: writing fails part of the way, as on a full disk."""
@@ -103,7 +97,7 @@ def disk_full(reference: Path, stage: str, folder: Path) -> Met:
     lost = sum(kept.get(name) != content for name, content in before.items())
     npeff.run(run)
     outcome = "exit 2, one line names the file and asks for space" if "File too large" in said else f"NOT SAID: {said}"
-    return Met(outcome, seconds, lost, changed(run.path, reference))
+    return Met(outcome, seconds, lost, damage.different(run.path, reference))
 
 
 def clock(reference: Path, stage: str, folder: Path, shift_s: float) -> Met:
@@ -116,7 +110,7 @@ def clock(reference: Path, stage: str, folder: Path, shift_s: float) -> Met:
     with mock.patch("time.time", side_effect=lambda: real() - shift_s):
         npeff.run(run)
         found = npeff.check(run)
-    different = changed(run.path, reference) + [each.what for each in found]
+    different = damage.different(run.path, reference) + [each.what for each in found]
     return Met("nothing is noticed", time.monotonic() - began, 0, different)
 
 

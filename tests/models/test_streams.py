@@ -56,7 +56,7 @@ def fishers(streams: Streams, case: Case) -> list[FisherBatch]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_streams_compute_the_same_bits_as_one_thread(name: str, threads: Any) -> None:
+def test_streams_of_one_thread_each_compute_the_same_bits_as_one_thread(name: str, threads: Any) -> None:
     case = make(name)
     threads(1)
     expected = fishers(streams_of(case), case)
@@ -65,8 +65,10 @@ def test_streams_compute_the_same_bits_as_one_thread(name: str, threads: Any) ->
         threads(n)
         streams = streams_of(case)
         for _ in range(2):
-            for found, batch in zip(fishers(streams, case), expected, strict=True):
-                torch.testing.assert_close(found.factors_BRD, batch.factors_BRD, rtol=0, atol=0)
+            results = [found.factors_BRD for found in fishers(streams, case)]
+            # without rules of its own a model has one stream, on all threads, and they may divide a sum
+            tolerance = {"rtol": 0, "atol": 0} if name in WITH_RULES else {}
+            torch.testing.assert_close(results, [batch.factors_BRD for batch in expected], **tolerance)
         assert streams._all is not None
         assert len(streams._all) == (n if name in WITH_RULES else 1)
         assert torch.get_num_threads() == n

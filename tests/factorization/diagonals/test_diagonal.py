@@ -175,19 +175,21 @@ def test_extrapolation_pays() -> None:
 
 
 def test_a_run_continued_from_its_arrays_is_identical(data: Any) -> None:
-    options = SolverOptions(n_components=K, max_iterations=30, tolerance=0.0)
+    # Up to 18 steps: whether a step near convergence still lowers the loss is decided by rounding, which differs
+    # between processors. The two runs multiply matrices of the same shapes, so that their bits are equal on any.
+    options = SolverOptions(n_components=K, max_iterations=19, tolerance=0.0)
     shard, state = DiagonalShard(data), initial_diagonal_state(start(), options)
     for _ in range(9):
         state, _ = step_diagonal([shard], state, options)
     resumed = DiagonalState.from_arrays(state.to_arrays())
     again = DiagonalShard(data, shard.coefficients_NK.numpy())
-    for _ in range(20):
+    for _ in range(9):
         state, record = step_diagonal([shard], state, options)
         resumed, same = step_diagonal([again], resumed, options)
         assert record == same
     assert torch.equal(state.components_KP, resumed.components_KP)
     assert diagonal_stopping_reason(state, options) is None
-    assert diagonal_stopping_reason(state, dataclasses.replace(options, max_iterations=29)) == "max_iterations"
+    assert diagonal_stopping_reason(state, dataclasses.replace(options, max_iterations=18)) == "max_iterations"
 
 
 def test_a_dead_component_takes_up_what_is_missing_in_the_worst_fitted_examples(data: Any) -> None:
