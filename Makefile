@@ -3,6 +3,7 @@
 #   make check       set up .venv, check style, types and import rules, run the tests that start no process
 #   make test        the same with all tests but the slow ones
 #   make test-slow   the slow tests
+#   make test-numerics   the tests that compare numbers, under several settings of the numerical libraries
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -11,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo check test test-slow lint benchmarks clean
+.PHONY: demo check test test-slow test-numerics lint benchmarks clean
 
 demo: $(VENV)/installed
 	$(BIN)/npeff run jobs/quickstart.yaml
@@ -25,6 +26,9 @@ test: $(VENV)/installed-dev lint
 
 test-slow: $(VENV)/installed-dev
 	$(PYTEST) -m slow
+
+test-numerics: $(VENV)/installed-dev
+	$(BIN)/python tests/numerics.py --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

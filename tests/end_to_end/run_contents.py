@@ -43,8 +43,8 @@ AFTER_ALL = ("stages/attribute.json", "tables/position_shares.parquet", "partial
 STEPS_TOLERANCE = 1e-6
 """Components, coefficients and losses, relative to their largest entry."""
 DIRECTIONS_TOLERANCE = 1e-5
-"""Unit directions, absolute: sums in float32, whose last bits depend on the block of components that is lifted
-together, which may be another after a kill or a repair."""
+"""Unit directions, absolute: sums in float32, whose last bits depend on which components are lifted together, and these
+may be others after a kill or a repair."""
 VERIFICATION_TOLERANCE = 1e-3
 """Columns of the verification table, relative: a bisection on float32 logits, along those directions."""
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from execution.forked import ForkedExecutor
-from npeff.execution.executor import WorkerSpec
+from npeff.execution.executor import ExecutorError, Group, WorkerSpec
 from npeff.factorization import FactorsInMemory, SolverOptions, Statistics, StreamedFactors
 from npeff.runs.directory import RunDirectory
 from npeff.stages.factorize.driver import SolverRun, run_solver
@@ -161,3 +164,30 @@ def test_a_run_goes_on_from_its_checkpoint_with_fewer_workers_when_one_is_killed
     assert len(events) == 2
     np.testing.assert_allclose(losses(solved), losses(undisturbed), rtol=1e-6)
     np.testing.assert_allclose(coefficients(solved), coefficients(undisturbed), atol=1e-4)
+
+
+class Disagreeing(ForkedExecutor):
+    """Its last worker judges the third step otherwise, as its processor might."""
+
+    @contextmanager
+    def group(self, spec: WorkerSpec) -> Iterator[Group]:
+        with super().group(spec) as group:
+            call = group.call
+
+            def called(method: str, *arguments: Any) -> list[Any]:
+                results = call(method, *arguments)
+                if method == "step" and (record := results[-1].record).iteration == 3:
+                    results[-1] = replace(results[-1], record=replace(record, accepted=not record.accepted))
+                return results
+
+            group.call = called  # type: ignore[method-assign]
+            yield group
+
+
+def test_workers_that_judge_a_step_differently_do_not_go_on(tmp_path: Path, undisturbed: SolverRun) -> None:
+    run = prepared(tmp_path / "run", 2000)
+    with pytest.raises(ExecutorError, match="disagree on whether step 3 lowers the loss") as caught:
+        solve(run, 2, executor=Disagreeing(2))
+    assert "\n" not in str(caught.value)
+    solved = solve(run, 2)
+    np.testing.assert_array_equal(losses(solved), losses(undisturbed), "it went on from its checkpoint")

@@ -14,7 +14,7 @@ from npeff.execution.executor import Failures, Group, WorkerSpec, may_be_the_ite
 
 @contextmanager
 def computing_threads(count: int) -> Iterator[None]:
-    """Set torch's threads: the last bits of a matrix product depend on their number."""
+    """Set torch's threads to what the run asks for: the last bits of a matrix product depend on their number."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,7 +1,8 @@
 """Where the factors of a shard of examples come from: memory, or a store that is read again in every pass.
 
 A source gives the same blocks in the same order each time, whichever kind it is, so that every sum over them, and all
-that follows from it, has the same bits. Factors may be in half precision, which float32 holds exactly.
+that follows from it, has the same bits: a matrix library may round differently where shapes differ, and these do not.
+Factors may be in half precision, which float32 holds exactly.
 
 Shapes: N examples, B examples of a block, M chosen examples, R rank, D sketch.
 """

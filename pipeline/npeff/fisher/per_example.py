@@ -46,7 +46,7 @@ class PerExampleFishers:
     """Batches in, Fisher factors out: F = Jᵀ S J = AᵀA for each example, with A = Lᵀ J and S = L Lᵀ = diag(p) - p pᵀ,
     or what the kind of labels has in its place.
 
-    An example's result does not depend on the others in its batch. Matena & Raffel, arXiv 2310.04649.
+    An example's result depends on the others in its batch by rounding only. Matena & Raffel, arXiv 2310.04649.
     """
 
     def __init__(

@@ -76,8 +76,8 @@ def position_shares(
         examples: as of `GradientCollector.collect`.
         targets: as of `GradientCollector.collect`.
 
-    An example's shares do not depend on the others in the batch, and padding that the model masks has share 0. Raises
-    ValueError for directions that do not fit the layout or no positions, and as `collect` does.
+    An example's shares depend on the others in the batch by rounding only, and padding that the model masks has share
+    0. Raises ValueError for directions that do not fit the layout or no positions, and as `collect` does.
     """
     count = _count(collector, directions)
     if not positions or min(positions) < 1:

@@ -74,7 +74,7 @@ class ShardRecords:
         """Record a shard as complete. Its arrays must be durable already (`FisherStore.write_shard` returned).
 
         On an object store two workers may come to the same shard, where one was thought lost: the first records it, and
-        the second's must be equal.
+        the second's must be equal, as it is on processors of one type: the batches of a shard have the same shapes.
 
         Raises:
             StoreError: it is not, or the record cannot be written.

@@ -55,7 +55,7 @@ def run_solver(
         on_event: is told, in a line, what was resumed or lost.
 
     Raises:
-        ExecutorError: groups are lost again and again without progress.
+        ExecutorError: groups are lost again and again without progress, or the workers do not judge a step alike.
     """
     losses, reached = 0, -1
     while True:
@@ -103,7 +103,15 @@ def _run_group(
         on_event(f"going on from iteration {checkpoint.iteration}")
     while stopped is None:
         began = time.monotonic()
-        step: Step = group.call("step")[0]
+        steps: list[Step] = group.call("step")
+        step = steps[0]
+        if any(other.record.accepted != step.record.accepted for other in steps):
+            # their components would differ from now on, and the sums over the workers would mean nothing
+            raise ExecutorError(
+                f"the solver's workers disagree on whether step {step.record.iteration} lowers the loss: their "
+                "processors round differently; the checkpoints are kept: run the same command again on nodes of one "
+                "type, or with executor.workers: 1"
+            )
         history.append(_history_row(step, time.monotonic() - began))
         on_iteration(history[-1])
         stopped, iteration = step.stopped, step.record.iteration

@@ -70,7 +70,7 @@ class SolverResult:
 
 @dataclass(frozen=True)
 class Step:
-    """What an iteration came to; every worker says the same."""
+    """What an iteration came to; every worker says the same where their processors are of one type."""
 
     record: IterationRecord
     stopped: str | None
@@ -83,7 +83,8 @@ class SolverWorker(ProcessGroupMember):
     """Worker ``rank`` of ``size``; has the shards rank, rank + size, …
 
     Its Fishers stay in memory where they take no more than `memory_limit_bytes`, and are read from the store in every
-    pass where they would take more; the results are the same bits. Its coefficients stay in memory.
+    pass where they would take more; the results are the same bits, because the blocks have the same shapes. Its
+    coefficients stay in memory.
     """
 
     def __init__(

@@ -2,7 +2,8 @@
 
 One task is a block of components: one pass over the examples that they were fitted on, in which every Fisher row is
 formed once per parameter and added to all directions of the block. Blocks need nothing from each other, so a finished
-direction is written where it stays, and a crash costs the blocks in flight. Where there are more workers than blocks
+direction is written where it stays, and a crash costs the blocks in flight. The last bits of a direction depend on the
+block that it is computed in: the shapes of the matrix products are others. Where there are more workers than blocks
 that memory allows, each block is added up in parts, over some shards each (`add_up`), whose sums wait in files until
 all parts of it are there (`finish`).
 
