@@ -80,7 +80,8 @@ def reason_to_skip(setting: Setting, best: str, has_mkl: bool) -> str | None:
 
 def passes(setting: Setting, arguments: list[str]) -> bool:
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    environment |= {"OMP_NUM_THREADS": "1", **setting.variables}
+    # threads that wait sleep, or they would take the processor from those of other tests
+    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **setting.variables}
     return subprocess.run([sys.executable, "-m", "pytest", *arguments], env=environment).returncode == 0
 
 
