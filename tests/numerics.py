@@ -22,10 +22,13 @@ import torch
 
 CORE = (
     "tests/factorization",
+    "tests/gradients",
+    "tests/sketches",
     "tests/fisher",
+    "tests/directions",
     "tests/verification",
-    "tests/runtime/test_streams.py",
-    "tests/runtime/test_solver_workers.py",
+    "tests/models/test_streams.py",
+    "tests/stages/test_solver_workers.py",
 )
 END_TO_END = (
     "tests/end_to_end/test_attribution.py",
