@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import is_dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import typer
@@ -116,9 +117,12 @@ def model_of(dotted: list[str]) -> Any:
     """The type of a key such as fishers.sketch; raises KeyError where there is none."""
     found: Any = RunConfig
     for name in dotted:
-        if not (isinstance(found, type) and issubclass(found, BaseModel)):
+        if is_dataclass(found):
+            found = get_type_hints(found)[name]
+        elif isinstance(found, type) and issubclass(found, BaseModel):
+            found = found.model_fields[name].annotation
+        else:
             return None  # free, as the options of a task are
-        found = found.model_fields[name].annotation
     return found
 
 

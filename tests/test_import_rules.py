@@ -18,11 +18,12 @@ TENSORS = {"torch", "numpy"}
 ARRAYS = {"numpy", "scipy"}
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
+    "options": (set(), {"errors"}),
     "statistics": (ARRAYS, set()),
-    "gradients": (TENSORS, {"errors"}),
-    "sketches": (TENSORS, {"gradients"}),
+    "gradients": (TENSORS, {"errors", "options"}),
+    "sketches": (TENSORS, {"gradients", "options"}),
     "fisher": (TENSORS, {"gradients", "sketches"}),
-    "factorization": (TENSORS | {"scipy", "sklearn"}, {"errors"}),
+    "factorization": (TENSORS | {"scipy", "sklearn"}, {"errors", "options"}),
     "directions": (TENSORS, {"gradients", "fisher"}),
     "verification": (TENSORS | {"scipy"}, {"directions", "statistics"}),
     "tasks": (
@@ -32,7 +33,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "storage": ({"numpy", "zarr", "upath", "fsspec", "s3fs", "botocore", "aiohttp"}, {"errors"}),
     "store": ({"zarr", "pyarrow", "numpy", "safetensors"}, {"storage"}),
     "execution": (TENSORS | {"ray", "aiohttp"}, {"errors"}),  # Ray's job client raises aiohttp's errors
-    "runs": ({"pydantic", "yaml", "rich"}, {"errors", "storage", "store", "execution"}),
+    "runs": ({"pydantic", "yaml", "rich"}, {"errors", "options", "storage", "store", "execution"}),
     "models": (TENSORS | {"pyarrow"}, {"tasks", "gradients", "fisher", "execution", "store"}),
     "query": ({"numpy", "scipy", "zarr", "dask", "pyarrow", "duckdb"}, {"errors", "store", "storage", "statistics"}),
     "reports": (ARRAYS | {"pyarrow", "jinja2", "markupsafe", "PIL"}, {"query", "store", "storage", "statistics"}),
@@ -107,6 +108,15 @@ def test_only_one_folder_imports_ray_and_only_where_ray_was_chosen() -> None:
 @pytest.mark.process
 def test_importing_the_package_is_cheap() -> None:
     script = "import sys, npeff; print([name for name in ('torch', 'ray', 'zarr') if name in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert shown.stdout.strip() == "[]"
+
+
+@pytest.mark.process
+def test_reading_a_run_file_imports_no_arrays() -> None:
+    script = (
+        "import sys, npeff.runs.config; print([name for name in ('torch', 'numpy', 'scipy') if name in sys.modules])"
+    )
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert shown.stdout.strip() == "[]"
 

@@ -85,9 +85,9 @@ def _compiled_run(seed: int, n_examples: int, n_components: int, sketch_dim: int
     fired = {name: table[f"rule_{name}"].to_numpy() for name in masks}
     n_rules_N = table["n_rules"].to_numpy()
     layout = select_parameters(model)
-    kind = SketchSpec("tensorsketch", sketch_dim, seed) if sketch_dim else SketchSpec("identity", None, seed)
-    fishers = PerExampleFishers(model, task.logits, layout, make_sketch(kind, layout))
-    exact = PerExampleFishers(model, task.logits, layout, make_sketch(SketchSpec("identity", None, 0), layout))
+    kind = SketchSpec("tensorsketch", sketch_dim) if sketch_dim else SketchSpec("identity")
+    fishers = PerExampleFishers(model, task.logits, layout, make_sketch(kind, layout, seed))
+    exact = PerExampleFishers(model, task.logits, layout, make_sketch(SketchSpec("identity"), layout, 0))
     flat_masks = {name: _flat(mask, layout.names).bool() for name, mask in masks.items()}
     factors, norms, shares = [], [], []
     for start in range(0, len(examples), BATCH):

@@ -31,7 +31,7 @@ from npeff.gradients import LabelSpec, exact_label_factor
 from npeff.models.loaded import LoadedModel, ModelSpec
 from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory
-from npeff.sketches import SketchSpec, make_sketch
+from npeff.sketches import make_sketch
 from npeff.stages.fishers.worker import FisherWorker
 from npeff.store.component_store import open_factorization
 from npeff.store.fisher_store import FisherStore
@@ -105,10 +105,10 @@ def fishers(run: RunDirectory, folder: Path) -> dict[str, float]:
     config = run.config
     model = ModelSpec(config.task.name, config.task.options, run.task_cache, ("*",), (), "cpu")
     loaded = model.load()
-    sketch = SketchSpec(kind="tensorsketch", dim=config.fishers.sketch.dim, seed=config.seed)
-    compute = PerExampleFishers(loaded.model, loaded.logits, loaded.layout, make_sketch(sketch, loaded.layout))
+    linear_map = make_sketch(config.fishers.sketch, loaded.layout, config.seed)
+    compute = PerExampleFishers(loaded.model, loaded.logits, loaded.layout, linear_map)
     batches = [range(first, first + BATCH) for first in range(0, N_BATCHED, BATCH)]
-    worker = _fisher_worker(run, model, sketch, folder)
+    worker = _fisher_worker(run, model, folder)
     parameters = [dict(loaded.model.named_parameters())[name] for name in loaded.layout.names]
     trainable = [parameter.requires_grad for parameter in parameters]
 
@@ -153,14 +153,15 @@ def fishers(run: RunDirectory, folder: Path) -> dict[str, float]:
     return result | {"stage_by_the_clock": 1000 * by_the_clock / N_BATCHED}
 
 
-def _fisher_worker(run: RunDirectory, model: ModelSpec, sketch: SketchSpec, folder: Path) -> FisherWorker:
+def _fisher_worker(run: RunDirectory, model: ModelSpec, folder: Path) -> FisherWorker:
     """A worker as the stage makes it, on a store of its own."""
     store, config = FisherStore.open(run.fishers), run.config.fishers
     path = folder / "scratch" / "fishers.zarr"
     path.parent.mkdir()
     sizes = {"n_examples": store.plan.n_examples, "rank": store.rank, "dim": store.dim, "n_classes": store.n_classes}
     FisherStore.create(path, **sizes, shard_size=config.shard_size, store_dtype=config.store_dtype, attrs={})
-    return FisherWorker(model, LabelSpec(), sketch, path, ShardRecords(path.parent / "shards", "benchmark"), BATCH)
+    records = ShardRecords(path.parent / "shards", "benchmark")
+    return FisherWorker(model, LabelSpec(), config.sketch, run.config.seed, path, records, BATCH)
 
 
 def vmap_rows(loaded: LoadedModel, batch: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def planted(n_examples: int) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
 
 
 def identity(model: nn.Module) -> Sketch:
-    return make_sketch(SketchSpec("identity", None, 0), select_parameters(model))
+    return make_sketch(SketchSpec("identity"), select_parameters(model), 0)
 
 
 def test_at_a_planted_solution_the_lifted_direction_is_the_component() -> None:

@@ -15,6 +15,7 @@ import torch
 from npeff.cli.main import main
 from npeff.errors import NpeffError
 from npeff.factorization import InvalidProblemError, nnls
+from npeff.options.bounds import OptionError
 from npeff.runs.config import RunConfig
 from npeff.runs.config_reading import ConfigError
 from npeff.runs.directory import RunDirectory
@@ -126,7 +127,7 @@ def test_an_expanded_run_keeps_the_components_and_adds_others(factorized: RunDir
     np.testing.assert_allclose(arrays(more)[0][:3], arrays(factorized)[0], rtol=0, atol=1e-14)
     assert len(arrays(more)[0]) == summary["n_components"] == 5
     assert summary["explained"] > recorded(factorized, FACTORIZE)["explained"]  # type: ignore[index]
-    with pytest.raises(InvalidProblemError, match="leave none to fit"):
+    with pytest.raises(OptionError, match="leave none to fit"):
         npeff.factorize(beside(factorized, tmp_path / "none", expand=str(factorized.path)))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ from npeff.factorization import (
     solve,
 )
 from npeff.factorization.estimator import NPEFF
+from npeff.options.bounds import OptionError
+from npeff.runs.config_sections import FactorizationConfig
 from planted import HARD_PROBLEMS, hard_problem, planted_fishers
 from torch import Tensor
 
@@ -62,6 +66,39 @@ def fitted(factors_NRD: Tensor, weights_N: Tensor | None, **options: Any) -> Fac
         for part in (factors_NRD[slice_],)
     ]
     return solve(shards, start_KD, SolverOptions(n_components=6, **{"max_iterations": 60} | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_components": 0}, "n_components must be greater than 0, not 0"),
+        ({"max_iterations": 0}, "max_iterations must be greater than 0, not 0"),
+        ({"n_starts": 0, "subsample": -1}, "n_starts must be greater than 0, not 0; subsample must be greater than 0"),
+        ({"tolerance": -1e-6}, "tolerance must be greater than or equal to 0, not -1e-06"),
+        ({"l1": 1.0}, "l1 must be less than 1, not 1.0"),
+        ({"l1": -0.1}, "l1 must be greater than or equal to 0, not -0.1"),
+        ({"l1": math.nan}, "l1 must be greater than or equal to 0, not nan"),
+        ({"orthogonality": math.inf}, "orthogonality must be less than inf, not inf"),
+        ({"n_frozen": -1}, "n_frozen must be greater than or equal to 0, not -1"),
+        ({"n_frozen": 6}, "6 frozen components of n_components=6 leave none to fit: ask for more"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        SolverOptions(**{"n_components": 6} | options)
+    assert str(caught.value).startswith(message)
+    assert str(copy.copy(caught.value)) == str(caught.value)  # made again from its arguments, as in another process
+
+
+def test_a_run_file_asks_the_solver_for_what_it_says() -> None:
+    said = {"n_components": 5, "max_iterations": 7, "tolerance": 1e-3, "n_starts": 2, "subsample": 9, "l1": 0.25}
+    section = FactorizationConfig.model_validate(said | {"orthogonality": 0.5})
+    expected = SolverOptions(**said, orthogonality=0.5, seed=3)  # type: ignore[arg-type]
+    assert section.solver_options(seed=3) == expected
+    assert section.solver_options(seed=3, n_frozen=2) == dataclasses.replace(expected, n_frozen=2)
+    assert FactorizationConfig(n_components=5).solver_options(seed=0) == SolverOptions(n_components=5)
+    own = {"seed", "n_frozen"}  # the seed is a key of its own, and the frozen components are those of `expand`
+    assert {field.name for field in dataclasses.fields(SolverOptions)} - own <= set(FactorizationConfig.model_fields)
 
 
 @pytest.mark.parametrize("options", [{}, {"l1": L1}, {"orthogonality": PRESSURE}, {"l1": L1, "orthogonality": 2.0}])

@@ -155,7 +155,7 @@ def labels_of(family: str) -> LabelSpec:
 
 def fishers_of(family: str, model: nn.Module, layout: ParameterLayout | None = None) -> PerExampleFishers:
     layout = layout or select_parameters(model)
-    sketch = make_sketch(SketchSpec("identity", None, 0), layout)
+    sketch = make_sketch(SketchSpec("identity"), layout, 0)
     return PerExampleFishers(model, call, layout, sketch, labels_of(family))
 
 

@@ -12,13 +12,13 @@ from npeff.gradients import UnsupportedModelError, select_parameters
 from npeff.sketches import SketchSpec, make_sketch
 from torch import Tensor, nn
 
-IDENTITY = SketchSpec("identity", None, 0)
-SKETCH = SketchSpec("tensorsketch", 64, 0)
+IDENTITY = SketchSpec("identity")
+SKETCH = SketchSpec("tensorsketch", 64)
 
 
 def fishers_of(case: models.Case, spec: SketchSpec = IDENTITY) -> PerExampleFishers:
     layout = select_parameters(case.model)
-    return PerExampleFishers(case.model, case.logits_fn, layout, make_sketch(spec, layout))
+    return PerExampleFishers(case.model, case.logits_fn, layout, make_sketch(spec, layout, 0))
 
 
 def in_batches(fishers: PerExampleFishers, case: models.Case, size: int) -> list[FisherBatch]:
@@ -196,7 +196,7 @@ def test_half_precision_models_are_summed_in_float32() -> None:
 def test_logits_that_are_not_examples_by_classes_are_refused(logits_fn: object, message: str) -> None:
     model = nn.Linear(4, 3)
     layout = select_parameters(model)
-    fishers = PerExampleFishers(model, logits_fn, layout, make_sketch(IDENTITY, layout))  # type: ignore[arg-type]
+    fishers = PerExampleFishers(model, logits_fn, layout, make_sketch(IDENTITY, layout, 0))  # type: ignore[arg-type]
     with pytest.raises(UnsupportedModelError, match=message):
         fishers(torch.randn(3, 4))
 
@@ -222,7 +222,7 @@ def test_saturated_predictions_keep_their_norms_and_directions_in_float32(gap: f
         with torch.no_grad():
             model[2].bias.copy_(torch.tensor([gap, 0.0, 0.0]))
         layout = select_parameters(model)
-        sketch = make_sketch(SketchSpec("identity", None, 0), layout)
+        sketch = make_sketch(SketchSpec("identity"), layout, 0)
         fishers = PerExampleFishers(model, lambda model, batch: model(batch), layout, sketch)
         torch.manual_seed(1)
         results.append(fishers(torch.randn(5, 4, dtype=torch.float64).to(dtype)))

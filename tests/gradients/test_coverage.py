@@ -102,7 +102,7 @@ def test_a_layer_that_is_only_read_is_accounted_for_by_the_module_that_reads_it(
     model = UncalledHead().double()
     values, layout = torch.randn(5, 4).double(), select_parameters(model)
     check_coverage(model, models.call, values, layout)
-    sketch = make_sketch(SketchSpec("identity", None, 0), layout)
+    sketch = make_sketch(SketchSpec("identity"), layout, 0)
     factors = PerExampleFishers(model, models.call, layout, sketch)(values).factors_BRD
     assert factors[:, :, layout.offsets[2] : layout.offsets[3]].abs().amax() > 0
     assert not factors[:, :, layout.offsets[3] :].any()

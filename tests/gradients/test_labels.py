@@ -389,15 +389,15 @@ def test_predictions_may_be_worked_on_in_blocks(spec: LabelSpec, monkeypatch: py
     ("arguments", "message"),
     [
         ({"kind": "all"}, "labels must be one of exact, truncated, sampled, empirical, not 'all'"),
-        ({"kind": "exact", "rank": 2}, "labels exact take no rank"),
-        ({"kind": "empirical", "rank": 1}, "labels empirical take no rank"),
-        ({"kind": "truncated"}, "labels truncated need a rank"),
-        ({"kind": "sampled"}, "labels sampled need a rank"),
-        ({"kind": "sampled", "rank": 0}, "rank must be at least 1, not 0"),
-        ({"kind": "truncated", "rank": 2, "kept_trace": 0.0}, "kept_trace is a share"),
-        ({"kind": "truncated", "rank": 2, "kept_trace": 1.5}, "kept_trace is a share"),
-        ({"kind": "sampled", "rank": 2, "kept_trace": 0.5}, "of truncated labels only"),
-        ({"kind": "exact", "kept_trace": 0.5}, "of truncated labels only"),
+        ({"kind": "exact", "rank": 2}, "labels: exact take no rank"),
+        ({"kind": "empirical", "rank": 1}, "labels: empirical take no rank"),
+        ({"kind": "truncated"}, "labels: truncated need a rank"),
+        ({"kind": "sampled"}, "labels: sampled need a rank"),
+        ({"kind": "sampled", "rank": 0}, "rank must be greater than 0, not 0"),
+        ({"kind": "truncated", "rank": 2, "kept_trace": 0.0}, "kept_trace must be greater than 0, not 0.0"),
+        ({"kind": "truncated", "rank": 2, "kept_trace": 1.5}, "kept_trace must be less than or equal to 1, not 1.5"),
+        ({"kind": "sampled", "rank": 2, "kept_trace": 0.5}, "kept_trace is for labels: truncated"),
+        ({"kind": "exact", "kept_trace": 0.5}, "kept_trace is for labels: truncated"),
     ],
 )
 def test_specifications_that_make_no_sense_are_refused(arguments: dict[str, Any], message: str) -> None:
@@ -475,7 +475,7 @@ def tagger() -> tuple[models.Case, Tensor]:
 
 def compute(case: models.Case, spec: LabelSpec, targets: Tensor | None = None) -> FisherBatch:
     layout = select_parameters(case.model)
-    sketch = make_sketch(SketchSpec("identity", None, 0), layout)
+    sketch = make_sketch(SketchSpec("identity"), layout, 0)
     fishers = PerExampleFishers(case.model, case.logits_fn, layout, sketch, spec)
     return fishers(case.batch(range(7)), range(20, 27), targets)
 

@@ -44,7 +44,7 @@ def threads() -> Iterator[Any]:
 
 def streams_of(case: Case) -> Streams:
     layout = select_parameters(case.model, ["*"], [])
-    sketch = make_sketch(SketchSpec("identity", None, 0), layout)
+    sketch = make_sketch(SketchSpec("identity"), layout, 0)
     return Streams(Loaded(case), PerExampleFishers(case.model, case.logits_fn, layout, sketch))  # type: ignore[arg-type]
 
 
@@ -204,7 +204,7 @@ def test_modules_that_only_some_examples_call_are_learnt_when_they_do(threads: A
     threads(1)
     alone = []
     for example in range(9):
-        sketch = make_sketch(SketchSpec("identity", None, 0), layout)
+        sketch = make_sketch(SketchSpec("identity"), layout, 0)
         fresh = PerExampleFishers(case.model, call, layout, sketch)
         alone.append(fresh(data[[example]], [example], torch.zeros(1, dtype=torch.long)).grams_BRR)
     for n in (1, 2):

@@ -37,6 +37,19 @@ def test_the_resolved_configuration_reads_back_as_the_same(tmp_path: Path) -> No
         (MINIMAL + "fisher: {}\n", "unknown key 'fisher' (did you mean 'fishers'?)"),
         (MINIMAL + "fishers: {shardsize: 3}\n", "unknown key 'fishers.shardsize' (did you mean 'shard_size'?)"),
         (MINIMAL + "fishers: {sketch: {kind: gaussian}}\n", "fishers.sketch.kind"),
+        (MINIMAL + "fishers: {sketch: {dims: 3}}\n", "unknown key 'fishers.sketch.dims' (did you mean 'dim'?)"),
+        (MINIMAL + "fishers: {sketch: {seed: 3}}\n", "unknown key 'fishers.sketch.seed'"),
+        (MINIMAL + "fishers: {sketch: identity}\n", "fishers.sketch must be a mapping, such as {key: value}"),
+        (MINIMAL + "fishers: {sketch: {dim: 0}}\n", ": fishers.sketch.dim must be greater than 0, not 0"),
+        (MINIMAL + "fishers: {labels: sampled}\n", ": fishers: labels: sampled need a rank"),
+        (
+            MINIMAL + "fishers: {rank: 0, kept_trace: 2}\n",
+            ": fishers.rank must be greater than 0, not 0; fishers.kept_trace must be less than or equal to 1, not 2",
+        ),
+        (MINIMAL.replace("4}", "0}"), ": factorization.n_components must be greater than 0, not 0"),
+        (MINIMAL.replace("4}", "4, l1: 1}"), ": factorization.l1 must be less than 1, not 1"),
+        (MINIMAL.replace("4}", "4, tolerance: 0}"), ": factorization.tolerance must be greater than 0, not 0"),
+        (MINIMAL.replace("4}", "4, n_frozen: 1}"), "unknown key 'factorization.n_frozen'"),
         (MINIMAL + "fishers: {sketch: {kind: identity, dim: 3}}\n", "takes no dim"),
         (MINIMAL + "fishers: {shard_size: 0}\n", "fishers.shard_size must be greater than 0, not 0"),
         (MINIMAL + "fishers: {diagonal: {top: 3}}\n", "unknown key 'fishers.diagonal.top'"),
@@ -78,6 +91,26 @@ def test_the_signature_changes_with_the_named_sections_only(tmp_path: Path) -> N
     other = read(tmp_path, MINIMAL.replace("4}", "5}"))
     assert config.signature("task", "fishers") == other.signature("task", "fishers")
     assert config.signature("factorization") != other.signature("factorization")
+
+
+@pytest.mark.parametrize(
+    ("text", "factorization", "fishers"),
+    [
+        (MINIMAL, "01a0dd203e6e085b", "a8e8fffbb493e14b"),
+        (
+            MINIMAL.replace("4}", "4, l1: 0.1, n_starts: 2}") + "seed: 3\n"
+            "fishers: {labels: truncated, rank: 3, kept_trace: 0.9, sketch: {kind: kronecker, size: 16}}\n",
+            "0f35f172f117d1fd",
+            "b6813a84627a0dcb",
+        ),
+    ],
+)
+def test_signatures_are_those_that_runs_have_stored(
+    tmp_path: Path, text: str, factorization: str, fishers: str
+) -> None:
+    config = read(tmp_path, text)
+    assert config.factorization_signature() == factorization
+    assert config.signature("task", "parameters", "fishers", "seed") == fishers
 
 
 def test_environment_variables_are_put_in_wherever_a_text_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

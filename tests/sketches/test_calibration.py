@@ -71,13 +71,11 @@ def test_fishers_sketched_are_nearer_to_the_exact_ones_than_without() -> None:
         return (flat @ flat.T).unflatten(0, (12, -1)).unflatten(2, (12, -1)).square().sum((1, 3))
 
     off_diagonal = ~torch.eye(12, dtype=torch.bool)
-    fishers = PerExampleFishers(
-        case.model, case.logits_fn, layout, make_sketch(SketchSpec("identity", None, 0), layout)
-    )
+    fishers = PerExampleFishers(case.model, case.logits_fn, layout, make_sketch(SketchSpec("identity"), layout, 0))
     exact = inner(fishers(batch).factors_BRD)[off_diagonal]
     errors = []
     for seed in range(10):
-        sketch = make_sketch(SketchSpec("tensorsketch", 64, seed), layout)
+        sketch = make_sketch(SketchSpec("tensorsketch", 64), layout, seed)
         stored = PerExampleFishers(case.model, case.logits_fn, layout, sketch)(batch)
         raw = sketch.apply(fishers.collector.collect(batch).contributions)
         scales = fishers.collector.collect(batch).labels.scales_B[:, None, None]

@@ -13,11 +13,11 @@ from npeff.sketches import SketchSpec, make_sketch
 from npeff.sketches.kronecker import Projection
 from torch import Tensor
 
-IDENTITY = SketchSpec("identity", None, 0)
+IDENTITY = SketchSpec("identity")
 
 
-def kronecker(size: int, seed: int = 0) -> SketchSpec:
-    return SketchSpec("kronecker", None, seed, size)
+def kronecker(size: int) -> SketchSpec:
+    return SketchSpec("kronecker", size=size)
 
 
 def collected(name: str, dtype: torch.dtype = torch.float64) -> tuple[ParameterLayout, Any]:
@@ -40,10 +40,10 @@ def explicit_matrix(layout: ParameterLayout, size: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("name", models.NAMES)
 def test_projected_factors_are_the_explicit_matrix(name: str, size: int) -> None:
     layout, contributions = collected(name)
-    rows = make_sketch(IDENTITY, layout).apply(contributions)
+    rows = make_sketch(IDENTITY, layout, 0).apply(contributions)
     matrix = explicit_matrix(layout, size, seed=5)
     expected = rows @ matrix.T
-    sketch = make_sketch(kronecker(size, 5), layout)
+    sketch = make_sketch(kronecker(size), layout, 5)
     assert sketch.dim == len(matrix) < layout.size
     scale = float(expected.abs().max())
     torch.testing.assert_close(sketch.apply(contributions), expected, rtol=0, atol=1e-14 * scale)
@@ -59,8 +59,8 @@ def test_projected_factors_are_the_explicit_matrix(name: str, size: int) -> None
 @pytest.mark.parametrize("name", models.NAMES)
 def test_sides_that_are_short_already_are_left_as_they_are(name: str) -> None:
     layout, contributions = collected(name)
-    rows = make_sketch(IDENTITY, layout).apply(contributions)
-    sketch = make_sketch(kronecker(1000), layout)
+    rows = make_sketch(IDENTITY, layout, 0).apply(contributions)
+    sketch = make_sketch(kronecker(1000), layout, 0)
     assert sketch.dim == layout.size
     torch.testing.assert_close(
         sketch.apply(contributions), rows, rtol=0, atol=1e-15 * layout.size * float(rows.abs().max())
@@ -70,7 +70,7 @@ def test_sides_that_are_short_already_are_left_as_they_are(name: str) -> None:
 def test_coordinates_of_each_shape_of_parameter() -> None:
     shapes = {(300, 20): 256, (10, 20): 160, (10, 3): 30, (300, 2, 3, 3): 16 * 16, (300,): 16, (9,): 9, (): 1}
     for shape, count in shapes.items():
-        assert make_sketch(kronecker(16), ParameterLayout(("w",), (shape,))).dim == count
+        assert make_sketch(kronecker(16), ParameterLayout(("w",), (shape,)), 0).dim == count
 
 
 def test_a_layers_rows_are_never_formed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,7 @@ def test_a_layers_rows_are_never_formed(monkeypatch: pytest.MonkeyPatch) -> None
         raise AssertionError("formed")
 
     layout, contributions = collected("tied encoder")
-    sketch = make_sketch(kronecker(3), layout)
+    sketch = make_sketch(kronecker(3), layout, 0)
     expected = sketch.apply(contributions)
     for kind in (Outer, Rows):
         monkeypatch.setattr(kind, "dense", formed)
@@ -87,21 +87,21 @@ def test_a_layers_rows_are_never_formed(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_float32_agrees_with_float64() -> None:
     layout, contributions = collected("tied encoder", torch.float32)
-    single = make_sketch(kronecker(3), layout).apply(contributions)
+    single = make_sketch(kronecker(3), layout, 0).apply(contributions)
     assert single.dtype == torch.float32
-    double = make_sketch(kronecker(3), layout).apply(collected("tied encoder")[1])
+    double = make_sketch(kronecker(3), layout, 0).apply(collected("tied encoder")[1])
     assert float((single - double).norm() / double.norm()) < 2e-6
 
 
 def test_inner_products_are_unbiased_over_seeds() -> None:
     layout, contributions = collected("tied encoder")
-    rows = make_sketch(IDENTITY, layout).apply(contributions).flatten(0, 1)
+    rows = make_sketch(IDENTITY, layout, 0).apply(contributions).flatten(0, 1)
     norms = rows.norm(dim=1, keepdim=True)
     exact = (rows / norms) @ (rows / norms).T
     n_seeds = 500
     errors = []
     for seed in range(n_seeds):
-        sketched = make_sketch(kronecker(4, seed), layout).apply(contributions).flatten(0, 1) / norms
+        sketched = make_sketch(kronecker(4), layout, seed).apply(contributions).flatten(0, 1) / norms
         errors.append(sketched @ sketched.T - exact)
     stacked = torch.stack(errors)
     standard_error = stacked.std(0) / n_seeds**0.5
@@ -138,7 +138,7 @@ def test_signs_are_balanced_and_unlike_each_other() -> None:
 def test_factors_have_the_exact_grams_and_do_not_depend_on_the_batch() -> None:
     case = models.make("cnn")
     layout = select_parameters(case.model)
-    fishers = PerExampleFishers(case.model, case.logits_fn, layout, make_sketch(kronecker(3), layout))
+    fishers = PerExampleFishers(case.model, case.logits_fn, layout, make_sketch(kronecker(3), layout, 0))
     whole = fishers(case.batch(range(6)))
     grams_BRR = whole.factors_BRD @ whole.factors_BRD.mT
     torch.testing.assert_close(grams_BRR, whole.grams_BRR, rtol=0, atol=1e-6 * float(grams_BRR.abs().max()))
@@ -149,7 +149,7 @@ def test_factors_have_the_exact_grams_and_do_not_depend_on_the_batch() -> None:
 def test_an_example_that_is_not_finite_disturbs_no_other() -> None:
     case = models.make("cnn")
     layout = select_parameters(case.model)
-    fishers = PerExampleFishers(case.model, case.logits_fn, layout, make_sketch(kronecker(3), layout))
+    fishers = PerExampleFishers(case.model, case.logits_fn, layout, make_sketch(kronecker(3), layout, 0))
     batch = case.batch(range(5))
     clean = fishers(batch).factors_BRD
     batch[2] = torch.nan

@@ -79,7 +79,7 @@ def test_the_fishers_of_an_adapters_weights_are_those_of_autograd(model: Path, d
     layout = select_parameters(loaded.model, include=["*lora_*"])
     assert layout.size == 2 * 2 * (2 * 16 + 16 * 2), "two layers, two matrices, A and B"
     compute = PerExampleFishers(
-        loaded.model, loaded.task.logits, layout, make_sketch(SketchSpec("identity", None, 0), layout)
+        loaded.model, loaded.task.logits, layout, make_sketch(SketchSpec("identity"), layout, 0)
     )
     found = compute(loaded.batch(range(3)))
     parameters = [dict(loaded.model.named_parameters())[name].requires_grad_() for name in layout.names]

@@ -95,7 +95,7 @@ def logits_of(loaded: LoadedModel, indices: range) -> torch.Tensor:
 
 
 def fishers(loaded: LoadedModel, indices: list[int]) -> Any:
-    sketch = make_sketch(SketchSpec("identity", None, 0), loaded.layout)
+    sketch = make_sketch(SketchSpec("identity"), loaded.layout, 0)
     compute = PerExampleFishers(loaded.model, loaded.logits, loaded.layout, sketch)
     return compute(loaded.batch(indices), len(indices))
 

@@ -41,7 +41,6 @@ from npeff.factorization.selection import (
 from npeff.factorization.solver import (
     Factorization,
     IterationRecord,
-    SolverOptions,
     SolverState,
     advance,
     free_dead,
@@ -49,6 +48,7 @@ from npeff.factorization.solver import (
     solve,
     stopping_reason,
 )
+from npeff.options.solver import SolverOptions
 
 __all__ = [
     "BLOCK_ROWS",

@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from sklearn.utils import Tags, check_array, check_random_state
+from sklearn.utils import Tags, check_array
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor
 
 from npeff.factorization.estimator_base import Factorizer
 from npeff.factorization.example_shard import ExampleShard
 from npeff.factorization.initialization import starting_components
-from npeff.factorization.solver import IterationRecord, SolverOptions, solve
+from npeff.factorization.solver import IterationRecord, solve
 
 
 class NPEFF(Factorizer):
@@ -54,6 +54,7 @@ class NPEFF(Factorizer):
         n_features_in_: D.
 
     Raises:
+        OptionError: from `fit`, for an option that is out of its bounds.
         InvalidProblemError: from `fit`, for more components than factor rows or factors that are all zero.
         ValueError: for arrays that are not finite, of another number of axes, or of another D than was fitted.
     """
@@ -94,17 +95,7 @@ class NPEFF(Factorizer):
             weights_N = _check_sample_weight(sample_weight, X, dtype=np.float64)
             shard = ExampleShard(shard.factors_NRD, weights_N=weights_N)
         frozen_KD = self._given_components(self.frozen_components, shard.dim)
-        options = SolverOptions(
-            n_components=self.n_components,
-            max_iterations=self.max_iter,
-            tolerance=self.tol,
-            n_starts=self.n_starts,
-            subsample=self.subsample,
-            seed=int(check_random_state(self.random_state).randint(2**31 - 1)),
-            l1=self.l1,
-            orthogonality=self.orthogonality,
-            n_frozen=len(frozen_KD),
-        )
+        options = self._solver_options(l1=self.l1, orthogonality=self.orthogonality, n_frozen=len(frozen_KD))
         start_KD = self._given_components(self.start_components, shard.dim)
         if self.start_components is None:
             start_KD = starting_components(shard, options, frozen_KD)

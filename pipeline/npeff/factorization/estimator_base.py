@@ -7,17 +7,38 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils import check_random_state
 
 from npeff.factorization.solver import Factorization
+from npeff.options.solver import SolverOptions
 
 
 class Factorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
-    """An estimator whose `fit` ends in `_keep`."""
+    """An estimator whose `fit` begins with `_solver_options` and ends in `_keep`."""
+
+    n_components: int
+    max_iter: int
+    tol: float
+    n_starts: int
+    subsample: int
+    random_state: int | np.random.RandomState | None
 
     def fit_transform(self, X: ArrayLike, y: None = None, **fit_params: Any) -> np.ndarray:
         """Fit, and return the coefficients (N, K) of the same examples."""
         coefficients_NK: np.ndarray = self.fit(X, y, **fit_params).coefficients_
         return coefficients_NK
+
+    def _solver_options(self, **more: Any) -> SolverOptions:
+        """The options of the solver that both estimators have, with a seed drawn from `random_state`, and ``more``."""
+        return SolverOptions(
+            n_components=self.n_components,
+            max_iterations=self.max_iter,
+            tolerance=self.tol,
+            n_starts=self.n_starts,
+            subsample=self.subsample,
+            seed=int(check_random_state(self.random_state).randint(2**31 - 1)),
+            **more,
+        )
 
     def _keep(self, result: Factorization) -> None:
         self.components_ = result.components_KD.numpy()

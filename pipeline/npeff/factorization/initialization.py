@@ -30,7 +30,8 @@ from npeff.factorization.example_shard import ExampleShard
 from npeff.factorization.matching import match_components
 from npeff.factorization.nnls import sweeps_for
 from npeff.factorization.problem import InvalidProblemError, validate_size
-from npeff.factorization.solver import SolverOptions, SolverState, advance, free_dead, initial_state, stopping_reason
+from npeff.factorization.solver import SolverState, advance, free_dead, initial_state, stopping_reason
+from npeff.options.solver import SolverOptions
 
 _EXTRA_DIMENSIONS = 32
 _POWER_ITERATIONS = 2

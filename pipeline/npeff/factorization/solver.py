@@ -29,6 +29,7 @@ from npeff.factorization.gauss_newton import gauss_newton_step
 from npeff.factorization.matching import canonical_order, near_duplicates
 from npeff.factorization.objective import Candidates, Statistics, explained, merge_candidates
 from npeff.factorization.problem import InvalidProblemError, validate_size
+from npeff.options.solver import SolverOptions
 
 _FIRST_DAMPING = 1e-2
 _LEAST_DAMPING = 1e-4
@@ -40,43 +41,6 @@ _PATIENCE = 3
 
 _UNEXPLAINED_FLOOR = 1e-6
 """Losses below this fraction of Σ‖F̂_i‖² count as this much when changes are compared with the tolerance."""
-
-
-@dataclass(frozen=True)
-class SolverOptions:
-    """What is asked of the solver."""
-
-    n_components: int
-    max_iterations: int = 100
-    """Passes over the data, rejected steps included."""
-    tolerance: float = 1e-6
-    """Converged when three steps in a row change the loss by less than this fraction of it."""
-    n_starts: int = 4
-    """Seeded starts tried on the subsample."""
-    subsample: int = 2048
-    """Examples that starts are tried on."""
-    seed: int = 0
-    l1: float = 0.0
-    """λ of the penalty on coefficients, in [0, 1): see `npeff.factorization.objective`."""
-    orthogonality: float = 0.0
-    """γ of the penalty on components that are alike."""
-    n_frozen: int = 0
-    """How many of the first components are not to change."""
-
-    def __post_init__(self) -> None:
-        for name in ("n_components", "max_iterations", "n_starts", "subsample"):
-            if getattr(self, name) < 1:
-                raise InvalidProblemError(f"{name}={getattr(self, name)} must be at least 1")
-        if not self.tolerance >= 0.0:
-            raise InvalidProblemError(f"tolerance={self.tolerance} must not be negative")
-        if not 0.0 <= self.l1 < 1.0:
-            raise InvalidProblemError(f"l1={self.l1} must be at least 0 and below 1: at 1 every coefficient is zero")
-        if not 0.0 <= self.orthogonality < math.inf:
-            raise InvalidProblemError(f"orthogonality={self.orthogonality} must not be negative")
-        if not 0 <= self.n_frozen < self.n_components:
-            raise InvalidProblemError(
-                f"{self.n_frozen} frozen components of n_components={self.n_components} leave none to fit: ask for more"
-            )
 
 
 @dataclass(frozen=True)

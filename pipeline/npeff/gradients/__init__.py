@@ -7,9 +7,10 @@ from npeff.gradients.collector import Collected, GradientCollector
 from npeff.gradients.coverage import check_coverage
 from npeff.gradients.errors import UnsupportedModelError
 from npeff.gradients.label_factor import exact_label_factor, truncated_label_factor
-from npeff.gradients.labels import IGNORED, UNKNOWN, LabelRows, LabelSpec, label_rows
+from npeff.gradients.labels import IGNORED, UNKNOWN, LabelRows, label_rows
 from npeff.gradients.parameters import ParameterLayout, left_out, model_fingerprint, select_parameters
 from npeff.gradients.positions import PositionShares, position_shares
+from npeff.options.labels import LabelSpec
 
 __all__ = [
     "IGNORED",

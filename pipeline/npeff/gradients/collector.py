@@ -22,12 +22,13 @@ from torch.utils import _pytree as pytree
 from npeff.gradients.capture import LogitsFunction, Place, Use, called_modules, frozen, repeat, watch
 from npeff.gradients.contribution import Contribution, Dense
 from npeff.gradients.errors import UnsupportedModelError
-from npeff.gradients.labels import LabelRows, LabelSpec, label_rows
+from npeff.gradients.labels import LabelRows, label_rows
 from npeff.gradients.layer_rules import Rule, per_example, rule_for
 from npeff.gradients.module_rule import ModuleCall, module_rows
 from npeff.gradients.owners import Owners, find_owners, move_up, with_new_places, without_owner
 from npeff.gradients.parameters import ParameterLayout
 from npeff.gradients.sums import add
+from npeff.options.labels import LabelSpec
 
 _INDEPENDENT = (
     "the logits do not depend on the output of any module with selected parameters: do not detach them or compute them "

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from npeff.gradients.capture import LogitsFunction, frozen
 from npeff.gradients.collector import GradientCollector
 from npeff.gradients.errors import UnsupportedModelError
-from npeff.gradients.labels import LabelSpec
 from npeff.gradients.owners import layout_names
 from npeff.gradients.parameters import ParameterLayout
+from npeff.options.labels import LabelSpec
 
 # of the parameter's own gradient, and of the whole gradient, for parameters whose gradient is zero but for rounding
 _TOLERANCES = {torch.float64: (1e-5, 1e-8), torch.float32: (1e-3, 1e-6)}

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +26,8 @@ from torch.nn import functional
 
 from npeff.gradients.errors import UnsupportedModelError
 from npeff.gradients.label_factor import exact_label_factor, truncated_label_factor
+from npeff.options.labels import LabelSpec
 
-Labels = Literal["exact", "truncated", "sampled", "empirical"]
 IGNORED, UNKNOWN = -100, -1
 """In targets: no prediction is made here; a prediction whose class is not known."""
 _BLOCK = 1 << 20
@@ -35,42 +35,6 @@ _BLOCK = 1 << 20
 _SATURATED = 1e-20
 """All but the probability of the label: below it, those of other classes are taken in float64."""
 _MOST_CLASSES = 4096
-
-
-@dataclass(frozen=True)
-class LabelSpec:
-    """How the expectation over labels is taken."""
-
-    kind: Labels = "exact"
-    rank: int | None = None
-    """Rows of an example's factor: at most so many of `truncated`, the draws of `sampled`; None for the others."""
-    kept_trace: float = 1.0
-    """`truncated`: the share of the trace of S at which an example has enough rows."""
-    seed: int = 0
-    """Of the draws, together with the number of the example."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(Labels):
-            raise ValueError(f"labels must be one of {', '.join(get_args(Labels))}, not {self.kind!r}")
-        if (self.rank is not None) != (self.kind in ("truncated", "sampled")):
-            raise ValueError(f"labels {self.kind} {'need a' if self.rank is None else 'take no'} rank")
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank must be at least 1, not {self.rank}")
-        if not 0 < self.kept_trace <= 1 or (self.kept_trace < 1 and self.kind != "truncated"):
-            raise ValueError("kept_trace is a share of the trace, above 0 and at most 1, and of truncated labels only")
-
-    def max_rank(self, n_classes: int) -> int:
-        """Rows that an example's factor has at most."""
-        if self.kind == "exact":
-            return n_classes - 1
-        if self.kind == "truncated":
-            assert self.rank is not None
-            return min(self.rank, n_classes - 1)
-        return self.rank or 1
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, for a JSON attribute."""
-        return {"kind": self.kind, "rank": self.rank, "kept_trace": self.kept_trace, "seed": self.seed}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from npeff.errors import NpeffError
+from npeff.options.bounds import OutOfBoundsError
 
 _VARIABLE = re.compile(r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -103,6 +105,7 @@ _MAPPING = "must be a mapping, such as {key: value}"
 
 _PLAIN = {
     "model_type": _MAPPING,
+    "dataclass_type": _MAPPING,
     "dict_type": _MAPPING,
     "tuple_type": 'must be a list, such as ["*"]',
     "int_type": "must be a whole number",
@@ -122,22 +125,32 @@ def one_line(error: ValidationError, model: type[BaseModel]) -> str:
     parts = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
+        if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             near = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(model, problem["loc"][:-1]), n=1)
             parts.append(f"unknown key {key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
         elif problem["type"] == "missing":
             parts.append(f"missing key {key!r}")
         elif problem["type"] == "value_error":
-            parts.append(f"{key}: {problem['ctx']['error']}".removeprefix(": "))
+            parts += _refused_values(key, problem["ctx"]["error"], problem["input"])
         else:
             message = _PLAIN.get(problem["type"], problem["msg"].replace("Input should", "must", 1))
             parts.append(f"{key or 'run file'} {message}, not {problem['input']!r:.80}")
     return "; ".join(parts)
 
 
+def _refused_values(section: str, error: ValueError, given: Any) -> list[str]:
+    """What a section's own validation says of it; of a number that is out of its bounds as pydantic says it."""
+    if isinstance(error, OutOfBoundsError):
+        problems = {f"{section}.{key}".lstrip("."): (bound, given[key]) for key, (bound, _) in error.problems.items()}
+        return [f"{key} {bound}, not {value!r:.80}" for key, (bound, value) in problems.items()]
+    return [f"{section}: {error}".removeprefix(": ")]
+
+
 def _known_keys(model: type[BaseModel], section: tuple[int | str, ...]) -> list[str]:
     for name in section:
         inner = model.model_fields[str(name)].annotation
+        if is_dataclass(inner):
+            return [field.name for field in fields(inner)]
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             return []
         model = inner

@@ -1,7 +1,12 @@
-"""The sections of a run file, each with its keys, defaults and bounds."""
+"""The sections of a run file, each with its keys, defaults and bounds.
+
+What the library takes as well is said once, in `npeff.options`: a section is such a type, or makes one of its values,
+which checks their bounds and gives their defaults.
+"""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -14,6 +19,10 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from npeff.options.labels import Labels, LabelSpec
+from npeff.options.sketch import SketchSpec
+from npeff.options.solver import SolverOptions
 
 IMPORTED_TASK = "imported"
 """Name of the task of an imported run, which no model belongs to."""
@@ -40,32 +49,6 @@ class ParametersConfig(Section):
     """Globs on parameter names, taken out of what ``include`` matches."""
 
 
-class SketchConfig(Section):
-    kind: Literal["identity", "tensorsketch", "kronecker", "topk"] = "tensorsketch"
-    """``identity`` keeps every coordinate (small models); ``tensorsketch`` hashes them into ``dim`` buckets. For
-    comparison: ``kronecker`` projects every weight from both sides to ``size`` × ``size`` coordinates; ``topk`` keeps
-    the ``size`` largest entries of each example (small models)."""
-    dim: PositiveInt | None = None
-    """Number of sketch coordinates D; ``tensorsketch`` only, 4096 unless given."""
-    size: PositiveInt | None = None
-    """Rows and columns kept of each weight by ``kronecker``, entries kept of each example by ``topk``; of these two
-    only."""
-
-    @model_validator(mode="after")
-    def _kinds_have_what_they_need(self) -> Self:
-        if self.dim is not None and self.kind != "tensorsketch":
-            what = "keeps every coordinate and takes no dim" if self.kind == "identity" else "takes a size and no dim"
-            raise ValueError(f"the {self.kind} sketch {what}: remove it")
-        if self.size is not None and self.kind not in ("kronecker", "topk"):
-            raise ValueError(f"the {self.kind} sketch takes no size: remove it, or choose kind: kronecker or topk")
-        if self.size is None and self.kind in ("kronecker", "topk"):
-            what = "16, say" if self.kind == "kronecker" else "16384, say"
-            raise ValueError(f"the {self.kind} sketch needs a size: set size: {what}")
-        if self.kind == "tensorsketch" and self.dim is None:
-            object.__setattr__(self, "dim", 4096)
-        return self
-
-
 class DiagonalConfig(Section):
     mean: bool = False
     """Write the data set's diagonal Fisher, the mean over its examples, to ``diagonal_fisher.safetensors``."""
@@ -76,15 +59,15 @@ class DiagonalConfig(Section):
 
 
 class FishersConfig(Section):
-    labels: Literal["exact", "truncated", "sampled", "empirical"] = "exact"
+    labels: Labels = LabelSpec.kind
     """How the expectation over labels is taken. ``exact``: one row per class but one. ``truncated``: the largest
     eigenpairs. ``sampled``: labels drawn from the model, unbiased; what language models need. ``empirical``: the given
     labels, which gives no Fisher matrix."""
-    rank: PositiveInt | None = None
+    rank: int | None = LabelSpec.rank
     """Rows of an example: the most that ``truncated`` keeps, the draws of ``sampled``; of these two only."""
-    kept_trace: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    kept_trace: float = LabelSpec.kept_trace
     """``truncated``: share of the trace at which an example has rows enough, so that some have fewer than ``rank``."""
-    sketch: SketchConfig = SketchConfig()
+    sketch: SketchSpec = SketchSpec()
     diagonal: DiagonalConfig = DiagonalConfig()
     """What is kept of the diagonals of the Fishers, which are exact whatever the sketch: nothing unless asked for."""
     store_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
@@ -99,29 +82,28 @@ class FishersConfig(Section):
 
     @model_validator(mode="after")
     def _labels_have_what_they_need(self) -> Self:
-        if self.labels in ("truncated", "sampled") and self.rank is None:
-            raise ValueError(f"labels: {self.labels} need a rank, the number of rows of an example: set rank: 4, say")
-        if self.labels in ("exact", "empirical") and self.rank is not None:
-            raise ValueError(f"labels: {self.labels} take no rank: remove it, or choose truncated or sampled labels")
-        if self.kept_trace < 1 and self.labels != "truncated":
-            raise ValueError("kept_trace is for labels: truncated: remove it")
+        self.label_spec(seed=0)
         return self
+
+    def label_spec(self, seed: int) -> LabelSpec:
+        """The options of the labels, of a run with this seed."""
+        return LabelSpec(kind=self.labels, rank=self.rank, kept_trace=self.kept_trace, seed=seed)
 
 
 class FactorizationConfig(Section):
-    n_components: PositiveInt
+    n_components: int
     """Number of components K."""
     kind: Literal["fishers", "diagonal_groups", "diagonal_entries"] = "fishers"
     """What is factorized. ``fishers``: the low-rank Fishers (NPEFF). ``diagonal_groups``: their diagonals, summed over
     output units; ``diagonal_entries``: the largest entries of the diagonals (D-NPEFF). The latter two need
     ``fishers.diagonal.groups`` and ``fishers.diagonal.top_entries``."""
-    max_iterations: PositiveInt = 100
+    max_iterations: int = SolverOptions.max_iterations
     """Passes over the Fishers, rejected steps included."""
-    tolerance: PositiveFloat = 1e-6
+    tolerance: PositiveFloat = SolverOptions.tolerance
     """Stop when accepted steps lower the loss by less than this, relatively."""
-    n_starts: PositiveInt = 4
+    n_starts: int = SolverOptions.n_starts
     """Seeded initializations tried on a subsample; the best is used."""
-    subsample: PositiveInt = 2048
+    subsample: int = SolverOptions.subsample
     """Examples in that subsample."""
     held_out_fraction: Fraction = 1 / 3
     """Share of the examples that the components are not fitted on, so that they can be verified there."""
@@ -130,10 +112,10 @@ class FactorizationConfig(Section):
     memory_limit_mb: PositiveInt = 4096
     """Memory, of a GPU where workers have one, in which a worker keeps its share of the Fishers. A share that takes
     more, in half precision where that is how it is stored, is read from the store in every pass. Changes no result."""
-    l1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    l1: float = SolverOptions.l1
     """Sparsity of the coefficients: a component that explains less than this share of a Fisher's norm, alone, gets
     none. The penalty is 2·l1·Σ ‖F̂_i‖·W_ij."""
-    orthogonality: Annotated[float, Field(ge=0.0)] = 0.0
+    orthogonality: float = SolverOptions.orthogonality
     """Pressure against components that are alike: this much of the explained share is given up for a mean squared
     cosine that is lower by one."""
     start_from: str | None = None
@@ -153,12 +135,18 @@ class FactorizationConfig(Section):
 
     @model_validator(mode="after")
     def _options_go_together(self) -> Self:
+        self.solver_options(seed=0)
         if self.start_from is not None and self.expand is not None:
             raise ValueError("start_from and expand exclude each other: remove one")
         for name in ("l1", "orthogonality", "start_from", "expand", "examples", "example_weights"):
             if self.kind != "fishers" and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} is for kind: fishers: remove it")
         return self
+
+    def solver_options(self, seed: int, **changes: Any) -> SolverOptions:
+        """The options of the solver, of a run with this seed, but for ``changes``."""
+        shared = [field.name for field in fields(SolverOptions) if field.name in type(self).model_fields]
+        return SolverOptions(**{name: getattr(self, name) for name in shared} | {"seed": seed} | changes)
 
 
 class SelectionConfig(Section):

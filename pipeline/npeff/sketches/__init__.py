@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from npeff.sketches.sketch import Sketch, SketchSpec, make_sketch
+from npeff.options.sketch import SketchSpec
+from npeff.sketches.sketch import Sketch, make_sketch
 
 __all__ = [
     "Sketch",

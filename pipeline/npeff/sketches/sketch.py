@@ -8,9 +8,9 @@ Legend: B batch, R rank, P parameters, D sketch, w window, F = w // 2 + 1.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal, Protocol, get_args
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -19,39 +19,11 @@ from npeff.gradients import ParameterLayout
 from npeff.gradients.contribution import Contribution, Dense, flat_blocks
 from npeff.gradients.outer import Outer
 from npeff.gradients.sums import Sum
+from npeff.options.sketch import SketchSpec
 from npeff.sketches.kronecker import Projection
 from npeff.sketches.tensorsketch import Hashes, fourier, fourier_is_cheaper, scatter, window_width
 
-SketchKind = Literal["identity", "tensorsketch", "kronecker", "topk"]
 Method = Literal["auto", "fft", "scatter"]
-
-
-@dataclass(frozen=True)
-class SketchSpec:
-    """What, together with the names and shapes of the parameters, determines the map."""
-
-    kind: SketchKind
-    dim: int | None
-    """`tensorsketch`: D. None for the others, whose D follows from the parameters."""
-    seed: int
-    size: int | None = None
-    """`kronecker`: rows and columns kept of each parameter. `topk`: entries kept of each example. None for others."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(SketchKind):
-            raise ValueError(f"sketch.kind must be one of {', '.join(get_args(SketchKind))}, not {self.kind!r}")
-        for name, value, kinds in (
-            ("dim", self.dim, ("tensorsketch",)),
-            ("size", self.size, ("kronecker", "topk")),
-        ):
-            if self.kind in kinds and (value is None or value < 1):
-                raise ValueError(f"sketch.{name} of {self.kind} must be a positive number, not {value!r}")
-            if self.kind not in kinds and value is not None:
-                raise ValueError(f"sketch.{name} is for {' and '.join(kinds)}: leave it out for {self.kind}")
-
-    def to_json(self) -> dict[str, Any]:
-        """A plain dictionary; `SketchSpec(**value)` is the inverse."""
-        return asdict(self)
 
 
 class Sketch(Protocol):
@@ -74,16 +46,16 @@ class Sketch(Protocol):
         parameters are zero."""
 
 
-def make_sketch(spec: SketchSpec, layout: ParameterLayout) -> Sketch:
-    """The sketch of `spec` for parameters laid out by `layout`."""
+def make_sketch(spec: SketchSpec, layout: ParameterLayout, seed: int) -> Sketch:
+    """The sketch of `spec` and `seed` for parameters laid out by `layout`."""
     if spec.kind == "identity":
         return IdentitySketch(layout)
     if spec.kind == "tensorsketch":
         assert spec.dim is not None
-        return TensorSketch(layout, spec.dim, spec.seed)
+        return TensorSketch(layout, spec.dim, seed)
     assert spec.size is not None
     if spec.kind == "kronecker":
-        return KroneckerSketch(layout, spec.size, spec.seed)
+        return KroneckerSketch(layout, spec.size, seed)
     return TopKSketch(layout, spec.size)
 
 

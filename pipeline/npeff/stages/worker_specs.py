@@ -8,13 +8,12 @@ from typing import Any, Literal
 
 from npeff.execution.create import make_executor
 from npeff.execution.executor import Executor, WorkerSpec
-from npeff.gradients import LabelSpec
 from npeff.models.loaded import ModelSpec
+from npeff.options.sketch import SketchSpec
 from npeff.runs.config import RunConfig
 from npeff.runs.config_sections import IMPORTED_TASK
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
-from npeff.sketches import SketchSpec
 from npeff.stages.fitted_examples import FittedExamples
 
 
@@ -61,16 +60,6 @@ def fitted_examples(run: RunDirectory) -> FittedExamples:
     return FittedExamples(run.fishers, run.table("examples"), wanted.examples == "mispredicted", wanted.example_weights)
 
 
-def sketch_spec(config: RunConfig) -> SketchSpec:
-    wanted = config.fishers.sketch
-    return SketchSpec(kind=wanted.kind, dim=wanted.dim, seed=config.seed, size=wanted.size)
-
-
-def label_spec(config: RunConfig) -> LabelSpec:
-    wanted = config.fishers
-    return LabelSpec(kind=wanted.labels, rank=wanted.rank, kept_trace=wanted.kept_trace, seed=config.seed)
-
-
 def inspection_of(config: RunConfig) -> tuple[SketchSpec, int | Literal["auto"], int]:
     """What `TaskWorker.inspect` is asked: the sketch, the batch size, and the bytes that a batch may take."""
-    return sketch_spec(config), config.fishers.batch_size, config.fishers.memory_limit_mb * 2**20
+    return config.fishers.sketch, config.fishers.batch_size, config.fishers.memory_limit_mb * 2**20

@@ -69,7 +69,7 @@ def gpu(rounds: int, tiny: bool) -> dict[str, Any] | None:
 
 
 def _measured(work: Workload, dims: dict[str, int], rounds: int, device: torch.device) -> dict[str, Any]:
-    sketches = {name: make_sketch(SketchSpec("tensorsketch", dim, 0), work.layout) for name, dim in dims.items()}
+    sketches = {name: make_sketch(SketchSpec("tensorsketch", dim), work.layout, 0) for name, dim in dims.items()}
     variants: dict[str, Callable[[], Any]] = {"floor": partial(floor, work)}
     collector = GradientCollector(work.model, work.logits, work.layout, work.labels)
     named = {f"sketch {name}": sketch for name, sketch in sketches.items()}

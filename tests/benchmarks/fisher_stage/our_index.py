@@ -58,7 +58,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     def build() -> None:
         """What a worker does once the model is loaded."""
-        sketch = make_sketch(SketchSpec("tensorsketch", arguments.dim, 0), layout)
+        sketch = make_sketch(SketchSpec("tensorsketch", arguments.dim), layout, 0)
         fishers = PerExampleFishers(
             model, lambda model, batch: model(batch, use_cache=False).logits, layout, sketch, SAMPLED
         )

@@ -42,8 +42,8 @@ def speed(rounds: int) -> dict[str, Any] | None:
         loaded = spec.load()
         work = minilm.workload(loaded, BATCH, SHARD)
         few = loaded.batches(range(0, N_EXAMPLES, N_EXAMPLES // N_FEW), FEW_BATCH)
-        sketches = {dim: SketchSpec("tensorsketch", dim, 0) for dim in LIMITS}
-        maps = {f"sketch D={dim}": make_sketch(sketch, work.layout) for dim, sketch in sketches.items()}
+        sketches = {dim: SketchSpec("tensorsketch", dim) for dim in LIMITS}
+        maps = {f"sketch D={dim}": make_sketch(sketch, work.layout, 0) for dim, sketch in sketches.items()}
         collector = GradientCollector(work.model, work.logits, work.layout)
         variants: dict[str, Callable[[], Any]] = {
             "floor": partial(floor, work),
@@ -103,7 +103,7 @@ def _stage_and_write(
         attrs={},
     )
     records = ShardRecords(folder / "shards", "benchmark")
-    worker = FisherWorker(spec, LabelSpec(), sketch, store.path, records, BATCH)
+    worker = FisherWorker(spec, LabelSpec(), sketch, 0, store.path, records, BATCH)
     shards = tuple(range(store.plan.n_shards))
     worker.compute(shards)
     arrays = [store.read_shard(shard) for shard in shards]

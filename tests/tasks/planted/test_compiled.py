@@ -135,7 +135,7 @@ def test_an_examples_fisher_lies_in_the_weights_of_the_rules_that_fire_on_it() -
     task = CompiledRulesTask(n_examples=300)
     model, examples, masks = task.model(Path()), task.examples(Path()), task.rule_masks()
     layout = select_parameters(model)
-    fishers = PerExampleFishers(model, task.logits, layout, make_sketch(SketchSpec("identity", None, 0), layout))
+    fishers = PerExampleFishers(model, task.logits, layout, make_sketch(SketchSpec("identity"), layout, 0))
     energy_NP = fishers(examples.batch(range(300))).factors_BRD.double().square().sum(1)
     masks_RP = torch.stack([torch.cat([mask[name].flatten() for name in layout.names]) for mask in masks.values()])
     share_NR = energy_NP @ masks_RP.double().T / energy_NP.sum(1, keepdim=True)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import ArrayLike
 from scipy import sparse
 from sklearn.preprocessing import normalize
-from sklearn.utils import Tags, check_random_state
+from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted, check_non_negative, validate_data
 
 from npeff.factorization.diagonals.initialization import initialize_diagonal
@@ -20,7 +20,6 @@ from npeff.factorization.diagonals.shard import DiagonalShard
 from npeff.factorization.diagonals.solver import solve_diagonal
 from npeff.factorization.estimator_base import Factorizer
 from npeff.factorization.initialization import subsample_indices
-from npeff.factorization.solver import SolverOptions
 
 
 class DiagonalNPEFF(Factorizer):
@@ -51,6 +50,7 @@ class DiagonalNPEFF(Factorizer):
         n_features_in_: P.
 
     Raises:
+        OptionError: from `fit`, for an option that is out of its bounds.
         InvalidProblemError: from `fit`, for more components than examples or diagonals that are all zero.
         ValueError: for arrays that are not finite, have negative entries, or another P than was fitted.
     """
@@ -77,14 +77,7 @@ class DiagonalNPEFF(Factorizer):
     def fit(self, X: ArrayLike, y: None = None) -> DiagonalNPEFF:
         """Fit components and coefficients to diagonals (N, P)."""
         fishers_NP = self._fishers(X, reset=True)
-        options = SolverOptions(
-            n_components=self.n_components,
-            max_iterations=self.max_iter,
-            tolerance=self.tol,
-            n_starts=self.n_starts,
-            subsample=self.subsample,
-            seed=int(check_random_state(self.random_state).randint(2**31 - 1)),
-        )
+        options = self._solver_options()
         indices = subsample_indices(fishers_NP.shape[0], options.subsample, options.seed)
         start_KP = initialize_diagonal(fishers_NP[indices], options.n_components, options.seed, options.n_starts)
         result = solve_diagonal([DiagonalShard(fishers_NP)], start_KP, options)

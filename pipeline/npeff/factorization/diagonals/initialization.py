@@ -33,7 +33,7 @@ from npeff.factorization.diagonals.solver import (
     step_diagonal,
 )
 from npeff.factorization.problem import InvalidProblemError, validate_size
-from npeff.factorization.solver import SolverOptions
+from npeff.options.solver import SolverOptions
 
 _MOST_COLUMNS = 2048
 _EXTRA_DIMENSIONS = 16

@@ -35,7 +35,8 @@ from npeff.factorization.matching import canonical_order, near_duplicates
 from npeff.factorization.nnls import hals_
 from npeff.factorization.objective import Candidates, explained, merge_candidates
 from npeff.factorization.problem import InvalidProblemError, validate_size
-from npeff.factorization.solver import Factorization, IterationRecord, SolverOptions
+from npeff.factorization.solver import Factorization, IterationRecord
+from npeff.options.solver import SolverOptions
 
 _SWEEPS = 4
 """Of the components, in a pass. They cost K/N of its products."""

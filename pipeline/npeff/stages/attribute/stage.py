@@ -12,7 +12,7 @@ from npeff.runs.stage import forget_other_requests, open_stage, unit_checksums
 from npeff.stages.attribute import ATTRIBUTE
 from npeff.stages.attribute.worker import AttributionPaths, AttributionWorker
 from npeff.stages.inputs import fingerprint_of, lifted_components
-from npeff.stages.worker_specs import executor_for, label_spec, model_spec, worker_spec
+from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
 from npeff.store.tables import SCHEMAS, read_table, write_table
 
 _TABLE = "position_shares"
@@ -37,7 +37,7 @@ def attribute(
             run,
             AttributionWorker,
             model=model_spec(run, fingerprint_of(run)),
-            labels=label_spec(run.config),
+            labels=run.config.fishers.label_spec(run.config.seed),
             paths=AttributionPaths(run.directions, results),
             examples=examples,
         )

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from npeff.execution.executor import Executor
-from npeff.factorization import InvalidProblemError, SolverOptions, near_duplicates
+from npeff.factorization import InvalidProblemError, near_duplicates
 from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
 from npeff.runs.progress import ProgressDisplay, SilentProgress
@@ -39,23 +39,14 @@ def factorize(
         diagonal = wanted.kind != "fishers"
         validate_problem(config, n_fit, fishers["rank"])
         origin, metrics = _origin(run), metrics_writer(run.path / "metrics", wanted.metrics)
+        n_frozen = len(origin.components_KD) if origin is not None and origin.frozen else 0
         limit = wanted.memory_limit_mb * 2**20
         worker = worker_spec(
             run,
             DiagonalSolverWorker if diagonal else SolverWorker,
             **({"kind": wanted.kind} if diagonal else {"origin": origin, "memory_limit_bytes": limit}),
             examples=fitted_examples(run),
-            options=SolverOptions(
-                n_components=wanted.n_components,
-                max_iterations=wanted.max_iterations,
-                tolerance=wanted.tolerance,
-                n_starts=wanted.n_starts,
-                subsample=wanted.subsample,
-                seed=config.seed,
-                l1=wanted.l1,
-                orthogonality=wanted.orthogonality,
-                n_frozen=len(origin.components_KD) if origin is not None and origin.frozen else 0,
-            ),
+            options=wanted.solver_options(config.seed, n_frozen=n_frozen),
             device=device_of(config),
             timeout_s=config.executor.timeout_s,
         )

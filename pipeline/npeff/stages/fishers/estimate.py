@@ -12,7 +12,7 @@ from npeff.execution.executor import WorkerSpec
 from npeff.runs.config import RunConfig
 from npeff.stages.factorize.stored_factors import kept_precision
 from npeff.stages.fishers.trial import Trial, TrialWorker
-from npeff.stages.worker_specs import device_of, inspection_of, label_spec, model_of
+from npeff.stages.worker_specs import device_of, inspection_of, model_of
 from npeff.store.fisher_store import fisher_store_bytes
 
 
@@ -39,7 +39,8 @@ def estimate(config: RunConfig) -> Estimate:
     Raises what the Fisher stage would raise before its first shard.
     """
     wanted, began = config.fishers, time.monotonic()
-    spec = WorkerSpec(TrialWorker, {"model": model_of(config, Path(), None), "labels": label_spec(config)})
+    labels = wanted.label_spec(config.seed)
+    spec = WorkerSpec(TrialWorker, {"model": model_of(config, Path(), None), "labels": labels, "seed": config.seed})
     store = {
         "shard_size": wanted.shard_size,
         "store_dtype": wanted.store_dtype,

@@ -52,8 +52,8 @@ class TaskFacts:
 class TaskWorker:
     """Prepares a task and looks at it."""
 
-    def __init__(self, model: ModelSpec, labels: LabelSpec) -> None:
-        self._spec, self._labels = model, labels
+    def __init__(self, model: ModelSpec, labels: LabelSpec, seed: int) -> None:
+        self._spec, self._labels, self._seed = model, labels, seed
 
     def inspect(self, wanted: tuple[SketchSpec, int | Literal["auto"], int]) -> TaskFacts:
         """Prepare the task, load it, and check everything that can be checked before the first shard.
@@ -82,7 +82,7 @@ class TaskWorker:
                 f"task {self._spec.task!r}: {table['label'].null_count} examples have no label, which empirical labels "
                 "need: give them, leave those examples out, or use sampled labels"
             )
-        linear_map = make_sketch(sketch, loaded.layout)
+        linear_map = make_sketch(sketch, loaded.layout, self._seed)
         fishers = PerExampleFishers(loaded.model, loaded.logits, loaded.layout, linear_map, self._labels)
         valid = _valid_examples(loaded, fishers)
         batch, targets = _with_targets(loaded, valid)

@@ -18,7 +18,7 @@ from npeff.stages.fishers.tables import write_example_tables, write_parameter_ta
 from npeff.stages.fishers.worker import FisherWorker
 from npeff.stages.fitted_examples import example_weights
 from npeff.stages.inputs import validate_problem
-from npeff.stages.worker_specs import executor_for, inspection_of, label_spec, model_spec, sketch_spec, worker_spec
+from npeff.stages.worker_specs import executor_for, inspection_of, model_spec, worker_spec
 from npeff.storage.atomic import is_committed, remove_directory
 from npeff.storage.errors import StoreError
 from npeff.store.diagonal_store import DiagonalSums
@@ -55,8 +55,9 @@ def compute_fishers(
                 run,
                 FisherWorker,
                 model=model_spec(run, facts.model_fingerprint),
-                labels=label_spec(config),
-                sketch=sketch_spec(config),
+                labels=config.fishers.label_spec(config.seed),
+                sketch=config.fishers.sketch,
+                seed=config.seed,
                 store=run.fishers,
                 records=records,
                 batch_size=store.attrs["batch_size"],
@@ -110,7 +111,8 @@ def compute_fishers(
 def _inspect(run: RunDirectory, workers: Executor) -> TaskFacts:
     """Prepare the task on a worker and look at it; refuse what the later stages could not use."""
     wanted = run.config.fishers
-    inspection = worker_spec(run, TaskWorker, model=model_spec(run, None), labels=label_spec(run.config))
+    seed = run.config.seed
+    inspection = worker_spec(run, TaskWorker, model=model_spec(run, None), labels=wanted.label_spec(seed), seed=seed)
     facts: TaskFacts = next(iter(workers.map(inspection, "inspect", [inspection_of(run.config)])))[1]
     n_examples = len(facts.examples)
     n_fit = n_examples - int(run.config.factorization.held_out_fraction * n_examples)
@@ -139,11 +141,11 @@ def _open_fishers(run: RunDirectory, facts: TaskFacts) -> tuple[ShardRecords, Fi
         "shard_size": config.fishers.shard_size,
         "store_dtype": config.fishers.store_dtype,
         "attrs": {
-            "labels": label_spec(config).to_json(),
+            "labels": config.fishers.label_spec(config.seed).to_json(),
             "batch_size": facts.batch_size,
             "parameter_layout": facts.layout.to_json(),
             **({"diagonal_groups": facts.groups} if config.fishers.diagonal.groups else {}),
-            "sketch": sketch_spec(config).to_json(),
+            "sketch": config.fishers.sketch.to_json(config.seed),
             "model_fingerprint": facts.model_fingerprint,
         },
         "with_logits": facts.with_logits,

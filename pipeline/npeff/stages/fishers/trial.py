@@ -38,8 +38,8 @@ class Trial:
 class TrialWorker:
     """Tries out a task."""
 
-    def __init__(self, model: ModelSpec, labels: LabelSpec) -> None:
-        self._spec, self._labels = model, labels
+    def __init__(self, model: ModelSpec, labels: LabelSpec, seed: int) -> None:
+        self._spec, self._labels, self._seed = model, labels, seed
 
     def try_out(self, wanted: tuple[SketchSpec, int | Literal["auto"], int, dict[str, Any]]) -> Trial:
         """Prepare and inspect the task, then compute and store a few small shards.
@@ -53,7 +53,7 @@ class TrialWorker:
         sketch, _, _, store = wanted
         with tempfile.TemporaryDirectory(prefix="npeff-") as folder:
             spec = replace(self._spec, cache=Path(folder) / "task")
-            facts = TaskWorker(spec, self._labels).inspect(wanted[:3])
+            facts = TaskWorker(spec, self._labels, self._seed).inspect(wanted[:3])
 
             def worker(shard_size: int) -> FisherWorker:
                 path = Path(folder) / f"{shard_size}.zarr"
@@ -71,7 +71,7 @@ class TrialWorker:
                     n_groups=facts.n_groups if store["groups"] else None,
                 )
                 records = ShardRecords(Path(folder) / "shards", "trial")
-                return FisherWorker(spec, self._labels, sketch, path, records, facts.batch_size)
+                return FisherWorker(spec, self._labels, sketch, self._seed, path, records, facts.batch_size)
 
             small = worker(min(2 * facts.batch_size, store["shard_size"]))
             began = time.monotonic()

@@ -42,13 +42,14 @@ class FisherWorker:
         model: ModelSpec,
         labels: LabelSpec,
         sketch: SketchSpec,
+        seed: int,
         store: Path,
         records: ShardRecords,
         batch_size: int,
         sums: DiagonalSums | None = None,
     ) -> None:
         self._loaded = model.load()
-        linear_map = make_sketch(sketch, self._loaded.layout)
+        linear_map = make_sketch(sketch, self._loaded.layout, seed)
         fishers = PerExampleFishers(self._loaded.model, self._loaded.logits, self._loaded.layout, linear_map, labels)
         self._streams = Streams(self._loaded, fishers)
         self._groups = GroupLayout.of(self._loaded.model, self._loaded.layout)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from npeff.execution.executor import Executor, WorkerSpec
-from npeff.factorization import InvalidProblemError, SolverOptions, stability
+from npeff.factorization import InvalidProblemError, stability
 from npeff.runs.directory import RunDirectory
 from npeff.runs.progress import ProgressDisplay
 from npeff.stages.fits.worker import FitRequest, SelectionWorker
@@ -19,15 +19,18 @@ _REFIT_STARTS = 2
 
 
 def fitting_worker(run: RunDirectory, max_examples: int, **options: Any) -> WorkerSpec:
-    """A worker that fits components to at most `max_examples` of the run's examples; `options` of the solver."""
-    wanted = run.config.factorization
+    """A worker that fits components to at most `max_examples` of the run's examples.
+
+    Args:
+        run: whose examples they are, and whose solver options are used.
+        max_examples: of a fit.
+        options: of the solver, in the place of the run's.
+    """
     return worker_spec(
         run,
         SelectionWorker,
         examples=fitted_examples(run),
-        options=SolverOptions(
-            n_components=1, subsample=wanted.subsample, l1=wanted.l1, orthogonality=wanted.orthogonality, **options
-        ),
+        options=run.config.factorization.solver_options(run.config.seed, **options),
         max_examples=max_examples,
         seed=run.config.seed,
         device=device_of(run.config),

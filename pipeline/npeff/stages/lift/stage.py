@@ -21,7 +21,7 @@ from npeff.stages.inputs import checksums_of, fingerprint_of, lifted_components
 from npeff.stages.lift import LIFT
 from npeff.stages.lift.diagonal_worker import DiagonalLiftWorker
 from npeff.stages.lift.worker import LiftBlock, LiftPaths, LiftWorker
-from npeff.stages.worker_specs import executor_for, fitted_examples, label_spec, model_spec, sketch_spec, worker_spec
+from npeff.stages.worker_specs import executor_for, fitted_examples, model_spec, worker_spec
 from npeff.storage.atomic import is_committed, remove_directory
 from npeff.storage.checksums import read_json
 from npeff.storage.errors import StoreError
@@ -57,8 +57,9 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
             LiftWorker if kind == "fishers" else DiagonalLiftWorker,
             **({} if kind == "fishers" else {"kind": kind}),
             model=model,
-            labels=label_spec(config),
-            sketch=sketch_spec(config),
+            labels=config.fishers.label_spec(config.seed),
+            sketch=config.fishers.sketch,
+            seed=config.seed,
             examples=fitted_examples(run),
             paths=paths,
             checksums=checksums_of(run),

@@ -87,6 +87,7 @@ class LiftWorker:
         model: ModelSpec,
         labels: LabelSpec,
         sketch: SketchSpec,
+        seed: int,
         examples: FittedExamples,
         paths: LiftPaths,
         checksums: dict[int, str],
@@ -94,7 +95,7 @@ class LiftWorker:
     ) -> None:
         self._loaded = model.load()
         self._collector = GradientCollector(self._loaded.model, self._loaded.logits, self._loaded.layout, labels)
-        self._sketch = make_sketch(sketch, self._loaded.layout)
+        self._sketch = make_sketch(sketch, self._loaded.layout, seed)
         self._fishers = FisherStore.open(examples.fishers)
         self._directions = DirectionStore.open(paths.directions)
         factorization = open_factorization(paths.factorization)
