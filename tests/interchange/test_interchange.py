@@ -532,6 +532,37 @@ def test_a_decomposition_alone_can_be_asked_too(
     assert run.factorization.exists()
 
 
+@pytest.mark.parametrize("imported", ["Fishers", "decomposition with its Fishers", "decomposition alone"])
+def test_a_changed_bit_in_a_table_of_an_imported_run_is_found(
+    tmp_path: Path, file: Path, decomposition: tuple[Path, np.ndarray, np.ndarray], imported: str
+) -> None:
+    if imported == "Fishers":
+        run = import_fishers(file, tmp_path / "run")
+        stages, tables = ["fishers"], ["classes", "examples", "parameters"]
+    else:
+        alone = imported == "decomposition alone"
+        run = import_factorization(decomposition[0], tmp_path / "run", fishers=None if alone else file)
+        stages = ["factorize"] if alone else ["fishers", "factorize"]
+        tables = ["classes", "coefficients", "components", "examples", "history", "parameters", "top_examples"]
+    assert sorted(path.stem for path in run.table("examples").parent.iterdir()) == tables
+    assert npeff.check(run) == []
+    for name in tables:
+        whole = run.table(name).read_bytes()
+        changed = bytearray(whole)
+        changed[whole.rindex(b"parquet-cpp-arrow")] ^= 1  # in the file's footer, which Parquet has no checksum of
+        run.table(name).write_bytes(changed)
+        (damage,) = npeff.check(run)
+        assert (damage.what, damage.remedy) == (f"table {name}", "import the file again, into a new run_dir")
+        run.table(name).write_bytes(whole)
+    for stage in stages:
+        record = run.path / "stages" / f"{stage}.json"
+        whole = record.read_bytes()
+        record.write_bytes(whole.replace(b'"seconds": ', b'"seconds": 1'))
+        assert f"record of {stage}" in [damage.what for damage in npeff.check(run)]
+        record.write_bytes(whole)
+    assert npeff.check(run) == []
+
+
 def test_a_factorization_is_exported_and_imported_unchanged(tmp_path: Path, file: Path) -> None:
     run = serial(import_fishers(file, tmp_path / "run", options=ImportOptions(n_components=K)))
     summary = npeff.factorize(run)

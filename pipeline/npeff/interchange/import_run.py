@@ -43,7 +43,10 @@ from npeff.runs.config_reading import ConfigError
 from npeff.runs.config_sections import IMPORTED_TASK
 from npeff.runs.directory import RunDirectory
 from npeff.runs.progress import ProgressDisplay, SilentProgress
+from npeff.runs.stage import Stage
+from npeff.stages.factorize import FACTORIZE
 from npeff.stages.factorize.tables import write_component_tables
+from npeff.stages.fishers import FISHERS
 from npeff.stages.fishers.tables import write_example_tables, write_parameter_table
 from npeff.storage.atomic import is_committed, remove_directory
 from npeff.storage.checksums import file_checksum
@@ -195,8 +198,7 @@ def _import_fishers(
             table = pa.table({"id": [str(example) for example in range(header.n_examples)]})
             write_example_tables(run, table, names)
             write_parameter_table(run, {}, {})
-            run.complete(
-                "fishers",
+            Stage(run, FISHERS, None, began).complete(
                 {
                     "n_examples": header.n_examples,
                     "n_invalid": sum(record.n_invalid for record in complete.values()),
@@ -207,7 +209,6 @@ def _import_fishers(
                     "n_shards": store.plan.n_shards,
                     "worker_seconds": sum(record.seconds for record in complete.values()),
                     "signature": records.signature,
-                    "seconds": time.monotonic() - began,
                 },
             )
     return run
@@ -327,8 +328,13 @@ def _kept_trace(log_p_NC: np.ndarray, ranks_N: np.ndarray) -> np.ndarray:
 def _write_factorization(
     run: RunDirectory, opened: DecompositionFile, file: Path, coordinates: Coordinates
 ) -> dict[str, Any]:
-    """Everything that stage factorize leaves, from a decomposition; what is worth saying of it."""
-    found = opened.decomposition
+    """Write what stage factorize leaves, from a decomposition; the record of the stage.
+
+    No later stage completes the table of components. Without Fishers, no other record holds the checksums of the
+    tables of examples, classes and parameters.
+    """
+    began, found = time.monotonic(), opened.decomposition
+    further_tables = [run.table("components")]
     components_KD, squared_norms_K = _components(opened, file, coordinates)
     coefficients_NK = found.coefficients_NK * squared_norms_K.astype(np.float32)
     summary: dict[str, Any] = {
@@ -359,12 +365,14 @@ def _write_factorization(
         row = {"iteration": 0, "loss": loss, "explained": summary["explained"], "mu": 0.0, "accepted": True}
         history = [row | {"objective": row["loss"], "n_dead": n_dead, "seconds": 0.0, "sent_bytes": 0}]
         coefficients_NK[~store.read_rows(np.arange(store.plan.n_examples), ["valid"])["valid"]] = np.nan
+    else:
+        further_tables += [run.table(name) for name in ("examples", "classes", "parameters")]
     run.reopen("factorize")
     attrs = summary | {"sketch": coordinates.to_json()}
     write_factorization(run.factorization, components_KD, coefficients_NK, attrs)
     write_component_tables(run, components_KD, coefficients_NK)
     write_table(run.table("history"), "history", rows_to_columns(history, "history"))
-    return run.complete("factorize", summary | {"seconds": 0.0})
+    return Stage(run, FACTORIZE, None, began).complete(summary, further_tables)
 
 
 def _components(opened: DecompositionFile, file: Path, coordinates: Coordinates) -> tuple[np.ndarray, np.ndarray]:

@@ -96,9 +96,10 @@ class Stage:
     done: Summary | None
     began: float
 
-    def complete(self, summary: Summary) -> Summary:
-        """Record that the stage is complete, with the checksums of its tables."""
-        tables = {path.stem: file_checksum(path) for path in sealed_tables(self.run, self.definition)}
+    def complete(self, summary: Summary, further_tables: Iterable[Path] = ()) -> Summary:
+        """Record that the stage is complete, with the checksums of its tables and of ``further_tables``."""
+        paths = (*sealed_tables(self.run, self.definition), *further_tables)
+        tables = {path.stem: file_checksum(path) for path in paths}
         said = {**summary, "tables": tables, "seconds": time.monotonic() - self.began}
         return self.run.complete(self.definition.record, {**said, "checksum": json_checksum(said)})
 
