@@ -31,7 +31,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {"errors"},
     ),
     "storage": ({"numpy", "zarr", "upath", "fsspec", "s3fs", "botocore", "aiohttp"}, {"errors"}),
-    "store": ({"zarr", "pyarrow", "numpy", "safetensors"}, {"storage"}),
+    "store": ({"zarr", "pyarrow", "numpy", "safetensors"}, {"errors", "storage"}),
     "execution": (TENSORS | {"ray", "aiohttp"}, {"errors"}),  # Ray's job client raises aiohttp's errors
     "runs": ({"pydantic", "yaml", "rich"}, {"errors", "options", "storage", "store", "execution"}),
     "models": (TENSORS | {"pyarrow"}, {"tasks", "gradients", "fisher", "execution", "store"}),
@@ -40,7 +40,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "stages": (TENSORS | {"scipy", "pyarrow", "safetensors"}, {"*"}),
     "interchange": (
         {"h5py", "pyarrow", "torch", "numpy"},
-        {"stages", "runs", "store", "storage", "factorization"},
+        {"errors", "stages", "runs", "store", "storage", "factorization"},
     ),
     "cli": ({"typer", "rich", "pyarrow"}, {"errors", "stages", "interchange", "runs", "execution", "query", "storage"}),
 }

@@ -1,14 +1,58 @@
-"""The base classes of every error that a user can cause or fix."""
+"""The base classes of every error that a user can cause or fix, and what is shown of other packages' exceptions.
+
+What the program decides by lies in the fields of an error, never in its text, which is for people.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+_Error = TypeVar("_Error", bound="NpeffError")
+
 
 class NpeffError(Exception):
-    """A user error. The message is one line that states the cause and the remedy.
+    """A user error. The message is one line that states the problem and the remedy.
 
     The command line prints the message and exits with code 2. Any other exception is a defect of this package.
+
+    Args:
+        problem: what is wrong, without what to do about it; the field of the same name.
+        remedy: what to do; the field of the same name. It is empty where `problem` is the whole message.
+        path: the file or folder that is missing, damaged or refused; None where it is none of them.
+        separator: between the two in the message.
     """
+
+    def __init__(self, problem: str, remedy: str = "", *, path: Path | None = None, separator: str = ": ") -> None:
+        super().__init__(f"{problem}{separator}{remedy}" if remedy else problem)
+        self.problem, self.remedy, self.path = problem, remedy, path
+
+    @classmethod
+    def of(cls, error: NpeffError) -> Self:
+        """What another error says, as an error of this class."""
+        same = _new(cls, error.args)
+        same.__dict__.update(error.__dict__)
+        return same
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # the default calls the class with the message alone, which loses fields and fails for other constructors
+        return _new, (type(self), self.args), self.__dict__
+
+
+def _new(cls: type[_Error], args: tuple[Any, ...]) -> _Error:
+    return cls.__new__(cls, *args)
 
 
 class ItemError(NpeffError):
     """A user error that may affect one item of work only, so that the other items can still be processed."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, to be shown; the name of its class where it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def as_one_line(error: BaseException, most: int = 300) -> str:
+    """An exception's text on one line, to be shown: at most so many characters, with an ellipsis where it is cut."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= most else text[: most - 1] + "…"

@@ -97,6 +97,36 @@ def test_one_file_of_a_kind_is_found_and_made_again_however_it_was_damaged(
         assert not [name for name in outcome.rewritten if name.startswith(("partial/", "shards/", "directions.zarr/"))]
 
 
+def test_what_is_damaged_is_told_by_fields_and_not_by_texts(reference: Path, tmp_path: Path) -> None:
+    """The name of the directory has all that texts were once taken apart at."""
+    run = Path(shutil.copytree(reference, tmp_path / "a run: it is damaged: twice; or so"))
+    metadata = run / "fishers.zarr/factors/zarr.json"
+    record = run / "partial/lift/00002.json"
+    damage.truncate(metadata)
+    damage.truncate(record)
+    opened = RunDirectory.open(run)
+    found = {each.what: each for each in npeff.check(opened)}
+    assert sorted(found) == ["direction 2", "metadata of fishers.zarr"]
+    assert found["metadata of fishers.zarr"].where == metadata
+    assert found["metadata of fishers.zarr"].why == f"{metadata} is damaged"
+    assert found["direction 2"].why == f"{record} is damaged (not JSON)"
+    assert {each.remedy for each in found.values()} == {f"npeff check --repair {run}"}
+    assert npeff.check(opened, repair=True) == []
+
+
+def test_metadata_of_another_version_are_not_deleted(run: Path) -> None:
+    path = run / "fishers.zarr/zarr.json"
+    content = json.loads(path.read_bytes())
+    content["attributes"]["schema_version"] = 99
+    content.pop("seal", None)
+    path.write_text(json.dumps(content))
+    (found,) = npeff.check(RunDirectory.open(run), repair=True)
+    assert (found.what, found.where) == ("metadata of fishers.zarr", run / "fishers.zarr")
+    assert found.why == f"{run}/fishers.zarr has schema version 99 and this program reads 3"
+    assert found.remedy == "use the version that wrote it, or choose another run_dir"
+    assert path.exists()
+
+
 def test_a_checkpoint_that_is_damaged_goes_and_the_one_before_is_kept(run: Path) -> None:
     newest = max((run / "checkpoints").iterdir())
     damage.flip(newest / "components.npy")

@@ -10,6 +10,8 @@ from typing import Any, BinaryIO, TextIO
 
 import typer
 
+from npeff.errors import first_line
+
 
 class OutputFormat(StrEnum):
     TABLE = "table"
@@ -49,8 +51,7 @@ def write_answer(table: Any, output: OutputFormat | None, file: Path | None) -> 
                 partial.unlink(missing_ok=True)
     except pyarrow.ArrowNotImplementedError as error:
         raise typer.BadParameter(
-            f"{output} cannot hold this answer ({str(error).splitlines()[0]}): cast the column to text, or use "
-            "--format json"
+            f"{output} cannot hold this answer ({first_line(error)}): cast the column to text, or use --format json"
         ) from None
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         if file is None:

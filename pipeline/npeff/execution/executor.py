@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from npeff.errors import ItemError, NpeffError
+from npeff.errors import ItemError, NpeffError, first_line
 
 ATTEMPTS = 3
 """How often an item is given to a worker before it is given up."""
@@ -27,7 +27,8 @@ _IN_A_ROW = 4
 the items' own fault, and the others would fail as well."""
 
 _OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)
-"""In the message of torch's plain RuntimeError, where memory of the CPU runs out."""
+"""In the text of torch's plain RuntimeError where memory of the CPU runs out: torch tells of it in no other way. An
+error of this package is none, whatever its text says."""
 
 
 class ExecutorError(NpeffError):
@@ -105,7 +106,7 @@ def may_be_the_items_fault(error: BaseException) -> bool:
 
 def reason_of(error: BaseException) -> str:
     """One line."""
-    said = str(error).strip().partition("\n")[0] or type(error).__name__
+    said = first_line(error)
     return f"out of memory ({said})" if out_of_memory(error) else said
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from npeff.errors import first_line
 from npeff.execution.executor import WorkerLostError
 
 
@@ -54,7 +55,7 @@ class ProcessGroup:
             backend = "nccl" if self._device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=self._timeout)
         except RuntimeError as error:
-            raise WorkerLostError(f"the workers could not connect ({_first_line(error)})") from None
+            raise WorkerLostError(f"the workers could not connect ({first_line(error)})") from None
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """The sum over all workers, in place.
@@ -67,7 +68,7 @@ class ProcessGroup:
             try:
                 dist.all_reduce(tensor)
             except RuntimeError as error:
-                raise WorkerLostError(f"the all-reduce failed ({_first_line(error)})") from None
+                raise WorkerLostError(f"the all-reduce failed ({first_line(error)})") from None
         return tensor
 
     def gathered(self, tensor: Tensor) -> list[Tensor]:
@@ -83,7 +84,7 @@ class ProcessGroup:
         try:
             dist.all_gather(found, tensor)
         except RuntimeError as error:
-            raise WorkerLostError(f"the all-gather failed ({_first_line(error)})") from None
+            raise WorkerLostError(f"the all-gather failed ({first_line(error)})") from None
         return found
 
     def union(self, values: Tensor) -> Tensor:
@@ -112,7 +113,3 @@ class ProcessGroupMember:
             WorkerLostError: not all workers came.
         """
         self._peers.connect(host, port)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or "no details").splitlines()[0]

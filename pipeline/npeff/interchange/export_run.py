@@ -58,7 +58,8 @@ def export_fishers(run_dir: str | Path, file: str | Path, n_values: int | None =
     run = RunDirectory.open(run_dir)
     store, checksums = complete_fishers(run)
     if "logits" not in store.array_names:
-        raise StoreError(f"{store.path} has no logits, as its examples are sequences: a PEF file cannot do without")
+        problem = f"{store.path} has no logits, as its examples are sequences"
+        raise StoreError(problem, "a PEF file cannot do without")
     parameters_D, n_parameters = parameters_of(store.attrs["sketch"], store.dim)
     source = store.attrs.get("source", {})
     low_rank = source.get("format") == "LRM-PEF"
@@ -112,11 +113,11 @@ def complete_fishers(run: RunDirectory) -> tuple[FisherStore, dict[int, str]]:
     imported = run.config.task.name == IMPORTED_TASK
     remedy = "import it again, with its Fishers" if imported else f"run `npeff fishers {run.path}` first"
     if record is None:
-        raise RunDirectoryError(f"stage fishers of {run.path} is not complete: {remedy}")
+        raise RunDirectoryError(f"stage fishers of {run.path} is not complete", remedy)
     store = FisherStore.open(run.fishers)
     records = ShardRecords(run.shard_records, record["signature"]).complete()
     if missing := sorted(set(range(store.plan.n_shards)) - set(records)):
-        raise StoreError(f"shard {missing[0]} of {run.fishers} has no record: {remedy}")
+        raise StoreError(f"shard {missing[0]} of {run.fishers} has no record", remedy, path=run.fishers)
     return store, {shard: records[shard].checksum for shard in range(store.plan.n_shards)}
 
 

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from npeff.errors import as_one_line
 from npeff.storage.atomic import local_copy
 from npeff.storage.errors import StoreError, os_errors_explained
 from npeff.storage.location import location
@@ -150,7 +151,9 @@ class _File:
         self._file = file
 
     def error(self, what: str) -> StoreError:
-        return StoreError(f"{self.path} {what}: it is damaged or of another format, get or export it again")
+        return StoreError(
+            f"{self.path} {what}", "it is damaged or of another format, get or export it again", path=self.path
+        )
 
     def has(self, name: str) -> bool:
         with _damage_explained(self.path):
@@ -400,7 +403,7 @@ def open_pef(path: str | Path) -> Iterator[PefFile]:
     with _opened(location(path)) as file:
         form = _format(file)
         if form != "LRM-PEF" and form != "LVRM-PEF":
-            raise StoreError(f"{path} has the format {form}: give an LRM-PEF or LVRM-PEF file")
+            raise StoreError(f"{path} has the format {form}", "give an LRM-PEF or LVRM-PEF file", path=file.path)
         yield PefFile(file, form)
 
 
@@ -410,7 +413,7 @@ def open_diagonal_pef(path: str | Path) -> Iterator[DiagonalPefFile]:
     with _opened(location(path)) as file:
         form = _format(file)
         if form != "D-PEF":
-            raise StoreError(f"{path} has the format {form}: give a D-PEF file")
+            raise StoreError(f"{path} has the format {form}", "give a D-PEF file", path=file.path)
         yield DiagonalPefFile(file)
 
 
@@ -420,7 +423,7 @@ def open_decomposition(path: str | Path) -> Iterator[DecompositionFile]:
     with _opened(location(path)) as file:
         form = _format(file)
         if form != "LRM decomposition" and form != "D decomposition":
-            raise StoreError(f"{path} has the format {form}: give an LRM or D decomposition")
+            raise StoreError(f"{path} has the format {form}", "give an LRM or D decomposition", path=file.path)
         yield DecompositionFile(file, form)
 
 
@@ -428,7 +431,9 @@ def _format(file: _File) -> Format:
     found = [form for name, form in _TELLING.items() if file.has(f"data/{name}")]
     if len(found) != 1:
         raise StoreError(
-            f"{file.path} is none of the reference's files: give an LRM-PEF, LVRM-PEF or D-PEF file or a decomposition"
+            f"{file.path} is none of the reference's files",
+            "give an LRM-PEF, LVRM-PEF or D-PEF file or a decomposition",
+            path=file.path,
         )
     return found[0]
 
@@ -437,7 +442,7 @@ def _h5py(path: Path) -> Any:
     try:
         import h5py
     except ImportError:
-        raise StoreError(f"{path} is an HDF5 file, for which h5py is needed: pip install 'h5py>=3.14'") from None
+        raise StoreError(f"{path} is an HDF5 file, for which h5py is needed", "pip install 'h5py>=3.14'") from None
     return h5py
 
 
@@ -447,8 +452,8 @@ def _damage_explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise StoreError(f"{path} is damaged ({reason:.200}): get or export it again") from error
+        problem = f"{path} is damaged ({as_one_line(error, 200)})"
+        raise StoreError(problem, "get or export it again", path=path) from error
 
 
 @contextmanager
@@ -458,7 +463,8 @@ def _opened(path: Path) -> Iterator[_File]:
         with os_errors_explained("read", path), copy.open("rb"):
             pass
         if not h5py.is_hdf5(copy):
-            raise StoreError(f"{path} is not an HDF5 file: give a file of the reference, or get it again")
+            remedy = "give a file of the reference, or get it again"
+            raise StoreError(f"{path} is not an HDF5 file", remedy, path=path)
         with _damage_explained(path):
             file = h5py.File(copy, "r")
         with file:

@@ -135,10 +135,16 @@ def _one_os_error() -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        number = re.search(r"errno = (\d+)", str(error))
+        number = error.errno if isinstance(error, OSError) else _errno_of(error)
         if number is None:
             raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        raise OSError(number, os.strerror(number)) from error
+
+
+def _errno_of(error: RuntimeError) -> int | None:
+    """Of the failed system call: HDF5 hands it over in the text alone where h5py raises no OSError."""
+    found = re.search(r"errno = (\d+)", str(error))
+    return int(found[1]) if found else None
 
 
 @contextmanager

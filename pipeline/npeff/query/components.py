@@ -89,7 +89,7 @@ class ComponentStore:
         try:
             arrays = DirectionStore.open(path).arrays
         except StoreError as error:
-            raise QueryError(str(error)) from error
+            raise QueryError.of(error) from error
         return {name: _as_dask(array) for name, array in arrays.items()}
 
     @cached_property
@@ -369,7 +369,8 @@ class ComponentStore:
 
     def _corrupt(self, name: str) -> QueryError:
         path = self.run_dir / "factorization.zarr"
-        return QueryError(f"{name} of {path} are corrupt: delete it and run `npeff factorize {self.run_dir}` again")
+        remedy = f"delete it and run `npeff factorize {self.run_dir}` again"
+        return QueryError(f"{name} of {path} are corrupt", remedy, path=path / name)
 
     @property
     def _fisher_attributes(self) -> dict[str, Any]:
@@ -378,7 +379,7 @@ class ComponentStore:
         try:
             return FisherStore.open(self.run_dir / "fishers.zarr").attrs
         except StoreError as error:
-            raise QueryError(str(error)) from error
+            raise QueryError.of(error) from error
 
     def _example_index(self, example: int | str) -> int:
         rows = self._examples_called("id", example) if isinstance(example, str) else []
@@ -420,7 +421,7 @@ class ComponentStore:
         try:
             return open_factorization(path)
         except StoreError as error:
-            raise QueryError(str(error)) from error
+            raise QueryError.of(error) from error
 
 
 def _as_dask(array: zarr.Array) -> da.Array:

@@ -14,11 +14,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from npeff.errors import first_line
 from npeff.query.errors import QueryError
 from npeff.query.sql import locked_down
 from npeff.query.tables import NAMED_CLASSES, RunTables
 
 _NO_COLUMN = re.compile(r'Referenced column "([^"]*)" not found')
+"""In the text of DuckDB's BinderException, which names the column in no field."""
 
 
 def matching(tables: RunTables, condition: str) -> NDArray[np.bool_]:
@@ -55,8 +57,7 @@ def matching(tables: RunTables, condition: str) -> NDArray[np.bool_]:
 def _explained(error: duckdb.Error, condition: str, columns: list[str]) -> QueryError:
     missing = _NO_COLUMN.search(str(error))
     if missing is None:
-        reason = next(iter(str(error).splitlines()), "no reason given")
-        return QueryError(f"the condition {condition!r} is not one that SQL understands: {reason}")
+        return QueryError(f"the condition {condition!r} is not one that SQL understands: {first_line(error)}")
     near = difflib.get_close_matches(missing[1], columns, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(columns)}"
     return QueryError(f"examples have no column '{missing[1]}': {hint} (text goes into single quotes)")

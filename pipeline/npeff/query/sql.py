@@ -13,6 +13,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from npeff.errors import first_line
 from npeff.query.errors import QueryError
 from npeff.query.tables import RunTables
 
@@ -51,9 +52,9 @@ def run_sql(tables: RunTables, query: str) -> pa.Table:
             return _without_decimals(_with_distinct_names(connection.sql(query).to_arrow_table()))
         except duckdb.CatalogException as error:
             there = ", ".join(tables.names()) or "none yet"
-            raise QueryError(f"SQL: {str(error).splitlines()[0]} (tables: {there})") from error
+            raise QueryError(f"SQL: {first_line(error)} (tables: {there})") from error
         except duckdb.Error as error:
-            raise QueryError(f"SQL: {str(error).splitlines()[0]}") from error
+            raise QueryError(f"SQL: {first_line(error)}") from error
 
 
 def _with_distinct_names(table: pa.Table) -> pa.Table:

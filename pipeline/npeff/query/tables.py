@@ -49,7 +49,7 @@ def _parquet(remote: bool) -> ds.ParquetFileFormat:
 
 def missing(run_dir: Path, what: str, command: str) -> QueryError:
     """The error for something that a stage has not written yet."""
-    return QueryError(f"{what} is not there yet: run `npeff {command} {run_dir}` first")
+    return QueryError(f"{what} is not there yet", f"run `npeff {command} {run_dir}` first")
 
 
 def _located(path: Path) -> tuple[str, pa_fs.FileSystem]:
@@ -123,7 +123,7 @@ class RunTables:
             try:
                 check_version(path, file.schema_arrow)
             except StoreError as error:
-                raise QueryError(str(error)) from error
+                raise QueryError.of(error) from error
             self._files[name] = file
         return self._files[name]
 
@@ -191,7 +191,8 @@ class RunTables:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise QueryError(f"{path} is not valid JSON ({error}): delete it and run its stage again") from error
+            problem = f"{path} is not valid JSON ({error})"
+            raise QueryError(problem, "delete it and run its stage again", path=path) from error
         return record if isinstance(record, dict) else {}
 
     def stages(self) -> dict[str, dict[str, Any]]:
@@ -209,5 +210,5 @@ class RunTables:
             yield
         except (pa.ArrowInvalid, OSError) as error:
             path = self._folder / f"{name}.parquet"
-            command = WRITTEN_BY.get(name, "run")
-            raise QueryError(f"{path} is damaged: delete it and run `npeff {command} {self.run_dir}` again") from error
+            remedy = f"delete it and run `npeff {WRITTEN_BY.get(name, 'run')} {self.run_dir}` again"
+            raise QueryError(f"{path} is damaged", remedy, path=path) from error

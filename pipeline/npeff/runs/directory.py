@@ -18,7 +18,7 @@ from typing import Any
 
 from npeff.runs.config import RunConfig
 from npeff.runs.config_reading import ConfigError
-from npeff.runs.errors import RunDirectoryError
+from npeff.runs.errors import RunDirectoryError, damaged_record
 from npeff.runs.lock import LEASE, run_lock
 from npeff.runs.provenance import provenance
 from npeff.storage.atomic import is_committed, write_file_atomically
@@ -183,7 +183,7 @@ class RunDirectory:
         except (OSError, ValueError):
             record = None
         if not isinstance(record, dict) or record.get("stage") != stage:
-            raise RunDirectoryError(f"{path} is damaged: delete it and run `npeff {stage} {self.path}` again")
+            raise damaged_record(self.path, stage)
         return record
 
     def reopen(self, stage: str) -> None:
@@ -235,11 +235,12 @@ def _absolute(run_dir: str | Path) -> Path:
     try:
         return location(run_dir).expanduser().absolute()
     except StoreError as error:
-        raise RunDirectoryError(f"run_dir: {error}") from None
+        raise RunDirectoryError(f"run_dir: {error.problem}", error.remedy) from None
 
 
 def _stored_config(path: Path) -> RunConfig:
     try:
         return RunConfig.from_yaml(path)
     except ConfigError as error:
-        raise RunDirectoryError(f"the run's own configuration is damaged: {error}; restore it from a copy") from None
+        problem = f"the run's own configuration is damaged: {error}"
+        raise RunDirectoryError(problem, "restore it from a copy", path=path, separator="; ") from None

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from npeff.errors import NpeffError
 
 
 class RunDirectoryError(NpeffError):
     """A run directory that cannot be used; the message says why and what to do."""
+
+
+def damaged_record(run_dir: Path, stage: str, details: str = "") -> RunDirectoryError:
+    """The error for the damaged record of a stage that was complete."""
+    path, found = run_dir / "stages" / f"{stage}.json", f" ({details})" if details else ""
+    remedy = f"delete it and run `npeff {stage} {run_dir}` again"
+    return RunDirectoryError(f"{path} is damaged{found}", remedy, path=path)

@@ -57,7 +57,7 @@ def _remote_lock(path: Path) -> Iterator[None]:
             abort_uploads(path)
             yield
     except HeldError as error:
-        raise _in_use(path, str(error)) from None
+        raise _in_use(path, error.owner) from None
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from npeff.runs.errors import RunDirectoryError
 from npeff.runs.stage import checked_record, unit_checksums, unit_files
 from npeff.storage.atomic import remove_directory
 from npeff.storage.errors import StoreError
-from npeff.storage.location import location
 from npeff.storage.zarr_groups import METADATA
 from npeff.store.tables import read_table
 
@@ -31,8 +30,6 @@ class Part:
     mendable: bool = True
     remedy: str = ""
     """Where it cannot be made again."""
-    says_all: bool = False
-    """The error's line is shown whole; of others only what is wrong, as what to do is shown beside it."""
 
 
 def delete(path: Path) -> None:
@@ -45,13 +42,13 @@ def delete(path: Path) -> None:
 
 def metadata_parts(group: Path, error: StoreError, record: Path) -> Iterator[Part]:
     """Of a store that cannot be opened: its damaged ``zarr.json``. What is stored in it is verified once it is back."""
-    named = location(str(error).partition(" is damaged")[0])
-    files = (named,) if named.name == METADATA and group in named.parents else ()
+    named = error.path or group
+    files = (named,) if named.name == METADATA else ()
 
     def verify() -> None:
         raise error
 
-    yield Part(f"metadata of {group.name}", named, verify, (*files, record), mendable=bool(files), remedy=str(error))
+    yield Part(f"metadata of {group.name}", named, verify, (*files, record), mendable=bool(files), remedy=error.remedy)
 
 
 def unit_parts(run: RunDirectory, stage: StageDefinition, what: str) -> Iterator[Part]:
@@ -78,7 +75,7 @@ def finished_components(run: RunDirectory, stage: str) -> list[int]:
 
 
 def missing(path: Path) -> None:
-    raise StoreError(f"{path} is missing")
+    raise StoreError(f"{path} is missing", path=path)
 
 
 def intact_record(run: RunDirectory, stage: str) -> Summary | None:

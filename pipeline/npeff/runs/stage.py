@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
+from npeff.errors import first_line
 from npeff.execution.executor import ExecutorError, out_of_memory
 from npeff.runs.definition import StageDefinition, Summary
 from npeff.runs.directory import RunDirectory
-from npeff.runs.errors import RunDirectoryError
+from npeff.runs.errors import RunDirectoryError, damaged_record
 from npeff.storage.atomic import is_committed, remove_directory
 from npeff.storage.checksums import file_checksum, json_checksum, read_json, write_json_atomically
 
@@ -80,10 +81,7 @@ def checked_record(run: RunDirectory, stage: str) -> Summary | None:
         return None
     said = {key: value for key, value in record.items() if key not in ("stage", "completed_at", "checksum")}
     if record.get("checksum") not in (None, json_checksum(said)):
-        path = run.path / "stages" / f"{stage}.json"
-        raise RunDirectoryError(
-            f"{path} is damaged (it does not match its checksum): delete it and run `npeff {stage} {run.path}` again"
-        )
+        raise damaged_record(run.path, stage, "it does not match its checksum")
     return record
 
 
@@ -120,10 +118,10 @@ def open_stage(run: RunDirectory, definition: StageDefinition) -> Iterator[Stage
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            details = str(error).partition("\n")[0] or "no details"
             raise ExecutorError(
-                f"stage {definition.name} ran out of memory ({details}): lower fishers.batch_size, fishers.sketch.dim "
-                "(in a new run_dir) or lift.memory_limit_mb, or give the workers more memory"
+                f"stage {definition.name} ran out of memory ({first_line(error)})",
+                "lower fishers.batch_size, fishers.sketch.dim (in a new run_dir) or lift.memory_limit_mb, or give the "
+                "workers more memory",
             ) from error
 
 
@@ -135,8 +133,8 @@ def record_of(run: RunDirectory, stage: StageDefinition) -> Summary:
     """
     record = recorded(run, stage)
     if record is None:
-        name = stage.name
-        raise RunDirectoryError(f"stage {name} of {run.path} is not complete: run `npeff {name} {run.path}` first")
+        problem = f"stage {stage.name} of {run.path} is not complete"
+        raise RunDirectoryError(problem, f"run `npeff {stage.name} {run.path}` first")
     return record
 
 

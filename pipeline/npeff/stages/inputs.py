@@ -67,7 +67,8 @@ def checksums_of(run: RunDirectory) -> dict[int, str]:
     records = ShardRecords(run.shard_records, fishers["signature"]).complete()
     missing = [shard for shard in range(fishers["n_shards"]) if shard not in records]
     if missing:
-        raise StoreError(f"shard {missing[0]} of {run.fishers} has no record: run `npeff fishers {run.path}` first")
+        problem = f"shard {missing[0]} of {run.fishers} has no record"
+        raise StoreError(problem, f"run `npeff fishers {run.path}` first", path=run.fishers)
     return {shard: record.checksum for shard, record in records.items()}
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from npeff.storage.atomic import write_file_atomically
-from npeff.storage.errors import StoreError, os_errors_explained
+from npeff.storage.errors import damaged_file, os_errors_explained
 
 _CHECKSUM_BYTES = 16
 
@@ -66,11 +66,11 @@ def read_json(path: Path) -> Any:
     try:
         found = json.loads(content)
     except ValueError as error:  # of which UnicodeDecodeError is a kind
-        raise StoreError(f"{path} is damaged (not JSON): delete it and run the same command again") from error
+        raise damaged_file(path, "not JSON") from error
     try:
         return unsealed(found) if isinstance(found, dict) else found
     except ValueError as error:
-        raise StoreError(f"{path} is damaged ({error}): delete it and run the same command again") from error
+        raise damaged_file(path, str(error)) from error
 
 
 def checksum(arrays: Mapping[str, np.ndarray]) -> str:

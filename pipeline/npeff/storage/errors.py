@@ -8,14 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from npeff.errors import NpeffError
+from npeff.errors import NpeffError, first_line
 
 
 class StoreError(NpeffError):
-    """Something on disk is missing, damaged, foreign or cannot be written.
-
-    The message is one line that names the path and says what to do about it.
-    """
+    """Something on disk is missing, damaged, foreign or cannot be written; `path` says which file or folder."""
 
 
 class ObjectStoreError(NpeffError):
@@ -23,6 +20,12 @@ class ObjectStoreError(NpeffError):
 
     It is no StoreError: it says nothing of what is stored, and must not be taken for damage.
     """
+
+
+def damaged_file(path: Path, details: str = "") -> StoreError:
+    """The error for a damaged file that the same command writes again once it is deleted."""
+    found = f" ({details})" if details else ""
+    return StoreError(f"{path} is damaged{found}", "delete it and run the same command again", path=path)
 
 
 _ADVICE = {
@@ -41,6 +44,6 @@ def os_errors_explained(action: str, path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         gone = os.strerror(errno.ENOENT) if isinstance(error, FileNotFoundError) else None
-        reason = error.strerror or gone or str(error).partition("\n")[0]
+        reason = error.strerror or gone or first_line(error)
         advice = _ADVICE.get(error.errno or 0, "mend this and run the same command again")
-        raise StoreError(f"cannot {action} {path}: {reason}; {advice}") from error
+        raise StoreError(f"cannot {action} {path}: {reason}", advice, path=path, separator="; ") from error

@@ -39,7 +39,11 @@ _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 class HeldError(Exception):
-    """The lock is another's; the message says whose."""
+    """The lock is held by another process, the `owner`."""
+
+    def __init__(self, owner: str) -> None:
+        super().__init__(owner)
+        self.owner = owner
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from s3fs import S3FileSystem
 from upath.implementations.cloud import S3Path as UniversalS3Path
 from upath.registry import register_implementation
 
+from npeff.errors import first_line
 from npeff.storage.errors import ObjectStoreError
 
 LOCK = ".lock"
@@ -150,11 +151,11 @@ def _explained(error: Exception, method: str, place: str) -> Exception:
     if isinstance(error, _NO_CREDENTIALS):
         return ObjectStoreError(f"cannot use s3://{place}: there are no credentials ({error}): {_NEW_CREDENTIALS}")
     if not code and not isinstance(error, ClientError):
-        reason = _first_line(error)
+        reason = _details(error)
         return ObjectStoreError(
             f"cannot reach s3://{place} ({reason}): look at the network and AWS_ENDPOINT_URL; {_LATER}"
         )
-    return _sentence(code, method, place, _first_line(error))
+    return _sentence(code, method, place, _details(error))
 
 
 def _sentence(code: str, method: str, place: str, details: str) -> ObjectStoreError:
@@ -164,7 +165,7 @@ def _sentence(code: str, method: str, place: str, details: str) -> ObjectStoreEr
     return ObjectStoreError(f"cannot use s3://{place} ({method}: {code}): {meaning}")
 
 
-def _first_line(error: BaseException) -> str:
+def _details(error: BaseException) -> str:
     if isinstance(error, asyncio.TimeoutError):
         return "no answer in time"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)

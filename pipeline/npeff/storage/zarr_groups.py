@@ -47,23 +47,24 @@ def open_group(path: Path, kind: str, version: int, command: str) -> tuple[zarr.
     with os_errors_explained("read", path):
         exists = is_committed(path) if is_remote(path) else path.is_dir()
     if not exists:
-        raise StoreError(f"{path} does not exist: run `npeff {command} {path.parent}` first")
+        raise StoreError(f"{path} does not exist", f"run `npeff {command} {path.parent}` first", path=path)
     try:
         metadata = read_json(path / METADATA)
     except StoreError as error:
-        raise StoreError(_damaged(path / "zarr.json", path, command)) from error
+        raise damaged_metadata(path, "", command) from error
     attrs = metadata.get("attributes") if isinstance(metadata, dict) else None
     if not isinstance(attrs, dict) or attrs.get("kind") != kind:
-        raise StoreError(f"{path} is not {kind}: choose another run_dir")
+        raise StoreError(f"{path} is not {kind}", "choose another run_dir", path=path)
     if attrs.get("schema_version") != version:
         raise StoreError(
-            f"{path} has schema version {attrs.get('schema_version')} and this program reads {version}: "
-            "use the version that wrote it, or choose another run_dir"
+            f"{path} has schema version {attrs.get('schema_version')} and this program reads {version}",
+            "use the version that wrote it, or choose another run_dir",
+            path=path,
         )
     try:
         return zarr.open_group(_zarr_store(path), mode="r+"), unsealed(attrs)
     except (KeyError, ValueError, TypeError) as error:
-        raise StoreError(_damaged(path / "zarr.json", path, command)) from error
+        raise damaged_metadata(path, "", command) from error
 
 
 def restore_metadata(path: Path, create: Callable[[Path], object]) -> None:
@@ -93,9 +94,9 @@ def open_array(group: zarr.Group, path: Path, name: str, command: str) -> zarr.A
     try:
         array = group[name]
     except (KeyError, ValueError, TypeError, OSError) as error:
-        raise StoreError(_damaged(path / name / METADATA, path, command)) from error
+        raise damaged_metadata(path, name, command) from error
     if not isinstance(array, zarr.Array):  # a flipped bit in its node_type
-        raise StoreError(_damaged(path / name / METADATA, path, command))
+        raise damaged_metadata(path, name, command)
     return array
 
 
@@ -108,12 +109,10 @@ def _zarr_store(path: Path) -> Path | FsspecStore:
 
 
 def damaged_metadata(path: Path, name: str, command: str) -> StoreError:
-    """That of an array, or, where `name` is empty, of the group at `path`."""
-    return StoreError(_damaged(path / name / METADATA, path, command))
-
-
-def _damaged(what: Path, group_path: Path, command: str) -> str:
-    return f"{what} is damaged: delete {group_path} and run `npeff {command} {group_path.parent}` again"
+    """The error whose `path` is the ``zarr.json`` of an array, or, where `name` is empty, of the group at `path`."""
+    file = path / name / METADATA
+    remedy = f"delete {path} and run `npeff {command} {path.parent}` again"
+    return StoreError(f"{file} is damaged", remedy, path=file)
 
 
 def stored_path(group_path: Path, name: str, array: zarr.Array, index: int) -> Path:

@@ -131,7 +131,9 @@ class CheckpointStore:
             return Checkpoint(iteration, path, arrays, names, tuple(warnings))
         if warnings:
             raise StoreError(
-                f"all checkpoints in {self.directory} are damaged: delete it and run the same command again"
+                f"all checkpoints in {self.directory} are damaged",
+                "delete it and run the same command again",
+                path=self.directory,
             )
         return None
 
@@ -145,7 +147,7 @@ class CheckpointStore:
             self._verify(path)
         except (_DamagedError, OSError) as damage:
             raise StoreError(
-                f"checkpoint {path} is damaged ({damage}): delete it, the one before is gone on from"
+                f"checkpoint {path} is damaged ({damage})", "delete it, the one before is gone on from", path=path
             ) from damage
 
     def _verify(self, path: Path) -> tuple[tuple[str, ...], list[str]]:
@@ -158,8 +160,9 @@ class CheckpointStore:
             raise _DamagedError(f"{_MANIFEST} is missing or unreadable") from error
         if version != _SCHEMA_VERSION or config_hash != self.config_hash:
             raise StoreError(
-                f"checkpoint {path} is of another configuration (hash {config_hash}, not {self.config_hash}): "
-                f"choose another run_dir, or delete {self.directory} to start the stage again"
+                f"checkpoint {path} is of another configuration (hash {config_hash}, not {self.config_hash})",
+                f"choose another run_dir, or delete {self.directory} to start the stage again",
+                path=path,
             )
         for name, expected in checksums.items():
             if file_checksum(_file(path, name)) != expected:

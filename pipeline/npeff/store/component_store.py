@@ -62,14 +62,15 @@ class StoredFactorization:
         return None if self.columns is None else self._read("columns", self.columns)
 
     def _read(self, name: str, array: zarr.Array) -> np.ndarray:
-        damage = f"{name} of {self.path} are corrupt: delete it and run `npeff factorize {self.path.parent}` again"
+        remedy = f"delete it and run `npeff factorize {self.path.parent}` again"
+        damage = StoreError(f"{name} of {self.path} are corrupt", remedy, path=self.path / name)
         try:
             values = np.asarray(array[...])
         except (ValueError, OSError) as error:
-            raise StoreError(damage) from error
+            raise damage from error
         # a missing chunk reads as NaN, which in the coefficients would pass for an example left out
         if checksum({name: values}) != self.attrs["checksums"][name]:
-            raise StoreError(damage)
+            raise damage
         return values
 
 

@@ -26,7 +26,7 @@ from safetensors.numpy import save
 
 from npeff.storage.atomic import local_copy, write_file_atomically
 from npeff.storage.checksums import checksum
-from npeff.storage.errors import StoreError, os_errors_explained
+from npeff.storage.errors import StoreError, damaged_file, os_errors_explained
 from npeff.storage.location import is_remote
 from npeff.storage.objects import read_range
 
@@ -113,7 +113,8 @@ class DiagonalSums:
             StoreError: a file is damaged, of another run or missing, or cannot be written.
         """
         if (n_folded := self._n_folded()) != self.n_units:
-            raise StoreError(f"{self.folder} has the sums of {n_folded} of {self.n_units} units: run the command again")
+            problem = f"{self.folder} has the sums of {n_folded} of {self.n_units} units"
+            raise StoreError(problem, "run the command again", path=self.folder)
         sums = self._added([self._total])
         mean = {name: (values / max(n_examples, 1)).astype(np.float32) for name, values in sums.items()}
         _write(path, mean, {**metadata, "n_examples": str(n_examples)})
@@ -143,7 +144,7 @@ class DiagonalSums:
             with self._opened(path) as file:
                 found = _read(file)
                 if found is None or (sums and sums.keys() != found.keys()):
-                    raise self._damaged(path)
+                    raise damaged_file(path)  # without the total the units that it is of are missing again
                 for name, values in found.items():
                     sums[name] = sums[name] + values if name in sums else values
         return sums
@@ -159,7 +160,9 @@ class DiagonalSums:
     def _check(self, path: Path, metadata: Mapping[str, str]) -> None:
         if metadata.get("signature") != self.signature:
             raise StoreError(
-                f"{path} is of another run: choose another run_dir, or delete {self.folder} to compute it again"
+                f"{path} is of another run",
+                f"choose another run_dir, or delete {self.folder} to compute it again",
+                path=path,
             )
 
     @contextmanager
@@ -169,11 +172,7 @@ class DiagonalSums:
                 self._check(path, file.metadata() or {})
                 yield file
         except SafetensorError as error:
-            raise self._damaged(path) from error
-
-    def _damaged(self, path: Path) -> StoreError:
-        # without the total the units that it is of are missing again
-        return StoreError(f"{path} is damaged: delete it and run the same command again")
+            raise damaged_file(path) from error
 
 
 def _header(path: Path) -> dict[str, Any]:
@@ -195,7 +194,7 @@ def read_diagonal(path: Path) -> dict[str, np.ndarray]:
     except SafetensorError:
         found = None
     if found is None:
-        raise StoreError(f"{path} is damaged: delete it and run the same command again")
+        raise damaged_file(path)
     return found
 
 

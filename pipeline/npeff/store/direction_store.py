@@ -146,16 +146,18 @@ class DirectionStore:
             raise IndexError(f"component {component} is outside 0..{self.n_components - 1}")
 
     def _read(self, name: str, component: int) -> np.ndarray:
-        damage = (
-            f"{name} of direction {component} in {self.path} is corrupt: run `npeff check --repair {self.path.parent}` "
-            f"or delete {self.path} and run `npeff lift {self.path.parent}` again"
+        damage = StoreError(
+            f"{name} of direction {component} in {self.path} is corrupt",
+            f"run `npeff check --repair {self.path.parent}` or delete {self.path} and run "
+            f"`npeff lift {self.path.parent}` again",
+            path=self.path / name,
         )
         try:
             values = np.asarray(self.arrays[name][component], np.float32)
         except (ValueError, OSError) as error:
-            raise StoreError(damage) from error
+            raise damage from error
         if not np.isfinite(values).all():  # a missing chunk reads as NaN
-            raise StoreError(damage)
+            raise damage
         return values
 
 
@@ -190,5 +192,5 @@ def read_sums(path: Path, index: int, size: int) -> np.ndarray:
                 stream.seek(start)
                 content = stream.read(stop - start)
     if len(content) != stop - start:
-        raise StoreError(f"{path} is truncated: delete it and run the same command again")
+        raise StoreError(f"{path} is truncated", "delete it and run the same command again", path=path)
     return np.frombuffer(content, dtype="<f4")

@@ -178,16 +178,16 @@ class FisherStore:
         with os_errors_explained("write", path):
             exists = is_committed(path)
         if exists:
-            raise StoreError(f"{path} exists already: open it to resume, or choose another run_dir")
+            raise StoreError(f"{path} exists already", "open it to resume, or choose another run_dir", path=path)
         if n_examples < 1:
-            raise StoreError(f"there are no examples to store in {path}: give a data set with at least one")
+            raise StoreError(f"there are no examples to store in {path}", "give a data set with at least one")
         sizes = {"rank": rank, "dim": dim, "n_classes": n_classes, "shard_size": shard_size}
         diagonals = {"top_entries": top_entries, "n_groups": n_groups}
         sizes |= {name: size for name, size in diagonals.items() if size is not None}
         if impossible := [f"{name} = {size}" for name, size in sizes.items() if size < 1]:
-            raise StoreError(f"{path} cannot have {', '.join(impossible)}: each must be at least 1")
+            raise StoreError(f"{path} cannot have {', '.join(impossible)}", "each must be at least 1")
         if store_dtype not in get_args(StoreDtype):
-            raise StoreError(f"store_dtype {store_dtype!r} is unknown: choose {', '.join(get_args(StoreDtype))}")
+            raise StoreError(f"store_dtype {store_dtype!r} is unknown", f"choose {', '.join(get_args(StoreDtype))}")
         own = {"normalised": True, "n_examples": n_examples, **sizes, "store_dtype": store_dtype}
         own["with_logits"] = with_logits
         with replacing_directory(path) as partial:
@@ -298,7 +298,7 @@ class FisherStore:
     def _read_stored(self, shard: int, checksum: str | None) -> dict[str, np.ndarray]:
         stored = {name: self._read(name, shard, slice(*self.plan.bounds(shard))) for name in self.array_names}
         if checksum is not None and checksum_of(stored) != checksum:
-            raise self._shard_error(shard, "does not match its checksum")
+            raise self._shard_error(shard, "does not match its checksum", self.path)
         return stored
 
     def _encode(self, shard: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -325,14 +325,14 @@ class FisherStore:
     def _check(self, where: str, factors: np.ndarray, stored: Mapping[str, np.ndarray]) -> None:
         remedy = "mark such examples as not valid and set them to zero"
         if not np.isfinite(factors).all():
-            raise StoreError(f"factors of {where} are not finite: {remedy}")
+            raise StoreError(f"factors of {where} are not finite", remedy)
         if not np.isfinite(self._decode("factors", stored["factors"])).all():
-            raise StoreError(f"factors of {where} do not fit {self.store_dtype}: set fishers.store_dtype to float32")
+            raise StoreError(f"factors of {where} do not fit {self.store_dtype}", "set fishers.store_dtype to float32")
         for name in ("frobenius_norms", "grams", "diagonal_norms", "diagonal_values", "grouped_diagonal"):
             if name in stored and not np.isfinite(stored[name]).all():
-                raise StoreError(f"{name} of {where} are not finite: {remedy}")
+                raise StoreError(f"{name} of {where} are not finite", remedy)
         if "logits" in stored and not np.isfinite(stored["logits"][stored["valid"]]).all():
-            raise StoreError(f"logits of {where} are not finite: mark such examples as not valid")
+            raise StoreError(f"logits of {where} are not finite", "mark such examples as not valid")
         if ((stored["ranks"] < 0) | (stored["ranks"] > self.rank)).any():
             raise StoreError(f"ranks of {where} are not all in 0..{self.rank}")
 
@@ -345,14 +345,13 @@ class FisherStore:
         """Rows, all of which lie in `shard`, of one stored array."""
         path = stored_path(self.path, name, self._arrays[name], shard)
         if not stored_bytes(path):  # Zarr reads a missing or empty file as fill values
-            raise self._shard_error(shard, f"has no {name}")
+            raise self._shard_error(shard, f"has no {name}", path)
         try:
             return np.asarray(self._arrays[name].oindex[rows])
         except (ValueError, OSError) as error:
-            raise self._shard_error(shard, f"is corrupt in {name}") from error
+            raise self._shard_error(shard, f"is corrupt in {name}", path) from error
 
-    def _shard_error(self, shard: int, what: str) -> StoreError:
+    def _shard_error(self, shard: int, what: str, path: Path) -> StoreError:
         record = record_path(self.path.parent / "shards", shard)
-        return StoreError(
-            f"shard {shard} of {self.path} {what}: delete {record} and run the same command again to recompute it"
-        )
+        remedy = f"delete {record} and run the same command again to recompute it"
+        return StoreError(f"shard {shard} of {self.path} {what}", remedy, path=path)

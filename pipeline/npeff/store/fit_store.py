@@ -21,6 +21,8 @@ from npeff.storage.checksums import checksum, read_json, write_json_atomically
 from npeff.storage.errors import StoreError
 from npeff.storage.location import location
 
+_AGAIN = "run the same command again to make it again"
+
 
 @dataclass(frozen=True)
 class StoredFit:
@@ -63,7 +65,7 @@ class FitStore:
         """
         found = self._read(name)
         if found is None:
-            raise StoreError(f"fit {name} in {self.directory} is gone: run the same command again to make it again")
+            raise StoreError(f"fit {name} in {self.directory} is gone", _AGAIN, path=self._record(name))
         return found
 
     def names(self) -> list[str]:
@@ -77,7 +79,7 @@ class FitStore:
             StoreError: it is not there whole.
         """
         if self._whole(name) is None:
-            raise StoreError(f"fit {name} in {self.directory} is damaged: run the same command again to make it again")
+            raise StoreError(f"fit {name} in {self.directory} is damaged", _AGAIN, path=self._record(name))
 
     def _read(self, name: str) -> StoredFit | None:
         signature, fit = self._whole(name) or (None, None)

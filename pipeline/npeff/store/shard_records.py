@@ -87,7 +87,9 @@ class ShardRecords:
         elif not create(path, json_bytes(asdict(record))) and (first := self._read(path).checksum) != record.checksum:
             raise StoreError(
                 f"shard {record.shard} was computed twice with different results, of checksum {first} and "
-                f"{record.checksum}: delete {path} and run the same command again"
+                f"{record.checksum}",
+                f"delete {path} and run the same command again",
+                path=path,
             )
 
     def withdraw(self, shards: Iterable[int]) -> None:
@@ -105,11 +107,13 @@ class ShardRecords:
             and record_path(self.directory, content["shard"]) == path
         )
         if not well_formed:
-            raise StoreError(f"{path} is not a completion record: delete it and run the same command again")
+            remedy = "delete it and run the same command again"
+            raise StoreError(f"{path} is not a completion record", remedy, path=path)
         record = CompletionRecord(**content)
         if record.signature != self.signature:
             raise StoreError(
-                f"{path} is of another run (signature {record.signature}, not {self.signature}): "
-                "choose another run_dir, or delete this one to compute its Fishers again"
+                f"{path} is of another run (signature {record.signature}, not {self.signature})",
+                "choose another run_dir, or delete this one to compute its Fishers again",
+                path=path,
             )
         return record

@@ -19,8 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from npeff.errors import first_line
 from npeff.storage.atomic import write_file_atomically
-from npeff.storage.errors import StoreError, os_errors_explained
+from npeff.storage.errors import StoreError, damaged_file, os_errors_explained
 from npeff.storage.location import location
 
 _TYPES = {
@@ -214,7 +215,9 @@ def check_version(path: str | Path, schema: pa.Schema) -> None:
     if not version.isdigit() or int(version) > TABLES_VERSION:
         raise StoreError(
             f"{path} has schema version {version.decode(errors='replace')} and this program reads up to "
-            f"{TABLES_VERSION}: install the version of npeff-pipeline that wrote it, or a later one"
+            f"{TABLES_VERSION}",
+            "install the version of npeff-pipeline that wrote it, or a later one",
+            path=location(path),
         )
 
 
@@ -228,20 +231,20 @@ def read_table(path: str | Path, name: str, columns: Sequence[str] | None = None
     with os_errors_explained("read", path):
         exists = path.is_file()
     if not exists:
-        raise StoreError(f"there is no table at {path}: run the stage that writes {name} first")
-    damaged = f"{path} is damaged: delete it and run the same command again"
+        raise StoreError(f"there is no table at {path}", f"run the stage that writes {name} first", path=path)
     with os_errors_explained("read", path):
         content = path.read_bytes()
     try:
         file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
         table = file.read(columns if columns is None else list(columns))
     except (pa.ArrowException, OSError) as error:
-        raise StoreError(damaged) from error
+        raise damaged_file(path) from error
     stored, schema = file.schema_arrow, SCHEMAS[name]
     check_version(path, stored)
     found = pa.schema([stored.field(field.name) for field in schema if field.name in stored.names])
     if found != schema or (len(stored) != len(schema) and name not in _MAY_HAVE_MORE_COLUMNS):
-        raise StoreError(f"{path} has not the columns of table {name}: delete it and run the same command again")
+        remedy = "delete it and run the same command again"
+        raise StoreError(f"{path} has not the columns of table {name}", remedy, path=path)
     return table.replace_schema_metadata(None)
 
 
@@ -280,8 +283,7 @@ def _array(what: str, values: Any, kind: pa.DataType | None) -> pa.Array:
             raise StoreError(f"{what} cannot be stored as {kind}: it is {array.type}")
         return array.cast(kind)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-        reason = str(error).partition("\n")[0]
-        raise StoreError(f"{what} cannot be stored as {kind or 'an Arrow array'}: {reason}") from error
+        raise StoreError(f"{what} cannot be stored as {kind or 'an Arrow array'}: {first_line(error)}") from error
 
 
 def _same_kind(found: pa.DataType, wanted: pa.DataType) -> bool:

@@ -14,6 +14,7 @@ import pyarrow.feather
 import pyarrow.json
 import pyarrow.parquet
 
+from npeff.errors import as_one_line
 from npeff.tasks.base import TaskError
 
 _HUB = "hf:"
@@ -114,7 +115,7 @@ class TableOptions:
         try:
             found = datasets.load_dataset(owner_and_name, config or None, split=self.split)
         except Exception as error:  # the library raises whatever the network, its loaders and its parsers do
-            raise TaskError(f"cannot read {self.data}: {_line(error)}") from None
+            raise TaskError(f"cannot read {self.data}: {as_one_line(error)}") from None
         return found.with_format("arrow")[:]
 
     def _renamed(self, table: pa.Table) -> pa.Table:
@@ -134,7 +135,9 @@ class TableOptions:
             ids = pa.array(range(len(table))) if self.id_column is None else table[self.id_column]
             ids = ids.cast(pa.string())
         except pa.ArrowException as error:
-            raise TaskError(f"{self.data}: ids cannot be made of column {self.id_column!r}: {_line(error)}") from None
+            raise TaskError(
+                f"{self.data}: ids cannot be made of column {self.id_column!r}: {as_one_line(error)}"
+            ) from None
         return ids
 
     def _filtered(self, rows: pa.Table) -> pa.Table:
@@ -211,7 +214,7 @@ def _read(path: Path) -> pa.Table:
             case ".arrow" | ".feather":
                 return _read_arrow(path)
     except (OSError, pa.ArrowException) as error:
-        raise TaskError(f"cannot read {path}: {_line(error)}") from None
+        raise TaskError(f"cannot read {path}: {as_one_line(error)}") from None
     raise TaskError(f"cannot read {path}: use a file ending in {', '.join(_FORMATS)}")
 
 
@@ -230,7 +233,7 @@ def _concatenated(data: str, files: Sequence[Path]) -> pa.Table:
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
-        raise TaskError(f"the files of {data} do not fit together: {_line(error)}") from None
+        raise TaskError(f"the files of {data} do not fit together: {as_one_line(error)}") from None
 
 
 def _check_unique(data: str, ids: pa.ChunkedArray) -> None:
@@ -240,7 +243,3 @@ def _check_unique(data: str, ids: pa.ChunkedArray) -> None:
         counts = ids.value_counts()
         repeated = next(entry["values"].as_py() for entry in counts if entry["counts"].as_py() > 1)
         raise TaskError(f"{data}: id {repeated!r} occurs more than once: name a column of unique ids as id_column")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

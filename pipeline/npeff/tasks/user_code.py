@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from npeff.errors import as_one_line
 from npeff.tasks.base import TaskError
 
 _PASSED_ON: tuple[type[Exception], ...] = (TaskError, MemoryError, torch.OutOfMemoryError)
@@ -31,8 +32,7 @@ def user_code(what: str, module: str, passed_on: tuple[type[Exception], ...] = (
     except (*_PASSED_ON, *passed_on):
         raise
     except (Exception, SystemExit) as error:
-        reason = " ".join(str(error).split())
-        shown = reason if len(reason) <= _LONGEST_REASON else reason[: _LONGEST_REASON - 1] + "…"
+        shown = as_one_line(error, _LONGEST_REASON)
         raise TaskError(f"{what} raised {type(error).__name__}: {shown}{_place(error, module)}") from error
 
 

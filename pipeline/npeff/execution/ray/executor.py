@@ -25,6 +25,7 @@ import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
+from npeff.errors import first_line
 from npeff.execution.executor import (
     ATTEMPTS,
     ExecutorError,
@@ -204,7 +205,7 @@ class RayExecutor:
         except (RayError, ConnectionError) as error:
             if error is raised:
                 raise
-            raise _ray_is_gone(f"{type(error).__name__}: {_first_line(error)}") from None
+            raise _ray_is_gone(f"{type(error).__name__}: {first_line(error)}") from None
         finally:
             for slot, *_ in running.values():  # busy with what nobody waits for any more
                 self._end(actors.pop(slot))
@@ -218,7 +219,7 @@ class RayExecutor:
             roles = [_Role(spec, {"rank": rank, "size": size}) for rank in range(size)]
             actors = [self._start(slot) for slot in range(size)]
         except (RayError, ConnectionError) as error:
-            raise _ray_is_gone(f"{type(error).__name__}: {_first_line(error)}") from None
+            raise _ray_is_gone(f"{type(error).__name__}: {first_line(error)}") from None
         try:
             yield _RayGroup(actors, roles, self, self._timeout_s)
         finally:
@@ -296,7 +297,7 @@ class RayExecutor:
                     ray.init(address="auto" if in_job else address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RayError, ValueError, RuntimeError) as error:
             raise ExecutorError(
-                f"cannot reach Ray at {address!r} ({_first_line(error)}): start it with `ray start --head`, "
+                f"cannot reach Ray at {address!r} ({first_line(error)}): start it with `ray start --head`, "
                 "or set executor.address: local"
             ) from None
 
@@ -369,7 +370,3 @@ def _own_reaction_to_sigterm() -> Iterator[None]:
 
 def _ray_is_gone(why: str) -> ExecutorError:
     return ExecutorError(f"Ray stopped working ({why}); what is finished is kept: run the same command again to go on")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or "no details").splitlines()[0]

@@ -32,7 +32,8 @@ _END_WAIT_S = 15.0
 """Wait for Ray to say how a job ended whose log has."""
 _START_WAIT_S = 60.0
 """Wait for a head that has just been started to take jobs."""
-_NOT_READY = "No available agent"
+_NOT_READY, _TAKEN, _UNKNOWN = "No available agent", "already exists", "does not exist"
+"""In the text of Ray's plain RuntimeError, which is all that its client makes of the server's answer and its status."""
 _LOOK_EVERY_S = 0.2
 _TELLS_OF_UPLOADS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
 
@@ -130,7 +131,7 @@ class JobServer:
             try:
                 self._send(submission, f"{prefix}-{number}")
             except (OSError, RuntimeError, ValueError) as error:
-                if "already exists" in str(error):  # somebody was quicker
+                if _TAKEN in str(error):  # somebody was quicker
                     continue
                 if _NOT_READY in str(error) and time.monotonic() < until:
                     time.sleep(_LOOK_EVERY_S)
@@ -205,7 +206,7 @@ class JobServer:
         try:
             yield
         except (OSError, RuntimeError, aiohttp.ClientError) as error:
-            if "does not exist" in str(error):
+            if _UNKNOWN in str(error):
                 raise ExecutorError(f"{self.address}: {_reason(error)}") from None
             raise ExecutorError(
                 f"lost the job server at {self.address} ({_reason(error)}); what is finished is kept: when the cluster "

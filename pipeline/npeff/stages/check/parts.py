@@ -63,7 +63,6 @@ def _of_the_run(run: RunDirectory) -> Iterator[Part]:
         partial(_verify_configuration, run),
         mendable=False,
         remedy="restore it from a copy, such as the run file that the run was made from",
-        says_all=True,
     )
     if run.report.exists():
         yield Part("report", run.report, partial(_verify_report, run.report), (run.report,))
@@ -79,7 +78,7 @@ def _verify_configuration(run: RunDirectory) -> None:
 
 def _verify_report(path: Path) -> None:
     if not path.read_bytes().rstrip().endswith(b"</html>"):
-        raise StoreError(f"{path} is truncated")
+        raise StoreError(f"{path} is truncated", path=path)
 
 
 def _stage_parts(run: RunDirectory, stage: StageDefinition) -> Iterator[Part]:
@@ -119,4 +118,4 @@ def _verify_table(run: RunDirectory, path: Path) -> None:
     records = [intact_record(run, stage.name) or {} for stage in STAGES if stage.leaves is None]
     checksums = [record["tables"][path.stem] for record in records if path.stem in record.get("tables", {})]
     if checksums and file_checksum(path) != checksums[-1]:
-        raise StoreError(f"{path} does not match its checksum")
+        raise StoreError(f"{path} does not match its checksum", path=path)

@@ -92,7 +92,7 @@ def _verified(part: Part) -> str | None:
     try:
         part.verify()
     except (StoreError, RunDirectoryError) as error:
-        return str(error).partition(": ")[0] if not part.says_all else str(error)
+        return error.problem
     return None
 
 

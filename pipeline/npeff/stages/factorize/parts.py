@@ -35,7 +35,7 @@ def _verify_factorization(run: RunDirectory) -> None:
     stored.read_columns()
     record = intact_record(run, "factorize")
     if record is not None and record.get("checksums", stored.attrs["checksums"]) != stored.attrs["checksums"]:
-        raise StoreError(f"{run.factorization} is not the one that its stage wrote")
+        raise StoreError(f"{run.factorization} is not the one that its stage wrote", path=run.factorization)
 
 
 def transformed_from(run: RunDirectory) -> str | None:

@@ -161,8 +161,9 @@ def _open_fishers(run: RunDirectory, facts: TaskFacts) -> tuple[ShardRecords, Fi
         if laid_out != (len(facts.examples), facts.n_classes, facts.sketch_dim):
             raise StoreError(
                 f"{run.fishers} was laid out for {laid_out[0]} examples, {laid_out[1]} classes and sketch dimension "
-                f"{laid_out[2]}, and the task has {len(facts.examples)}, {facts.n_classes} and {facts.sketch_dim} now: "
-                "give it the former data and model, or choose another run_dir"
+                f"{laid_out[2]}, and the task has {len(facts.examples)}, {facts.n_classes} and {facts.sketch_dim} now",
+                "give it the former data and model, or choose another run_dir",
+                path=run.fishers,
             )
         return records, there
     for former in (run.shard_records, run.partial_results("diagonal")):  # of Fishers that somebody deleted

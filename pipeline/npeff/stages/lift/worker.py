@@ -203,7 +203,8 @@ class LiftWorker:
             found = load(file.read_bytes())
             return found["products"], found["gram"]
         except (OSError, KeyError, SafetensorError) as error:
-            raise StoreError(f"{file} is missing or damaged: delete it and run the same command again") from error
+            remedy = "delete it and run the same command again"
+            raise StoreError(f"{file} is missing or damaged", remedy, path=file) from error
 
     def _unit_direction(self, component: int) -> dict[str, Tensor]:
         """As it is stored, at full length again after rounding; zero, of a component that no example uses, stays."""

@@ -26,7 +26,7 @@ def _verify_edited_model(run: RunDirectory) -> None:
         json.loads((run.repaired / "repair.json").read_bytes())
         found = file_checksum(path)
     except (OSError, ValueError) as error:
-        raise StoreError(f"{run.repaired} is damaged") from error
+        raise StoreError(f"{run.repaired} is damaged", path=run.repaired) from error
     record = intact_record(run, "repair")
     if record is not None and found != record.get("model_checksum", found):
-        raise StoreError(f"{path} does not match its checksum")
+        raise StoreError(f"{path} does not match its checksum", path=path)

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
+from npeff.errors import as_one_line
 from npeff.tasks.base import Examples, TaskError
 from npeff.tasks.huggingface.pretrained import PretrainedOptions, PretrainedTask, classes
 from npeff.tasks.tables import class_numbers, example_table
@@ -83,9 +84,10 @@ class _Images(Examples):
                     image.thumbnail((longest_side, longest_side))
                 return image.convert(self._mode)
         except (OSError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = " ".join(str(error).split())[:200]
             example = self._ids[index].as_py()
-            raise TaskError(f"{self._data}: cannot read the image of row {example!r}: {reason}") from None
+            raise TaskError(
+                f"{self._data}: cannot read the image of row {example!r}: {as_one_line(error, 200)}"
+            ) from None
 
     def _thumbnail(self, index: int) -> bytes:
         buffer = io.BytesIO()

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.activations import AccurateGELUActivation, FastGELUActivation, GELUTanh, NewGELUActivation
 
+from npeff.errors import as_one_line
 from npeff.tasks.base import Task, TaskError
 from npeff.tasks.tables import TableOptions
 
@@ -114,7 +115,7 @@ class PretrainedOptions(TableOptions):
         try:
             return peft.PeftModel.from_pretrained(model, adapter)
         except _CANNOT_LOAD as error:
-            raise TaskError(f"cannot load adapter {adapter!r} on {self.model!r}: {_line(error)}") from None
+            raise TaskError(f"cannot load adapter {adapter!r} on {self.model!r}: {as_one_line(error)}") from None
 
     def _load_processor(self, factory: Any, **options: Any) -> Any:
         revision = self.revision if self.processor is None else None
@@ -125,7 +126,7 @@ class PretrainedOptions(TableOptions):
         try:
             return factory.from_pretrained(source, trust_remote_code=self.trust_remote_code, **given)
         except _CANNOT_LOAD as error:
-            raise TaskError(f"cannot load {source!r}: {_line(error)}") from None
+            raise TaskError(f"cannot load {source!r}: {as_one_line(error)}") from None
 
 
 def with_fused_gelu(model: nn.Module) -> nn.Module:
@@ -172,7 +173,3 @@ def classes(config: Any, label_names: Sequence[str] | None, model: str) -> tuple
 def _check_choice(option: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise TaskError(f"{option} must be one of {', '.join(choices)}, not {value!r}")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
