@@ -61,16 +61,19 @@ class RunDirectory:
                 if different and not (another_number and not cls(path, config)._has_factorization()):
                     harmless = "" if cls(path, config)._has_results() else " (it has no results yet)"
                     raise RunDirectoryError(
-                        f"{path} holds a run with another configuration (it differs in {', '.join(different)}): "
-                        f"choose another run_dir, or delete that folder{harmless} to start over"
+                        f"{path} holds a run with another configuration (it differs in {', '.join(different)})",
+                        f"choose another run_dir, or delete that folder{harmless} to start over",
+                        path=path,
                     )
             elif path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
-                raise RunDirectoryError(f"{path} is not empty and holds no run.yaml: choose another run_dir")
+                raise RunDirectoryError(
+                    f"{path} is not empty and holds no run.yaml", "choose another run_dir", path=path
+                )
             if not is_remote(path):
                 path.mkdir(parents=True, exist_ok=True)
                 if not os.access(path, os.W_OK | os.X_OK):
                     raise RunDirectoryError(
-                        f"cannot write to {path} (permission denied): mend this or choose another run_dir"
+                        f"cannot write to {path} (permission denied)", "mend this or choose another run_dir", path=path
                     )
             run = cls(path, config)
             if not stored.exists() or _stored_config(stored).factorization != config.factorization:
@@ -79,7 +82,7 @@ class RunDirectory:
                 run._write("provenance.json", json.dumps(provenance(config), indent=2))
         except OSError as error:
             raise RunDirectoryError(
-                f"cannot write to {path} ({error.strerror}): mend this or choose another run_dir"
+                f"cannot write to {path} ({error.strerror})", "mend this or choose another run_dir", path=path
             ) from None
         return run
 
@@ -227,7 +230,7 @@ class RunDirectory:
             with suppress(OSError):  # the first error is the one to report
                 temporary.unlink(missing_ok=True)
             raise RunDirectoryError(
-                f"cannot write {target} ({error.strerror}): mend this and run the same command again"
+                f"cannot write {target} ({error.strerror})", "mend this and run the same command again", path=target
             ) from None
 
 

@@ -66,7 +66,7 @@ def _local_lock(path: Path) -> Iterator[None]:
         file = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  (closed below)
     except OSError as error:
         raise RunDirectoryError(
-            f"cannot write to {path} ({error.strerror}): mend this or choose another run_dir"
+            f"cannot write to {path} ({error.strerror})", "mend this or choose another run_dir", path=path
         ) from None
     with file:
         try:
@@ -91,14 +91,16 @@ def _wait_for_former_workers(path: Path) -> None:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise RunDirectoryError(
-                        f"workers of an earlier command are still alive and may write to {path}: end them "
-                        "(their processes are called ray::_Worker) and run the same command again"
+                        f"workers of an earlier command are still alive and may write to {path}",
+                        "end them (their processes are called ray::_Worker) and run the same command again",
+                        path=path,
                     ) from None
                 time.sleep(0.05)
 
 
 def _in_use(path: Path, by: str) -> RunDirectoryError:
-    return RunDirectoryError(f"{path} is in use by another run ({by}): wait for it, stop it, or choose another run_dir")
+    remedy = "wait for it, stop it, or choose another run_dir"
+    return RunDirectoryError(f"{path} is in use by another run ({by})", remedy, path=path)
 
 
 def _owner() -> str:
