@@ -13,6 +13,7 @@ import pytest
 from npeff.errors import ItemError, NpeffError, as_one_line, first_line
 from npeff.execution.executor import FailedItem, ItemsFailedError, WorkerSpec
 from npeff.execution.serial import SerialExecutor
+from npeff.options.bounds import OutOfBoundsError
 from npeff.query.errors import QueryError
 from npeff.storage.errors import StoreError, os_errors_explained
 from npeff.storage.object_lock import HeldError
@@ -33,7 +34,8 @@ def error_classes() -> list[type[Exception]]:
 
 
 ERRORS = error_classes()
-USER_ERRORS = [each for each in ERRORS if issubclass(each, NpeffError) and each is not ItemsFailedError]
+WITH_OTHER_ARGUMENTS = (ItemsFailedError, OutOfBoundsError)
+USER_ERRORS = [each for each in ERRORS if issubclass(each, NpeffError) and each not in WITH_OTHER_ARGUMENTS]
 
 
 def test_the_message_is_composed_of_the_fields() -> None:
@@ -58,9 +60,12 @@ def test_errors_with_constructors_of_their_own_survive_pickling() -> None:
     failed = ItemsFailedError("compute", [FailedItem((1, 2), "killed"), FailedItem((3,), "no answer")])
     again = pickle.loads(pickle.dumps(failed))
     assert (str(again), again.failed) == (str(failed), failed.failed)
+    bounds = OutOfBoundsError({"l1": ("must be less than 1", 2.0)})
+    assert pickle.loads(pickle.dumps(bounds)).problems == bounds.problems
+    assert str(pickle.loads(pickle.dumps(bounds))) == "l1 must be less than 1, not 2.0"
     assert pickle.loads(pickle.dumps(HeldError("process 1 on here"))).owner == "process 1 on here"
     others = {each.__name__ for each in ERRORS} - {each.__name__ for each in USER_ERRORS}
-    assert others == {"ItemsFailedError", "HeldError", "WorkerLostError", "_DamagedError"}
+    assert others == {"ItemsFailedError", "OutOfBoundsError", "HeldError", "WorkerLostError", "_DamagedError"}
 
 
 class OutOfOrder(ItemError, ValueError):

@@ -33,11 +33,8 @@ class OutOfBoundsError(OptionError):
     """
 
     def __init__(self, problems: dict[str, tuple[str, Any]]) -> None:
-        super().__init__(problems)
+        super().__init__("; ".join(f"{name} {bound}, not {value!r}" for name, (bound, value) in problems.items()))
         self.problems = problems
-
-    def __str__(self) -> str:
-        return "; ".join(f"{name} {bound}, not {value!r}" for name, (bound, value) in self.problems.items())
 
 
 def check_bounds(options: object, **bounds: Bounds) -> None:

@@ -143,7 +143,7 @@ def _refused_values(section: str, error: ValueError, given: Any) -> list[str]:
     if isinstance(error, OutOfBoundsError):
         problems = {f"{section}.{key}".lstrip("."): (bound, given[key]) for key, (bound, _) in error.problems.items()}
         return [f"{key} {bound}, not {value!r:.80}" for key, (bound, value) in problems.items()]
-    return [f"{section}: {error}".removeprefix(": ")]
+    return [f"{section}: {error}" if section else str(error)]
 
 
 def _known_keys(model: type[BaseModel], section: tuple[int | str, ...]) -> list[str]:
