@@ -4,6 +4,8 @@
 #   make test        the same with all tests but the slow ones
 #   make test-slow   the slow tests
 #   make test-numerics   the tests that compare numbers, under several settings of the numerical libraries
+#   make test-oldest     the tests with the oldest versions of the dependencies
+#   make test-pythons    types, and the tests that need no torch, on Python 3.12 and 3.13
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -11,8 +13,20 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+OLDEST := .venv-oldest
+# What the tests of the other Pythons need: everything but torch and ray, which are installed for $(PYTHON) only.
+define WITHOUT_TORCH
+import tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+extras = project["optional-dependencies"]
+for line in project["dependencies"] + extras["s3"] + extras["test"]:
+    if not line.startswith(("torch", "ray[", "tensorboard", project["name"])):
+        print(line)
+endef
+export WITHOUT_TORCH
+TORCH_FREE := tests/query tests/reports tests/runs tests/statistics tests/storage tests/store
 
-.PHONY: demo check test test-slow test-numerics lint benchmarks clean
+.PHONY: demo check test test-slow test-numerics test-oldest test-pythons lint benchmarks clean
 
 demo: $(VENV)/installed
 	$(BIN)/npeff run jobs/quickstart.yaml
@@ -35,6 +49,28 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The lower bounds of pyproject.toml, in an environment of their own.
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/end_to_end
+
+# Types for, and the tests that need no torch on, the other Pythons of this machine (found on PATH or under pyenv).
+test-pythons: $(VENV)/installed-dev
+	@for version in 3.12 3.13; do \
+	    $(BIN)/mypy --python-version $$version || exit 1; \
+	    found=; \
+	    for python in python$$version "$$(pyenv root 2>/dev/null)"/versions/$$version.*/bin/python; do \
+	        if "$$python" --version >/dev/null 2>&1; then found=$$python; break; fi; \
+	    done; \
+	    if [ -z "$$found" ]; then echo "skipped: Python $$version is not installed on this machine"; continue; fi; \
+	    echo "Python $$version: $$found"; \
+	    bin=$(CURDIR)/.venv-$$version/bin; \
+	    "$$found" -m venv .venv-$$version || exit 1; \
+	    $(BIN)/python -c "$$WITHOUT_TORCH" > .venv-$$version/requirements.txt || exit 1; \
+	    $$bin/pip install --quiet --constraint constraints.txt --requirement .venv-$$version/requirements.txt || exit 1; \
+	    $$bin/pip install --quiet --no-deps --editable . || exit 1; \
+	    $$bin/python -m pytest $(TORCH_FREE) || exit 1; \
+	done
+
 benchmarks: $(VENV)/installed-dev
 	for script in tests/benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
@@ -49,5 +85,10 @@ $(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,hf]'
 	touch $(VENV)/installed $@
 
+$(OLDEST)/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --constraint constraints-oldest.txt --editable '.[test,hf]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-* build *.egg-info .mypy_cache .pytest_cache .ruff_cache
