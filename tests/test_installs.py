@@ -27,7 +27,7 @@ def pins(name: str) -> dict[str, str]:
     return {canonicalize_name(package): version for package, _, version in lines}
 
 
-USERS = requirements(*(PROJECT["optional-dependencies"].keys() - DEVELOPMENT))
+USERS = requirements(*(extra for extra in PROJECT["optional-dependencies"] if extra not in DEVELOPMENT))
 
 
 @pytest.mark.parametrize("requirement", USERS, ids=lambda requirement: requirement.name)

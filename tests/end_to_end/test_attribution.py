@@ -32,7 +32,7 @@ from npeff.stages.factorize.solution import write_solution
 from npeff.stages.inputs import fingerprint_of, lifted_components
 from npeff.stages.lift.worker import LiftBlock, LiftWorker
 from npeff.stages.pipeline import export_direction
-from npeff.stages.worker_specs import label_spec, model_spec
+from npeff.stages.worker_specs import model_spec
 from npeff.store.component_store import open_factorization
 from npeff.store.direction_store import DirectionStore
 from npeff.store.tables import read_table
@@ -151,7 +151,9 @@ def test_shares_are_those_of_the_reports_top_examples_with_their_words(run: RunD
     texts = read_table(run.table("examples"), "examples")["text"].to_pylist()
     assert all(texts[row["example"]][row["start"] : row["stop"]] == row["token"] for row in rows)
 
-    collector = GradientCollector(loaded.model, loaded.logits, loaded.layout, label_spec(run.config))
+    collector = GradientCollector(
+        loaded.model, loaded.logits, loaded.layout, run.config.fishers.label_spec(run.config.seed)
+    )
     for component in FIRST:
         examples = sorted(example for of, example in shown if of == component)
         own = {name: tensor[None] for name, tensor in direction(run, component).items()}
