@@ -32,7 +32,7 @@ from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import SilentProgress
 from npeff.runs.stage import recorded
-from npeff.stages.factorize import FACTORIZE, diagonal_worker
+from npeff.stages.factorize import FACTORIZE, stored_diagonals
 from npeff.stages.status import status
 from npeff.store.component_store import open_factorization
 from npeff.store.direction_store import DirectionStore
@@ -238,7 +238,7 @@ def test_large_data_are_worked_on_in_single_precision(
 ) -> None:
     single, double = (prepared(tmp_path / name, fishers, "diagonal_groups") for name in ("single", "double"))
     npeff.factorize(double)
-    monkeypatch.setattr(diagonal_worker, "_DOUBLE_BYTES", 0)
+    monkeypatch.setattr(stored_diagonals, "_DOUBLE_BYTES", 0)
     npeff.factorize(single)
     assert losses_of(single) != losses_of(double)
     assert losses_of(single)[-1] == pytest.approx(losses_of(double)[-1], rel=1e-5)

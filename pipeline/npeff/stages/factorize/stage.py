@@ -14,10 +14,10 @@ from npeff.runs.directory import RunDirectory
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import open_stage, record_of
 from npeff.stages.factorize import FACTORIZE
-from npeff.stages.factorize.diagonal_worker import DiagonalSolverWorker
 from npeff.stages.factorize.driver import SolverRun, run_solver
 from npeff.stages.factorize.live_history import metrics_writer
 from npeff.stages.factorize.solution import write_solution
+from npeff.stages.factorize.stored_diagonals import DiagonalSolverWorker
 from npeff.stages.factorize.worker import Origin, SolverWorker
 from npeff.stages.fishers import FISHERS
 from npeff.stages.fits.stability import component_stability

@@ -19,7 +19,7 @@ from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import open_stage
 from npeff.stages.inputs import checksums_of, fingerprint_of, lifted_components
 from npeff.stages.lift import LIFT
-from npeff.stages.lift.diagonal_worker import DiagonalLiftWorker
+from npeff.stages.lift.diagonals import DiagonalLiftWorker
 from npeff.stages.lift.worker import LiftBlock, LiftPaths, LiftWorker
 from npeff.stages.worker_specs import executor_for, fitted_examples, model_spec, worker_spec
 from npeff.storage.atomic import is_committed, remove_directory

@@ -25,7 +25,7 @@ from npeff.directions import (
     zero_directions,
 )
 from npeff.fisher import GroupLayout
-from npeff.stages.factorize.diagonal_worker import DiagonalKind
+from npeff.stages.factorize.stored_diagonals import DiagonalKind
 from npeff.stages.lift.worker import LiftWorker
 from npeff.store.component_store import open_factorization
 from npeff.verification import top_examples
