@@ -69,7 +69,7 @@ class ForkedGroup:
 
 def _serve(spec: WorkerSpec, rank: int, size: int, pipe: Connection) -> None:
     # the address of this machine, for which the solver's worker asks Ray
-    sys.modules["ray"] = types.SimpleNamespace(util=types.SimpleNamespace(get_node_ip_address=lambda: "127.0.0.1"))
+    sys.modules["npeff.execution.ray.placement"] = types.SimpleNamespace(node_address=lambda: "127.0.0.1")  # type: ignore[assignment]
     worker: Any = None
     while True:
         method, arguments = pipe.recv()

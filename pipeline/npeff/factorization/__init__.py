@@ -25,6 +25,7 @@ from npeff.factorization.initialization import (
     starting_components,
     subsample_indices,
 )
+from npeff.factorization.kind import DiagonalFishers, FisherKind, LowRankFishers
 from npeff.factorization.matching import canonical_order, match_components, near_duplicates
 from npeff.factorization.nnls import accelerated_, accelerated_is_faster, descend_, hals_, nnls, sweeps_for
 from npeff.factorization.objective import Candidates, Statistics, explained, merge_candidates
@@ -53,6 +54,7 @@ from npeff.options.solver import SolverOptions
 __all__ = [
     "BLOCK_ROWS",
     "Candidates",
+    "DiagonalFishers",
     "DiagonalShard",
     "DiagonalState",
     "DiagonalStatistics",
@@ -61,8 +63,10 @@ __all__ = [
     "FactorSource",
     "Factorization",
     "FactorsInMemory",
+    "FisherKind",
     "InvalidProblemError",
     "IterationRecord",
+    "LowRankFishers",
     "Recommendation",
     "SolverOptions",
     "SolverState",

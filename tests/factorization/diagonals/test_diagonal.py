@@ -213,7 +213,7 @@ def test_packed_statistics_add_up(data: Any) -> None:
     merged = parts[0].merge(parts[1])
     assert torch.equal(found.wx_KP, merged.wx_KP)
     assert torch.equal(found.ww_KK, merged.ww_KK)
-    assert (found.square_sum, found.n_examples) == (merged.square_sum, 120)
+    assert (found.fisher_square_sum, found.n_examples) == (merged.fisher_square_sum, 120)
 
 
 def test_starts_depend_on_the_arguments_only_and_are_unit_rows(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ class DiagonalStatistics:
     """WᵀX."""
     ww_KK: Tensor
     """WᵀW."""
-    square_sum: float
+    fisher_square_sum: float
     """‖X‖²_F."""
     n_examples: int
 
@@ -60,27 +60,29 @@ class DiagonalStatistics:
         assert self.wx_KP.shape == other.wx_KP.shape, (self.wx_KP.shape, other.wx_KP.shape)
         self.wx_KP += other.wx_KP
         self.ww_KK += other.ww_KK
-        self.square_sum += other.square_sum
+        self.fisher_square_sum += other.fisher_square_sum
         self.n_examples += other.n_examples
         return self
 
     def pack(self) -> Tensor:
         """One float64 vector of K·P + K² + 2 numbers; the sum of two packs is the pack of the merge."""
-        scalars = [self.square_sum, float(self.n_examples)]
+        scalars = [self.fisher_square_sum, float(self.n_examples)]
         return torch.cat([self.wx_KP.flatten(), self.ww_KK.flatten(), self.wx_KP.new_tensor(scalars)])
 
     @classmethod
     def unpack(cls, packed: Tensor, n_components: int, dim: int) -> DiagonalStatistics:
         """The inverse of `pack`; the tensors are views of `packed`."""
         wx, ww, scalars = packed.split([n_components * dim, n_components**2, 2])
-        square_sum, n_examples = scalars.tolist()
-        return cls(wx.view(n_components, dim), ww.view(n_components, -1), square_sum, round(n_examples))
+        fisher_square_sum, n_examples = scalars.tolist()
+        return cls(wx.view(n_components, dim), ww.view(n_components, -1), fisher_square_sum, round(n_examples))
 
     def loss(self, components_KP: Tensor) -> float:
         """f at these components, whichever they are, and the coefficients that the statistics are of."""
         h_KP = components_KP.double()
         return (
-            self.square_sum - 2.0 * float(torch.sum(self.wx_KP * h_KP)) + float(torch.sum(self.ww_KK * (h_KP @ h_KP.T)))
+            self.fisher_square_sum
+            - 2.0 * float(torch.sum(self.wx_KP * h_KP))
+            + float(torch.sum(self.ww_KK * (h_KP @ h_KP.T)))
         )
 
     def energy_K(self, components_KP: Tensor) -> Tensor:
@@ -218,7 +220,7 @@ class DiagonalShard:
         fitted_B = (w_KB * (2 * xh_KB.double() - gram_KK @ w_KB)).sum(dim=0)
         self.misfits_N[place] = squares_B - fitted_B
         statistics.ww_KK.addmm_(w_KB, w_KB.T)
-        statistics.square_sum += float(squares_B.sum())
+        statistics.fisher_square_sum += float(squares_B.sum())
         statistics.n_examples += len(squares_B)
 
 

@@ -150,7 +150,7 @@ def advance_diagonal(
     Raises:
         InvalidProblemError: if every diagonal is zero, or the very first loss is not finite.
     """
-    total = statistics.square_sum
+    total = statistics.fisher_square_sum
     if not total > 0.0:
         raise InvalidProblemError("every diagonal Fisher is zero: there is nothing to factorize")
     dead_K = statistics.dead_K(state.components_KP)
@@ -229,7 +229,7 @@ def solve_diagonal(shards: Sequence[DiagonalShard], start_KP: Tensor, options: S
         coefficients_NK=torch.cat([shard.coefficients_NK for shard in shards])[:, order_K],
         loss=loss,
         objective=loss,
-        explained=explained(loss, statistics.square_sum),
+        explained=explained(loss, statistics.fisher_square_sum),
         history=history,
         n_iter=state.iteration,
         stopped=stopped,
@@ -288,7 +288,7 @@ def _improved(components_KP: Tensor, statistics: DiagonalStatistics) -> tuple[Te
         gram_KK.addmm_(h_KS, h_KS.T)
         fitted += 2.0 * float(torch.sum(wx_KS * h_KS))
     fitted -= float(torch.sum(statistics.ww_KK * gram_KK))
-    return improved_KP, statistics.square_sum - fitted
+    return improved_KP, statistics.fisher_square_sum - fitted
 
 
 def _small_steps(state: DiagonalState, loss: float, total: float, tolerance: float) -> int:

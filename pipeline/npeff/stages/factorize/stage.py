@@ -17,7 +17,6 @@ from npeff.stages.factorize import FACTORIZE
 from npeff.stages.factorize.driver import SolverRun, run_solver
 from npeff.stages.factorize.live_history import metrics_writer
 from npeff.stages.factorize.solution import write_solution
-from npeff.stages.factorize.stored_diagonals import DiagonalSolverWorker
 from npeff.stages.factorize.worker import Origin, SolverWorker
 from npeff.stages.fishers import FISHERS
 from npeff.stages.fits.stability import component_stability
@@ -36,15 +35,15 @@ def factorize(
             return stage.done
         progress, config, wanted = progress or SilentProgress(), run.config, run.config.factorization
         fishers, checksums, n_fit = record_of(run, FISHERS), checksums_of(run), count_fit_examples(run)
-        diagonal = wanted.kind != "fishers"
         validate_problem(config, n_fit, fishers["rank"])
         origin, metrics = _origin(run), metrics_writer(run.path / "metrics", wanted.metrics)
         n_frozen = len(origin.components_KD) if origin is not None and origin.frozen else 0
-        limit = wanted.memory_limit_mb * 2**20
         worker = worker_spec(
             run,
-            DiagonalSolverWorker if diagonal else SolverWorker,
-            **({"kind": wanted.kind} if diagonal else {"origin": origin, "memory_limit_bytes": limit}),
+            SolverWorker,
+            kind=wanted.kind,
+            origin=origin,
+            memory_limit_bytes=wanted.memory_limit_mb * 2**20,
             examples=fitted_examples(run),
             options=wanted.solver_options(config.seed, n_frozen=n_frozen),
             device=device_of(config),
@@ -71,8 +70,9 @@ def factorize(
                 tick(solved.history[-1]["iteration"], solved.stopped, last=True)
             stability_K = component_stability(run, workers, solved.results[0].components_KD, progress)
         summary = _write_solution(run, solved, n_fit, stability_K)
+        kind = "" if wanted.kind == "fishers" else "diagonal "
         progress.say(
-            f"explained {summary['explained']:.4f} of the fitted {'diagonal ' if diagonal else ''}Fishers"
+            f"explained {summary['explained']:.4f} of the fitted {kind}Fishers"
             + (f", {summary['explained_held_out']:.4f} of the held-out ones" if summary["explained_held_out"] else "")
             + f" ({solved.stopped} after {summary['n_iter']} steps)"
         )

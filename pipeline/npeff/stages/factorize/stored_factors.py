@@ -1,4 +1,4 @@
-"""A worker's factors out of the store: kept in memory where they fit, read again in every pass where they do not.
+"""A worker's low-rank Fishers from the store: kept in memory where they fit, read again in every pass otherwise.
 
 Small shards are read several at a time, as many as make a full block of factor rows.
 
@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from npeff.factorization import BLOCK_ROWS, FactorsInMemory, FactorSource, StreamedFactors
+from npeff.execution.process_group import ProcessGroup
+from npeff.factorization import BLOCK_ROWS, ExampleShard, FactorsInMemory, FactorSource, StreamedFactors
 from npeff.store.fisher_store import FisherStore, StoreDtype
 
 _PRECISIONS: dict[StoreDtype, torch.dtype] = {
@@ -33,6 +34,45 @@ class ShardRows:
     checksum: str
     rows: NDArray[np.int64]
     """Ascending, counted from the shard's first example."""
+
+
+def example_numbers(store: FisherStore, chosen: Sequence[ShardRows]) -> NDArray[np.int64]:
+    """Which examples of the store these are, in the order of the shards."""
+    none: NDArray[np.int64] = np.empty(0, np.int64)
+    return np.concatenate([none, *(store.plan.bounds(part.shard)[0] + part.rows for part in chosen)])
+
+
+class StoredFactors:
+    """Reads factors into an `ExampleShard`.
+
+    Args:
+        store: of the Fishers.
+        weights_N: of all examples of the store.
+        device: of the factors.
+        memory_limit_bytes: factors that take more are read from the store in every pass.
+    """
+
+    columns_D: NDArray[np.int64] | None = None
+
+    def __init__(self, store: FisherStore, weights_N: Tensor, device: torch.device, memory_limit_bytes: int) -> None:
+        self._store, self._weights_N, self.device = store, weights_N, device
+        self._memory_limit_bytes = memory_limit_bytes
+
+    def subsample(self, examples_M: NDArray[np.int64]) -> Tensor:
+        """Factors (M, R, D)."""
+        return torch.from_numpy(self._store.read_rows(examples_M, ["factors"])["factors"]).to(self.device)
+
+    def fitted(self, chosen: Sequence[ShardRows], peers: ProcessGroup) -> ExampleShard:
+        """The examples that every pass needs."""
+        return self._shard(chosen, self._memory_limit_bytes)
+
+    def others(self, chosen: Sequence[ShardRows]) -> ExampleShard:
+        """Examples that one pass needs; it does not pay to keep them in memory."""
+        return self._shard(chosen, memory_limit_bytes=0)
+
+    def _shard(self, chosen: Sequence[ShardRows], memory_limit_bytes: int) -> ExampleShard:
+        factors = stored_factors(self._store, chosen, self.device, memory_limit_bytes)
+        return ExampleShard(factors, weights_N=self._weights_N[example_numbers(self._store, chosen)])
 
 
 def stored_factors(

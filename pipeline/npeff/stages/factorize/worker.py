@@ -1,16 +1,20 @@
 """Stage 2 on workers: each has some shards' Fishers and coefficients; a step is one pass and one all-reduce.
 
 Every worker keeps the whole (small) solver state and advances it by the same arithmetic from the same all-reduced
-numbers, so nothing but those numbers is ever sent: K·D + K² + 4 of them per step, however many examples there are.
+numbers, so that only these numbers are sent. Their count does not depend on the number of examples: K·D + K² and a few
+more in each step.
 
-Shapes: N examples, R rank, D sketch, K components.
+`npeff.factorization.kind` says what a step is for each kind of Fisher; `StoredFishers` reads the Fishers.
+
+Shapes: N examples, D dimension of a Fisher (sketch, groups or entries), K components.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -20,23 +24,18 @@ from torch import Tensor
 from npeff.execution.process_group import ProcessGroup, ProcessGroupMember
 from npeff.factorization import (
     Candidates,
-    ExampleShard,
+    DiagonalFishers,
+    FisherKind,
     IterationRecord,
+    LowRankFishers,
     SolverOptions,
-    SolverState,
-    Statistics,
-    advance,
-    candidate_components,
     canonical_order,
     explained,
-    free_dead,
-    initial_state,
     merge_candidates,
-    most_useful,
-    stopping_reason,
     subsample_indices,
 )
-from npeff.stages.factorize.stored_factors import ShardRows, stored_factors
+from npeff.stages.factorize.stored_diagonals import DiagonalKind, StoredDiagonals
+from npeff.stages.factorize.stored_factors import ShardRows, StoredFactors
 from npeff.stages.fitted_examples import FittedExamples
 from npeff.store.checkpoint import Checkpoint, write_checkpoint_array
 from npeff.store.fisher_store import FisherStore
@@ -79,12 +78,45 @@ class Step:
     """What this worker gave to the collective operations of the step: the size of their tensors."""
 
 
+class StoredFishers(Protocol):
+    """Reads the Fishers of one kind from the store, into the shards of that kind."""
+
+    device: torch.device
+    """Of what is read."""
+    columns_D: NDArray[np.int64] | None
+    """As of `SolverResult`; known once `fitted` has been called."""
+
+    def subsample(self, examples_M: NDArray[np.int64]) -> Any:
+        """What `FisherKind.candidates` takes."""
+        ...
+
+    def fitted(self, chosen: Sequence[ShardRows], peers: ProcessGroup) -> Any:
+        """The shard of the examples that every pass needs. All peers call it together.
+
+        Raises:
+            StoreError: a stored shard is missing or damaged.
+        """
+        ...
+
+    def others(self, chosen: Sequence[ShardRows]) -> Any:
+        """A shard of examples that one pass needs."""
+        ...
+
+
 class SolverWorker(ProcessGroupMember):
     """Worker ``rank`` of ``size``; has the shards rank, rank + size, …
 
-    Its Fishers stay in memory where they take no more than `memory_limit_bytes`, and are read from the store in every
-    pass where they would take more; the results are the same bits, because the blocks have the same shapes. Its
-    coefficients stay in memory.
+    Args:
+        examples: to fit on, and others to find coefficients of.
+        options: of the solver.
+        device: to compute on.
+        timeout_s: of the collective operations.
+        memory_limit_bytes: low-rank Fishers that take more are read from the store in every pass. The results have the
+            same bits, because the blocks have the same shapes. Diagonals and coefficients stay in memory.
+        rank: number of this worker.
+        size: number of workers.
+        origin: components to start from.
+        kind: of Fishers to factorize.
     """
 
     def __init__(
@@ -97,21 +129,28 @@ class SolverWorker(ProcessGroupMember):
         rank: int,
         size: int,
         origin: Origin | None = None,
+        kind: Literal["fishers"] | DiagonalKind = "fishers",
     ) -> None:
-        self._device = torch.device(device)
-        super().__init__(ProcessGroup(self._device, timeout_s, rank, size))
         self._store = FisherStore.open(examples.fishers)
         self._splits, weights_N = examples.read()
         self._weights_N = torch.from_numpy(weights_N)
         self._origin, self._options = origin, options
-        self._memory_limit_bytes = memory_limit_bytes
+        self._kind: FisherKind[Any, Any, Any]
+        self._stored: StoredFishers
+        if kind == "fishers":
+            self._kind = LowRankFishers(options)
+            self._stored = StoredFactors(self._store, self._weights_N, torch.device(device), memory_limit_bytes)
+        else:
+            self._kind = DiagonalFishers(options)
+            self._stored = StoredDiagonals(kind, self._store, int(self._splits.fit_N.sum()), torch.device(device))
+        super().__init__(ProcessGroup(self._stored.device, timeout_s, rank, size))
         self._fit: list[ShardRows] = []
         self._held_out: list[ShardRows] = []
         self._others: list[ShardRows] = []
         """Of this worker's shards: the examples that the components are fitted on, those held out, and the others."""
-        self._examples: ExampleShard | None = None
-        """The first."""
-        self._state: SolverState | None = None
+        self._examples: Any = None
+        """The first, as the kind's shard."""
+        self._state: Any = None
 
     def load(self, checksums: dict[int, str]) -> None:
         """Read and verify this worker's shards.
@@ -128,117 +167,104 @@ class SolverWorker(ProcessGroupMember):
             )
             for own, chosen_N in parts:
                 own.append(ShardRows(shard, checksums[shard], np.flatnonzero(chosen_N[bounds])))
-        self._examples = self._example_shard(self._fit, self._memory_limit_bytes)
+        self._examples = self._stored.fitted(self._fit, self._peers)
 
-    def initialize(self) -> NDArray[np.float64]:
+    def initialize(self) -> NDArray[Any]:
         """Candidates for the components to start from, of a subsample that depends on the seed and the examples only;
         or the components of another run."""
         if self._origin is not None and not self._origin.frozen:
             return self._origin.components_KD
         fit = np.flatnonzero(self._splits.fit_N & (self._weights_N.numpy() > 0))
         chosen = fit[subsample_indices(len(fit), self._options.subsample, self._options.seed)]
-        factors_MRD = torch.from_numpy(self._store.read_rows(chosen, ["factors"])["factors"]).to(self._device)
+        subsample = self._stored.subsample(chosen)
         frozen_KD = torch.from_numpy(self._origin.components_KD.copy()) if self._origin is not None else None
-        weights_M = self._weights_N[chosen].to(self._device)
-        return candidate_components(factors_MRD, self._options, weights_M, frozen_KD).cpu().numpy()
+        weights_M = self._weights_N[chosen].to(self._stored.device)
+        return self._kind.candidates(subsample, weights_M, frozen_KD).cpu().numpy()
 
-    def start(self, candidates_CD: NDArray[np.float64]) -> None:
+    def start(self, candidates_CD: NDArray[Any]) -> None:
         """Begin at these components, or at the most useful ones where they are more than are asked for."""
-        candidates, options = torch.from_numpy(candidates_CD.copy()).to(self._device), self._options
-        if len(candidates) > options.n_components:
-            ww_CC = self._peers.sum_(self._own_examples().coefficient_products(candidates, l1=options.l1))
-            kept_C = most_useful(candidates, ww_CC, options.n_components, options.n_frozen).double()
-            # as worker 0 says: where two are equally useful, rounding on unlike machines must not tell
-            candidates = candidates[self._peers.sum_(kept_C if self._peers.rank == 0 else 0 * kept_C) > 0]
-        self._state = initial_state(candidates, options)
+        candidates = torch.from_numpy(candidates_CD.copy()).to(self._stored.device)
+        self._state = self._kind.start(self._fitted(), candidates, self._peers)
 
     def resume(self, checkpoint: Checkpoint) -> str | None:
         """Go on from a checkpoint, whatever number of workers wrote it; says if there is no step left to do."""
-        self._state = SolverState.from_arrays(checkpoint.arrays).to(self._device)
+        self._state = self._kind.restore(checkpoint.arrays).to(self._stored.device)
         stored = [torch.from_numpy(checkpoint.read(coefficients_name(shard.shard))) for shard in self._fit]
         if stored:
-            fit = self._own_examples()
+            fit = self._fitted()
             fit.coefficients_NK = torch.cat(stored).to(fit.coefficients_NK)
-        return stopping_reason(self._state, self._options)
+        return self._kind.stopping_reason(self._state)
 
     def step(self) -> Step:
         """One pass and one step."""
-        state, sent_before = self._current_state(), self._peers.sent_bytes
-        statistics = self._reduced(self._own_examples().accumulate(state.components_KD, l1=self._options.l1))
-        candidates = self._candidates(state) if bool(free_dead(statistics, self._options).any()) else None
-        self._state, record = advance(state, statistics, self._options, candidates)
-        return Step(record, stopping_reason(self._state, self._options), self._peers.sent_bytes - sent_before)
+        kind, state, examples, sent_before = self._kind, self._current_state(), self._fitted(), self._peers.sent_bytes
+        sums = self._reduced(kind.accumulate(examples, state))
+        offered = self._replacements() if bool(kind.dead_K(sums, state).any()) else None
+        self._state, record = kind.advance(state, sums, offered)
+        kind.settle(examples, record.accepted)
+        return Step(record, kind.stopping_reason(self._state), self._peers.sent_bytes - sent_before)
 
     def save(self, folder: Path) -> dict[str, np.ndarray]:
         """Write this worker's coefficients, one file per shard, into a checkpoint's folder; returns the state."""
-        for shard, coefficients_NK in _by_shard(self._fit, self._own_examples()):
+        for shard, coefficients_NK in _by_shard(self._fit, self._fitted()):
             write_checkpoint_array(folder, coefficients_name(shard.shard), coefficients_NK.cpu().numpy())
-        return self._current_state().to_arrays()
+        arrays: dict[str, np.ndarray] = self._current_state().to_arrays()
+        return arrays
 
     def finish(self) -> SolverResult:
         """The best accepted components in canonical order, and coefficients that are optimal for them."""
-        best_KD, l1 = self._current_state().best_components_KD, self._options.l1
-        fit = self._reduced(self._own_examples().finish(best_KD, l1=l1))
-        # They are needed once: it does not pay to keep them in memory.
-        held_out_examples, other_examples = (
-            self._example_shard(chosen, memory_limit_bytes=0) for chosen in (self._held_out, self._others)
+        kind, state = self._kind, self._current_state()
+        fitted, held_out, others = (
+            self._fitted(),
+            *(self._stored.others(chosen) for chosen in (self._held_out, self._others)),
         )
-        held_out = self._reduced(held_out_examples.finish(best_KD, l1=l1))
-        other_examples.finish(best_KD, l1=l1)
-        order_K, signs_K = canonical_order(best_KD, fit.energy_K, self._options.n_frozen)
-        loss = fit.loss(best_KD)
+        sums, held_out_sums = (self._reduced(kind.finish(part, state)) for part in (fitted, held_out))
+        kind.finish(others, state)
+        best_KD = kind.best_components(state)
+        order_K, signs_K = canonical_order(best_KD, sums.ww_KK.diagonal(), self._options.n_frozen)
+        loss = sums.loss(best_KD)
         return SolverResult(
             components_KD=(best_KD[order_K] * signs_K[:, None]).cpu().numpy(),
-            coefficients=self._all_coefficients(held_out_examples, other_examples, order_K),
+            coefficients=self._all_coefficients([fitted, held_out, others], order_K),
             loss=loss,
-            objective=loss + fit.penalties(best_KD, l1, self._options.orthogonality),
-            explained=explained(loss, fit.fisher_square_sum),
+            objective=loss + kind.penalties(sums, best_KD),
+            explained=explained(loss, sums.fisher_square_sum),
             explained_held_out=(
-                explained(held_out.loss(best_KD), held_out.fisher_square_sum)
-                if held_out.fisher_square_sum > 0
+                explained(held_out_sums.loss(best_KD), held_out_sums.fisher_square_sum)
+                if held_out_sums.fisher_square_sum > 0
                 else None
             ),
+            columns_D=self._stored.columns_D,
         )
 
-    def _current_state(self) -> SolverState:
+    def _current_state(self) -> Any:
         assert self._state is not None, "start or resume comes first"
         return self._state
 
-    def _own_examples(self) -> ExampleShard:
+    def _fitted(self) -> Any:
         assert self._examples is not None, "load comes first"
         return self._examples
 
-    def _example_shard(self, chosen: list[ShardRows], memory_limit_bytes: int) -> ExampleShard:
-        factors = stored_factors(self._store, chosen, self._device, memory_limit_bytes)
-        none: NDArray[np.int64] = np.empty(0, np.int64)
-        rows = np.concatenate([none, *(self._store.plan.bounds(part.shard)[0] + part.rows for part in chosen)])
-        return ExampleShard(factors, weights_N=self._weights_N[rows])
-
-    def _all_coefficients(
-        self, held_out: ExampleShard, others: ExampleShard, order_K: Tensor
-    ) -> dict[int, NDArray[np.float32]]:
+    def _all_coefficients(self, parts: Sequence[Any], order_K: Tensor) -> dict[int, NDArray[np.float32]]:
         """Coefficients of every stored shard's examples, in their places; invalid ones are NaN."""
         found: dict[int, NDArray[np.float32]] = {}
-        parts = ((self._fit, self._own_examples()), (self._held_out, held_out), (self._others, others))
-        for part, examples in parts:
-            for chosen, coefficients_NK in _by_shard(part, examples):
-                start, stop = self._store.plan.bounds(chosen.shard)
-                rows_NK = found.setdefault(
-                    chosen.shard, np.full((stop - start, len(order_K)), np.nan, dtype=np.float32)
-                )
-                rows_NK[chosen.rows] = coefficients_NK[:, order_K].float().cpu().numpy()
+        for chosen, examples in zip((self._fit, self._held_out, self._others), parts, strict=True):
+            for rows, coefficients_NK in _by_shard(chosen, examples):
+                start, stop = self._store.plan.bounds(rows.shard)
+                rows_NK = found.setdefault(rows.shard, np.full((stop - start, len(order_K)), np.nan, dtype=np.float32))
+                rows_NK[rows.rows] = coefficients_NK[:, order_K].float().cpu().numpy()
         return found
 
-    def _reduced(self, own: Statistics) -> Statistics:
+    def _reduced(self, own: Any) -> Any:
         """The sum over all workers."""
         if self._peers.size == 1:
             return own
-        return Statistics.unpack(self._peers.sum_(own.pack()), *own.u_KD.shape)
+        return self._kind.unpacked(self._peers.sum_(own.pack()), self._current_state())
 
-    def _candidates(self, state: SolverState) -> Candidates:
-        """Replacements for dead components, from the worst-fitted examples of all workers."""
-        gathered = self._peers.gathered(self._own_examples().candidates(state.components_KD).pack())
-        return merge_candidates([Candidates.unpack(candidates) for candidates in gathered])
+    def _replacements(self) -> Candidates:
+        """For dead components, from the worst-fitted examples of all workers."""
+        own = self._kind.replacements(self._fitted(), self._current_state())
+        return merge_candidates([Candidates.unpack(packed) for packed in self._peers.gathered(own.pack())])
 
 
 def coefficients_name(shard: int) -> str:
@@ -246,7 +272,7 @@ def coefficients_name(shard: int) -> str:
     return f"coefficients/{shard:05d}"
 
 
-def _by_shard(chosen: list[ShardRows], examples: ExampleShard) -> Iterator[tuple[ShardRows, Tensor]]:
+def _by_shard(chosen: list[ShardRows], examples: Any) -> Iterator[tuple[ShardRows, Tensor]]:
     """Coefficients of the examples chosen from each shard."""
     parts = examples.coefficients_NK.split([len(shard.rows) for shard in chosen])
     return zip(chosen, parts, strict=True)

@@ -1,9 +1,8 @@
-"""Stage 3, first half, on a worker, for components of diagonal Fishers: they become directions in parameter space.
+"""Lifting components of diagonal Fishers: what is added up are diagonals, which are the components in all parameters,
+and gradient rows, which have their signs.
 
-As `LiftWorker`, in one pass for each block of components; what is added up in it are diagonals, which are the
-components in all parameters, and gradient rows, which have their signs.
-
-Shapes: N examples, M of a component's top examples, R rank, D sketch, K components, k components of the block.
+Shapes: N examples of a shard, M of a component's top examples, R rank, D columns (entries or groups), K components,
+k components of the block.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from npeff.directions import (
     fisher_weighted,
     principal_direction,
     sign_weights,
-    zero_directions,
 )
 from npeff.fisher import GroupLayout
+from npeff.gradients import GradientCollector
 from npeff.stages.factorize.stored_diagonals import DiagonalKind
-from npeff.stages.lift.worker import LiftWorker
-from npeff.store.component_store import open_factorization
+from npeff.stages.lift.factors import Direction, Solution, WeightsOf
+from npeff.store.fisher_store import FisherStore
 from npeff.verification import top_examples
 
 SIGN_EXAMPLES = 256
@@ -37,51 +36,81 @@ SIGN_ROWS = 1024
 """Of these examples' factors at most: where the rank is high fewer examples give the signs."""
 
 
-class DiagonalLiftWorker(LiftWorker):
-    """Lifts blocks of components of diagonals, one call each."""
+class DiagonalAndRowWeights:
+    """Weights (k + 1, N) of diagonals, for the components and for the sum of all, and (k, N, R) of gradient rows."""
 
-    def __init__(self, kind: DiagonalKind, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self._kind = kind
-        self._groups = GroupLayout.of(self._loaded.model, self._loaded.layout)
-        columns_D = open_factorization(self._paths.factorization).read_columns()
-        self._columns_D = None if columns_D is None else torch.from_numpy(columns_D)
+    def __init__(self, diagonal_weights_kN: Tensor, row_weights_kNR: Tensor, used_N: Tensor) -> None:
+        self._diagonal_weights_kN, self._row_weights_kNR, self.used_N = diagonal_weights_kN, row_weights_kNR, used_N
 
-    def _rows(self, block: Sequence[int], component: int) -> list[int]:
+    def add(
+        self,
+        collector: GradientCollector,
+        batch: Any,
+        places_B: Tensor,
+        sums: Direction,
+        examples: Sequence[int],
+        targets: Tensor | None,
+    ) -> None:
+        n_diagonals = len(self._diagonal_weights_kN)
+        diagonals = {name: rows[:n_diagonals] for name, rows in sums.items()}
+        gradients = {name: rows[n_diagonals:] for name, rows in sums.items()}
+        weights = self._diagonal_weights_kN[:, places_B], self._row_weights_kNR[:, places_B]
+        accumulate_diagonals(collector, batch, *weights, diagonals, gradients, examples, targets)
+
+
+class DiagonalLift:
+    """The `LiftRule` of diagonals: the components' diagonals, the sum of all examples' diagonals, and the components'
+    gradients.
+
+    Args:
+        kind: of the diagonals.
+        solution: that is lifted.
+        fishers: the store.
+        groups: of the parameters.
+        columns_D: of entries: where in the flat parameter vector each column is.
+    """
+
+    def __init__(
+        self,
+        kind: DiagonalKind,
+        solution: Solution,
+        fishers: FisherStore,
+        groups: GroupLayout,
+        columns_D: Tensor | None,
+    ) -> None:
+        self._kind, self._solution, self._fishers = kind, solution, fishers
+        self._groups, self._columns_D = groups, columns_D
+
+    def n_rows(self, block: Sequence[int]) -> int:
+        return 2 * len(block) + 1
+
+    def weights_of(self, block: Sequence[int]) -> WeightsOf:
+        solution = self._solution
+        directions_kD = torch.stack([self._principal_direction(component) for component in block])
+
+        def weights(examples: slice, arrays: Mapping[str, Tensor]) -> DiagonalAndRowWeights:
+            coefficients_NK = solution.coefficients_NK[examples]
+            lengths_N = self._lengths(arrays) * solution.fit_N[examples]
+            of_components = diagonal_weights(coefficients_NK, solution.gram_KK, block, lengths_N)
+            of_sum = diagonal_weights(torch.ones(len(lengths_N), 1), torch.ones(1, 1), [0], lengths_N)
+            row_weights_kNR = sign_weights(
+                arrays["factors"], coefficients_NK[:, list(block)], directions_kD, arrays["frobenius_norms"]
+            )
+            return DiagonalAndRowWeights(torch.cat([of_components, of_sum]), row_weights_kNR, lengths_N > 0)
+
+        return weights
+
+    def rows(self, block: Sequence[int], component: int) -> list[int]:
         """Its diagonal, its gradient, and the sum of all examples' diagonals."""
         position = block.index(component)
         return [position, len(block) + 1 + position, len(block)]
 
-    def _direction(self, component: int, vectors: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], float]:
+    def direction(self, component: int, vectors: list[Direction]) -> tuple[Direction, float]:
         diagonal, gradient, mean = vectors
         diagonal = {name: tensor.clamp_min(0) for name, tensor in diagonal.items()}
         return fisher_weighted(diagonal, gradient, mean), self._cosine(component, diagonal)
 
-    def _sums(self, block: tuple[int, ...], shards: list[int]) -> dict[str, Tensor]:
-        """The components' diagonals, the sum of all examples' diagonals, and the components' gradients."""
-        sums = zero_directions(self._loaded.layout, 2 * len(block) + 1, self._loaded.device)
-        diagonals = {name: rows[: len(block) + 1] for name, rows in sums.items()}
-        gradients = {name: rows[len(block) + 1 :] for name, rows in sums.items()}
-        directions_kD = torch.stack([self._principal_direction(component) for component in block])
-        for shard in shards:
-            start, stop = self._fishers.plan.bounds(shard)
-            arrays, coefficients_NK = self._arrays(shard), self._coefficients_NK[start:stop]
-            lengths_N = self._lengths(arrays) * self._fit_N[start:stop]
-            of_components = diagonal_weights(coefficients_NK, self._gram_KK, block, lengths_N)
-            of_sum = diagonal_weights(torch.ones(stop - start, 1), torch.ones(1, 1), [0], lengths_N)
-            diagonal_weights_kN = torch.cat([of_components, of_sum])
-            row_weights_kNR = sign_weights(
-                arrays["factors"], coefficients_NK[:, list(block)], directions_kD, arrays["frobenius_norms"]
-            )
-            used = (start + (lengths_N > 0).nonzero()[:, 0]).tolist()
-            for examples in self._batches(range(start, stop), used):
-                batch, places = self._loaded.batch(examples), torch.tensor(examples) - start
-                weights = diagonal_weights_kN[:, places], row_weights_kNR[:, places]
-                targets = self._loaded.targets(batch, examples)
-                accumulate_diagonals(self._collector, batch, *weights, diagonals, gradients, examples, targets)
-        return sums
-
-    def _lengths(self, arrays: dict[str, Tensor]) -> Tensor:
+    def _lengths(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """What the diagonals of a shard's examples were divided by before they were factorized; float64."""
         norms_N = arrays["diagonal_norms"]
         if self._kind == "diagonal_entries":
@@ -90,17 +119,17 @@ class DiagonalLiftWorker(LiftWorker):
 
     def _principal_direction(self, component: int) -> Tensor:
         """Of a component's top examples, in the sketch."""
-        coefficients_N = self._coefficients_NK[:, component].numpy()
+        coefficients_N = self._solution.coefficients_NK[:, component].numpy()
         count = min(SIGN_EXAMPLES, max(1, SIGN_ROWS // self._fishers.rank))
         top_M = top_examples(coefficients_N, np.ones(len(coefficients_N), dtype=bool), count)
         factors_MRD = self._fishers.read_rows(top_M, ("factors",))["factors"]
         return principal_direction(torch.from_numpy(factors_MRD), torch.from_numpy(coefficients_N[top_M]))
 
-    def _cosine(self, component: int, direction: Mapping[str, Tensor]) -> float:
+    def _cosine(self, component: int, direction: Direction) -> float:
         """Of the component, and the diagonal in all parameters as it is factorized."""
         if self._columns_D is None:
             found_D = self._groups.sums(direction)
         else:
-            flat_P = torch.cat([direction[name].flatten() for name in self._loaded.layout.names]).double().cpu()
+            flat_P = torch.cat([tensor.flatten() for tensor in direction.values()]).double().cpu()
             found_D = flat_P[self._columns_D]
-        return cosine(found_D, self._components_KD[component])
+        return cosine(found_D, self._solution.components_KD[component])

@@ -19,7 +19,6 @@ from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import open_stage
 from npeff.stages.inputs import checksums_of, fingerprint_of, lifted_components
 from npeff.stages.lift import LIFT
-from npeff.stages.lift.diagonals import DiagonalLiftWorker
 from npeff.stages.lift.worker import LiftBlock, LiftPaths, LiftWorker
 from npeff.stages.worker_specs import executor_for, fitted_examples, model_spec, worker_spec
 from npeff.storage.atomic import is_committed, remove_directory
@@ -51,11 +50,11 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
         if any(fact.get("polished") for fact in lifted.values()) and not set(chosen) <= set(lifted):
             lifted = {}  # a polished direction rests on all as they were before
             remove_directory(results)
-        kind, paths = config.factorization.kind, LiftPaths(run.factorization, run.directions, results)
+        paths = LiftPaths(run.factorization, run.directions, results)
         worker = worker_spec(
             run,
-            LiftWorker if kind == "fishers" else DiagonalLiftWorker,
-            **({} if kind == "fishers" else {"kind": kind}),
+            LiftWorker,
+            kind=config.factorization.kind,
             model=model,
             labels=config.fishers.label_spec(config.seed),
             sketch=config.fishers.sketch,

@@ -1,11 +1,11 @@
 """Stage 3, first half, on a worker: components in the sketch become directions in parameter space.
 
-One task is a block of components: one pass over the examples that they were fitted on, in which every Fisher row is
-formed once per parameter and added to all directions of the block. Blocks need nothing from each other, so a finished
-direction is written where it stays, and a crash costs the blocks in flight. The last bits of a direction depend on the
-block that it is computed in: the shapes of the matrix products are others. Where there are more workers than blocks
-that memory allows, each block is added up in parts, over some shards each (`add_up`), whose sums wait in files until
-all parts of it are there (`finish`).
+One task is a block of components: one pass over the examples that they were fitted on, in which every gradient row is
+formed once per parameter and added to all sums of the block. A `LiftRule` says what the sums of a kind of Fisher are.
+Blocks do not depend on each other: a finished direction is written at its final place, and a crash costs the blocks in
+progress. The last bits of a direction depend on the block that it is computed in, because the shapes of the matrix
+products differ. Where there are more workers than blocks that memory allows, each block is added up in parts, over some
+shards each (`add_up`); the sums of the parts are stored in files until all of them are there (`finish`).
 
 A polishing step is two such passes: `score` leaves a block's products with all rows, and with all directions, in files;
 once those of all components are there, `polish` makes the block's directions anew.
@@ -13,30 +13,26 @@ once those of all components are there, `polish` makes the block's directions an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from npeff.directions import (
-    accumulate_directions,
-    cosine,
-    inner_product,
-    lift_weights,
-    polish_weights,
-    row_products,
-    zero_directions,
-)
+from npeff.directions import inner_product, polish_weights, row_products, zero_directions
+from npeff.fisher import GroupLayout
 from npeff.gradients import GradientCollector, LabelSpec
 from npeff.models.loaded import ModelSpec
 from npeff.sketches import SketchSpec, make_sketch
+from npeff.stages.factorize.stored_diagonals import DiagonalKind
 from npeff.stages.fitted_examples import FittedExamples
+from npeff.stages.lift.diagonals import DiagonalLift
+from npeff.stages.lift.factors import Direction, FactorLift, LiftRule, RowWeights, Solution, WeightsOf
 from npeff.storage.atomic import write_file_atomically
 from npeff.storage.checksums import json_checksum, read_json, write_json_atomically
 from npeff.storage.errors import StoreError
@@ -80,7 +76,19 @@ class LiftPaths:
 
 
 class LiftWorker:
-    """Lifts blocks of components, one call each."""
+    """Lifts blocks of components, one call each.
+
+    Args:
+        model: that the Fishers are of.
+        labels: that the gradient rows are of.
+        sketch: of the Fishers.
+        seed: of the sketch.
+        examples: that the components were fitted on.
+        paths: of the factorization, and of what is made.
+        checksums: of every stored shard.
+        batch_size: examples of a batch.
+        kind: of the Fishers that were factorized.
+    """
 
     def __init__(
         self,
@@ -92,21 +100,23 @@ class LiftWorker:
         paths: LiftPaths,
         checksums: dict[int, str],
         batch_size: int,
+        kind: Literal["fishers"] | DiagonalKind = "fishers",
     ) -> None:
         self._loaded = model.load()
         self._collector = GradientCollector(self._loaded.model, self._loaded.logits, self._loaded.layout, labels)
-        self._sketch = make_sketch(sketch, self._loaded.layout, seed)
         self._fishers = FisherStore.open(examples.fishers)
         self._directions = DirectionStore.open(paths.directions)
-        factorization = open_factorization(paths.factorization)
-        self._components_KD = torch.from_numpy(factorization.read_components())
-        self._coefficients_NK = torch.from_numpy(factorization.read_coefficients())
-        splits, weights_N = examples.read()
-        self._fit_N = torch.from_numpy(splits.fit_N)
-        self._coefficients_NK[~self._fit_N] = 0.0
-        self._weighted_NK = self._coefficients_NK * torch.from_numpy(weights_N)[:, None]
-        self._gram_KK = self._coefficients_NK.double().T @ self._weighted_NK
         self._paths, self._checksums, self._batch_size = paths, checksums, batch_size
+        factorization = open_factorization(paths.factorization)
+        components_KD, coefficients_NK = factorization.read_components(), factorization.read_coefficients()
+        self._solution = _solution(torch.from_numpy(components_KD), torch.from_numpy(coefficients_NK), examples)
+        self._rule: LiftRule
+        if kind == "fishers":
+            self._rule = FactorLift(self._solution, make_sketch(sketch, self._loaded.layout, seed))
+        else:
+            groups, columns_D = GroupLayout.of(self._loaded.model, self._loaded.layout), factorization.read_columns()
+            columns = None if columns_D is None else torch.from_numpy(columns_D)
+            self._rule = DiagonalLift(kind, self._solution, self._fishers, groups, columns)
 
     def lift(self, block: LiftBlock) -> list[dict[str, Any]]:
         """Write these components' unit directions; per component, what is worth knowing of its direction.
@@ -119,8 +129,9 @@ class LiftWorker:
         if missing:
             sums = self._sums(missing, sorted(self._checksums))
             for component in missing:
-                vectors = [{name: rows[row] for name, rows in sums.items()} for row in self._rows(missing, component)]
-                facts[component] = self._write(component, *self._direction(component, vectors))
+                rows = self._rule.rows(missing, component)
+                vectors = [{name: tensors[row] for name, tensors in sums.items()} for row in rows]
+                facts[component] = self._write(component, *self._rule.direction(component, vectors))
         return [facts[component] for component in block.components]
 
     def add_up(self, block: LiftBlock) -> None:
@@ -138,11 +149,11 @@ class LiftWorker:
             return read_json(self._result(component))
         layout, vectors = self._loaded.layout, []
         files = [self._paths.sums_file(replace(block, part=part)) for part in range(block.parts)]
-        for row in self._rows(block.components, component):
+        for row in self._rule.rows(block.components, component):
             total_P = sum(read_sums(file, row, layout.size) for file in files)
             pieces = zip(layout.names, layout.shapes, torch.as_tensor(total_P).split(layout.sizes), strict=True)
             vectors.append({name: piece.reshape(shape) for name, shape, piece in pieces})
-        return self._write(component, *self._direction(component, vectors))
+        return self._write(component, *self._rule.direction(component, vectors))
 
     def score(self, request: tuple[int, tuple[int, ...]]) -> None:
         """Products of a block's directions with the rows of all examples, and with all directions, for a step."""
@@ -150,7 +161,7 @@ class LiftWorker:
         missing = [component for component in block if not self._paths.scores_file(step, component).exists()]
         if not missing:
             return
-        layout, device, K = self._loaded.layout, self._loaded.device, len(self._components_KD)
+        layout, device, K = self._loaded.layout, self._loaded.device, len(self._solution.components_KD)
         directions = zero_directions(layout, len(missing), device)
         for position, component in enumerate(missing):
             for name, tensor in self._unit_direction(component).items():
@@ -159,8 +170,8 @@ class LiftWorker:
         for other in range(K):
             for name, tensor in self._unit_direction(other).items():
                 gram_kK[:, other] += (directions[name].flatten(1) @ tensor.flatten().to(device)).double().cpu()
-        products_kNR = torch.zeros(len(missing), len(self._coefficients_NK), self._fishers.rank)
-        used_N = self._coefficients_NK.any(1)
+        used_N = self._solution.coefficients_NK.any(1)
+        products_kNR = torch.zeros(len(missing), len(used_N), self._fishers.rank)
         for shard in sorted(self._checksums):
             start, stop = self._fishers.plan.bounds(shard)
             for examples in self._batches(range(start, stop), (start + used_N[start:stop].nonzero()[:, 0]).tolist()):
@@ -180,20 +191,20 @@ class LiftWorker:
         facts = {component: read_json(self._result(component)) for component in block}
         missing = tuple(component for component in block if facts[component].get("polished", 0) < step)
         if missing:
-            K = len(self._components_KD)
-            products_NRK = torch.zeros(len(self._coefficients_NK), self._fishers.rank, K)
+            solution, K = self._solution, len(self._solution.components_KD)
+            products_NRK = torch.zeros(len(solution.coefficients_NK), self._fishers.rank, K)
             cosines_KK = torch.zeros(K, K, dtype=torch.float64)
             for component in range(K):
                 products_NRK[:, :, component], cosines_KK[component] = self._scores(step, component)
 
-            def weights(examples: slice, arrays: Mapping[str, Tensor]) -> Tensor:
-                norms_N, weighted_NK = arrays["frobenius_norms"], self._weighted_NK[examples]
-                return polish_weights(products_NRK[examples], weighted_NK, cosines_KK, self._gram_KK, missing, norms_N)
+            def weights(examples: slice, arrays: Mapping[str, Tensor]) -> RowWeights:
+                found = products_NRK[examples], solution.weighted_NK[examples], cosines_KK, solution.gram_KK
+                return RowWeights(polish_weights(*found, missing, arrays["frobenius_norms"]))
 
-            directions = self._weighted_sums(missing, sorted(self._checksums), weights)
+            directions = self._added_up(len(missing), sorted(self._checksums), weights)
             for position, component in enumerate(missing):
                 polished = [{name: tensor[position] for name, tensor in directions.items()}]
-                facts[component] = self._write(component, *self._direction(component, polished), step)
+                facts[component] = self._write(component, *self._rule.direction(component, polished), step)
         return [facts[component] for component in block]
 
     def _scores(self, step: int, component: int) -> tuple[Tensor, Tensor]:
@@ -206,49 +217,28 @@ class LiftWorker:
             remedy = "delete it and run the same command again"
             raise StoreError(f"{file} is missing or damaged", remedy, path=file) from error
 
-    def _unit_direction(self, component: int) -> dict[str, Tensor]:
+    def _unit_direction(self, component: int) -> Direction:
         """As it is stored, at full length again after rounding; zero, of a component that no example uses, stays."""
         stored = {name: torch.from_numpy(array).float() for name, array in self._directions.read(component).items()}
         length = inner_product(stored, stored) ** 0.5 or 1.0
         return {name: tensor / length for name, tensor in stored.items()}
 
-    def _rows(self, block: Sequence[int], component: int) -> list[int]:
-        """Which rows of the sums of a block go into a component's direction."""
-        return [block.index(component)]
+    def _sums(self, block: tuple[int, ...], shards: list[int]) -> Direction:
+        """What is added up of some shards' examples for a block, (rows, *shape) for each parameter."""
+        return self._added_up(self._rule.n_rows(block), shards, self._rule.weights_of(block))
 
-    def _direction(self, component: int, vectors: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], float]:
-        """The component's direction from these rows, of any length, and how well it reproduces the component."""
-        (direction,) = vectors
-        sketched_D = self._sketch.apply_dense({name: tensor[None] for name, tensor in direction.items()})[0]
-        return direction, cosine(sketched_D, self._components_KD[component])
-
-    def _sums(self, block: tuple[int, ...], shards: list[int]) -> dict[str, Tensor]:
-        """What is added up of some shards' examples, (rows, *shape) for each parameter: a row for each component."""
-
-        def weights(examples: slice, arrays: Mapping[str, Tensor]) -> Tensor:
-            norms_N, weighted_NK = arrays["frobenius_norms"], self._weighted_NK[examples]
-            return lift_weights(arrays["factors"], weighted_NK, self._components_KD, self._gram_KK, block, norms_N)
-
-        return self._weighted_sums(block, shards, weights)
-
-    def _weighted_sums(
-        self,
-        block: tuple[int, ...],
-        shards: list[int],
-        weights_of: Callable[[slice, Mapping[str, Tensor]], Tensor],
-    ) -> dict[str, Tensor]:
-        """Sums of gradient rows with the weights (k, N, R) of each shard's rows."""
-        directions = zero_directions(self._loaded.layout, len(block), self._loaded.device)
+    def _added_up(self, n_rows: int, shards: list[int], weights_of: WeightsOf) -> Direction:
+        """Sums over the examples of some shards, with the weights that each shard's examples have in them."""
+        sums = zero_directions(self._loaded.layout, n_rows, self._loaded.device)
         for shard in shards:
             start, stop = self._fishers.plan.bounds(shard)
-            weights_kNR = weights_of(slice(start, stop), self._arrays(shard))
-            used = (start + weights_kNR.abs().amax(dim=(0, 2)).nonzero()[:, 0]).tolist()
+            weights = weights_of(slice(start, stop), self._arrays(shard))
+            used = (start + weights.used_N.nonzero()[:, 0]).tolist()
             for examples in self._batches(range(start, stop), used):
-                batch = self._loaded.batch(examples)
-                weights_kBR = weights_kNR[:, torch.tensor(examples) - start]
+                batch, places_B = self._loaded.batch(examples), torch.tensor(examples) - start
                 targets = self._loaded.targets(batch, examples)
-                accumulate_directions(self._collector, batch, weights_kBR, directions, examples, targets)
-        return directions
+                weights.add(self._collector, batch, places_B, sums, examples, targets)
+        return sums
 
     def _arrays(self, shard: int) -> dict[str, Tensor]:
         stored = self._fishers.read_shard(shard, self._checksums[shard])
@@ -282,6 +272,15 @@ class LiftWorker:
 
     def _result(self, component: int) -> Path:
         return self._paths.results / f"{component:05d}.json"
+
+
+def _solution(components_KD: Tensor, coefficients_NK: Tensor, examples: FittedExamples) -> Solution:
+    splits, weights_N = examples.read()
+    fit_N = torch.from_numpy(splits.fit_N)
+    coefficients_NK[~fit_N] = 0.0
+    weighted_NK = coefficients_NK * torch.from_numpy(weights_N)[:, None]
+    gram_KK = coefficients_NK.double().T @ weighted_NK
+    return Solution(components_KD, coefficients_NK, weighted_NK, gram_KK, fit_N)
 
 
 def _put(stream: BinaryIO, content: bytes) -> None:
