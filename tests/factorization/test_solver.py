@@ -23,6 +23,7 @@ from npeff.factorization import (
     stopping_reason,
     subsample_indices,
 )
+from npeff.options.bounds import OptionError
 from planted import Planted, planted_fishers
 from torch import Tensor
 
@@ -250,5 +251,5 @@ def test_unusable_starts_are_refused(start: Tensor) -> None:
 
 @pytest.mark.parametrize("wrong", [{"n_components": 0}, {"max_iterations": 0}, {"tolerance": -1.0}, {"n_starts": 0}])
 def test_options_out_of_range_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(InvalidProblemError, match=next(iter(wrong))):
+    with pytest.raises(OptionError, match=next(iter(wrong))):
         SolverOptions(**({"n_components": 2} | wrong))  # type: ignore[arg-type]
