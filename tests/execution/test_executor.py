@@ -22,6 +22,7 @@ from npeff.factorization import IterationRecord
 from npeff.stages.factorize import driver as solver_driver
 from npeff.stages.factorize.driver import LOSSES, run_solver
 from npeff.stages.factorize.worker import Step
+from npeff.storage.errors import StoreError
 from npeff.store.checkpoint import CheckpointStore
 from npeff.tasks import TaskError
 
@@ -56,6 +57,9 @@ class Calculator:
         if item == 2 and self._attempt(item) == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return item * item
+
+    def find_damage(self, item: int) -> None:
+        raise StoreError(f"/data/{item} is damaged", "delete it", path=Path(f"/data/{item}"))
 
     def kill_own_process(self, item: int) -> None:
         self._attempt(item)
@@ -222,6 +226,10 @@ def test_exceptions_of_the_work_come_through_as_themselves(kind, executor):
     assert (full.value.errno, full.value.filename) == (errno.ENOSPC, "/data/4")
     with pytest.raises(ConnectionResetError, match="the data server hung up"):
         list(chosen.map(WorkerSpec(Calculator), "lose_the_network", [4]))
+    with pytest.raises(StoreError, match="is damaged: delete it") as damaged:
+        list(chosen.map(WorkerSpec(Calculator), "find_damage", [4]))
+    assert (damaged.value.problem, damaged.value.remedy) == ("/data/4 is damaged", "delete it")
+    assert damaged.value.path == Path("/data/4")
     with pytest.raises(FileNotFoundError) as gone:
         list(chosen.map(WorkerSpec(Unconstructible), "late_square", [4]))
     assert gone.value.filename == "/data/gone"
