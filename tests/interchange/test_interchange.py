@@ -37,7 +37,7 @@ from npeff.store.shard_records import CompletionRecord, ShardRecords
 from npeff.store.tables import read_table
 from planted import planted_fishers
 
-h5py = pytest.importorskip("h5py", reason="h5py is not installed: pip install -c constraints.txt 'h5py>=3.14'")
+h5py = pytest.importorskip("h5py", reason="h5py is not installed: pip install 'npeff-pipeline[hdf5]'")
 
 N, C, V, P, K = 60, 3, 30, 400, 4
 

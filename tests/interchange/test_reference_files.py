@@ -23,7 +23,7 @@ from npeff.interchange.reference_files import (
 from npeff.interchange.reference_writing import write_decomposition, write_diagonal_pef, write_pef
 from npeff.storage.errors import StoreError
 
-h5py = pytest.importorskip("h5py", reason="h5py is not installed: pip install -c constraints.txt 'h5py>=3.14'")
+h5py = pytest.importorskip("h5py", reason="h5py is not installed: pip install 'npeff-pipeline[hdf5]'")
 
 N, C, V, P, K = 7, 3, 6, 50, 2
 OFFSETS = np.array([[0, 2, 5, 6], [0, 0, 6, 6], [0, 1, 2, 6], [0, 6, 6, 6], [0, 3, 3, 6], [0, 2, 4, 6], [0, 0, 0, 0]])

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import zarr
-from zarr.core.buffer import Buffer
+from zarr.abc.buffer import Buffer
 from zarr.storage import FsspecStore, MemoryStore, StorePath
 
 from npeff.storage import objects

@@ -226,7 +226,7 @@ def write_checkpoint_array(folder: Path, name: str, array: np.ndarray) -> None:
             return
         if path.parent != folder:
             path.parent.mkdir(exist_ok=True)
-        path.write_bytes(buffer.getbuffer())
+        path.write_bytes(buffer.getvalue())
 
 
 def _files(folder: Path) -> list[str]:
