@@ -21,6 +21,8 @@ import torch
 import yaml
 from npeff.cli.main import main
 
+pytestmark = pytest.mark.process
+
 TESTS = Path(__file__).parents[1]
 NOT_CONTENT = {".lock", ".workers"}
 

@@ -40,6 +40,8 @@ from npeff.store.fisher_store import FisherStore
 from npeff.store.tables import read_table
 from scipy.optimize import nnls
 
+pytestmark = pytest.mark.ray
+
 N, K, TOP = 120, 4, 60
 KINDS = ("diagonal_groups", "diagonal_entries")
 

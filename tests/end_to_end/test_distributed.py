@@ -45,6 +45,8 @@ from planted_run import SIGNATURE, planted_run
 from safetensors.torch import load_file
 from scipy import stats
 
+pytestmark = pytest.mark.ray
+
 HELD_OUT = 0.2
 
 

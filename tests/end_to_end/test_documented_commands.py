@@ -22,6 +22,8 @@ from npeff.execution.ray.jobs import Job, Submission
 from npeff.tasks import load_task
 from test_documents import PAGES, ROOT, commands
 
+pytestmark = pytest.mark.process
+
 SMALL = {
     "task": {"name": "digits", "options": {"limit": 60, "epochs": 3}},
     "fishers": {"sketch": {"dim": 128}, "shard_size": 30},

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 RUN_FILE = """
 run_dir: {run_dir}
 task: {{name: digits, options: {{epochs: 1, train_examples: 100}}}}

@@ -24,6 +24,8 @@ from npeff.stages.fishers.stage import compute_fishers
 from npeff.tasks import Examples, Task
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.process
+
 N_EXAMPLES, SHARD_SIZE, KILLS = 128, 8, 20
 N_SHARDS = N_EXAMPLES // SHARD_SIZE
 PAD = 0

@@ -34,6 +34,8 @@ from npeff.storage.location import location
 from object_store import BROKEN, DENIED, SLOW_DOWN, Answer, ObjectStore, Request
 from safetensors.numpy import load
 
+pytestmark = pytest.mark.process
+
 CONFIG: dict[str, Any] = {
     "run_dir": "s3://runs/team/digits",
     "task": {"name": "digits", "options": {"limit": 40, "epochs": 1}},

@@ -97,6 +97,7 @@ def test_a_killed_search_goes_on_and_finds_the_same(selected: RunDirectory, tmp_
     assert [row["n_fits"] for row in table(more)] == [9, 9]
 
 
+@pytest.mark.ray
 def test_ray_actors_find_the_same(selected: RunDirectory, tmp_path: Path) -> None:
     run = prepared(tmp_path / "run")
     with make_executor(

@@ -26,6 +26,8 @@ from npeff.storage.errors import StoreError
 from npeff.store.checkpoint import CheckpointStore
 from npeff.tasks import TaskError
 
+pytestmark = pytest.mark.ray
+
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actors cannot import this file
 
 RESOURCES = {"workers": 2, "cpus_per_worker": 1, "gpus_per_worker": 0.0}

@@ -23,6 +23,7 @@ print([batch() for _ in range(8)][-1])
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep what is freed")
 def test_a_further_batch_of_the_same_size_asks_the_system_for_no_memory() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], check=True, capture_output=True)

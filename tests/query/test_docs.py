@@ -28,17 +28,20 @@ def answer_of(snippet: str, run_dir: Path) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.process
 def test_zarr_reads_an_examples_components(run) -> None:
     expected = np.flatnonzero(run.coefficients[17] if run.valid[17] else np.ones(12))
     assert answer_of(SNIPPETS["zarr"], run.path).strip() == str(expected)
 
 
+@pytest.mark.process
 def test_duckdb_reads_top_examples(run) -> None:
     shown = answer_of(SNIPPETS["duckdb"], run.path)
     found = ComponentStore.open(run.path).top_examples(3, 5, where="label = 2")["id"].to_pylist()
     assert re.findall(r"digit-\d+", shown) == found
 
 
+@pytest.mark.process
 def test_pandas_reads_components_and_one_components_coefficients(run) -> None:
     pytest.importorskip("pandas")
     shown = answer_of(SNIPPETS["pandas"], run.path)

@@ -17,6 +17,8 @@ from npeff.reports import in_common, report
 from npeff.reports.report import write_report
 from npeff.reports.serve import make_server
 
+pytestmark = pytest.mark.process
+
 HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(2)>{{ 7 * 7 }}"""
 
 

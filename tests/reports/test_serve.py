@@ -154,6 +154,7 @@ def test_a_port_that_cannot_be_had_is_one_clear_line(run) -> None:
             make_server(run.path, port, 4)
 
 
+@pytest.mark.process
 def test_an_interrupt_ends_it_cleanly(run) -> None:
     script = (
         "import sys; from npeff.reports.serve import serve\n"

@@ -89,6 +89,7 @@ def test_an_observer_is_told_where_a_stage_begins_and_of_every_step() -> None:
     ]
 
 
+@pytest.mark.process
 def test_metrics_need_no_ray() -> None:
     script = (
         "import sys; from npeff.execution.ray.metrics import RunMetrics;"

@@ -82,6 +82,7 @@ def test_a_stage_is_missing_then_partial_then_complete(tmp_path: Path) -> None:
     assert (run.record("fishers") or {})["n_examples"] == 3
 
 
+@pytest.mark.process
 def test_a_run_in_use_is_refused_and_a_killed_owner_lets_go(tmp_path: Path) -> None:
     run = RunDirectory.create(config(tmp_path / "run"))
     script = (

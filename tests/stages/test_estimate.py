@@ -57,6 +57,7 @@ def test_the_batch_size_is_found_or_the_one_that_is_asked_for(tmp_path: Path) ->
     assert (roomy, fixed) == (32, 7)
 
 
+@pytest.mark.process
 def test_the_command_says_it_in_a_table_and_mistakes_in_one_line(tmp_path: Path) -> None:
     path = run_file(tmp_path)
 

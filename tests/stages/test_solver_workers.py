@@ -28,6 +28,8 @@ from npeff.store.shard_records import ShardRecords
 from planted import planted_fishers
 from planted_run import SIGNATURE, planted_run
 
+pytestmark = pytest.mark.process
+
 N_COMPONENTS, DIM = 12, 64
 IN_FLOAT32, AS_STORED, STREAMED = 2**30, 400_000, 1_000
 """Memory limits, in bytes, for the 2,000 examples of `undisturbed`."""

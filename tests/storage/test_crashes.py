@@ -18,6 +18,8 @@ from npeff.store.fisher_store import ARRAY_NAMES, FisherStore
 from npeff.store.shard_records import ShardRecords
 from npeff.store.tables import read_table
 
+pytestmark = pytest.mark.process
+
 SCRIPT = Path(__file__).with_name("crash_points.py")
 
 

@@ -22,6 +22,8 @@ from npeff.store.fisher_store import FisherStore
 from npeff.store.shard_records import ShardRecords
 from npeff.store.tables import read_table, write_table
 
+pytestmark = pytest.mark.process
+
 LARGE = 200_000
 ShardArrays = Callable[..., dict[str, np.ndarray]]
 

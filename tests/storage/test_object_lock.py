@@ -148,6 +148,7 @@ def test_a_holder_that_cannot_renew_waits_and_then_stops(s3: ObjectStore, monkey
         put(location(FILE), b"")
 
 
+@pytest.mark.process
 def test_it_holds_between_processes(s3: ObjectStore, tmp_path: Path) -> None:
     script = (
         "import sys, npeff.storage.object_lock as l; from npeff.storage.location import location\n"

@@ -442,7 +442,9 @@ def _h5py(path: Path) -> Any:
     try:
         import h5py
     except ImportError:
-        raise StoreError(f"{path} is an HDF5 file, for which h5py is needed", "pip install 'npeff-pipeline[hdf5]'") from None
+        raise StoreError(
+            f"{path} is an HDF5 file, for which h5py is needed", "pip install 'npeff-pipeline[hdf5]'"
+        ) from None
     return h5py
 
 
