@@ -80,7 +80,7 @@ def fitted(factors_NRD: Tensor, weights_N: Tensor | None, **options: Any) -> Fac
         ({"l1": math.nan}, "l1 must be greater than or equal to 0, not nan"),
         ({"orthogonality": math.inf}, "orthogonality must be less than inf, not inf"),
         ({"n_frozen": -1}, "n_frozen must be greater than or equal to 0, not -1"),
-        ({"n_frozen": 6}, "6 frozen components of n_components=6 leave none to fit: ask for more"),
+        ({"n_frozen": 6}, "6 frozen components of n_components=6 leave none to fit: increase n_components"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:

@@ -389,15 +389,15 @@ def test_predictions_may_be_worked_on_in_blocks(spec: LabelSpec, monkeypatch: py
     ("arguments", "message"),
     [
         ({"kind": "all"}, "labels must be one of exact, truncated, sampled, empirical, not 'all'"),
-        ({"kind": "exact", "rank": 2}, "labels: exact take no rank"),
-        ({"kind": "empirical", "rank": 1}, "labels: empirical take no rank"),
-        ({"kind": "truncated"}, "labels: truncated need a rank"),
-        ({"kind": "sampled"}, "labels: sampled need a rank"),
+        ({"kind": "exact", "rank": 2}, "labels: exact takes no rank"),
+        ({"kind": "empirical", "rank": 1}, "labels: empirical takes no rank"),
+        ({"kind": "truncated"}, "labels: truncated needs a rank"),
+        ({"kind": "sampled"}, "labels: sampled needs a rank"),
         ({"kind": "sampled", "rank": 0}, "rank must be greater than 0, not 0"),
         ({"kind": "truncated", "rank": 2, "kept_trace": 0.0}, "kept_trace must be greater than 0, not 0.0"),
         ({"kind": "truncated", "rank": 2, "kept_trace": 1.5}, "kept_trace must be less than or equal to 1, not 1.5"),
-        ({"kind": "sampled", "rank": 2, "kept_trace": 0.5}, "kept_trace is for labels: truncated"),
-        ({"kind": "exact", "kept_trace": 0.5}, "kept_trace is for labels: truncated"),
+        ({"kind": "sampled", "rank": 2, "kept_trace": 0.5}, "kept_trace applies only to labels: truncated"),
+        ({"kind": "exact", "kept_trace": 0.5}, "kept_trace applies only to labels: truncated"),
     ],
 )
 def test_specifications_that_make_no_sense_are_refused(arguments: dict[str, Any], message: str) -> None:

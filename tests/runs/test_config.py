@@ -41,7 +41,7 @@ def test_the_resolved_configuration_reads_back_as_the_same(tmp_path: Path) -> No
         (MINIMAL + "fishers: {sketch: {seed: 3}}\n", "unknown key 'fishers.sketch.seed'"),
         (MINIMAL + "fishers: {sketch: identity}\n", "fishers.sketch must be a mapping, such as {key: value}"),
         (MINIMAL + "fishers: {sketch: {dim: 0}}\n", ": fishers.sketch.dim must be greater than 0, not 0"),
-        (MINIMAL + "fishers: {labels: sampled}\n", ": fishers: labels: sampled need a rank"),
+        (MINIMAL + "fishers: {labels: sampled}\n", ": fishers: labels: sampled needs a rank"),
         (
             MINIMAL + "fishers: {rank: 0, kept_trace: 2}\n",
             ": fishers.rank must be greater than 0, not 0; fishers.kept_trace must be less than or equal to 1, not 2",

@@ -175,16 +175,16 @@ def test_positions_without_gradient_do_not_change_the_sketch() -> None:
 @pytest.mark.parametrize(
     ("sketch", "message"),
     [
-        ({"kind": "kronecker"}, "the kronecker sketch needs a size: set size: 16, say"),
-        ({"kind": "topk"}, "the topk sketch needs a size: set size: 16384, say"),
-        ({"kind": "kronecker", "size": 16, "dim": 3}, "the kronecker sketch takes a size and no dim: remove it"),
-        ({"kind": "topk", "size": 16, "dim": 3}, "the topk sketch takes a size and no dim: remove it"),
-        ({"kind": "identity", "dim": 8}, "the identity sketch keeps every coordinate and takes no dim: remove it"),
+        ({"kind": "kronecker"}, "the kronecker sketch needs a size: set, for example, size: 16"),
+        ({"kind": "topk"}, "the topk sketch needs a size: set, for example, size: 16384"),
+        ({"kind": "kronecker", "size": 16, "dim": 3}, "the kronecker sketch takes a size and no dim: remove dim"),
+        ({"kind": "topk", "size": 16, "dim": 3}, "the topk sketch takes a size and no dim: remove dim"),
+        ({"kind": "identity", "dim": 8}, "the identity sketch keeps every coordinate and takes no dim: remove dim"),
         (
             {"kind": "identity", "size": 16},
-            "the identity sketch takes no size: remove it, or choose kind: kronecker or topk",
+            "the identity sketch takes no size: remove size, or set kind to kronecker or topk",
         ),
-        ({"size": 16}, "the tensorsketch sketch takes no size: remove it, or choose kind: kronecker or topk"),
+        ({"size": 16}, "the tensorsketch sketch takes no size: remove size, or set kind to kronecker or topk"),
     ],
 )
 def test_a_sketch_that_makes_no_sense_is_refused_alike_by_the_library_and_the_run_file(
@@ -226,7 +226,7 @@ def refused(sketch: dict[str, Any]) -> str:
 
 
 def test_an_unknown_kind_of_sketch_is_refused() -> None:
-    with pytest.raises(OptionError, match="kind of a sketch must be one of identity, tensorsketch, kronecker, topk"):
+    with pytest.raises(OptionError, match="the sketch kind must be one of identity, tensorsketch, kronecker, topk"):
         SketchSpec("fourier")  # type: ignore[arg-type]
 
 

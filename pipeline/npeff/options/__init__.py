@@ -1,4 +1,4 @@
-"""Options that the library and the run file have in common: frozen dataclasses, validated where they are made.
+"""Options that the library and the run file share, as frozen dataclasses that validate their values.
 
-The sections of the run file are these types, or are checked by making them. Nothing here imports torch.
+Sections of the run file use these types directly or construct them for validation. This package does not import torch.
 """

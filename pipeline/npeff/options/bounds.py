@@ -1,4 +1,4 @@
-"""Bounds of numeric options, and the errors that name the options."""
+"""Bounds of numeric options, and the errors for invalid options."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _HOLDS: dict[Relation, Callable[[float, float], bool]] = {
 
 
 class OptionError(NpeffError, ValueError):
-    """An option has a value that is not allowed, or options contradict each other. The message says what to change."""
+    """An option has an invalid value, or two options contradict each other. The message contains the fix."""
 
 
 class OutOfBoundsError(OptionError):
-    """The values of some options are out of their bounds.
+    """The values of one or more options are out of bounds.
 
     Attributes:
-        problems: for the name of each such option the bound that its value violates, as a phrase, and the value.
+        problems: Maps the name of each invalid option to a pair: the violated bound as a phrase, and the value.
     """
 
     def __init__(self, problems: dict[str, tuple[str, Any]]) -> None:
@@ -38,10 +38,14 @@ class OutOfBoundsError(OptionError):
 
 
 def check_bounds(options: object, **bounds: Bounds) -> None:
-    """Compare attributes of ``options`` with their bounds. None is within all bounds.
+    """Check that attributes of ``options`` are within their bounds. The value None satisfies every bound.
+
+    Args:
+        options: Object whose attributes are checked.
+        **bounds: Bounds of each attribute, by attribute name.
 
     Raises:
-        OutOfBoundsError: with the first violated bound of every attribute that violates one.
+        OutOfBoundsError: One or more attributes are out of bounds. The error lists the first violated bound of each.
     """
     problems: dict[str, tuple[str, Any]] = {}
     for name, limits in bounds.items():

@@ -1,4 +1,4 @@
-"""Options of the expectation over labels."""
+"""Options for the expectation over labels."""
 
 from __future__ import annotations
 
@@ -12,35 +12,37 @@ Labels = Literal["exact", "truncated", "sampled", "empirical"]
 
 @dataclass(frozen=True)
 class LabelSpec:
-    """How the expectation over labels is taken.
+    """How the expectation over labels is computed.
 
-    In the run file these are the keys ``labels``, ``rank`` and ``kept_trace`` of the section ``fishers``.
+    The run file sets these options with the keys ``labels``, ``rank`` and ``kept_trace`` of the section ``fishers``.
 
     Raises:
-        OptionError: the kind is unknown, or has no such option, or lacks one, or a number is out of its bounds.
+        OptionError: The kind is unknown, a required option is missing, an option does not apply to the kind, or a
+            number is out of bounds.
     """
 
     kind: Labels = "exact"
     rank: int | None = None
-    """Rows of an example's factor: at most so many of `truncated`, the draws of `sampled`; None for the others."""
+    """Number of rows of an example's factor: the maximum for `truncated`, the number of draws for `sampled`. None for
+    the other kinds."""
     kept_trace: float = 1.0
-    """`truncated`: the share of the trace of S at which an example has enough rows."""
+    """For `truncated`: stop adding rows once they cover this fraction of the trace of S."""
     seed: int = 0
-    """Of the draws, together with the number of the example."""
+    """Seed of the draws. Each example's draws depend on this seed and on the example's number."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Labels):
             raise OptionError(f"labels must be one of {', '.join(get_args(Labels))}, not {self.kind!r}")
         check_bounds(self, rank=POSITIVE, kept_trace={"greater than": 0, "less than or equal to": 1})
         if self.kind in ("truncated", "sampled") and self.rank is None:
-            raise OptionError(f"labels: {self.kind} need a rank, the number of rows of an example: set rank: 4, say")
+            raise OptionError(f"labels: {self.kind} needs a rank (rows per example): set, for example, rank: 4")
         if self.kind in ("exact", "empirical") and self.rank is not None:
-            raise OptionError(f"labels: {self.kind} take no rank: remove it, or choose truncated or sampled labels")
+            raise OptionError(f"labels: {self.kind} takes no rank: remove rank, or set labels to truncated or sampled")
         if self.kept_trace < 1 and self.kind != "truncated":
-            raise OptionError("kept_trace is for labels: truncated: remove it")
+            raise OptionError("kept_trace applies only to labels: truncated: remove kept_trace")
 
     def max_rank(self, n_classes: int) -> int:
-        """Rows that an example's factor has at most."""
+        """Return the maximum number of rows of an example's factor."""
         if self.kind == "exact":
             return n_classes - 1
         if self.kind == "truncated":
@@ -49,5 +51,5 @@ class LabelSpec:
         return self.rank or 1
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for a JSON attribute."""
+        """Return the options as plain values, for a JSON attribute."""
         return {"kind": self.kind, "rank": self.rank, "kept_trace": self.kept_trace, "seed": self.seed}

@@ -1,4 +1,4 @@
-"""Options of the solver of a factorization."""
+"""Options for the solver of a factorization."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from npeff.options.bounds import POSITIVE, OptionError, check_bounds
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """What is asked of the solver: in the run file these are keys of the section ``factorization``.
+    """Options for the solver. The run file sets these options in the section ``factorization``.
 
     Raises:
-        OptionError: a number is out of its bounds, or all components are frozen.
+        OptionError: A number is out of bounds, or all components are frozen.
     """
 
     n_components: int
     max_iterations: int = 100
-    """Passes over the data, rejected steps included."""
+    """Maximum number of passes over the data, including passes of rejected steps."""
     tolerance: float = 1e-6
-    """Converged when three steps in a row change the loss by less than this fraction of it."""
+    """The solver has converged when three consecutive steps each change the loss by less than this fraction of the
+    loss."""
     n_starts: int = 4
-    """Seeded starts tried on the subsample."""
+    """Number of seeded starts that are compared by trial runs on the subsample."""
     subsample: int = 2048
-    """Examples that starts are tried on."""
+    """Number of examples in the trial runs of the starts."""
     seed: int = 0
     l1: float = 0.0
-    """λ of the penalty on coefficients, in [0, 1): see `npeff.factorization.objective`. At 1 every coefficient would be
-    zero."""
+    """Weight λ of the ℓ1 penalty on the coefficients, in [0, 1). See `npeff.factorization.objective`. With λ = 1 every
+    coefficient would be zero."""
     orthogonality: float = 0.0
-    """γ of the penalty on components that are alike."""
+    """Weight γ of the penalty on similar components."""
     n_frozen: int = 0
-    """How many of the first components are not to change."""
+    """Number of leading components that the solver keeps fixed."""
 
     def __post_init__(self) -> None:
         check_bounds(
@@ -45,5 +46,6 @@ class SolverOptions:
         )
         if self.n_frozen >= self.n_components:
             raise OptionError(
-                f"{self.n_frozen} frozen components of n_components={self.n_components} leave none to fit: ask for more"
+                f"{self.n_frozen} frozen components of n_components={self.n_components} leave none to fit: "
+                "increase n_components"
             )
