@@ -417,16 +417,16 @@ def test_a_specification_says_how_many_rows_there_can_be() -> None:
 @pytest.mark.parametrize(
     ("spec", "shape", "targets", "message"),
     [
-        (EXACT, (2, 3), [0], r"targets must be of shape \(2,\), as the logits, not \(1,\)"),
-        (EXACT, (2, 4, 3), [0, 1], r"targets must be of shape \(2, 4\), as the logits, not \(2,\)"),
+        (EXACT, (2, 3), [0], r"targets must have the shape \(2,\) to match the logits, not \(1,\)"),
+        (EXACT, (2, 4, 3), [0, 1], r"targets must have the shape \(2, 4\) to match the logits, not \(2,\)"),
         (EXACT, (2, 3), [0, 3], "targets must be classes 0 to 2, -1 or -100"),
         (EMPIRICAL, (2, 3), [0, -2], "targets must be classes 0 to 2, -1 or -100"),
-        (EMPIRICAL, (2, 3), [0, UNKNOWN], "need the label of every example: give them, or use sampled"),
-        (EMPIRICAL, (2, 3), None, "need the label of every example: give them, or use sampled"),
-        (EMPIRICAL, (1, 2, 3), [[0, UNKNOWN]], "need the label of every example"),
-        (EXACT, (2, 2, 3), [[0, 1], [0, IGNORED]], "exact labels need examples with one prediction each.*some with 2"),
-        (LabelSpec("truncated", 2), (1, 3, 3), [[UNKNOWN] * 3], "truncated labels need.*some with 3.*use sampled"),
-        (LabelSpec("truncated", 2), (1, 5000), None, "truncated labels are for at most 4096 classes: use sampled"),
+        (EMPIRICAL, (2, 3), [0, UNKNOWN], "need a label for every example: add labels, or use sampled"),
+        (EMPIRICAL, (2, 3), None, "need a label for every example: add labels, or use sampled"),
+        (EMPIRICAL, (1, 2, 3), [[0, UNKNOWN]], "need a label for every example"),
+        (EXACT, (2, 2, 3), [[0, 1], [0, IGNORED]], "exact labels need .* one prediction each.*an example has 2"),
+        (LabelSpec("truncated", 2), (1, 3, 3), [[UNKNOWN] * 3], "truncated labels need.*an example has 3.*use sampled"),
+        (LabelSpec("truncated", 2), (1, 5000), None, "truncated labels support at most 4096 classes: use sampled"),
     ],
 )
 def test_targets_that_do_not_fit_are_refused(
@@ -439,7 +439,7 @@ def test_targets_that_do_not_fit_are_refused(
 
 
 def test_numbers_of_examples_must_be_as_many_as_the_batch() -> None:
-    with pytest.raises(ValueError, match="3 numbers of examples for a batch of 2"):
+    with pytest.raises(ValueError, match="3 example numbers for a batch of 2 examples"):
         label_rows(SAMPLED, random_logits(2, 4), [1, 2, 3])
 
 

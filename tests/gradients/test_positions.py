@@ -361,9 +361,9 @@ def test_layers_and_directions_that_do_not_fit_are_refused() -> None:
     case = make("mlp")
     collector, batch, directions = collector_of(case), case.batch(range(3)), draw(case.model)
     for wrong in ({"0.weight": torch.zeros(2, 3)}, {"nothing": torch.zeros(2, 3)}):
-        with pytest.raises(ValueError, match="not that of a parameter"):
+        with pytest.raises(ValueError, match="does not match a parameter"):
             position_shares(collector, batch, wrong, (6,))
-    with pytest.raises(ValueError, match="one number"):
+    with pytest.raises(ValueError, match="number of directions must be the same"):
         position_shares(collector, batch, {**directions, "0.bias": torch.zeros(3, 8)}, (6,))
     for positions in ((), (0,)):
         with pytest.raises(ValueError, match="sizes of axes"):

@@ -1,4 +1,4 @@
-"""Per-example gradient rows of any torch model: hooks, layer rules, labels; no Fisher and no sketch."""
+"""Per-example gradient rows of any torch model, computed with hooks, layer rules and label directions."""
 
 from __future__ import annotations
 

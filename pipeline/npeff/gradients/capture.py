@@ -1,4 +1,4 @@
-"""Watching a model run: which modules are called, with what, and where in the graph their outputs are.
+"""Hooks that record which modules a model calls, with which inputs, and where their outputs are in the autograd graph.
 
 Legend: B batch.
 """
@@ -21,12 +21,15 @@ from npeff.gradients.layer_rules import linear, rule_for
 LogitsFunction = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> logits (B, C)."""
 Place = tuple[str, int]
-"""An output of a module: the module's name, and the position among its flattened outputs."""
+"""An output of a module: the name of the module, and the position among the module's flattened outputs."""
 
 
 @dataclass(frozen=True)
 class Use:
-    """One call of a watched module. `edges` are its floating-point outputs as the module returned them."""
+    """One call of a watched module.
+
+    `edges` are the autograd edges of the floating-point outputs, as the module returned them.
+    """
 
     module_name: str
     module: nn.Module
@@ -36,10 +39,14 @@ class Use:
     outputs: tuple[Tensor, ...]
     edges: tuple[GradientEdge, ...]
     shared: bool
-    """Whether an output is repeated, see `watch`."""
+    """Whether an output is repeated for each example. See `watch`."""
 
     def check_inputs(self) -> None:
-        """Raise if an input was overwritten after the module had read it."""
+        """Check that no input was modified in place after the call.
+
+        Raises:
+            UnsupportedModelError: An input was modified in place.
+        """
         if _versions(self.inputs) != self.versions:
             raise UnsupportedModelError(
                 f"the input of module {self.module_name!r} is modified in place after it is used: "
@@ -55,9 +62,9 @@ def _versions(inputs: Any) -> tuple[int, ...]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no parameter requires a gradient; everything is put back afterwards.
+    """Put the model in evaluation mode with gradients of its parameters disabled, and restore its state on exit.
 
-    The fused attention of `nn.MultiheadAttention` in evaluation mode is turned off: it bypasses the modules in it.
+    The context also disables the fused attention of `nn.MultiheadAttention`, which bypasses the submodules.
     """
     training = [(module, module.training) for module in model.modules()]
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -79,7 +86,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def called_modules(modules: Mapping[str, nn.Module]) -> Iterator[set[str]]:
-    """Names of those of `modules` that are called inside the context."""
+    """Collect the names of the `modules` that are called inside the context."""
     called: set[str] = set()
 
     def hook_for(name: str) -> Callable[..., None]:
@@ -99,13 +106,18 @@ def watch(
 ) -> Iterator[list[Use]]:
     """Record every call of `modules` inside the context.
 
-    The gradient with respect to a recorded output can be asked of autograd by its edge, even if the model overwrites
-    the output later. `keep_outputs`: modules whose output values are kept. `shared`: outputs that are used by all
-    examples alike (a position embedding); each is repeated so that every example has its own.
+    Autograd can compute the gradient with respect to a recorded edge even if the model later overwrites the output.
+
+    Args:
+        modules: Modules to watch, by name.
+        keep_outputs: Names of the modules whose output values are stored.
+        shared: Outputs that all examples share, such as a position embedding. Each is repeated once per example, so
+            that every example has a separate gradient.
+        n_examples: B, the number of examples in the batch.
     """
     uses: list[Use] = []
 
-    def hook_for(name: str, unread: bool) -> Callable[..., Any]:
+    def hook_for(name: str, output_unused: bool) -> Callable[..., Any]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if not torch.is_grad_enabled():
                 return None
@@ -113,7 +125,7 @@ def watch(
             places = tuple(p for p, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())
             for place in places:
                 repeats = n_examples if (name, place) in shared else None
-                leaves[place] = _own_node(leaves[place], repeats, len(places) > 1, unread)
+                leaves[place] = _own_node(leaves[place], repeats, len(places) > 1, output_unused)
             inputs = pytree.tree_map_only(Tensor, torch.Tensor.detach, (args, kwargs))
             outputs = tuple(leaves[place] for place in places)
             kept = tuple(value.detach().clone() for value in outputs) if name in keep_outputs else ()
@@ -124,7 +136,7 @@ def watch(
 
         return record
 
-    # first in line, so that the output is the module's own and not what another hook made of it
+    # prepend: the output must be the module's own, before other hooks change it
     handles = [
         module.register_forward_hook(hook_for(name, rule_for(module, ()) is linear), prepend=True, with_kwargs=True)
         for name, module in modules.items()
@@ -136,23 +148,29 @@ def watch(
             handle.remove()
 
 
-def _own_node(value: Tensor, n_examples: int | None, anew: bool, unread: bool) -> Tensor:
-    """The same values with a node of the graph that stays valid: neither a leaf nor a view, both of which in-place
-    operations would replace or refuse.
+def _own_node(value: Tensor, n_examples: int | None, separate: bool, output_unused: bool) -> Tensor:
+    """Return the same values at a graph node that stays valid after in-place operations.
 
-    `anew`: a node that only what follows the module depends on, as where one of its outputs is made from another.
-    `unread`: the module's backward pass does not read its output, which may then be overwritten and needs no copy.
+    The node is neither a leaf nor a view: in-place operations fail on leaves and replace the nodes of views.
+
+    Args:
+        value: An output of a module.
+        n_examples: Number of repetitions of a shared output; None for other outputs.
+        separate: Create a node on which only the operations after the module depend. This is needed where one output
+            of the module is computed from another.
+        output_unused: Whether the backward pass of the module does not use the output. Such an output may be
+            overwritten and needs no copy.
     """
     if not value.requires_grad:
         value = value.detach().requires_grad_()
-    elif n_examples is None and not anew:
+    elif n_examples is None and not separate:
         if not value._is_view():
             return value
-        if unread:
+        if output_unused:
             return cast(Tensor, torch.ops.aten._unsafe_view(value, value.shape))
     return (value if n_examples is None else repeat(value, n_examples)).clone()
 
 
 def repeat(value: Tensor, n_examples: int) -> Tensor:
-    """A tensor shared by all examples, (1, …) or (…), once per example: (B, …)."""
+    """Repeat a tensor that all examples share, (1, …) or (…), once per example: (B, …)."""
     return value.expand(n_examples, *(value.shape[1:] if value.shape[:1] == (1,) else value.shape))

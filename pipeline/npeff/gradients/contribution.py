@@ -1,13 +1,13 @@
-"""What one parameter contributes to the Fisher factors of a batch, kept in the form in which it is cheapest.
+"""The contribution of one parameter to the Fisher factors of a batch, stored in its cheapest form.
 
-A row of a Fisher factor is a gradient. For a layer that multiplies its inputs by a weight, the weight's part of it is
-Σ_t δ_t ⊗ a_t, with a_t the layer's input at position t and δ_t the gradient at its output; it need not be formed for
-its inner products (`gram`) or for its sketch. Every form has the same face:
+A row of a Fisher factor is a gradient. For a layer that multiplies its inputs by a weight, the weight's part of the row
+is Σ_t δ_t ⊗ a_t. Here a_t is the layer's input at position t and δ_t is the gradient at its output. Inner products
+(`gram`) and sketches do not need the formed rows. Every form has the same interface:
 
-    dense()             rows (B, R, *shape), formed
-    gram()              (B, R, R), float64: inner products of the rows of each example
-    add_weighted_sum    to (K, *shape): Σ_{b,r} w[k,b,r] row[b,r]
-    examples(which)     the same for a part of the batch, given by a slice or a mask
+    dense()             form the rows: (B, R, *shape)
+    gram()              inner products of the rows of each example: (B, R, R), float64
+    add_weighted_sum    add Σ_{b,r} w[k,b,r] row[b,r] to a tensor (K, *shape)
+    examples(which)     the contribution of a part of the batch, given by a slice or a mask
 
 Legend: B batch, R rank, T positions, G groups of a convolution, o outputs and i inputs of a group, V rows of an
 embedding, K components.
@@ -23,7 +23,8 @@ from typing import Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-# Temporaries are kept near this many numbers by working on blocks of examples: in memory, and within a core's cache.
+# Target number of elements of temporary tensors, reached by working on blocks of examples: MEMORY_ELEMENTS bounds the
+# use of memory, CACHE_ELEMENTS keeps a temporary within the cache of a core.
 MEMORY_ELEMENTS, CACHE_ELEMENTS = 1 << 25, 1 << 19
 
 
@@ -36,21 +37,21 @@ class Contribution(Protocol):
 
     @property
     def n_examples(self) -> int:
-        """B."""
+        """B, the number of examples."""
 
     @property
     def rank(self) -> int:
-        """R."""
+        """R, the number of rows per example."""
 
     def new_zeros(self, *shape: int) -> Tensor:
-        """Zeros of the rows' precision, on their device."""
+        """Return zeros with the dtype and device of the rows."""
 
     def dense(self) -> Tensor: ...
 
     def gram(self) -> Tensor: ...
 
     def add_weighted_sum(self, weights_KBR: Tensor, total: Tensor) -> None:
-        """In place; `total` (K, *shape), contiguous."""
+        """Add Σ_{b,r} w[k,b,r] row[b,r] to `total` (K, *shape) in place. `total` must be contiguous."""
 
     def examples(self, which: slice | Tensor) -> Self: ...
 
@@ -59,14 +60,17 @@ AnyContribution = TypeVar("AnyContribution", bound=Contribution)
 
 
 def cached_elements(device: torch.device) -> int:
-    """Numbers to work on at a time where each is read once: what stays in the cache; an accelerator wants many."""
+    """Return the block size, in elements, for work that reads each element once.
+
+    On a CPU a block fits in the cache. An accelerator needs large blocks.
+    """
     return CACHE_ELEMENTS if device.type == "cpu" else MEMORY_ELEMENTS
 
 
 def blocks(
     contribution: AnyContribution, elements_per_example: int, elements: int
 ) -> Iterator[tuple[int, int, AnyContribution]]:
-    """Consecutive ranges of examples (start, stop, part) whose temporaries stay near `elements` numbers."""
+    """Yield consecutive ranges of examples (start, stop, part) whose temporaries have about `elements` elements."""
     size = max(1, elements // max(1, elements_per_example))
     for start in range(0, contribution.n_examples, size):
         stop = min(start + size, contribution.n_examples)
@@ -74,7 +78,7 @@ def blocks(
 
 
 def flat_blocks(contribution: Contribution, elements: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
-    """`dense()`, a block of examples at a time, as (b, R, number of entries of the parameter)."""
+    """Yield (start, stop, rows) for blocks of examples, with rows (b, R, number of entries of the parameter)."""
     n_entries, rank = math.prod(contribution.shape), contribution.rank
     elements = cached_elements(contribution.new_zeros(0).device) if elements is None else elements
     for start, stop, part in blocks(contribution, rank * n_entries, elements):
@@ -93,7 +97,7 @@ def _add_dense_weighted_sum(contribution: Contribution, weights_KBR: Tensor, tot
 
 @dataclass(frozen=True)
 class Dense:
-    """Rows as they are: biases, norms' weights, and whatever has no cheaper form."""
+    """Formed rows: for biases, weights of norms, and all parameters without a cheaper form."""
 
     rows: Tensor
     """(B, R, *shape)"""

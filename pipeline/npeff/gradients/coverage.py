@@ -1,4 +1,4 @@
-"""Does what the layers' rules collect add up to the gradient that autograd computes?"""
+"""Check that the collected rows add up to the gradient that autograd computes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from npeff.gradients.owners import layout_names
 from npeff.gradients.parameters import ParameterLayout
 from npeff.options.labels import LabelSpec
 
-# of the parameter's own gradient, and of the whole gradient, for parameters whose gradient is zero but for rounding
+# (relative, absolute): relative to the norm of the parameter's gradient, and to the norm of the gradient of all
+# parameters. The second one covers parameters whose gradient is zero up to rounding.
 _TOLERANCES = {torch.float64: (1e-5, 1e-8), torch.float32: (1e-3, 1e-6)}
 _HALF_TOLERANCES = (5e-2, 1e-3)
 
@@ -30,14 +31,23 @@ def check_coverage(
     examples: Sequence[int] | int | None = None,
     targets: Tensor | None = None,
 ) -> None:
-    """Compare, parameter by parameter, the collected rows with one ordinary backward pass on a small batch.
+    """Compare the collected rows of each parameter with one ordinary backward pass on a small batch.
 
-    Both are gradients of Σ_{b,r} w_br ⟨direction_br, z_b⟩ with weights w that differ from example to example, so that
-    rows given to the wrong example are noticed too. A batch of two or more examples is needed for that. `labels`,
-    `examples` and `targets` as of `GradientCollector`.
+    Both are gradients of Σ_{b,r} w_br ⟨direction_br, z_b⟩. The weights w differ between examples, so that rows assigned
+    to the wrong example are detected too. This needs a batch of two or more examples.
 
-    Raises UnsupportedModelError naming the first parameter that does not agree: one that is used outside its own
-    module, or by a layer that is not supported.
+    Args:
+        model: The model.
+        logits_fn: Function that computes the logits of a batch.
+        batch: Two or more examples.
+        layout: The selected parameters.
+        labels: See `GradientCollector`.
+        examples: See `GradientCollector.collect`.
+        targets: See `GradientCollector.collect`.
+
+    Raises:
+        UnsupportedModelError: The gradients of a parameter differ: the parameter is used outside its own module, or by
+            a layer that is not supported. The message names the first such parameter.
     """
     collector = GradientCollector(model, logits_fn, layout, labels or LabelSpec())
     collected = collector.collect(batch, examples, targets)
@@ -67,8 +77,8 @@ def check_coverage(
             module = name.rpartition(".")[0]
             kind = type(model.get_submodule(module)).__name__
             raise UnsupportedModelError(
-                f"the gradient of {name!r} is not all seen at module {module!r} ({kind}), perhaps because it is used "
-                f"outside it: exclude it with parameters.exclude: [{name!r}]"
+                f"the gradient of {name!r} at module {module!r} ({kind}) is incomplete, perhaps because the parameter "
+                f"is used outside this module: exclude it with parameters.exclude: [{name!r}]"
             )
 
 

@@ -1,4 +1,4 @@
-"""Rows of an embedding's weight."""
+"""Gradient rows of the weight of an embedding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows Σ_t e_{index_t} ⊗ δ_t: an embedding. Only the rows of the table that were looked up are ever touched."""
+    """Rows Σ_t e_{index_t} ⊗ δ_t of an embedding. Computations use only the rows of the table that were looked up."""
 
     deltas_BTRi: Tensor
     indices_BT: Tensor
@@ -29,7 +29,7 @@ class Rows:
         return self.deltas_BTRi.new_zeros(shape)
 
     def _slots(self) -> Tensor:
-        """Position of each use in the tables of all examples, one table after the other."""
+        """Return the position of each look-up in the concatenation of one table per example."""
         tables_B = torch.arange(self.n_examples, device=self.indices_BT.device) * self.shape[0]
         return (self.indices_BT + tables_B[:, None]).flatten()
 
@@ -40,7 +40,10 @@ class Rows:
         return rows.view(B, -1, R, i).transpose(1, 2)
 
     def gram(self) -> Tensor:
-        """Uses of the same table row by the same example are added up first; what is left has disjoint support."""
+        """Compute the Gram matrices (B, R, R), float64.
+
+        Look-ups of the same table row by the same example are summed first. The sums then have disjoint supports.
+        """
         B, _, R, i = self.deltas_BTRi.shape
         distinct_n, place = self._slots().unique(return_inverse=True)
         sums_nRi = self.new_zeros(len(distinct_n), R, i)

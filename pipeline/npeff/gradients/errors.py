@@ -1,4 +1,4 @@
-"""The one error of this package that a user's model can cause."""
+"""The error for models that this package does not support."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from npeff.errors import NpeffError
 
 
 class UnsupportedModelError(NpeffError, ValueError):
-    """The model, its logits or the selection of its parameters cannot be used; the message is one line saying why."""
+    """The model, its logits or the selection of its parameters is not supported. The message is one line."""

@@ -1,14 +1,14 @@
-"""Labels: how the expectation over them is taken, and the directions in the logits that this gives.
+"""Label rows: the directions in logit space for each kind of expectation over labels.
 
-A row of an example's Fisher factor is the gradient of ⟨direction, logits⟩ for one direction; the directions come from
-the logits of the example's predictions, and from nothing else of the model. An example makes one prediction, or several
-(the positions of a sequence).
+A row of an example's Fisher factor is the gradient of ⟨direction, logits⟩ for one direction. The directions depend only
+on the logits of the example's predictions. An example makes one prediction, or several (the positions of a sequence).
 
-    exact      L with L Lᵀ = diag(p) - p pᵀ, C-1 rows; for one prediction per example
-    truncated  its largest eigenpairs
-    sampled    draws ŷ ~ p of every prediction's label, rows Σ_t ∇log p(ŷ_t) / √R: unbiased, as the cross terms of
-               independent draws vanish in expectation
-    empirical  the given labels instead of draws: not the Fisher matrix (Kunstner, Balles & Hennig, arXiv 1905.12558)
+    exact      L with L Lᵀ = diag(p) - p pᵀ: C-1 rows, for one prediction per example
+    truncated  the largest eigenpairs of L Lᵀ, for one prediction per example
+    sampled    R draws ŷ ~ p of the label of every prediction: rows Σ_t ∇log p(ŷ_t) / √R. The estimate is unbiased,
+               because the cross terms of independent draws have zero expectation
+    empirical  the given labels in place of draws. This is not the Fisher matrix (Kunstner, Balles & Hennig,
+               arXiv 1905.12558)
 
 Legend: B examples, T positions, n predictions of the batch, C classes, R rows.
 """
@@ -29,45 +29,52 @@ from npeff.gradients.label_factor import exact_label_factor, truncated_label_fac
 from npeff.options.labels import LabelSpec
 
 IGNORED, UNKNOWN = -100, -1
-"""In targets: no prediction is made here; a prediction whose class is not known."""
+"""Values in targets: IGNORED marks a position without a prediction, UNKNOWN a prediction whose class is not known."""
 _BLOCK = 1 << 20
-"""Numbers to work on at a time: what stays in the cache."""
+"""Number of elements per block of work, chosen so that a block fits in the cache."""
 _SATURATED = 1e-20
-"""All but the probability of the label: below it, those of other classes are taken in float64."""
-_MOST_CLASSES = 4096
+"""Where 1 - p of the label is below this value, the probabilities of the other classes are computed in float64."""
+_MAX_CLASSES = 4096
 
 
 @dataclass(frozen=True)
 class LabelRows:
-    """The directions of a batch, and what is known of its labels.
+    """The directions of a batch, with the ranks, kept traces and losses of its examples.
 
-    The directions of each example are divided by a power of two that brings the largest entry near 1: where a
-    prediction is saturated, 1 - p = 1e-44 say, products of gradients would underflow in the model's precision.
+    The directions of each example are divided by a power of two that brings their largest entry near 1. Without this
+    scaling, products of gradients would underflow in the model's precision for saturated predictions (for example,
+    1 - p = 1e-44).
     """
 
     directions: Sequence[Tensor]
-    """R tensors of the logits' shape and precision; zero for examples whose logits are not finite."""
+    """R tensors with the shape and dtype of the logits. They are zero for examples whose logits are not finite."""
     scales_B: Tensor
-    """What they were divided by, float64."""
+    """The divisors of the directions, float64."""
     ranks_B: Tensor
-    """Directions in use, int32."""
+    """Number of directions in use, int32."""
     kept_trace_B: Tensor
-    """Share of trace(S) that they keep, float64; NaN where that has no meaning (sampled, empirical)."""
+    """Fraction of trace(S) that the directions cover, float64. NaN for sampled and empirical labels."""
     losses_B: Tensor
-    """Mean of -log p over the example's predictions of known class, float64; NaN where there is none."""
+    """Mean of -log p over the example's predictions of known class, float64. NaN if no class is known."""
 
 
 def label_rows(
     spec: LabelSpec, logits: Tensor, examples: Sequence[int] | None = None, targets: Tensor | None = None
 ) -> LabelRows:
-    """Directions of a batch of logits (B, C), or (B, T, C) with targets.
+    """Compute the directions of a batch.
 
     Args:
-        examples: the examples' numbers in the data set, which seed their draws; 0 … B-1 unless given.
-        targets: int64 (B,) or (B, T): the class of each prediction, UNKNOWN, or IGNORED where none is made.
+        spec: The kind of labels and its options.
+        logits: (B, C), or (B, T, C) with targets.
+        examples: The numbers of the examples in the data set, which seed their draws. The default is 0, …, B-1.
+        targets: int64 (B,) or (B, T): the class of each prediction, UNKNOWN, or IGNORED where there is no prediction.
 
-    Raises UnsupportedModelError if the targets do not fit, an example has more predictions than the kind of labels can
-    take, or a label is missing that `empirical` needs.
+    Returns:
+        The directions, with their scales, ranks, kept traces and losses.
+
+    Raises:
+        UnsupportedModelError: The targets do not fit the logits, an example has more predictions than the kind of
+            labels supports, or a label is missing for `empirical`.
     """
     predictions = _Predictions.of(logits, targets)
     if spec.kind in ("exact", "truncated"):
@@ -77,12 +84,12 @@ def label_rows(
 
 @dataclass(frozen=True)
 class _Predictions:
-    """The predictions of a batch, example by example."""
+    """The usable predictions of a batch, ordered by example."""
 
     places_n: Tensor
-    """Where they are among the B or B·T, flat: those that can be used."""
+    """Flat positions of the usable predictions among the B or B·T positions."""
     examples_n: Tensor
-    """Row of the batch that each belongs to."""
+    """Row of the batch to which each prediction belongs."""
     targets_n: Tensor
     n_examples: int
 
@@ -93,12 +100,12 @@ class _Predictions:
             targets = logits.new_full(shape, UNKNOWN, dtype=torch.long)
         if targets.shape != shape:
             raise UnsupportedModelError(
-                f"targets must be of shape {tuple(shape)}, as the logits, not {tuple(targets.shape)}"
+                f"targets must have the shape {tuple(shape)} to match the logits, not {tuple(targets.shape)}"
             )
         made = targets != IGNORED
         if bool((made & ((targets < UNKNOWN) | (targets >= logits.shape[-1]))).any()):
             raise UnsupportedModelError(f"targets must be classes 0 to {logits.shape[-1] - 1}, {UNKNOWN} or {IGNORED}")
-        # a sum is finite unless an entry is not, and takes a thirtieth of the time
+        # testing the sum for finiteness takes a thirtieth of the time of testing every entry
         finite = logits.sum(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).isfinite()
         finite_B = (finite | ~made).reshape(len(logits), -1).all(1)
         mask = made & finite_B.reshape(-1, *[1] * (made.dim() - 1))
@@ -122,11 +129,11 @@ def _factored(spec: LabelSpec, predictions: _Predictions, logits: Tensor) -> Lab
     n_classes = logits.shape[-1]
     if int(counts_B.max()) > 1:
         raise UnsupportedModelError(
-            f"{spec.kind} labels need examples with one prediction each, and here are some with {int(counts_B.max())}: "
-            "use sampled labels, or make every position an example"
+            f"{spec.kind} labels need examples with one prediction each, but an example has {int(counts_B.max())}: "
+            "use sampled labels, or make every position a separate example"
         )
-    if n_classes > _MOST_CLASSES:
-        raise UnsupportedModelError(f"{spec.kind} labels are for at most {_MOST_CLASSES} classes: use sampled ones")
+    if n_classes > _MAX_CLASSES:
+        raise UnsupportedModelError(f"{spec.kind} labels support at most {_MAX_CLASSES} classes: use sampled labels")
     rank = spec.max_rank(n_classes)
     logits_nC = logits.flatten(0, -2)[predictions.places_n]
     if spec.kind == "exact":
@@ -153,11 +160,11 @@ def _factored(spec: LabelSpec, predictions: _Predictions, logits: Tensor) -> Lab
 
 
 def _drawn(spec: LabelSpec, predictions: _Predictions, logits: Tensor, examples: Sequence[int]) -> LabelRows:
-    """Rows (e_ŷ - p) / √R of drawn or given labels ŷ."""
+    """Compute the rows (e_ŷ - p) / √R of drawn or given labels ŷ."""
     rank, targets_n, examples_n = spec.max_rank(logits.shape[-1]), predictions.targets_n, predictions.examples_n
     if spec.kind == "empirical":
         if bool((targets_n < 0).any()):
-            raise UnsupportedModelError("empirical labels need the label of every example: give them, or use sampled")
+            raise UnsupportedModelError("empirical labels need a label for every example: add labels, or use sampled")
         labels_nR, uniforms_nR = targets_n[:, None], None
     else:
         labels_nR = targets_n.new_zeros(len(targets_n), rank)
@@ -165,7 +172,7 @@ def _drawn(spec: LabelSpec, predictions: _Predictions, logits: Tensor, examples:
     precision = torch.promote_types(logits.dtype, torch.float32)
     p_xC = torch.zeros(logits.shape, dtype=precision, device=logits.device).flatten(0, -2)
     divided_n = torch.ones(len(targets_n), dtype=torch.float64, device=logits.device)
-    losses_n, others_nR = divided_n.new_zeros(len(targets_n)), divided_n.new_zeros(labels_nR.shape)
+    losses_n, complements_nR = divided_n.new_zeros(len(targets_n)), divided_n.new_zeros(labels_nR.shape)
     size = max(1, _BLOCK // logits.shape[-1])
     for start in range(0, len(targets_n), size):
         which = slice(start, start + size)
@@ -173,22 +180,23 @@ def _drawn(spec: LabelSpec, predictions: _Predictions, logits: Tensor, examples:
         p_nC = logits_nC.to(precision).softmax(-1)
         if uniforms_nR is not None:
             labels_nR[which] = _draw(p_nC, uniforms_nR[which])
-        others_nR[which] = _all_but(p_nC, labels_nR[which])
-        saturated_n = others_nR[which].amin(1) < _SATURATED
+        complements_nR[which] = _complements(p_nC, labels_nR[which])
+        saturated_n = complements_nR[which].amin(1) < _SATURATED
         if saturated_n.any():
             exact_nC = logits_nC[saturated_n].double().softmax(-1)
-            others_nR[which][saturated_n] = _all_but(exact_nC, labels_nR[which][saturated_n])
-            divided_n[which][saturated_n] = _power_of_two(others_nR[which][saturated_n].amax(1))
+            complements_nR[which][saturated_n] = _complements(exact_nC, labels_nR[which][saturated_n])
+            divided_n[which][saturated_n] = _power_of_two(complements_nR[which][saturated_n].amax(1))
             p_nC[saturated_n] = (exact_nC / divided_n[which][saturated_n, None]).to(precision)
         p_xC[predictions.places_n[which]] = p_nC
         losses_n[which] = _losses(logits_nC, targets_n[which])
-    scales_B = _power_of_two(predictions.largest_B(others_nR.amax(1)))
+    scales_B = _power_of_two(predictions.largest_B(complements_nR.amax(1)))
     inverse_n = (1 / scales_B)[examples_n] / rank**0.5
     factors_x = inverse_n.new_zeros(len(p_xC)).index_copy_(0, predictions.places_n, -divided_n * inverse_n)
     p_xC *= factors_x[:, None].to(precision)
     used_B = predictions.counts_B() > 0
+    scaled_complements_nR = complements_nR * inverse_n[:, None]
     return LabelRows(
-        _Draws(p_xC.view(logits.shape), labels_nR, others_nR * inverse_n[:, None], predictions.places_n, logits.dtype),
+        _Draws(p_xC.view(logits.shape), labels_nR, scaled_complements_nR, predictions.places_n, logits.dtype),
         scales_B,
         (used_B * rank).int(),
         torch.full_like(scales_B, torch.nan),
@@ -197,24 +205,24 @@ def _drawn(spec: LabelSpec, predictions: _Predictions, logits: Tensor, examples:
 
 
 def _draw(p_nC: Tensor, uniforms_nR: Tensor) -> Tensor:
-    """Classes (n, R) drawn by inverting the cumulated probabilities."""
+    """Draw classes (n, R) by inverting the cumulative probabilities."""
     cumulated_nC = p_nC.cumsum(1)
     drawn_nR = torch.searchsorted(cumulated_nC, (uniforms_nR * cumulated_nC[:, -1:]).to(p_nC), right=True)
     return drawn_nR.clamp_max(p_nC.shape[1] - 1)
 
 
-def _all_but(p_nC: Tensor, labels_nR: Tensor) -> Tensor:
-    """1 - p of each label (n, R), which subtraction would lose where it is small."""
+def _complements(p_nC: Tensor, labels_nR: Tensor) -> Tensor:
+    """Compute 1 - p of each label (n, R) as a sum over the other classes. Subtraction would lose small values."""
     sums = []
     for label_n1 in labels_nR.split(1, dim=1):
-        mine_n1 = p_nC.gather(1, label_n1)
+        label_p_n1 = p_nC.gather(1, label_n1)
         sums.append(p_nC.scatter_(1, label_n1, 0).sum(1))
-        p_nC.scatter_(1, label_n1, mine_n1)
+        p_nC.scatter_(1, label_n1, label_p_n1)
     return torch.stack(sums, dim=1).double()
 
 
 def _losses(logits_nC: Tensor, targets_n: Tensor) -> Tensor:
-    """-log p of the targets that are known, float64; 0 for the others."""
+    """Compute -log p of the known targets, float64. The loss of an unknown target is 0."""
     known_n = targets_n >= 0
     if not known_n.any():
         return torch.zeros(len(targets_n), dtype=torch.float64, device=logits_nC.device)
@@ -224,12 +232,14 @@ def _losses(logits_nC: Tensor, targets_n: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Draws(Sequence[Tensor]):
-    """The directions, each formed when it is asked for: with a large vocabulary one at a time is enough to hold."""
+    """The directions, each formed on access: with a large vocabulary, memory should hold only one at a time."""
 
     scaled: Tensor
-    """-p / √R of each prediction, divided by its example's scale; the logits' shape, zero where none is made."""
+    """-p / √R of each prediction, divided by the scale of the example. It has the shape of the logits and is zero where
+    there is no prediction."""
     labels_nR: Tensor
-    others_nR: Tensor
+    complements_nR: Tensor
+    """(1 - p) / √R of each drawn label, divided by the scale of the example."""
     places_n: Tensor
     dtype: torch.dtype
 
@@ -240,14 +250,17 @@ class _Draws(Sequence[Tensor]):
         if not 0 <= row < len(self):
             raise IndexError(row)
         direction = self.scaled.clone()
-        direction.flatten(0, -2)[self.places_n, self.labels_nR[:, row]] = self.others_nR[:, row].to(direction)
+        direction.flatten(0, -2)[self.places_n, self.labels_nR[:, row]] = self.complements_nR[:, row].to(direction)
         return direction.to(self.dtype)
 
 
 def _uniforms(seed: int, examples: Sequence[int], counts: Sequence[int], rank: int) -> Tensor:
-    """(n, R) in [0, 1): for each example's predictions in their order, from the seed and the example's number alone."""
+    """Draw uniform numbers (n, R) in [0, 1) for the predictions of each example, in order.
+
+    The numbers of an example depend only on the seed and the number of the example.
+    """
     if len(examples) != len(counts):
-        raise ValueError(f"{len(examples)} numbers of examples for a batch of {len(counts)}")
+        raise ValueError(f"{len(examples)} example numbers for a batch of {len(counts)} examples")
     drawn = [
         np.random.Generator(np.random.Philox(key=np.array([seed, example], np.uint64))).random((count, rank))
         for example, count in zip(examples, counts, strict=True)
@@ -256,6 +269,6 @@ def _uniforms(seed: int, examples: Sequence[int], counts: Sequence[int], rank: i
 
 
 def _power_of_two(largest_B: Tensor) -> Tensor:
-    """The power of two next to it, division by which is exact; 1 where it is 0."""
+    """Return the next power of two, by which division is exact. Return 1 where the value is 0."""
     _, exponent_B = torch.frexp(largest_B)
     return torch.ldexp(torch.ones_like(largest_B), exponent_B).where(largest_B > 0, 1)

@@ -1,7 +1,7 @@
-"""Gradient rows of the layers that have a rule of their own, from their inputs and the gradients at their outputs.
+"""Layer rules: gradient rows of common layers, computed from their inputs and the gradients at their outputs.
 
-A rule is used for a module whose `forward` is the layer's own (a subclass that overrides it is not such a layer) and
-whose parameters are named as that layer's are. Everything else takes the general rule in `module_rule.py`.
+A rule applies to a module that has the layer's own `forward` (a subclass that overrides `forward` does not qualify) and
+the layer's own parameter names. All other modules use the general rule in `module_rule.py`.
 
 Legend: B batch, T positions, G groups, R rank, o outputs and i inputs of a group, c normalised features.
 """
@@ -21,26 +21,36 @@ from npeff.gradients.errors import UnsupportedModelError
 from npeff.gradients.outer import Outer, live_positions
 
 Rule = Callable[[Any, Tensor, Sequence[Tensor], frozenset[str]], dict[str, Contribution]]
-"""(module, inputs (B, m, …), R deltas (B, m, …), wanted names) -> contribution of each of its parameters.
+"""(module, inputs (B, m, …), R deltas (B, m, …), wanted names) -> contribution of each wanted parameter.
 
-The m uses an example makes of a layer that sees them as one larger batch are m more positions.
+Where a layer receives m entries per example as one larger batch, the m entries are additional positions.
 """
 
 
 def check_supported(module: Any) -> None:
-    """Raise UnsupportedModelError for a layer with a rule whose settings leave it no rows of single examples."""
+    """Check that the settings of a layer with a rule permit per-example rows.
+
+    Raises:
+        UnsupportedModelError: The settings do not permit per-example rows.
+    """
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        raise UnsupportedModelError("an Embedding with max_norm changes its weights when it is read: exclude it")
+        raise UnsupportedModelError(
+            "an Embedding with max_norm changes its weights in the forward pass: exclude its parameters with "
+            "parameters.exclude"
+        )
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
-        raise UnsupportedModelError("a BatchNorm without running statistics makes examples depend on each other")
+        raise UnsupportedModelError(
+            "a BatchNorm without running statistics makes examples depend on each other: use one with "
+            "track_running_stats=True"
+        )
 
 
-_WORTH_COPYING = 0.75
-"""Share of the positions that may be live in some example where the others are left out at the price of a copy."""
+_MAX_LIVE_FRACTION = 0.75
+"""Dead positions are removed, which copies the inputs, if fewer than this fraction of the positions are live."""
 
 
 def _positions(value: Tensor, n_features: int) -> Tensor:
-    """(B, …positions, …features) -> (B, T, …features); T = 1 where there are no axes of positions."""
+    """Reshape (B, …positions, …features) to (B, T, …features), with T = 1 if there are no axes of positions."""
     last = value.dim() - n_features
     return value.reshape(len(value), -1, *value.shape[last:])
 
@@ -48,14 +58,14 @@ def _positions(value: Tensor, n_features: int) -> Tensor:
 def _affine(
     deltas: Sequence[Tensor], inputs_BTi: Tensor, module: nn.Module, wanted: frozenset[str]
 ) -> dict[str, Contribution]:
-    """From R deltas (B, T, o)."""
+    """Compute the contributions of an affine layer from R deltas (B, T, o)."""
     found: dict[str, Contribution] = {}
     if "bias" in wanted:
         found["bias"] = Dense(torch.stack([deltas_BTo.sum(1) for deltas_BTo in deltas], dim=1))
     if "weight" in wanted:
         live_BT = live_positions(deltas)
         live_T = live_BT.any(0)
-        if int(live_T.sum()) < _WORTH_COPYING * live_T.numel():
+        if int(live_T.sum()) < _MAX_LIVE_FRACTION * live_T.numel():
             deltas, inputs_BTi = [deltas_BTo[:, live_T] for deltas_BTo in deltas], inputs_BTi[:, live_T]
             live_BT = live_BT[:, live_T]
         shape = tuple(cast(Tensor, module.weight).shape)
@@ -68,14 +78,14 @@ def _affine(
 def linear(
     module: nn.Module, inputs: Tensor, deltas: Sequence[Tensor], wanted: frozenset[str]
 ) -> dict[str, Contribution]:
-    """y_t = W a_t + b, and the transposed storage of W in the `Conv1D` of the GPT-2 family."""
+    """Rule of y_t = W a_t + b, including the transposed storage of W in the `Conv1D` layer of the GPT-2 family."""
     return _affine([_positions(delta, 1) for delta in deltas], _positions(inputs, 1), module, wanted)
 
 
 def convolution(
     module: Any, inputs: Tensor, deltas: Sequence[Tensor], wanted: frozenset[str]
 ) -> dict[str, Contribution]:
-    """Every output pixel is one position of a linear layer on the patch under it, separately for each group."""
+    """Rule of convolutions: each output pixel is one position of a linear layer on its patch, for each group."""
     n_dims, G = len(module.kernel_size), module.groups
     B, m = inputs.shape[:2]
     # (B, m, G o, …) -> (B, G, T, o)
@@ -98,7 +108,7 @@ def convolution(
 
 
 def embedding(module: Any, inputs: Tensor, deltas: Sequence[Tensor], wanted: frozenset[str]) -> dict[str, Contribution]:
-    """y_t = row a_t of the table; the padding row has no gradient, as in autograd."""
+    """Rule of embeddings: y_t is row a_t of the table. As in autograd, the padding row has no gradient."""
     check_supported(module)
     indices_BT = inputs.flatten(1)
     deltas_BTRi = torch.stack([_positions(delta, 1) for delta in deltas], dim=2)
@@ -113,7 +123,7 @@ def embedding(module: Any, inputs: Tensor, deltas: Sequence[Tensor], wanted: fro
 def _elementwise(
     deltas: Sequence[Tensor], normalised_BTc: Tensor, shape: Iterable[int], wanted: frozenset[str]
 ) -> dict[str, Contribution]:
-    """y_t = w ∘ x̂_t + b, from R deltas (B, T, c)."""
+    """Compute the contributions of y_t = w ∘ x̂_t + b from R deltas (B, T, c)."""
     found: dict[str, Contribution] = {}
     if "weight" in wanted:
         rows_BRc = torch.stack([(deltas_BTc * normalised_BTc).sum(1) for deltas_BTc in deltas], dim=1)
@@ -127,7 +137,7 @@ def _elementwise(
 def layer_norm(
     module: Any, inputs: Tensor, deltas: Sequence[Tensor], wanted: frozenset[str]
 ) -> dict[str, Contribution]:
-    """LayerNorm and RMSNorm: features are the trailing `normalized_shape`."""
+    """Rule of LayerNorm and RMSNorm: the features are the trailing axes `normalized_shape`."""
     shape = module.normalized_shape
     if isinstance(module, nn.LayerNorm):
         normalised = functional.layer_norm(inputs, shape, None, None, module.eps)
@@ -141,7 +151,8 @@ def layer_norm(
 def channel_norm(
     module: Any, inputs: Tensor, deltas: Sequence[Tensor], wanted: frozenset[str]
 ) -> dict[str, Contribution]:
-    """GroupNorm, and BatchNorm with its running statistics: features are the channels, positions all axes after."""
+    """Rule of GroupNorm and of BatchNorm with running statistics: the features are the channels, the positions are all
+    axes after the channels."""
     flat = inputs.flatten(0, 1)
     if isinstance(module, nn.GroupNorm):
         normalised = functional.group_norm(flat, module.num_groups, None, None, module.eps)
@@ -169,7 +180,7 @@ _RULES: dict[Any, Rule] = {
 
 
 def rule_for(module: nn.Module, wanted: Iterable[str]) -> Rule | None:
-    """The rule that gives the rows of the module's own parameters `wanted`, or None if it has no special rule."""
+    """Return the layer rule for the module's parameters `wanted`, or None if no layer rule applies."""
     if not set(wanted) <= {"weight", "bias"}:
         return None
     if (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
@@ -178,10 +189,14 @@ def rule_for(module: nn.Module, wanted: Iterable[str]) -> Rule | None:
 
 
 def per_example(value: Tensor, n_examples: int) -> Tensor:
-    """(B m, …) -> (B, m, …): the leading axis holds the examples, each with m consecutive entries."""
+    """Reshape (B m, …) to (B, m, …), where each example has m consecutive entries on the first axis.
+
+    Raises:
+        UnsupportedModelError: The size of the first axis is not a multiple of the number of examples.
+    """
     if value.dim() == 0 or value.shape[0] % n_examples:
         raise UnsupportedModelError(
-            f"a layer's leading axis has {tuple(value.shape)[:1]} entries for {n_examples} examples: "
-            "examples must be on the first axis of every layer (batch_first=True), or exclude the layer"
+            f"the first axis of a layer has {tuple(value.shape)[:1]} entries for {n_examples} examples: "
+            "put examples on the first axis of every layer (batch_first=True), or exclude the layer's parameters"
         )
     return value.unflatten(0, (n_examples, value.shape[0] // n_examples))

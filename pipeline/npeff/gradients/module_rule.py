@@ -1,8 +1,7 @@
-"""Gradient rows of any module, by `torch.func`: the module runs again, one example at a time, under vmap.
+"""The general rule: gradient rows of any module, computed with `torch.func` by running the module again under vmap.
 
-What is needed is the module's own call (its inputs) and the gradients at its outputs. Which axis of each tensor holds
-the examples is found by trying, and checked: the module, run on the slices of one example, must give that example's
-part of the outputs it gave for the batch.
+The rule needs the inputs of the module's call and the gradients at its outputs. It finds the axis of examples of each
+tensor by trial: the module, run on the slices of one example, must reproduce that example's part of the batch outputs.
 
 Legend: B batch, R rank.
 """
@@ -28,15 +27,15 @@ _MAX_TRIALS = 81
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """One call of a module: its inputs, and for each output tensor with a gradient its value and the gradients."""
+    """One call of a module: the inputs, and the value and the gradients of each output tensor that has a gradient."""
 
     module: nn.Module
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
     places: tuple[int, ...]
-    """Positions, among the flattened outputs, of the tensors in `outputs` and `deltas`."""
+    """Positions of the tensors in `outputs` and `deltas` among the flattened outputs."""
     outputs: tuple[Tensor, ...]
     deltas: tuple[Tensor, ...]
-    """(R, *output shape) each."""
+    """Gradients at the outputs, each (R, *output shape)."""
 
 
 class _Slices:
@@ -57,7 +56,7 @@ class _Slices:
         return tuple(outputs[place] for place in self.call.places)
 
     def candidates(self, n_examples: int) -> list[list[int | None]]:
-        """Axes that could hold the examples, per input tensor, the usual one first."""
+        """Return the axes that may hold the examples, for each input tensor, with the most common axis first."""
         found: list[list[int | None]] = []
         for leaf in (self.leaves[place] for place in self.tensors):
             sizes = enumerate(leaf.shape[:2])
@@ -65,7 +64,7 @@ class _Slices:
         return found
 
     def split(self, axes: Sequence[int | None], n_examples: int) -> list[Tensor]:
-        """Input tensors with the examples as an axis of their own, before what is left of the axis that held them."""
+        """Split the axis of examples of each input tensor into (examples, entries per example)."""
         return [
             leaf if axis is None else leaf.unflatten(axis, (n_examples, -1))
             for leaf, axis in zip((self.leaves[place] for place in self.tensors), axes, strict=True)
@@ -73,7 +72,7 @@ class _Slices:
 
 
 def _output_axes(part: Sequence[Tensor], whole: Sequence[Tensor], n_examples: int, example: int) -> list[int] | None:
-    """Axis that holds the examples in each output, or None if `part` is not this example's part of `whole`."""
+    """Return the axis of examples of each output, or None if `part` is not this example's part of `whole`."""
     axes = []
     for small, large in zip(part, whole, strict=True):
         if small.dim() != large.dim():
@@ -107,15 +106,15 @@ def _find_axes(
         if len(found) == 2 and found[0] is not None and found[1] is not None:
             return list(axes), found[0]
     raise UnsupportedModelError(
-        f"cannot tell the examples apart in the inputs of a {type(function.call.module).__name__}: "
-        "put examples on the first axis, or exclude its parameters"
+        f"cannot find the axis of examples in the inputs of a {type(function.call.module).__name__}: "
+        "put examples on the first axis, or exclude the parameters of this module with parameters.exclude"
     ) from failure
 
 
 def output_axes(call: ModuleCall, parameters: Mapping[str, Tensor], n_examples: int) -> list[int]:
-    """The axis that holds the examples in each of `call.outputs`; 0 if there is one example, to which all belongs.
+    """Find the axis of examples of each of `call.outputs`. With a single example the axis is 0.
 
-    `parameters` and what is raised as of `module_rows`.
+    Parameters and exceptions are those of `module_rows`.
     """
     if n_examples == 1:
         return [0] * len(call.outputs)
@@ -126,11 +125,21 @@ def output_axes(call: ModuleCall, parameters: Mapping[str, Tensor], n_examples: 
 def moved_outputs(
     call: ModuleCall, parameters: Mapping[str, Tensor], directions: Sequence[Mapping[str, Tensor]]
 ) -> list[list[Tensor]]:
-    """For each direction g in `parameters`, d/dε of each of `call.outputs` at θ + ε·g: (∂outputs/∂θ) g.
+    """Compute (∂outputs/∂θ) g, the derivative of each of `call.outputs` with respect to ε at θ + ε·g, for directions g.
 
-    By differentiating the backward pass, u ↦ ⟨(∂outputs/∂θ)ᵀ u, g⟩, which is linear in u: this is the adjoint of what
-    autograd takes gradients by, whatever a module does to these on the way. Raises RuntimeError where a backward pass
-    has no derivative, as that of cuDNN's recurrent layers, or a wrong one.
+    The function differentiates the backward pass u ↦ ⟨(∂outputs/∂θ)ᵀ u, g⟩, which is linear in u. The result is the
+    adjoint of the backward pass of autograd, even if the module modifies its gradients.
+
+    Args:
+        call: The call of the module.
+        parameters: Values of the module's parameters, by name within the module.
+        directions: The directions g, each by name within the module.
+
+    Returns:
+        One list per direction, with one tensor per output.
+
+    Raises:
+        RuntimeError: A backward pass has no derivative (as in recurrent layers of cuDNN) or a wrong derivative.
     """
     function = _Slices(call)
     generator = torch.Generator().manual_seed(0)
@@ -155,19 +164,22 @@ def moved_outputs(
 def _check_adjoint(
     adjoints: Sequence[Tensor], moved: Sequence[Tensor], rows: Sequence[Tensor], directions: Sequence[Tensor]
 ) -> None:
-    """⟨u, J g⟩ = ⟨Jᵀ u, g⟩ for the random u: else a backward pass within has hidden from autograd what it did."""
+    """Check that ⟨u, J g⟩ = ⟨Jᵀ u, g⟩ for the random u.
+
+    The equation does not hold if a backward pass contains operations that autograd does not record.
+    """
     with torch.no_grad():
         outer = sum(float((u.double() * value).sum()) for u, value in zip(adjoints, moved, strict=True))
         inner = sum(float((row.double() * g).sum()) for row, g in zip(rows, directions, strict=True))
         scale = sum(float(value.double().square().sum()) for value in moved) ** 0.5
         tolerance = min(0.1, 10 * max(torch.finfo(value.dtype).eps for value in moved) ** 0.5)
-    if abs(outer - inner) > tolerance * scale:  # not so where an example is not finite, which says nothing
-        raise RuntimeError("a backward pass that its own derivative does not fit")
+    if abs(outer - inner) > tolerance * scale:  # false for nan: an example that is not finite proves nothing
+        raise RuntimeError("the derivative of a backward pass does not match the backward pass")
 
 
 @dataclass(frozen=True)
 class _Split:
-    """Inputs and output gradients with the examples on an axis of their own; None for an input all of them share."""
+    """Inputs and output gradients with a separate axis of examples. The axis is None for inputs that examples share."""
 
     function: _Slices
     parameters: dict[str, Tensor]
@@ -178,7 +190,7 @@ class _Split:
     n_examples: int
 
     def traced(self) -> dict[str, Tensor]:
-        """Rows of all examples at once."""
+        """Compute the rows of all examples at once under vmap."""
 
         def example_rows(slices: list[Tensor], deltas: list[Tensor]) -> dict[str, Tensor]:
             _, pullback, *_ = torch.func.vjp(lambda values: self.function.run(values, slices), self.parameters)
@@ -192,7 +204,7 @@ class _Split:
         return rows
 
     def looped(self) -> dict[str, Tensor]:
-        """The same, an example and a row at a time."""
+        """Compute the same rows in a loop over examples and rows."""
         rank = len(self.function.call.deltas[0])
         leaves = {name: value.detach().requires_grad_() for name, value in self.parameters.items()}
         rows = {name: value.new_zeros(self.n_examples, rank, *value.shape) for name, value in self.parameters.items()}
@@ -216,9 +228,18 @@ def _select(values: Sequence[Tensor], axes: Sequence[int | None], example: int) 
 
 
 def module_rows(call: ModuleCall, parameters: dict[str, Tensor], n_examples: int) -> dict[str, Tensor]:
-    """Rows (B, R, *shape) of each parameter, given by its name within the module.
+    """Compute the rows of each parameter of a module.
 
-    Raises UnsupportedModelError if the examples cannot be told apart in the module's inputs or outputs.
+    Args:
+        call: The call of the module.
+        parameters: Values of the parameters, by name within the module.
+        n_examples: B, the number of examples in the batch.
+
+    Returns:
+        Rows (B, R, *shape) by name within the module.
+
+    Raises:
+        UnsupportedModelError: The axis of examples cannot be found in the module's inputs or outputs.
     """
     function = _Slices(call)
     if n_examples == 1:
@@ -234,10 +255,10 @@ def module_rows(call: ModuleCall, parameters: dict[str, Tensor], n_examples: int
     delta_axes = [axis + 1 for axis in output_axes]
     split = _Split(function, parameters, inputs, input_axes, deltas, delta_axes, n_examples)
     try:
-        # fused attention has no batching rule, plain attention does; kernels without one are looped over by vmap itself
+        # plain attention has a batching rule, fused attention has none; vmap loops over other kernels without a rule
         with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
             return split.traced()
     except RuntimeError:
-        # a recurrent kernel, control flow that depends on the data, …: vmap refuses, and says so in many ways
+        # vmap does not support, for example, recurrent kernels and control flow that depends on the data
         return split.looped()

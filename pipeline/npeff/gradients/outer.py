@@ -1,4 +1,4 @@
-"""Rows that are sums of outer products, as those of linear layers and convolutions."""
+"""Rows that are sums of outer products, such as the rows of linear layers and convolutions."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from torch import Tensor
 from npeff.gradients.contribution import MEMORY_ELEMENTS, blocks, cached_elements, dense_gram
 
 _PART_ELEMENTS = 1 << 18
-"""Numbers of rows formed at a time for a part of a parameter on a CPU: more, and each leaves the cache before it is
-used; fewer, and the products become narrow."""
+"""Number of elements of the rows formed at a time for a part of a parameter on a CPU. Larger parts leave the cache
+before use; smaller parts make the matrix products narrow."""
 
 
 @dataclass(frozen=True)
 class Outer:
-    """Rows Σ_t δ_t ⊗ a_t, per group; the parameter, seen as a matrix, is (G o) × i.
+    """Rows Σ_t δ_t ⊗ a_t for each group. The parameter, reshaped to a matrix, is (G o) × i.
 
-    With `inputs_first` (G = 1) the parameter is stored as inputs × outputs: Σ_t a_t ⊗ δ_t.
+    With `inputs_first` (G = 1) the parameter is stored as inputs × outputs, and the rows are Σ_t a_t ⊗ δ_t.
     """
 
     deltas: tuple[Tensor, ...]
-    """R tensors (B, G, T, o), as autograd gave them: they are large, and stacking them would copy them."""
+    """R tensors (B, G, T, o) from autograd. They are large, so they are not copied into one tensor."""
     inputs_BGTi: Tensor
     shape: tuple[int, ...]
     inputs_first: bool = False
     known_live_BGT: Tensor | None = None
-    """`live_BGT`, where it is known already."""
+    """The result of `live_BGT`, if it is already known."""
 
     @property
     def n_examples(self) -> int:
@@ -51,12 +51,15 @@ class Outer:
         return rows_BRx.unflatten(2, self.shape)
 
     def gram(self) -> Tensor:
-        """Σ_{t,u} (δ_t·δ_u)(a_t·a_u) where that is less work than forming the rows, else from the rows."""
+        """Compute Σ_{t,u} (δ_t·δ_u)(a_t·a_u), or the inner products of the formed rows if that is less work."""
         return outer_gram([self])
 
     def add_weighted_sum(self, weights_KBR: Tensor, total: Tensor) -> None:
-        """Weights into the deltas first, then one product over examples and positions, where that is less work; else
-        rows are formed, for a part of the parameter at a time that stays in the cache."""
+        """Add Σ_{b,r} w[k,b,r] row[b,r] to `total` in place, by the cheaper of two methods.
+
+        The first method multiplies the deltas by the weights and then takes one product over examples and positions.
+        The second method forms rows for one part of the parameter at a time, such that the part fits in the cache.
+        """
         K, R = len(weights_KBR), self.rank
         T, i = self.inputs_BGTi.shape[2:]
         if K * T * (R + i) < i * R * (T + K):
@@ -82,7 +85,7 @@ class Outer:
         for group in range(G):
             deltas_BRTo = torch.stack([deltas_BGTo[:, group] for deltas_BGTo in self.deltas], dim=1).to(total_Kx)
             inputs_BTi = self.inputs_BGTi[:, group].to(total_Kx)
-            # the left factor is cut up: it lies so that each of its parts is read through
+            # the left factor is split into parts; its memory layout makes each part contiguous along positions
             left = (inputs_BTi[:, None] if self.inputs_first else deltas_BRTo).mT.contiguous()
             n_left, n_right = left.shape[2], (deltas_BRTo if self.inputs_first else inputs_BTi).shape[-1]
             for start in range(0, n_left, step := max(1, most // (B * R * n_right))):
@@ -97,11 +100,11 @@ class Outer:
         return type(self)(deltas, self.inputs_BGTi[which], self.shape, self.inputs_first)
 
     def live_BGT(self) -> Tensor:
-        """Positions at which any of an example's deltas is not zero."""
+        """Return a mask of the positions at which at least one delta of an example is not zero."""
         return live_positions(self.deltas) if self.known_live_BGT is None else self.known_live_BGT
 
     def inputs_key(self) -> Hashable:
-        """Equal for layers that read the same inputs: the query, key and value of attention."""
+        """Return a key that is equal for layers with the same input tensor, such as query, key and value layers."""
         inputs = self.inputs_BGTi
         return inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype
 
@@ -112,14 +115,14 @@ def _forming_is_cheaper(outer: Outer) -> bool:
     return T * (T * (i + R * o) + R * R * o) >= R * o * i * (T + R)
 
 
-_TELLING = 16
-"""Features that nearly always tell whether a position is live: the others are looked at only where these are zero."""
+_FIRST_FEATURES = 16
+"""Number of features tested first for live positions. The other features are tested only where these are zero."""
 
 
 def live_positions(deltas: Sequence[Tensor]) -> Tensor:
-    """Where any of R rows has a gradient that is not zero: R tensors (…, o) -> (…)."""
-    live = _any_nonzero([delta[..., :_TELLING] for delta in deltas])
-    if deltas[0].shape[-1] > _TELLING and not live.all():
+    """Return a mask (…) of the positions where at least one of R tensors (…, o) is not zero."""
+    live = _any_nonzero([delta[..., :_FIRST_FEATURES] for delta in deltas])
+    if deltas[0].shape[-1] > _FIRST_FEATURES and not live.all():
         rest = ~live
         live[rest] = _any_nonzero([delta[rest] for delta in deltas])
     return live
@@ -133,9 +136,10 @@ def _any_nonzero(deltas: Sequence[Tensor]) -> Tensor:
 
 
 def outer_gram(outers: Sequence[Outer]) -> Tensor:
-    """The sum of the Gram matrices of layers that read the same inputs a_t.
+    """Compute the sum of the Gram matrices (B, R, R), float64, of layers with the same inputs a_t.
 
-    Σ_{t,u} (a_t·a_u)(δ_t·δ_u), with the inputs' inner products taken once, or from the rows where that is less work.
+    A Gram matrix is Σ_{t,u} (a_t·a_u)(δ_t·δ_u), and all layers share the inner products of the inputs. Where it is less
+    work, the Gram matrix is computed from the formed rows.
     """
     first = outers[0]
     B, G, T = first.inputs_BGTi.shape[:3]
@@ -165,11 +169,14 @@ def outer_gram(outers: Sequence[Outer]) -> Tensor:
 
 
 _STRIP = 32
-"""Positions of which the inner products with all before them are taken at a time."""
+"""Number of positions per strip. One matrix product takes the inner products of a strip with all earlier positions."""
 
 
 def _squared_norms(outers: Sequence[Outer]) -> Tensor:
-    """(B,), float64: `outer_gram` of one row, Σ_{t,u} (a_t·a_u)(δ_t·δ_u), of which t < u is half of t ≠ u."""
+    """Compute `outer_gram` for R = 1: Σ_{t,u} (a_t·a_u)(δ_t·δ_u), (B,), float64.
+
+    The sum is symmetric in t and u, so the terms t < u are computed once and counted twice.
+    """
     inputs_BGTi = outers[0].inputs_BGTi
     squares_B = torch.zeros(len(inputs_BGTi), dtype=torch.float64, device=inputs_BGTi.device)
     for start in range(0, inputs_BGTi.shape[2], _STRIP):

@@ -1,8 +1,9 @@
-"""Which module's calls account for which parameter.
+"""Owners of parameters: for each parameter, the module whose calls yield the parameter's gradient rows.
 
-Usually a parameter's own module. Some modules read the parameters of children that they never call (attention reads
-its output projection's weight): those are accounted for by the nearest module above that is called. So are those of a
-module that computes something for all examples at once, where this cannot be repeated for each of them.
+The owner of a parameter is usually the module that holds it. Some modules use the parameters of children that they
+never call (attention uses the weight of its output projection). The owner of such a parameter is the nearest called
+module above. The same holds for a module whose output all examples share, if the output cannot be repeated for each
+example.
 """
 
 from __future__ import annotations
@@ -18,17 +19,25 @@ from npeff.gradients.errors import UnsupportedModelError
 from npeff.gradients.parameters import ParameterLayout
 
 Owners = dict[str, dict[str, str]]
-"""module name -> {a parameter's name within the module: its name in the layout}.
+"""Maps the name of a module to {the name of a parameter within the module: the name of the parameter in the layout}.
 
-A parameter that is shared appears at each of its places, so that each place's uses are counted once.
+A shared parameter has one entry for each module that holds it, so that each use is counted exactly once.
 """
 
 
 def find_owners(model: nn.Module, layout: ParameterLayout, run: Callable[[], Tensor]) -> Owners:
-    """Owners of the parameters of `layout`; `run` computes the logits of a batch.
+    """Find the owners of the parameters of `layout`. Parameters that the logits do not depend on have no owner.
 
-    Places that the logits do not depend on have no owner. Raises UnsupportedModelError if no module that accounts for
-    a parameter is called.
+    Args:
+        model: The model.
+        layout: The selected parameters.
+        run: Function that computes the logits of a batch.
+
+    Returns:
+        The owners of the parameters.
+
+    Raises:
+        UnsupportedModelError: The logits depend on a parameter, but no module that holds it is called.
     """
     names, modules = dict(layout_names(model, layout)), dict(model.named_modules())
     with called_modules(modules) as called, torch.no_grad():
@@ -55,15 +64,15 @@ def find_owners(model: nn.Module, layout: ParameterLayout, run: Callable[[], Ten
                 place = _place(module_name, local)
                 if owner is None:
                     raise UnsupportedModelError(
-                        f"parameter {place!r} is used, but no module that holds it is called: call the model itself "
-                        "in logits, or exclude it with parameters.exclude"
+                        f"parameter {place!r} is used, but no module that contains it is called: call the model "
+                        "itself in logits(), or exclude the parameter with parameters.exclude"
                     )
                 owners.setdefault(owner, {})[place.removeprefix(f"{owner}.")] = names[parameter]
     return owners
 
 
 def with_new_places(owners: Owners, found: Owners) -> Owners:
-    """Those of `owners`, and those of `found` for places that nobody accounts for yet."""
+    """Return `owners`, extended by the entries of `found` for parameters that have no owner yet."""
     owned = {_place(module_name, local) for module_name, own in owners.items() for local in own}
     merged = {name: dict(own) for name, own in owners.items()}
     for module_name, own in found.items():
@@ -74,7 +83,7 @@ def with_new_places(owners: Owners, found: Owners) -> Owners:
 
 
 def without_owner(model: nn.Module, layout: ParameterLayout, owners: Owners) -> dict[str, nn.Module]:
-    """Modules that were not called so far and have parameters that nobody accounts for."""
+    """Return the modules that hold parameters of the layout without an owner."""
     names = dict(layout_names(model, layout))
     owned = {_place(module_name, local) for module_name, own in owners.items() for local in own}
     return {
@@ -88,9 +97,10 @@ def without_owner(model: nn.Module, layout: ParameterLayout, owners: Owners) -> 
 
 
 def move_up(model: nn.Module, owners: Owners, module_names: Iterable[str], run: Callable[[], Tensor]) -> Owners:
-    """The same, but what `module_names` own is accounted for by the nearest called module above each.
+    """Return `owners` with the parameters of each of `module_names` moved to the nearest called module above.
 
-    Raises UnsupportedModelError if there is none.
+    Raises:
+        UnsupportedModelError: No called module is above one of `module_names`.
     """
     with called_modules(dict(model.named_modules())) as called, torch.no_grad():
         run()
@@ -99,8 +109,8 @@ def move_up(model: nn.Module, owners: Owners, module_names: Iterable[str], run: 
         above = _nearest_called(name, called)
         if above is None:
             raise UnsupportedModelError(
-                f"examples are not on the first axis of the output of {name or 'the model'}: put them there "
-                "(batch_first=True), or exclude its parameters with parameters.exclude"
+                f"examples are not on the first axis of the output of {name or 'the model'}: put examples on the first "
+                "axis (batch_first=True), or exclude its parameters with parameters.exclude"
             )
         inner = name.removeprefix(f"{above}.")
         moved.setdefault(above, {}).update({f"{inner}.{local}": full for local, full in moved.pop(name).items()})
@@ -108,11 +118,17 @@ def move_up(model: nn.Module, owners: Owners, module_names: Iterable[str], run: 
 
 
 def layout_names(model: nn.Module, layout: ParameterLayout) -> Iterator[tuple[nn.Parameter, str]]:
-    """The parameters of the layout with their names. Raises UnsupportedModelError if the model has others."""
+    """Yield the parameters of the layout with their names.
+
+    Raises:
+        UnsupportedModelError: The model lacks a parameter of the layout, or the shapes differ.
+    """
     found = dict(model.named_parameters())
     for name, shape in zip(layout.names, layout.shapes, strict=True):
         if name not in found or tuple(found[name].shape) != shape:
-            raise UnsupportedModelError(f"the model has no parameter {name!r} of shape {shape}")
+            raise UnsupportedModelError(
+                f"the model has no parameter {name!r} of shape {shape}: use the model for which the layout was made"
+            )
         yield found[name], name
 
 
@@ -132,7 +148,7 @@ def _nearest_called(module_name: str, called: set[str]) -> str | None:
 def _separate_copies(
     modules: dict[str, nn.Module], places: list[tuple[str, str, nn.Parameter]]
 ) -> Iterator[list[nn.Parameter]]:
-    """Put a copy that requires a gradient at each place, so that the uses of each place can be told apart."""
+    """Replace each parameter by a copy that requires a gradient, to separate the uses of shared parameters."""
     copies = [nn.Parameter(parameter.detach().clone()) for _, _, parameter in places]
     try:
         for (module_name, local, _), copy in zip(places, copies, strict=True):

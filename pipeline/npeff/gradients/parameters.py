@@ -1,4 +1,4 @@
-"""Which parameters span the Fisher matrices, and where each of them lies in a flat parameter vector."""
+"""Selection of the parameters that span the Fisher matrices, and their layout in a flat parameter vector."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ParameterLayout:
 
     @property
     def size(self) -> int:
-        """P, the number of entries of all parameters together."""
+        """P, the total number of entries of all parameters."""
         return sum(self.sizes)
 
     @property
@@ -39,26 +39,36 @@ class ParameterLayout:
         return tuple(accumulate(self.sizes, initial=0))[:-1]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists, for a JSON attribute."""
+        """Return the layout as plain lists, for a JSON attribute."""
         return {"names": list(self.names), "shapes": [list(shape) for shape in self.shapes]}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> ParameterLayout:
-        """The inverse of `to_json`."""
+        """Construct a layout from the output of `to_json`."""
         return cls(tuple(value["names"]), tuple(tuple(shape) for shape in value["shapes"]))
 
 
 def select_parameters(
     model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
 ) -> ParameterLayout:
-    """Floating-point parameters whose name matches a pattern of `include` and none of `exclude` (shell globs).
+    """Select the floating-point parameters whose names match a pattern of `include` and no pattern of `exclude`.
 
-    A parameter that several modules share appears once, under its first name. Raises UnsupportedModelError if a
-    pattern of `include` matches nothing, or nothing is left.
+    A parameter that several modules share appears once, under its first name.
+
+    Args:
+        model: The model.
+        include: Shell globs of parameter names.
+        exclude: Shell globs of parameter names.
+
+    Returns:
+        The layout of the selected parameters.
+
+    Raises:
+        UnsupportedModelError: A pattern of `include` matches nothing, or no parameter is selected.
     """
     candidates = {name: value for name, value in model.named_parameters() if value.is_floating_point()}
     if not candidates:
-        raise UnsupportedModelError("the model has no floating-point parameters: there is nothing to take gradients of")
+        raise UnsupportedModelError("the model has no floating-point parameters: gradients need at least one")
     if not include:
         raise UnsupportedModelError('parameters.include is empty: use ["*"] for all parameters')
     for pattern in include:
@@ -72,12 +82,15 @@ def select_parameters(
         and not any(fnmatchcase(name, pattern) for pattern in exclude)
     }
     if not chosen:
-        raise UnsupportedModelError("parameters.exclude leaves no parameter: exclude less")
+        raise UnsupportedModelError("parameters.exclude excludes every parameter: exclude fewer parameters")
     return ParameterLayout(tuple(chosen), tuple(chosen.values()))
 
 
 def left_out(model: nn.Module, layout: ParameterLayout, exclude: Sequence[str] = ()) -> dict[str, str]:
-    """The parameters that are not in `layout`, and why not; a shared one is listed under its first name."""
+    """Return the parameters that are not in `layout`, each with the reason.
+
+    A shared parameter is listed under its first name.
+    """
     reasons = {}
     for name, value in model.named_parameters():
         if name in layout.names:
@@ -93,7 +106,7 @@ def left_out(model: nn.Module, layout: ParameterLayout, exclude: Sequence[str] =
 
 
 def model_fingerprint(model: nn.Module, layout: ParameterLayout) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of the selected parameters: equal if and only if they are equal."""
+    """Compute the SHA-256 hash of the names, shapes, dtypes and bytes of the selected parameters."""
     parameters = dict(model.named_parameters())
     digest = hashlib.sha256()
     for name in layout.names:

@@ -1,4 +1,4 @@
-"""Sums over the uses of a parameter, Gram matrices over all parameters, products with directions."""
+"""Sums over the uses of a parameter, Gram matrices over all parameters, and products with directions."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from npeff.gradients.outer import Outer, outer_gram
 
 
 def direction_products(contribution: Contribution, directions_Kx: Tensor) -> Tensor:
-    """(B, R, K): inner products of the rows with K directions, (K, *shape)."""
+    """Compute the inner products (B, R, K) of the rows with K directions (K, *shape)."""
     if isinstance(contribution, Sum):
         return torch.stack([direction_products(part, directions_Kx) for part in contribution.parts]).sum(0)
     if isinstance(contribution, Rows):
         looked_up_KBTi = directions_Kx[:, contribution.indices_BT]
         return torch.einsum("btri,kbti->brk", contribution.deltas_BTRi, looked_up_KBTi)
     directions_xK = directions_Kx.flatten(1).T if directions_Kx.dim() > 1 else directions_Kx[None]
-    # in large blocks, as each reads all directions
+    # large blocks, because each block reads all directions
     return torch.cat([rows_bRx @ directions_xK for _, _, rows_bRx in flat_blocks(contribution, MEMORY_ELEMENTS)])
 
 
 def with_same_inputs(contributions: Iterable[Contribution]) -> tuple[list[list[Outer]], list[Contribution]]:
-    """The parts of `contributions`: outer products, put together where they read the same inputs, and all others."""
+    """Split `contributions` into outer products, grouped by their input tensors, and all other contributions."""
     outers: dict[Hashable, list[Outer]] = {}
     others: list[Contribution] = []
     for contribution in contributions:
@@ -39,14 +39,15 @@ def with_same_inputs(contributions: Iterable[Contribution]) -> tuple[list[list[O
 
 
 def total_gram(contributions: Iterable[Contribution]) -> Tensor:
-    """(B, R, R), float64: the Gram matrices of all parameters' rows together, A Aᵀ."""
+    """Compute the Gram matrices A Aᵀ (B, R, R), float64, over all parameters."""
     groups, others = with_same_inputs(contributions)
     return torch.stack([*map(outer_gram, groups), *(part.gram() for part in others)]).sum(0)
 
 
 @dataclass(frozen=True)
 class Sum:
-    """A parameter used in ways of different form, such as an embedding that is also the output layer."""
+    """The contribution of a parameter whose uses have different forms, such as an embedding shared with the output
+    layer."""
 
     parts: tuple[Contribution, ...]
 
@@ -83,7 +84,10 @@ class Sum:
 
 
 def add(contributions: Sequence[Contribution]) -> Contribution:
-    """The sum of a parameter's uses, in one form where they share it: uses of a layer are more positions of one use."""
+    """Add the contributions of all uses of a parameter.
+
+    Uses of the same form are merged: further uses of a layer become additional positions of one use.
+    """
     outers = [part for part in contributions if isinstance(part, Outer)]
     rows = [part for part in contributions if isinstance(part, Rows)]
     denses = [part for part in contributions if isinstance(part, Dense)]

@@ -96,7 +96,7 @@ class Streams:
             batch = self._loaded.batch(examples)
             targets = self._loaded.targets(batch, examples)
             if n_streams(self._loaded.device) == 1:
-                self._first.collector.learn(batch, examples, targets)
+                self._first.collector.inspect(batch, examples, targets)
                 return [self._first]
             expected = self._first.collector.collect(batch, examples, targets)
             expected_BRD = self._first.factors(expected).factors_BRD

@@ -73,7 +73,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             attrs={},
             with_logits=False,
         )
-        fishers.collector.learn(tokens_NT[:2], range(2), targets_of(tokens_NT[:2]))
+        fishers.collector.inspect(tokens_NT[:2], range(2), targets_of(tokens_NT[:2]))
         for shard in range(store.plan.n_shards):
             start, stop = store.plan.bounds(shard)
             parts = [
