@@ -1,4 +1,4 @@
-"""Seeded linear maps of gradient rows: identity, TensorSketch, Kronecker, top-k."""
+"""Sketches of gradient rows: identity, TensorSketch, Kronecker and top-k."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The rows of a sketched Fisher factor recombined so that their Gram matrix is the exact one.
+"""Calibration: recombine the rows of a sketched Fisher factor so that their Gram matrix is exact.
 
-A sketch keeps inner products on average; the error in the length of a row is one that the exact Gram matrix takes away.
-It is most of the error in the inner products of similar examples, which are the large ones: with it taken away, the
-Fishers' inner products are about twice as accurate at the same dimension.
+A sketch preserves inner products on average. The exact Gram matrix corrects the errors in the lengths and angles of an
+example's rows. These errors dominate in the inner products of similar examples, which are the largest inner products.
+With the correction, the inner products of Fishers are about twice as accurate at the same dimension.
 
 Legend: B batch, R rank, D sketch.
 """
@@ -13,16 +13,23 @@ import torch
 from torch import Tensor
 
 LARGEST_RANK = 64
-"""Beyond it the R³ work would cost more than the sketch itself, and the rows are left as they are."""
+"""Rows of factors with a larger rank are not calibrated, because the R³ work would cost more than the sketch."""
 
 
 def calibrated(factors_BRD: Tensor, grams_BRR: Tensor) -> Tensor:
-    """C A Qᵀ (B, R, D) with a C (R × R) near the identity for which its Gram matrix is G = A Aᵀ.
+    """Compute C A Qᵀ (B, R, D), where C (R × R) is near the identity and the Gram matrix of the result is G = A Aᵀ.
 
-    With S = A Qᵀ (A Qᵀ)ᵀ it is C = S^½ M^½ S^-½, M = S^-½ G S^-½: the rows in an orthonormal basis, their lengths and
-    angles mended there. A small multiple of the identity, some rounding errors of the model's precision, is added to G
-    and S: rows that are zero, equal or nearly dependent stay so, and the Gram matrix is exact but for that. Matrices
-    that are not finite give rows that are not.
+    With S = A Qᵀ (A Qᵀ)ᵀ, C = S^½ M^½ S^-½ and M = S^-½ G S^-½: the lengths and angles of the rows are corrected in an
+    orthonormal basis. The function adds a small multiple of the identity, a few rounding errors of the model's
+    precision, to G and S. Rows that are zero, equal or nearly dependent therefore remain so, and the Gram matrix is
+    exact up to this term.
+
+    Args:
+        factors_BRD: Sketched factors A Qᵀ.
+        grams_BRR: Exact Gram matrices A Aᵀ, float64.
+
+    Returns:
+        The calibrated factors. Rows are not finite where an input matrix is not finite.
     """
     if factors_BRD.shape[1] > LARGEST_RANK:
         return factors_BRD
@@ -36,13 +43,13 @@ def calibrated(factors_BRD: Tensor, grams_BRR: Tensor) -> Tensor:
     sketched_BRR = (sketched_BRR / trace_B11).where(usable_B11, 0) + rounding * identity_RR
     exact_BRR = (grams_BRR / trace_B11).where(usable_B11, 0) + rounding * identity_RR
     root_BRR, inverse_BRR = _root(sketched_BRR)
-    mended_BRR, _ = _root(inverse_BRR @ exact_BRR @ inverse_BRR)
-    recombination_BRR = (root_BRR @ mended_BRR @ inverse_BRR).where(finite_B11, torch.nan)
+    corrected_BRR, _ = _root(inverse_BRR @ exact_BRR @ inverse_BRR)
+    recombination_BRR = (root_BRR @ corrected_BRR @ inverse_BRR).where(finite_B11, torch.nan)
     return recombination_BRR.to(factors_BRD) @ factors_BRD
 
 
 def _root(matrices_BRR: Tensor) -> tuple[Tensor, Tensor]:
-    """Square roots of positive matrices, and the roots' inverses."""
+    """Compute the square roots of positive matrices, and the inverses of the roots."""
     values_BR, vectors_BRR = torch.linalg.eigh(matrices_BRR)
     root_BR = values_BR.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
     return (vectors_BRR * root_BR[:, None]) @ vectors_BRR.mT, (vectors_BRR / root_BR[:, None]) @ vectors_BRR.mT

@@ -1,6 +1,6 @@
-"""The sketch: one linear map Q from parameter space to R^D, the same for every example, worker and run with its seed.
+"""The sketch: a linear map Q from parameter space to R^D, the same for every example, worker and run with its seed.
 
-`topk`, which is not linear, has a place here for comparison only.
+The `topk` sketch is not linear. It exists for comparison only.
 
 Legend: B batch, R rank, P parameters, D sketch, w window, F = w // 2 + 1.
 """
@@ -31,23 +31,24 @@ class Sketch(Protocol):
 
     @property
     def dim(self) -> int:
-        """D."""
+        """D, the number of coordinates."""
 
     @property
     def calibrated(self) -> bool:
-        """Whether the rows of an example are to be recombined so that their Gram matrix is the exact one: a linear map
-        keeps it on average only."""
+        """Whether to recombine the rows of an example so that their Gram matrix is exact (`calibration.py`).
+
+        The linear map alone preserves the Gram matrix only on average.
+        """
 
     def apply(self, contributions: Mapping[str, Contribution], method: Method = "auto") -> Tensor:
-        """Sketched rows (B, R, D). `method` chooses how the map is computed, never its result beyond rounding."""
+        """Sketch the rows of a batch: (B, R, D). `method` selects the algorithm; results differ only by rounding."""
 
     def apply_dense(self, vectors: Mapping[str, Tensor]) -> Tensor:
-        """(n, D): where n directions in parameter space, (n, *shape) for each parameter, lie in the sketch; absent
-        parameters are zero."""
+        """Sketch n directions, (n, *shape) for each parameter: (n, D). Absent parameters are zero."""
 
 
 def make_sketch(spec: SketchSpec, layout: ParameterLayout, seed: int) -> Sketch:
-    """The sketch of `spec` and `seed` for parameters laid out by `layout`."""
+    """Construct the sketch of `spec` and `seed` for the parameters of `layout`."""
     if spec.kind == "identity":
         return IdentitySketch(layout)
     if spec.kind == "tensorsketch":
@@ -64,14 +65,14 @@ def _vectors_as_rows(vectors: Mapping[str, Tensor]) -> dict[str, Contribution]:
 
 
 def _zeros(contributions: Mapping[str, Contribution], width: int) -> Tensor:
-    """(B, R, width)"""
+    """Return zeros (B, R, width) with the dtype and device of the contributions."""
     first = next(iter(contributions.values()))
     return first.new_zeros(first.n_examples, first.rank, width)
 
 
 @dataclass(frozen=True)
 class IdentitySketch:
-    """D = P: the parameters one after the other, for small models and tests."""
+    """The identity, D = P: all parameters concatenated. For small models and tests."""
 
     layout: ParameterLayout
     calibrated = False
@@ -93,9 +94,9 @@ class IdentitySketch:
 
 
 class TensorSketch:
-    """Entry (o, i) of each parameter, seen as shape[0] × rest, to bucket (h_out[o] + h_in[i]) mod w of its window.
+    """Tensor sketch: maps entry (o, i) of a parameter to bucket (h_out[o] + h_in[i]) mod w of the parameter's window.
 
-    E⟨Qx, Qy⟩ = ⟨x, y⟩ over seeds.
+    Parameters are reshaped to shape[0] × rest. E⟨Qx, Qy⟩ = ⟨x, y⟩ over seeds.
     """
 
     calibrated = True
@@ -139,10 +140,9 @@ class TensorSketch:
 
 
 class KroneckerSketch:
-    """Each parameter, seen as shape[0] × rest, projected from both sides to at most size × size coordinates of its own,
-    the parameters one after the other.
+    """Projects each parameter from both sides to at most size × size coordinates, and concatenates the results.
 
-    E⟨Qx, Qy⟩ = ⟨x, y⟩ over seeds.
+    Parameters are reshaped to shape[0] × rest. E⟨Qx, Qy⟩ = ⟨x, y⟩ over seeds.
     """
 
     calibrated = True
@@ -166,15 +166,16 @@ class KroneckerSketch:
 
 
 class TopKSketch:
-    """D = P, and of all entries of an example's rows together all but the `size` largest in magnitude zero: what the
-    reference implementation of NPEFF stores. Not linear; for small models, as rows are kept in full.
+    """Keeps the `size` entries of largest magnitude over all rows of an example and sets all other entries to zero.
 
-    Norms are those of all entries, so stored Fishers are of less than unit norm by what was left out, and the explained
-    variance of a factorization is of what was kept. The rows are those of A, already weighted; the reference takes
-    √p_y ∇log p_y, another factor of the same Fisher. (Matena & Raffel, arXiv 2310.04649.)
+    The reference implementation of NPEFF stores Fishers in this way. D = P, because rows are stored in full, so the
+    sketch is for small models. The map is not linear. Norms are computed from all entries: the norm of a stored
+    normalized Fisher is therefore below 1, and the explained fraction of a factorization refers to the kept entries.
+    The rows are those of A, which are already weighted. The reference uses √p_y ∇log p_y, another factor of the same
+    Fisher. (Matena & Raffel, arXiv 2310.04649.)
     """
 
-    calibrated = False  # what was left out is what there is to compare
+    calibrated = False  # calibration would hide the error that this sketch exists to show
 
     def __init__(self, layout: ParameterLayout, size: int) -> None:
         self._all, self._size = IdentitySketch(layout), size
@@ -190,5 +191,5 @@ class TopKSketch:
         return torch.zeros_like(entries_Bx).scatter_(1, kept_Bk, entries_Bx.gather(1, kept_Bk)).view_as(rows_BRP)
 
     def apply_dense(self, vectors: Mapping[str, Tensor]) -> Tensor:
-        """All entries: a direction is compared in full with a component, which is in the parameters' coordinates."""
+        """Return all entries of the directions, because components also have the coordinates of the parameters."""
         return self._all.apply_dense(vectors)

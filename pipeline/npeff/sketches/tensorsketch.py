@@ -1,9 +1,9 @@
-"""The hash functions of a tensor sketch, and the same sketch of an outer product computed two ways.
+"""The hash functions of a tensor sketch, and two algorithms for the sketch of an outer product.
 
-Entry (o, i) of a parameter, seen as a matrix, is added to bucket (h_out[o] + h_in[i]) mod w of the parameter's window,
-w coordinates of the D, with sign s_out[o] s_in[i].
-The sketch of u ⊗ v is then the circular convolution of the count sketches of u and v: the product of their Fourier
-transforms. (N. Pham & R. Pagh, Fast and scalable polynomial kernels via explicit feature maps, KDD 2013.)
+Each parameter is reshaped to a matrix and has a window of w of the D coordinates. Entry (o, i) is added to bucket
+(h_out[o] + h_in[i]) mod w of the window, with sign s_out[o] s_in[i]. The sketch of u ⊗ v is then the circular
+convolution of the count sketches of u and v, which is a product of Fourier transforms. (N. Pham & R. Pagh, Fast and
+scalable polynomial kernels via explicit feature maps, KDD 2013.)
 
 Legend: B batch, R rank, T positions, G groups, o outputs and i inputs of a group, D sketch, w window,
 F = w // 2 + 1.
@@ -25,19 +25,20 @@ from npeff.gradients.contribution import Contribution, blocks, cached_elements, 
 from npeff.gradients.embedding_rows import Rows
 from npeff.gradients.outer import Outer
 
-# measured on one CPU core, in nanoseconds: a multiply-add within a matrix product, a number scattered into its bucket,
-# a number added to one in a row of buckets, a number of a real Fourier transform per doubling of its length, a complex
-# product accumulated
+# times measured on one CPU core, in nanoseconds: a multiply-add in a matrix product, scattering one number into its
+# bucket, adding one number to consecutive buckets, one number of a real Fourier transform per doubling of the length,
+# accumulating one complex product
 _MULTIPLY_NS, _SCATTER_NS, _FOLD_NS, _FFT_NS, _PRODUCT_NS = 0.025, 0.8, 0.2, 0.09, 0.5
 
 WINDOWS, SMALLEST_WINDOWED, FEWEST_GROUPS = 4, 1024, 12
 
 
 def window_width(dim: int, names: Iterable[str]) -> int:
-    """Coordinates that one parameter is sketched to; each group of parameters has its window of that width.
+    """Return w, the number of coordinates of a window. Each group of parameters is sketched into one window.
 
-    A quarter of a large sketch of many groups: transforms are several times cheaper, and as every example's gradient is
-    spread over the groups the windows fill alike (with its energy split evenly over them the variance is the same).
+    In a large sketch of many groups a window is a quarter of the sketch, which makes transforms several times cheaper.
+    Every example's gradient is spread over the groups, so the windows fill evenly. The variance is the same if the
+    energy of the gradient is split evenly over the windows.
     """
     windowed = (
         dim % WINDOWS == 0 and dim >= SMALLEST_WINDOWED and len({_group(name) for name in names}) >= FEWEST_GROUPS
@@ -46,25 +47,26 @@ def window_width(dim: int, names: Iterable[str]) -> int:
 
 
 def _group(name: str) -> str:
-    """The module that holds the module of parameter `name`."""
+    """Return the name of the parent of the module that holds parameter `name`."""
     module = name.rpartition(".")[0]
     return module.rpartition(".")[0] or module
 
 
 @dataclass(frozen=True)
 class Side:
-    """Where the rows, or the columns, of a parameter go: bucket and sign of each."""
+    """The buckets and signs of the rows, or of the columns, of a parameter."""
 
     buckets: Tensor
     signs: Tensor
     stretches: tuple[tuple[int, int, int], ...] | None
-    """(start, stop, first bucket) of entries with consecutive buckets, where they are so: several times faster."""
+    """(start, stop, first bucket) of ranges of entries with consecutive buckets, which are several times faster to add.
+    None if buckets are not consecutive."""
 
     @classmethod
     def rotated(cls, key: str, count: int, width: int) -> Side:
-        """Stretches of `width` entries, each shifted by a number of its own.
+        """Draw buckets as stretches of `width` consecutive entries, each with a random shift.
 
-        Two entries of one stretch never meet, and two of different stretches do as often as by chance.
+        Two entries of one stretch never collide. Entries of different stretches collide with probability 1/width.
         """
         shifts = random_bits(f"shifts:{key}", -(-count // width)) % np.uint64(width)
         places = np.arange(count)
@@ -75,8 +77,10 @@ class Side:
 
     @classmethod
     def permuted(cls, key: str, count: int, width: int) -> Side:
-        """Every bucket is given out, in a random order, before any is given out again: entries collide as little as
-        they can, while signs alone make the sketch unbiased."""
+        """Draw buckets as random permutations: every bucket is used once before any bucket is used again.
+
+        This minimizes the number of collisions. The random signs alone make the sketch unbiased.
+        """
         rounds = -(-count // width)
         order = np.argsort(random_bits(f"buckets:{key}", rounds * width).reshape(rounds, width), axis=1, kind="stable")
         return cls(torch.from_numpy(order.ravel()[:count].copy()), _signs(key, count), None)
@@ -85,7 +89,7 @@ class Side:
         return Side(self.buckets.to(device), self.signs.to(device), self.stretches)
 
     def part(self, start: int, stop: int) -> Side:
-        """Of some of the entries."""
+        """Return the buckets and signs of entries `start` to `stop`."""
         stretches = self.stretches and tuple(
             (max(a, start) - start, min(b, stop) - start, bucket + max(start - a, 0))
             for a, b, bucket in self.stretches
@@ -94,7 +98,7 @@ class Side:
         return Side(self.buckets[start:stop], self.signs[start:stop], stretches)
 
     def add_count_sketch(self, values: Tensor, out: Tensor) -> None:
-        """Add each entry of the last axis of (…, n), with its sign, to its bucket of `out` (…, w)."""
+        """Add each entry of the last axis of `values` (…, n), times its sign, to its bucket of `out` (…, w)."""
         signs = self.signs.to(values.dtype)
         if self.stretches is None:
             out.scatter_add_(-1, self.buckets.expand(values.shape), values * signs)
@@ -105,12 +109,13 @@ class Side:
 
 @dataclass(frozen=True)
 class Hashes:
-    """Window of a parameter, and buckets in it and signs of its rows and columns.
+    """The window of a parameter, with the buckets and signs of its rows and columns.
 
-    Drawn from (seed, name) and nothing else, by a counter-based generator. Parameters of one group (the query, key and
-    value of an attention) share the window and the columns' hashes, as if they were one matrix: where they read the
-    same inputs they need one transform. The longer side has stretches of consecutive buckets, which cost little, and
-    the other random ones, so that entries of a parameter meet with probability 1/w whatever their rows and columns.
+    A counter-based generator draws the hashes. They depend only on the seed and on the parameter's name and shape.
+    Parameters of one group (the query, key and value weights of an attention layer) share the window and the hashes of
+    the columns, as if they formed one matrix, so that layers with the same inputs need only one transform of the
+    inputs. The longer side has stretches of consecutive buckets, which are cheap to add. The other side has random
+    buckets, so that any two entries of a parameter collide with probability 1/w.
     """
 
     start: int
@@ -120,7 +125,7 @@ class Hashes:
 
     @classmethod
     def draw(cls, seed: int, name: str, shape: tuple[int, ...], dim: int, width: int) -> Hashes:
-        """Hashes of parameter `name` in a sketch of `dim` coordinates with windows of `width`."""
+        """Draw the hashes of parameter `name` in a sketch of `dim` coordinates with windows of `width`."""
         group = _group(name)
         n_columns = math.prod(shape[1:])
         window = int(random_bits(f"window:{seed}:{group}", 1)[0] % np.uint64(dim // width))
@@ -135,20 +140,21 @@ class Hashes:
         return Hashes(self.start, self.width, self.rows.to(device), self.columns.to(device))
 
     def matrix(self) -> tuple[Tensor, Tensor]:
-        """Bucket in the window and sign of every entry of the parameter, flat."""
+        """Return the bucket in the window and the sign of every entry of the parameter, flattened."""
         buckets = (self.rows.buckets[:, None] + self.columns.buckets).remainder_(self.width)
         return buckets.flatten(), (self.rows.signs[:, None] * self.columns.signs).flatten()
 
     def window(self, out_BRD: Tensor) -> Tensor:
-        """The part of the sketch that the parameter goes to, a view."""
+        """Return a view of the parameter's window in the sketch."""
         return out_BRD[..., self.start : self.start + self.width]
 
     def sides(self, outer: Outer) -> tuple[Side, Side]:
-        """Of the outputs' gradients and of the inputs of a layer, whichever way its weight is stored."""
+        """Return the sides of the output gradients and of the inputs, for either storage order of the weight."""
         return (self.columns, self.rows) if outer.inputs_first else (self.rows, self.columns)
 
 
 def random_bits(key: str, count: int) -> np.ndarray:
+    """Draw `count` random 64-bit integers that depend only on `key`."""
     digest = hashlib.sha256(key.encode()).digest()
     return np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(count)
 
@@ -158,7 +164,7 @@ def _signs(key: str, count: int) -> Tensor:
 
 
 def scatter(contribution: Contribution, hashes: Hashes, out_BRD: Tensor) -> None:
-    """Add the sketch of the rows to `out_BRD`, entry by entry. An embedding's rows are never formed."""
+    """Add the sketch of the rows to `out_BRD`, entry by entry. The rows of an embedding are never formed."""
     out_BRw = hashes.window(out_BRD)
     if isinstance(contribution, Rows):
         _scatter_rows(contribution, hashes, out_BRw)
@@ -171,7 +177,7 @@ def scatter(contribution: Contribution, hashes: Hashes, out_BRD: Tensor) -> None
 
 
 def _signed(outer: Outer, hashes: Hashes) -> Outer:
-    """With the signs in the factors, which are much smaller than the rows."""
+    """Multiply the signs into the factors of the rows, which are much smaller than the rows."""
     delta, inputs = hashes.sides(outer)
     _, G, _, o = outer.deltas[0].shape
     deltas = tuple(deltas_BGTo * delta.signs.view(G, 1, o) for deltas_BGTo in outer.deltas)
@@ -189,14 +195,19 @@ def _scatter_rows(rows: Rows, hashes: Hashes, out_BRw: Tensor) -> None:
 
 
 def fourier(outers: Sequence[Outer], hashes: Sequence[Hashes], out_BRF: Tensor) -> None:
-    """Add the Fourier transform of the sketch of the rows of layers that read the same inputs; no row is formed.
+    """Add the Fourier transform of the sketch of layers with the same inputs to `out_BRF`, without forming rows.
 
-    `out_BRF` is that of their window. Layers whose columns have the same hashes share all transforms. Positions of an
-    example at which all its deltas are zero are skipped where they are many.
+    Layers whose columns have the same hashes share all transforms. If many positions have zero deltas, they are
+    skipped.
+
+    Args:
+        outers: Contributions of layers with the same inputs.
+        hashes: Hashes of each layer, all with the same window.
+        out_BRF: Fourier transform of the window, modified in place.
     """
     first, width = outers[0], hashes[0].width
     sides = [h.sides(part) for part, h in zip(outers, hashes, strict=True)]
-    sharing = _alike([inputs for _, inputs in sides])
+    sharing = _with_equal_hashes([inputs for _, inputs in sides])
     n_positions = max(1, cached_elements(out_BRF.device) // (3 * width))
     for group in range(first.inputs_BGTi.shape[1]):
         live_BT = outers[0].live_BGT()[:, group]
@@ -208,24 +219,26 @@ def fourier(outers: Sequence[Outer], hashes: Sequence[Hashes], out_BRF: Tensor) 
         ]
         for block in _blocks(live_BT, n_positions):
             inputs_ni = block.taken(first.inputs_BGTi[:, group])
-            for alike in sharing:
-                transformed_nF = torch.fft.rfft(block.without_dead(_sketched([inputs_ni], [sides[alike[0]][1]], width)))
+            for layers in sharing:
+                transformed_nF = torch.fft.rfft(
+                    block.without_dead(_sketched([inputs_ni], [sides[layers[0]][1]], width))
+                )
                 for row in range(first.rank):
-                    deltas = [block.taken(outers[place].deltas[row][:, group]) for place in alike]
-                    sketch_nw = _sketched(deltas, [rows[place] for place in alike], width)
+                    deltas = [block.taken(outers[place].deltas[row][:, group]) for place in layers]
+                    sketch_nw = _sketched(deltas, [rows[place] for place in layers], width)
                     block.add_to(out_BRF[:, row], torch.fft.rfft(sketch_nw).mul_(transformed_nF))
 
 
 def _sketched(parts: Sequence[Tensor], sides: Sequence[Side], width: int) -> Tensor:
-    """(n, width): the count sketches of values (n, x) added up."""
+    """Compute the sum (n, width) of the count sketches of values (n, x)."""
     sketch_nw = parts[0].new_zeros(len(parts[0]), width)
     for values_nx, side in zip(parts, sides, strict=True):
         side.add_count_sketch(values_nx, sketch_nw)
     return sketch_nw
 
 
-def _alike(inputs: Sequence[Side]) -> list[list[int]]:
-    """Places of layers whose inputs have the same hashes."""
+def _with_equal_hashes(inputs: Sequence[Side]) -> list[list[int]]:
+    """Group the indices of layers whose inputs have the same hashes."""
     found: list[list[int]] = []
     for place, side in enumerate(inputs):
         for group in found:
@@ -239,29 +252,29 @@ def _alike(inputs: Sequence[Side]) -> list[list[int]]:
 
 
 _MOSTLY_LIVE = 0.75
-"""Share of live positions at which taking all of them as they lie is faster than gathering those."""
+"""Fraction of live positions above which processing all positions is faster than gathering the live positions."""
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Some positions of some examples: the live ones among them, or all those of consecutive examples."""
+    """A block of positions: some live positions of some examples, or all positions of consecutive examples."""
 
     examples_n: Tensor
     positions_n: Tensor
     whole: slice | None
     dead_n: Tensor | None
-    """Of a whole block: positions that must add nothing, whatever their inputs."""
+    """For a block with all positions: mask of the positions that must not contribute, whatever their inputs."""
     n_positions: int
 
     def taken(self, values_BTx: Tensor) -> Tensor:
-        """(n, x)"""
+        """Select the values of the block's positions: (n, x)."""
         if self.whole is not None:
             return values_BTx[self.whole].flatten(0, 1)
-        # several times faster than indexing with both
+        # several times faster than indexing with examples and positions
         return values_BTx.flatten(0, 1).index_select(0, self.examples_n * self.n_positions + self.positions_n)
 
     def without_dead(self, values_nx: Tensor) -> Tensor:
-        """The inputs' sketches, zero at dead positions: as the deltas' are, where inputs may be anything."""
+        """Set the sketches of the inputs to zero at dead positions, where inputs may have any value."""
         return values_nx if self.dead_n is None else values_nx.masked_fill_(self.dead_n[:, None], 0)
 
     def add_to(self, out_BF: Tensor, values_nF: Tensor) -> None:
@@ -276,7 +289,7 @@ class _Block:
 
 
 def _blocks(live_BT: Tensor, size: int) -> Iterator[_Block]:
-    """All live positions, example by example, near `size` at a time."""
+    """Yield blocks of about `size` positions that cover all live positions, ordered by example."""
     B, T = live_BT.shape
     n_live = int(live_BT.sum())
     if n_live and n_live >= _MOSTLY_LIVE * B * T:
@@ -293,7 +306,7 @@ def _blocks(live_BT: Tensor, size: int) -> Iterator[_Block]:
 
 
 def fourier_is_cheaper(outer: Outer, width: int) -> bool:
-    """Cost rule between `fourier` and `scatter`, in time per example."""
+    """Return whether `fourier` is estimated to be faster than `scatter`, in time per example."""
     B, G, T, o = outer.deltas[0].shape
     R, i = outer.rank, outer.inputs_BGTi.shape[-1]
     live = int(outer.live_BGT().sum()) / B
