@@ -1,4 +1,4 @@
-"""Per-example Fishers made of gradient rows: low-rank factors, diagonals, grouped sums."""
+"""Per-example Fishers computed from gradient rows: low-rank factors, diagonals and grouped sums."""
 
 from __future__ import annotations
 

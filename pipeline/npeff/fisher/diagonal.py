@@ -1,11 +1,12 @@
 """Diagonals of per-example Fisher matrices, f_b = Σ_r A_br ∘ A_br, from the contributions of one gradient pass.
 
-They are exact, and never formed for the whole batch: at any time they are there for one parameter and one block of
-examples. What is given of them is small: sums over groups of entries, the largest entries, the norm, and the weighted
-sum over examples, whose mean over a data set is what elastic weight consolidation and natural-gradient preconditioning
-take. Contributions are divided by `LabelRows.scales_B`, which every function multiplies back in, in float64.
+The diagonals are exact. They are never formed for the whole batch: memory holds them for one parameter and one block of
+examples at a time. The functions return small results: sums over groups of entries, the norm, and the weighted sum over
+examples (`top_entries.py` returns the largest entries). Elastic weight consolidation and natural-gradient
+preconditioning use the mean of the diagonals over a data set. Contributions are divided by `LabelRows.scales_B`, and
+every function multiplies by these scales in float64.
 
-An example that is not finite spoils its own results only; the caller leaves it out, with weight 0 from `diagonal_sum`.
+An example that is not finite affects only its own results. The caller excludes it, in `diagonal_sum` with weight 0.
 
 Legend: B batch, R rank, T positions, G groups of a convolution, o outputs and i inputs of a group, P parameters, x
 entries of one parameter, n distinct rows of an embedding in use by an example, k largest entries, Q groups of entries.
@@ -33,15 +34,23 @@ def diagonal_sum(
     weights_KB: Tensor,
     total: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Σ_b w_kb f_b for each row k of the weights: float64 tensors (K, *shape) under the parameters' names.
+    """Compute Σ_b w_kb f_b for each row k of the weights.
 
-    Added to those in `total`, in place and in their precision, if it is given. Parameters without a contribution are
-    not touched. An example whose weights are all 0 has no influence, whatever its rows.
+    Args:
+        contributions: Contributions by parameter name.
+        scales_B: Divisors of the contributions, float64.
+        weights_KB: Weights of the examples. An example whose weights are all 0 has no effect, even if its rows are not
+            finite.
+        total: Tensors (K, *shape) to which the sums are added in place, in the dtype of these tensors. The default is
+            new float64 tensors. Entries of parameters without a contribution remain unchanged.
+
+    Returns:
+        The sums (K, *shape) by parameter name; `total`, if given.
     """
     total = {} if total is None else total
     weights_KB = weights_KB.to(scales_B) * scales_B.square()
     used_B = (weights_KB != 0).any(0)
-    # a saturated prediction's weight of 1e-80, say, must not be rounded to zero where rows are float32
+    # the weight of a saturated prediction (for example, 1e-80) must not round to zero where rows are float32
     largest = float(weights_KB.abs().max()) if used_B.any() else 1.0
     weights_KB = weights_KB[:, used_B] / largest
     for name, part in contributions.items():
@@ -54,7 +63,7 @@ def diagonal_sum(
 
 
 def _add_weighted(part: Contribution, weights_KB: Tensor, factor: float, total: Tensor) -> None:
-    """factor Σ_b w_kb f_b to `total`, (K, *shape)."""
+    """Add factor · Σ_b w_kb f_b to `total` (K, *shape) in place."""
     weights_KB = weights_KB.to(part.new_zeros(0))
     if isinstance(part, Rows):
         examples_n, rows_n, diagonal_ni = looked_up(part)
@@ -73,7 +82,7 @@ def _add_weighted(part: Contribution, weights_KB: Tensor, factor: float, total: 
 
 @torch.no_grad()
 def diagonal_norms(contributions: Mapping[str, Contribution], scales_B: Tensor) -> Tensor:
-    """‖f‖₂ of each example (B,), float64."""
+    """Compute ‖f‖₂ of each example: (B,), float64."""
     squares_B = torch.zeros_like(scales_B)
     for part in contributions.values():
         sides = _one_position(part) if isinstance(part, Outer) else None
@@ -91,7 +100,10 @@ def diagonal_norms(contributions: Mapping[str, Contribution], scales_B: Tensor) 
 
 @torch.no_grad()
 def grouped_sums(contributions: Mapping[str, Contribution], scales_B: Tensor, groups: GroupLayout) -> Tensor:
-    """(B, Q), float64, not negative: sums of the entries of f over each group of `groups`; their total is trace(F)."""
+    """Compute the sums of the entries of f over each group of `groups`: (B, Q), float64, not negative.
+
+    The sum over all groups is trace(F).
+    """
     sums_BQ = scales_B.new_zeros(len(scales_B), groups.n_groups)
     for name, part in contributions.items():
         axis, first = groups.parts[name]
@@ -101,7 +113,7 @@ def grouped_sums(contributions: Mapping[str, Contribution], scales_B: Tensor, gr
 
 
 def _sums_along(part: Contribution, axis: int | None) -> Tensor:
-    """(B, shape[axis]), float64: sums of the diagonals over all other axes."""
+    """Compute the sums of the diagonals over all axes except `axis`: (B, shape[axis]), float64."""
     if isinstance(part, Outer) and axis == int(part.inputs_first) and not _forming_is_cheaper(part):
         return _output_sums(part)
     if isinstance(part, Rows) and axis == 1:
@@ -117,14 +129,17 @@ def _sums_along(part: Contribution, axis: int | None) -> Tensor:
 
 
 def _forming_is_cheaper(outer: Outer) -> bool:
-    """Than `_output_sums`; an entry formed is also squared and added, about as much work as 16 multiplications."""
+    """Return whether forming the rows is cheaper than `_output_sums`.
+
+    A formed entry is also squared and added, which costs about as much as 16 multiplications.
+    """
     T, o = outer.deltas[0].shape[2:]
     R, i = outer.rank, outer.inputs_BGTi.shape[-1]
     return T * (T * (i + R * o) + R * o) >= R * o * i * (T + 16)
 
 
 def _output_sums(outer: Outer) -> Tensor:
-    """(B, G o): Σ_r Σ_i (Σ_t δ_to a_ti)² = Σ_r Σ_tu δ_to (a_t·a_u) δ_uo, of which no row is formed."""
+    """Compute Σ_r Σ_i (Σ_t δ_to a_ti)² = Σ_r Σ_tu δ_to (a_t·a_u) δ_uo without forming rows: (B, G o)."""
     _, G, T, o = outer.deltas[0].shape
     sums = []
     for _, _, part in blocks(outer, G * T * (T + o), cached_elements(outer.inputs_BGTi.device)):
@@ -132,19 +147,22 @@ def _output_sums(outer: Outer) -> Tensor:
         sums_BGo = part.new_zeros(part.n_examples, G, o).double()
         for deltas_BGTo in part.deltas:
             sums_BGo += ((products_BGTT @ deltas_BGTo) * deltas_BGTo).sum(2, dtype=torch.float64)
-        # a unit whose positions cancel must not come out below zero by rounding
+        # where the positions of a unit cancel, rounding could make the sum negative
         sums.append(sums_BGo.clamp_min_(0).flatten(1))
     return torch.cat(sums)
 
 
 def norms_of(values: Tensor) -> Tensor:
-    """Along the last axis, in float64: entries are squares already, and would underflow in float32."""
+    """Compute the norms along the last axis in float64. Entries are squares, which would underflow in float32."""
     norms: Tensor = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float64)
     return norms
 
 
 def diagonal_blocks(part: Contribution) -> Iterator[tuple[int, int, Tensor]]:
-    """Diagonals (b, x), in the rows' precision, a block of examples and one of their rows at a time."""
+    """Yield (start, stop, diagonals (b, x)) for blocks of examples, in the dtype of the rows.
+
+    Only one row of each example is formed at a time.
+    """
     n_entries = math.prod(part.shape)
     for start, stop, block in blocks(part, n_entries, cached_elements(part.new_zeros(0).device)):
         if isinstance(block, Outer):
@@ -162,7 +180,7 @@ def diagonal_blocks(part: Contribution) -> Iterator[tuple[int, int, Tensor]]:
 
 
 def _row(part: Contribution, row: int) -> Tensor:
-    """(B, x): one row of every example, formed."""
+    """Form one row of every example: (B, x)."""
     if isinstance(part, Outer):
         left, right = part.deltas[row], part.inputs_BGTi
         if part.inputs_first:
@@ -179,7 +197,7 @@ def _row(part: Contribution, row: int) -> Tensor:
 
 
 def _live(outer: Outer) -> Outer:
-    """Without the positions at which the deltas of all its examples are zero, such as their padding."""
+    """Remove the positions at which the deltas of all examples are zero, such as padding."""
     live_BGT = outer.live_BGT()
     live_T = live_BGT.any(0).any(0)
     if live_T.all():
@@ -189,9 +207,10 @@ def _live(outer: Outer) -> Outer:
 
 
 def _one_position(outer: Outer) -> tuple[Tensor, Tensor] | None:
-    """Σ_r δ_r² and a², (B, G, rows) and (B, G, columns) of the parameter: their outer product is the diagonal.
+    """Return the two factors of the diagonal if every example has at most one live position, else None.
 
-    None unless every example has at most one live position, as a last layer that reads one position of a sequence.
+    The diagonal is the outer product of Σ_r δ_r² and a². The factors have the shapes (B, G, rows) and (B, G, columns)
+    of the parameter. A last layer that reads one position of a sequence is an example.
     """
     inputs_BGTi = outer.inputs_BGTi
     if inputs_BGTi.shape[2] == 1:
@@ -207,9 +226,12 @@ def _one_position(outer: Outer) -> tuple[Tensor, Tensor] | None:
 
 
 def looked_up(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the table's rows that an example looked up: example (n,), row (n,), ascending, and their diagonal (n, i).
+    """Return the diagonals of the table rows that each example looked up.
 
-    Uses of one row by one example are added up before they are squared.
+    Look-ups of one row by one example are summed before they are squared.
+
+    Returns:
+        The example (n,) and the table row (n,) of each distinct look-up, in ascending order, and the diagonal (n, i).
     """
     B, _, R, i = rows.deltas_BTRi.shape
     examples_B1 = torch.arange(B, device=rows.indices_BT.device)[:, None]

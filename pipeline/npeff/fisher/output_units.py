@@ -22,13 +22,13 @@ class GroupLayout:
     """
 
     counts: tuple[tuple[str, int], ...]
-    """Name of the first parameter of consecutive groups, and how many they are."""
+    """The name of the first parameter of consecutive groups, and the number of these groups."""
     parts: Mapping[str, tuple[int | None, int]]
-    """Of every parameter: the axis along which it is split (None for a scalar), and its first group."""
+    """Maps the name of a parameter to the axis along which it is split (None for a scalar) and its first group."""
 
     @classmethod
     def of(cls, model: nn.Module, layout: ParameterLayout) -> GroupLayout:
-        """The groups of the parameters of `layout`, which are `model`'s."""
+        """Construct the groups of the parameters of `layout` from the layer types of `model`."""
         parts: dict[str, tuple[int | None, int]] = {}
         found: dict[tuple[str, str, int], int] = {}
         counts: list[tuple[str, int]] = []
@@ -47,15 +47,18 @@ class GroupLayout:
 
     @property
     def n_groups(self) -> int:
-        """Q."""
+        """Q, the number of groups."""
         return sum(count for _, count in self.counts)
 
     def names(self) -> list[tuple[str, int]]:
-        """Parameter and index of each group; a group that a weight and a bias share is named after the first."""
+        """Return the parameter name and the index of each group.
+
+        A group that a weight and a bias share has the name of the one that comes first.
+        """
         return [(name, index) for name, count in self.counts for index in range(count)]
 
     def sums(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """(Q,), float64: the entries of each group added up, of tensors that have the parameters' shapes."""
+        """Sum the entries of each group over tensors with the shapes of the parameters: (Q,), float64, on the CPU."""
         sums_Q = torch.zeros(self.n_groups, dtype=torch.float64)
         for name, tensor in tensors.items():
             axis, first = self.parts[name]

@@ -1,4 +1,4 @@
-"""Fisher factors of a batch of examples: what one call of a worker computes.
+"""Fisher factors of a batch of examples.
 
 Legend: B batch, T positions, C classes, R rank, D sketch.
 """
@@ -21,21 +21,21 @@ from npeff.sketches.calibration import calibrated
 
 @dataclass(frozen=True)
 class FisherBatch:
-    """Sketched Fisher factors and exact Grams; they are zero for an example that is not valid."""
+    """Sketched Fisher factors and exact Gram matrices. Both are zero for an example that is not valid."""
 
     factors_BRD: Tensor
-    """A Qᵀ, not normalised, in the model's precision (at least float32). With a sketch that keeps inner products on
-    average only, the rows of each example are recombined so that their Gram matrix is exact (`calibration.py`)."""
+    """A Qᵀ, not normalized, in the model's precision (at least float32). If the sketch preserves inner products only on
+    average, the rows of each example are recombined so that their Gram matrix is exact (`calibration.py`)."""
     grams_BRR: Tensor
-    """A Aᵀ in full coordinates, float64."""
+    """A Aᵀ in all parameters, float64."""
     frobenius_norms_B: Tensor
     """‖F‖_F = ‖A Aᵀ‖_F, float64."""
     ranks_B: Tensor
-    """Rows of the factor in use, int32."""
+    """Number of rows of the factor in use, int32."""
     kept_trace_B: Tensor
-    """Share of the trace of the logits' Fisher matrix that the rows keep; NaN for sampled and empirical labels."""
+    """Fraction of the trace of the logits' Fisher matrix that the rows cover. NaN for sampled and empirical labels."""
     losses_B: Tensor
-    """Mean of -log p of the known classes of an example's predictions; NaN where there is none."""
+    """Mean of -log p over the example's predictions of known class. NaN if no class is known."""
     logits: Tensor
     """(B, C) or (B, T, C)."""
     valid_B: Tensor
@@ -43,10 +43,11 @@ class FisherBatch:
 
 
 class PerExampleFishers:
-    """Batches in, Fisher factors out: F = Jᵀ S J = AᵀA for each example, with A = Lᵀ J and S = L Lᵀ = diag(p) - p pᵀ,
-    or what the kind of labels has in its place.
+    """Computes Fisher factors of batches: F = Jᵀ S J = AᵀA for each example.
 
-    An example's result depends on the others in its batch by rounding only. Matena & Raffel, arXiv 2310.04649.
+    A = Lᵀ J with S = L Lᵀ = diag(p) - p pᵀ for exact labels. Other kinds of labels replace L (`LabelSpec`). The result
+    of an example depends on the other examples in the batch only by rounding. Source: Matena & Raffel,
+    arXiv 2310.04649.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class PerExampleFishers:
         self.sketch = sketch
 
     def replica(self) -> PerExampleFishers:
-        """One with the same sketch; see `GradientCollector.replica`."""
+        """Return a copy with the same sketch and a replica of the collector. See `GradientCollector.replica`."""
         copied = copy.copy(self)
         copied.collector = self.collector.replica()
         return copied
@@ -69,14 +70,11 @@ class PerExampleFishers:
     def __call__(
         self, batch: Any, examples: Sequence[int] | int | None = None, targets: Tensor | None = None
     ) -> FisherBatch:
-        """`examples` and `targets` as of `GradientCollector.collect`.
-
-        Raises UnsupportedModelError if the logits or targets are of the wrong shape or a layer cannot be handled.
-        """
+        """Compute the Fisher factors of a batch. Arguments and exceptions are those of `GradientCollector.collect`."""
         return self.factors(self.collector.collect(batch, examples, targets))
 
     def factors(self, collected: Collected) -> FisherBatch:
-        """The factors of a batch whose gradient rows are there already."""
+        """Compute the Fisher factors of a batch from its collected gradient rows."""
         logits, labels = collected.logits, collected.labels
         with torch.no_grad():
             scale_B11 = labels.scales_B[:, None, None]

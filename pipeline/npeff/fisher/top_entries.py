@@ -19,9 +19,9 @@ class TopEntries:
     """The largest entries of the diagonals of a batch."""
 
     values_Bk: Tensor
-    """Descending, float64. Where fewer than k entries are above zero the rest are 0, with index 0."""
+    """Values in descending order, float64. If fewer than k entries are positive, the rest are 0 with index 0."""
     indices_Bk: Tensor
-    """int64, into the flat parameter vector of the layout."""
+    """Positions in the flat parameter vector of the layout, int64."""
     norms_B: Tensor
     """‖f‖₂ of the whole diagonals, float64."""
 
@@ -30,14 +30,24 @@ class TopEntries:
 def top_entries(
     contributions: Mapping[str, Contribution], scales_B: Tensor, layout: ParameterLayout, k: int
 ) -> TopEntries:
-    """The k largest entries of each example's f, exactly, and its norm. Which of equal entries are kept is not said.
+    """Find the k largest entries of each example's f, exactly, and compute the norm of f.
 
-    Raises ValueError unless 1 <= k <= P.
+    The choice among equal entries is not specified.
+
+    Args:
+        contributions: Contributions by parameter name.
+        scales_B: Divisors of the contributions, float64.
+        layout: Layout of the parameters.
+        k: Number of entries to keep.
+
+    Returns:
+        The values, the positions and the norms.
+
+    Raises:
+        ValueError: k is not from 1 to P.
     """
     if not 1 <= k <= layout.size:
-        raise ValueError(
-            f"k must be a number of entries from 1 to {layout.size}, the number of parameter entries, not {k}"
-        )
+        raise ValueError(f"k must be from 1 to {layout.size}, the number of parameter entries, not {k}")
     largest = [_Largest(k) for _ in scales_B]
     squares_B = torch.zeros_like(scales_B)
     offsets = dict(zip(layout.names, layout.offsets, strict=True))
@@ -48,14 +58,14 @@ def top_entries(
             squares_B.index_add_(0, examples_n, norms_of(diagonal_ni).square())
             columns_i = torch.arange(part.shape[1], device=rows_n.device)
             counts = torch.bincount(examples_n, minlength=part.n_examples).tolist()
-            # the rows of an example are next to each other
+            # the rows of an example are consecutive
             for found, rows, diagonal in zip(largest, rows_n.split(counts), diagonal_ni.split(counts), strict=True):
-                found.offer(diagonal.flatten(), offset, (rows[:, None] * part.shape[1] + columns_i).flatten())
+                found.add(diagonal.flatten(), offset, (rows[:, None] * part.shape[1] + columns_i).flatten())
             continue
         for start, stop, diagonal_bx in diagonal_blocks(part):
             squares_B[start:stop] += norms_of(diagonal_bx).square()
             for found, diagonal_x in zip(largest[start:stop], diagonal_bx, strict=True):
-                found.offer(diagonal_x, offset)
+                found.add(diagonal_x, offset)
     values_Bk = scales_B.new_zeros(len(scales_B), k)
     indices_Bk = torch.zeros_like(values_Bk, dtype=torch.int64)
     for found, values_k, indices_k in zip(largest, values_Bk, indices_Bk, strict=True):
@@ -67,9 +77,9 @@ def top_entries(
 
 
 class _Largest:
-    """The k largest of the positive numbers offered for one example, at most about 2k of them held in between.
+    """Collects the k largest positive numbers of one example, holding at most about 2k numbers at a time.
 
-    Most are sorted out by one comparison with the smallest that is still among the largest.
+    A comparison with the smallest of the current k largest numbers rejects most numbers.
     """
 
     def __init__(self, k: int) -> None:
@@ -77,8 +87,8 @@ class _Largest:
         self._held: list[tuple[Tensor, Tensor]] = []
         self._above: Tensor | float = 0.0
 
-    def offer(self, values_x: Tensor, offset: int, places_x: Tensor | None = None) -> None:
-        """Values at `offset` plus 0, 1, … or `places_x`."""
+    def add(self, values_x: Tensor, offset: int, places_x: Tensor | None = None) -> None:
+        """Add values with the indices `offset` + 0, 1, …, or `offset` + `places_x`."""
         kept = (values_x > self._above).nonzero()[:, 0]
         places = kept if places_x is None else places_x[kept]
         self._held.append((values_x[kept], places + offset))
@@ -89,7 +99,7 @@ class _Largest:
             self._held, self._count, self._above = [(values, indices[order])], self._k, values.min()
 
     def sorted(self) -> tuple[Tensor, Tensor]:
-        """Values, descending, and their indices: k of both, or as many as were offered. To be called once."""
+        """Return at most k values in descending order, and their indices."""
         values, indices = self._joined()
         values, order = values.topk(min(self._k, len(values)))
         return values, indices[order]
