@@ -1,4 +1,4 @@
-"""Components as directions in parameter space: the lift of both kinds, and arithmetic of directions."""
+"""Directions of components in parameter space: the lift for both kinds of Fishers, and arithmetic of directions."""
 
 from __future__ import annotations
 

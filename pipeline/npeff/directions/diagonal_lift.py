@@ -1,17 +1,19 @@
-"""From components of diagonal Fishers (D-NPEFF) to directions in parameter space.
+"""The lift for components of diagonal Fishers (D-NPEFF): directions in parameter space.
 
-Such a component h_j ≥ 0 says how much every parameter matters to its examples, but not which way to move it: a diagonal
-has no signs. A further pass over the examples gives what is missing (Matena & Raffel, arXiv 2310.04649, move along a
-pattern of signs, weighted by Fishers; the choices are ours):
+A component h_j ≥ 0 of diagonal Fishers measures how much each parameter matters to its examples. It has no signs, so it
+does not determine a direction. A further pass over the examples supplies the signs. (Matena & Raffel, arXiv 2310.04649,
+move along a pattern of signs, weighted by Fishers. The following choices are specific to this package.)
 
-- `diagonal_weights`: the component in all parameters, h_j = max(0, Σ_l ((WᵀW)⁻¹)_jl Σ_i W_il f̂_i), one step of
-  alternating least squares, where what was factorized was sums over groups or the largest entries;
-- `principal_direction`, `sign_weights`: signs. A step δ moves example i by KL ≈ ½ δᵀF_iδ, and of all patterns of signs
-  the one that moves the component's examples together is near that of the largest eigenvector of Σ_i W_ij F̂_i. It is
-  found in the sketch, from the low-rank Fishers, and one power step in all parameters gives its signs;
-- `fisher_weighted`: lengths. g with |g| = √h_j is the component's gradient, entry by entry, so the step that moves its
-  examples most for a given mean KL over all examples is, with the diagonal F̄ of their mean Fisher, g / F̄: parameters
-  that everything depends on stay, and those that only these examples depend on go far.
+- `diagonal_weights`: the component in all parameters, h_j = max(0, Σ_l ((WᵀW)⁻¹)_jl Σ_i W_il f̂_i). This is one step of
+  alternating least squares. It is needed where the factorization used sums over groups or the largest entries.
+- `principal_direction`, `sign_weights`: the signs. A step δ changes the predictions on example i by KL ≈ ½ δᵀF_iδ. The
+  pattern of signs that changes the component's examples together is close to that of the largest eigenvector of
+  Σ_i W_ij F̂_i. The eigenvector is computed in the sketch from the low-rank Fishers, and one power step in all
+  parameters gives the signs.
+- `fisher_weighted`: the lengths. The component's gradient g has the entries |g| = √h_j. The step that changes the
+  component's examples most for a given mean KL over all examples is g / F̄, where F̄ is the diagonal of the mean Fisher
+  of all examples. The step is short in parameters that matter to all examples, and long in parameters that matter only
+  to the component's examples.
 
 Legend: N examples, R rank, D sketch, K components, k components of the block.
 """
@@ -29,18 +31,22 @@ from npeff.fisher import diagonal_sum
 from npeff.gradients import GradientCollector
 
 DAMPING = 1.0
-"""Of F̄, in its mean entry: parameters that hardly matter to anything are not to go furthest."""
+"""Damping λ of F̄ in units of its mean entry. It prevents long steps in parameters that matter to no example."""
 
 
 def diagonal_weights(
     coefficients_NK: Tensor, coefficient_gram_KK: Tensor, component_ids: Sequence[int], lengths_N: Tensor
 ) -> Tensor:
-    """Weights (k, N), float64, of the diagonals f_i in the components in all parameters.
+    """Compute the weights of the diagonals f_i in the components in all parameters.
 
     Args:
-        coefficients_NK: W of any part of the examples; 0 for those that were not fitted on.
-        coefficient_gram_KK: WᵀW over all of them.
-        lengths_N: what each f_i was divided by when it was factorized. Where it is 0 the weights are.
+        coefficients_NK: W of any part of the examples, with 0 for examples that were not part of the fit.
+        coefficient_gram_KK: WᵀW over all examples of the fit.
+        component_ids: Numbers of the k components.
+        lengths_N: Divisor of each f_i in the factorization. The weights are 0 where it is 0.
+
+    Returns:
+        Weights (k, N), float64.
     """
     inverse_kK = torch.linalg.pinv(coefficient_gram_KK.double(), hermitian=True)[list(component_ids)]
     inverse_lengths_N = lengths_N.double().reciprocal().where(lengths_N > 0, 0)
@@ -48,7 +54,10 @@ def diagonal_weights(
 
 
 def principal_direction(factors_MRD: Tensor, coefficients_M: Tensor) -> Tensor:
-    """The largest eigenvector (D,), float64, of Σ_i w_i Â_iᵀÂ_i, with factors Â normalised; zero if that is zero."""
+    """Compute the largest eigenvector (D,), float64, of Σ_i w_i Â_iᵀÂ_i, with normalized factors Â.
+
+    The result is zero if the sum is zero.
+    """
     rows_nD = (factors_MRD.double() * coefficients_M.double().sqrt()[:, None, None]).flatten(0, 1)
     n_rows, dim = rows_nD.shape
     if not rows_nD.any():
@@ -62,7 +71,8 @@ def principal_direction(factors_MRD: Tensor, coefficients_M: Tensor) -> Tensor:
 def sign_weights(
     factors_NRD: Tensor, coefficients_Nk: Tensor, directions_kD: Tensor, frobenius_norms_N: Tensor
 ) -> Tensor:
-    """Weights (k, N, R), float64, of the gradient rows A_ir in (Σ_i W_ij F̂_i) v_j, for directions v_j of the sketch."""
+    """Compute the weights (k, N, R), float64, of the rows A_ir in (Σ_i W_ij F̂_i) v_j, for directions v_j in the
+    sketch."""
     products_NRk = factors_NRD @ directions_kD.to(factors_NRD).T
     return torch.einsum(
         "nrk,nk,n->knr", products_NRk.double(), coefficients_Nk.double(), inverse_roots(frobenius_norms_N)
@@ -79,10 +89,17 @@ def accumulate_diagonals(
     examples: Sequence[int] | int | None = None,
     targets: Tensor | None = None,
 ) -> None:
-    """Add Σ_b w_kb f_b to `diagonals` and Σ_{b,r} v_kbr A_br to `gradients`, (k, *shape) for each parameter, in place.
+    """Add Σ_b w_kb f_b to `diagonals` and Σ_{b,r} v_kbr A_br to `gradients` in place.
 
-    There may be more rows of `diagonal_weights_kB` than of `row_weights_kBR`. Examples without any weight are left
-    out. `examples` and `targets` as of `GradientCollector.collect`.
+    Args:
+        collector: Collector of the model.
+        batch: Input of the collector's `logits_fn`.
+        diagonal_weights_kB: Weights w. It may have more rows than `row_weights_kBR`.
+        row_weights_kBR: Weights v. Examples whose weights w and v are all zero are skipped.
+        diagonals: (k, *shape) by parameter name.
+        gradients: (k, *shape) by parameter name.
+        examples: See `GradientCollector.collect`.
+        targets: See `GradientCollector.collect`.
     """
     live_B = diagonal_weights_kB.ne(0).any(0) | row_weights_kBR.ne(0).any(2).any(0)
     if not live_B.any():
@@ -95,11 +112,19 @@ def accumulate_diagonals(
 def fisher_weighted(
     diagonal: Mapping[str, Tensor], gradient: Mapping[str, Tensor], mean_diagonal: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """s ∘ √h / (F̄ + λ) with the signs s of a gradient (0 where it is 0) and λ = `DAMPING` · mean(F̄); no unit length."""
+    """Compute s ∘ √h / (F̄ + λ), not normalized, with the signs s of a gradient and λ = `DAMPING` · mean(F̄).
+
+    The sign is 0 where the gradient is 0.
+
+    Args:
+        diagonal: h, by parameter name. Negative entries count as 0.
+        gradient: Tensors with the signs s, by parameter name.
+        mean_diagonal: F̄, by parameter name.
+    """
     entries = sum(tensor.numel() for tensor in mean_diagonal.values())
     damping = DAMPING * sum(float(tensor.double().sum()) for tensor in mean_diagonal.values()) / max(1, entries)
     found = {}
     for name, tensor in diagonal.items():
-        weighed = tensor.clamp_min(0).sqrt() / (mean_diagonal[name] + damping)
-        found[name] = gradient[name].sign() * (weighed if damping > 0 else torch.zeros_like(weighed))
+        weighted = tensor.clamp_min(0).sqrt() / (mean_diagonal[name] + damping)
+        found[name] = gradient[name].sign() * (weighted if damping > 0 else torch.zeros_like(weighted))
     return found

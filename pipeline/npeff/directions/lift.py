@@ -1,16 +1,17 @@
-"""From components in the sketch to directions in parameter space.
+"""The lift: directions of components in parameter space.
 
-Components are fitted in the sketch, where nothing says which parameters they are. One more pass over the data does:
-with coefficients W, components H and the sketched, normalised factors Â fixed, one alternating-least-squares step in
-full coordinates is
+Components are fitted in the sketch, so they have no coordinates in parameter space. One more pass over the data
+computes these coordinates. With fixed coefficients W, components H and sketched normalized factors Â, one step of
+alternating least squares in all parameters is
 
-    direction_j = Σ_l (S⁻¹)_jl Σ_i W_il Σ_r (Â_i h_l)_r A_ir / √‖F_i‖,    S = WᵀW ∘ HHᵀ,
+    direction_j = Σ_l (S⁻¹)_jl Σ_i W_il Σ_r (Â_i h_l)_r A_ir / √‖F_i‖,    S = WᵀW ∘ HHᵀ.
 
-a weighted sum of gradient rows A_ir whose weights are known before the pass (`lift_weights`) and which is added up
-batch by batch (`accumulate_directions`). Only the components of one block are in memory at a time.
+This is a weighted sum of gradient rows A_ir. The weights are known before the pass (`lift_weights`), and the sum is
+accumulated batch by batch (`accumulate_directions`). Memory holds the directions of one block of components at a time.
 
-What a narrow sketch blurs can be sharpened by further steps in full coordinates (`polish_weights`): the same sum, with
-products Â_i ĝ_l and S = WᵀW ∘ ĝĝᵀ of the directions themselves (`row_products`, one more pass), not of the sketch.
+Further steps in all parameters (`polish_weights`) correct the errors of a narrow sketch. They use the same sum, with
+the products Â_i ĝ_l and S = WᵀW ∘ ĝĝᵀ of the directions (`row_products`, one more pass) in place of those of the
+sketch.
 
 Legend: N examples, B batch, R rank, D sketch, K components, k components of the block.
 """
@@ -35,12 +36,21 @@ def lift_weights(
     component_ids: Sequence[int],
     frobenius_norms_N: Tensor,
 ) -> Tensor:
-    """Weights (k, N, R), float64, of the gradient rows A_ir in the directions of `component_ids`.
+    """Compute the weights of the gradient rows A_ir in the directions of `component_ids`.
 
-    `factors_NRD` are Â = A Qᵀ/√‖F‖, of any part of the examples; `coefficient_gram_KK` is WᵀW over all of them. Where
-    the loss weighs examples by v_i, `coefficients_NK` are v_i W_i and the Gram matrix is Σ_i v_i W_i W_iᵀ. Where
-    S is singular, as for components that no example uses, its pseudo-inverse is taken: their weights are zero. So are
-    those of examples whose norm is zero.
+    Where S is singular, as for components that no example uses, the pseudo-inverse replaces the inverse, and the
+    weights of such components are zero. The weights of examples with norm zero are also zero.
+
+    Args:
+        factors_NRD: Â = A Qᵀ/√‖F‖ of any part of the examples.
+        coefficients_NK: W of the same examples. If the loss weights examples by v_i, these are v_i W_i.
+        components_KD: H.
+        coefficient_gram_KK: WᵀW over all examples. If the loss weights examples by v_i, this is Σ_i v_i W_i W_iᵀ.
+        component_ids: Numbers of the k components.
+        frobenius_norms_N: ‖F_i‖.
+
+    Returns:
+        Weights (k, N, R), float64.
     """
     components_KD = components_KD.double()
     system_KK = coefficient_gram_KK.double() * (components_KD @ components_KD.T)
@@ -56,7 +66,19 @@ def polish_weights(
     component_ids: Sequence[int],
     frobenius_norms_N: Tensor,
 ) -> Tensor:
-    """As `lift_weights`, of the products A_ir·ĝ_l of unit directions and their Gram matrix, in full coordinates."""
+    """Compute the weights of a polishing step from the unit directions of all components. See `lift_weights`.
+
+    Args:
+        products_NRK: A_ir·ĝ_l in all parameters, see `row_products`.
+        coefficients_NK: See `lift_weights`.
+        directions_gram_KK: Inner products ĝ_j·ĝ_l of the directions.
+        coefficient_gram_KK: See `lift_weights`.
+        component_ids: Numbers of the k components.
+        frobenius_norms_N: ‖F_i‖.
+
+    Returns:
+        Weights (k, N, R), float64.
+    """
     system_KK = coefficient_gram_KK.double() * directions_gram_KK.double()
     inverse_roots_N = inverse_roots(frobenius_norms_N)
     products_NRK = products_NRK.double() * inverse_roots_N[:, None, None]
@@ -76,7 +98,7 @@ def _step(
 
 
 def inverse_roots(frobenius_norms_N: Tensor) -> Tensor:
-    """1/√‖F_i‖, float64; 0 where the norm is 0."""
+    """Compute 1/√‖F_i‖, float64. The result is 0 where the norm is 0."""
     return frobenius_norms_N.double().rsqrt().where(frobenius_norms_N > 0, 0)
 
 
@@ -88,10 +110,15 @@ def accumulate_directions(
     examples: Sequence[int] | int | None = None,
     targets: Tensor | None = None,
 ) -> None:
-    """Add Σ_{b,r} weights[k, b, r] A_br to `directions`, (k, *shape) for each parameter, in place; not normalised.
+    """Add Σ_{b,r} weights[k, b, r] A_br to `directions` in place, without normalization.
 
-    Examples whose weights are all zero are left out, so rows that are not finite do no harm there. `examples` and
-    `targets` as of `GradientCollector.collect`.
+    Args:
+        collector: Collector of the model.
+        batch: Input of the collector's `logits_fn`.
+        weights_kBR: Weights. Examples whose weights are all zero are skipped, even if their rows are not finite.
+        directions: (k, *shape) by parameter name.
+        examples: See `GradientCollector.collect`.
+        targets: See `GradientCollector.collect`.
     """
     live_B = weights_kBR.ne(0).any(dim=2).any(dim=0)
     if not live_B.any():
@@ -100,7 +127,10 @@ def accumulate_directions(
 
 
 def add_rows(collected: Collected, live_B: Tensor, weights_kBR: Tensor, directions: dict[str, Tensor]) -> None:
-    """As `accumulate_directions`, of rows that are collected already, and of the examples that are marked only."""
+    """Add the weighted sum of collected rows to `directions` in place, over the examples marked in `live_B` only.
+
+    See `accumulate_directions`.
+    """
     scales_B = collected.labels.scales_B
     live_B = live_B.to(scales_B.device)
     weights_kBR = (weights_kBR.to(scales_B) * scales_B[:, None])[:, live_B]
@@ -116,7 +146,18 @@ def row_products(
     examples: Sequence[int] | int | None = None,
     targets: Tensor | None = None,
 ) -> Tensor:
-    """A_br·g_k of a batch's rows and k directions, (k, *shape) for each parameter: (B, R, k), float64."""
+    """Compute the inner products A_br·g_k of the rows of a batch with k directions.
+
+    Args:
+        collector: Collector of the model.
+        batch: Input of the collector's `logits_fn`.
+        directions: (k, *shape) by parameter name.
+        examples: See `GradientCollector.collect`.
+        targets: See `GradientCollector.collect`.
+
+    Returns:
+        Inner products (B, R, k), float64.
+    """
     collected = collector.collect(batch, examples, targets)
     with torch.no_grad():
         products = [
