@@ -65,7 +65,7 @@ def test_where_all_or_none_are_wrong_or_there_is_no_top_nothing_is_over_represen
 
 def test_top_examples_that_are_not_marked_or_there_twice_are_refused() -> None:
     for top in (np.array([0, 5]), np.array([1, 1])):
-        with pytest.raises(ValueError, match="different ones"):
+        with pytest.raises(ValueError, match="must be distinct"):
             over_represented([top], EVERYONE, np.arange(400) < 3)
 
 
@@ -200,17 +200,17 @@ def test_steps_taken_together_are_the_least_loss_and_what_adds_nothing_stays() -
     best, unit = rng.normal(size=5), 0.05
     calls = []
 
-    def slopes_at(steps_J: np.ndarray) -> tuple[float, np.ndarray]:
+    def loss_and_gradient(steps_J: np.ndarray) -> tuple[float, np.ndarray]:
         calls.append(steps_J.copy())
         residual = root @ ((steps_J - best) / unit)
         return float(residual @ residual), 2 * root.T @ residual / unit
 
-    found = joint_steps(slopes_at, np.full(5, 0.3 * unit), unit, 200)
+    found = joint_steps(loss_and_gradient, np.full(5, 0.3 * unit), unit, 200)
     ridge = 1e-6 * np.eye(5)
     expected = np.linalg.solve(root.T @ root + ridge, root.T @ root @ (best / unit)) * unit
     np.testing.assert_allclose(found[:4], expected[:4], rtol=0.05)
     assert found[4] == pytest.approx(0.3 * unit, rel=1e-3)
     np.testing.assert_array_equal(calls[0], np.full(5, 0.3) * unit, "it goes on from where it is")
     calls.clear()
-    joint_steps(slopes_at, np.zeros(5), unit, 5)
+    joint_steps(loss_and_gradient, np.zeros(5), unit, 5)
     assert len(calls) <= 5 + 20

@@ -1,4 +1,4 @@
-"""Tests of components on the model: perturbations along directions, controls, repair."""
+"""Tests of components on the model: perturbations along directions, controls and repair."""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
-"""What a KL ratio must be compared with before it means anything.
+"""Controls for the KL ratio of a component.
 
-(a) the ratio of mean Fisher norms: examples with large Fishers move whatever the direction; a component says more than
-its examples' norms only if its KL ratio is larger than theirs. (b) `random_direction`: a direction drawn at random with
-the same norm in every tensor, so that neither the layer nor the size of the step explains the ratio. (c)
-`another_component`: its direction on these examples; any component's would do if it were not this one that they share.
-(d) held-out examples are chosen by the caller, with `baseline_examples` for both sides of the split.
+(a) The ratio of mean Fisher norms. Predictions on examples with large Fishers change under any step, so the KL ratio is
+    informative only if it exceeds the ratio of the norms.
+(b) `random_direction`: a random direction with the same norm in every tensor. It excludes the layer and the size of the
+    step as explanations of the ratio.
+(c) `another_component`: the direction of another component on the same examples. It excludes that the direction of any
+    component would give the ratio.
+(d) Held-out examples. The caller chooses them, and uses `baseline_examples` for both sides of the split.
 """
 
 from __future__ import annotations
@@ -19,26 +21,39 @@ from torch import Tensor
 
 
 def top_examples(coefficients_N: NDArray[np.floating], among: NDArray[np.bool_], count: int) -> NDArray[np.int64]:
-    """Positions of the ``count`` largest positive coefficients of marked examples, descending; ties by position."""
+    """Select the examples with the largest positive coefficients.
+
+    Args:
+        coefficients_N: Coefficients of one component. NaN counts as 0.
+        among: Marks the examples to choose from.
+        count: Maximum number of examples.
+
+    Returns:
+        Positions of the examples by descending coefficient. Ties are ordered by position.
+    """
     candidates = np.flatnonzero(among & (np.nan_to_num(coefficients_N) > 0))
     order = np.argsort(-coefficients_N[candidates], kind="stable")
     return candidates[order[:count]]
 
 
 def baseline_examples(among: NDArray[np.bool_], without: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
-    """``count`` marked examples drawn at random, none of them in ``without``; all there are where they are fewer."""
+    """Draw at most ``count`` random examples that are marked in ``among`` and are not in ``without``.
+
+    Returns:
+        Positions of the examples in ascending order; fewer than ``count`` if there are not enough examples.
+    """
     candidates = np.setdiff1d(np.flatnonzero(among), without)
     return np.sort(np.random.default_rng(seed).permutation(candidates)[:count])
 
 
 def another_component(component: int, among: Sequence[int], seed: int) -> int | None:
-    """Control (c): one of the other components, at random, of those named; None where there is no other."""
+    """Draw control (c): a random component of ``among`` other than ``component``; None if there is no other."""
     others = [other for other in among if other != component]
     return others[int(np.random.default_rng(seed).integers(len(others)))] if others else None
 
 
 def random_direction(direction: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Control (b): a Gaussian direction with the norm that ``direction`` has in every tensor."""
+    """Draw control (b): a Gaussian direction with the same norm as ``direction`` in every tensor."""
     drawn = {}
     for name, tensor in direction.items():
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()

@@ -1,8 +1,8 @@
-"""Move a model's parameters along a direction and see which predictions change.
+"""Perturbation of a model's parameters along a direction.
 
-A component claims: examples with large coefficients are treated alike, along this direction. The test (Matena & Raffel,
-arXiv 2310.04649, section 5) moves θ by ±ε·ĝ with ‖ĝ‖ = 1 and compares the mean KL(p_moved ‖ p_original) on the top
-examples with that on a baseline: their quotient is the KL ratio.
+The hypothesis of a component is that the model processes examples with large coefficients in the same way, along this
+direction. The test (Matena & Raffel, arXiv 2310.04649, section 5) moves θ by ±ε·ĝ with ‖ĝ‖ = 1. It compares the mean
+KL(p_moved ‖ p_original) on the top examples with the mean on baseline examples. The quotient is the KL ratio.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 @contextmanager
 def moved(model: nn.Module, direction: Mapping[str, Tensor], step: float) -> Iterator[None]:
-    """θ + step·direction inside the context; outside it every parameter has its former bits, also after an exception.
+    """Set the parameters to θ + step·direction inside the context, and restore their exact values on exit.
+
+    The values are also restored after an exception.
 
     Args:
-        direction: tensors by parameter name; parameters that it does not name stay.
+        model: The model with parameters θ.
+        direction: Tensors by parameter name. Other parameters do not change.
         step: ε times the sign, in units of the direction's length.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -1,10 +1,10 @@
-"""Does a component stand for a mistake, and does a step along its direction mend it: the statistics of a repair.
+"""Statistics of a repair: which components represent mistakes, and which steps along their directions correct them.
 
-A component whose top examples are wrong more often than others is a candidate (`over_represented`). A step along its
-direction, of a sign and size chosen on a tuning split (`choose_step`), is then judged on examples that had no part in
-any choice, by predictions that changed (`mcnemar`).
+A component is a candidate if wrong predictions are over-represented among its top examples (`over_represented`). The
+sign and size of a step along its direction are chosen on a tuning split (`choose_step`). The step is then evaluated on
+examples that took no part in any choice, by the number of predictions that changed (`mcnemar`).
 
-Legend: N examples, K components, J of them that are moved along.
+Legend: N examples, K components, J components of a joint step.
 """
 
 from __future__ import annotations
@@ -20,22 +20,25 @@ from scipy import optimize
 from npeff.statistics.contingency import exact_tests
 
 _ROUNDING = 1e-9
-"""Examples by which a share of a number of them may be off for want of digits."""
+"""Tolerance, in examples, for the rounding error of a fraction times a number of examples."""
 
 _RIDGE = 1e-6
-_LEAST_GAIN = 1e-4
-"""Share of the loss that an iteration must still save."""
+_MIN_DECREASE = 1e-4
+"""The optimizer stops when an iteration reduces the loss by less than this fraction."""
 
 
 @dataclass(frozen=True)
 class OverRepresentation:
-    """Wrong predictions among each component's top examples, against those among all examples. Arrays of K."""
+    """Tests for over-represented wrong predictions among each component's top examples. Arrays of length K.
+
+    `odds_ratios_K`, `p_values_K` and `q_values_K` are those of `exact_tests`.
+    """
 
     n_top_K: NDArray[np.int64]
+    """Number of top examples."""
     n_wrong_K: NDArray[np.int64]
-    """Wrong ones of the top examples."""
+    """Number of top examples with a wrong prediction."""
     odds_ratios_K: NDArray[np.float64]
-    """As of `exact_tests`, as are the others."""
     p_values_K: NDArray[np.float64]
     q_values_K: NDArray[np.float64]
 
@@ -43,18 +46,22 @@ class OverRepresentation:
 def over_represented(
     top_examples: Sequence[NDArray[np.int64]], wrong_N: NDArray[np.bool_], among_N: NDArray[np.bool_]
 ) -> OverRepresentation:
-    """One-sided hypergeometric tests (Fisher's exact test) of each component.
+    """Test each component for wrong predictions among its top examples, with Fisher's exact test (one-sided).
 
     Args:
-        top_examples: numbers of each component's top examples, all marked in ``among_N``, none twice.
-        wrong_N: whether the prediction is wrong.
-        among_N: marks the examples that could have been in the top: those whose label is known, of the split in use.
+        top_examples: Positions of the top examples of each component: distinct, and all marked in ``among_N``.
+        wrong_N: Whether the prediction on an example is wrong.
+        among_N: Marks the examples that could be top examples: those of the split in use whose label is known.
 
-    Raises ValueError if a top example is not marked or there twice.
+    Returns:
+        Counts and test results of each component.
+
+    Raises:
+        ValueError: A top example is not marked or occurs twice.
     """
     for top in top_examples:
         if not among_N[top].all() or len(np.unique(top)) != len(top):
-            raise ValueError("top examples must be different ones of those that are marked")
+            raise ValueError("top examples must be distinct and marked in among_N")
     n_top_K = np.array([len(top) for top in top_examples], dtype=np.int64)
     n_wrong_K = np.array([wrong_N[top].sum() for top in top_examples], dtype=np.int64)
     tests = exact_tests(int(among_N.sum()), int((wrong_N & among_N).sum()), n_top_K, n_wrong_K)
@@ -63,7 +70,7 @@ def over_represented(
 
 @dataclass(frozen=True)
 class Edit:
-    """A step along a component's unit direction: its sign times its length."""
+    """A step along a component's unit direction. `step` is the sign times the length."""
 
     component: int
     step: float
@@ -71,20 +78,21 @@ class Edit:
 
 @dataclass(frozen=True)
 class RepairCandidate:
-    """An edit, or several at once, and what they do on the tuning split."""
+    """One edit, or several joint edits, with their results on the tuning split."""
 
     edits: tuple[Edit, ...]
     target_N: NDArray[np.bool_]
-    """What is to be mended: the components' top examples that are wrong."""
+    """The examples to correct: the components' top examples with a wrong prediction."""
     correct_after_N: NDArray[np.bool_]
+    """Whether the prediction on an example is correct after the edits."""
 
     @property
     def length(self) -> float:
-        """Of the steps, as if their directions were orthogonal."""
+        """The total length of the steps, computed as if their directions were orthogonal."""
         return math.hypot(*(edit.step for edit in self.edits))
 
     def broken(self, unedited_correct_N: NDArray[np.bool_]) -> int:
-        """Predictions that were right before all edits, and are wrong after this step."""
+        """Count the predictions that were correct before all edits and are wrong after this candidate."""
         return int((unedited_correct_N & ~self.correct_after_N).sum())
 
 
@@ -94,50 +102,66 @@ def choose_step(
     unedited_correct_N: NDArray[np.bool_],
     max_harm: float,
 ) -> RepairCandidate | None:
-    """The candidate with the best accuracy after it on the whole tuning split, of those that do no harm.
+    """Choose the harmless candidate with the best accuracy on the whole tuning split.
 
-    Harmless is one after which at most a share ``max_harm`` of the predictions that were right before all edits are
-    wrong; what was mended elsewhere does not make up for them. None if no harmless candidate mends a target and betters
-    the accuracy. Of equals the smaller step is taken, then the lower component, then the positive sign. The accuracy of
-    the chosen one is the best of many, so it says nothing: measure it on other examples. Raises ValueError for a
-    candidate of another number of examples.
+    A candidate is harmless if at most the fraction ``max_harm`` of the predictions that were correct before all edits
+    are wrong after it. Corrected predictions do not compensate for broken ones. Candidates that correct no target or do
+    not improve the accuracy are excluded. Ties go to the smaller step, then to the lower component number, then to the
+    positive sign. The accuracy of the result is biased, because it is the best of many: measure it on other examples.
+
+    Args:
+        candidates: The candidates, evaluated on the tuning split.
+        correct_before_N: Whether a prediction is correct before the candidate.
+        unedited_correct_N: Whether a prediction is correct before all edits.
+        max_harm: Maximum fraction of broken predictions.
+
+    Returns:
+        The chosen candidate, or None if no candidate qualifies.
+
+    Raises:
+        ValueError: The arrays have different numbers of examples.
     """
     helpful: list[tuple[tuple[object, ...], RepairCandidate]] = []
     for candidate in candidates:
         after_N = candidate.correct_after_N
         if not after_N.shape == correct_before_N.shape == unedited_correct_N.shape:
-            raise ValueError("candidates must be of the tuning split whose correctness before is given")
+            raise ValueError("candidates must have the number of examples of correct_before_N and unedited_correct_N")
         gained = int(after_N.sum()) - int(correct_before_N.sum())
-        mended = int(after_N[candidate.target_N].sum()) - int(correct_before_N[candidate.target_N].sum())
+        corrected = int(after_N[candidate.target_N].sum()) - int(correct_before_N[candidate.target_N].sum())
         harmless = candidate.broken(unedited_correct_N) <= max_harm * int(unedited_correct_N.sum()) + _ROUNDING
-        if harmless and mended > 0 and gained > 0:
+        if harmless and corrected > 0 and gained > 0:
             last = [(edit.component, edit.step < 0) for edit in candidate.edits]
             helpful.append(((-gained, candidate.length, last), candidate))
     return min(helpful, key=lambda pair: pair[0])[1] if helpful else None
 
 
 def joint_steps(
-    slopes_at: Callable[[NDArray[np.float64]], tuple[float, NDArray[np.float64]]],
+    loss_and_gradient: Callable[[NDArray[np.float64]], tuple[float, NDArray[np.float64]]],
     start_J: NDArray[np.float64],
     unit: float,
     max_passes: int,
 ) -> NDArray[np.float64]:
-    """Steps along J directions at once, (J,), at which a loss is low: L-BFGS from `start_J`.
+    """Minimize a loss over joint steps along J directions with L-BFGS.
 
-    Minimised is the loss with `_RIDGE` Σ (step/unit)² added: directions that add nothing are left alone.
+    The objective is the loss plus `_RIDGE` Σ (step/unit)². The penalty keeps the steps of directions that do not reduce
+    the loss near zero.
 
     Args:
-        slopes_at: the loss at some steps, and its derivatives by them.
-        unit: a step at which the model begins to change.
-        max_passes: most calls of `slopes_at`, give or take those of the last iteration.
+        loss_and_gradient: Function of the steps (J,) that returns the loss and its gradient (J,).
+        start_J: Initial steps.
+        unit: Step length at which the model begins to change.
+        max_passes: Maximum number of calls of `loss_and_gradient`. The last iteration may exceed it.
+
+    Returns:
+        The steps (J,).
     """
 
     def scaled(b_J: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        loss, slopes_J = slopes_at(b_J * unit)
-        return loss + _RIDGE * float(b_J @ b_J), slopes_J * unit + 2 * _RIDGE * b_J
+        loss, gradient_J = loss_and_gradient(b_J * unit)
+        return loss + _RIDGE * float(b_J @ b_J), gradient_J * unit + 2 * _RIDGE * b_J
 
     found = optimize.minimize(
-        scaled, start_J / unit, jac=True, method="L-BFGS-B", options={"maxfun": max_passes, "ftol": _LEAST_GAIN}
+        scaled, start_J / unit, jac=True, method="L-BFGS-B", options={"maxfun": max_passes, "ftol": _MIN_DECREASE}
     )
     steps_J: NDArray[np.float64] = found.x * unit
     return steps_J

@@ -1,4 +1,4 @@
-"""The step size along a direction that reaches a mean KL divergence."""
+"""Search for the step size along a direction that yields a given mean KL divergence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 RELATIVE_TOLERANCE = 0.01
-"""How close to its target the mean KL must come."""
+"""Relative tolerance of the mean KL divergence."""
 
 
 _MAX_EVALUATIONS = 60
@@ -15,7 +15,7 @@ _MAX_EVALUATIONS = 60
 
 @dataclass(frozen=True)
 class StepSize:
-    """ε, the mean KL it gives, and whether that is the KL that was asked for."""
+    """A step size ε, the mean KL divergence (nats) at ε, and whether it reaches the target."""
 
     epsilon: float
     kl: float
@@ -23,21 +23,24 @@ class StepSize:
 
 
 def find_step_size(kl_at: Callable[[float], float], target_kl: float, *, longest: float) -> StepSize:
-    """The ε > 0 at which ``kl_at(ε)`` is ``target_kl``, to 1%.
+    """Find the step size ε > 0 at which ``kl_at(ε)`` equals ``target_kl`` within 1%.
 
-    KL is near quadratic in a small ε, which gives the first guesses. Once two of them enclose the target, the line
-    through both, in logarithms, gives the next; every third guess bisects log ε, so that they close in whatever the KL
-    does.
+    The first guesses assume that KL is quadratic in ε, which holds approximately for small ε. Once two guesses bracket
+    the target, the next guess is the log-linear interpolation between them. Every third guess bisects log ε, so that
+    the search converges for any KL.
 
     Args:
-        kl_at: mean KL of the top examples at a step size; may return infinity.
-        longest: step size that is not exceeded; where it gives less than the target, it is the answer and
-            ``reached_target`` is False.
+        kl_at: Function that returns the mean KL divergence of the top examples at a step size. It may return infinity.
+        target_kl: The mean KL divergence to reach.
+        longest: Maximum step size. If it yields less than the target, it is the result and ``reached_target`` is False.
+
+    Returns:
+        The step size.
     """
     epsilon = longest * 1e-3
     best = StepSize(epsilon, kl_at(epsilon), False)
     below, above = StepSize(0.0, 0.0, False), StepSize(math.inf, math.inf, False)
-    n_enclosed = 0
+    n_brackets = 0
     for _ in range(_MAX_EVALUATIONS):
         if abs(best.kl - target_kl) <= RELATIVE_TOLERANCE * target_kl:
             return StepSize(best.epsilon, best.kl, True)
@@ -48,9 +51,9 @@ def find_step_size(kl_at: Callable[[float], float], target_kl: float, *, longest
         if below.epsilon >= longest:
             return best
         if below.epsilon > 0 and math.isfinite(above.epsilon):
-            n_enclosed += 1
-            share = 0.5 if n_enclosed % 3 == 0 else _share_of_the_way(below.kl, above.kl, target_kl)
-            epsilon = below.epsilon * (above.epsilon / below.epsilon) ** share
+            n_brackets += 1
+            fraction = 0.5 if n_brackets % 3 == 0 else _interpolation_fraction(below.kl, above.kl, target_kl)
+            epsilon = below.epsilon * (above.epsilon / below.epsilon) ** fraction
         else:
             factor = math.sqrt(target_kl / best.kl) if 0 < best.kl < math.inf else (10.0 if below.epsilon else 0.1)
             epsilon = min(best.epsilon * min(max(factor, 0.01), 10.0), longest)
@@ -58,8 +61,11 @@ def find_step_size(kl_at: Callable[[float], float], target_kl: float, *, longest
     return best
 
 
-def _share_of_the_way(kl_below: float, kl_above: float, target_kl: float) -> float:
-    """Where between log ε_below (0) and log ε_above (1) the target is, if log KL is linear there; never at an end."""
+def _interpolation_fraction(kl_below: float, kl_above: float, target_kl: float) -> float:
+    """Interpolate the position of the target between log ε_below (0) and log ε_above (1), with log KL linear.
+
+    The result is never 0 or 1.
+    """
     if kl_below <= 0 or math.isinf(kl_above):
         return 0.5
     return min(max(math.log(target_kl / kl_below) / math.log(kl_above / kl_below), 0.02), 0.98)
