@@ -1,1 +1,1 @@
-"""Tests and intervals."""
+"""Statistical tests and confidence intervals."""

@@ -1,4 +1,4 @@
-"""McNemar's paired test of a change in accuracy, with an interval."""
+"""McNemar's paired test of a change in accuracy, with a confidence interval."""
 
 from __future__ import annotations
 
@@ -13,31 +13,44 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class McNemar:
-    """Predictions of the same examples before and after a change of the model."""
+    """Comparison of the predictions on the same examples before and after a change of the model."""
 
     n: int
+    """Number of examples."""
     broken: int
-    """b: right before and wrong after."""
+    """b, the number of predictions that were correct before and are wrong after."""
     mended: int
-    """c: wrong before and right after."""
+    """c, the number of predictions that were wrong before and are correct after."""
     p_value: float
-    """Exact, two-sided: how likely a split at least as uneven is if a change breaks as often as it mends."""
+    """Exact two-sided p-value: the probability of a split of b + c at least as uneven if both changes are equally
+    likely."""
     change: float
-    """Of the accuracy, (c − b)/n."""
+    """Change of the accuracy, (c − b)/n."""
     low: float
+    """Lower end of the 95% confidence interval of the change. The change need not be the center of the interval."""
     high: float
-    """Ends of the 95% confidence interval of the change, of which it need not be the middle."""
+    """Upper end of the interval."""
 
 
 def mcnemar(correct_before_N: NDArray[np.bool_], correct_after_N: NDArray[np.bool_]) -> McNemar:
-    """McNemar's exact test and a paired interval.
+    """Compute McNemar's exact test and a paired confidence interval.
 
-    The test is binomial on the b + c examples that changed. The interval is Wald's with half an example added to each
-    of the four cells: d ± z √((b + c + 1) − (c − b)²/(n + 2)) / (n + 2), d = (c − b)/(n + 2) (Agresti & Min, Statistics
-    in Medicine 24, 2005, 729-740), cut off at ±1. Raises ValueError without examples, or for unequal numbers of them.
+    The test is a binomial test on the b + c examples whose correctness changed. The interval is the Wald interval with
+    half an example added to each of the four cells: d ± z √((b + c + 1) − (c − b)²/(n + 2)) / (n + 2),
+    d = (c − b)/(n + 2) (Agresti & Min, Statistics in Medicine 24, 2005, 729-740), clipped to [-1, 1].
+
+    Args:
+        correct_before_N: Whether the prediction on each example is correct before the change.
+        correct_after_N: Whether the prediction on each example is correct after the change.
+
+    Returns:
+        Counts, p-value, change and interval.
+
+    Raises:
+        ValueError: There are no examples, or the arrays have different shapes.
     """
     if correct_before_N.shape != correct_after_N.shape or not correct_before_N.size:
-        raise ValueError("the same examples, at least one, must be given before and after")
+        raise ValueError("correct_before_N and correct_after_N must cover the same examples, at least one")
     n = correct_before_N.size
     broken = int((correct_before_N & ~correct_after_N).sum())
     mended = int((~correct_before_N & correct_after_N).sum())

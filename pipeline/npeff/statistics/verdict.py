@@ -1,11 +1,12 @@
-"""Whether a component's direction moves its own examples, and more than its controls do.
+"""Verdicts: whether a component's direction changes the predictions on its examples more than the controls do.
 
-Moving the parameters along a component's direction should change the predictions on its top examples and leave a random
-baseline alone: KL ratio = mean KL on top examples / mean KL on baseline examples. It has to beat three controls:
-(a) the ratio of the two groups' mean Fisher norms, because large Fishers move under any step,
+A step along a component's direction should change the predictions on its top examples and not those on random baseline
+examples: KL ratio = mean KL on top examples / mean KL on baseline examples. The ratio must exceed three controls:
+(a) the ratio of the mean Fisher norms of the two groups, because predictions on examples with large Fishers change
+    under any step,
 (b) the KL ratio of a random direction with the same norm in every tensor, and
-(c) that of another component's direction, on the same examples.
-Steps of both signs are separate rows and are never averaged.
+(c) the KL ratio of another component's direction on the same examples.
+Steps of both signs have separate rows and are never averaged.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ class Verdict:
 
     @property
     def above_controls(self) -> bool | None:
-        """True if the KL ratio is above all controls; None where it was not measured."""
+        """Whether the KL ratio is above all controls; None if the ratio or all controls were not measured."""
         if self.kl_ratio is None or self.best_control is None:
             return None
         return self.kl_ratio > self.best_control
 
 
 def verdicts(rows: Iterable[dict[str, Any]]) -> list[Verdict]:
-    """Read rows of the verification table; numbers that are null or NaN count as not measured."""
+    """Convert rows of the verification table to verdicts. Null and NaN values become None."""
     return [
         Verdict(
             component=int(row["component"]),
@@ -64,7 +65,7 @@ def verdicts(rows: Iterable[dict[str, Any]]) -> list[Verdict]:
 
 @dataclass(frozen=True)
 class Scores:
-    """All components together, for one group of examples and one sign."""
+    """Summary of all components for one group of examples and one sign."""
 
     examples: str
     sign: int
@@ -76,11 +77,11 @@ class Scores:
     share_above_1: float
     share_above_controls: float
     share_surely_above_controls: float
-    """With 95% confidence."""
+    """Fraction of the rows whose KL ratio is above all controls with 95% confidence."""
 
 
 def scoreboard(all_verdicts: Iterable[Verdict]) -> list[Scores]:
-    """Summarize per (examples, sign), held-out examples first; rows that were not measured are left out of `n`."""
+    """Summarize verdicts per (examples, sign), held-out examples first. Rows that were not measured are excluded."""
     groups: dict[tuple[str, int], list[Verdict]] = {}
     for verdict in all_verdicts:
         if verdict.kl_ratio is not None:
