@@ -242,7 +242,7 @@ def test_a_task_without_tokens_has_an_empty_table(run: RunDirectory, monkeypatch
     assert not table(other, "position_shares")
     monkeypatch.setattr("npeff.tasks.planted.compiled._Sequences.tokens", lambda *_: [[]])
     with pytest.raises(
-        ExecutorError, match=r"tokens\(\) must give a list of one or more tokens for each of the \d+ examples"
+        ExecutorError, match=r"tokens\(\) must return a list of one or more tokens for each of the \d+ requested"
     ):
         npeff.attribute(run)
     monkeypatch.undo()

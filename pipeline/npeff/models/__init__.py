@@ -1,1 +1,1 @@
-"""The model and the examples of a run, as a worker loads them."""
+"""Loading of a run's model and examples on a worker, and predictions of the model."""

@@ -1,4 +1,4 @@
-"""How much memory a batch of Fishers takes, tried on a worker."""
+"""The batch size for Fishers, chosen by measuring the memory of trial batches on a worker."""
 
 from __future__ import annotations
 
@@ -13,12 +13,23 @@ from npeff.models.loaded import LoadedModel
 from npeff.models.streams import n_streams
 
 _LARGEST = {"cpu": 32, "cuda": 512}
-"""Beyond these a larger batch is no faster."""
+"""Maximum batch size for each type of device. Larger batches are not faster."""
 
 
 def largest_batch_size(loaded: LoadedModel, fishers: PerExampleFishers, limit: int) -> int:
-    """The largest power of two of examples whose Fishers need at most `limit` bytes beside the model, with as many
-    batches at a time as there are streams, tried on the largest examples of the data set; at least 1."""
+    """Find the largest batch size, a power of two, whose Fishers need at most `limit` bytes in addition to the model.
+
+    Each trial computes a batch of the largest examples of the data set. The limit applies to as many concurrent batches
+    as there are streams.
+
+    Args:
+        loaded: The model and the examples.
+        fishers: Computes the Fishers of a batch.
+        limit: Memory in bytes.
+
+    Returns:
+        The batch size, at least 1.
+    """
     ordered = [example for batch in loaded.batches(range(len(loaded.examples)), 1) for example in batch]
     size, before = 1, _held_bytes(loaded.device)
     while 2 * size <= min(_LARGEST[loaded.device.type], len(ordered)):
@@ -37,7 +48,7 @@ def largest_batch_size(loaded: LoadedModel, fishers: PerExampleFishers, limit: i
 
 
 def _held_bytes(device: torch.device) -> int:
-    """What this process holds now; its peak so far where the system does not tell."""
+    """Return the memory that this process holds now, in bytes, or its peak if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     status = Path("/proc/self/statm")
@@ -45,7 +56,7 @@ def _held_bytes(device: torch.device) -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory that this process has held so far, on the device that computes."""
+    """Return the peak memory of this process on `device`, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

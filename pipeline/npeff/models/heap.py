@@ -1,4 +1,4 @@
-"""What the C library does with memory that is freed."""
+"""Configuration of the C library's handling of freed memory."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import platform
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LARGEST_ON_HEAP = 32 << 20
-"""The most that glibc lets M_MMAP_THRESHOLD be."""
+"""The maximum of M_MMAP_THRESHOLD in glibc."""
 
 
 def keep_freed_memory() -> bool:
-    """Have what a batch frees kept for the next one, which takes as much; whether that could be arranged (glibc only).
+    """Configure glibc to keep freed memory for the next batch. Return whether this succeeded (with glibc only).
 
-    The heap is otherwise given back to the system after every batch, and every page of it is asked for and cleared
-    anew: one to three hundredths of the time of a pass on a CPU. The most that the process ever holds stays the same.
+    By default glibc returns the heap to the system after every batch, and the system clears every page again for the
+    next batch. This takes 1% to 3% of the time of a pass on a CPU. The peak memory of the process does not change.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    # setting the one stops glibc from adapting the other: both or none
+    # setting one threshold disables the automatic adjustment of the other, so set both or none
     return bool(libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_ON_HEAP) and libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))

@@ -1,4 +1,4 @@
-"""The model and the examples of a run, as a worker loads them."""
+"""The model and the examples of a run, loaded on a worker."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _COLUMNS: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
     "text": ("strings", lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind)),
     "image": ("PNG files (binary)", lambda kind: pa.types.is_binary(kind) or pa.types.is_large_binary(kind)),
 }
-"""Columns of the examples' table that mean something to the program: what they hold, and whether a type is that."""
+"""Columns of the table of examples with a fixed meaning: a description of their values, and a check of their type."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a worker needs to load the model and the examples where it runs."""
+    """The specification with which a worker loads the model and the examples."""
 
     task: str
     options: dict[str, Any]
@@ -43,25 +43,29 @@ class ModelSpec:
     exclude: tuple[str, ...]
     device: str
     fingerprint: str | None = None
-    """Of the parameters, where they must be the ones that the run's Fishers were computed with."""
+    """Fingerprint of the parameters from which the run's Fishers were computed. None if the parameters are not
+    checked."""
 
     def prepare(self) -> None:
-        """Let the task do what it does once for all workers."""
+        """Run the task's preparation, once for all workers."""
         task = load_task(self.task, self.options)
         with preparing(self.cache) as cache, self.user_code(task, "prepare"):
             task.prepare(cache)
 
     def load(self) -> LoadedModel:
-        """The model in eval mode on its device, and the examples.
+        """Load the model, in evaluation mode on its device, and the examples.
+
+        Returns:
+            The loaded model and examples.
 
         Raises:
-            TaskError: the task's code raised something, returned something else than a model or examples, or a model
-                that is not the one of the fingerprint.
-            ExecutorError: a GPU was asked for and there is none.
+            TaskError: The task's code raised an exception or returned an object of the wrong type, or the model does
+                not match the fingerprint.
+            ExecutorError: The device is a GPU and no GPU is available.
         """
         device = torch.device(self.device)
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise ExecutorError("torch finds no GPU where the work runs: set executor.gpus_per_worker to 0")
+            raise ExecutorError("torch finds no GPU on the machine of this worker: set executor.gpus_per_worker to 0")
         keep_freed_memory()
         task = load_task(self.task, self.options)
         cache = task_files(self.cache)
@@ -76,18 +80,20 @@ class ModelSpec:
         loaded = LoadedModel(self, task, model.to(device).eval(), examples, device)
         if self.fingerprint not in (None, model_fingerprint(model, loaded.layout)):
             raise TaskError(
-                f"task {self.task!r}: model() does not return the model that the Fishers of this run are of: give back "
-                "the former weights, seed what draws them at random, or choose another run_dir"
+                f"task {self.task!r}: model() does not return the model of this run's Fishers: restore the former "
+                "weights, seed the random initialization, or choose another run_dir"
             )
         return loaded
 
     def user_code(self, task: Task, method: str) -> AbstractContextManager[None]:
-        """The context to call a method of the task in."""
+        """Return the context in which to call a method of the task. It converts exceptions to errors of the task."""
         return user_code(f"task {self.task!r}: {method}()", type(task).__module__, passed_on=(UnsupportedModelError,))
 
 
 @dataclass(frozen=True)
 class LoadedModel:
+    """The model, the examples and the parameter layout of a run on one device."""
+
     spec: ModelSpec
     task: Task
     model: nn.Module
@@ -101,7 +107,7 @@ class LoadedModel:
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Parameters that are not in the layout, and why."""
+        """The parameters that are not in the layout, each with the reason."""
         return left_out(self.model, self.layout, self.spec.exclude)
 
     def batch(self, indices: Sequence[int]) -> Any:
@@ -110,7 +116,10 @@ class LoadedModel:
         return to_device(batch, self.device)
 
     def targets(self, batch: Any, indices: Sequence[int]) -> Tensor:
-        """Class of each prediction of a batch: (B, T) where the task has them, else (B,) from the table's labels."""
+        """Return the class of each prediction of a batch, int64.
+
+        The shape is (B, T) if the task defines targets. Otherwise the classes (B,) are the labels in the table.
+        """
         with self.spec.user_code(self.task, "targets"):
             targets = self.task.targets(batch)
         if targets is None:
@@ -123,38 +132,38 @@ class LoadedModel:
 
     @cached_property
     def labels_N(self) -> NDArray[np.int64]:
-        """The table's labels, UNKNOWN where they are null."""
+        """The labels in the table, UNKNOWN where a label is null."""
         labels: NDArray[np.int64] = self.table()["label"].cast(pa.int64()).fill_null(UNKNOWN).to_numpy()
         return labels
 
     @cached_property
     def lengths(self) -> Sequence[int] | None:
-        """Size of each example, if they have sizes."""
+        """The size of each example; None if the task defines no sizes."""
         with self.spec.user_code(self.task, "examples().lengths"):
             lengths = self.examples.lengths()
         if lengths is not None and len(lengths) != len(self.examples):
             raise TaskError(
-                f"task {self.spec.task!r}: examples().lengths() must give one size per example, {len(self.examples)}, "
-                f"not {len(lengths)}"
+                f"task {self.spec.task!r}: examples().lengths() must return one size per example, "
+                f"{len(self.examples)}, not {len(lengths)}"
             )
         return lengths
 
     def batches(self, indices: Sequence[int], batch_size: int) -> list[list[int]]:
-        """`indices` cut into batches, of examples of like size, so that little is padding; always the same ones."""
+        """Split `indices` into batches of examples of similar size, to reduce padding. The result is deterministic."""
         ordered = list(indices)
         if self.lengths is not None:
             ordered.sort(key=self.lengths.__getitem__)
         return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
     def tokens(self, indices: Sequence[int]) -> list[list[Token]] | None:
-        """What is at each position of these examples; None where the task does not say."""
+        """Return the tokens at the positions of each example; None if the task does not define tokens."""
         with self.spec.user_code(self.task, "examples().tokens"):
             found = self.examples.tokens(indices)
             rows = None if found is None else [[Token(*token) for token in row] for row in found]
         if rows is not None and (len(rows) != len(indices) or not all(rows)):
             raise TaskError(
-                f"task {self.spec.task!r}: examples().tokens() must give a list of one or more tokens for each of the "
-                f"{len(indices)} examples that it is asked for"
+                f"task {self.spec.task!r}: examples().tokens() must return a list of one or more tokens for each of "
+                f"the {len(indices)} requested examples"
             )
         return rows
 
@@ -166,10 +175,11 @@ class LoadedModel:
         return logits
 
     def table(self) -> pa.Table:
-        """What the task says of its examples, for people to look at.
+        """Return the task's table of examples, with one row per example.
 
         Raises:
-            TaskError: it has not one row per example, or a column is missing or of another type than it must be.
+            TaskError: The number of rows differs from the number of examples, or a column is missing or has the wrong
+                type.
         """
         with self.spec.user_code(self.task, "examples().table"):
             n_examples, table = len(self.examples), self.examples.table()
@@ -190,10 +200,17 @@ class LoadedModel:
 
     @torch.no_grad()
     def predict(self, indices: Sequence[int], batch_size: int) -> Predictions:
-        """What the model predicts on these examples at the parameters that it has now, on the CPU.
+        """Compute the predictions of the model, with its current parameters, on the given examples.
+
+        Args:
+            indices: Numbers of the examples.
+            batch_size: Number of examples per batch.
+
+        Returns:
+            The predictions in the order of `indices`, on the CPU.
 
         Raises:
-            TaskError: the logits are not (B, C), or (B, T, C) with targets (B, T).
+            TaskError: The logits do not have the shape (B, C), or (B, T, C) with targets (B, T).
         """
         found: dict[int, tuple[Tensor, Tensor]] = {}
         for chosen in self.batches(indices, batch_size):
@@ -201,7 +218,7 @@ class LoadedModel:
             logits, targets = self.logits(self.model, batch), self.targets(batch, chosen)
             if logits.shape[:-1] != targets.shape or logits.dim() < 2 or len(logits) != len(chosen):
                 found_shape = " x ".join(map(str, logits.shape)) or "a single number"
-                hint = " (positions too only where targets() says which of them count)" if logits.dim() == 3 else ""
+                hint = " (logits with positions need targets())" if logits.dim() == 3 else ""
                 raise TaskError(
                     f"task {self.spec.task!r}: logits() must return examples x classes, here {len(chosen)} x C, not "
                     f"{found_shape}{hint}"

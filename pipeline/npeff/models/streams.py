@@ -1,9 +1,9 @@
-"""Batches of Fishers, several at a time on a worker with several cores.
+"""Streams: concurrent batches of Fishers on a worker with several cores.
 
-Most operations of a pass over a batch are too small to be worth splitting, and Python runs between them: whole batches
-on a share of the cores each, beside one another, beat one batch after the other on all of them. Every stream of batches
-is a thread with modules of its own, because a watched module can be in one pass only; only their parameters are shared.
-A GPU computes one batch at a time.
+Most operations of a pass over a batch are too small to be split efficiently, and Python code runs between them. It is
+therefore faster to compute several batches concurrently, each on a part of the cores, than one batch after another on
+all cores. Each stream is a thread with a copy of the modules, because a watched module can take part in only one pass
+at a time. The copies share the parameters. A GPU computes one batch at a time.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from npeff.models.loaded import LoadedModel
 
 Result = TypeVar("Result")
 
-_MOST = 4
-"""Each stream holds what a batch needs; with more of them Python is what they would wait for."""
-_EQUAL = 1e-4
-"""Relative to the factors' norm: above rounding, far below the share of any layer that was missed."""
+_MAX_STREAMS = 4
+"""Each stream needs the memory of a batch. More streams would wait for the Python interpreter."""
+_TOLERANCE = 1e-4
+"""Tolerance relative to the norm of the factors. It is above rounding and far below the contribution of any layer."""
 
 
 def n_streams(device: torch.device) -> int:
-    """How many batches a worker computes at a time."""
-    return min(_MOST, torch.get_num_threads()) if device.type == "cpu" else 1
+    """Return the number of batches that a worker computes concurrently."""
+    return min(_MAX_STREAMS, torch.get_num_threads()) if device.type == "cpu" else 1
 
 
 class Streams:
-    """The streams of a worker, to be used on the thread that made it."""
+    """The streams of a worker. Use them only on the thread that created them."""
 
     def __init__(self, loaded: LoadedModel, fishers: PerExampleFishers) -> None:
         self._loaded, self._first = loaded, fishers
@@ -43,9 +43,9 @@ class Streams:
     def map(
         self, compute: Callable[[PerExampleFishers, Any, list[int]], Result], plan: Sequence[list[int]]
     ) -> Iterator[Result]:
-        """``compute(fishers, batch, examples)`` for every batch of the plan, in its order.
+        """Yield ``compute(fishers, batch, examples)`` for every batch of the plan, in the order of the plan.
 
-        The batch after those that are computed is tokenized, collated and sent to the device meanwhile.
+        While batches are computed, the next batch is tokenized, collated and moved to the device.
         """
         with frozen(self._first.collector.model):
             yield from self._mapped(compute, plan)
@@ -53,8 +53,8 @@ class Streams:
     def _mapped(
         self, compute: Callable[[PerExampleFishers, Any, list[int]], Result], plan: Sequence[list[int]]
     ) -> Iterator[Result]:
-        self._all = self._all or self._found(plan)
-        batches = ready_ahead(self._loaded, plan)
+        self._all = self._all or self._created(plan)
+        batches = prefetched(self._loaded, plan)
         if not self._all or len(self._all) == 1:
             for examples, batch in batches:
                 yield compute(self._first, batch, examples)
@@ -82,14 +82,14 @@ class Streams:
                 while running:
                     yield running.popleft().result()
         finally:
-            torch.set_num_threads(n_threads)  # what a thread sets is also what further threads begin with
+            torch.set_num_threads(n_threads)  # new threads inherit the number that any thread has set
 
-    def _found(self, plan: Sequence[list[int]]) -> list[PerExampleFishers] | None:
-        """As many streams as there may be; None if all examples that were tried are invalid.
+    def _created(self, plan: Sequence[list[int]]) -> list[PerExampleFishers] | None:
+        """Create the streams. Return None if all tested examples are invalid.
 
-        The first is alone where a layer has no rule of its own, and where a copy of the modules does not give the same
-        results: it may hold a function that calls the modules it was copied from, or refuse to be made. The model is
-        learnt here, from two examples, which costs less than from a batch.
+        There is only one stream if a module has no layer rule, or if a copy of the modules fails or gives other
+        results (a copy may hold a function that calls the original modules). The first stream's collector inspects the
+        model here with two examples, which is cheaper than with a batch.
         """
         for batch_examples in plan:
             examples = [batch_examples[-1], *batch_examples[:1]][: len(batch_examples)]
@@ -114,12 +114,12 @@ class Streams:
             return [self._first]
         if found.contributions.keys() != expected.contributions.keys():
             return [self._first]
-        same = torch.linalg.norm(found_BRD - expected_BRD) <= _EQUAL * torch.linalg.norm(expected_BRD)
+        same = torch.linalg.norm(found_BRD - expected_BRD) <= _TOLERANCE * torch.linalg.norm(expected_BRD)
         return [self._first, *replicas] if same else [self._first]
 
 
-def ready_ahead(loaded: LoadedModel, plan: Sequence[list[int]]) -> Iterator[tuple[list[int], Any]]:
-    """Every batch of the plan, the next one being tokenized, collated and sent to the device meanwhile."""
+def prefetched(loaded: LoadedModel, plan: Sequence[list[int]]) -> Iterator[tuple[list[int], Any]]:
+    """Yield every batch of the plan. A thread tokenizes, collates and moves the next batch to the device meanwhile."""
     with ThreadPoolExecutor(1, "loader") as loader:
         waiting = loader.submit(loaded.batch, plan[0]) if plan else None
         for place, examples in enumerate(plan):
