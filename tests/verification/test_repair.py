@@ -189,7 +189,7 @@ def test_where_nothing_helps_nothing_is_chosen() -> None:
 
 
 def test_a_candidate_of_other_examples_is_refused() -> None:
-    with pytest.raises(ValueError, match="tuning split"):
+    with pytest.raises(ValueError, match="number of examples"):
         choose_step([candidate(0.1, 1, 0)], BEFORE[:99], BEFORE[:99], 0.0)
 
 

@@ -3,7 +3,7 @@
 A rule applies to a module that has the layer's own `forward` (a subclass that overrides `forward` does not qualify) and
 the layer's own parameter names. All other modules use the general rule in `module_rule.py`.
 
-Legend: B batch, T positions, G groups, R rank, o outputs and i inputs of a group, c normalised features.
+Legend: B batch, T positions, G groups, R rank, o outputs and i inputs of a group, c normalized features.
 """
 
 from __future__ import annotations
@@ -121,12 +121,12 @@ def embedding(module: Any, inputs: Tensor, deltas: Sequence[Tensor], wanted: fro
 
 
 def _elementwise(
-    deltas: Sequence[Tensor], normalised_BTc: Tensor, shape: Iterable[int], wanted: frozenset[str]
+    deltas: Sequence[Tensor], normalized_BTc: Tensor, shape: Iterable[int], wanted: frozenset[str]
 ) -> dict[str, Contribution]:
     """Compute the contributions of y_t = w ∘ x̂_t + b from R deltas (B, T, c)."""
     found: dict[str, Contribution] = {}
     if "weight" in wanted:
-        rows_BRc = torch.stack([(deltas_BTc * normalised_BTc).sum(1) for deltas_BTc in deltas], dim=1)
+        rows_BRc = torch.stack([(deltas_BTc * normalized_BTc).sum(1) for deltas_BTc in deltas], dim=1)
         found["weight"] = Dense(rows_BRc.unflatten(2, tuple(shape)))
     if "bias" in wanted:
         rows_BRc = torch.stack([deltas_BTc.sum(1) for deltas_BTc in deltas], dim=1)
@@ -140,12 +140,12 @@ def layer_norm(
     """Rule of LayerNorm and RMSNorm: the features are the trailing axes `normalized_shape`."""
     shape = module.normalized_shape
     if isinstance(module, nn.LayerNorm):
-        normalised = functional.layer_norm(inputs, shape, None, None, module.eps)
+        normalized = functional.layer_norm(inputs, shape, None, None, module.eps)
     else:
-        normalised = functional.rms_norm(inputs, shape, None, module.eps)
+        normalized = functional.rms_norm(inputs, shape, None, module.eps)
     k = len(shape)
     flat = [_positions(delta, k).flatten(2) for delta in deltas]
-    return _elementwise(flat, _positions(normalised, k).flatten(2), shape, wanted)
+    return _elementwise(flat, _positions(normalized, k).flatten(2), shape, wanted)
 
 
 def channel_norm(
@@ -155,15 +155,15 @@ def channel_norm(
     axes after the channels."""
     flat = inputs.flatten(0, 1)
     if isinstance(module, nn.GroupNorm):
-        normalised = functional.group_norm(flat, module.num_groups, None, None, module.eps)
+        normalized = functional.group_norm(flat, module.num_groups, None, None, module.eps)
     else:
         check_supported(module)
-        normalised = functional.batch_norm(
+        normalized = functional.batch_norm(
             flat, module.running_mean, module.running_var, None, None, False, 0.0, module.eps
         )
-    normalised_BTc = _positions(normalised.unflatten(0, inputs.shape[:2]).movedim(2, -1), 1)
+    normalized_BTc = _positions(normalized.unflatten(0, inputs.shape[:2]).movedim(2, -1), 1)
     channels_last = [_positions(delta.movedim(2, -1), 1) for delta in deltas]
-    return _elementwise(channels_last, normalised_BTc, normalised_BTc.shape[2:], wanted)
+    return _elementwise(channels_last, normalized_BTc, normalized_BTc.shape[2:], wanted)
 
 
 _RULES: dict[Any, Rule] = {

@@ -81,14 +81,14 @@ class Outer:
 
     def _add_by_rows(self, weights_Kn: Tensor, total_Kx: Tensor) -> None:
         R, (B, G, T, _) = self.rank, self.deltas[0].shape[:4]
-        most = _PART_ELEMENTS if total_Kx.device.type == "cpu" else MEMORY_ELEMENTS
+        part_elements = _PART_ELEMENTS if total_Kx.device.type == "cpu" else MEMORY_ELEMENTS
         for group in range(G):
             deltas_BRTo = torch.stack([deltas_BGTo[:, group] for deltas_BGTo in self.deltas], dim=1).to(total_Kx)
             inputs_BTi = self.inputs_BGTi[:, group].to(total_Kx)
             # the left factor is split into parts; its memory layout makes each part contiguous along positions
             left = (inputs_BTi[:, None] if self.inputs_first else deltas_BRTo).mT.contiguous()
             n_left, n_right = left.shape[2], (deltas_BRTo if self.inputs_first else inputs_BTi).shape[-1]
-            for start in range(0, n_left, step := max(1, most // (B * R * n_right))):
+            for start in range(0, n_left, step := max(1, part_elements // (B * R * n_right))):
                 part = left[:, :, start : start + step]
                 rows = part @ deltas_BRTo if self.inputs_first else part.reshape(B, -1, T) @ inputs_BTi
                 first = (group * n_left + start) * n_right
