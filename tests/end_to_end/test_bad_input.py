@@ -214,7 +214,7 @@ def test_a_defect_of_the_users_own_task_is_named(command: Command, task: str, sa
         ({"task__options": {"m": 3}}, "got an unexpected keyword argument 'm' (it takes: n)"),
         ({"task__options": {"n": "three"}}, "raised TypeError"),
         ({"parameters": {"include": ["encoder.*"]}}, "nothing matches 'encoder.*' (the model has 0.weight, 0.bias"),
-        ({"parameters": {"exclude": ["*"]}}, "parameters.exclude leaves no parameter"),
+        ({"parameters": {"exclude": ["*"]}}, "parameters.exclude excludes every parameter"),
         ({"factorization__n_components": 55}, "n_components=55 exceeds the 54 factor rows of 27 examples of rank 2"),
         ({"factorization__subsample": 1}, "factorization.subsample=1 examples of rank 2 cannot start n_components=3"),
         ({"fishers__sketch": {"kind": "tensorsketch", "dim": 10**12}}, "lower fishers.batch_size, fishers.sketch.dim"),
