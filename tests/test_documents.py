@@ -215,7 +215,7 @@ def test_files_that_are_named_exist() -> None:
 
 
 def test_the_readme_names_every_page() -> None:
-    where_to_go = PAGES["README.md"].partition("## Where to go on")[2]
+    where_to_go = PAGES["README.md"].partition("## Documentation")[2]
     assert {page for page in PAGES if page.startswith("docs/")} == set(
         re.findall(r"\]\((docs/[\w-]+\.md)\)", where_to_go)
     )
