@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.process
 def test_the_example_of_an_own_task_runs_from_its_own_folder(tmp_path: Path) -> None:
     (source,) = [
         block
