@@ -50,7 +50,8 @@ def diagonal_weights(
     """
     inverse_kK = torch.linalg.pinv(coefficient_gram_KK.double(), hermitian=True)[list(component_ids)]
     inverse_lengths_N = lengths_N.double().reciprocal().where(lengths_N > 0, 0)
-    return inverse_kK @ coefficients_NK.double().T * inverse_lengths_N
+    result: Tensor = inverse_kK @ coefficients_NK.double().T * inverse_lengths_N
+    return result
 
 
 def principal_direction(factors_MRD: Tensor, coefficients_M: Tensor) -> Tensor:
@@ -62,10 +63,13 @@ def principal_direction(factors_MRD: Tensor, coefficients_M: Tensor) -> Tensor:
     n_rows, dim = rows_nD.shape
     if not rows_nD.any():
         return rows_nD.new_zeros(dim)
+    direction_D: Tensor
     if dim <= n_rows:
-        return torch.linalg.eigh(rows_nD.T @ rows_nD).eigenvectors[:, -1]
-    values, vectors = torch.linalg.eigh(rows_nD @ rows_nD.T)
-    return rows_nD.T @ vectors[:, -1] / values[-1].sqrt()
+        direction_D = torch.linalg.eigh(rows_nD.T @ rows_nD).eigenvectors[:, -1]
+    else:
+        values, vectors = torch.linalg.eigh(rows_nD @ rows_nD.T)
+        direction_D = rows_nD.T @ vectors[:, -1] / values[-1].sqrt()
+    return direction_D
 
 
 def sign_weights(

@@ -9,6 +9,7 @@ import socket
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
 from npeff.errors import first_line
 from npeff.execution.executor import WorkerLostError
@@ -20,7 +21,7 @@ class ProcessGroup:
     def __init__(self, device: torch.device, timeout_s: float, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self._device, self._timeout = device, datetime.timedelta(seconds=timeout_s)
-        self._rendezvous: dist.TCPStore | None = None
+        self._rendezvous: TCPStore | None = None
         self.sent_bytes = 0
         """What this worker gave to the collective operations so far: the size of their tensors."""
 
@@ -31,7 +32,7 @@ class ProcessGroup:
         host = node_address()
         listener = socket.create_server((host, 0))
         port = listener.getsockname()[1]
-        self._rendezvous = dist.TCPStore(
+        self._rendezvous = TCPStore(
             host,
             port,
             self.size,
@@ -51,7 +52,7 @@ class ProcessGroup:
         if host == "127.0.0.1":
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         try:
-            store = self._rendezvous or dist.TCPStore(host, port, self.size, is_master=False, timeout=self._timeout)
+            store = self._rendezvous or TCPStore(host, port, self.size, is_master=False, timeout=self._timeout)
             backend = "nccl" if self._device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=self._timeout)
         except RuntimeError as error:
@@ -93,7 +94,8 @@ class ProcessGroup:
         padded = values.new_zeros(max(int(length) for length in lengths)).to(self._device)
         padded[: len(values)] = values
         parts = [part[: int(length)] for part, length in zip(self.gathered(padded), lengths, strict=True)]
-        return torch.cat(parts).unique()
+        result: Tensor = torch.cat(parts).unique()
+        return result
 
 
 class ProcessGroupMember:

@@ -13,7 +13,7 @@ from npeff.factorization.solver import Factorization
 from npeff.options.solver import SolverOptions
 
 
-class Factorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+class Factorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]  # it has no types
     """An estimator whose `fit` begins with `_solver_options` and ends in `_keep`."""
 
     n_components: int

@@ -61,7 +61,8 @@ def gauss_newton_step(
 
     def apply(p_FQ: Tensor) -> Tensor:
         product = s_FF @ p_FQ + damping * p_FQ + ((ww_FF + c_FK[:, free]) * (h_FQ @ p_FQ.T)) @ h_FQ
-        return product + (c_FK * (p_FQ @ h_KQ.T)) @ h_KQ if orthogonality else product
+        result: Tensor = product + (c_FK * (p_FQ @ h_KQ.T)) @ h_KQ if orthogonality else product
+        return result
 
     rhs_FQ = u_FQ - ((ww_KK + c_KK) * cosines_KK)[free] @ h_KQ
     inside_FQ = _conjugate_gradients(apply, rhs_FQ, chol_FF, max_iterations)

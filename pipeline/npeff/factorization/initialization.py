@@ -181,7 +181,8 @@ def initialize(
     best = _best_polished(scouted, compressed, starts, options)
     components_KD = best.best_components_KD @ basis_DQ.T
     components_KD[: len(frozen_KD)] = frozen_KD
-    return components_KD / torch.linalg.norm(components_KD, dim=1, keepdim=True)
+    result: Tensor = components_KD / torch.linalg.norm(components_KD, dim=1, keepdim=True)
+    return result
 
 
 def _with_directions(basis_DQ: Tensor, directions_KD: Tensor) -> Tensor:
@@ -276,7 +277,8 @@ def _jennrich(compressed_MRK: Tensor, example_weights_M: Tensor, generator: torc
     m_b = m_b + 1e-9 * torch.eye(dim).to(m_b)
     _, x = scipy.linalg.eigh(m_a.cpu().numpy(), m_b.cpu().numpy())
     components_KK = (m_b @ torch.from_numpy(x).to(m_b)).T
-    return components_KK / torch.linalg.norm(components_KK, dim=1, keepdim=True)
+    result: Tensor = components_KK / torch.linalg.norm(components_KK, dim=1, keepdim=True)
+    return result
 
 
 def _badly_fitted_rows(shard: ExampleShard, n: int, generator: torch.Generator) -> Tensor:
@@ -288,4 +290,5 @@ def _badly_fitted_rows(shard: ExampleShard, n: int, generator: torch.Generator) 
     n_usable = min(n, int((weights > 0).sum()))
     if n_usable > 0:
         drawn[:n_usable] = rows[torch.multinomial(weights.cpu(), n_usable, generator=generator).to(rows.device)]
-    return drawn / torch.linalg.norm(drawn, dim=1, keepdim=True)
+    result: Tensor = drawn / torch.linalg.norm(drawn, dim=1, keepdim=True)
+    return result

@@ -48,4 +48,5 @@ def near_duplicates(components_KD: Tensor, threshold: float = 0.95) -> list[tupl
 
 def _unit_rows(x: np.ndarray) -> np.ndarray:
     norms = np.linalg.norm(x, axis=1, keepdims=True)
-    return np.divide(x, norms, out=np.zeros_like(x), where=norms > 0)
+    result: np.ndarray = np.divide(x, norms, out=np.zeros_like(x), where=norms > 0)
+    return result

@@ -121,7 +121,8 @@ def evidence(
 
 def stability(components_KD: np.ndarray, refits: Sequence[np.ndarray]) -> np.ndarray:
     """Mean over other fits (K, D) of the |cos| of each component with its match there (K,)."""
-    return np.mean([match_components(components_KD, refit)[1] for refit in refits], axis=0)
+    result: np.ndarray = np.mean([match_components(components_KD, refit)[1] for refit in refits], axis=0)
+    return result
 
 
 def cluster_components(fits_FKD: np.ndarray) -> np.ndarray:

@@ -301,7 +301,8 @@ def _next_trial(state: SolverState, options: SolverOptions) -> Tensor:
     )
     trial_KD = trial_KD / torch.linalg.norm(trial_KD, dim=1, keepdim=True)
     trial_KD[: options.n_frozen] = h_KD[: options.n_frozen]
-    return trial_KD
+    result: Tensor = trial_KD
+    return result
 
 
 def _reseed_(components_KD: Tensor, dead_K: Tensor, candidates: Candidates) -> None:

@@ -199,4 +199,5 @@ def per_example(value: Tensor, n_examples: int) -> Tensor:
             f"the first axis of a layer has {tuple(value.shape)[:1]} entries for {n_examples} examples: "
             "put examples on the first axis of every layer (batch_first=True), or exclude the layer's parameters"
         )
-    return value.unflatten(0, (n_examples, value.shape[0] // n_examples))
+    result: Tensor = value.unflatten(0, (n_examples, value.shape[0] // n_examples))
+    return result

@@ -48,7 +48,8 @@ class Outer:
         for row, deltas_BGTo in enumerate(self.deltas):
             rows_BGoi = deltas_BGTo.transpose(2, 3) @ self.inputs_BGTi
             rows_BRx[:, row] = (rows_BGoi.transpose(2, 3) if self.inputs_first else rows_BGoi).flatten(1)
-        return rows_BRx.unflatten(2, self.shape)
+        result: Tensor = rows_BRx.unflatten(2, self.shape)
+        return result
 
     def gram(self) -> Tensor:
         """Compute Σ_{t,u} (δ_t·δ_u)(a_t·a_u), or the inner products of the formed rows if that is less work."""

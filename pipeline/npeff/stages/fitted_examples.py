@@ -62,4 +62,5 @@ def example_weights(examples: pa.Table, column: str) -> NDArray[np.float64]:
             f"column {column!r} cannot be factorization.example_weights: every weight must be a finite number, 0 or "
             "more"
         )
-    return weights_N
+    result: NDArray[np.float64] = weights_N
+    return result

@@ -93,4 +93,5 @@ def _means(values: NDArray[np.float64], drawn: NDArray[np.int64]) -> NDArray[np.
     known = ~np.isnan(values)
     counts = known[drawn].sum(axis=1)
     sums = np.where(known, values, 0.0)[drawn].sum(axis=1)
-    return np.divide(sums, counts, out=np.full(len(drawn), np.nan), where=counts > 0)
+    result: NDArray[np.float64] = np.divide(sums, counts, out=np.full(len(drawn), np.nan), where=counts > 0)
+    return result

@@ -145,10 +145,10 @@ class RayExecutor:
         waiting = deque((item, 1) for item in items)
         actors = self._mappers
         idle = deque(range(self._places))
-        running: dict[ray.ObjectRef, tuple[int, Any, int, float]] = {}
+        running: dict[ray.ObjectRef[Any], tuple[int, Any, int, float]] = {}
         raised: BaseException | None = None  # by an item, which may be a ConnectionError of its own
 
-        def give_again(ref: ray.ObjectRef, reason: str) -> None:
+        def give_again(ref: ray.ObjectRef[Any], reason: str) -> None:
             slot, item, attempt, _ = running.pop(ref)
             self._end(actors.pop(slot))
             idle.append(slot)
@@ -226,7 +226,7 @@ class RayExecutor:
             for actor in actors:
                 self._end(actor)
 
-    def wait_in_group(self, refs: list[ray.ObjectRef], until: float) -> list[ray.ObjectRef]:
+    def wait_in_group(self, refs: list[ray.ObjectRef[Any]], until: float) -> list[ray.ObjectRef[Any]]:
         """Those that are finished, as soon as one is, or at the time `until`.
 
         Raises:
@@ -249,7 +249,7 @@ class RayExecutor:
             self._placement.remove()
         self._disconnect()
 
-    def _wait(self, refs: list[ray.ObjectRef], count: int, until: float | None = None) -> list[ray.ObjectRef]:
+    def _wait(self, refs: list[ray.ObjectRef[Any]], count: int, until: float | None = None) -> list[ray.ObjectRef[Any]]:
         """Those that are finished, as soon as `count` are, or at the time `until`; without one, after a while.
 
         Raises:
@@ -328,10 +328,10 @@ class _RayGroup:
     def can_be_larger(self) -> bool:
         return self._executor.can_place_more()
 
-    def _results(self, refs: list[ray.ObjectRef], method: str) -> list[Any]:
+    def _results(self, refs: list[ray.ObjectRef[Any]], method: str) -> list[Any]:
         """The results by rank; what one worker raises, or its loss, is told at once, whatever the others wait for."""
         deadline, waiting = time.monotonic() + self._timeout_s, refs
-        results: dict[ray.ObjectRef, Any] = {}
+        results: dict[ray.ObjectRef[Any], Any] = {}
         try:
             while waiting:
                 finished = self._executor.wait_in_group(waiting, deadline)

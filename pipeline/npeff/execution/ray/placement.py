@@ -118,7 +118,8 @@ class WorkerPlacement:
         except GetTimeoutError:
             remove_placement_group(group)
             return None
-        return group
+        found: PlacementGroup = group
+        return found
 
     def _room(self) -> int:
         """Workers that the living nodes would hold if they had nothing else to do."""

@@ -68,7 +68,8 @@ class DenseBlock:
         return w_KB @ self._rows_BP
 
     def squares_B(self) -> Tensor:
-        return torch.linalg.vector_norm(self._rows_BP, dim=1, dtype=torch.float64).square()
+        result: Tensor = torch.linalg.vector_norm(self._rows_BP, dim=1, dtype=torch.float64).square()
+        return result
 
     def rows(self, indices: Tensor) -> Tensor:
         return self._rows_BP[indices]

@@ -94,7 +94,8 @@ class DiagonalNPEFF(Factorizer):
     def inverse_transform(self, X: ArrayLike) -> np.ndarray:
         """The normalised diagonals (M, P) that coefficients (M, K) stand for."""
         check_is_fitted(self)
-        return np.asarray(X) @ self.components_
+        result: np.ndarray = np.asarray(X) @ self.components_
+        return result
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()

@@ -84,7 +84,7 @@ class _TensorBoard:
 
     def __call__(self, row: dict[str, Any]) -> None:
         if row["iteration"] <= self._last:
-            self._writer = self._make(row["iteration"])
+            self._writer = self._make(row["iteration"])  # type: ignore[no-untyped-call]
         self._last = row["iteration"]
         for name, value in row.items():
             if name != "iteration":

@@ -115,7 +115,8 @@ class DiagonalLift:
         norms_N = arrays["diagonal_norms"]
         if self._kind == "diagonal_entries":
             return norms_N
-        return norms_N * arrays["grouped_diagonal"].double().norm(dim=1)
+        result: Tensor = norms_N * arrays["grouped_diagonal"].double().norm(dim=1)
+        return result
 
     def _principal_direction(self, component: int) -> Tensor:
         """Of a component's top examples, in the sketch."""

@@ -146,7 +146,8 @@ class LiftWorker:
         """Write the direction of one component of a block whose parts are all added up; as `lift`."""
         block, component = request
         if self._result(component).exists():
-            return read_json(self._result(component))
+            result: dict[str, Any] = read_json(self._result(component))
+            return result
         layout, vectors = self._loaded.layout, []
         files = [self._paths.sums_file(replace(block, part=part)) for part in range(block.parts)]
         for row in self._rule.rows(block.components, component):
