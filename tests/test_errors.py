@@ -95,7 +95,7 @@ def test_fields_come_through_the_serial_executor_and_pickling() -> None:
 def test_an_error_taken_over_by_another_class_says_the_same(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="cannot read") as found, os_errors_explained("read", tmp_path):
         tmp_path.read_bytes()
-    same, remedy = QueryError.of(found.value), "mend this and run the same command again"
+    same, remedy = QueryError.of(found.value), "fix this and run the same command again"
     assert isinstance(same, QueryError)
     assert str(same) == str(found.value) == f"cannot read {tmp_path}: Is a directory; {remedy}"
     assert (same.problem, same.path) == (f"cannot read {tmp_path}: Is a directory", tmp_path)

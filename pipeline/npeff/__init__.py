@@ -1,11 +1,11 @@
-"""NPEFF: factorize the per-example Fishers of a trained model, and verify the components on the model.
+"""NPEFF: factorization of the per-example Fishers of a trained model, and verification of its components.
 
     import npeff
 
     run = npeff.run(npeff.RunConfig.from_yaml("jobs/quickstart.yaml"))
     npeff.ComponentStore.open(run.path).top_examples(component=0)
 
-Names are imported when they are first used, so that importing the package imports neither torch nor ray.
+Public names are imported on first use, so ``import npeff`` imports neither torch nor ray.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _MODULES = {
     "report": "npeff.stages.pipeline",
     "run": "npeff.stages.pipeline",
 }
-"""Public names besides the functions of the stages, which `npeff.stages.registry` lists."""
+"""Public names and their modules, without the functions of the stages, which `npeff.stages.registry` lists."""
 
 
 def _modules() -> dict[str, str]:

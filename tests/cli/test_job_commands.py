@@ -26,7 +26,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     ("options", "says"),
     [
         (["--env", "1A=2"], "--env 1A=2: give NAME=VALUE"),
-        (["--env", "NPEFF_NOT_SET"], "--env NPEFF_NOT_SET: it is not set here; give NPEFF_NOT_SET=VALUE"),
+        (["--env", "NPEFF_NOT_SET"], "--env NPEFF_NOT_SET: the variable is not set here; give NPEFF_NOT_SET=VALUE"),
         (["--pip", "no-such.txt"], "--pip no-such.txt: No such file or directory"),
         (["--working-dir", "no-such-folder"], "--working-dir no-such-folder: there is no such folder"),
         (["--py-module", "no-such-package"], "no-such-package"),

@@ -1,4 +1,4 @@
-"""Files of a finished run, damaged one after the other: found by `npeff check`, made again by `npeff check --repair`.
+"""Files of a finished run, damaged one after the other: found by `npeff check`, made again by `npeff check --recompute`.
 
     PYTHONPATH=tests python -m end_to_end.damage RUN_DIR FOLDER
 
@@ -121,7 +121,7 @@ def damage_and_repair(reference: Path, pattern: str, way: str, folder: Path) -> 
     opened = RunDirectory.open(run)
     outcome.found = [each.what for each in npeff.check(opened)]
     began = time.monotonic()
-    outcome.left = [each.what for each in npeff.check(opened, repair=True)]
+    outcome.left = [each.what for each in npeff.check(opened, recompute=True)]
     npeff.run(opened)
     outcome.seconds = time.monotonic() - began
     outcome.different, times = different(run, reference), written(run)

@@ -124,7 +124,7 @@ def two_drivers(reference: Path, folder: Path) -> Met:
         began = time.monotonic()
         others = [
             Command(*arguments, log=folder / "second.log"),
-            Command("check", "--repair", run, log=folder / "check.log"),
+            Command("check", "--recompute", run, log=folder / "check.log"),
         ]
         refused = []
         for other in others:

@@ -274,7 +274,7 @@ def test_a_repair_lifts_again_what_was_lifted_and_no_others(
     damage.flip(max(path for path in other.directions.glob("*/c/0/0") if path.is_file()))
     other = RunDirectory(other.path, other.config.with_lift(components=in_run_file))
     assert {each.what for each in npeff.check(other)} == {"table ablation", "direction 0"}
-    assert npeff.check(other, repair=True) == []
+    assert npeff.check(other, recompute=True) == []
     assert lifted_components(other) == [0, *FIRST]
     torch.testing.assert_close(direction(other, 0), before, rtol=0, atol=DIRECTIONS_TOLERANCE)
     assert [row for row in table(other, "ablation") if row["component"] in FIRST] == table(run, "ablation")

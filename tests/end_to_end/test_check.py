@@ -1,4 +1,4 @@
-"""`npeff check`: whatever is damaged is named; `--repair` makes that again, and only that."""
+"""`npeff check`: whatever is damaged is named; `--recompute` makes that again, and only that."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def command(*arguments: str | Path) -> int:
 def test_a_whole_run_is_whole_and_stays_as_it_is(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = damage.written(run)
     assert command("check", run) == 0
-    assert f"check: everything in {run} is whole" in capfd.readouterr().out
-    assert command("check", run, "--repair") == 0
+    assert f"check: everything in {run} is intact" in capfd.readouterr().out
+    assert command("check", run, "--recompute") == 0
     assert damage.written(run) == before
 
 
@@ -62,10 +62,10 @@ def test_each_damage_is_a_row_and_the_repair_rewrites_nothing_that_is_intact(
     before = damage.written(run)
     assert command("check", run) == 1
     out = capfd.readouterr().out
-    for named in ("shard 1", "direction 2", "table coefficients", "npeff check --repair"):
+    for named in ("shard 1", "direction 2", "table coefficients", "npeff check --recompute"):
         assert named in out
     assert damage.written(run) == before
-    assert command("check", run, "--repair") == 0
+    assert command("check", run, "--recompute") == 0
     assert damage.different(run, reference) == []
     after = damage.written(run)
     rewritten = {name for name in before if after[name] != before[name]}
@@ -110,8 +110,8 @@ def test_what_is_damaged_is_told_by_fields_and_not_by_texts(reference: Path, tmp
     assert found["metadata of fishers.zarr"].where == metadata
     assert found["metadata of fishers.zarr"].why == f"{metadata} is damaged"
     assert found["direction 2"].why == f"{record} is damaged (not JSON)"
-    assert {each.remedy for each in found.values()} == {f"npeff check --repair {run}"}
-    assert npeff.check(opened, repair=True) == []
+    assert {each.remedy for each in found.values()} == {f"npeff check --recompute {run}"}
+    assert npeff.check(opened, recompute=True) == []
 
 
 def test_metadata_of_another_version_are_not_deleted(run: Path) -> None:
@@ -120,9 +120,9 @@ def test_metadata_of_another_version_are_not_deleted(run: Path) -> None:
     content["attributes"]["schema_version"] = 99
     content.pop("seal", None)
     path.write_text(json.dumps(content))
-    (found,) = npeff.check(RunDirectory.open(run), repair=True)
+    (found,) = npeff.check(RunDirectory.open(run), recompute=True)
     assert (found.what, found.where) == ("metadata of fishers.zarr", run / "fishers.zarr")
-    assert found.why == f"{run}/fishers.zarr has schema version 99 and this program reads 3"
+    assert found.why == f"{run}/fishers.zarr has schema version 99, but this program reads version 3"
     assert found.remedy == "use the version that wrote it, or choose another run_dir"
     assert path.exists()
 
@@ -132,7 +132,7 @@ def test_a_checkpoint_that_is_damaged_goes_and_the_one_before_is_kept(run: Path)
     damage.flip(newest / "components.npy")
     opened = RunDirectory.open(run)
     assert [each.what for each in npeff.check(opened)] == [f"checkpoint {int(newest.name)}"]
-    assert npeff.check(opened, repair=True) == []
+    assert npeff.check(opened, recompute=True) == []
     assert not newest.exists()
     assert len(list((run / "checkpoints").iterdir())) == 1
 
@@ -142,7 +142,7 @@ def test_a_run_that_another_process_holds_is_left_alone(run: Path, capfd: pytest
     before = damage.written(run)
     with open(run / ".lock", "a") as lock:  # of another open file, as of another process
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert command("check", run, "--repair") == 2
+        assert command("check", run, "--recompute") == 2
     assert "is in use by another run" in capfd.readouterr().err
     assert damage.written(run) == before
 
@@ -150,7 +150,7 @@ def test_a_run_that_another_process_holds_is_left_alone(run: Path, capfd: pytest
 def test_what_cannot_be_made_again_is_said_and_left(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = run / "run.yaml"
     path.write_text(path.read_text().replace("shard_size: 8", "shard_size: 9"))
-    assert command("check", run, "--repair") == 1
+    assert command("check", run, "--recompute") == 1
     assert "restore it from a copy" in capfd.readouterr().out
 
 
@@ -159,7 +159,7 @@ def test_an_unfinished_run_is_whole_and_a_repair_does_not_finish_it(reference: P
     assert npeff.check(opened) == []
     (opened.shard_records / "00002.json").unlink()
     assert [each.what for each in npeff.check(opened)] == ["shard 2"]
-    assert npeff.check(opened, repair=True) == []
+    assert npeff.check(opened, recompute=True) == []
     assert not opened.directions.exists()
 
 
@@ -189,7 +189,7 @@ def test_a_record_that_later_stages_rest_on_is_made_again(run: Path, reference: 
     (run / "stages/factorize.json").unlink()
     opened = RunDirectory.open(run)
     assert [each.what for each in npeff.check(opened)] == ["record of factorize"]
-    assert npeff.check(opened, repair=True) == []
+    assert npeff.check(opened, recompute=True) == []
     assert damage.different(run, reference) == []
 
 

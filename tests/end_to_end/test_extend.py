@@ -222,7 +222,7 @@ def test_new_examples_are_transformed_in_a_new_run(factorized: RunDirectory, tmp
     assert npeff.ComponentStore.open(new.path).top_examples(0, n=2).num_rows == 2
     (new.factorization / "components/c/0/0").unlink()
     assert [each.what for each in npeff.check(new)] == ["factorization"]
-    assert npeff.check(new, repair=True) == []
+    assert npeff.check(new, recompute=True) == []
     assert (recorded(new, FACTORIZE) or {})["stopped"] == "transformed"
     for mended, before in zip(arrays(new), (components_KD, coefficients_NK), strict=True):
         np.testing.assert_array_equal(mended, before)

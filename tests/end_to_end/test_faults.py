@@ -70,7 +70,7 @@ def interrupt(command):
     """Ctrl-C, which a terminal sends to all processes; `test_interruption.py` has what a scheduler sends."""
     commands.send(command.processes, signal.SIGINT)
     assert command.exit_code() == 130, command.output
-    assert command.output.splitlines()[-1] == "npeff: interrupted; the same command goes on from here"
+    assert command.output.splitlines()[-1] == "npeff: interrupted; run the same command again to resume"
     assert "Traceback" not in command.output
     command.seconds_until_nothing_is_left()
 

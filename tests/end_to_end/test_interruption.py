@@ -39,6 +39,6 @@ def test_a_run_that_is_asked_to_stop_ends_with_one_line_and_keeps_what_is_finish
         process.send_signal(asked)
         output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, output + errors
-    assert errors == "npeff: interrupted; the same command goes on from here\n"
+    assert errors == "npeff: interrupted; run the same command again to resume\n"
     assert 1 <= len(list(run_dir.glob("shards/*.json"))) < 213
     assert not (run_dir / "stages" / "fishers.json").exists()

@@ -132,13 +132,13 @@ def test_a_run_has_one_job_at_a_time_which_is_followed_stopped_and_resumed(head:
     assert submitted.wait(timeout=60) == 130
     job = re.search(r"^submitted (npeff-run-[0-9a-f]{8}-1) to ", log.read_text(), re.MULTILINE)[1]
     last = log.read_text().splitlines()[-1]
-    assert last.startswith("the job goes on: ")
+    assert last.startswith("the job continues: ")
     assert f"npeff submit --stop {job}" in last
     assert "Traceback" not in log.read_text()
 
     again = head.command("npeff", "submit", config, *here, "--detach")
     assert again.returncode == 0
-    assert again.stdout.splitlines()[0] == f"{job} works on this run already, on {head.address}"
+    assert again.stdout.splitlines()[0] == f"{job} is already working on this run, on {head.address}"
     other = head.command("npeff", "submit", write_run_file(tmp_path, seed=1), *here, "--detach")
     assert other.returncode == 2
     assert f"job {job} works on {run} with another run file" in other.stderr
@@ -149,8 +149,8 @@ def test_a_run_has_one_job_at_a_time_which_is_followed_stopped_and_resumed(head:
 
     config = write_run_file(tmp_path, **many_shards)
     stopped = head.command("npeff", "submit", "--stop", config, *here)
-    assert stopped.stdout.startswith(f"{job}: STOPPED; what is finished is kept"), stopped.stderr
-    assert "npeff: interrupted; the same command goes on from here" in job_faults.log(head, job)
+    assert stopped.stdout.startswith(f"{job}: STOPPED; finished work is kept"), stopped.stderr
+    assert "npeff: interrupted; run the same command again to resume" in job_faults.log(head, job)
     shards = len(run_contents.units_done(run, "fishers"))
     resumed = job_faults.submit("npeff", head, config, run)
     assert resumed == job.removesuffix("1") + "2"

@@ -188,7 +188,7 @@ def test_a_command_that_is_killed_is_taken_up_by_the_next_one(
 
 def test_two_commands_do_not_work_on_one_run(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_lock, "RENEW_S", 0.05)
-    monkeypatch.setattr(object_lock, "_LOOK_S", 0.1)
+    monkeypatch.setattr(object_lock, "_POLL_S", 0.1)
     one, other = (RunDirectory.create(config(RUN)) for _ in range(2))
     with one.lock():
         pass
@@ -270,8 +270,8 @@ def test_damage_is_found_and_made_again_there(
     objects.upload_files(local.path, location(RUN), [name for name in names(local) if not name.startswith(".")])
     run, told = RunDirectory.open(RUN), Told()
     location(f"{RUN}/directions.zarr/zarr.json").unlink()
-    assert npeff.check(run, repair=True, progress=told) == []
-    assert told.lines == ["making again: directions.zarr"]
+    assert npeff.check(run, recompute=True, progress=told) == []
+    assert told.lines == ["recomputing: directions.zarr"]
     assert differences(s3, reference) == []
 
 

@@ -149,7 +149,7 @@ def test_a_damaged_direction_is_made_again_by_check(narrow: RunDirectory, tmp_pa
     chunk = next(path for path in (run.directions / "7.weight" / "c" / "1").rglob("*") if path.is_file())
     chunk.write_bytes(chunk.read_bytes()[:-1] + b"x")
     assert [damage.what for damage in npeff.check(run)] == ["direction 1"]
-    npeff.check(run, repair=True)
+    npeff.check(run, recompute=True)
     np.testing.assert_array_equal(directions_of(run), expected)
 
 

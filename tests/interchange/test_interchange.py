@@ -258,12 +258,12 @@ def test_factorize_query_and_report_go_on_from_an_imported_file(tmp_path: Path, 
     record = run.shard_records / "00000.json"
     content = record.read_bytes()
     record.write_bytes(content[:-9])
-    (left,) = npeff.check(run, repair=True)
+    (left,) = npeff.check(run, recompute=True)
     assert (left.what, left.remedy) == ("shard 0", "import the file again, into a new run_dir")
     assert record.exists()
     record.write_bytes(content)
     run.table("coefficients").unlink()
-    assert npeff.check(run, repair=True) == []
+    assert npeff.check(run, recompute=True) == []
     assert summary["explained"] > 0.3
     components = ComponentStore.open(run.path)
     top = components.top_examples(0, n=3)
@@ -524,9 +524,9 @@ def test_a_decomposition_alone_can_be_asked_too(
     assert import_factorization(path, tmp_path / "run").path == run.path
     assert npeff.check(run) == []
     (run.path / "provenance.json").write_text("{")
-    assert npeff.check(serial(run), repair=True) == []
+    assert npeff.check(serial(run), recompute=True) == []
     (run.factorization / "components/c/0/0").unlink()
-    (damaged,) = npeff.check(run, repair=True)
+    (damaged,) = npeff.check(run, recompute=True)
     assert damaged.what == "factorization"
     assert "import the file again" in damaged.remedy
     assert run.factorization.exists()

@@ -295,11 +295,11 @@ def test_every_machine_has_the_files_that_one_has_prepared(
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
-        (SLOW_DOWN, "too busy: what is finished is kept: run the same command again later"),
-        (DENIED, "access is denied: let these credentials"),
-        (BROKEN, "internal error: what is finished is kept"),
-        (("403 Forbidden", "InvalidAccessKeyId"), "credentials are refused: give other ones"),
-        (("404 Not Found", "NoSuchBucket"), "there is no such bucket: create it"),
+        (SLOW_DOWN, "too busy: finished work is kept: run the same command again later"),
+        (DENIED, "access is denied: allow these credentials"),
+        (BROKEN, "internal error: finished work is kept"),
+        (("403 Forbidden", "InvalidAccessKeyId"), "credentials are not valid: set other ones"),
+        (("404 Not Found", "NoSuchBucket"), "the bucket does not exist: create it"),
         (("501 Not Implemented", "NotImplemented"), "choose another run_dir"),
         (("418 I'm a teapot", "Teapot"), "says the test"),
     ],
@@ -340,7 +340,7 @@ def test_an_unreachable_endpoint_is_one_clear_line(s3: ObjectStore, monkeypatch:
 
 
 def test_a_bucket_that_is_not_there_is_told_of(s3: ObjectStore) -> None:
-    with pytest.raises(ObjectStoreError, match="no such bucket"):
+    with pytest.raises(ObjectStoreError, match="bucket does not exist"):
         write(location("s3://elsewhere/run/a"), b"")
-    with pytest.raises(ObjectStoreError, match="no such bucket"):
+    with pytest.raises(ObjectStoreError, match="bucket does not exist"):
         location("s3://elsewhere/run/a").exists()

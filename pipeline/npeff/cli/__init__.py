@@ -1,1 +1,1 @@
-"""The ``npeff`` command: parse, call, print."""
+"""The ``npeff`` command line: parses the arguments, calls the library and prints the results."""

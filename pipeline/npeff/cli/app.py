@@ -21,9 +21,9 @@ def npeff(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
-    """Factorize the per-example Fishers of a model (NPEFF), verify the components, look at them.
+    """Factorize the per-example Fishers of a model (NPEFF), and verify and explore the components.
 
-    Begin with: npeff run jobs/quickstart.yaml
+    To get started: npeff run jobs/quickstart.yaml
     """
     if version:
         import importlib.metadata

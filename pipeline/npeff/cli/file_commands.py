@@ -1,4 +1,4 @@
-"""Commands that estimate, check, import and export."""
+"""The commands ``estimate``, ``check``, ``import`` and ``export``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXIT_DAMAGED = 1
 
 
 _LOG_WIDTH = 320
-"""Columns of a table that is not read on a terminal: paths are not cut."""
+"""Width in characters of a table that is not printed on a terminal, so that paths are not cut."""
 
 
 Exported = Literal["fishers", "factorization", "direction"]
@@ -28,9 +28,9 @@ def estimate_command(
     run: RunFile,
     workers: Workers = None,
     address: Address = None,
-    parameters: Annotated[bool, typer.Option(help="List every parameter: taken, or why not.")] = False,
+    parameters: Annotated[bool, typer.Option(help="List every parameter, and why it is left out.")] = False,
 ) -> None:
-    """What the run would take: memory, disk and time of its Fishers, from a short trial that leaves nothing behind."""
+    """Estimate the memory, disk space and time that the Fishers need, from a short trial. Writes no files."""
     from rich.console import Console
     from rich.table import Table
 
@@ -55,13 +55,13 @@ def estimate_command(
 @app.command("check")
 def check_command(
     run_dir: ExistingRun,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Delete what is damaged, nothing else, and compute that again.")
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Delete and recompute the damaged parts, and nothing else.")
     ] = False,
     workers: Workers = None,
     address: Address = None,
 ) -> None:
-    """Read everything in a run's directory and verify it; exit code 1 where something is damaged."""
+    """Read and verify everything in a run directory. The exit code is 1 if something is damaged."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -69,9 +69,9 @@ def check_command(
     run = npeff.RunDirectory.open(run_dir)
     run = npeff.RunDirectory(run.path, replaced(run.config, workers, address))
     progress = progress_of(run)
-    damaged = npeff.check(run, repair=repair, progress=progress)
+    damaged = npeff.check(run, recompute=recompute, progress=progress)
     if not damaged:
-        progress.say(f"check: everything in {run.path} is whole")
+        progress.say(f"check: everything in {run.path} is intact")
         return
     table = Table("what", "where", "why", "what to do")
     for each in damaged:
@@ -82,23 +82,23 @@ def check_command(
 
 @app.command("import")
 def import_command(
-    file: Annotated[Path, typer.Argument(parser=location, metavar="FILE", help="An HDF5 file of the NPEFF reference.")],
+    file: Annotated[Path, typer.Argument(parser=location, metavar="FILE", help="An HDF5 file of the reference.")],
     run_dir: Annotated[Path, typer.Argument(parser=location, metavar="RUN_DIR", help="A new directory for the run.")],
     fishers: Annotated[
         Path | None,
         typer.Option(
-            parser=location, metavar="FILE", help="With a decomposition: the PEF file that it is a decomposition of."
+            parser=location, metavar="FILE", help="For a decomposition: the PEF file that was decomposed."
         ),
     ] = None,
-    components: Annotated[int, typer.Option(min=1, help="Components to factorize the Fishers into.")] = 32,
-    max_dim: Annotated[int, typer.Option(min=1, help="Keep up to so many parameters as they are; hash more.")] = 65_536,
-    dim: Annotated[int, typer.Option(min=1, help="Coordinates to hash them into.")] = 4096,
-    min_nonzero: Annotated[int, typer.Option(min=1, help="Drop parameters with fewer values.")] = 1,
-    held_out: Annotated[float, typer.Option(min=0, max=1, help="Share of the examples not to fit on.")] = 1 / 3,
-    seed: Annotated[int, typer.Option(min=0, help="Seeds the hashes, the split and the factorization.")] = 0,
-    class_names: Annotated[list[str], typer.Option("--class-name", help="Once for each class, in order.")] = [],  # noqa: B006
+    components: Annotated[int, typer.Option(min=1, help="Number of components of the factorization.")] = 32,
+    max_dim: Annotated[int, typer.Option(min=1, help="Largest number of parameters that are not hashed.")] = 65_536,
+    dim: Annotated[int, typer.Option(min=1, help="Number of coordinates after hashing.")] = 4096,
+    min_nonzero: Annotated[int, typer.Option(min=1, help="Drop parameters with fewer stored values.")] = 1,
+    held_out: Annotated[float, typer.Option(min=0, max=1, help="Fraction of the examples to hold out of the fit.")] = 1 / 3,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the hashes, the split and the factorization.")] = 0,
+    class_names: Annotated[list[str], typer.Option("--class-name", help="Name of a class; give one per class, in order.")] = [],  # noqa: B006
 ) -> None:
-    """Make a run from Fishers (LRM-PEF, LVRM-PEF) or a decomposition (LRM) of the NPEFF reference."""
+    """Create a run from Fishers (LRM-PEF, LVRM-PEF) or a decomposition (LRM) of the NPEFF reference implementation."""
     from npeff.interchange.import_run import import_run
     from npeff.interchange.options import ImportOptions
     from npeff.runs.progress import default_progress
@@ -123,15 +123,15 @@ def export_command(
     file: Annotated[
         Path, typer.Argument(parser=location, metavar="FILE", help="The HDF5 or safetensors file to write.")
     ],
-    what: Annotated[Exported, typer.Option(help="What of the run.")] = "fishers",
-    values: Annotated[int | None, typer.Option(min=1, help="Only so many largest values of each example.")] = None,
+    what: Annotated[Exported, typer.Option(help="What to export.")] = "fishers",
+    values: Annotated[int | None, typer.Option(min=1, help="Number of largest values to keep per example.")] = None,
     component: Annotated[
-        int | None, typer.Option("--component", "-c", min=0, help="Of the direction, a safetensors file.")
+        int | None, typer.Option("--component", "-c", min=0, help="Component whose direction is exported.")
     ] = None,
 ) -> None:
     """Write Fishers or a factorization as an HDF5 file of the NPEFF reference, or a direction as safetensors."""
     if (what == "direction") != (component is not None):
-        raise typer.BadParameter("--component goes with --what direction, and is needed there")
+        raise typer.BadParameter("--what direction needs --component, and --component needs --what direction")
     from npeff.interchange.export_run import export_run
     from npeff.runs.progress import default_progress
     from npeff.stages.pipeline import export_direction

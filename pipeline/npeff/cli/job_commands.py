@@ -1,4 +1,4 @@
-"""``npeff submit`` and ``npeff status``: a run as a job of a cluster, and how far a run is, here or there."""
+"""``npeff submit``, which runs a run as a Ray job, and ``npeff status``, which shows the progress of a run."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from npeff.execution.ray.jobs import Job, JobServer, Submission
 
 EXIT_INTERRUPTED = 130
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-_ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"  # Ray's own name for it
+_ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"  # defined by Ray
 
-Address = Annotated[str, typer.Option(envvar=_ADDRESS_VARIABLE, help="The cluster's job server.")]
+Address = Annotated[str, typer.Option(envvar=_ADDRESS_VARIABLE, help="Address of the cluster's job server.")]
 
 
 @app.command("submit")
@@ -32,31 +32,31 @@ def submit(
     follow: Annotated[bool, typer.Option("--follow/--detach", help="Follow the logs until the job ends.")] = True,
     stop: Annotated[
         str | None,
-        typer.Option(metavar="JOB", help="Stop this job, or the job of this run file; submitted again, it resumes."),
+        typer.Option(metavar="JOB", help="Stop this job, or the job of this run file. Submit the run again to resume."),
     ] = None,
     env: Annotated[
         list[str],
-        typer.Option(metavar="NAME[=VALUE]", help="Environment variable of the job; NAME alone: as it is here."),
+        typer.Option(metavar="NAME[=VALUE]", help="Environment variable of the job; NAME alone copies the local value."),
     ] = [],  # noqa: B006
     pip: Annotated[
-        list[str], typer.Option(metavar="REQUIREMENT", help="To install there: torchvision==0.26, or requirements.txt.")
+        list[str], typer.Option(metavar="REQUIREMENT", help="Packages to install for the job: torchvision==0.26 or a requirements.txt.")
     ] = [],  # noqa: B006
     py_modules: Annotated[
-        list[Path], typer.Option("--py-module", exists=True, help="A Python package to send along, such as the task's.")
+        list[Path], typer.Option("--py-module", exists=True, help="A Python package to upload, such as the task's.")
     ] = [],  # noqa: B006
     working_dir: Annotated[
-        str | None, typer.Option(help="Folder (or URI of a zip file) to send along, in which the job starts.")
+        str | None, typer.Option(help="Folder (or URI of a zip file) to upload as the job's working directory.")
     ] = None,
     entrypoint_num_cpus: Annotated[
-        float | None, typer.Option(min=0, help="CPUs to reserve for the driver, apart from the workers.")
+        float | None, typer.Option(min=0, help="CPUs to reserve for the driver, in addition to the workers' CPUs.")
     ] = None,
-    entrypoint_num_gpus: Annotated[float | None, typer.Option(min=0, help="GPUs, likewise.")] = None,
-    entrypoint_memory: Annotated[int | None, typer.Option(min=0, help="Bytes of memory, likewise.")] = None,
+    entrypoint_num_gpus: Annotated[float | None, typer.Option(min=0, help="GPUs to reserve for the driver.")] = None,
+    entrypoint_memory: Annotated[int | None, typer.Option(min=0, help="Bytes of memory to reserve for the driver.")] = None,
     entrypoint_resources: Annotated[
-        str | None, typer.Option(metavar="JSON", help='Other resources, likewise: {"head": 1}.')
+        str | None, typer.Option(metavar="JSON", help='Custom resources to reserve for the driver: {"head": 1}.')
     ] = None,
 ) -> None:
-    """Run as a Ray job on a cluster; the same as `npeff run` there. Submitted again, it is followed, or resumes."""
+    """Submit `npeff run` as a Ray job to a cluster. Submitting it again follows the job if it is active, else resumes."""
     if (run is None) == (stop is None):
         raise typer.BadParameter("give a run file, or --stop JOB")
     if stop is not None:
@@ -83,22 +83,22 @@ def submit(
     )
     server = JobServer(address)
     job, is_new = server.submit(submission)
-    _say(f"submitted {job.id} to {address}" if is_new else f"{job.id} works on this run already, on {address}")
+    _say(f"submitted {job.id} to {address}" if is_new else f"{job.id} is already working on this run, on {address}")
     if follow:
         _follow(server, job)
-    _say(f"follow it: npeff submit {run} --address {address}")
-    _say(f"stop it: npeff submit --stop {job.id} --address {address}")
+    _say(f"to follow it: npeff submit {run} --address {address}")
+    _say(f"to stop it: npeff submit --stop {job.id} --address {address}")
     return None
 
 
 @app.command("status")
 def status(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Directory of a run, or its run file.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run file (YAML), or the directory of a run.")],
     address: Annotated[
-        str | None, typer.Option(envvar=_ADDRESS_VARIABLE, help="A cluster's job server: show the run's job too.")
+        str | None, typer.Option(envvar=_ADDRESS_VARIABLE, help="Address of a cluster's job server, to show the run's job too.")
     ] = None,
 ) -> None:
-    """How far each stage of a run has come: missing, partial or complete; on a cluster, how its job is."""
+    """Show the state of each stage of a run (missing, partial or complete), and of its job on a cluster."""
     from rich.console import Console
     from rich.table import Table
 
@@ -116,7 +116,7 @@ def status(
     except RunDirectoryError as error:
         if address is None:
             raise
-        console.print(f"the run directory cannot be seen from here: {error}", highlight=False, markup=False)
+        console.print(f"the run directory cannot be read on this machine: {error}", highlight=False, markup=False)
     if address is not None:
         server = JobServer(address)
         job = server.latest(run_dir)
@@ -125,12 +125,12 @@ def status(
 
 
 def _follow(server: JobServer, job: Job) -> NoReturn:
-    """Show the log until the job ends, and exit as it did."""
+    """Print the log until the job ends, then exit with the exit code of the job."""
     try:
         ended = server.follow(job.id, lambda text: print(text, end="", flush=True))
     except KeyboardInterrupt:
         where = f"--address {server.address}"
-        _say(f"the job goes on: the same command follows it, `npeff submit --stop {job.id} {where}` stops it")
+        _say(f"the job continues: the same command follows it, `npeff submit --stop {job.id} {where}` stops it")
         raise SystemExit(EXIT_INTERRUPTED) from None
     if ended.state == "SUCCEEDED":
         raise typer.Exit(0)
@@ -139,8 +139,8 @@ def _follow(server: JobServer, job: Job) -> NoReturn:
         raise typer.Exit(EXIT_INTERRUPTED)
     if ended.exit_code is None:
         _say(next(iter(ended.message.splitlines()), ended.state))
-    if ended.exit_code != 2:  # the log has said why, and what to do
-        _say(f"{job.id} ended ({ended.state}); what is finished is kept: submit again to go on")
+    if ended.exit_code != 2:  # 2 is a user error, which the log explains
+        _say(f"{job.id} ended ({ended.state}); finished work is kept: submit the run again to resume")
     raise typer.Exit(1 if ended.exit_code is None else ended.exit_code)
 
 
@@ -158,12 +158,12 @@ def _stop(named: str, address: str) -> None:
         return
     job = server.stop(job.id)
     if not job.has_ended:
-        raise typer.BadParameter(f"--stop {named}: {job.id} does not end ({job.state}); look at {address}")
-    _say(f"{job.id}: {job.state}; what is finished is kept: submit the run again to go on")
+        raise typer.BadParameter(f"--stop {named}: {job.id} has not stopped ({job.state}); see {address}")
+    _say(f"{job.id}: {job.state}; finished work is kept: submit the run again to resume")
 
 
 def _run_dir(run: str) -> str:
-    """The directory that a run file or a directory names, as the cluster knows it."""
+    """Return the absolute path or URI of the run directory that a run file or a directory names."""
     return _there(npeff.RunConfig.from_yaml(run).run_dir if Path(run).is_file() else run)
 
 
@@ -182,12 +182,12 @@ def _variable(text: str) -> tuple[str, str]:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise typer.BadParameter(f"--env {text}: give NAME=VALUE, or the NAME of a variable that is set here")
     if not given and name not in os.environ:
-        raise typer.BadParameter(f"--env {name}: it is not set here; give {name}=VALUE")
+        raise typer.BadParameter(f"--env {name}: the variable is not set here; give {name}=VALUE")
     return name, value if given else os.environ[name]
 
 
 def _requirements(text: str) -> list[str]:
-    """A requirement, or those of a requirements file."""
+    """Return a requirement as a list, or the requirements of a requirements file."""
     if not text.endswith(".txt"):
         return [text]
     try:

@@ -23,8 +23,8 @@ COMMANDS = (stage_commands, file_commands, job_commands, query_commands)
 
 EXIT_USER_ERROR = 2
 _DISK_ERRORS = {
-    errno.ENOSPC: "the disk is full: free some space and run the same command again, what is finished is kept",
-    errno.EDQUOT: "the disk quota is used up: free some space and run the same command again, what is finished is kept",
+    errno.ENOSPC: "the disk is full: free some space and run the same command again, finished work is kept",
+    errno.EDQUOT: "the disk quota is used up: free some space and run the same command again, finished work is kept",
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
     errno.EROFS: "the file system is read-only",
@@ -32,8 +32,11 @@ _DISK_ERRORS = {
 
 
 class _WithoutPandas(MetaPathFinder):
-    """Hides pandas from pyarrow, which imports it, where it is installed, before the first conversion of a value. That
-    takes a second, and no answer needs it."""
+    """Import hook that hides pandas from pyarrow.
+
+    If pandas is installed, pyarrow imports it before the first conversion of a value. The import takes a second, and no
+    query needs pandas.
+    """
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name == "pandas":
@@ -41,7 +44,7 @@ class _WithoutPandas(MetaPathFinder):
 
 
 def command() -> NoReturn:
-    """The process of the ``npeff`` command."""
+    """Run the ``npeff`` command as a process: the entry point of the console script."""
     if sys.argv[1:2] == ["query"]:
         sys.meta_path.insert(0, _WithoutPandas())
     main()
@@ -50,20 +53,23 @@ def command() -> NoReturn:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit.
 
-    Exit codes: 0, done; 1, `check` found damage; 2, a user error, explained in one line; 130, interrupted and
-    resumable.
+    Exit codes: 0, success; 1, `check` found damage; 2, a user error, which prints one line with the fix; 130,
+    interrupted and resumable.
+
+    Args:
+        arguments: Command-line arguments without the program name; by default, those of the process.
     """
 
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
-    # zarr leaves a coroutine behind where it is interrupted as it hands over a write, which is not done then
+    # zarr leaves a coroutine that is never awaited if it is interrupted while it starts a write
     warnings.filterwarnings("ignore", "coroutine '_runner' was never awaited", RuntimeWarning)
-    sys.path.insert(0, os.getcwd())  # tasks named by import path may lie beside the run file's user
+    sys.path.insert(0, os.getcwd())  # a task given by import path may be in the current directory
     try:
         code = app(arguments, prog_name="npeff", standalone_mode=False)
-        if code == EXIT_INTERRUPTED:  # typer has made an exit code of the exception
+        if code == EXIT_INTERRUPTED:  # typer turns the exception into an exit code
             raise KeyboardInterrupt
         raise SystemExit(code)
     except NpeffError as error:
@@ -71,7 +77,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except TyperException as error:
         _fail(_usage(error))
     except (KeyboardInterrupt, typer.Abort):
-        print("npeff: interrupted; the same command goes on from here", file=sys.stderr)
+        print("npeff: interrupted; run the same command again to resume", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from None
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
@@ -80,7 +86,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _usage(error: TyperException) -> str:
-    """What is wrong with the command line, and which help to read."""
+    """Return a description of a usage error with the help command to run."""
     message = error.format_message().replace("Value error, ", "")
     context = getattr(error, "ctx", None)
     if context is None:

@@ -38,17 +38,17 @@ RunDir = Annotated[
 
 
 Workers = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Actors to use instead of the run file's number.")
+    int | None, typer.Option("--workers", min=1, help="Number of workers, instead of the run file's.")
 ]
 
 
 Address = Annotated[
-    str | None, typer.Option("--address", help="Ray to use instead of the run file's: local, auto or host:port.")
+    str | None, typer.Option("--address", help="Ray cluster, instead of the run file's: local, auto or host:port.")
 ]
 
 
 MaxIterations = Annotated[
-    int | None, typer.Option("--max-iterations", min=1, help="Raise the run's limit: a finished factorization goes on.")
+    int | None, typer.Option("--max-iterations", min=1, help="Raise the iteration limit and continue the factorization.")
 ]
 
 
@@ -59,13 +59,13 @@ def open_run(
     address: str | None = None,
     max_iterations: int | None = None,
 ) -> RunDirectory:
-    """The run that a run file or a run directory names, with what the command line replaces in it."""
+    """Return the run of a run file or a run directory, with the options of the command line applied."""
     from npeff.runs.config import RunConfig
     from npeff.runs.directory import RunDirectory
 
     if run.is_dir():
         if run_dir is not None:
-            raise typer.BadParameter("--run-dir goes with a run file, not with the directory of a run")
+            raise typer.BadParameter("--run-dir needs a run file, not the directory of a run")
         opened = RunDirectory.open(run)
         if max_iterations is not None:
             opened = RunDirectory.create(opened.config.with_max_iterations(max_iterations))
@@ -79,12 +79,13 @@ def open_run(
 
 
 def replaced(config: RunConfig, workers: int | None, address: str | None) -> RunConfig:
+    """Return the configuration with ``executor.workers`` and ``executor.address`` replaced where they are given."""
     changes = {"workers": workers, "address": address}
     return config.with_executor(**{name: value for name, value in changes.items() if value is not None})
 
 
 def progress_of(run: RunDirectory) -> ProgressDisplay:
-    """A display of a run's progress on this terminal, which also sets the metrics of a Ray cluster."""
+    """Return a display of a run's progress that also updates the metrics of a Ray cluster."""
     from npeff.execution.ray.metrics import RunMetrics
     from npeff.runs.progress import ObservedProgress, default_progress
 

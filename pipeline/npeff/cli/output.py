@@ -1,4 +1,4 @@
-"""Answers of `npeff query` on standard output or in a file: for people, or as JSON, CSV or Parquet."""
+"""Results of `npeff query` on standard output or in a file: as a readable table, JSON, CSV or Parquet."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _BY_ENDING = {".json": OutputFormat.JSON, ".csv": OutputFormat.CSV, ".parquet": 
 
 
 def print_table(table: Any, output: OutputFormat) -> None:
-    """``table`` (a pyarrow.Table) to standard output; long cells are cut in the ``table`` format only."""
+    """Write ``table`` (a pyarrow.Table) to standard output. Long cells are cut in the ``table`` format only."""
     write_answer(table, output, None)
 
 
 def write_answer(table: Any, output: OutputFormat | None, file: Path | None) -> None:
-    """``table`` (a pyarrow.Table) to a file, or to standard output.
+    """Write ``table`` (a pyarrow.Table) to a file, or to standard output if ``file`` is None.
 
-    Without an ``output`` the file's ending says which it is, and without that it is a table for people. A file is
-    replaced only by a whole answer.
+    If ``output`` is None, the extension of the file determines the format; the default is ``table``. An existing file
+    is replaced only after the whole result is written.
     """
     import pyarrow
 
@@ -51,7 +51,7 @@ def write_answer(table: Any, output: OutputFormat | None, file: Path | None) -> 
                 partial.unlink(missing_ok=True)
     except pyarrow.ArrowNotImplementedError as error:
         raise typer.BadParameter(
-            f"{output} cannot hold this answer ({first_line(error)}): cast the column to text, or use --format json"
+            f"{output} cannot hold this result ({first_line(error)}): cast the column to text, or use --format json"
         ) from None
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         if file is None:
@@ -61,7 +61,7 @@ def write_answer(table: Any, output: OutputFormat | None, file: Path | None) -> 
 
 def _print(table: Any, output: OutputFormat) -> None:
     if output is OutputFormat.PARQUET and sys.stdout.isatty():
-        raise typer.BadParameter("parquet is binary: give it a file, --output answer.parquet")
+        raise typer.BadParameter("parquet is a binary format: write it to a file, --output result.parquet")
     if output is OutputFormat.TABLE:
         _print_for_people(table, sys.stdout)
     else:
@@ -85,7 +85,7 @@ def _write(table: Any, output: OutputFormat, stream: BinaryIO) -> None:
 
             nested = [field.name for field in table.schema if _is_nested(field.type)]
             if nested:
-                print(f"npeff: left out, as CSV holds no lists: {', '.join(nested)}", file=sys.stderr)
+                print(f"npeff: CSV cannot hold lists, columns left out: {', '.join(nested)}", file=sys.stderr)
             pyarrow.csv.write_csv(table.drop_columns(nested), stream)
         case OutputFormat.PARQUET:
             import pyarrow.parquet
@@ -98,7 +98,7 @@ def _write(table: Any, output: OutputFormat, stream: BinaryIO) -> None:
 
 
 def _print_for_people(table: Any, stream: TextIO) -> None:
-    """As many columns as the terminal has room for, from the left, without those that are empty."""
+    """Print the non-empty columns, from the left, as many as fit the terminal."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -120,7 +120,7 @@ def _print_for_people(table: Any, stream: TextIO) -> None:
     console = Console(file=stream, width=None if stream.isatty() else max(width, 20))
     console.print(grid)
     if left_out:
-        console.print(f"no room for {', '.join(left_out)}: widen the window, or use --format csv", markup=False)
+        console.print(f"columns not shown: {', '.join(left_out)} (widen the window, or use --format csv)", markup=False)
 
 
 def _is_nested(kind: Any) -> bool:

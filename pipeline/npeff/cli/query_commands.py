@@ -1,4 +1,4 @@
-"""``npeff query RUN_DIR ...``: questions to a run's component store; each parses, asks and gives the answer out."""
+"""``npeff query RUN_DIR ...``: queries of a run's component store. Each command runs one query and writes its result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from npeff.cli.app import HELP, app
 from npeff.cli.output import OutputFormat, write_answer
 from npeff.storage.location import location
 
-query_app = typer.Typer(help="Ask a run's component store.")
+query_app = typer.Typer(help="Query the components of a run.")
 app.add_typer(query_app, name="query", context_settings=HELP)
 
 Component = Annotated[int, typer.Option("--component", "-c", help="Number of the component.")]
@@ -20,17 +20,17 @@ Example = Annotated[str, typer.Option("--example", "-e", help="Id or number of t
 Split = Annotated[str | None, typer.Option(help="Only fit or held_out examples.")]
 Where = Annotated[
     str | None,
-    typer.Option(help='Only examples that meet this, in SQL over their columns: "label = 2 and not correct".'),
+    typer.Option(help='Only examples that meet this SQL condition on their columns: "label = 2 and not correct".'),
 ]
 Format = Annotated[
     OutputFormat | None,
-    typer.Option("--format", help="Of the answer; else that of FILE's ending, else a table.", show_default=False),
+    typer.Option("--format", help="Output format. Default: by the extension of FILE, else table.", show_default=False),
 ]
 File = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="FILE", dir_okay=False, help="Write the answer to this file.")
+    Path | None, typer.Option("--output", "-o", metavar="FILE", dir_okay=False, help="Write the result to this file.")
 ]
-NumberOfExamples = Annotated[int, typer.Option("-n", min=1, help="How many examples.")]
-NumberOfComponents = Annotated[int, typer.Option("-n", min=1, help="How many components.")]
+NumberOfExamples = Annotated[int, typer.Option("-n", min=1, help="Number of examples.")]
+NumberOfComponents = Annotated[int, typer.Option("-n", min=1, help="Number of components.")]
 
 
 @query_app.callback()
@@ -51,13 +51,13 @@ def top(
     output: Format = None,
     file: File = None,
 ) -> None:
-    """The examples with a component's largest coefficients."""
+    """Show the examples with a component's largest coefficients."""
     write_answer(context.obj.top_examples(component, n=n, split=split, where=where), output, file)
 
 
 @query_app.command()
 def example(context: typer.Context, example: Example, output: Format = None, file: File = None) -> None:
-    """One example's components, largest first."""
+    """Show the components of an example, largest coefficient first."""
     write_answer(context.obj.example(example), output, file)
 
 
@@ -71,7 +71,7 @@ def neighbours(
     output: Format = None,
     file: File = None,
 ) -> None:
-    """The examples most like one, by the cosine of their coefficients."""
+    """Show the examples most similar to an example, by the cosine of their coefficients."""
     write_answer(context.obj.neighbours(example, n=n, split=split, where=where), output, file)
 
 
@@ -82,12 +82,12 @@ def similar(
     n: NumberOfComponents = 10,
     other: Annotated[
         Path | None,
-        typer.Option(parser=location, metavar="RUN_DIR", help="Components of this run, of the same model and sketch."),
+        typer.Option(parser=location, metavar="RUN_DIR", help="Search this run, of the same model and sketch."),
     ] = None,
     output: Format = None,
     file: File = None,
 ) -> None:
-    """The components most like one, of this run or another, by |cos|."""
+    """Show the components most similar to a component, in this run or another, by |cos|."""
     if other is None:
         found = context.obj.similar_components(component, n=n)
     else:
@@ -99,18 +99,20 @@ def similar(
 def enriched(
     context: typer.Context,
     where: Annotated[
-        str, typer.Option(help='The examples in question, in SQL over their columns: "label = 2 and not correct".')
+        str, typer.Option(help='SQL condition that selects the examples: "label = 2 and not correct".')
     ],
     n: NumberOfComponents = 20,
     top: Annotated[
         int | None,
-        typer.Option(min=1, help="An example has a component if it is among its so many top examples, not by W > 0."),
+        typer.Option(
+            min=1, help="Count an example for a component if it is one of this many top examples; default: if W > 0."
+        ),
     ] = None,
     split: Split = None,
     output: Format = None,
     file: File = None,
 ) -> None:
-    """The components that some examples have more often than the others, by Fisher's exact test."""
+    """Show the components that are more frequent in some examples than in the others, by Fisher's exact test."""
     write_answer(context.obj.enriched(where, split=split, top=top, n=n), output, file)
 
 
@@ -118,31 +120,31 @@ def enriched(
 def energy(
     context: typer.Context,
     component: Component,
-    by: Annotated[Literal["parameter", "layer"], typer.Option(help="Sum over the parameters of a layer or not.")] = (
+    by: Annotated[Literal["parameter", "layer"], typer.Option(help="Show one row per parameter or per layer.")] = (
         "parameter"
     ),
     output: Format = None,
     file: File = None,
 ) -> None:
-    """Where in the model a component's direction is: its share of squared norm in each parameter or layer."""
+    """Show the fraction of the squared norm of a component's direction in each parameter or layer."""
     write_answer(context.obj.layer_energy(component, by=by), output, file)
 
 
 @query_app.command()
 def verification(context: typer.Context, component: Component, output: Format = None, file: File = None) -> None:
-    """What moving the model along a component's direction did, with the controls."""
+    """Show the effect of moving the model along a component's direction, with the controls."""
     write_answer(context.obj.verification(component), output, file)
 
 
 @query_app.command()
 def components(context: typer.Context, output: Format = None, file: File = None) -> None:
-    """All components, a row each."""
+    """Show all components, one row each."""
     write_answer(context.obj.components_table(), output, file)
 
 
 @query_app.command()
 def selection(context: typer.Context, output: Format = None, file: File = None) -> None:
-    """What `npeff select` found, a row for every number of components tried."""
+    """Show the results of `npeff select`, one row per number of components tried."""
     write_answer(context.obj.table("selection"), output, file)
 
 
@@ -153,5 +155,5 @@ def sql(
     output: Format = None,
     file: File = None,
 ) -> None:
-    """SQL over all tables of the run."""
+    """Run a SQL query over the tables of the run."""
     write_answer(context.obj.sql(query), output, file)

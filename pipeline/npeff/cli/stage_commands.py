@@ -1,4 +1,4 @@
-"""Commands that run stages. What a command needs of torch, Zarr or Ray is imported when the command runs."""
+"""Commands that run stages. Torch, Zarr and Ray are imported only when a command that needs them runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @app.command("run")
 def run_command(run: Run, run_dir: RunDir = None, workers: Workers = None, address: Address = None) -> None:
-    """Every stage, in order; goes on from whatever is there already."""
+    """Run every stage in order, and resume from the results that exist."""
     opened = open_run(run, run_dir, workers, address)
     npeff.run(opened, progress=progress_of(opened))
     _print_outcome(opened)
@@ -55,7 +55,7 @@ def factorize_command(
 def lift_command(
     run: Run,
     component: Annotated[
-        list[int] | None, typer.Option("--component", "-c", min=0, help="Only this one; may be given again.")
+        list[int] | None, typer.Option("--component", "-c", min=0, help="Lift only this component. Repeat for several.")
     ] = None,
     run_dir: RunDir = None,
     workers: Workers = None,
@@ -74,16 +74,16 @@ def report_command(
     workers: Workers = None,
     address: Address = None,
     serve: Annotated[
-        bool, typer.Option("--serve", help="Write nothing: show the report, and boxes to ask the run, in the browser.")
+        bool, typer.Option("--serve", help="Serve the live view, with query forms, instead of writing the report.")
     ] = False,
     port: Annotated[
         int | None,
-        typer.Option(min=0, max=65535, help="With --serve: where to listen; 0, the default, is any free one."),
+        typer.Option(min=0, max=65535, help="Port of the live view (--serve); 0, the default, chooses a free port."),
     ] = None,
 ) -> None:
-    """Write the report, one HTML file, from whatever is there; or serve it on this machine until Ctrl-C."""
+    """Write the report of the results that exist as one HTML file, or serve it on this machine until Ctrl-C."""
     if port is not None and not serve:
-        raise typer.BadParameter("--port goes with --serve")
+        raise typer.BadParameter("--port needs --serve")
     from npeff.runs.progress import default_progress
     from npeff.stages.pipeline import serve_report
 
@@ -99,11 +99,11 @@ def report_command(
 @app.command(TRANSFORM.name, help=TRANSFORM.help)
 def transform_command(
     source: Annotated[
-        Path, typer.Argument(parser=location, metavar="RUN_DIR", help="The run whose components are used.")
+        Path, typer.Argument(parser=location, metavar="RUN_DIR", help="Directory of the run with the components.")
     ],
     run: Annotated[
         Path,
-        typer.Option("--run", parser=location, metavar="RUN", help="A run file of the new examples, or its directory."),
+        typer.Option("--run", parser=location, metavar="RUN", help="Run file of the new examples, or their run directory."),
     ],
     workers: Workers = None,
     address: Address = None,
@@ -117,9 +117,9 @@ def select_command(
     components: Annotated[
         str | None, typer.Option(help="Numbers of components to try: 8,16,32 or 8:64:8 (from, to, step).")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds, and splits into halves, to fit each with.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds per number of components.")] = None,
     refine: Annotated[
-        bool | None, typer.Option("--refine/--no-refine", help="Try further ones around the best of these.")
+        bool | None, typer.Option("--refine/--no-refine", help="Also try numbers around the best of these.")
     ] = None,
     run_dir: RunDir = None,
     workers: Workers = None,
@@ -141,12 +141,12 @@ def repair_command(run: Run, run_dir: RunDir = None, workers: Workers = None, ad
     print_table(npeff.ComponentStore.open(opened.path).table("repair"), OutputFormat.TABLE)
     if summary["edits"]:
         print(
-            f"edited model: {opened.repaired / 'model.safetensors'}; what was done: {opened.repaired / 'repair.json'}"
+            f"edited model: {opened.repaired / 'model.safetensors'}; its edits: {opened.repaired / 'repair.json'}"
         )
 
 
 def _print_outcome(run: RunDirectory) -> None:
-    """Print what a newcomer should look at next."""
+    """Print the outcome of a run and the commands to explore it."""
     from rich.console import Console
 
     from npeff.stages.status import outcome
@@ -157,7 +157,7 @@ def _print_outcome(run: RunDirectory) -> None:
         console.print(line, highlight=False, markup=False)
 
 
-_WITH_OPTIONS_OF_THEIR_OWN = (FACTORIZE, LIFT, TRANSFORM, SELECT, REPAIR)
+_WITH_OWN_OPTIONS = (FACTORIZE, LIFT, TRANSFORM, SELECT, REPAIR)
 
 
 def _stage_command(stage: StageDefinition) -> None:
@@ -167,5 +167,5 @@ def _stage_command(stage: StageDefinition) -> None:
 
 
 for _stage in STAGES:
-    if _stage not in _WITH_OPTIONS_OF_THEIR_OWN:
+    if _stage not in _WITH_OWN_OPTIONS:
         _stage_command(_stage)

@@ -19,17 +19,17 @@ from npeff.store.tables import read_table
 
 @dataclass(frozen=True)
 class Part:
-    """Something that is verified by itself."""
+    """A part of a run directory that is verified independently of the other parts."""
 
     what: str
     where: Path
     verify: Callable[[], object]
-    """Raises StoreError or RunDirectoryError where it is damaged."""
+    """Raises StoreError or RunDirectoryError if the part is damaged."""
     deleted: tuple[Path, ...] = ()
-    """What is deleted to have a stage make it again; it, and records of it."""
-    mendable: bool = True
+    """Files and folders to delete before a stage recomputes the part: the part and its records."""
+    recomputable: bool = True
     remedy: str = ""
-    """Where it cannot be made again."""
+    """What the user can do if the part is not recomputable."""
 
 
 def delete(path: Path) -> None:
@@ -41,18 +41,21 @@ def delete(path: Path) -> None:
 
 
 def metadata_parts(group: Path, error: StoreError, record: Path) -> Iterator[Part]:
-    """Of a store that cannot be opened: its damaged ``zarr.json``. What is stored in it is verified once it is back."""
+    """Yield the damaged ``zarr.json`` of a store that cannot be opened.
+
+    The content of the store can be verified only after this file is restored.
+    """
     named = error.path or group
     files = (named,) if named.name == METADATA else ()
 
     def verify() -> None:
         raise error
 
-    yield Part(f"metadata of {group.name}", named, verify, (*files, record), mendable=bool(files), remedy=error.remedy)
+    yield Part(f"metadata of {group.name}", named, verify, (*files, record), recomputable=bool(files), remedy=error.remedy)
 
 
 def unit_parts(run: RunDirectory, stage: StageDefinition, what: str) -> Iterator[Part]:
-    """What a stage that works by components has left of each."""
+    """Yield the results of each finished component of a stage that works by components."""
     for component in finished_components(run, stage.name):
         files = unit_files(run, stage, component)
         verify, deleted = partial(_verify_unit, run, stage, component), (*files.values(), run.record_file(stage.record))
@@ -65,21 +68,22 @@ def _verify_unit(run: RunDirectory, stage: StageDefinition, component: int) -> N
     record = intact_record(run, stage.name)
     for name, found in unit_checksums(run, stage, [component]).items():
         if record is not None and found != record.get("units", {}).get(name, found):
-            raise StoreError(f"what {stage.name} left of component {component} does not match its checksum")
+            raise StoreError(f"the results of {stage.name} for component {component} do not match their checksum")
 
 
 def finished_components(run: RunDirectory, stage: str) -> list[int]:
-    """Components that a stage has finished, by what it left of them and by its record."""
+    """Return the components that a stage has finished, according to its result files and its record."""
     record = intact_record(run, stage) or {}
     return sorted({*finished(run.partial_results(stage)), *record.get("components", ())})
 
 
 def missing(path: Path) -> None:
+    """Raise the StoreError of a missing file."""
     raise StoreError(f"{path} is missing", path=path)
 
 
 def intact_record(run: RunDirectory, stage: str) -> Summary | None:
-    """The record of a complete stage; None where there is none, or where it is damaged."""
+    """Return the record of a complete stage; None if the record is missing or damaged."""
     try:
         return checked_record(run, stage)
     except RunDirectoryError:

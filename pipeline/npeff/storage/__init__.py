@@ -1,1 +1,1 @@
-"""Files that are whole or not there, on a disk or in a bucket."""
+"""Atomic reads and writes of files and folders, on a local disk or an object store."""

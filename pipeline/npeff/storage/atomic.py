@@ -1,15 +1,16 @@
-"""Files and folders that are either whole or not there.
+"""Atomic creation and replacement of files and folders: a path is either complete or absent.
 
-The order is always: write new under a temporary name, make it durable, commit by rename, delete old. Temporary names
-are fixed (``X.partial``, ``X.old``), so that the next writer of X clears what a killed one left behind; this relies on
-there being one writer per path. After a crash at any instant a path is in one of these states:
+Every write has the same steps: write the new content under a temporary name, make it durable, commit it by a rename,
+and delete the old content. Temporary names are fixed (``X.partial``, ``X.old``), so the next writer of X removes the
+leftovers of a killed writer. This requires that each path has one writer. After a crash at any time, a path is in one
+of these states:
 
     X                      committed
-    X, X.partial           committed; the partial is litter
-    X.old, X.partial       a folder's replacement was cut between its two renames: the next writer restores X.old first
-    X, X.old               committed; the old one is litter
+    X, X.partial           committed; X.partial is a leftover
+    X.old, X.partial       the replacement of a folder stopped between its two renames: the next writer restores X.old
+    X, X.old               committed; X.old is a leftover
 
-On an object store there are no temporary names; `npeff.storage.objects` says how the promises are kept there.
+An object store has no temporary names; `npeff.storage.objects` describes the guarantees there.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from npeff.storage.location import is_remote
 
 PARTIAL = ".partial"
 OLD = ".old"
-_AT_A_TIME = 8
+_FSYNC_THREADS = 8
 
 
 def fsync(path: Path) -> None:
@@ -43,13 +44,13 @@ def fsync(path: Path) -> None:
 
 
 def fsync_all(paths: Iterable[Path]) -> None:
-    """`fsync` of many, several at a time: the system writes them together, ten times as fast as one after the other."""
-    with ThreadPoolExecutor(_AT_A_TIME, "fsync") as threads:
+    """`fsync` several files or folders in parallel, about ten times as fast as in sequence."""
+    with ThreadPoolExecutor(_FSYNC_THREADS, "fsync") as threads:
         list(threads.map(fsync, paths))
 
 
 def make_directory(path: Path) -> None:
-    """Create a folder and its missing parents, durably. Raises OSError."""
+    """Create a folder and its missing parents durably. Raises OSError."""
     if not path.is_dir():
         make_directory(path.parent)
         path.mkdir(exist_ok=True)
@@ -57,10 +58,14 @@ def make_directory(path: Path) -> None:
 
 
 def write_file_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Create or replace the file `path` with what `write` puts into the stream it is given.
+    """Create or replace the file `path`.
+
+    Args:
+        path: The file.
+        write: Writes the content to the stream that it receives.
 
     Raises:
-        StoreError: the file cannot be written. The former content of `path` is untouched.
+        StoreError: The file cannot be written. The previous content of `path` is unchanged.
     """
     if is_remote(path):
         buffer = BytesIO()
@@ -84,7 +89,10 @@ def write_file_atomically(path: Path, write: Callable[[BinaryIO], object]) -> No
 
 
 def begin_directory(path: Path) -> Path:
-    """An empty folder ``<path>.partial`` to fill and then hand to `commit_directory`; clears what a crash left."""
+    """Create the empty folder ``<path>.partial``, to be filled and then committed by `commit_directory`.
+
+    Leftovers of a crashed writer are removed.
+    """
     with os_errors_explained("write", path):
         _restore(path)
         partial = path.with_name(path.name + PARTIAL)
@@ -96,7 +104,7 @@ def begin_directory(path: Path) -> Path:
 
 
 def commit_directory(path: Path) -> None:
-    """Make ``<path>.partial`` durable and put it in the place of `path`."""
+    """Make ``<path>.partial`` durable and replace `path` with it."""
     partial, old = path.with_name(path.name + PARTIAL), path.with_name(path.name + OLD)
     with os_errors_explained("write", path):
         for folder, _, files in os.walk(partial, topdown=False):
@@ -113,11 +121,14 @@ def commit_directory(path: Path) -> None:
 
 @contextmanager
 def replacing_directory(path: Path) -> Iterator[Path]:
-    """Create or replace the folder `path` by what the body writes into the folder it is given, a local one.
+    """Create or replace the folder `path` with the files that the body writes to a local folder.
+
+    Yields:
+        The local folder to write to.
 
     Raises:
-        StoreError: something cannot be written. Whatever the body raised, the former `path` is untouched; on an object
-            store, where the error may come while it is being replaced, it is then gone, and not half there.
+        StoreError: The folder cannot be written. The previous `path` is unchanged whenever the body raises. On an
+            object store, an error may also occur during the replacement; the folder is then absent, never incomplete.
     """
     if is_remote(path):
         with objects.replacing_directory(path) as local:
@@ -137,7 +148,7 @@ def replacing_directory(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def local_copy(path: Path) -> Iterator[Path]:
-    """A file as one that a library which knows local files only can read: itself, or a temporary copy of an object."""
+    """Yield a local path of a file, for libraries that read local files only: the path, or a temporary copy."""
     if not is_remote(path):
         yield path
         return
@@ -148,12 +159,12 @@ def local_copy(path: Path) -> Iterator[Path]:
 
 
 def is_committed(path: Path) -> bool:
-    """Whether a file, or a Zarr folder, is there, whole. Raises OSError."""
+    """Return whether a file or a Zarr folder is complete at `path`. Raises OSError."""
     return objects.exists(path) if is_remote(path) else path.exists()
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a folder with all that is in it, as far as that is possible; there may be none."""
+    """Remove a folder and its content, if it exists. Errors of a local file system are ignored."""
     if is_remote(path):
         objects.remove_directory(path)
     else:

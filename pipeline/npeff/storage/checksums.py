@@ -1,8 +1,8 @@
-"""JSON files, checksums of arrays, and the completion records that say which shards are done.
+"""JSON files with checksums, and checksums of arrays and files.
 
-Presence of a shard's files does not mean completion: a killed writer leaves some of a shard's arrays. A shard is
-complete when its record ``<run>/shards/00007.json`` exists; the record is written after the shard's bytes are durable,
-and holds their checksum.
+The existence of a shard's files does not mean that the shard is complete: a killed writer leaves some of its arrays. A
+shard is complete when its record ``<run>/shards/00007.json`` exists. The record is written after the shard's bytes are
+durable, and contains their checksum.
 """
 
 from __future__ import annotations
@@ -22,50 +22,59 @@ _CHECKSUM_BYTES = 16
 
 
 SEAL = "seal"
-"""Key under which a JSON object carries the checksum of the rest of it: a flipped bit may leave it well-formed."""
+"""Key of the checksum of a JSON object's other keys. A flipped bit can leave a JSON file well-formed."""
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with its seal, which `unsealed` verifies. NaN and infinity are refused (ValueError)."""
+    """Return a JSON object with its checksum added, which `unsealed` verifies. Raises ValueError for NaN and infinity."""
     return {**content, SEAL: json_checksum(content)}
 
 
 def unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What was sealed; an object without a seal as it is. Raises ValueError when it is not what was sealed."""
+    """Return a JSON object without its checksum, after verification. An object without a checksum is not verified.
+
+    Raises:
+        ValueError: The object does not match its checksum.
+    """
     rest = {key: value for key, value in content.items() if key != SEAL}
     if SEAL in content and content[SEAL] != json_checksum(rest):
-        raise ValueError("it does not match its seal")
+        raise ValueError("it does not match its checksum")
     return rest
 
 
 def json_checksum(content: Mapping[str, Any]) -> str:
-    """BLAKE2b, in hex, of a JSON object, whatever the order of its keys. Raises ValueError where it is not JSON."""
-    read_again = json.loads(json.dumps(content, allow_nan=False))  # keys are strings then, tuples are lists
+    """Return the BLAKE2b hash, in hex, of a JSON object, independent of the order of its keys.
+
+    Raises:
+        ValueError: The object cannot be written as JSON.
+    """
+    read_again = json.loads(json.dumps(content, allow_nan=False))  # turns keys into strings, and tuples into lists
     return hashlib.blake2b(json.dumps(read_again, sort_keys=True).encode(), digest_size=_CHECKSUM_BYTES).hexdigest()
 
 
 def write_json_atomically(path: Path, obj: Any) -> None:
-    """Create or replace a JSON file; objects are sealed. NaN and infinity are no JSON and refused (ValueError)."""
+    """Create or replace a JSON file. Objects get a checksum. Raises ValueError for NaN and infinity, which JSON lacks."""
     content = json_bytes(obj)
     write_file_atomically(path, lambda stream: stream.write(content))
 
 
 def json_bytes(obj: Any) -> bytes:
+    """Return the content of the file that `write_json_atomically` writes."""
     content = sealed(obj) if isinstance(obj, dict) else obj
     return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file, without its seal.
+    """Return the content of a JSON file, without its checksum.
 
     Raises:
-        StoreError: the file is missing, unreadable, not JSON, or not what was sealed.
+        StoreError: The file is missing, unreadable, not JSON, or does not match its checksum.
     """
     with os_errors_explained("read", path):
         content = path.read_bytes()
     try:
         found = json.loads(content)
-    except ValueError as error:  # of which UnicodeDecodeError is a kind
+    except ValueError as error:  # includes UnicodeDecodeError
         raise damaged_file(path, "not JSON") from error
     try:
         return unsealed(found) if isinstance(found, dict) else found
@@ -74,7 +83,7 @@ def read_json(path: Path) -> Any:
 
 
 def checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    """BLAKE2b, in hex, over the name, dtype, shape and bytes of every array, in the order of the names."""
+    """Return the BLAKE2b hash, in hex, of the name, dtype, shape and bytes of every array, in the order of the names."""
     digest = hashlib.blake2b(digest_size=_CHECKSUM_BYTES)
     for name in sorted(arrays):
         array = arrays[name]
@@ -86,7 +95,7 @@ def checksum(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 class ChecksumInBlocks:
-    """`checksum` of one array, which is given in blocks of rows, in order."""
+    """The `checksum` of one array that is given in consecutive blocks of rows."""
 
     def __init__(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
         self._dtype = dtype
@@ -109,6 +118,6 @@ def _bytes_of(array: np.ndarray) -> memoryview:
 
 
 def file_checksum(path: Path) -> str:
-    """BLAKE2b of a file's bytes, in hex. Raises OSError."""
+    """Return the BLAKE2b hash of a file's bytes, in hex. Raises OSError."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=_CHECKSUM_BYTES)).hexdigest()

@@ -1,4 +1,4 @@
-"""The exceptions of this package, and the one place where the operating system's errors become sentences."""
+"""The exceptions of the stores, and the conversion of operating system errors to error messages."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from npeff.errors import NpeffError, first_line
 
 
 class StoreError(NpeffError):
-    """Something on disk is missing, damaged, foreign or cannot be written; `path` says which file or folder."""
+    """A file or folder, `path`, is missing, damaged, belongs to something else, or cannot be written."""
 
 
 class ObjectStoreError(NpeffError):
-    """A request that an object store refused or did not answer, in one line that says what to do.
+    """A request that an object store refused or did not answer.
 
-    It is no StoreError: it says nothing of what is stored, and must not be taken for damage.
+    This is not a StoreError, because a failed request does not mean that stored data are damaged.
     """
 
 
 def damaged_file(path: Path, details: str = "") -> StoreError:
-    """The error for a damaged file that the same command writes again once it is deleted."""
+    """Return the error for a damaged file that the same command writes again after the file is deleted."""
     found = f" ({details})" if details else ""
     return StoreError(f"{path} is damaged{found}", "delete it and run the same command again", path=path)
 
@@ -39,11 +39,11 @@ _ADVICE = {
 
 @contextmanager
 def os_errors_explained(action: str, path: Path) -> Iterator[None]:
-    """Turn an `OSError` of the body into ``StoreError("cannot <action> <path>: <reason>; <advice>")``."""
+    """Convert an `OSError` of the body to ``StoreError("cannot <action> <path>: <reason>; <advice>")``."""
     try:
         yield
     except OSError as error:
         gone = os.strerror(errno.ENOENT) if isinstance(error, FileNotFoundError) else None
         reason = error.strerror or gone or first_line(error)
-        advice = _ADVICE.get(error.errno or 0, "mend this and run the same command again")
+        advice = _ADVICE.get(error.errno or 0, "fix this and run the same command again")
         raise StoreError(f"cannot {action} {path}: {reason}", advice, path=path, separator="; ") from error

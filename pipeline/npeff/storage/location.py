@@ -1,7 +1,7 @@
-"""Where things are stored: the one place that makes a path from text.
+"""Conversion of text to paths.
 
-A path is a `pathlib.Path` for a local file system, and for ``s3://bucket/prefix`` a `UPath`, which has the same
-interface, pickles, and reads. Everything is written through `npeff.storage.atomic`, which knows both.
+A local path is a `pathlib.Path`. A URI ``s3://bucket/prefix`` is a `UPath`, which has the same interface, can be
+pickled, and can be read. All writes use `npeff.storage.atomic`, which supports both.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from npeff.storage.errors import StoreError
 
 
 def location(text: str | os.PathLike[str]) -> Path:
-    """The path that ``text`` names: a local one, or a URI ``s3://bucket/prefix``.
+    """Return the path of a local file name or a URI ``s3://bucket/prefix``.
 
-    ``Path("s3://bucket")`` would become ``s3:/bucket``: text that a user wrote goes through here first. A path is
-    returned as it is.
+    ``Path("s3://bucket")`` would be ``s3:/bucket``, so text from a user must be converted by this function. A path is
+    returned unchanged.
 
     Raises:
-        StoreError: the URI is of another kind, names no prefix in a bucket, or s3fs is not installed.
+        StoreError: The URI has another scheme or no prefix in a bucket, or s3fs is not installed.
     """
     if not isinstance(text, str):
         return cast(Path, text)
@@ -41,5 +41,5 @@ def location(text: str | os.PathLike[str]) -> Path:
 
 
 def is_remote(path: Path) -> bool:
-    """Whether a path is on an object store."""
+    """Return whether a path is on an object store."""
     return not isinstance(path, Path)

@@ -1,13 +1,13 @@
-"""The lock of a run on an object store: an object that says who holds it, created and renewed under conditions.
+"""The lock of a run on an object store: an object that names its holder, created and renewed by conditional requests.
 
-A process that is killed cannot let go, as the kernel does for it on a local disk. So the lock is renewed while its
-holder lives, and one that was not renewed for a minute may be taken over. That minute passes on the server's clock
-(the Date of its answer against the object's LastModified); the clocks of the machines play no part. Every renewal
-changes the object, and with it the ETag that the next condition names: of two that take a lock over one succeeds, and
-a holder that comes back finds out, before it writes anything (`npeff.storage.s3.guards`).
+A killed process cannot release the lock, which the kernel does on a local disk. The holder therefore renews the lock,
+and a lock that was not renewed for a minute may be taken over. The minute is measured by the server's clock (the Date
+of its response minus the object's LastModified); the clocks of the machines do not matter. Every renewal changes the
+object and its ETag, which the next conditional request contains. If two processes take over a lock, one of them
+succeeds. A former holder detects the loss before it writes anything (`npeff.storage.s3.guards`).
 
-The *token* is drawn by the holder. A request whose answer was lost is repeated by botocore, and then fails because it
-has succeeded before: an object with the own token tells so.
+The holder draws a random *token*. botocore repeats a request whose response was lost, and the repetition fails if the
+first request succeeded. The process detects this case by its own token in the object.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from npeff.storage.s3 import guards
 
 RENEW_S = 10.0
 STALE_S = 60.0
-_LOOK_S = 2.0
+_POLL_S = 2.0
 
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-"""One that goes on while the machine sleeps."""
+"""A clock that includes the time for which the machine is suspended, where there is one."""
 
 
 class HeldError(Exception):
-    """The lock is held by another process, the `owner`."""
+    """Another process, `owner`, holds the lock."""
 
     def __init__(self, owner: str) -> None:
         super().__init__(owner)
@@ -48,13 +48,14 @@ class HeldError(Exception):
 
 @contextmanager
 def object_lock(path: Path, owner: str) -> Iterator[None]:
-    """Hold the lock `path`, and with it all objects in its folder: this process writes none once it has lost the lock.
+    """Hold the lock `path` of all objects in its folder.
 
-    A lock that its holder has left behind is waited for: until it is renewed after all, or a minute old.
+    This process cannot write to the folder after it has lost the lock. If the lock exists, this waits until another
+    process renews it, or until it is a minute old and can be taken over.
 
     Raises:
-        HeldError: another process renews it.
-        ObjectStoreError: a request fails. The body gets it, when it writes, if the lock was taken over.
+        HeldError: Another process renews the lock.
+        ObjectStoreError: A request fails. If the lock was taken over, the writes of the body raise this error.
     """
     lock = _ObjectLock(path, owner)
     lock.acquire()
@@ -77,7 +78,7 @@ class _Seen:
     token: str
     etag: str
     age_s: float
-    """Since it was renewed."""
+    """Seconds since the lock was renewed."""
 
 
 class _ObjectLock:
@@ -93,7 +94,7 @@ class _ObjectLock:
         while not self._put(IfNoneMatch="*"):
             found = self._look()
             if found is None:
-                continue  # it was released meanwhile
+                continue  # the lock was released in the meantime
             if found.token == self._token:
                 self._adopt(found, _now())
                 return
@@ -102,12 +103,12 @@ class _ObjectLock:
             if found.age_s > STALE_S and self._put(IfMatch=found.etag):
                 return
             before = found
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
 
     def keep(self) -> None:
-        """Renew the lock until it is to end, or lost."""
+        """Renew the lock until it ends or is lost."""
         while not self.ended.wait(RENEW_S) and self._lost_to is None:
-            with suppress(ObjectStoreError):  # the next time may go well; `confirm` sees to it that there is one
+            with suppress(ObjectStoreError):  # the next renewal may succeed; `confirm` raises if none does
                 self._renew()
 
     async def confirm(self) -> None:
@@ -115,19 +116,19 @@ class _ObjectLock:
         while self._lost_to is None and _now() - self._renewed_at > STALE_S / 2:
             if _now() - began > STALE_S:
                 raise ObjectStoreError(
-                    f"the lock {self._path} could not be renewed for {_now() - self._renewed_at:.0f} s: look at the "
-                    "network and run the same command again, what is finished is kept"
+                    f"the lock {self._path} could not be renewed for {_now() - self._renewed_at:.0f} s: check the "
+                    "network and run the same command again, finished work is kept"
                 )
-            await asyncio.sleep(_LOOK_S / 4)
+            await asyncio.sleep(_POLL_S / 4)
         if self._lost_to is not None:
             raise ObjectStoreError(
-                f"{self._path.parent} was taken over by another run ({self._lost_to}), as this one did not renew its "
-                "lock in time: it stops here; wait for the other one"
+                f"another process ({self._lost_to}) took over {self._path.parent}, because this process did not renew "
+                "its lock in time: wait for the other process to end and run the same command again"
             )
 
     def release(self) -> None:
         if self._lost_to is None:
-            with suppress(ObjectStoreError, FileExistsError, FileNotFoundError):  # it is then left to grow old
+            with suppress(ObjectStoreError, FileExistsError, FileNotFoundError):  # the lock then expires
                 self._fs.call_s3("delete_object", Bucket=self._bucket, Key=self._key, IfMatch=self._etag)
 
     def _renew(self) -> None:
@@ -141,7 +142,7 @@ class _ObjectLock:
             self._lost_to = found.owner if found is not None else "which has ended"
 
     def _put(self, **condition: str) -> bool:
-        """Write the lock if the condition holds; whether it does."""
+        """Write the lock if the condition holds, and return whether it holds."""
         began, self._renewals = _now(), self._renewals + 1
         content = {"owner": self._owner, "token": self._token, "renewals": self._renewals}
         body = json.dumps(content).encode()
@@ -169,7 +170,7 @@ class _ObjectLock:
             content = json.loads(body)
             owner, token = str(content["owner"]), str(content["token"])
         except (ValueError, KeyError, TypeError):
-            owner, token = "of unknown kind", ""
+            owner, token = "unknown", ""
         now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
         return _Seen(owner, token, answer["ETag"], (now - answer["LastModified"]).total_seconds())
 

@@ -1,9 +1,10 @@
-"""The promises of `npeff.storage.atomic`, on an object store.
+"""The guarantees of `npeff.storage.atomic` on an object store.
 
-An object is whole or not there: a PUT, or a multipart upload, becomes visible when it is through. There is no rename,
-so a folder cannot be replaced at once. Instead its last file, in the order of `_ordered` (those in folders of it first,
-its own after them: ``zarr.json``, ``MANIFEST.json``), says that it is whole: it is the first to go and the last to
-come. A reader that goes by it never sees half a folder. A stage's record goes before what it speaks of.
+An object is complete or absent: a PUT or a multipart upload becomes visible when it is finished. There is no rename, so
+a folder cannot be replaced atomically. Instead, the last file of a folder marks the folder as complete
+(``zarr.json``, ``MANIFEST.json``; in the order of `_ordered`, files in subfolders come first). The last file is deleted
+first and written last, so a reader that checks it never reads an incomplete folder. A stage's record is deleted before
+the files that it describes.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ if TYPE_CHECKING:
     from npeff.storage.s3 import S3
 
 PART_BYTES = 50 * 2**20
-"""Of a multipart upload, which is what becomes of twice that, and more."""
-TELLING = "zarr.json"
-"""The last file of a Zarr folder."""
+"""Part size of multipart uploads, which are used for objects of at least twice this size."""
+COMPLETION_FILE = "zarr.json"
+"""The last file of a Zarr folder, which marks the folder as complete."""
 
 
 def file_system(path: Path) -> S3:
+    """Return the file system of a path on an object store."""
     return cast("S3", cast(Any, path).fs)
 
 
 def key_of(path: Path) -> str:
-    """``bucket/key``, as the file system wants it."""
+    """Return ``bucket/key`` of a path, as the file system expects it."""
     return str(cast(Any, path).path)
 
 
@@ -40,14 +42,14 @@ def put(path: Path, content: bytes) -> None:
 
 
 def put_all(contents: Mapping[Path, bytes]) -> None:
-    """Create or replace several objects, side by side, in any order."""
+    """Create or replace several objects in parallel, in any order."""
     if contents:
         named = {key_of(path): content for path, content in contents.items()}
         file_system(next(iter(contents))).pipe(named, chunksize=PART_BYTES)
 
 
 def create(path: Path, content: bytes) -> bool:
-    """Create an object unless there is one already; whether it was created."""
+    """Create an object unless it exists, and return whether it was created."""
     try:
         file_system(path).pipe_file(key_of(path), content, mode="create")
     except FileExistsError:
@@ -56,20 +58,20 @@ def create(path: Path, content: bytes) -> bool:
 
 
 def read_range(path: Path, start: int, stop: int) -> bytes:
-    """The bytes of an object from `start` to before `stop`."""
+    """Return the bytes of an object from `start` up to, not including, `stop`."""
     content: bytes = file_system(path).cat_file(key_of(path), start=start, end=stop)
     return content
 
 
 def download_files(folder: Path, local: Path, names: list[str]) -> None:
-    """Copy some objects of a folder to a local one, side by side."""
+    """Copy the named objects of a folder to a local folder in parallel."""
     if names:
         file_system(folder).get([f"{key_of(folder)}/{name}" for name in names], [str(local / name) for name in names])
 
 
 def exists(path: Path) -> bool:
-    """Whether an object, or a whole Zarr folder, is there."""
-    bucket, _, key = key_of(path / TELLING if path.suffix == ".zarr" else path).partition("/")
+    """Return whether an object, or a complete Zarr folder, exists."""
+    bucket, _, key = key_of(path / COMPLETION_FILE if path.suffix == ".zarr" else path).partition("/")
     try:
         file_system(path).call_s3("head_object", Bucket=bucket, Key=key)
     except FileNotFoundError:
@@ -78,13 +80,14 @@ def exists(path: Path) -> bool:
 
 
 def files(folder: Path) -> dict[str, dict[str, Any]]:
-    """What S3 says of every object in a folder, at any depth, by its path in there."""
+    """Return the S3 metadata of every object in a folder, at any depth, by its path relative to the folder."""
     prefix = key_of(folder) + "/"
     found = file_system(folder).find(key_of(folder), detail=True)
     return {name.removeprefix(prefix): facts for name, facts in found.items() if name.startswith(prefix)}
 
 
 def remove_directory(folder: Path) -> None:
+    """Delete all objects of a folder, those that mark it as complete first."""
     prefix = key_of(folder) + "/"
     names = _ordered(files(folder))
     for chosen in ([name for name in names if "/" not in name], [name for name in names if "/" in name]):
@@ -94,7 +97,7 @@ def remove_directory(folder: Path) -> None:
 
 @contextmanager
 def replacing_directory(folder: Path) -> Iterator[Path]:
-    """The body fills a folder of this machine, which is then put in the place of `folder`."""
+    """Yield an empty local folder, and replace `folder` with its files after the body."""
     with tempfile.TemporaryDirectory(prefix="npeff-") as temporary:
         local = Path(temporary) / folder.name
         local.mkdir()
@@ -103,7 +106,7 @@ def replacing_directory(folder: Path) -> Iterator[Path]:
 
 
 def upload_directory(local: Path, folder: Path) -> None:
-    """Put the files of a local folder in the place of what is in `folder`."""
+    """Replace the content of `folder` with the files of a local folder."""
     remove_directory(folder)
     names = _ordered(file.relative_to(local).as_posix() for file in local.rglob("*") if file.is_file())
     for chosen in (names[:-1], names[-1:]):
@@ -111,15 +114,15 @@ def upload_directory(local: Path, folder: Path) -> None:
 
 
 def upload_files(local: Path, folder: Path, names: list[str]) -> None:
-    """Put some files of a local folder, side by side, in any order."""
+    """Upload the named files of a local folder in parallel, in any order."""
     if names:
         file_system(folder).put([str(local / name) for name in names], [f"{key_of(folder)}/{name}" for name in names])
 
 
 def abort_uploads(folder: Path) -> None:
-    """Forget multipart uploads that a killed writer left: nobody sees them, but they are paid for.
+    """Abort the multipart uploads of a killed writer, which are invisible but billed.
 
-    Where that is not allowed they stay, for the bucket's lifecycle rules.
+    If the credentials do not allow this, the uploads stay until the bucket's lifecycle rules remove them.
     """
     store, (bucket, _, prefix) = file_system(folder), key_of(folder).partition("/")
     with suppress(ObjectStoreError, FileNotFoundError):

@@ -1,7 +1,7 @@
-"""S3, and what speaks its protocol: a file system whose every request ends in an answer or in one clear line.
+"""A file system for S3 and compatible object stores, with one-line error messages.
 
-Credentials, region, endpoint and retries come from the usual environment (``AWS_*``, ``~/.aws``) and from nowhere else.
-botocore repeats requests that were throttled or not answered, with growing pauses, before anything is raised here.
+Credentials, region, endpoint and retries come only from the usual environment (``AWS_*``, ``~/.aws``). botocore repeats
+requests that were throttled or not answered, with increasing delays, before this module raises an error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from npeff.errors import first_line
 from npeff.storage.errors import ObjectStoreError
 
 LOCK = ".lock"
-"""Name of the object that `npeff.storage.object_lock` keeps, which needs no guard itself."""
+"""Name of the lock object of `npeff.storage.object_lock`. Writing this object needs no confirmation by a guard."""
 
 _CHANGES = {
     "put_object",
@@ -36,46 +36,50 @@ _CHANGES = {
 _NOT_THERE = {"404", "NoSuchKey"}
 _FAILED_CONDITION = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
 _NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound)
-_LATER = "what is finished is kept: run the same command again later"
-_NEW_CREDENTIALS = "give other ones (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or AWS_PROFILE)"
+_LATER = "finished work is kept: run the same command again later"
+_NEW_CREDENTIALS = "set other ones (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or AWS_PROFILE)"
 _REGION = "set AWS_DEFAULT_REGION to the bucket's region"
 _SENTENCES = {
-    "NoSuchBucket": "there is no such bucket: create it, or choose another run_dir",
+    "NoSuchBucket": "the bucket does not exist: create it, or choose another run_dir",
     **dict.fromkeys(
         ("AccessDenied", "AllAccessDisabled", "403"),
-        "access is denied: let these credentials read, write, delete and list there, or choose another run_dir",
+        "access is denied: allow these credentials to read, write, delete and list there, or choose another run_dir",
     ),
     **dict.fromkeys(
         ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"),
-        f"the credentials are refused: {_NEW_CREDENTIALS}",
+        f"the credentials are not valid: {_NEW_CREDENTIALS}",
     ),
     **dict.fromkeys(
         ("SlowDown", "ServiceUnavailable", "503", "RequestLimitExceeded", "Throttling", "ThrottlingException"),
         f"the object store is too busy: {_LATER}",
     ),
     **dict.fromkeys(("InternalError", "500", "502", "504"), f"the object store has an internal error: {_LATER}"),
-    **dict.fromkeys(("PermanentRedirect", "301", "AuthorizationHeaderMalformed"), f"it is elsewhere: {_REGION}"),
-    **dict.fromkeys(("NotImplemented", "501"), "this object store cannot do that: choose another run_dir"),
+    **dict.fromkeys(
+        ("PermanentRedirect", "301", "AuthorizationHeaderMalformed"), f"the bucket is in another region: {_REGION}"
+    ),
+    **dict.fromkeys(
+        ("NotImplemented", "501"), "this object store does not support the request: choose another run_dir"
+    ),
     "RequestTimeTooSkewed": "this machine's clock is wrong: set it",
 }
-"""By the code of S3's answer, or the status of one without a code."""
+"""Cause and remedy of each error code of S3, or of the HTTP status of a response without a code."""
 
 
 class Guard(Protocol):
     async def confirm(self) -> None:
-        """Raises ObjectStoreError if nothing may be written any more."""
+        """Raise ObjectStoreError if this process must not write any more."""
         ...
 
 
 guards: dict[str, Guard] = {}
-"""By ``bucket/prefix/``: who must confirm, in this process, before anything is changed there."""
+"""The guard of each ``bucket/prefix/``, which must confirm every change below this prefix by this process."""
 
 
 class S3(S3FileSystem):
-    """s3fs, with the errors of its requests explained."""
+    """s3fs with one-line error messages."""
 
     def __init__(self, **options: Any) -> None:
-        # other processes write, too; and Arrow asks for the ranges that it needs, of which none is read twice
+        # no listings cache, because other processes write too; no read cache, because Arrow reads no range twice
         super().__init__(**{"use_listings_cache": False, "default_cache_type": "none", **options})
 
     async def _call_s3(self, method: str, *arguments: Any, **keywords: Any) -> Any:
@@ -88,7 +92,7 @@ class S3(S3FileSystem):
             answer = await super()._call_s3(method, *arguments, **keywords)
         except (OSError, BotoCoreError, ClientError, aiohttp.ClientError) as error:
             raise _explained(error, method, place) from error
-        if errors := isinstance(answer, Mapping) and answer.get("Errors"):  # of a deletion of many
+        if errors := isinstance(answer, Mapping) and answer.get("Errors"):  # from the deletion of several objects
             raise _sentence(str(errors[0].get("Code")), method, f"{keywords['Bucket']}/{errors[0].get('Key')}", "")
         return answer
 
@@ -96,15 +100,15 @@ class S3(S3FileSystem):
 
     async def _cat_file(self, path: str, **keywords: Any) -> bytes:
         try:
-            # read in several ranges at a time, every object, however small, would first be asked for its size
+            # concurrent ranges would first need the size of every object, however small
             content: bytes = await super()._cat_file(path, **{"max_concurrency": 1, **keywords})
         except (BotoCoreError, ClientError, aiohttp.ClientError, ConnectionError, TimeoutError) as error:
-            raise _explained(error, "get_object", path) from error  # lost in the middle of the answer
+            raise _explained(error, "get_object", path) from error  # the connection was lost during the response
         return content
 
 
 class S3Path(UniversalS3Path):
-    """A `UPath` that reads whole objects, each at once, and does not write: `npeff.storage.atomic` does."""
+    """A read-only `UPath` that reads each object as a whole. Writes use `npeff.storage.atomic`."""
 
     __slots__ = ()
 
@@ -114,7 +118,7 @@ class S3Path(UniversalS3Path):
 
     def open(self, mode: str = "r", *_: Any, encoding: str | None = None, **__: Any) -> IO[Any]:  # type: ignore[override]
         if mode not in ("r", "rb"):
-            raise ValueError(f"{self} cannot be opened to write: use npeff.storage.atomic")
+            raise ValueError(f"{self} cannot be opened for writing: use npeff.storage.atomic")
         content = BytesIO(self.read_bytes())
         return content if mode == "rb" else TextIOWrapper(content, encoding=encoding or "utf-8")
 
@@ -132,7 +136,7 @@ register_implementation("s3", S3Path, clobber=True)
 
 
 def _key(keywords: Mapping[str, Any]) -> str | None:
-    """The object, or one of those, that a request is about."""
+    """Return the key of a request, or the first key of a request with several."""
     key = keywords.get("Key") or keywords.get("Prefix")
     if key is None and "Delete" in keywords:
         key = keywords["Delete"]["Objects"][0]["Key"]
@@ -147,13 +151,13 @@ def _explained(error: Exception, method: str, place: str) -> Exception:
     if code in _NOT_THERE or (isinstance(error, FileNotFoundError) and not code):
         return error
     if code in ("InvalidRange", "416"):
-        return error  # s3fs and zarr know what that means
+        return error  # s3fs and zarr handle this error
     if isinstance(error, _NO_CREDENTIALS):
         return ObjectStoreError(f"cannot use s3://{place}: there are no credentials ({error}): {_NEW_CREDENTIALS}")
     if not code and not isinstance(error, ClientError):
         reason = _details(error)
         return ObjectStoreError(
-            f"cannot reach s3://{place} ({reason}): look at the network and AWS_ENDPOINT_URL; {_LATER}"
+            f"cannot reach s3://{place} ({reason}): check the network and AWS_ENDPOINT_URL; {_LATER}"
         )
     return _sentence(code, method, place, _details(error))
 
@@ -161,7 +165,7 @@ def _explained(error: Exception, method: str, place: str) -> Exception:
 def _sentence(code: str, method: str, place: str, details: str) -> ObjectStoreError:
     meaning = _SENTENCES.get(code)
     if meaning is None:
-        meaning = f"{details or 'no details'}; mend this and run the same command again"
+        meaning = f"{details or 'no details'}; fix this and run the same command again"
     return ObjectStoreError(f"cannot use s3://{place} ({method}: {code}): {meaning}")
 
 

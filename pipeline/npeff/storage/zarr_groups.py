@@ -1,4 +1,4 @@
-"""Zarr groups that say what they are: a kind and a schema version in their attributes, and errors of one line."""
+"""Zarr groups with a kind and a schema version in their attributes, and with one-line error messages."""
 
 from __future__ import annotations
 
@@ -25,24 +25,31 @@ METADATA = "zarr.json"
 
 
 def create_group(folder: Path, kind: str, version: int, own: Mapping[str, Any], attrs: Mapping[str, Any]) -> zarr.Group:
-    """A new group in the empty `folder`; `own` are attributes of its format, `attrs` those of its user (both JSON).
+    """Create a group in the empty `folder`.
+
+    Args:
+        folder: The folder of the group.
+        kind: What the group stores, for error messages.
+        version: Schema version.
+        own: Attributes of the format (JSON).
+        attrs: Attributes of the caller (JSON).
 
     Raises:
-        ValueError: `attrs` redefines an attribute of the format, or something is not JSON.
+        ValueError: `attrs` redefines an attribute of the format, or an attribute is not JSON.
     """
     own = {"kind": kind, "schema_version": version, **own}
     if clash := sorted({*own, SEAL} & set(attrs)):
         raise ValueError(f"attrs may not redefine {clash}")
-    # through JSON and back, so that NaN is refused here and what is read equals what was written
+    # the round trip through JSON refuses NaN, and makes the attributes equal to those that are read
     attributes = sealed(json.loads(json.dumps({**own, **attrs}, allow_nan=False)))
     return zarr.create_group(folder, attributes=attributes)
 
 
 def open_group(path: Path, kind: str, version: int, command: str) -> tuple[zarr.Group, dict[str, Any]]:
-    """The group at `path`, which `npeff <command>` writes, and its attributes.
+    """Open the group at `path`, which `npeff <command>` writes, and return it with its attributes.
 
     Raises:
-        StoreError: there is none, or it is damaged, something else, or of another schema version.
+        StoreError: The group is missing or damaged, or has another kind or schema version.
     """
     with os_errors_explained("read", path):
         exists = is_committed(path) if is_remote(path) else path.is_dir()
@@ -57,7 +64,7 @@ def open_group(path: Path, kind: str, version: int, command: str) -> tuple[zarr.
         raise StoreError(f"{path} is not {kind}", "choose another run_dir", path=path)
     if attrs.get("schema_version") != version:
         raise StoreError(
-            f"{path} has schema version {attrs.get('schema_version')} and this program reads {version}",
+            f"{path} has schema version {attrs.get('schema_version')}, but this program reads version {version}",
             "use the version that wrote it, or choose another run_dir",
             path=path,
         )
@@ -68,13 +75,14 @@ def open_group(path: Path, kind: str, version: int, command: str) -> tuple[zarr.
 
 
 def restore_metadata(path: Path, create: Callable[[Path], object]) -> None:
-    """Write those ``zarr.json`` of a group that are missing; what is stored in it stays.
+    """Write the missing ``zarr.json`` files of a group. Its content stays.
 
     Args:
-        create: makes the same group, without content, at the path it is given.
+        path: The group.
+        create: Creates the same group, without content, at the path that it receives.
 
     Raises:
-        StoreError: they cannot be written.
+        StoreError: A file cannot be written.
     """
     with os_errors_explained("write", path), tempfile.TemporaryDirectory(prefix="npeff-") as folder:
         fresh = Path(folder, path.name)
@@ -90,12 +98,12 @@ def _copy(source: Path, stream: BinaryIO) -> None:
 
 
 def open_array(group: zarr.Group, path: Path, name: str, command: str) -> zarr.Array:
-    """One array of the group at `path`. Raises StoreError when it is missing or its metadata are damaged."""
+    """Return one array of the group at `path`. Raises StoreError if it is missing or its metadata are damaged."""
     try:
         array = group[name]
     except (KeyError, ValueError, TypeError, OSError) as error:
         raise damaged_metadata(path, name, command) from error
-    if not isinstance(array, zarr.Array):  # a flipped bit in its node_type
+    if not isinstance(array, zarr.Array):  # its node_type is damaged
         raise damaged_metadata(path, name, command)
     return array
 
@@ -109,19 +117,22 @@ def _zarr_store(path: Path) -> Path | FsspecStore:
 
 
 def damaged_metadata(path: Path, name: str, command: str) -> StoreError:
-    """The error whose `path` is the ``zarr.json`` of an array, or, where `name` is empty, of the group at `path`."""
+    """Return the error for the damaged ``zarr.json`` of array `name`, or of the group at `path` if `name` is empty."""
     file = path / name / METADATA
     remedy = f"delete {path} and run `npeff {command} {path.parent}` again"
     return StoreError(f"{file} is damaged", remedy, path=file)
 
 
 def stored_path(group_path: Path, name: str, array: zarr.Array, index: int) -> Path:
-    """The file of the `index`-th shard (chunk, where there are no shards) of an array cut along its first axis only."""
+    """Return the file of the `index`-th shard of an array that is split along its first axis only.
+
+    For an array without shards, it is the file of the `index`-th chunk.
+    """
     return group_path / name / array.metadata.encode_chunk_key((index, *[0] * (array.ndim - 1)))
 
 
 def stored_bytes(path: Path) -> int:
-    """Size of a file; 0 where there is none."""
+    """Return the size of a file in bytes; 0 if the file does not exist."""
     try:
         return path.stat().st_size
     except (FileNotFoundError, NotADirectoryError):
@@ -130,7 +141,7 @@ def stored_bytes(path: Path) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The rows that make up the `index`-th shard, or chunk, of an array, whole."""
+    """All rows of the `index`-th shard, or chunk, of an array."""
 
     name: str
     array: zarr.Array
@@ -140,10 +151,10 @@ class Part:
 
 
 def write_durably(group_path: Path, parts: Iterator[Part]) -> None:
-    """Write parts of arrays of a group, so that they survive a power failure.
+    """Write parts of the arrays of a group durably: they survive a power failure.
 
     Raises:
-        StoreError: the disk refuses. Other parts are untouched; this one may be gone.
+        StoreError: A part cannot be written. Other parts are unchanged; this part may be missing.
     """
     if is_remote(group_path):
         objects.put_all(dict(_encoded(group_path, part) for part in parts))
@@ -152,9 +163,9 @@ def write_durably(group_path: Path, parts: Iterator[Part]) -> None:
     for part in parts:
         path = stored_path(group_path, part.name, part.array, part.index)
         with os_errors_explained("write", path):
-            for litter in path.parent.glob(f"{path.name}.*{PARTIAL}"):  # of a writer killed inside Zarr
+            for litter in path.parent.glob(f"{path.name}.*{PARTIAL}"):  # from a writer that was killed inside Zarr
                 litter.unlink()
-            path.unlink(missing_ok=True)  # Zarr would read a former shard first, and fail on a corrupt one
+            path.unlink(missing_ok=True)  # Zarr would read an existing shard first, and fail if it is corrupt
             part.array[part.rows] = part.values
             files.append(path)
             folders |= dict.fromkeys(each for each in path.parents if each.is_relative_to(group_path))
@@ -164,10 +175,10 @@ def write_durably(group_path: Path, parts: Iterator[Part]) -> None:
 
 
 def _encoded(group_path: Path, part: Part) -> tuple[Path, bytes]:
-    """The object that a part is stored as.
+    """Return the path and the content of the object that stores a part.
 
-    Zarr makes it in memory. Through it, a former one would have to be deleted first, and a second worker with the same
-    shard would take away what the first has recorded.
+    Zarr encodes the content in memory. A direct write by Zarr would require that an existing object is deleted first,
+    so a second worker with the same shard would delete the object that the first worker has recorded.
     """
     made: dict[str, Buffer] = {}
     in_memory = StorePath(MemoryStore(made), part.name)

@@ -148,7 +148,7 @@ class DirectionStore:
     def _read(self, name: str, component: int) -> np.ndarray:
         damage = StoreError(
             f"{name} of direction {component} in {self.path} is corrupt",
-            f"run `npeff check --repair {self.path.parent}` or delete {self.path} and run "
+            f"run `npeff check --recompute {self.path.parent}` or delete {self.path} and run "
             f"`npeff lift {self.path.parent}` again",
             path=self.path / name,
         )

@@ -1,4 +1,4 @@
-"""Everything in a run directory that can be verified by itself, and what to delete to have it made again."""
+"""The parts of a run directory that `check` verifies, with the files to delete before each part is recomputed."""
 
 from __future__ import annotations
 
@@ -24,34 +24,37 @@ from npeff.store.tables import read_table
 
 
 def complete_stages(run: RunDirectory) -> list[StageDefinition]:
-    """Stages that were complete, in their order, even where a record is missing that a later one rests on."""
+    """Return the stages that were complete, in order.
+
+    A stage whose record is missing counts as complete if a later stage that needs it has a record.
+    """
     recorded = [stage for stage in STAGES if stage.leaves is None and run.record_file(stage.name).exists()]
     complete = {*recorded, *(earlier for stage in recorded for earlier in stage.ancestors())}
     return [stage for stage in STAGES if stage in complete]
 
 
 def parts_of(run: RunDirectory) -> list[Part]:
-    """All parts of a run, in the order in which the stages made them."""
+    """Return all parts of a run, in the order of the stages."""
     parts, imported = list(_of_the_run(run)), imported_stages(run)
     for stage in STAGES:
         if stage.leaves is not None:
             continue
         within = [] if stage.parts is None else stage.resolve(stage.parts)(run)
         of_stage = [*_stage_parts(run, stage), *within]
-        parts += map(_not_mendable, of_stage) if stage in imported else of_stage
+        parts += map(_not_recomputable, of_stage) if stage in imported else of_stage
     return parts
 
 
 def imported_stages(run: RunDirectory) -> tuple[StageDefinition, ...]:
-    """Those whose results are of a file, which no stage can make again."""
+    """Return the stages whose results come from an imported file, which no stage can recompute."""
     if run.config.task.name != IMPORTED_TASK:
         return ()
     factorized = run.record_file("factorize").exists() and not run.checkpoints.exists()
     return (FISHERS, FACTORIZE) if factorized else (FISHERS,)
 
 
-def _not_mendable(part: Part) -> Part:
-    return replace(part, mendable=False, remedy="import the file again, into a new run_dir")
+def _not_recomputable(part: Part) -> Part:
+    return replace(part, recomputable=False, remedy="import the file again, into a new run_dir")
 
 
 def _of_the_run(run: RunDirectory) -> Iterator[Part]:
@@ -61,7 +64,7 @@ def _of_the_run(run: RunDirectory) -> Iterator[Part]:
         "configuration",
         run.path / "run.yaml",
         partial(_verify_configuration, run),
-        mendable=False,
+        recomputable=False,
         remedy="restore it from a copy, such as the run file that the run was made from",
     )
     if run.report.exists():
@@ -69,7 +72,7 @@ def _of_the_run(run: RunDirectory) -> Iterator[Part]:
 
 
 def _verify_configuration(run: RunDirectory) -> None:
-    """What the shards were computed with must be what ``run.yaml`` says; its other sections have no such trace."""
+    """Check that ``run.yaml`` is the configuration of the shards. Its other sections cannot be verified."""
     record = intact_record(run, "fishers")
     mine = {run.config.signature("task", *more, "fishers", "seed") for more in ((), ("parameters",))}
     if record is not None and record["signature"].partition("-")[0] not in mine:
@@ -82,7 +85,7 @@ def _verify_report(path: Path) -> None:
 
 
 def _stage_parts(run: RunDirectory, stage: StageDefinition) -> Iterator[Part]:
-    """The record of a stage; and whether what a complete one must have written is there, and readable."""
+    """Yield the record of a stage and the outputs that a complete stage must have written."""
     record = run.record_file(stage.name)
     if record.exists():
         yield Part(f"record of {stage.name}", record, partial(checked_record, run, stage.name), (record,))
@@ -104,7 +107,7 @@ def _stage_parts(run: RunDirectory, stage: StageDefinition) -> Iterator[Part]:
 
 
 def _expected(run: RunDirectory) -> list[StageDefinition]:
-    """Stages that were complete; of an imported decomposition alone there were never any Fishers."""
+    """Return the stages that were complete. A decomposition imported without its Fishers never had the stage fishers."""
     without_fishers = FISHERS in imported_stages(run) and not is_committed(run.fishers)
     return [stage for stage in complete_stages(run) if not (stage is FISHERS and without_fishers)]
 
@@ -112,7 +115,7 @@ def _expected(run: RunDirectory) -> list[StageDefinition]:
 def _verify_table(run: RunDirectory, path: Path) -> None:
     """Read a table, and compare the file with the checksum in the record of the stage that completed the table.
 
-    That is another stage than the one that usually writes the table where a decomposition was imported alone.
+    If a decomposition was imported without its Fishers, this is not the stage that usually writes the table.
     """
     read_table(path, path.stem)
     records = [intact_record(run, stage.name) or {} for stage in STAGES if stage.leaves is None]

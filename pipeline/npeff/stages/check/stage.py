@@ -1,7 +1,7 @@
-"""Beside the stages: is everything in a run directory what was written there? And the way back, if it is not.
+"""Verification of a whole run directory, and recomputation of its damaged parts.
 
-The stages find damage when they read something; this reads everything. What is damaged is deleted, with the record that
-vouched for it, and nothing else: for the stages it is then not there yet, and they make it again as after a crash.
+A stage finds damage only in the files that it reads. `check` reads every file. With ``recompute``, it deletes only the
+damaged parts and their records. The stages then recompute the deleted parts, as they do after a crash.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from npeff.stages.worker_specs import executor_for
 from npeff.storage.errors import StoreError
 
 _ROUNDS = 3
-"""What is stored in an array can only be verified once its metadata are there: a later round finds more."""
+"""The content of an array can be verified only after its metadata are restored, so a later round may find more."""
 _MOST_AT_ONCE = 4
-"""Parts that are read at a time; each is held in memory, whole."""
+"""Largest number of parts that are read at a time. Each part is held in memory as a whole."""
 
 
 @dataclass(frozen=True)
 class Damage:
-    """One thing that is wrong."""
+    """One damaged part of a run directory."""
 
     what: str
     where: Path
@@ -48,14 +48,20 @@ class Damage:
 def check(
     run: RunDirectory,
     *,
-    repair: bool = False,
+    recompute: bool = False,
     executor: Executor | None = None,
     progress: ProgressDisplay | None = None,
 ) -> list[Damage]:
-    """Verify all that is in a run's directory; what is wrong with it, or, after a repair, what still is.
+    """Verify everything in a run directory.
 
     Args:
-        repair: delete what is damaged, and have the stages that were complete make it again.
+        run: The run directory.
+        recompute: Delete the damaged parts, and recompute those of stages that were complete.
+        executor: Distributes the recomputation; by default, the executor of the run file.
+        progress: Display of the progress; by default, none.
+
+    Returns:
+        The damaged parts; with ``recompute``, the parts that are still damaged afterwards.
 
     Raises:
         RunDirectoryError: the run is in use.
@@ -63,19 +69,19 @@ def check(
     progress = progress or SilentProgress()
     with run.lock():
         damaged = _damaged(run, progress)
-        if repair:
+        if recompute:
             stages, as_lifted, reported = _recomputations(run), _as_lifted(run), run.report.exists()
             for _ in range(_ROUNDS):
-                mendable = [part for part, _ in damaged if part.mendable]
-                if not mendable:
+                recomputable = [part for part, _ in damaged if part.recomputable]
+                if not recomputable:
                     break
-                _make_again(as_lifted, mendable, stages, reported, executor, progress)
+                _recompute(as_lifted, recomputable, stages, reported, executor, progress)
                 damaged = _damaged(run, progress)
         return [Damage(part.what, part.where, why, _remedy(run, part)) for part, why in damaged]
 
 
 def _damaged(run: RunDirectory, progress: ProgressDisplay) -> list[tuple[Part, str]]:
-    """The parts that cannot be read, and why."""
+    """Return the damaged parts, each with a description of its damage."""
     parts, found = parts_of(run), []
     with (
         progress.stage("check", len(parts), "parts") as tick,
@@ -97,7 +103,7 @@ def _verified(part: Part) -> str | None:
 
 
 def _recomputations(run: RunDirectory) -> dict[StageDefinition, Callable[..., object]]:
-    """What recomputes each stage that was complete. Components of another run are taken from that run again."""
+    """Return a function for each complete stage that recomputes it. Components of another run are read from it again."""
     imported = imported_stages(run)
     stages: dict[StageDefinition, Callable[..., object]] = {
         stage: stage for stage in complete_stages(run) if stage not in imported
@@ -108,15 +114,17 @@ def _recomputations(run: RunDirectory) -> dict[StageDefinition, Callable[..., ob
 
 
 def _as_lifted(run: RunDirectory) -> RunDirectory:
-    """The run, asked for just the components that it has directions of: the command line may have chosen them. Polished
-    ones are all of them."""
+    """Return the run, configured to lift only the components that have directions.
+
+    These components may have been chosen on the command line. Polishing always lifts all components.
+    """
     lifted = tuple(finished_components(run, "lift"))
     if not lifted or run.config.lift.polish_steps:
         return run
     return RunDirectory(run.path, run.config.with_lift(components=lifted))
 
 
-def _make_again(
+def _recompute(
     run: RunDirectory,
     parts: Iterable[Part],
     stages: Mapping[StageDefinition, Callable[..., object]],
@@ -125,10 +133,10 @@ def _make_again(
     progress: ProgressDisplay,
 ) -> None:
     for part in parts:
-        progress.say(f"making again: {part.what}")
+        progress.say(f"recomputing: {part.what}")
         for path in part.deleted:
             delete(path)
-    RunDirectory.create(run.config)  # the provenance, if that is gone
+    RunDirectory.create(run.config)  # writes the provenance file if it is missing
     with executor_for(run, executor) as workers:
         for stage, recompute in stages.items():
             if recorded(run, stage) is None:
@@ -136,9 +144,9 @@ def _make_again(
     if reported:
         try:
             write_report(run.path, top_examples=run.config.report.top_examples)
-        except QueryError as error:  # a table is damaged that this round could not make again
+        except QueryError as error:  # this round could not recompute a damaged table
             progress.say(str(error))
 
 
 def _remedy(run: RunDirectory, part: Part) -> str:
-    return f"npeff check --repair {run.path}" if part.mendable else part.remedy
+    return f"npeff check --recompute {run.path}" if part.recomputable else part.remedy
