@@ -326,7 +326,7 @@ def test_a_component_that_is_not_there_is_refused(run: RunDirectory, tmp_path: P
         again(run, lift={"dtype": "float32"})
     for section, message in (
         ("lift: {components: []}", "give at least one component to lift"),
-        ("verification: {ablation_origin: a.safetensors}", "ablation_origin goes with ablation: true"),
+        ("verification: {ablation_origin: a.safetensors}", "ablation_origin needs ablation: true"),
     ):
         file = tmp_path / "run.yaml"
         file.write_text(f"run_dir: x\ntask: {{name: digits}}\nfactorization: {{n_components: 4}}\n{section}\n")

@@ -361,7 +361,7 @@ def test_a_question_that_cannot_be_answered_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("select", "RUN", "--components", "x"), "are no numbers of components"),
+        (("select", "RUN", "--components", "x"), "is not a list of numbers of components"),
         (("select", "RUN", "--components", "8:4:1"), "components"),
         (("select", "RUN", "--components", "0"), "components"),
         (("select", "RUN", "--components", "1000"), "n_components"),

@@ -297,7 +297,7 @@ def test_entries_in_no_column_are_counted_and_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "key"), [("diagonal_groups", "groups: true"), ("diagonal_entries", "top_entries: 1024, say")]
+    ("kind", "key"), [("diagonal_groups", "groups: true"), ("diagonal_entries", "top_entries, such as 1024")]
 )
 def test_diagonals_that_are_not_stored_are_refused(kind: str, key: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"

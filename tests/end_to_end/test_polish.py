@@ -211,7 +211,7 @@ def test_what_cannot_be_polished_is_refused(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(ConfigError, match="polish_steps needs the directions of all components"):
         RunConfig.from_yaml(_written(tmp_path / "a.yaml", "lift: {polish_steps: 1, components: [0]}"))
     diagonal = "fishers: {diagonal: {groups: true}}\nlift: {polish_steps: 1}"
-    with pytest.raises(ConfigError, match=r"lift.polish_steps is for factorization.kind: fishers"):
+    with pytest.raises(ConfigError, match=r"lift.polish_steps needs factorization.kind: fishers"):
         RunConfig.from_yaml(_written(tmp_path / "b.yaml", diagonal, kind="diagonal_groups"))
     with pytest.raises(SystemExit) as end:
         cli.main(["run", str(tmp_path / "a.yaml")])

@@ -173,7 +173,7 @@ def test_what_cannot_be_searched_is_refused_in_one_line(tmp_path: Path) -> None:
     run = prepared(tmp_path / "run", selection={"components": [4, 600]})
     with pytest.raises(InvalidProblemError, match="n_components=600 exceeds the 480 factor rows of 160 examples"):
         select(run)
-    with pytest.raises(ConfigError, match="are no numbers of components"):
+    with pytest.raises(ConfigError, match="is not a list of numbers of components"):
         run.config.with_selection(components="8:64:8:2")
     with pytest.raises(ConfigError, match="greater than 0"):
         run.config.with_selection(seeds=0)

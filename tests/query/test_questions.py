@@ -243,7 +243,7 @@ def test_a_table_of_a_later_version_is_refused_in_one_line(make_run: Callable) -
     file = path / "tables" / "examples.parquet"
     later = pq.read_table(file).replace_schema_metadata({"npeff.schema_version": "3"})
     pq.write_table(later, file)
-    with pytest.raises(QueryError, match="has schema version 3 and this program reads up to 2: install the version"):
+    with pytest.raises(QueryError, match="has schema version 3, but this program reads versions up to 2: install the version"):
         ComponentStore.open(path).top_examples(0)
 
 

@@ -57,14 +57,14 @@ def test_the_resolved_configuration_reads_back_as_the_same(tmp_path: Path) -> No
         (MINIMAL + "seed: -1\n", "seed"),
         (MINIMAL + "executor: {kind: serial, workers: 2}\n", "the serial executor has one worker"),
         (MINIMAL + "verification: {target_kl: 0}\n", "verification.target_kl"),
-        ("- a\n- b\n", "is no run file: it must hold key: value lines"),
+        ("- a\n- b\n", "is not a run file: it must contain the keys"),
         ("run_dir: [", "not valid YAML: line 1, column 11: "),
         (MINIMAL + "seed: 1\nseed: 2\n", "not valid YAML: line 5, column 1: key 'seed' is given twice"),
         (MINIMAL.replace("runs/x", "''"), "run_dir must be given"),
         (MINIMAL.replace("{name: digits}", "digits"), "task must be a mapping, such as {key: value}, not 'digits'"),
         (MINIMAL + "parameters: {include: '*'}\n", "parameters.include must be a list, such as [\"*\"], not '*'"),
         (MINIMAL.replace("4", "many"), "factorization.n_components must be a whole number, not 'many'"),
-        ("", "is no run file: it must hold key: value lines"),
+        ("", "is not a run file: it must contain the keys"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(tmp_path: Path, text: str, said: str) -> None:
@@ -132,6 +132,6 @@ def test_an_environment_variable_that_is_not_set_is_one_line(tmp_path: Path, mon
     monkeypatch.delenv("NO_SUCH_FOLDER", raising=False)
     text = MINIMAL.replace("digits", "digits, options: {data: '${NO_SUCH_FOLDER}/x'}")
     with pytest.raises(
-        ConfigError, match=r"task\.options\.data names the environment variable NO_SUCH_FOLDER, which is not set"
+        ConfigError, match=r"task\.options\.data needs the environment variable NO_SUCH_FOLDER, which is not set"
     ):
         read(tmp_path, text)

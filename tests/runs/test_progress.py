@@ -33,7 +33,7 @@ def test_a_log_says_what_is_left_from_the_pace_of_this_session(
         clock[0] += 9
         tick(10, "all of them")
     assert capsys.readouterr().out.splitlines() == [
-        "fishers: 10 shards, 4 of them done before",
+        "fishers: 10 shards, 4 done before",
         "fishers: 5/10 shards",
         "fishers: 7/10 shards, about 12 s left",
         "fishers: 10/10 shards, 78 s, all of them",

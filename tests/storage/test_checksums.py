@@ -88,7 +88,7 @@ def test_what_a_killed_writer_left_is_no_record(tmp_path: Path) -> None:
 
 def test_a_record_of_another_signature_is_refused(tmp_path: Path) -> None:
     ShardRecords(tmp_path, "configuration").write(RECORD)
-    with pytest.raises(StoreError, match=r"00007\.json is of another run .*choose another run_dir"):
+    with pytest.raises(StoreError, match=r"00007\.json belongs to another run .*choose another run_dir"):
         ShardRecords(tmp_path, "other").complete()
     with pytest.raises(ValueError, match="signature"):
         ShardRecords(tmp_path, "other").write(RECORD)

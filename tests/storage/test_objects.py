@@ -263,7 +263,7 @@ def test_sums_of_diagonals_are_folded_and_read_in_the_same_order(s3: ObjectStore
         sums.fold(last=True)
         sums.write_mean(location(f"{folder}/mean.safetensors"), 9, {})
         contents.append(location(f"{folder}/mean.safetensors").read_bytes())
-        with pytest.raises(StoreError, match="is of another run"):
+        with pytest.raises(StoreError, match="belongs to another run"):
             DiagonalSums(location(f"{folder}/diagonal"), n_shards=3, signature="t").missing()
     assert contents[0] == contents[1]
 

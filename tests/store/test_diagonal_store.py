@@ -118,7 +118,7 @@ def test_a_damaged_file_is_named_and_can_be_deleted(tmp_path: Path, name: str, k
 
 def test_sums_of_another_run_are_refused(tmp_path: Path) -> None:
     sums_in(tmp_path).write(3, unit_sum(3))
-    with pytest.raises(StoreError, match=r"00003\.safetensors is of another run: choose another run_dir"):
+    with pytest.raises(StoreError, match=r"00003\.safetensors belongs to another run: choose another run_dir"):
         sums_in(tmp_path, signature="other").missing()
 
 

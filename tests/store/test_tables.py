@@ -137,7 +137,7 @@ def test_a_table_of_another_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "classes.parquet"
     for table in (pa.table({"class": [1]}), pa.table({"class": [1.0], "name": ["a"]})):
         pq.write_table(table, path)
-        with pytest.raises(StoreError, match="has not the columns of table classes"):
+        with pytest.raises(StoreError, match="does not have the columns of table classes"):
             read_table(path, "classes")
 
 
@@ -181,5 +181,5 @@ def test_a_table_without_a_version_is_read_and_one_of_a_later_version_refused(tm
     pq.write_table(table, path)
     assert read_table(path, "classes").equals(table)
     pq.write_table(table.replace_schema_metadata({"npeff.schema_version": "3"}), path)
-    with pytest.raises(StoreError, match=r"classes\.parquet has schema version 3 and this program reads up to 2"):
+    with pytest.raises(StoreError, match=r"classes\.parquet has schema version 3, but this program reads versions up to 2"):
         read_table(path, "classes")

@@ -1,1 +1,1 @@
-"""One run: its configuration, directory, lock and records, and what a stage is."""
+"""A run: its configuration, directory, lock and records, and the definition of a stage."""

@@ -1,11 +1,11 @@
-"""What a run is: frozen pydantic models, read from YAML, with unknown keys refused.
+"""The configuration of a run: frozen pydantic models that are read from YAML and refuse unknown keys.
 
-A run file is a mapping; every key has a default except ``run_dir``, ``task`` and ``factorization.n_components``.
-`RunConfig.from_yaml` reads one, `RunConfig.to_yaml` writes the resolved configuration, with every default filled in.
+A run file is a mapping. Every key has a default except ``run_dir``, ``task`` and ``factorization.n_components``.
+`RunConfig.from_yaml` reads a run file. `RunConfig.to_yaml` writes the resolved configuration with all defaults.
 
-``${NAME}`` in any text of a run file stands for the environment variable NAME, which must be set: a run file that is
-shared says ``data: ${DATA}/pairs.parquet``. ``$${NAME}`` stands for the text ``${NAME}`` itself. Variables are resolved
-where the run file is read, before anything is sent elsewhere, and what a run keeps in its folder has their values.
+``${NAME}`` in any value of a run file is replaced by the environment variable NAME, which must be set; for example,
+``data: ${DATA}/pairs.parquet``. ``$${NAME}`` is the text ``${NAME}``. Variables are resolved when the run file is read,
+on the machine that reads it. The run directory stores the resolved values.
 """
 
 from __future__ import annotations
@@ -45,16 +45,18 @@ _FREE: dict[str, Any] = {
     "lift": {"memory_limit_mb", "components"},
     "factorization": {"memory_limit_mb", "checkpoint_every", "metrics"},
 }
-"""Keys that change no result."""
+"""Keys that do not change any result."""
 
 
 class RunConfig(Section):
+    """The configuration of a run: one model, one data set, and the settings of every stage."""
+
     run_dir: Annotated[str, Field(min_length=1, pattern="^[^\\x00]*$")]
-    """Folder that everything is written to."""
+    """Directory, or URI ``s3://bucket/prefix``, of all results."""
     task: TaskConfig
     factorization: FactorizationConfig
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seeds the sketch, the split into fitted and held-out examples, the initialization and the random controls."""
+    """Seed of the sketch, the split into fit and held-out examples, the initialization and the random controls."""
     parameters: ParametersConfig = ParametersConfig()
     fishers: FishersConfig = FishersConfig()
     selection: SelectionConfig = SelectionConfig()
@@ -65,43 +67,47 @@ class RunConfig(Section):
     executor: ExecutorConfig = ExecutorConfig()
 
     @model_validator(mode="after")
-    def _what_is_factorized_is_stored(self) -> Self:
+    def _check_factorized_is_stored(self) -> Self:
         kind, stored = self.factorization.kind, self.fishers.diagonal
         if kind != "fishers" and self.lift.polish_steps:
-            raise ValueError("lift.polish_steps is for factorization.kind: fishers: remove it")
+            raise ValueError("lift.polish_steps needs factorization.kind: fishers: remove it")
         if kind == "diagonal_groups" and not stored.groups:
             raise ValueError("factorization.kind: diagonal_groups needs fishers.diagonal.groups: true")
         if kind == "diagonal_entries" and stored.top_entries is None:
-            raise ValueError("factorization.kind: diagonal_entries needs fishers.diagonal.top_entries: 1024, say")
+            raise ValueError("factorization.kind: diagonal_entries needs fishers.diagonal.top_entries, such as 1024")
         return self
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> RunConfig:
         """Read a run file.
 
+        Args:
+            path: The run file.
+
         Raises:
-            ConfigError: the file is missing, is not YAML, names an environment variable that is not set, or a key is
-                missing, unknown or has a value that is refused.
+            ConfigError: The file is missing, is not YAML, or refers to an environment variable that is not set; or a
+                key is missing, is unknown or has an invalid value.
         """
-        path = Path(path) if isinstance(path, str) else path  # it may be on an object store
+        path = Path(path) if isinstance(path, str) else path  # a path may be on an object store
         try:
             return cls.model_validate(read_run_file(path))
         except ValidationError as error:
             raise ConfigError(f"{path}: {one_line(error, cls)}") from None
 
     def to_yaml(self) -> str:
+        """Return the configuration as the text of a run file, with all defaults."""
         return yaml.safe_dump(with_variables_escaped(self.model_dump(mode="json")), sort_keys=False)
 
     def with_executor(self, **changes: Any) -> RunConfig:
-        """This configuration with some of ``executor``'s values replaced."""
+        """Return this configuration with some values of ``executor`` replaced."""
         return self._with_section("executor", changes)
 
     def with_selection(self, **changes: Any) -> RunConfig:
-        """This configuration with some of ``selection``'s values replaced."""
+        """Return this configuration with some values of ``selection`` replaced."""
         return self._with_section("selection", changes)
 
     def with_lift(self, **changes: Any) -> RunConfig:
-        """This configuration with some of ``lift``'s values replaced."""
+        """Return this configuration with some values of ``lift`` replaced."""
         return self._with_section("lift", changes)
 
     def _with_section(self, name: str, changes: dict[str, Any]) -> RunConfig:
@@ -113,9 +119,11 @@ class RunConfig(Section):
         return self.model_copy(update={name: changed})
 
     def differences(self, other: RunConfig) -> list[str]:
-        """Dotted names of the keys whose values differ from an earlier configuration's, those apart that change no
-        result, and a larger ``factorization.max_iterations``: the same run may go on elsewhere, with other workers or
-        another memory limit, or for longer."""
+        """Return the dotted names of the keys whose values differ from an earlier configuration.
+
+        Keys that do not change any result are ignored, and so is a larger ``factorization.max_iterations``. A run may
+        therefore be resumed on another machine, with other workers, another memory limit or more iterations.
+        """
         mine, theirs = (_flatten(config.model_dump(mode="json", exclude=_FREE)) for config in (self, other))
         different = {key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)}
         if self.factorization.max_iterations >= other.factorization.max_iterations:
@@ -123,17 +131,20 @@ class RunConfig(Section):
         return sorted(different)
 
     def with_max_iterations(self, max_iterations: int) -> RunConfig:
-        """This configuration with another limit on the solver's passes."""
+        """Return this configuration with another limit on the iterations of the solver."""
         factorization = self.factorization.model_copy(update={"max_iterations": max_iterations})
         return self.model_copy(update={"factorization": factorization})
 
     def factorization_signature(self) -> str:
-        """Short hash of what the solver's checkpoints depend on, besides the Fishers: not on when it stops."""
+        """Return a hash of the settings that the solver's checkpoints depend on, besides the Fishers.
+
+        The iteration limit is not among these settings.
+        """
         wanted = self.factorization.model_dump(mode="json", exclude=_FREE["factorization"] | {"max_iterations"})
         return hashlib.sha256(json.dumps([wanted, self.seed], sort_keys=True).encode()).hexdigest()[:16]
 
     def signature(self, *sections: str) -> str:
-        """Short hash of the named top-level sections: what a stage's stored results depend on."""
+        """Return a hash of the named top-level sections, on which the stored results of a stage depend."""
         content = self.model_dump(mode="json", include=set(sections), exclude=_FREE)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""Reading a run file: YAML, environment variables, and problems as one line."""
+"""Reading of run files: YAML, environment variables, and one-line error messages."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _VARIABLE = re.compile(r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 class ConfigError(NpeffError, ValueError):
-    """A run file that cannot be used; the message names the key and says what would be accepted."""
+    """A run file that cannot be used. The message names the key and the accepted values."""
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
-    """The mapping of a run file, with environment variables in the place of ``${NAME}``.
+    """Return the mapping of a run file, with ``${NAME}`` replaced by environment variables.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, is not a mapping, or names an environment variable that is not
-            set.
+        ConfigError: The file is missing, is not YAML, is not a mapping, or refers to an environment variable that is
+            not set.
     """
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
@@ -40,7 +40,7 @@ def read_run_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid YAML: {_yaml_problem(error)}") from None
     if not isinstance(document, dict):
         raise ConfigError(
-            f"{path} is no run file: it must hold key: value lines for run_dir, task and factorization.n_components"
+            f"{path} is not a run file: it must contain the keys run_dir, task and factorization.n_components"
         )
     try:
         resolved: dict[str, Any] = _map_texts(document, _with_variables)
@@ -50,13 +50,13 @@ def read_run_file(path: Path) -> dict[str, Any]:
 
 
 def with_variables_escaped(document: dict[str, Any]) -> dict[str, Any]:
-    """``document`` with ``$${NAME}`` in the place of ``${NAME}``, so that it reads back as it is."""
+    """Return ``document`` with ``${NAME}`` escaped as ``$${NAME}``, so that it is read back unchanged."""
     escaped: dict[str, Any] = _map_texts(document, lambda text, _: _VARIABLE.sub(r"$\g<0>", text))
     return escaped
 
 
 def _map_texts(tree: Any, change: Callable[[str, str], str], key: str = "") -> Any:
-    """``tree`` with ``change(text, dotted key)`` in place of every text in it."""
+    """Return ``tree`` with every string replaced by ``change(string, dotted key)``."""
     match tree:
         case str():
             return change(tree, key)
@@ -68,21 +68,21 @@ def _map_texts(tree: Any, change: Callable[[str, str], str], key: str = "") -> A
 
 
 def _with_variables(text: str, key: str) -> str:
-    """``text`` with environment variables in the place of ``${NAME}``."""
+    """Return ``text`` with ``${NAME}`` replaced by environment variables."""
 
     def value(found: re.Match[str]) -> str:
         escaped, name = found.groups()
         if escaped:
             return found[0][1:]
         if name not in os.environ:
-            raise ConfigError(f"{key} names the environment variable {name}, which is not set: export {name}=…")
+            raise ConfigError(f"{key} needs the environment variable {name}, which is not set: export {name}=…")
         return os.environ[name]
 
     return _VARIABLE.sub(value, text)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would silently take the last."""
+    """A loader that refuses duplicate keys, of which YAML would silently use the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -113,15 +113,15 @@ _PLAIN = {
     "int_from_float": "must be a whole number",
     "float_type": "must be a number",
     "float_parsing": "must be a number",
-    "string_type": "must be a text",
+    "string_type": "must be a string",
     "string_too_short": "must be given",
     "string_pattern_mismatch": "must be a path",
 }
-"""pydantic's type of problem in words that speak of YAML, where its own speak of Python."""
+"""Messages for pydantic's error types in terms of YAML, instead of pydantic's messages in terms of Python."""
 
 
 def one_line(error: ValidationError, model: type[BaseModel]) -> str:
-    """pydantic's report on a ``model`` as one line, with the nearest known key for a misspelt one."""
+    """Return pydantic's errors on a ``model`` as one line, with the nearest known key for an unknown key."""
     parts = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
@@ -139,7 +139,7 @@ def one_line(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _refused_values(section: str, error: ValueError, given: Any) -> list[str]:
-    """What a section's own validation says of it; of a number that is out of its bounds as pydantic says it."""
+    """Return the messages of a section's own validation; numbers out of bounds are described as pydantic does."""
     if isinstance(error, OutOfBoundsError):
         problems = {f"{section}.{key}".lstrip("."): (bound, given[key]) for key, (bound, _) in error.problems.items()}
         return [f"{key} {bound}, not {value!r:.80}" for key, (bound, value) in problems.items()]

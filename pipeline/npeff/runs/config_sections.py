@@ -1,7 +1,7 @@
 """The sections of a run file, each with its keys, defaults and bounds.
 
-What the library takes as well is said once, in `npeff.options`: a section is such a type, or makes one of its values,
-which checks their bounds and gives their defaults.
+Options that the library shares are defined once, in `npeff.options`. A section either is one of these types, or creates
+a value of the type, which provides the defaults and checks the bounds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from npeff.options.sketch import SketchSpec
 from npeff.options.solver import SolverOptions
 
 IMPORTED_TASK = "imported"
-"""Name of the task of an imported run, which no model belongs to."""
+"""Name of the task of an imported run, which has no model."""
 
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -44,49 +44,52 @@ class TaskConfig(Section):
 
 class ParametersConfig(Section):
     include: tuple[str, ...] = ("*",)
-    """Globs on parameter names: what the Fishers are taken with respect to."""
+    """Globs of the names of the parameters with respect to which the Fishers are computed."""
     exclude: tuple[str, ...] = ()
-    """Globs on parameter names, taken out of what ``include`` matches."""
+    """Globs of parameter names to remove from the matches of ``include``."""
 
 
 class DiagonalConfig(Section):
     mean: bool = False
-    """Write the data set's diagonal Fisher, the mean over its examples, to ``diagonal_fisher.safetensors``."""
+    """Write the mean diagonal Fisher of the data set to ``diagonal_fisher.safetensors``."""
     top_entries: PositiveInt | None = None
-    """Store the so many largest entries of every example's diagonal, and its norm."""
+    """Number of largest diagonal entries to store for every example, with the norm of the diagonal."""
     groups: bool = False
-    """Store the sums of every example's diagonal over each output unit of every layer, and its norm."""
+    """Store the sums of every example's diagonal over each output unit of every layer, with the norm of the diagonal."""
 
 
 class FishersConfig(Section):
     labels: Labels = LabelSpec.kind
-    """How the expectation over labels is taken. ``exact``: one row per class but one. ``truncated``: the largest
-    eigenpairs. ``sampled``: labels drawn from the model, unbiased; what language models need. ``empirical``: the given
-    labels, which gives no Fisher matrix."""
+    """How the expectation over labels is computed. ``exact``: C − 1 rows for C classes. ``truncated``: the largest
+    eigenpairs. ``sampled``: labels drawn from the model, an unbiased estimate, for language models. ``empirical``: the
+    given labels; the result is not a Fisher matrix."""
     rank: int | None = LabelSpec.rank
-    """Rows of an example: the most that ``truncated`` keeps, the draws of ``sampled``; of these two only."""
+    """Rows per example: the largest number with ``truncated``, or the number of draws with ``sampled``. The other kinds
+    of labels do not use this option."""
     kept_trace: float = LabelSpec.kept_trace
-    """``truncated``: share of the trace at which an example has rows enough, so that some have fewer than ``rank``."""
+    """``truncated``: stop adding rows once this fraction of the trace is covered, so some examples have fewer than
+    ``rank`` rows."""
     sketch: SketchSpec = SketchSpec()
     diagonal: DiagonalConfig = DiagonalConfig()
-    """What is kept of the diagonals of the Fishers, which are exact whatever the sketch: nothing unless asked for."""
+    """Diagonals of the Fishers to store. They are exact for every sketch. By default, none are stored."""
     store_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    """Precision of the stored (normalised) factors."""
+    """Precision of the stored (normalized) factors."""
     shard_size: PositiveInt = 256
-    """Examples in one shard: one task of one actor, one file, one completion record."""
+    """Examples per shard. A shard is one item of a worker, one file per array, and one completion record."""
     batch_size: PositiveInt | Literal["auto"] = "auto"
-    """Examples in one forward pass; batches never cross a shard's border. ``auto`` finds it once, on the largest
-    examples, and records it in the store. A worker with several CPU cores computes up to four batches at a time."""
+    """Examples per forward pass. A batch never contains examples of two shards. ``auto`` determines the size once, on
+    the largest examples, and records it in the store. A worker with several CPU cores computes up to four batches at a
+    time."""
     memory_limit_mb: PositiveInt = 2048
-    """Memory that batches may take beside the model, those of a worker together, where their size is found."""
+    """Memory in MiB for all batches of a worker, besides the model. Used with ``batch_size: auto``."""
 
     @model_validator(mode="after")
-    def _labels_have_what_they_need(self) -> Self:
+    def _check_labels(self) -> Self:
         self.label_spec(seed=0)
         return self
 
     def label_spec(self, seed: int) -> LabelSpec:
-        """The options of the labels, of a run with this seed."""
+        """Return the label options of a run with this seed."""
         return LabelSpec(kind=self.labels, rank=self.rank, kept_trace=self.kept_trace, seed=seed)
 
 
@@ -95,92 +98,100 @@ class FactorizationConfig(Section):
     """Number of components K."""
     kind: Literal["fishers", "diagonal_groups", "diagonal_entries"] = "fishers"
     """What is factorized. ``fishers``: the low-rank Fishers (NPEFF). ``diagonal_groups``: their diagonals, summed over
-    output units; ``diagonal_entries``: the largest entries of the diagonals (D-NPEFF). The latter two need
-    ``fishers.diagonal.groups`` and ``fishers.diagonal.top_entries``."""
+    output units (D-NPEFF), which needs ``fishers.diagonal.groups``. ``diagonal_entries``: the largest entries of the
+    diagonals (D-NPEFF), which needs ``fishers.diagonal.top_entries``."""
     max_iterations: int = SolverOptions.max_iterations
-    """Passes over the Fishers, rejected steps included."""
+    """Largest number of passes over the Fishers, including rejected steps."""
     tolerance: PositiveFloat = SolverOptions.tolerance
-    """Stop when accepted steps lower the loss by less than this, relatively."""
+    """Stop when an accepted step lowers the loss by less than this relative amount."""
     n_starts: int = SolverOptions.n_starts
-    """Seeded initializations tried on a subsample; the best is used."""
+    """Number of seeded initializations to try on a subsample. The best is used. ``1`` skips the trial runs."""
     subsample: int = SolverOptions.subsample
-    """Examples in that subsample."""
+    """Examples in the subsample of the trial runs."""
     held_out_fraction: Fraction = 1 / 3
-    """Share of the examples that the components are not fitted on, so that they can be verified there."""
+    """Fraction of the examples to hold out of the fit, for verification."""
     checkpoint_every: PositiveInt = 5
-    """Iterations between checkpoints: what a crash can cost."""
+    """Iterations between checkpoints. A crash costs at most this many iterations."""
     memory_limit_mb: PositiveInt = 4096
-    """Memory, of a GPU where workers have one, in which a worker keeps its share of the Fishers. A share that takes
-    more, in half precision where that is how it is stored, is read from the store in every pass. Changes no result."""
+    """Memory in MiB in which a worker keeps its Fishers: GPU memory if the worker has a GPU. If the Fishers do not fit,
+    even in half precision where they are stored so, every pass reads them from the store. Does not change any result."""
     l1: float = SolverOptions.l1
-    """Sparsity of the coefficients: a component that explains less than this share of a Fisher's norm, alone, gets
-    none. The penalty is 2·l1·Σ ‖F̂_i‖·W_ij."""
+    """Sparsity of the coefficients. The coefficient of a component is zero if the component alone explains less than
+    this fraction of the Fisher's norm. The penalty is 2·l1·Σ ‖F̂_i‖·W_ij."""
     orthogonality: float = SolverOptions.orthogonality
-    """Pressure against components that are alike: this much of the explained share is given up for a mean squared
-    cosine that is lower by one."""
+    """Penalty on similar components: the explained fraction that is traded for a decrease of the mean squared cosine by
+    one."""
     start_from: str | None = None
-    """Directory of a run with the same model, parameters, sketch and seed: start from its components, as many."""
+    """Directory of a run with the same model, parameters, sketch, seed and number of components, from whose components
+    the solver starts."""
     expand: str | None = None
-    """Directory of such a run: its components are the first ones, and stay; ``n_components`` counts them too."""
+    """Directory of a run with the same model, parameters, sketch and seed, whose components are kept fixed as the first
+    components. ``n_components`` includes them."""
     examples: Literal["all", "mispredicted"] = "all"
-    """Which examples to fit on, and to report on; all of them get coefficients."""
+    """Examples to fit and to report on. All examples get coefficients."""
     example_weights: str | None = None
-    """Column of the examples' table (metadata of the task, say) with their weights in the loss, 0 or more."""
+    """Column of the table of examples, such as metadata of the task, with non-negative weights of the examples in the
+    loss."""
     metrics: Literal["none", "jsonl", "tensorboard"] = "none"
-    """Where the history goes, besides its table, while it is made: ``metrics/factorize.jsonl``, or TensorBoard events
+    """Where to write the history during the fit, besides its table: ``metrics/factorize.jsonl``, or TensorBoard events
     in ``metrics/`` (``pip install tensorboard``)."""
     stability_examples: NonNegativeInt = 4096
-    """Examples, at most, whose two halves the components are fitted to again, to see which come back: the column
-    ``stability`` of the table of components. 0 leaves it null."""
+    """Largest number of examples for the stability of the components, which are fitted again to two halves of these
+    examples (column ``stability`` of the table of components). 0 leaves the column null."""
 
     @model_validator(mode="after")
-    def _options_go_together(self) -> Self:
+    def _check_combinations(self) -> Self:
         self.solver_options(seed=0)
         if self.start_from is not None and self.expand is not None:
             raise ValueError("start_from and expand exclude each other: remove one")
         for name in ("l1", "orthogonality", "start_from", "expand", "examples", "example_weights"):
             if self.kind != "fishers" and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} is for kind: fishers: remove it")
+                raise ValueError(f"{name} needs kind: fishers: remove it")
         return self
 
     def solver_options(self, seed: int, **changes: Any) -> SolverOptions:
-        """The options of the solver, of a run with this seed, but for ``changes``."""
+        """Return the solver options of a run with this seed, with ``changes`` applied."""
         shared = [field.name for field in fields(SolverOptions) if field.name in type(self).model_fields]
         return SolverOptions(**{name: getattr(self, name) for name in shared} | {"seed": seed} | changes)
 
 
 class SelectionConfig(Section):
     components: tuple[PositiveInt, ...] = (8, 16, 24, 32, 48, 64)
-    """Numbers of components that ``npeff select`` tries at first: a list, or a text such as ``8:64:8``."""
+    """Numbers of components that ``npeff select`` tries first: a list, or a string such as ``8:64:8``."""
     refine: bool = True
-    """Whether to try further ones between the best of these and its neighbours, until these are next to it."""
+    """Whether to try further numbers between the best number and its neighbours, until the neighbours are adjacent."""
     seeds: PositiveInt = 3
-    """For each number and seed there are three fits: of all examples, and of the two halves of a split of its own."""
+    """Number of seeds. Each number of components and seed has three fits: of all examples, and of the two halves of a
+    random split."""
     max_examples: PositiveInt = 4096
-    """Examples that a fit is of, at most, and as many held-out ones that it is judged on."""
+    """Largest number of examples of a fit, and of held-out examples to evaluate the fit on."""
     max_iterations: PositiveInt = 40
+    """As in ``factorization``, with a default for the many fits of a search."""
     tolerance: PositiveFloat = 1e-4
+    """As in ``factorization``, with a default for the many fits of a search."""
     n_starts: PositiveInt = 2
-    """These three as in ``factorization``; less is asked of the many fits of a search."""
+    """As in ``factorization``, with a default for the many fits of a search."""
 
     @field_validator("components", mode="before")
     @classmethod
-    def _numbers_of_a_text(cls, value: Any) -> Any:
+    def _parse_numbers(cls, value: Any) -> Any:
         return component_numbers(value) if isinstance(value, str) else value
 
     @field_validator("components")
     @classmethod
-    def _there_are_some(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+    def _check_not_empty(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if not value:
             raise ValueError("give at least one number of components to try, such as 8:64:8")
         return tuple(sorted(set(value)))
 
 
 def component_numbers(text: str) -> tuple[int, ...]:
-    """The numbers that ``8,16,24`` lists, or ``8:64:8`` goes through, its end among them (and the step 1 unless given).
+    """Parse numbers of components: a list ``8,16,24``, or a range ``8:64:8`` (from, to, step).
+
+    A range includes its end. The step is 1 by default.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: The text is neither.
     """
     numbers: list[int] = []
     try:
@@ -192,84 +203,88 @@ def component_numbers(text: str) -> tuple[int, ...]:
     except ValueError:
         numbers = []
     if not numbers:
-        raise ValueError(f"{text!r} are no numbers of components: give 8,16,32 or 8:64:8 (from, to, step)")
+        raise ValueError(f"{text!r} is not a list of numbers of components: give 8,16,32 or 8:64:8 (from, to, step)")
     return tuple(numbers)
 
 
 class LiftConfig(Section):
     memory_limit_mb: PositiveInt = 2048
-    """Directions accumulated at one time by one actor may take this much memory; decides the block of components."""
+    """Memory in MiB for the directions that one worker accumulates at a time. Sets how many components are lifted per
+    pass."""
     components: tuple[NonNegativeInt, ...] | None = None
-    """Components to lift, and so to verify; all unless given. A later lift of others adds them."""
+    """Components to lift, and so to verify. The default is all components. A later lift adds further components."""
     dtype: Literal["float32", "float16"] = "float32"
-    """Of the stored directions; ``float16`` takes half the disk."""
+    """Precision of the stored directions. ``float16`` halves the disk space."""
     polish_steps: NonNegativeInt = 0
-    """Further steps of alternating least squares in all parameters, coefficients fixed: two passes over the examples
-    each. They sharpen what a narrow sketch blurs, and need the directions of all components."""
+    """Number of alternating-least-squares steps in all parameters after the lift, with fixed coefficients. Each step is
+    two passes over the examples. The steps reduce the errors of a narrow sketch. They need the directions of all
+    components."""
 
     @model_validator(mode="after")
-    def _all_are_polished(self) -> Self:
+    def _check_polishing(self) -> Self:
         if self.polish_steps and self.components is not None:
             raise ValueError("polish_steps needs the directions of all components: remove components")
         return self
 
     @field_validator("components")
     @classmethod
-    def _each_once(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    def _sort_components(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
         if value is not None and not value:
-            raise ValueError("give at least one component to lift, or leave it out for all")
+            raise ValueError("give at least one component to lift, or remove components to lift all")
         return None if value is None else tuple(sorted(set(value)))
 
 
 class VerificationConfig(Section):
     top_examples: PositiveInt = 32
-    """Examples with a component's largest coefficients that its direction should move."""
+    """Number of top examples of a component, on which a step along its direction should have a large effect."""
     baseline_examples: PositiveInt = 200
-    """Random examples, disjoint from the top ones, that it should not."""
+    """Number of random examples, disjoint from the top examples, on which the step should have a small effect."""
     target_kl: PositiveFloat = 0.1
-    """Mean KL divergence (nats) on the top examples that the step size is chosen for."""
+    """Mean KL divergence in nats on the top examples. The length of each step is chosen to reach it."""
     epsilon: PositiveFloat | None = None
-    """A step of this length along every (unit) direction, instead of one for each that reaches `target_kl`."""
+    """Fixed length of the step along every (unit) direction, instead of ``target_kl``."""
     selectivity_examples: NonNegativeInt = 8
-    """Top examples of every component whose KL is measured while the model is moved along each of the others: the
-    selectivity matrix. 0 leaves its table empty."""
+    """Top examples of every component for the selectivity matrix, which measures their KL divergence for steps along
+    the directions of all components. 0 leaves the table ``selectivity`` empty."""
     correlation_examples: NonNegativeInt = 500
-    """Examples at most, drawn at random, over which coefficients and KLs are ranked and compared. 0 leaves that out."""
+    """Largest number of random examples for the rank correlation between coefficients and KL divergences. 0 skips the
+    correlation."""
     orthogonalize: Literal["none", "semi"] = "none"
-    """``semi``: every direction is first made orthogonal to those of heavier components that overlap with it, so that
-    only what it has for itself is tested."""
+    """``semi`` makes every direction orthogonal to the overlapping directions of components with larger mass before it
+    is tested. The test then measures only the part that the other components do not share."""
     ablation: bool = False
-    """Also take out of the parameters their own part along every direction: the table ``ablation``."""
+    """Also remove the part of the parameters along every direction, and write the table ``ablation``."""
     ablation_origin: str | None = None
-    """A safetensors file of parameters, such as those before fine-tuning, that this part is counted from; zero unless
-    given."""
+    """Safetensors file of the parameters that this part is measured from, such as those before fine-tuning. The default
+    origin is zero."""
 
     @model_validator(mode="after")
-    def _origin_is_of_an_ablation(self) -> Self:
+    def _check_ablation(self) -> Self:
         if self.ablation_origin is not None and not self.ablation:
-            raise ValueError("ablation_origin goes with ablation: true")
+            raise ValueError("ablation_origin needs ablation: true")
         return self
 
 
 class RepairConfig(Section):
     top_examples: PositiveInt = 64
-    """Of a component, with a known label: among them wrong predictions are counted, and to be mended."""
+    """Number of labeled top examples of a component among which wrong predictions are counted, and corrected."""
     significance: Annotated[float, Field(gt=0.0, le=1.0)] = 0.05
-    """Components are tried whose wrong predictions are over-represented at this false discovery rate."""
+    """False discovery rate for components with over-represented wrong predictions. Only these components are tried."""
     kl_steps: tuple[PositiveFloat, ...] = (0.03, 0.1, 0.3, 1.0)
-    """Mean KLs on the top examples for which steps of both signs are tried."""
+    """Mean KL divergences in nats on the top examples for which steps of both signs are tried."""
     max_harm: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
-    """Share of the tuning examples' right predictions that all edits together may break."""
+    """Largest fraction of the right predictions on tuning examples that all edits together may break."""
     max_edits: PositiveInt = 3
-    """Components to move along, one after the other, as long as it helps."""
+    """Largest number of steps along single components. Steps are added as long as they help."""
     joint_passes: NonNegativeInt = 40
-    """Then steps along all lifted components are sought together, from where those one after the other have led, and
-    taken where they mend more: gradients of the tuning examples for each of three weights of what must not be broken.
-    0: not at all. Nothing is sought where no component stands for mistakes."""
+    """Number of gradients of the tuning examples in a search for steps along all lifted components at once, for each of
+    three weights of the predictions that must not break. The search starts after the steps along single components, and
+    its result is used if it corrects more predictions. 0 skips the search. There is no search if no component stands
+    for mistakes."""
 
     @field_validator("kl_steps")
     @classmethod
-    def _in_order(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+    def _sort_steps(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if not value:
             raise ValueError("give at least one mean KL to try, such as [0.1]")
         return tuple(sorted(set(value)))
@@ -277,7 +292,7 @@ class RepairConfig(Section):
 
 class ReportConfig(Section):
     top_examples: PositiveInt = 12
-    """Examples shown on a component's card."""
+    """Number of top examples in a component's card."""
 
 
 class ExecutorConfig(Section):

@@ -1,4 +1,4 @@
-"""What a stage is: one value, which can be read without importing the code of the stage."""
+"""The definition of a stage, which can be read without importing the code of the stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from npeff.runs.directory import RunDirectory
 
 Summary = dict[str, Any]
-"""What a complete stage has recorded of itself."""
+"""The record of a complete stage."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class UnitProgress:
 
     done: int
     total: int | None
-    """None where it is not known in advance."""
+    """None if the number is not known in advance."""
     unit: str
 
     def __str__(self) -> str:
@@ -31,12 +31,12 @@ class UnitProgress:
 
 
 def finished(folder: Path) -> dict[int, Path]:
-    """Units (shards, components) whose result or record a worker has left in ``folder``, with its file."""
+    """Return the files of the finished units (shards, components) in ``folder``, by unit number."""
     return {int(path.stem): path for path in sorted(folder.glob("*.*")) if path.stem.isdecimal()}
 
 
 def units_by_component(run: RunDirectory, stage: str, unit: str) -> UnitProgress:
-    """The progress of a stage that leaves a result for each component."""
+    """Return the progress of a stage that writes a result file for each component."""
     return UnitProgress(len(finished(run.partial_results(stage))), run.config.factorization.n_components, unit)
 
 
@@ -51,42 +51,42 @@ class StageDefinition:
     name: str
     """The name of the command, and of the record ``stages/NAME.json``."""
     help: str
-    """What the stage does, as the one line that the command line shows."""
+    """One-line description of the stage for the command line."""
     function: str
-    """``(run, *, executor=None, progress=None)``: runs the stage, or returns what a complete one has recorded."""
+    """``(run, *, executor=None, progress=None)``: runs the stage, or returns the record of a complete stage."""
     after: StageDefinition | None = None
     """The stage whose results this stage needs."""
     in_every_run: bool = True
     """Whether ``npeff run`` includes the stage."""
     leaves: str | None = None
-    """The name of the stage whose record this stage writes, where it takes that stage's place."""
+    """The name of the stage whose record this stage writes, if it replaces that stage."""
     stores: tuple[str, ...] = ()
-    """Files and folders that a complete stage has written, besides its tables, relative to the run directory."""
+    """Files and folders that the stage writes besides its tables, relative to the run directory."""
     optional: Mapping[str, str] = field(default_factory=dict)
-    """Those tables and stores that are written only where a key of the run file is set: name to dotted key."""
+    """Tables and stores that are written only if a key of the run file is set: name to dotted key."""
     completes: tuple[str, ...] = ()
     """Tables of earlier stages to which this stage adds columns."""
     completed_later: Mapping[str, str] = field(default_factory=dict)
     """Tables that a later stage completes, with the name of that stage, whose record holds their checksums."""
     traces: tuple[str, ...] = ()
-    """Files and folders that exist once the stage has begun; ``partial/NAME`` unless given."""
+    """Files and folders that exist after the stage has begun; ``partial/NAME`` by default."""
     parts: str | None = None
-    """``(run) -> Iterator[Part]``: what `check` verifies besides the record, the tables and the stores."""
+    """``(run) -> Iterator[Part]``: the parts that `check` verifies besides the record, the tables and the stores."""
     units: Callable[[RunDirectory], UnitProgress | None] = lambda run: None
-    """How far the stage is."""
+    """The progress of the stage."""
     details: Callable[[Summary], str] = lambda record: ""
-    """The line that `status` shows of a complete stage."""
+    """The line that `status` shows for a complete stage."""
     stands: Callable[[RunDirectory, Summary], bool] = lambda run, record: True
-    """Whether a record still says that the stage is complete, given what else is in the run directory."""
+    """Whether a record is still valid, given the other content of the run directory."""
 
     @property
     def tables(self) -> tuple[str, ...]:
-        """The tables that a complete stage has written."""
+        """The tables that the stage writes or completes."""
         return (*(table for table, stage in WRITTEN_BY.items() if stage == self.name), *self.completes)
 
     @property
     def record(self) -> str:
-        """The name of its record."""
+        """The name of the record of the stage."""
         return self.leaves or self.name
 
     def __call__(self, run: RunDirectory, *arguments: Any, **options: Any) -> Any:
@@ -95,12 +95,12 @@ class StageDefinition:
 
     @staticmethod
     def resolve(path: str) -> Any:
-        """The object that ``"module:attribute"`` names."""
+        """Import the object ``"module:attribute"``."""
         module, _, attribute = path.partition(":")
         return getattr(importlib.import_module(module), attribute)
 
     def ancestors(self) -> Iterator[StageDefinition]:
-        """The stages whose results this stage needs, the nearest first."""
+        """Yield the stages whose results this stage needs, directly or indirectly, the nearest first."""
         stage = self.after
         while stage is not None:
             yield stage

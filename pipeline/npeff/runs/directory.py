@@ -1,8 +1,8 @@
-"""`RunDirectory`: where a run's files are, what made them, and how far each stage has come.
+"""`RunDirectory`: the files of a run, its configuration, and the state of each stage.
 
-A stage is *missing* (nothing of it is there), *partial* (some is) or *complete*: complete means that its record
-``stages/<stage>.json`` exists, which is written last, by rename, after everything it speaks of. A crash before that
-leaves the stage partial, and the same command goes on from what is there. A run may be on an object store.
+A stage is *missing* (it has no results), *partial* (it has some) or *complete* (its record ``stages/<stage>.json``
+exists). The record is written last, by a rename, after everything that it describes. A crash before that leaves the
+stage partial, and the same command resumes from the existing results. A run directory may be on an object store.
 """
 
 from __future__ import annotations
@@ -34,23 +34,31 @@ class StageState(StrEnum):
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The folder of one run. Opening reads only; `create` makes the folder and its ``run.yaml``."""
+    """The directory of a run. `open` only reads; `create` creates the directory and its ``run.yaml``.
+
+    Attributes:
+        path: The directory.
+        config: The configuration of the run.
+    """
 
     path: Path
     config: RunConfig
 
     @classmethod
     def create(cls, config: RunConfig) -> RunDirectory:
-        """Make the run's folder, or take up an existing one that holds the same configuration.
+        """Create a run directory, or open an existing one with the same configuration.
 
-        ``executor``, ``selection``, ``repair``, ``report``, ``run_dir``, and of ``lift`` the components and the
-        memory limit, may differ from the stored configuration (no other stage's result depends on them),
-        ``factorization.n_components`` as long as nothing is factorized (`npeff select` may have found a better one),
-        and ``factorization.max_iterations`` may be larger, which ``run.yaml`` then says. Any other difference is
-        refused, and nothing is written.
+        Some keys may differ from the stored configuration: ``executor``, ``selection``, ``repair``, ``report``,
+        ``run_dir``, ``lift.components`` and the memory limits, because no result of another stage depends on them.
+        ``factorization.n_components`` may differ as long as nothing is factorized, for example after `npeff select`.
+        ``factorization.max_iterations`` may be larger; ``run.yaml`` is then updated. Any other difference raises an
+        error, and nothing is written.
+
+        Args:
+            config: The configuration of the run.
 
         Raises:
-            RunDirectoryError: the folder holds another run, is not a run's folder, or cannot be written.
+            RunDirectoryError: The directory holds another run, is not a run directory, or cannot be written.
         """
         path = _absolute(config.run_dir)
         stored = path / "run.yaml"
@@ -62,7 +70,7 @@ class RunDirectory:
                     harmless = "" if cls(path, config)._has_results() else " (it has no results yet)"
                     raise RunDirectoryError(
                         f"{path} holds a run with another configuration (it differs in {', '.join(different)})",
-                        f"choose another run_dir, or delete that folder{harmless} to start over",
+                        f"choose another run_dir, or delete {path}{harmless} to start over",
                         path=path,
                     )
             elif path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
@@ -73,7 +81,7 @@ class RunDirectory:
                 path.mkdir(parents=True, exist_ok=True)
                 if not os.access(path, os.W_OK | os.X_OK):
                     raise RunDirectoryError(
-                        f"cannot write to {path} (permission denied)", "mend this or choose another run_dir", path=path
+                        f"cannot write to {path} (permission denied)", "fix this or choose another run_dir", path=path
                     )
             run = cls(path, config)
             if not stored.exists() or _stored_config(stored).factorization != config.factorization:
@@ -82,21 +90,24 @@ class RunDirectory:
                 run._write("provenance.json", json.dumps(provenance(config), indent=2))
         except OSError as error:
             raise RunDirectoryError(
-                f"cannot write to {path} ({error.strerror})", "mend this or choose another run_dir", path=path
+                f"cannot write to {path} ({error.strerror})", "fix this or choose another run_dir", path=path
             ) from None
         return run
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
-        """An existing run, with the configuration that it was made with.
+        """Open an existing run with its stored configuration.
+
+        Args:
+            path: The run directory.
 
         Raises:
-            RunDirectoryError: there is no run there.
+            RunDirectoryError: The path is not a run directory.
         """
         path = _absolute(path)
         if not (path / "run.yaml").exists():
             wrong = "it is a file: give" if path.is_file() else "it has no run.yaml: give a run file, or"
-            raise RunDirectoryError(f"no run in {path} ({wrong} the directory of an `npeff run`)")
+            raise RunDirectoryError(f"no run in {path} ({wrong} the directory of a run)")
         config = _stored_config(path / "run.yaml")
         return cls(path, config.model_copy(update={"run_dir": str(path)}))
 
@@ -137,46 +148,46 @@ class RunDirectory:
 
     @property
     def repaired(self) -> Path:
-        """The edited model, and what was done to it."""
+        """The edited model of the stage repair, and the record of the edits."""
         return self.path / "repair"
 
     @property
     def task_cache(self) -> Path:
-        """Where the task keeps what it prepares once: a trained model, tokenized text."""
+        """The files that the task prepares once, such as a trained model or tokenized text."""
         return self.path / "task"
 
     def partial_results(self, stage: str) -> Path:
-        """Results of a stage's finished units, which it goes on from after a crash; they stay when it is complete."""
+        """Results of the finished units of a stage, from which it resumes. They stay after the stage is complete."""
         return self.path / "partial" / stage
 
     @property
     def worker_lease(self) -> Path | None:
-        """Every worker process holds a shared lock on this file while it lives.
+        """File on which every worker process holds a shared lock until it ends; None on an object store.
 
-        There is no such thing on an object store. Workers that outlive a killed command do no harm there: a shard's
-        content is the same whoever computes it, and its first record stands; a checkpoint's folder is of one attempt.
-        They end with the command's Ray long before its lock, which nobody renews, can be taken over.
+        On an object store, workers that outlive a killed command are harmless. The content of a shard does not depend
+        on the worker, and the first record of a shard is final. The folder of a checkpoint belongs to one attempt. The
+        workers end with the Ray cluster of the command, long before its lock expires.
         """
         return None if is_remote(self.path) else self.path / LEASE
 
     def lock(self) -> AbstractContextManager[None]:
-        """Hold the run for this process: see `npeff.runs.lock.run_lock`.
+        """Lock the run for this process; see `npeff.runs.lock.run_lock`.
 
         Raises:
-            RunDirectoryError: another process is working on this run, workers of an earlier one do not end, or the
-                folder is gone or cannot be written.
+            RunDirectoryError: Another process uses the run, workers of an earlier command do not end, or the directory
+                is missing or cannot be written.
         """
         return run_lock(self.path)
 
     def record_file(self, stage: str) -> Path:
-        """The record of a stage, which is there when the stage is complete."""
+        """Return the path of the record of a stage, which exists if the stage is complete."""
         return self.path / "stages" / f"{stage}.json"
 
     def record(self, stage: str) -> dict[str, Any] | None:
-        """What a complete stage said of itself; None before that.
+        """Return the record of a complete stage; None if the stage is not complete.
 
         Raises:
-            RunDirectoryError: the record is damaged.
+            RunDirectoryError: The record is damaged.
         """
         path = self.record_file(stage)
         try:
@@ -190,17 +201,17 @@ class RunDirectory:
         return record
 
     def reopen(self, stage: str) -> None:
-        """A complete stage is partial again, as something that it goes on from is being made anew."""
+        """Delete the record of a stage, because results that it depends on are recomputed. The stage is then partial."""
         self.record_file(stage).unlink(missing_ok=True)
 
     def complete(self, stage: str, summary: dict[str, Any]) -> dict[str, Any]:
-        """Declare a stage complete; call it after everything else of the stage is on disk."""
+        """Write the record of a stage. Call this after all results of the stage are durable."""
         summary = {"stage": stage, **summary, "completed_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         self._write(f"stages/{stage}.json", json.dumps(summary, indent=2))
         return summary
 
     def state(self, stage: str, outputs: tuple[Path, ...]) -> StageState:
-        """How far ``stage`` has come, given the places it writes to."""
+        """Return the state of a stage that writes to ``outputs``."""
         if self.record(stage) is not None:
             return StageState.COMPLETE
         begun = any(path.is_file() or (path.is_dir() and any(path.iterdir())) for path in outputs)
@@ -230,7 +241,7 @@ class RunDirectory:
             with suppress(OSError):  # the first error is the one to report
                 temporary.unlink(missing_ok=True)
             raise RunDirectoryError(
-                f"cannot write {target} ({error.strerror})", "mend this and run the same command again", path=target
+                f"cannot write {target} ({error.strerror})", "fix this and run the same command again", path=target
             ) from None
 
 

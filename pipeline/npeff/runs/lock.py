@@ -1,4 +1,4 @@
-"""One process per run at a time, on a disk or in a bucket."""
+"""The lock of a run directory: one process per run at a time."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ _WORKERS_END_S = 60.0
 """Longest wait for the workers of an earlier command to end."""
 
 LEASE = ".workers"
-"""File that every worker of a run holds a shared lock of, as long as it lives."""
+"""File on which every worker of a run holds a shared lock until it ends."""
 
 _held: set[Path] = set()
-"""Runs that this process holds the lock of."""
+"""Runs whose lock this process holds."""
 
 
 @contextmanager
 def run_lock(path: Path) -> Iterator[None]:
-    """Hold the run for this process; the kernel lets go when the process ends, however it ends. On an object store
-    `npeff.storage.object_lock` does, after a minute.
+    """Lock a run directory for this process.
 
-    A stage may lock the run that the whole pipeline holds already. Workers of a command that was killed outlive it
-    by seconds and may be writing: this waits for their end.
+    The kernel releases the lock when the process ends for any reason. On an object store, the lock of a killed process
+    expires after a minute (`npeff.storage.object_lock`). The lock may be taken repeatedly in one process, for example
+    by the pipeline and by its stages. Workers of a killed command may outlive it by seconds and may still write, so
+    this waits until they have ended.
 
     Raises:
-        RunDirectoryError: another process is working on this run, workers of an earlier one do not end, or the
-            folder is gone or cannot be written.
+        RunDirectoryError: Another process uses the run, workers of an earlier command do not end, or the directory is
+            missing or cannot be written.
     """
     if path in _held:
         yield
@@ -66,7 +67,7 @@ def _local_lock(path: Path) -> Iterator[None]:
         file = open(path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  (closed below)
     except OSError as error:
         raise RunDirectoryError(
-            f"cannot write to {path} ({error.strerror})", "mend this or choose another run_dir", path=path
+            f"cannot write to {path} ({error.strerror})", "fix this or choose another run_dir", path=path
         ) from None
     with file:
         try:

@@ -1,8 +1,8 @@
-"""How long work tells what it has done and how long the rest will take.
+"""Display of the progress of stages, with an estimate of the remaining time.
 
-On a terminal `TerminalProgress` draws a bar per stage; in a log (a file, a Ray job) `LogProgress` prints a line now and
-then; libraries and tests use `SilentProgress`. `ObservedProgress` is any of them, whose numbers somebody else is told
-too.
+`TerminalProgress` draws a bar per stage on a terminal. `LogProgress` prints lines at intervals, for logs of files and
+Ray jobs. `SilentProgress` shows nothing, for libraries and tests. `ObservedProgress` wraps another display and also
+passes the progress to an observer.
 """
 
 from __future__ import annotations
@@ -26,25 +26,31 @@ class Ticker(Protocol):
     def __call__(
         self, done: int, fact: str = "", *, last: bool = False, numbers: Mapping[str, float] = _NO_NUMBERS
     ) -> None:
-        """``done`` units are finished by now; ``fact`` is a word on how it goes (a loss); ``last`` where no more units
-        will be needed than those; ``numbers`` (a loss, again) are for observers."""
+        """Report the progress of a stage.
+
+        Args:
+            done: Number of finished units.
+            fact: Short text to show beside the progress, such as the loss.
+            last: Whether the stage ends with these units, even if it has fewer than its total.
+            numbers: Values for observers, such as the loss.
+        """
         ...
 
 
 class Observer(Protocol):
     def __call__(self, stage: str, done: int, total: int, numbers: Mapping[str, float]) -> None:
-        """A stage has ``done`` of ``total`` units."""
+        """Receive the progress of a stage: ``done`` of ``total`` units are finished."""
         ...
 
 
 class ProgressDisplay(Protocol):
     @contextmanager
     def stage(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Ticker]:
-        """Show a stage of ``total`` units, ``done`` of which were finished before."""
+        """Show the progress of a stage of ``total`` units, of which ``done`` were finished before."""
         ...
 
     def say(self, message: str) -> None:
-        """Show one line that stays."""
+        """Print one line."""
         ...
 
 
@@ -54,7 +60,7 @@ class SilentProgress:
         yield lambda done, fact="", *, last=False, numbers=_NO_NUMBERS: None
 
     def say(self, message: str) -> None:
-        """Nothing is shown."""
+        """Print nothing."""
 
 
 class TerminalProgress:
@@ -89,18 +95,18 @@ class TerminalProgress:
 class LogProgress:
     @contextmanager
     def stage(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Ticker]:
-        before, began, spoken = done, time.monotonic(), time.monotonic()
-        first: tuple[float, int] | None = None  # the start of the workers says nothing about the pace
-        resumed = f", {before} of them done before" if before else ""
+        before, began, printed = done, time.monotonic(), time.monotonic()
+        first: tuple[float, int] | None = None  # the rate is measured after the workers have started
+        resumed = f", {before} done before" if before else ""
         self.say(f"{name}: {total} {unit}{resumed}")
 
         def tick(done: int, fact: str = "", *, last: bool = False, numbers: Mapping[str, float] = _NO_NUMBERS) -> None:
-            nonlocal spoken, first
+            nonlocal printed, first
             now = time.monotonic()
             first = first or (now, done)
             last = last or done == total
-            if now - spoken >= _LOG_EVERY_S or last:
-                spoken = now
+            if now - printed >= _LOG_EVERY_S or last:
+                printed = now
                 details = f", {_duration(now - began)}" if last else ""
                 if first[1] < done and not last:
                     details = f", about {_duration((now - first[0]) / (done - first[1]) * (total - done))} left"
@@ -114,21 +120,21 @@ class LogProgress:
 
 
 class ObservedProgress:
-    """Another display; ``tell`` is told where every stage begins, and of every step."""
+    """A display whose progress is also passed to ``observer``, at the start of every stage and at every step."""
 
-    def __init__(self, display: ProgressDisplay, tell: Observer) -> None:
-        self._display, self._tell = display, tell
+    def __init__(self, display: ProgressDisplay, observer: Observer) -> None:
+        self._display, self._observer = display, observer
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Ticker]:
-        self._tell(name, done, total, _NO_NUMBERS)
+        self._observer(name, done, total, _NO_NUMBERS)
         with self._display.stage(name, total, unit, done) as shown:
 
             def tick(
                 done: int, fact: str = "", *, last: bool = False, numbers: Mapping[str, float] = _NO_NUMBERS
             ) -> None:
                 shown(done, fact, last=last)
-                self._tell(name, done, done if last else total, numbers)
+                self._observer(name, done, done if last else total, numbers)
 
             yield tick
 
@@ -145,5 +151,5 @@ def _duration(seconds: float) -> str:
 
 
 def default_progress() -> ProgressDisplay:
-    """Bars where somebody is looking, lines where output goes into a log."""
+    """Return progress bars if standard output is a terminal, otherwise lines for a log."""
     return TerminalProgress(Console()) if sys.stdout.isatty() else LogProgress()

@@ -1,4 +1,4 @@
-"""Which code made a run: versions of packages, git commit, seeds."""
+"""The provenance of a run: versions of packages, git commit and seed."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ _PACKAGES = ("npeff-pipeline", "torch", "ray", "zarr", "dask", "numpy", "scipy",
 
 
 def provenance(config: RunConfig) -> dict[str, Any]:
+    """Return the provenance of a run that is created now, for ``provenance.json``."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -33,7 +34,7 @@ def provenance(config: RunConfig) -> dict[str, Any]:
 
 
 def _git_sha() -> str | None:
-    """Commit of the checkout this package runs from, marked when files differ from it; None outside a checkout."""
+    """Return the commit of this package's checkout, with ``-dirty`` if files differ; None outside a checkout."""
     here = Path(__file__).parent
     try:
         sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)

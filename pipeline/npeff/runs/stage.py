@@ -1,4 +1,4 @@
-"""A stage in progress and its record: when a stage is complete, and how it holds the run."""
+"""A stage in progress: its lock, its outputs and its record."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from npeff.storage.checksums import file_checksum, json_checksum, read_json, wri
 
 
 def recorded(run: RunDirectory, stage: StageDefinition) -> Summary | None:
-    """What a complete stage has recorded of itself. None before that, and after something that the stage wrote was
-    deleted, which is how damaged files are recomputed.
+    """Return the record of a complete stage; None if the stage is not complete.
+
+    A stage is not complete if an output was deleted. Damaged files are recomputed in this way.
 
     Raises:
-        RunDirectoryError: the record is damaged.
+        RunDirectoryError: The record is damaged.
     """
     record = checked_record(run, stage.record)
     if record is None or not all(is_committed(path) for path in outputs_of(run, stage)):
@@ -32,37 +33,39 @@ def recorded(run: RunDirectory, stage: StageDefinition) -> Summary | None:
 
 
 def outputs_of(run: RunDirectory, stage: StageDefinition) -> list[Path]:
-    """The files and folders of a complete stage."""
+    """Return the files and folders of a complete stage."""
     return [
-        *(run.path / store for store in stage.stores if _is_asked_for(run, stage, store)),
+        *(run.path / store for store in stage.stores if _is_written(run, stage, store)),
         *(run.table(table) for table in tables_of(run, stage)),
     ]
 
 
 def tables_of(run: RunDirectory, stage: StageDefinition) -> list[str]:
-    """The names of the tables that a stage writes in this run."""
-    return [table for table in stage.tables if _is_asked_for(run, stage, table)]
+    """Return the names of the tables that a stage writes in this run."""
+    return [table for table in stage.tables if _is_written(run, stage, table)]
 
 
-def _is_asked_for(run: RunDirectory, stage: StageDefinition, output: str) -> bool:
+def _is_written(run: RunDirectory, stage: StageDefinition, output: str) -> bool:
     return output not in stage.optional or bool(attrgetter(stage.optional[output])(run.config))
 
 
 def sealed_tables(run: RunDirectory, stage: StageDefinition) -> list[Path]:
-    """The tables whose checksums the stage's record holds: those that no later stage completes. The checksums within
-    Parquet files are of their pages only."""
+    """Return the tables whose checksums the record of the stage contains: those that no later stage completes.
+
+    The checksums inside Parquet files cover only the pages.
+    """
     return [run.table(table) for table in tables_of(run, stage) if table not in stage.completed_later]
 
 
 def unit_files(run: RunDirectory, stage: StageDefinition, component: int) -> dict[str, Path]:
-    """What a stage that works by components leaves of one component: table name to the file with its rows."""
+    """Return the result files of one component, for a stage that works by components: table name to file."""
     results, name = run.partial_results(stage.name), f"{component:05d}.parquet"
     first, *others = tables_of(run, stage)
     return {first: results / name} | {table: results / table / name for table in others}
 
 
 def unit_checksums(run: RunDirectory, stage: StageDefinition, components: Iterable[int]) -> dict[str, str]:
-    """Checksums of those files, by component, for the record of the stage."""
+    """Return the checksums of the result files of components (see `unit_files`), for the record of the stage."""
     files = {f"{component:05d}": unit_files(run, stage, component) for component in components}
     return {
         name: json_checksum({table: file_checksum(path) for table, path in each.items()})
@@ -71,23 +74,23 @@ def unit_checksums(run: RunDirectory, stage: StageDefinition, components: Iterab
 
 
 def checked_record(run: RunDirectory, stage: str) -> Summary | None:
-    """The record of a complete stage, whatever has become of what it wrote; None before that.
+    """Return the record of a stage without checking its outputs; None if there is no record.
 
     Raises:
-        RunDirectoryError: it is damaged.
+        RunDirectoryError: The record is damaged.
     """
     record = run.record(stage)
     if record is None:
         return None
-    said = {key: value for key, value in record.items() if key not in ("stage", "completed_at", "checksum")}
-    if record.get("checksum") not in (None, json_checksum(said)):
+    content = {key: value for key, value in record.items() if key not in ("stage", "completed_at", "checksum")}
+    if record.get("checksum") not in (None, json_checksum(content)):
         raise damaged_record(run.path, stage, "it does not match its checksum")
     return record
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage in progress, and what it recorded when it was complete before."""
+    """A stage in progress. ``done`` is its record if the stage is already complete."""
 
     run: RunDirectory
     definition: StageDefinition
@@ -98,16 +101,17 @@ class Stage:
         """Record that the stage is complete, with the checksums of its tables and of ``further_tables``."""
         paths = (*sealed_tables(self.run, self.definition), *further_tables)
         tables = {path.stem: file_checksum(path) for path in paths}
-        said = {**summary, "tables": tables, "seconds": time.monotonic() - self.began}
-        return self.run.complete(self.definition.record, {**said, "checksum": json_checksum(said)})
+        content = {**summary, "tables": tables, "seconds": time.monotonic() - self.began}
+        return self.run.complete(self.definition.record, {**content, "checksum": json_checksum(content)})
 
 
 @contextmanager
 def open_stage(run: RunDirectory, definition: StageDefinition) -> Iterator[Stage]:
-    """Hold the run for a stage.
+    """Lock the run for a stage.
 
     Raises:
-        RunDirectoryError: the run is in use, or the stage before is not complete.
+        RunDirectoryError: The run is in use, or the preceding stage is not complete.
+        ExecutorError: The body ran out of memory.
     """
     with run.lock():
         stage = Stage(run, definition, recorded(run, definition), time.monotonic())
@@ -126,10 +130,10 @@ def open_stage(run: RunDirectory, definition: StageDefinition) -> Iterator[Stage
 
 
 def record_of(run: RunDirectory, stage: StageDefinition) -> Summary:
-    """What a complete stage has recorded of itself.
+    """Return the record of a complete stage.
 
     Raises:
-        RunDirectoryError: the stage is not complete.
+        RunDirectoryError: The stage is not complete.
     """
     record = recorded(run, stage)
     if record is None:
@@ -139,7 +143,7 @@ def record_of(run: RunDirectory, stage: StageDefinition) -> Summary:
 
 
 def forget_other_requests(results: Path, request: str) -> bool:
-    """Take away the results of units, in ``results``, that were made for another request; whether that was so."""
+    """Delete the results in ``results`` if they belong to another request, and return whether they were deleted."""
     asked = results / "request.json"
     if asked.exists() and read_json(asked)["request"] == request:
         return False

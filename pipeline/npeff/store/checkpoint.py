@@ -1,12 +1,12 @@
-"""Checkpoints of the solver: ``<directory>/000120/`` with .npy files and a MANIFEST.json of their checksums.
+"""Checkpoints of the solver: folders ``<directory>/000120/`` with .npy files and a MANIFEST.json of their checksums.
 
-A checkpoint is filled in ``000120.partial`` by the driver and, with one file per shard, by its workers; it exists once
-that folder has been renamed, after every byte was made durable. The newest few are kept; one that does not match its
-manifest is passed over for the one before.
+The driver and its workers write a checkpoint to ``000120.partial``; a worker writes one file per shard. The checkpoint
+exists after every byte is durable and the folder is renamed. The newest few checkpoints are kept. If a checkpoint does
+not match its manifest, the previous one is used.
 
-On an object store, where a folder cannot be renamed, it is filled in ``000120-3f9ac21b/``, named by a random token, and
-exists once its manifest does, which is written last. So a worker of a command that was killed, or of a group that was
-given up, writes to a folder of its own, which the next `CheckpointStore.begin` removes.
+An object store cannot rename a folder. There, a checkpoint is written to ``000120-3f9ac21b/``, with a random token in
+the name, and exists after its manifest is written, which is the last file. A worker of a killed command, or of an
+abandoned group, therefore writes to its own folder, which the next `CheckpointStore.begin` removes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ARRAY_NAME = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)?")
 
 
 class _DamagedError(Exception):
-    """A checkpoint's files are not what its manifest says."""
+    """The files of a checkpoint do not match its manifest."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Checkpoint:
     iteration: int
     path: Path
     arrays: dict[str, np.ndarray]
-    """Those given to `CheckpointStore.commit`."""
+    """The arrays that were given to `CheckpointStore.commit`."""
     names: tuple[str, ...]
-    """Of every array in it, also of those the workers wrote, such as "coefficients/00007"."""
+    """Names of all arrays, including those that workers wrote, such as "coefficients/00007"."""
     warnings: tuple[str, ...]
-    """One line for each newer checkpoint that was damaged and passed over."""
+    """One line for each newer checkpoint that was skipped because it is damaged."""
 
     def read(self, name: str) -> np.ndarray:
-        """One array by its name. Raises KeyError when there is no such array."""
+        """Return an array by name. Raises KeyError if there is no such array."""
         if name not in self.names:
             raise KeyError(f"{self.path} has no array {name!r}")
         with os_errors_explained("read", self.path):
@@ -59,10 +59,17 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The folder of one run's checkpoints. One process begins and commits; any number may fill."""
+    """The folder with the checkpoints of a run.
+
+    One process begins and commits checkpoints; any number of processes may write their arrays.
+
+    Args:
+        directory: The folder.
+        keep: Number of newest checkpoints to keep.
+        config_hash: Hash of the settings that the checkpoints depend on.
+    """
 
     def __init__(self, directory: str | Path, *, keep: int = 2, config_hash: str) -> None:
-        """`keep`: how many of the newest stay; `config_hash`: of everything the checkpoints depend on."""
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
         self.directory = location(directory)
@@ -71,7 +78,7 @@ class CheckpointStore:
         self._begun: dict[int, Path] = {}
 
     def begin(self, iteration: int) -> Path:
-        """An empty folder for the checkpoint of `iteration`, to fill by `write_checkpoint_array`."""
+        """Create and return an empty folder for the checkpoint of `iteration`, for `write_checkpoint_array`."""
         if is_remote(self.directory):
             for folder in self._remote_folders(committed=False):
                 objects.remove_directory(folder)
@@ -83,12 +90,12 @@ class CheckpointStore:
         return begin_directory(self._path(iteration))
 
     def commit(self, iteration: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Add `arrays` to what was filled since `begin`, make it the newest checkpoint and drop the surplus.
+        """Add `arrays` to the arrays written since `begin`, commit the checkpoint, and delete old checkpoints.
 
-        Checkpoints of later iterations are dropped too: they were damaged and the run fell back behind them.
+        Checkpoints of later iterations are deleted too: they are damaged, and the run resumed from an earlier one.
 
         Raises:
-            StoreError: the disk refuses, or `begin` was not called. Earlier checkpoints are untouched.
+            StoreError: The checkpoint cannot be written, or `begin` was not called. Earlier checkpoints are unchanged.
         """
         path = self._path(iteration)
         partial = path if is_remote(path) else path.with_name(path.name + PARTIAL)
@@ -111,14 +118,14 @@ class CheckpointStore:
             self._prune(iteration)
 
     def iterations(self) -> list[int]:
-        """Those that there are checkpoints of, ascending."""
+        """Return the iterations that have a checkpoint, in ascending order."""
         return [iteration for iteration, _ in self.committed()]
 
     def latest(self) -> Checkpoint | None:
-        """The newest intact checkpoint; None when none was ever committed.
+        """Return the newest intact checkpoint; None if there are no checkpoints.
 
         Raises:
-            StoreError: there are checkpoints but all are damaged, or one is of another configuration.
+            StoreError: All checkpoints are damaged, or a checkpoint has another configuration.
         """
         warnings: list[str] = []
         for iteration, path in reversed(self.committed()):
@@ -126,7 +133,7 @@ class CheckpointStore:
                 names, state_names = self._verify(path)
                 arrays = {name: _load(path, name) for name in state_names}
             except (_DamagedError, OSError) as damage:
-                warnings.append(f"checkpoint {path} is damaged ({damage}); passed over for the one before")
+                warnings.append(f"checkpoint {path} is damaged ({damage}) and skipped")
                 continue
             return Checkpoint(iteration, path, arrays, names, tuple(warnings))
         if warnings:
@@ -138,20 +145,20 @@ class CheckpointStore:
         return None
 
     def verify(self, path: Path) -> None:
-        """Read one of the `committed` checkpoints.
+        """Verify one of the `committed` checkpoints.
 
         Raises:
-            StoreError: it is damaged, or of another configuration.
+            StoreError: The checkpoint is damaged or has another configuration.
         """
         try:
             self._verify(path)
         except (_DamagedError, OSError) as damage:
             raise StoreError(
-                f"checkpoint {path} is damaged ({damage})", "delete it, the one before is gone on from", path=path
+                f"checkpoint {path} is damaged ({damage})", "delete it to resume from the previous one", path=path
             ) from damage
 
     def _verify(self, path: Path) -> tuple[tuple[str, ...], list[str]]:
-        """The names of all arrays of a checkpoint, and of those given to `commit`."""
+        """Return the names of all arrays of a checkpoint, and the names of the arrays given to `commit`."""
         try:
             manifest = read_json(path / _MANIFEST)
             version, config_hash = manifest["schema_version"], manifest["config_hash"]
@@ -160,7 +167,7 @@ class CheckpointStore:
             raise _DamagedError(f"{_MANIFEST} is missing or unreadable") from error
         if version != _SCHEMA_VERSION or config_hash != self.config_hash:
             raise StoreError(
-                f"checkpoint {path} is of another configuration (hash {config_hash}, not {self.config_hash})",
+                f"checkpoint {path} has another configuration (hash {config_hash}, not {self.config_hash})",
                 f"choose another run_dir, or delete {self.directory} to start the stage again",
                 path=path,
             )
@@ -170,11 +177,11 @@ class CheckpointStore:
         return tuple(sorted(checksums)), state_names
 
     def _path(self, iteration: int) -> Path:
-        """Of the checkpoint that was begun."""
+        """Return the folder of the checkpoint of `iteration`, which has been begun."""
         return self._begun[iteration] if is_remote(self.directory) else self.directory / f"{iteration:06d}"
 
     def committed(self) -> list[tuple[int, Path]]:
-        """The checkpoints, intact or damaged, by iteration, ascending."""
+        """Return the checkpoints, intact or damaged, as (iteration, folder) in ascending order."""
         with os_errors_explained("read", self.directory):
             if is_remote(self.directory):
                 folders = self._remote_folders(committed=True)
@@ -184,7 +191,7 @@ class CheckpointStore:
         return sorted((int(match[1]), folder) for match, folder in named)
 
     def _remote_folders(self, *, committed: bool) -> list[Path]:
-        """Those with a manifest, or those without one."""
+        """Return the folders with a manifest if `committed`, otherwise those without."""
         files = [name.split("/", 1) for name in objects.files(self.directory) if "/" in name]
         with_manifest = {folder for folder, file in files if file == _MANIFEST}
         chosen = with_manifest if committed else {folder for folder, _ in files} - with_manifest
@@ -200,24 +207,27 @@ class CheckpointStore:
                 objects.remove_directory(folder)
             return
         for folder in [*surplus, *self.directory.glob(f"*{OLD}")]:
-            # renamed first, so that a kill in the middle leaves litter and not a checkpoint that looks damaged
+            # renamed first, so that a killed process leaves a partial folder and not a damaged checkpoint
             litter = folder.with_name(folder.name + PARTIAL)
             folder.rename(litter)
             shutil.rmtree(litter)
 
 
 def write_checkpoint_array(folder: Path, name: str, array: np.ndarray) -> None:
-    """Write an array into the folder that `CheckpointStore.begin` gave, from any process that sees it.
+    """Write an array to a folder of `CheckpointStore.begin`, from any process with access to it.
 
-    `name` may have one folder in front: workers write "coefficients/00007" for shard 7.
+    Args:
+        folder: The folder of the checkpoint.
+        name: Name of the array, with at most one folder: workers write "coefficients/00007" for shard 7.
+        array: The array.
 
     Raises:
-        ValueError: the name has other characters than letters, digits, _ and -, or the array holds objects.
-        StoreError: the disk refuses, or the folder is gone.
+        ValueError: The name has characters other than letters, digits, _ and -, or the array holds objects.
+        StoreError: The array cannot be written, or the folder is missing.
     """
     if not _ARRAY_NAME.fullmatch(name):
-        raise ValueError(f"{name!r} cannot name an array: letters, digits, _, - and one / are allowed")
-    buffer = io.BytesIO()  # np.save straight to a file loses the reason for a failed write
+        raise ValueError(f"{name!r} is not a valid array name: letters, digits, _, - and one / are allowed")
+    buffer = io.BytesIO()  # np.save to a file would lose the reason for a failed write
     np.save(buffer, array, allow_pickle=False)
     path = _file(folder, name)
     with os_errors_explained("write", path):

@@ -1,4 +1,4 @@
-"""Coefficients (N, K) too many to copy: what the writers of a factorization ask of them, and how they walk over them.
+"""Access to coefficients (N, K) in blocks, without a copy of the whole array.
 
 Legend: N examples, K components.
 """
@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK_BYTES = 32 * 2**20
-"""About as much of the coefficients as is held at a time, in float32."""
+"""Approximate size in bytes of a block of coefficients in float32."""
 
 
 class Coefficients(Protocol):
-    """A numpy array will do; so does anything that gives a block as one when it is cut along both axes."""
+    """A numpy array, or an object that returns a block as a numpy array when it is sliced along both axes."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -25,7 +25,7 @@ class Coefficients(Protocol):
 
 
 class StackedRows:
-    """Arrays (n, K) one below the other, as they are: joined only where a block of them is asked for."""
+    """Arrays (n, K) stacked along the first axis. They are concatenated only for a requested block."""
 
     def __init__(self, parts: Sequence[NDArray[np.float32]]) -> None:
         self._parts = list(parts)
@@ -36,14 +36,14 @@ class StackedRows:
         rows, columns = block
         first, last, step = rows.indices(self.shape[0])
         if step != 1:
-            raise ValueError("rows are cut in steps of 1")
+            raise ValueError("the step of a slice of rows must be 1")
         bounds = zip(self._starts, self._parts, strict=False)
         cut = [part[max(first - start, 0) : max(last - start, 0), columns] for start, part in bounds]
         return np.concatenate(cut)
 
 
 def blocks_of_rows(coefficients_NK: Coefficients, rows: int) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-    """All of it in float32, so many rows at a time."""
+    """Yield blocks of ``rows`` rows in float32, each with its slice."""
     n_examples = coefficients_NK.shape[0]
     for start in range(0, n_examples, rows):
         block = slice(start, min(start + rows, n_examples))
@@ -51,9 +51,9 @@ def blocks_of_rows(coefficients_NK: Coefficients, rows: int) -> Iterator[tuple[s
 
 
 def columns_of(coefficients_NK: Coefficients) -> Iterator[NDArray[np.float64]]:
-    """The coefficients of all examples on component 0, 1, ...; 0 where they are NaN.
+    """Yield the coefficients (N,) of component 0, 1, ..., with 0 in place of NaN.
 
-    Neighbouring columns share cache lines, so they are cut out several at a time.
+    Neighbouring columns share cache lines, so several columns are copied at a time.
     """
     n_examples, n_components = coefficients_NK.shape
     width = max(1, BLOCK_BYTES // (4 * n_examples))

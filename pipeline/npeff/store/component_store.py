@@ -1,11 +1,11 @@
-"""What the factorization leaves behind, in a Zarr folder that is replaced whole.
+"""The factorization, in a Zarr folder that is replaced as a whole.
 
-    factorization.zarr   components (K, D) float64, coefficients (N, K) float32, NaN rows for examples left out;
-                         coefficient_norms (N,) float64, the lengths of these rows;
-                         columns (D,) int64 where the coordinates are single entries of the flat parameter vector
+    factorization.zarr   components (K, D) float64; coefficients (N, K) float32, with NaN rows for left-out examples;
+                         coefficient_norms (N,) float64, the norms of these rows;
+                         columns (D,) int64, if the coordinates are single entries of the flat parameter vector
 
-A chunk of the coefficients is some hundred examples with all their components, so one example is one small read; many
-chunks are one file. Most coefficients are zeros, which zstd removes.
+A chunk of the coefficients is a few hundred examples with all their components, so reading one example is cheap. A file
+has many chunks. Most coefficients are zero, and zstd compresses them well.
 
 Legend: N examples, K components, D sketch dimension.
 """
@@ -36,29 +36,29 @@ _KIND = "a factorization"
 
 @dataclass(frozen=True)
 class StoredFactorization:
-    """Lazy arrays, and `read_*`, which verify what they read."""
+    """A factorization on disk: lazy arrays, and `read_*` methods that verify checksums."""
 
     path: Path
     components: zarr.Array
     """(K, D) float64, unit rows."""
     coefficients: zarr.Array
-    """(N, K) float32; NaN rows for examples that were left out."""
+    """(N, K) float32, with NaN rows for left-out examples."""
     attrs: dict[str, Any]
     columns: zarr.Array | None = None
-    """(D,) int64, the parameters that the components' coordinates are; None where they are no single parameters."""
+    """(D,) int64, the parameter of each coordinate; None if the coordinates are not single parameters."""
     coefficient_norms: zarr.Array | None = None
-    """(N,) float64, lengths of the rows of the coefficients; None where a former version has not written them."""
+    """(N,) float64, norms of the rows of the coefficients; None in stores of an earlier version."""
 
     def read_components(self) -> np.ndarray:
-        """(K, D) float64. Raises StoreError when a chunk is missing or corrupt."""
+        """Return the components, (K, D) float64. Raises StoreError if a chunk is missing or corrupt."""
         return self._read("components", self.components)
 
     def read_coefficients(self) -> np.ndarray:
-        """(N, K) float32. Raises StoreError when a chunk is missing or corrupt."""
+        """Return the coefficients, (N, K) float32. Raises StoreError if a chunk is missing or corrupt."""
         return self._read("coefficients", self.coefficients)
 
     def read_columns(self) -> np.ndarray | None:
-        """(D,) int64, or None. Raises StoreError when a chunk is missing or corrupt."""
+        """Return the columns, (D,) int64, or None. Raises StoreError if a chunk is missing or corrupt."""
         return None if self.columns is None else self._read("columns", self.columns)
 
     def _read(self, name: str, array: zarr.Array) -> np.ndarray:
@@ -68,7 +68,7 @@ class StoredFactorization:
             values = np.asarray(array[...])
         except (ValueError, OSError) as error:
             raise damage from error
-        # a missing chunk reads as NaN, which in the coefficients would pass for an example left out
+        # a missing chunk reads as NaN, which in the coefficients would look like left-out examples
         if checksum({name: values}) != self.attrs["checksums"][name]:
             raise damage
         return values
@@ -81,13 +81,20 @@ def write_factorization(
     attrs: Mapping[str, Any],
     columns_D: np.ndarray | None = None,
 ) -> None:
-    """Create or replace ``factorization.zarr``; `attrs` (JSON: loss, explained, why it stopped, ...) are kept.
+    """Create or replace ``factorization.zarr``.
 
-    The coefficients are walked over twice, a block of rows at a time.
+    The coefficients are read twice, in blocks of rows.
+
+    Args:
+        path: The folder.
+        components_KD: Components (K, D).
+        coefficients_NK: Coefficients (N, K), with NaN rows for left-out examples.
+        attrs: Attributes (JSON): loss, explained, the reason for stopping, ...
+        columns_D: The parameter of each coordinate (D,), if the coordinates are single parameters.
 
     Raises:
-        ValueError: the shapes are empty or do not agree, or a number is not finite, but for coefficient rows all NaN.
-        StoreError: it cannot be written. The former content is untouched.
+        ValueError: The shapes are empty or do not agree, or a number outside the NaN rows is not finite.
+        StoreError: The folder cannot be written. Its previous content is unchanged.
     """
     shape = tuple(coefficients_NK.shape)
     if (
@@ -124,7 +131,7 @@ def _norms_and_checksum(coefficients_NK: Coefficients) -> tuple[NDArray[np.float
 def _create_array(
     group: zarr.Group, name: str, shape: tuple[int, ...], dtype: np.dtype, sparse: bool = False
 ) -> zarr.Array:
-    """Cut along its first axis; a `sparse` one is compressed, and its chunks share files."""
+    """Create an array that is chunked along its first axis. If `sparse`, it is compressed and chunks share files."""
     row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
     chunk_rows = min(shape[0], -(-MIN_CHUNK_BYTES // row_bytes))
     chunks_per_shard = min(-(-shape[0] // chunk_rows), max(1, BLOCK_BYTES // (chunk_rows * row_bytes)))
@@ -142,14 +149,14 @@ def _create_array(
 def factorization_checksums(
     components_KD: np.ndarray, coefficients_NK: Coefficients, columns_D: np.ndarray | None = None
 ) -> dict[str, str]:
-    """The attribute ``checksums`` of a factorization that is stored: equal where what is stored is."""
+    """Return the attribute ``checksums`` that the stored factorization has, to compare it with a stored one."""
     return _stored(components_KD, coefficients_NK, columns_D)[1]
 
 
 def _stored(
     components_KD: np.ndarray, coefficients_NK: Coefficients, columns_D: np.ndarray | None
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays beside the coefficients as they are stored, and the checksums of all."""
+    """Return the arrays other than the coefficients in their stored types, and the checksums of all arrays."""
     norms_N, coefficients_checksum = _norms_and_checksum(coefficients_NK)
     arrays: dict[str, np.ndarray] = {
         "components": components_KD.astype(np.float64),
@@ -164,10 +171,10 @@ def _stored(
 
 
 def open_factorization(path: str | Path) -> StoredFactorization:
-    """The content of ``factorization.zarr``.
+    """Open ``factorization.zarr``.
 
     Raises:
-        StoreError: there is none, or it is damaged.
+        StoreError: The folder is missing or damaged.
     """
     path = location(path)
     group, attrs = open_group(path, _KIND, SCHEMA_VERSION, "factorize")

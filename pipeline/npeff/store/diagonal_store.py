@@ -1,13 +1,13 @@
-"""The mean of the examples' diagonal Fishers, one safetensors file under the parameters' names.
+"""The mean diagonal Fisher of a data set: one safetensors file with one tensor per parameter.
 
-Sums in floating point depend on their order, so the order is fixed, by the number of shards alone: the shards are cut
-into units of consecutive ones, a worker adds up a unit, and the units are added one after the other, from the first.
-Whatever has been finished stays in the folder of partial results, in float64:
+A floating-point sum depends on the order of its terms. The order is therefore fixed and depends only on the number of
+shards: a unit is a few consecutive shards, a worker sums the shards of a unit, and the units are added in order. The
+finished sums are kept in the folder of partial results, in float64:
 
     00007.safetensors   the sum over unit 7, written by a worker
-    total.safetensors   the sum over the units before the one that its metadata name, whose own files are gone
+    total.safetensors   the sum over all units before the unit in its metadata; the files of these units are deleted
 
-Only so many units that wait for their turn lie there, not as many as there are shards. Every file appears by rename.
+The folder contains only the units that are not yet added to the total. Every file is written atomically.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from npeff.storage.location import is_remote
 from npeff.storage.objects import read_range
 
 _MOST_SHARDS = 4
-"""In one unit: a worker gives it back in time that is counted in shards, and a crash costs no more."""
+"""Largest number of shards of a unit. A call of a worker takes the time of a few shards, and a crash costs no more."""
 _FEWEST_UNITS = 16
-"""Where there are so many shards, so that many workers have a share."""
+"""Smallest number of units, if there are as many shards, so that many workers can take part."""
 _FOLDED_TOGETHER = 16
-"""Units that are added to the total at a time: it is written that many times less often than they are."""
+"""Number of units that are added to the total at a time, so that the total is written less often."""
 
 
 @dataclass(frozen=True)
 class DiagonalSums:
-    """Sums of diagonal Fishers in progress. Any number of processes may write units; one adds them up."""
+    """Sums of diagonal Fishers in progress. Any number of processes may write units; one process adds them."""
 
     folder: Path
     n_shards: int
     signature: str
-    """Hash of everything that the shards depend on; sums of another one are refused."""
+    """Signature of the settings that the shards depend on. Sums with another signature raise an error."""
 
     @property
     def n_units(self) -> int:
@@ -56,41 +56,44 @@ class DiagonalSums:
         return max(1, min(_MOST_SHARDS, self.n_shards // _FEWEST_UNITS))
 
     def shards(self, unit: int) -> tuple[int, ...]:
-        """The shards of a unit. Raises IndexError outside 0..n_units-1."""
+        """Return the shards of a unit. Raises IndexError outside 0..n_units-1."""
         if not 0 <= unit < self.n_units:
             raise IndexError(f"unit {unit} is outside 0..{self.n_units - 1}")
         first = unit * self._unit_size
         return tuple(range(first, min(first + self._unit_size, self.n_shards)))
 
     def missing(self) -> list[int]:
-        """Units that have to be computed.
+        """Return the units that are not yet computed.
 
         Raises:
-            StoreError: a file is damaged, or of another run.
+            StoreError: A file is damaged or belongs to another run.
         """
         n_folded, waiting = self._n_folded(), self._waiting()
         return [unit for unit in range(n_folded, self.n_units) if unit not in waiting]
 
     def write(self, unit: int, sums: Mapping[str, np.ndarray]) -> None:
-        """Keep the sum over a unit's examples, by parameter.
+        """Write the sum over the examples of a unit, by parameter.
 
         Raises:
-            StoreError: a number is not finite, or the file cannot be written.
+            StoreError: A number is not finite, or the file cannot be written.
         """
         for name, values in sums.items():
             if not np.isfinite(values).all():
                 shards = self.shards(unit)
                 raise StoreError(
-                    f"the diagonal Fisher of {name} over shards {shards[0]} to {shards[-1]} is too large for its "
-                    "precision: leave the parameter out (parameters.exclude), or set fishers.diagonal.mean to false"
+                    f"the diagonal Fisher of {name} over shards {shards[0]} to {shards[-1]} overflows its precision: "
+                    "exclude the parameter (parameters.exclude), or set fishers.diagonal.mean to false"
                 )
         _write(self._path(unit), sums, {"signature": self.signature})
 
     def fold(self, *, last: bool = False) -> None:
-        """Add the units that have come, in order, to the total, if there are some; all of them at the `last` time.
+        """Add finished units to the total, in order.
+
+        Args:
+            last: Add all finished units, even if there are only a few.
 
         Raises:
-            StoreError: a file is damaged or of another run, or cannot be written.
+            StoreError: A file is damaged, belongs to another run or cannot be written.
         """
         n_folded, waiting = self._n_folded(), self._waiting()
         end = n_folded
@@ -103,14 +106,14 @@ class DiagonalSums:
             n_folded = end
         with os_errors_explained("write", self.folder):
             for unit in waiting:
-                if unit < n_folded:  # added now, or before a crash
+                if unit < n_folded:  # this call, or a call before a crash, has added the unit
                     self._path(unit).unlink()
 
     def write_mean(self, path: Path, n_examples: int, metadata: Mapping[str, str]) -> None:
-        """Write the mean over `n_examples` to `path`, float32, with the `metadata`. All units must be folded.
+        """Write the mean over `n_examples` to `path` in float32, with `metadata`. All units must be folded.
 
         Raises:
-            StoreError: a file is damaged, of another run or missing, or cannot be written.
+            StoreError: A file is damaged, missing, belongs to another run or cannot be written.
         """
         if (n_folded := self._n_folded()) != self.n_units:
             problem = f"{self.folder} has the sums of {n_folded} of {self.n_units} units"
@@ -138,13 +141,13 @@ class DiagonalSums:
         return int(self._metadata(self._total)["units"]) if self._total.exists() else 0
 
     def _added(self, paths: list[Path]) -> dict[str, np.ndarray]:
-        """The sum of the files, from the first to the last."""
+        """Return the sum of the files, added in the given order."""
         sums: dict[str, np.ndarray] = {}
         for path in paths:
             with self._opened(path) as file:
                 found = _read(file)
                 if found is None or (sums and sums.keys() != found.keys()):
-                    raise damaged_file(path)  # without the total the units that it is of are missing again
+                    raise damaged_file(path)  # if the total is deleted, its units are missing and are recomputed
                 for name, values in found.items():
                     sums[name] = sums[name] + values if name in sums else values
         return sums
@@ -153,15 +156,15 @@ class DiagonalSums:
         if not is_remote(path):
             with self._opened(path) as file:
                 return dict(file.metadata())
-        metadata: dict[str, str] = _header(path).get("__metadata__", {})  # an object is whole, and may be large
+        metadata: dict[str, str] = _header(path).get("__metadata__", {})  # an object is complete, and may be large
         self._check(path, metadata)
         return metadata
 
     def _check(self, path: Path, metadata: Mapping[str, str]) -> None:
         if metadata.get("signature") != self.signature:
             raise StoreError(
-                f"{path} is of another run",
-                f"choose another run_dir, or delete {self.folder} to compute it again",
+                f"{path} belongs to another run",
+                f"choose another run_dir, or delete {self.folder} to recompute it",
                 path=path,
             )
 
@@ -176,17 +179,17 @@ class DiagonalSums:
 
 
 def _header(path: Path) -> dict[str, Any]:
-    """Of a safetensors object: a JSON text after 8 bytes that say how long it is."""
+    """Read the header of a safetensors object: a JSON text after its length in 8 bytes."""
     length = int.from_bytes(read_range(path, 0, 8), "little")
     header: dict[str, Any] = json.loads(read_range(path, 8, 8 + length))
     return header
 
 
 def read_diagonal(path: Path) -> dict[str, np.ndarray]:
-    """The numbers of a safetensors file of this module, by parameter.
+    """Read a safetensors file of this module and return its arrays by parameter name.
 
     Raises:
-        StoreError: it is missing or damaged.
+        StoreError: The file is missing or damaged.
     """
     try:
         with os_errors_explained("read", path), local_copy(path) as copy, safe_open(copy, "numpy") as file:
@@ -199,21 +202,21 @@ def read_diagonal(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read(file: safe_open) -> dict[str, np.ndarray] | None:
-    """The numbers in a file; None when they are not those that were written."""
-    arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    """Return the arrays of a file; None if they do not match the checksum."""
+    arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is not a mapping
     expected = (file.metadata() or {}).get("checksum")
     return arrays if expected in (None, checksum(arrays)) else None
 
 
 def _write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file: 8 bytes of the header's length, the header, the numbers."""
-    # what numpy makes of a scalar is no array, and safetensors takes strides for granted
+    """Write a safetensors file: the length of the header in 8 bytes, the header, the arrays."""
+    # numpy operations turn 0-d arrays into scalars, and safetensors ignores strides
     plain = {name: np.asarray(values, order="C") for name, values in arrays.items()}
     metadata = {**metadata, "checksum": checksum(plain)}
     content = memoryview(save(plain, metadata))
     length = int.from_bytes(content[:8], "little")
     header = json.loads(bytes(content[8 : 8 + length]))
-    # its metadata come in another order each time, and the same numbers must give the same file
+    # safetensors writes the metadata in a random order, but equal arrays must give equal files
     header["__metadata__"] = dict(sorted(metadata.items()))
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text = text.ljust(-(-len(text) // 8) * 8)

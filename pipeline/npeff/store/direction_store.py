@@ -1,8 +1,8 @@
-"""Components as directions in parameter space: one array (K, *shape) float32 or float16 for each parameter.
+"""Directions of components in parameter space: one array (K, *shape), float32 or float16, for each parameter.
 
-One chunk is one component's part in one parameter, so that any process may write the components that are its own, and
-a direction is read alone. K x P numbers need not fit in memory. Which components are written is for the writers to
-record: a chunk that nobody wrote reads as NaN, which `DirectionStore.read` refuses.
+A chunk is the part of one component in one parameter. Any process may therefore write its own components, and a
+direction is read without the others. K x P numbers need not fit in memory. The writers must record which components are
+written. A chunk that was not written reads as NaN, and `DirectionStore.read` then raises an error.
 
 Legend: K components, P parameters.
 """
@@ -48,15 +48,18 @@ class DirectionStore:
         attrs: Mapping[str, Any],
         dtype: str = "float32",
     ) -> DirectionStore:
-        """A store without any direction, in place of what is at `path`; `attrs` (JSON) are kept.
+        """Create a store without directions, and replace an existing store at `path`.
 
         Args:
-            shapes: of the parameters, by name, in order.
-            dtype: of the arrays, "float32" or "float16". Half precision is fine enough for the entries of a unit
-                vector: rounding adds at most 3e-8 to each or 0.05% of it, 0.2% of the length of 7 billion of them.
+            path: The store.
+            n_components: Number of components K.
+            shapes: Shapes of the parameters by name, in order.
+            attrs: Attributes of the caller (JSON).
+            dtype: Type of the arrays, "float32" or "float16". Half precision suffices for the entries of a unit vector:
+                the rounding error of an entry is at most 3e-8 or 0.05% of it, and 0.2% of the norm for 7 billion entries.
 
         Raises:
-            StoreError: it cannot be written.
+            StoreError: The store cannot be written.
         """
         path = location(path)
         own = {"n_components": n_components, "parameters": list(shapes)}
@@ -75,13 +78,14 @@ class DirectionStore:
 
     @classmethod
     def restore(cls, path: str | Path, **layout: Any) -> DirectionStore:
-        """The store at `path`, whose metadata are made again where they are missing; its directions stay.
+        """Restore the missing metadata of the store at `path`, and open it. Its directions stay.
 
         Args:
-            layout: what it was created with.
+            path: The store.
+            layout: The arguments with which the store was created.
 
         Raises:
-            StoreError: it is damaged otherwise, or cannot be written.
+            StoreError: The store is damaged in another way, or cannot be written.
         """
         path = location(path)
         restore_metadata(path, lambda fresh: cls.create(fresh, **layout))
@@ -89,21 +93,25 @@ class DirectionStore:
 
     @classmethod
     def open(cls, path: str | Path) -> DirectionStore:
-        """The store at `path`.
+        """Open the store at `path`.
 
         Raises:
-            StoreError: there is none, or it is damaged.
+            StoreError: The store is missing or damaged.
         """
         path = location(path)
         group, attrs = open_group(path, _KIND, SCHEMA_VERSION, "lift")
         return cls(path, {name: open_array(group, path, name, "lift") for name in attrs["parameters"]}, attrs)
 
     def write(self, component: int, direction: Mapping[str, np.ndarray]) -> None:
-        """Write one component's direction, all parameters of it, durably.
+        """Write the direction of a component durably.
+
+        Args:
+            component: Number of the component.
+            direction: The arrays of all parameters, by name.
 
         Raises:
-            ValueError: a parameter is missing, unknown, of another shape, or not finite.
-            StoreError: it cannot be written.
+            ValueError: A parameter is missing, is unknown, has another shape, or is not finite.
+            StoreError: The direction cannot be written.
         """
         self._check(component)
         if direction.keys() != self.arrays.keys():
@@ -121,22 +129,23 @@ class DirectionStore:
         write_durably(self.path, parts)
 
     def read(self, component: int) -> dict[str, np.ndarray]:
-        """One component's direction, by parameter name, float32.
+        """Return the direction of a component by parameter name, in float32.
 
         Raises:
-            IndexError: there is no such component.
-            StoreError: a chunk is missing or corrupt.
+            IndexError: There is no such component.
+            StoreError: A chunk is missing or corrupt.
         """
         self._check(component)
         return {name: self._read(name, component) for name in self.arrays}
 
     def export(self, component: int, file: str | Path) -> None:
-        """Write one component's unit direction as a safetensors file under the parameters' names.
+        """Write the unit direction of a component as a safetensors file with one tensor per parameter.
 
         Raises:
-            IndexError, StoreError: as `read` does, or it cannot be written; a former `file` is then untouched.
+            IndexError: There is no such component.
+            StoreError: A chunk is missing or corrupt, or `file` cannot be written. An existing `file` is unchanged.
         """
-        # what numpy makes of a scalar is no array, and safetensors takes strides for granted
+        # numpy operations turn 0-d arrays into scalars, and safetensors ignores strides
         tensors = {name: np.require(values, requirements="C") for name, values in self.read(component).items()}
         content = save(tensors, {"component": str(component)})
         write_file_atomically(location(file), lambda stream: stream.write(content))
@@ -162,11 +171,14 @@ class DirectionStore:
 
 
 def write_sums(path: Path, vectors: Iterable[Iterable[np.ndarray]]) -> None:
-    """Sums over a part of the examples on their way into directions: vectors one after the other, float32, each in
-    pieces, parameter after parameter.
+    """Write partial sums of directions over a part of the examples: consecutive vectors in float32.
+
+    Args:
+        path: The file.
+        vectors: The vectors, each in consecutive pieces, one per parameter.
 
     Raises:
-        StoreError: they cannot be written.
+        StoreError: The file cannot be written.
     """
 
     def write(stream: BinaryIO) -> None:
@@ -178,10 +190,10 @@ def write_sums(path: Path, vectors: Iterable[Iterable[np.ndarray]]) -> None:
 
 
 def read_sums(path: Path, index: int, size: int) -> np.ndarray:
-    """The `index`-th vector, of `size` numbers, that `write_sums` wrote.
+    """Read the `index`-th vector of `size` numbers from a file of `write_sums`.
 
     Raises:
-        StoreError: it is not there.
+        StoreError: The file does not contain the vector.
     """
     start, stop = 4 * size * index, 4 * size * (index + 1)
     with os_errors_explained("read", path):

@@ -1,27 +1,27 @@
-"""Normalised Fisher factors of N examples, in one Zarr group, written and read by whole shards.
+"""Normalized Fisher factors of N examples in a Zarr group, which is written and read by whole shards.
 
     factors          (N, R, D)  float16, float32, or bfloat16 as a uint16 view   Â_i = A_i / sqrt(‖F_i‖_F), sketched
     frobenius_norms  (N,)       float64                                         ‖F_i‖_F, exact
     grams            (N, R, R)  float64                                         A_i A_iᵀ, exact
     ranks            (N,)       int32                                           rows of A_i in use
-    kept_trace       (N,)       float64                                         share of trace(S) that they keep, or NaN
+    kept_trace       (N,)       float64                                         fraction of trace(S) they cover, or NaN
     losses           (N,)       float32                                         mean of -log p(label), NaN if unknown
-    logits           (N, C)     float32                                         where an example is one prediction
+    logits           (N, C)     float32                                         if an example is one prediction
     labels           (N,)       int64
-    valid            (N,)       bool                                            False: not finite, to be left out
+    valid            (N,)       bool                                            False: not finite, left out
 
-and, where they are asked for, of the diagonals f_i of the F_i, which are exact whatever the sketch:
+and, if requested, these arrays of the diagonals f_i of the F_i, which are exact for every sketch:
 
     diagonal_norms    (N,)    float64  ‖f_i‖₂
     diagonal_values   (N, k)  float32  the largest entries of f_i / ‖f_i‖₂, descending, then zeros
-    diagonal_indices  (N, k)  int64    where they are in the flat parameter vector
+    diagonal_indices  (N, k)  int64    their positions in the flat parameter vector
     grouped_diagonal  (N, Q)  float32  sums of f_i / ‖f_i‖₂ over groups of entries
 
 Legend: N examples, R rank, C classes, D sketch dimension, k largest entries, Q groups.
 
-Fill values are ones that no written shard has (NaN, -1, not valid), so that a shard nobody wrote cannot be mistaken for
-data even by a reader that ignores the completion records. Every chunk and shard index carries a crc32c; nothing is
-compressed, because gradients hardly shrink.
+The fill values (NaN, -1, not valid) do not occur in a written shard, so that a shard that was not written cannot be
+mistaken for data, even if the completion records are ignored. Every chunk and shard index has a crc32c. The arrays are
+not compressed, because gradients compress badly.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _array_specs(
 
 
 def _specs_of(attrs: Mapping[str, Any]) -> dict[str, _ArraySpec]:
-    """Of the store with these attributes."""
+    """Return the array specifications of the store with these attributes."""
     return _array_specs(
         attrs["rank"],
         attrs["dim"],
@@ -118,23 +118,26 @@ def _specs_of(attrs: Mapping[str, Any]) -> dict[str, _ArraySpec]:
 
 
 ARRAY_NAMES = tuple(_array_specs(1, 1, 1, "float32", with_logits=True))
-"""Of a store with logits and without diagonals; `FisherStore.array_names` are those that a store has."""
+"""Arrays of a store with logits and without diagonals. `FisherStore.array_names` are the arrays of a given store."""
 
 
 def fisher_store_bytes(*, n_examples: int, shard_size: int, **sizes: Any) -> int:
-    """What a store of these sizes (as of `FisherStore.create`) takes on disk, indexes apart; nothing is compressed."""
+    """Return the size in bytes of a store on disk, without indexes. The sizes are those of `FisherStore.create`."""
     rows = min(shard_size, n_examples)
     full, rest = divmod(n_examples, rows)
     total = 0
     for spec in _array_specs(**sizes).values():
         chunk = inner_chunk_examples(rows, spec.example_bytes)
-        total += (full * rows + -(-rest // chunk) * chunk) * spec.example_bytes  # the last chunk is stored whole
+        total += (full * rows + -(-rest // chunk) * chunk) * spec.example_bytes  # the last chunk has full size
     return total
 
 
 class FisherStore:
-    """The Zarr group ``<run>/fishers.zarr``. Create it once; then any number of processes may open it, and each may
-    write the shards that are its own. Use `create` or `open`."""
+    """The Zarr group ``<run>/fishers.zarr``.
+
+    Use `create` or `open`. After the store is created, any number of processes may open it, and each process may write
+    its own shards.
+    """
 
     def __init__(self, path: Path, attrs: Mapping[str, Any], arrays: Mapping[str, zarr.Array]) -> None:
         self.path = path
@@ -166,13 +169,24 @@ class FisherStore:
         top_entries: int | None = None,
         n_groups: int | None = None,
     ) -> FisherStore:
-        """A new store without any shard; `attrs` (JSON: parameter layout, sketch, model fingerprint, ...) are kept.
+        """Create a store without shards.
 
-        Without logits where an example is a sequence of predictions, or the classes are a vocabulary. With the
-        `top_entries` largest entries of the diagonals and their sums over `n_groups` groups, where these are given.
+        Args:
+            path: The store.
+            n_examples: Number of examples N.
+            rank: Largest number of rows R of a factor.
+            dim: Sketch dimension D.
+            n_classes: Number of classes C.
+            shard_size: Examples per shard.
+            store_dtype: Precision of the stored factors.
+            attrs: Attributes of the caller (JSON): parameter layout, sketch, model fingerprint, ...
+            with_logits: Whether to store logits. They are not stored if an example is a sequence of predictions or if
+                the classes are a vocabulary.
+            top_entries: Number k of largest entries of the diagonals to store.
+            n_groups: Number Q of groups whose diagonal sums are stored.
 
         Raises:
-            StoreError: there is something at `path` already, the sizes are impossible, or it cannot be written.
+            StoreError: `path` exists, a size is impossible, or the store cannot be written.
         """
         path = location(path)
         with os_errors_explained("write", path):
@@ -207,13 +221,14 @@ class FisherStore:
 
     @classmethod
     def restore(cls, path: str | Path, **layout: Any) -> FisherStore:
-        """The store at `path`, whose metadata are made again where they are missing; its shards stay.
+        """Restore the missing metadata of the store at `path`, and open it. Its shards stay.
 
         Args:
-            layout: what it was created with.
+            path: The store.
+            layout: The arguments with which the store was created.
 
         Raises:
-            StoreError: it is damaged otherwise, or cannot be written.
+            StoreError: The store is damaged in another way, or cannot be written.
         """
         path = location(path)
         restore_metadata(path, lambda fresh: cls.create(fresh, **layout))
@@ -221,10 +236,10 @@ class FisherStore:
 
     @classmethod
     def open(cls, path: str | Path) -> FisherStore:
-        """The store at `path`, to read, and to write the shards that are the caller's.
+        """Open the store at `path` for reading, and for writing the caller's own shards.
 
         Raises:
-            StoreError: there is none, or it is damaged or of another schema version.
+            StoreError: The store is missing or damaged, or has another schema version.
         """
         path = location(path)
         group, attrs = open_group(path, _KIND, SCHEMA_VERSION, "fishers")
@@ -234,19 +249,28 @@ class FisherStore:
             if (arrays[name].shape, arrays[name].dtype) != ((attrs["n_examples"], *spec.tail), spec.dtype):
                 raise damaged_metadata(path, name, "fishers")
         for name in set(arrays) - {"factors"}:
-            # Zarr skips chunks that equal the fill value, as a shard without a valid example may; written anyway, a
-            # missing file is always a loss. Factors never equal theirs, and their padding is worth skipping.
+            # By default, Zarr does not write chunks that equal the fill value, which a shard without valid examples
+            # may. They are written, so that a missing file always means damage. Factors never equal their fill value,
+            # and skipping their padding saves space.
             arrays[name] = arrays[name].with_config({"write_empty_chunks": True})
         return cls(path, attrs, arrays)
 
     def write_shard(self, shard: int, arrays: Mapping[str, np.ndarray]) -> str:
-        """Write every array of a shard, whole and durable; returns the checksum of what is stored.
+        """Write every array of a shard durably.
 
-        `arrays` has the names and shapes of this module's table, cut to the shard's examples, `factors` in floating
-        point. Nothing counts until the caller writes the completion record with the checksum.
+        The shard is not complete until the caller writes the completion record with the checksum.
+
+        Args:
+            shard: Number of the shard.
+            arrays: Arrays with the names and shapes of this module's table, for the examples of the shard; `factors`
+                in floating point.
+
+        Returns:
+            The checksum of the stored arrays.
 
         Raises:
-            StoreError: a name, shape or type is wrong, a number is not finite or does not fit, or the disk refuses.
+            StoreError: A name, shape or type is wrong, a number is not finite or overflows, or the shard cannot be
+                written.
         """
         start, stop = self.plan.bounds(shard)
         stored = self._encode(shard, arrays)
@@ -256,18 +280,24 @@ class FisherStore:
         return checksum_of(stored)
 
     def read_shard(self, shard: int, checksum: str | None = None) -> dict[str, np.ndarray]:
-        """Every array of a shard; `factors` as float32. Without a `checksum` only Zarr's own crc32c are verified.
+        """Read every array of a shard, with `factors` in float32.
+
+        Args:
+            shard: Number of the shard.
+            checksum: Checksum to verify; if None, only the crc32c of Zarr are verified.
 
         Raises:
-            StoreError: the shard is missing, truncated, corrupt, or not the one the checksum was made of.
+            StoreError: The shard is missing, truncated or corrupt, or does not match the checksum.
         """
         return {name: self._decode(name, values) for name, values in self._read_stored(shard, checksum).items()}
 
     def read_factors(self, shard: int, checksum: str | None = None) -> np.ndarray:
-        """The factors of a shard as they are stored, bfloat16 as uint16; with a `checksum` everything is read for it.
+        """Read the factors of a shard in the stored precision, bfloat16 as uint16.
+
+        The verification of a `checksum` reads all arrays of the shard.
 
         Raises:
-            StoreError: as `read_shard` does.
+            StoreError: As in `read_shard`.
         """
         if checksum is not None:
             return self._read_stored(shard, checksum)["factors"]
@@ -276,11 +306,15 @@ class FisherStore:
     def read_rows(
         self, indices: Sequence[int] | np.ndarray, names: Iterable[str] | None = None
     ) -> dict[str, np.ndarray]:
-        """The given examples, in the given order, of the named arrays (all unless given); `factors` as float32.
+        """Read given examples, in the given order, with `factors` in float32.
+
+        Args:
+            indices: Indices of the examples.
+            names: Names of the arrays; all arrays by default.
 
         Raises:
-            IndexError: an index is outside 0..N-1.
-            StoreError: a shard they lie in is missing, truncated or corrupt.
+            IndexError: An index is outside 0..N-1.
+            StoreError: A shard of these examples is missing, truncated or corrupt.
         """
         rows, inverse = np.unique(np.asarray(indices, dtype=np.int64), return_inverse=True)
         if rows.size and (rows[0] < 0 or rows[-1] >= self.plan.n_examples):
@@ -302,7 +336,7 @@ class FisherStore:
         return stored
 
     def _encode(self, shard: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The arrays as they are stored, or StoreError."""
+        """Check the arrays and convert them to the stored types. Raises StoreError."""
         start, stop = self.plan.bounds(shard)
         where = f"shard {shard} of {self.path}"
         if set(arrays) != set(self.array_names):
@@ -316,7 +350,7 @@ class FisherStore:
             dtype = np.dtype(np.float32 if bfloat16 else spec.dtype)
             if not np.can_cast(values.dtype, dtype, casting="same_kind"):
                 raise StoreError(f"{name} of {where} must be {dtype}, not {values.dtype}")
-            with np.errstate(over="ignore"):  # overflow becomes infinity, which _check looks for
+            with np.errstate(over="ignore"):  # overflow gives infinity, which _check detects
                 cast_values = values.astype(dtype, copy=False)
             stored[name] = encode_bfloat16(cast_values) if bfloat16 else cast_values
         self._check(where, arrays["factors"], stored)
@@ -342,7 +376,7 @@ class FisherStore:
         return decode_bfloat16(stored) if self.store_dtype == "bfloat16" else stored.astype(np.float32, copy=False)
 
     def _read(self, name: str, shard: int, rows: slice | np.ndarray) -> np.ndarray:
-        """Rows, all of which lie in `shard`, of one stored array."""
+        """Read rows of one stored array, all of which are in `shard`."""
         path = stored_path(self.path, name, self._arrays[name], shard)
         if not stored_bytes(path):  # Zarr reads a missing or empty file as fill values
             raise self._shard_error(shard, f"has no {name}", path)

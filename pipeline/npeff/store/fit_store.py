@@ -1,10 +1,10 @@
-"""Results of single fits of a search, each a pair of files, by name:
+"""Results of the fits of a search. Each fit is a pair of files:
 
     <name>.npy    components (K, D) float32
-    <name>.json   the record, written after them: what else is known of the fit, their checksum, the signature
+    <name>.json   the record, which is written last: other results of the fit, the checksum, the signature
 
-A fit without a record, with one of another signature, or with components that do not match it is as good as none: a
-search makes it again.
+The search repeats a fit if its record is missing or has another signature, or if the components do not match the
+checksum.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from npeff.storage.checksums import checksum, read_json, write_json_atomically
 from npeff.storage.errors import StoreError
 from npeff.storage.location import location
 
-_AGAIN = "run the same command again to make it again"
+_AGAIN = "run the same command again to recompute it"
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,21 @@ class StoredFit:
 
 
 class FitStore:
-    """The folder of one search's fits; it has one writer.
+    """The folder with the fits of a search. It has one writer.
 
     Args:
-        directory: made when the first fit is written.
-        signature: hash of everything that a fit of a given name depends on.
+        directory: The folder, which is created with the first fit.
+        signature: Signature of the settings that the fits depend on.
     """
 
     def __init__(self, directory: str | Path, signature: str) -> None:
         self.directory, self.signature = location(directory), signature
 
     def write(self, name: str, components_KD: np.ndarray, facts: Mapping[str, Any]) -> None:
-        """Store a fit, or replace it; `facts` (JSON) are kept in its record.
+        """Write or replace a fit, with `facts` (JSON) in its record.
 
         Raises:
-            StoreError: the disk refuses.
+            StoreError: The fit cannot be written.
         """
         stored_KD = components_KD.astype(np.float32)
         write_file_atomically(self._components(name), lambda stream: np.save(stream, stored_KD, allow_pickle=False))
@@ -54,39 +54,39 @@ class FitStore:
         write_json_atomically(self._record(name), record)
 
     def has(self, name: str) -> bool:
-        """Whether the fit is there, whole."""
+        """Return whether the fit is complete and intact."""
         return self._read(name) is not None
 
     def read(self, name: str) -> StoredFit:
-        """A fit.
+        """Read a fit.
 
         Raises:
-            StoreError: it is not there whole.
+            StoreError: The fit is missing or damaged.
         """
         found = self._read(name)
         if found is None:
-            raise StoreError(f"fit {name} in {self.directory} is gone", _AGAIN, path=self._record(name))
+            raise StoreError(f"fit {name} in {self.directory} is missing or damaged", _AGAIN, path=self._record(name))
         return found
 
     def names(self) -> list[str]:
-        """Of the fits that have a record, whole or not."""
+        """Return the names of the fits that have a record, intact or damaged."""
         return sorted(path.stem for path in self.directory.glob("*.json"))
 
     def verify(self, name: str) -> None:
-        """Read a fit, whatever its signature.
+        """Verify a fit with any signature.
 
         Raises:
-            StoreError: it is not there whole.
+            StoreError: The fit is missing or damaged.
         """
-        if self._whole(name) is None:
+        if self._intact(name) is None:
             raise StoreError(f"fit {name} in {self.directory} is damaged", _AGAIN, path=self._record(name))
 
     def _read(self, name: str) -> StoredFit | None:
-        signature, fit = self._whole(name) or (None, None)
+        signature, fit = self._intact(name) or (None, None)
         return fit if signature == self.signature else None
 
-    def _whole(self, name: str) -> tuple[str, StoredFit] | None:
-        """The signature and the fit; None where it is not there whole."""
+    def _intact(self, name: str) -> tuple[str, StoredFit] | None:
+        """Return the signature and the fit; None if the fit is missing or damaged."""
         record_path = self._record(name)
         try:
             record = read_json(record_path) if record_path.is_file() else {}

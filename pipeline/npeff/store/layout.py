@@ -1,6 +1,7 @@
-"""How N examples are cut into shards, and a shard into chunks. Pure functions.
+"""The partition of N examples into shards, and of a shard into chunks.
 
-One shard is a contiguous range of examples, one stored Zarr shard of every array, one task and one completion record.
+A shard is a contiguous range of examples. It is one Zarr shard of every array, one item of a worker, and one completion
+record.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 MIN_CHUNK_BYTES = 512 * 1024
-"""Below about this size the cost of a chunk (its index entry, its request) exceeds the cost of its bytes."""
+"""Below about this size, the overhead of a chunk (its index entry, its request) exceeds the cost of its bytes."""
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """The partition of examples 0..N-1 into ceil(N / shard_size) contiguous ranges, all full but perhaps the last."""
+    """The partition of examples 0..N-1 into ceil(N / shard_size) contiguous ranges. Only the last may be smaller."""
 
     n_examples: int
     shard_size: int
@@ -31,7 +32,7 @@ class ShardPlan:
         return -(-self.n_examples // self.shard_size)
 
     def bounds(self, shard: int) -> tuple[int, int]:
-        """First example of a shard, and one past its last. Raises IndexError outside 0..n_shards-1."""
+        """Return the first example of a shard and one past its last. Raises IndexError outside 0..n_shards-1."""
         if not 0 <= shard < self.n_shards:
             raise IndexError(f"shard {shard} is outside 0..{self.n_shards - 1}")
         start = shard * self.shard_size
@@ -41,15 +42,15 @@ class ShardPlan:
         return self.n_shards
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """The bounds of shard 0, 1, ..."""
+        """Iterate over the bounds of shard 0, 1, ..."""
         return map(self.bounds, range(self.n_shards))
 
 
 def inner_chunk_examples(shard_size: int, bytes_per_example: int) -> int:
-    """Examples in one inner chunk: the smallest divisor of `shard_size` whose chunk reaches `MIN_CHUNK_BYTES`.
+    """Return the number of examples in an inner chunk: the smallest divisor of `shard_size` of `MIN_CHUNK_BYTES` or more.
 
-    Zarr requires inner chunks to divide their shard. When not even the whole shard is that large, the whole shard is
-    one chunk; so it is for a prime `shard_size` unless a single example suffices.
+    Zarr requires that the size of an inner chunk divides the size of the shard. A shard that is smaller than
+    `MIN_CHUNK_BYTES` is one chunk. A shard of prime size is also one chunk, unless one example is large enough.
     """
     if shard_size < 1 or bytes_per_example < 1:
         raise ValueError(f"sizes must be positive, not {shard_size} examples of {bytes_per_example} bytes")

@@ -1,4 +1,4 @@
-"""Whether components of one run mean anything in another."""
+"""Check whether the components of two runs can be compared."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ _SAME_SPACE = {
     "parameter_layout": "parameters",
     "model_fingerprint": "model",
 }
-"""Attributes of a Fisher store that must agree where components of one run are used in another, in a user's words."""
+"""Attributes of a Fisher store that must agree if one run uses components of another, with names for messages."""
 
 
 def differences_in_space(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """What differs between two runs, by the attributes of their Fisher stores, so that their components do not compare;
-    none where they do."""
+    """Return the differences between two runs that prevent a comparison of their components; empty if comparable.
+
+    Args:
+        mine: Attributes of the Fisher store of one run.
+        theirs: Attributes of the Fisher store of the other run.
+    """
     return [words for name, words in _SAME_SPACE.items() if mine.get(name) != theirs.get(name)]

@@ -1,4 +1,4 @@
-"""Which shards are complete: one record with a checksum for each."""
+"""Completion records of shards: one record with a checksum for each complete shard."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from npeff.storage.objects import create
 
 @dataclass(frozen=True)
 class CompletionRecord:
-    """Says that one shard's arrays are on disk, whole."""
+    """The record of a shard whose arrays are completely stored."""
 
     shard: int
     start: int
@@ -23,13 +23,13 @@ class CompletionRecord:
     stop: int
     """One past the last example."""
     checksum: str
-    """Of the stored arrays, as returned by `FisherStore.write_shard`."""
+    """Checksum of the stored arrays, as returned by `FisherStore.write_shard`."""
     n_invalid: int
-    """Examples left out because their logits or gradients were not finite."""
+    """Number of examples that were left out because their logits or gradients were not finite."""
     seconds: float
-    """Wall-clock time it took to compute the shard."""
+    """Wall-clock time of the computation of the shard, in seconds."""
     signature: str
-    """Hash of everything the shard's content depends on."""
+    """Signature of the settings that the content of the shard depends on."""
 
 
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {
@@ -39,7 +39,7 @@ _FIELD_TYPES: dict[str, tuple[type, ...]] = {
 
 
 def record_path(directory: Path, shard: int) -> Path:
-    """Where the completion record of a shard lies in the folder of records."""
+    """Return the path of the completion record of a shard in the folder of records."""
     return directory / f"{shard:05d}.json"
 
 
@@ -47,15 +47,15 @@ class ShardRecords:
     """The folder of completion records of one run's shards."""
 
     def __init__(self, directory: str | Path, signature: str) -> None:
-        """`signature`: hash of everything a shard of this run depends on; records of another one are refused."""
+        """`signature`: of the settings that the shards depend on. Records with another signature raise an error."""
         self.directory = location(directory)
         self.signature = signature
 
     def complete(self) -> dict[int, CompletionRecord]:
-        """The records there are, by shard, in ascending order.
+        """Return the existing records by shard number, in ascending order.
 
         Raises:
-            StoreError: a record is damaged, or is of another signature.
+            StoreError: A record is damaged or has another signature.
         """
         with os_errors_explained("read", self.directory):
             entries = list(self.directory.iterdir()) if self.directory.is_dir() else []
@@ -63,21 +63,23 @@ class ShardRecords:
         return {int(path.stem): self._read(path) for path in sorted(paths, key=lambda path: int(path.stem))}
 
     def read(self, shard: int) -> CompletionRecord:
-        """The record of one shard.
+        """Return the record of one shard.
 
         Raises:
-            StoreError: it is missing, damaged, or of another signature.
+            StoreError: The record is missing, is damaged or has another signature.
         """
         return self._read(record_path(self.directory, shard))
 
     def write(self, record: CompletionRecord) -> None:
-        """Record a shard as complete. Its arrays must be durable already (`FisherStore.write_shard` returned).
+        """Record a shard as complete. Its arrays must already be durable (`FisherStore.write_shard` has returned).
 
-        On an object store two workers may come to the same shard, where one was thought lost: the first records it, and
-        the second's must be equal, as it is on processors of one type: the batches of a shard have the same shapes.
+        On an object store, two workers may compute the same shard if one of them was considered lost. The first worker
+        writes the record, and the checksum of the second must be equal. It is equal on processors of the same type,
+        because the batches of a shard have the same shapes.
 
         Raises:
-            StoreError: it is not, or the record cannot be written.
+            StoreError: The checksums are not equal, or the record cannot be written.
+            ValueError: The record has another signature.
         """
         if record.signature != self.signature:
             raise ValueError(f"record of signature {record.signature!r} among records of {self.signature!r}")
@@ -93,7 +95,7 @@ class ShardRecords:
             )
 
     def withdraw(self, shards: Iterable[int]) -> None:
-        """Before shards that are complete are computed again: on an object store the first record of a shard stands."""
+        """Delete the records of shards before they are recomputed, on an object store, where existing records stay."""
         for path in (record_path(self.directory, shard) for shard in shards):
             if is_remote(path):
                 path.unlink(missing_ok=True)
@@ -112,8 +114,8 @@ class ShardRecords:
         record = CompletionRecord(**content)
         if record.signature != self.signature:
             raise StoreError(
-                f"{path} is of another run (signature {record.signature}, not {self.signature})",
-                "choose another run_dir, or delete this one to compute its Fishers again",
+                f"{path} belongs to another run (signature {record.signature}, not {self.signature})",
+                f"choose another run_dir, or delete {self.directory.parent} to recompute its Fishers",
                 path=path,
             )
         return record

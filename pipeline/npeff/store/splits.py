@@ -1,4 +1,4 @@
-"""Which examples a factorization is fitted on, by the table of examples."""
+"""The split of the examples into fit and held-out examples."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Splits:
-    """Masks (N,) of the valid examples; each is in one of them."""
+    """Masks (N,) of the valid examples. Each valid example is in exactly one mask."""
 
     fit_N: NDArray[np.bool_]
     held_out_N: NDArray[np.bool_]
     others_N: NDArray[np.bool_]
-    """Neither: where only mispredicted examples count, those that are not known to be."""
+    """Valid examples in neither split. With ``mispredicted_only``, examples not known to be mispredicted."""
 
     @classmethod
     def of(cls, examples: pa.Table, mispredicted_only: bool = False) -> Splits:
+        """Return the splits according to the table of examples."""
         valid_N = examples["valid"].to_numpy()
         fit_N = np.asarray(examples["split"].to_pylist()) == "fit"
         counts_N = np.ones(len(examples), dtype=bool)

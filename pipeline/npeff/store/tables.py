@@ -1,11 +1,11 @@
-"""The Parquet tables ``<run>/tables/<name>.parquet``: their schemas, and writing and reading them checked.
+"""The Parquet tables ``<run>/tables/<name>.parquet``: their schemas, and checked reading and writing.
 
-Rows are in small groups, so that whoever needs a few of them reads little; the groups' statistics say which.
-The key-value metadata of a file say which table it is and in which version. Files without them are of version 1, which
-differs in nothing but larger groups.
+Rows are stored in small row groups with statistics, so that a query for a few rows reads little data. The key-value
+metadata of a file contain the name and the schema version of the table. A file without these metadata has version 1,
+which differs only in larger row groups.
 
-A float is null where it is not known (yet), and NaN or infinite where it was computed and is. `examples` may have
-further columns, the metadata of the task.
+A float is null if it is not known (yet), and NaN or infinite if the computation gave this value. The table `examples`
+may have further columns with the metadata of the task.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TYPES = {
 
 
 def _schema(columns: str) -> pa.Schema:
-    """From "name:type ...", where a type ending in ? may be null."""
+    """Parse a schema "name:type ...". A type that ends in ? is nullable."""
     pairs = [column.split(":") for column in columns.split()]
     return pa.schema([pa.field(name, _TYPES[kind.rstrip("?")], nullable=kind.endswith("?")) for name, kind in pairs])
 
@@ -93,45 +93,50 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "selectivity": _schema("moved:int component:int examples:str sign:int n_examples:int kl:float"),
 }
-"""By table name.
+"""Schemas by table name.
 
-examples: one row per example; `split` "fit" or "held_out"; `image` a PNG; `fisher_norm` is ‖F_i‖_F; `fisher_rank` the
-    rows of its factor; `kept_trace` the share of the labels' Fisher trace in them, null for sampled and empirical
-    labels; `loss` the mean of -log p(label), null without labels; `prediction`, `correct` and `logits` are null for
-    sequences.
+examples: one row per example. `split` is "fit" or "held_out"; `image` is a PNG; `fisher_norm` is ‖F_i‖_F; `fisher_rank`
+    is the number of rows of the factor; `kept_trace` is the fraction of the trace of the labels' Fisher that these rows
+    cover, null for sampled and empirical labels; `loss` is the mean of -log p(label), null without labels.
+    `prediction`, `correct` and `logits` are null for sequences.
 classes: the names of the model's classes.
-parameters: of the model; `shape` as 384x384, of those that are `taken`; `reason` why the others are not.
+parameters: the parameters of the model. `shape`, such as 384x384, and `size` are those of the `taken` parameters;
+    `reason` is why a parameter is not taken.
 components: `mass` Σ_i W_ij and `energy` Σ_i W_ij² over the fit examples; `nearest_*` by |cos| in the sketch, null for a
-    single component; `lift_cosine` of the sketched direction to the component, null before the lift; `stability` the
-    mean |cos| with its match in fits of two halves of the examples, null where that was not computed.
+    single component; `lift_cosine` between the sketched direction and the component, null before the lift; `stability`,
+    the mean |cos| with the matching components of fits to two halves of the examples, null if not computed.
 top_examples: `rank` from 0, per component and split.
-coefficients: the non-zero W_ij, by component, then descending.
-history: one row per iteration of the solver; `mu` is the damping, or, of diagonals, the weight of the extrapolation;
-    `objective` is the loss with the penalties, `sent_bytes` are those of each
-    worker to all others together, in that iteration.
-selection: one row per number of components tried; `explained_held_out` on held-out examples (or, where there are none,
-    of each half on the other), its mean and standard deviation over fits; `cosine_seeds`, `cosine_halves` mean matched
-    |cos| of fits of the same examples, and of two halves; `n_come_back` components with a match of at least 0.9, and
-    `balance` Σ (2 cos² − 1), the lesser of the means over pairs of seeds and of halves; silhouettes over clusters.
-selection_fits: one row per fit; `part` of the examples: "all", or the "first" or "second" half of the seed's split.
-layer_energy: share of the squared norm of a component's direction in each parameter; sums to 1.
-verification: one row per (component, examples "fit" or "held_out", sign +1 or -1), beside the controls of
-    `npeff.verification.controls`; accuracies are null without labels. `kl_ratio_low` and `_high` are the ends of a
-    95% interval, and `above_controls` says whether the ratio is above 1 and all controls with 95% confidence.
-    `kl_correlation` is the rank correlation of coefficients and KLs over examples drawn at random.
-selectivity: mean KL on the first top examples of `component` while the model is moved along the direction of `moved`,
-    by the step that its own verification took; of held-out examples where there are any.
-ablation: as `verification`, of the step that takes the parameters' own part along a direction, `displacement`, out of
-    them; the controls' steps are as long. One row per (component, examples), where that was asked for.
-position_shares: the evidence ‖A_i ĝ_j‖² that a top example gives for a direction, split over the example's tokens:
-    share of it, which may be negative; what their sum lacks to 1 is of layers without positions. `start` and `stop` are
-    characters of the example's text, null for a token that is not in it.
-repair: wrong predictions among each component's top examples, with a one-sided hypergeometric test and its
-    Benjamini-Hochberg q-value, the least likely by chance first.
-repair_steps: one row per step tried: how many of its wrong top examples it mends, how many right predictions are
-    `gained` in all, how many that were right before any edit are `broken` after it, and the accuracy on the tuning
-    examples; `edit` counts the steps taken before it. `component` and `sign` are null of steps along several at once,
-    and `step` is the length of them all.
+coefficients: the non-zero W_ij, ordered by component, then in descending order.
+history: one row per iteration of the solver. `mu` is the damping or, for diagonals, the weight of the extrapolation;
+    `objective` is the loss with the penalties; `sent_bytes` is the number of bytes that each worker sends to all other
+    workers together in the iteration.
+selection: one row per number of components tried. `explained_held_out` is measured on held-out examples, or for each
+    half of the examples on the other half if there are no held-out examples; it is the mean over the fits, with its
+    standard deviation. `cosine_seeds` and `cosine_halves` are the mean matched |cos| of fits to the same examples, and
+    to two halves. `n_come_back` is the number of components with a match of at least 0.9, and `balance` is
+    Σ (2 cos² − 1); each is the smaller of the means over pairs of seeds and over pairs of halves. The silhouettes are
+    those of clusters of components.
+selection_fits: one row per fit. `part` is the fitted part of the examples: "all", or the "first" or "second" half of
+    the split of the seed.
+layer_energy: fraction of the squared norm of a component's direction in each parameter; the fractions sum to 1.
+verification: one row per (component, examples "fit" or "held_out", sign +1 or -1), with the controls of
+    `npeff.verification.controls`. Accuracies are null without labels. `kl_ratio_low` and `kl_ratio_high` are the ends
+    of a 95% interval; `above_controls` is whether the ratio is above 1 and above all controls with 95% confidence;
+    `kl_correlation` is the rank correlation between coefficients and KL divergences over random examples.
+selectivity: mean KL divergence on the first top examples of `component` for the verification step along the direction
+    of `moved`; on held-out examples if there are any.
+ablation: the columns of `verification` for the step that removes the part of the parameters along a direction, of length
+    `displacement`; the steps of the controls have the same length. One row per (component, examples), if requested.
+position_shares: the evidence ‖A_i ĝ_j‖² of a top example for a direction, split over the tokens of the example.
+    `share` is a fraction of the evidence and may be negative; the rest to 1 belongs to layers without positions.
+    `start` and `stop` are characters of the example's text, null for a token that is not in the text.
+repair: number of wrong predictions among each component's top examples, with a one-sided hypergeometric test and its
+    Benjamini-Hochberg q-value; smallest p-value first.
+repair_steps: one row per step tried. `mended_target` is the number of wrong top examples that the step corrects;
+    `gained` is the number of right predictions gained in all; `broken` is the number of predictions that were right
+    before any edit and are wrong after the step; `accuracy_tuning` is the accuracy on the tuning examples; `edit` is the
+    number of steps taken before. For a step along several components, `component` and `sign` are null and `step` is the
+    total length.
 """
 
 _MAY_HAVE_MORE_COLUMNS = ("examples",)
@@ -140,12 +145,12 @@ TABLES_VERSION = 2
 _VERSION_KEY, _NAME_KEY = b"npeff.schema_version", b"npeff.table"
 
 _GROUP_BYTES = {"examples": 2**18}
-"""Of a row group, 1 MiB in other tables: single examples, scattered over the table, are what answers are made of."""
+"""Approximate size of a row group in bytes; 1 MiB in other tables. Queries read single examples all over the table."""
 _GROUP_ROWS = (256, 32_768)
 _WITHOUT_STATISTICS = ("logits", "image", "text")
-"""Columns by which nobody looks for rows in order; the least and the largest text would only swell the footer."""
+"""Columns without statistics. No query searches by their order, and the extreme values would enlarge the footer."""
 _ENCODINGS: dict[str, dict[str, Any]] = {
-    # less than half the size of the default encodings, and several times as fast to read
+    # less than half the size of the default encodings, and several times faster to read
     "coefficients": {
         "compression": "zstd",
         "use_dictionary": ["component"],
@@ -157,18 +162,24 @@ _ENCODINGS: dict[str, dict[str, Any]] = {
 def write_table(path: str | Path, name: str, columns: Mapping[str, Any] | pa.Table) -> None:
     """Create or replace the Parquet file `path` with table `name`.
 
-    `columns`: one sequence, numpy array or pyarrow array for each column of the schema; an (n, m) array for a list
-    column. None is null.
+    Args:
+        path: The file.
+        name: Name of the table in `SCHEMAS`.
+        columns: A sequence, numpy array or pyarrow array for each column of the schema; an (n, m) array for a list
+            column. None is null.
 
     Raises:
-        StoreError: a column is missing, unknown, of another type or length, or null where that has no meaning, or the
-            file cannot be written. The former content of `path` is untouched.
+        StoreError: A column is missing or unknown, has another type or length, or is null but not nullable; or the file
+            cannot be written. The previous content of `path` is unchanged.
     """
     write_table_in_parts(path, name, [columns])
 
 
 def write_table_in_parts(path: str | Path, name: str, parts: Iterable[Mapping[str, Any] | pa.Table]) -> None:
-    """The same, of a table that is given some rows at a time, each as in `write_table` and with the same columns."""
+    """Create or replace a Parquet file with a table that is given in parts, each as in `write_table`.
+
+    All parts must have the same columns.
+    """
     tables = (_checked(name, _columns(part)) for part in parts)
     first = next(tables, SCHEMAS[name].empty_table())
     metadata = {_NAME_KEY: name.encode(), _VERSION_KEY: str(TABLES_VERSION).encode()}
@@ -191,7 +202,7 @@ def _columns(part: Mapping[str, Any] | pa.Table) -> Mapping[str, Any]:
 
 
 def _in_groups(tables: Iterable[pa.Table], group_bytes: int) -> Iterator[pa.Table]:
-    """The same rows, in tables of about so many bytes."""
+    """Split and concatenate tables into tables of about ``group_bytes`` bytes, in the same order."""
     waiting: list[pa.Table] = []
     n_waiting, size = 0, _GROUP_ROWS[0]
     for table in tables:
@@ -210,11 +221,11 @@ def _in_groups(tables: Iterable[pa.Table], group_bytes: int) -> Iterator[pa.Tabl
 
 
 def check_version(path: str | Path, schema: pa.Schema) -> None:
-    """Raise StoreError when a file of this schema was written by a later version of the program."""
+    """Raise StoreError if a later version of the program wrote the file with this schema."""
     version = (schema.metadata or {}).get(_VERSION_KEY, b"1")
     if not version.isdigit() or int(version) > TABLES_VERSION:
         raise StoreError(
-            f"{path} has schema version {version.decode(errors='replace')} and this program reads up to "
+            f"{path} has schema version {version.decode(errors='replace')}, but this program reads versions up to "
             f"{TABLES_VERSION}",
             "install the version of npeff-pipeline that wrote it, or a later one",
             path=location(path),
@@ -222,10 +233,15 @@ def check_version(path: str | Path, schema: pa.Schema) -> None:
 
 
 def read_table(path: str | Path, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Table `name`, or some columns of it, from the Parquet file `path`.
+    """Read table `name`, or some of its columns, from the Parquet file `path`.
+
+    Args:
+        path: The file.
+        name: Name of the table in `SCHEMAS`.
+        columns: Names of the columns to read; all columns by default.
 
     Raises:
-        StoreError: the file is missing, damaged, or has not the columns of that table.
+        StoreError: The file is missing or damaged, or does not have the columns of the table.
     """
     path = location(path)
     with os_errors_explained("read", path):
@@ -244,7 +260,7 @@ def read_table(path: str | Path, name: str, columns: Sequence[str] | None = None
     found = pa.schema([stored.field(field.name) for field in schema if field.name in stored.names])
     if found != schema or (len(stored) != len(schema) and name not in _MAY_HAVE_MORE_COLUMNS):
         remedy = "delete it and run the same command again"
-        raise StoreError(f"{path} has not the columns of table {name}", remedy, path=path)
+        raise StoreError(f"{path} does not have the columns of table {name}", remedy, path=path)
     return table.replace_schema_metadata(None)
 
 
@@ -278,7 +294,7 @@ def _array(what: str, values: Any, kind: pa.DataType | None) -> pa.Array:
             array = pa.array(list(values) if isinstance(values, np.ndarray) and values.ndim == 2 else values)
         if kind is None:
             return array
-        # first inferred, then cast: given the type at once, pyarrow would cut 0.5 down to the integer 0
+        # infer the type, then cast: with the type as an argument, pyarrow would truncate 0.5 to the integer 0
         if not _same_kind(array.type, kind):
             raise StoreError(f"{what} cannot be stored as {kind}: it is {array.type}")
         return array.cast(kind)
@@ -294,5 +310,5 @@ def _same_kind(found: pa.DataType, wanted: pa.DataType) -> bool:
 
 
 def rows_to_columns(rows: Sequence[dict[str, Any]], table: str) -> dict[str, list[Any]]:
-    """Rows (dictionaries) of a table as columns, also where there are none."""
+    """Convert the rows (dictionaries) of a table to columns. There may be no rows."""
     return {name: [row[name] for row in rows] for name in SCHEMAS[table].names}

@@ -1,10 +1,10 @@
-"""What a task prepares once, a trained network or tokenised text: files, which tasks read and write with any library.
+"""The files that a task prepares once, such as a trained model or tokenized text.
 
-On a local disk they are in ``<run>/task/``, for all workers. Those of a run on an object store are there too, and every
-machine has a copy in ``~/.cache/npeff/`` (or ``$XDG_CACHE_HOME/npeff/``), named by the run's URI and by what the object
-store says of the files: so a copy is never an old one, and all workers load the same model. It may be deleted.
+The files are in ``<run>/task/``, where all workers read them. If the run is on an object store, every machine has a
+copy in ``~/.cache/npeff/`` (or ``$XDG_CACHE_HOME/npeff/``). The name of the copy depends on the URI of the run and on
+the metadata of the objects, so a copy is never outdated and all workers load the same model. The copy may be deleted.
 
-Only what `Task.prepare` leaves behind is shared. What a task writes later stays on the machine that it runs on.
+Only the files that `Task.prepare` writes are shared. Files that a task writes later stay on one machine.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from npeff.storage.location import is_remote
 
 
 def task_files(folder: Path) -> Path:
-    """Where on this machine the files in the run's folder ``task/`` can be read.
+    """Return a local folder with the files of the run's folder ``task/``.
 
     Raises:
-        StoreError: they cannot be copied here.
+        StoreError: The files cannot be copied to this machine.
     """
     return _local_copy(folder, None) if is_remote(folder) else folder
 
 
 @contextmanager
 def preparing(folder: Path) -> Iterator[Path]:
-    """A local folder with what was prepared so far; what the body adds to it is stored in the run.
+    """Yield a local folder with the files prepared so far. Files that the body adds are stored in the run.
 
     Raises:
-        StoreError: the files cannot be written.
+        StoreError: The files cannot be written.
     """
     if not is_remote(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,20 +52,20 @@ def preparing(folder: Path) -> Iterator[Path]:
         stamps = _stamps(made)
         yield made
         changed = {name: stamp for name, stamp in _stamps(made).items() if stamps.get(name) != stamp}
-        for name in sorted(changed, key=lambda name: changed[name][1]):  # in the task's order, for a crash in between
+        for name in sorted(changed, key=lambda name: changed[name][1]):  # in the order of the task, in case of a crash
             objects.upload_files(made, folder, [name])
         _local_copy(folder, made)
 
 
 def _local_copy(folder: Path, made: Path | None) -> Path:
-    """The copy of what is stored now; ``made`` is that already, where it is given, and becomes the copy."""
+    """Return a local copy of the stored files. If ``made`` is given, it contains these files and becomes the copy."""
     stored = objects.files(folder)
     facts = json.dumps(sorted((name, fact.get("ETag"), fact["size"]) for name, fact in stored.items()))
     copy = _cache(folder) / hashlib.sha256(facts.encode()).hexdigest()[:16]
     with os_errors_explained("write", copy):
         copy.parent.mkdir(parents=True, exist_ok=True)
         with open(copy.parent / ".lock", "a", encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # this machine's workers begin together, and one copy is enough
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the workers of a machine start together and share one copy
             if not copy.is_dir():
                 partial = made or copy.with_name(copy.name + PARTIAL)
                 if made is None:
