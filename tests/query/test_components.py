@@ -105,14 +105,14 @@ def test_questions_that_make_no_sense_get_one_line(store: ComponentStore, run) -
     questions: list[tuple[Callable[[], object], str]] = [
         (lambda: store.top_examples(12), "there is no component 12: this run has components 0 to 11"),
         (lambda: store.similar_components(-1), "there is no component -1: this run has components 0 to 11"),
-        (lambda: store.top_examples(0, n=0), "asked for 0 examples: ask for at least 1"),
-        (lambda: store.similar_components(0, n=-3), "asked for -3 components: ask for at least 1"),
+        (lambda: store.top_examples(0, n=0), "the number of examples must be at least 1, not 0"),
+        (lambda: store.similar_components(0, n=-3), "the number of components must be at least 1, not -3"),
         (lambda: store.top_examples(0, split="test"), "there is no split 'test': choose fit or held_out"),
         (lambda: store.example(360), "there is no example 360: give an id or a row number below 360"),
         (lambda: store.example("x\ny"), 'there is no example "x\\ny": give an id or a row number below 360'),
         (lambda: store.example(5), "example 5 has no coefficients: its logits or gradients were not finite"),
         (lambda: ComponentStore.open(run.path / "tables"), "tables is not a run directory: it has no run.yaml"),
-        (lambda: ComponentStore.open("/nowhere"), "/nowhere does not exist: give the run directory"),
+        (lambda: ComponentStore.open("/nowhere"), "/nowhere does not exist: give the directory"),
     ]
     for question, line in questions:
         with pytest.raises(QueryError) as caught:
@@ -125,9 +125,11 @@ def test_arrays_that_are_not_there_yet_name_the_command_that_writes_them(make_ru
     path = make_run(n_components=3).path
     shutil.rmtree(path / "factorization.zarr")
     shutil.rmtree(path / "directions.zarr")
-    with pytest.raises(QueryError, match=f"^factorization.zarr is not there yet: run `npeff factorize {path}` first$"):
+    with pytest.raises(
+        QueryError, match=f"^factorization.zarr does not exist yet: run `npeff factorize {path}` first$"
+    ):
         _ = ComponentStore.open(path).coefficients
-    with pytest.raises(QueryError, match=f"^directions.zarr is not there yet: run `npeff lift {path}` first$"):
+    with pytest.raises(QueryError, match=f"^directions.zarr does not exist yet: run `npeff lift {path}` first$"):
         _ = ComponentStore.open(path).directions
 
 

@@ -22,7 +22,7 @@ def test_a_table_that_is_not_written_yet_names_the_command_that_writes_it(
 ) -> None:
     path = make_run(n_components=4).path
     (path / "tables" / f"{name}.parquet").unlink(missing_ok=True)
-    with pytest.raises(QueryError, match=f"^table '{name}' is not there yet: run `npeff {command} {path}` first$"):
+    with pytest.raises(QueryError, match=f"^table '{name}' does not exist yet: run `npeff {command} {path}` first$"):
         RunTables(path).read(name)
 
 

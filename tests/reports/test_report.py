@@ -104,8 +104,8 @@ def test_examples_without_labels_show_predictions_only(make_run: Callable) -> No
         examples = examples.set_column(position, name, nothing)
     pq.write_table(examples, table)
     page = write_report(path).read_text(encoding="utf-8")
-    assert "are predicted <b>" in page
-    assert "are labelled" not in page
+    assert "have the prediction <b>" in page
+    assert "have the label" not in page
     assert "Model accuracy" not in page
 
 

@@ -167,7 +167,7 @@ def test_the_page_is_used_with_the_keyboard(browser: Browser, run) -> None:
     assert browser.evaluate("document.activeElement.id") == "search"
     for _ in range(3):
         browser.press("Tab")
-    assert browser.evaluate(focused) == "Commonest label"
+    assert browser.evaluate(focused) == "Most common label"
     assert browser.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     browser.press("Enter")
     assert browser.evaluate("document.activeElement.closest('th').getAttribute('aria-sort')") == "ascending"

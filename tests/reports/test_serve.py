@@ -84,7 +84,7 @@ def test_images_come_one_by_one(server: Server) -> None:
         (question("top", component="x"), "component must be a whole number"),
         ("/top", "component must be a whole number"),
         (question("example", example="nobody"), "there is no example"),
-        (question("sql", query="drop table examples"), "a query is one SELECT"),
+        (question("sql", query="drop table examples"), "a query must be one SELECT"),
         (question("sql", query="select * from read_text('/etc/hostname')"), "SQL:"),
     ],
 )

@@ -1,1 +1,1 @@
-"""Questions to a finished run. Only reads."""
+"""Read-only queries of a run."""

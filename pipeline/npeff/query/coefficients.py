@@ -1,6 +1,6 @@
-"""The table of coefficients, which lists the examples of component 0, then 1, ..., each from the largest down.
+"""Reading of the table of coefficients, which is ordered by component and, within a component, by descending value.
 
-What a question needs of it is few groups of rows, found by their statistics, or one walk over all of them.
+A query reads a few row groups, which it finds by their statistics, or all row groups once.
 N examples, K components.
 """
 
@@ -21,7 +21,7 @@ _COLUMNS = ("component", "example", "coefficient")
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive rows of one component; another of the same component may follow."""
+    """Consecutive rows of one component. A component may have several consecutive runs."""
 
     component: int
     examples: NDArray[np.int64]
@@ -30,7 +30,7 @@ class Run:
 
 
 def runs_of(tables: RunTables, component: int) -> Iterator[Run]:
-    """The rows of one component, from the largest coefficient down, a group at a time and only as far as one goes."""
+    """Yield the rows of one component in descending order. Row groups are read one at a time, on demand."""
     for group in tables.groups_with(_TABLE, "component", [component]):
         for run in _runs(tables.read_groups(_TABLE, [group], _COLUMNS)):
             if run.component == component:
@@ -38,13 +38,19 @@ def runs_of(tables: RunTables, component: int) -> Iterator[Run]:
 
 
 def all_runs(tables: RunTables) -> Iterator[Run]:
-    """Every row, in order, with a bounded number of them in memory."""
+    """Yield all rows in order, with a bounded number of rows in memory."""
     for batch in tables.scan(_TABLE, _COLUMNS):
         yield from _runs(batch)
 
 
 def n_larger(tables: RunTables, components: Sequence[int], coefficients: Sequence[float]) -> list[int]:
-    """For each of some components, how many examples have more of it than a coefficient; all in one reading."""
+    """Count the examples with a larger coefficient than a given one, for each of some components, in one pass.
+
+    Args:
+        tables: The tables of the run.
+        components: The components.
+        coefficients: A coefficient for each component.
+    """
     bounds = dict(zip(components, coefficients, strict=True))
     counts = dict.fromkeys(components, 0)
     (first, last), (least, _) = (tables.bounds(_TABLE, column) for column in ("component", "coefficient"))
@@ -70,7 +76,7 @@ def _runs(rows: pa.Table | pa.RecordBatch) -> Iterator[Run]:
 
 
 def _stretches(rows: pa.Table | pa.RecordBatch) -> Iterator[tuple[int, slice]]:
-    """Each component, and the rows from its first to its last."""
+    """Yield each component with the slice of its rows."""
     component = np.asarray(rows["component"])
     starts = np.flatnonzero(component[1:] != component[:-1]) + 1
     for start, stop in zip([0, *starts.tolist()], [*starts.tolist(), len(component)], strict=True):

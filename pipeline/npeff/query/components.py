@@ -1,9 +1,9 @@
-"""The component store: what a finished factorization says about examples and components, for reading only.
+"""The component store: read-only queries of the examples and components of a run.
 
-N examples, K components, D sketch dimension, P parameters. Arrays are lazy dask arrays over the stored Zarr chunks;
-tables are Arrow tables over the stored Parquet files (`.to_pandas()` makes them data frames, where pandas is there);
-nothing is loaded before it is asked for, and nothing is written. Answers about some examples or components read the few
-groups of rows that hold them, so the tables may be far larger than the memory.
+N examples, K components, D sketch dimension, P parameters. Arrays are lazy dask arrays over the stored Zarr chunks.
+Tables are Arrow tables over the stored Parquet files; `.to_pandas()` converts them to data frames if pandas is
+installed. Data are loaded on demand, and nothing is written. A query for some examples or components reads only the row
+groups with these examples or components, so the tables may be much larger than the memory.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from npeff.storage.atomic import is_committed
 from npeff.storage.errors import StoreError
 from npeff.storage.location import location
 
-if TYPE_CHECKING:  # most answers need none of Zarr, Dask, SciPy and DuckDB, which are imported where they are used
+if TYPE_CHECKING:  # most queries need none of Zarr, Dask, SciPy and DuckDB, which are imported on use
     import dask.array as da
     import zarr
 
     from npeff.store.component_store import StoredFactorization
 
 _TOO_WIDE_TO_LIST = ("image", "logits", "valid")
-"""Columns of the examples table that a list of examples leaves out."""
+"""Columns of the examples table that lists of examples do not show."""
 
 _INT64_DIGITS = 19
 _MASKS_KEPT = 8
-"""Conditions on examples whose answers (a byte per example) are kept."""
+"""Number of conditions on examples whose masks (one byte per example) are cached."""
 
 
 class ComponentStore:
-    """Questions to one run: `ComponentStore.open("runs/digits").top_examples(17)`.
+    """Queries of one run: `ComponentStore.open("runs/digits").top_examples(17)`.
 
-    Every method raises `QueryError` with one clear line when the run cannot answer (yet).
+    Every method raises `QueryError` if the query is not valid, or if the stage that it needs has not run yet.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -55,32 +55,35 @@ class ComponentStore:
 
     @classmethod
     def open(cls, run_dir: str | Path) -> ComponentStore:
-        """Open a run directory at whatever stage it is.
+        """Open a run directory. The run need not be complete.
+
+        Args:
+            run_dir: The run directory.
 
         Raises:
-            QueryError: the folder does not exist or is not a run directory.
+            QueryError: The directory does not exist or is not a run directory.
         """
         path = location(run_dir)
         if not path.is_dir():
             wrong = "is a file" if path.exists() else "does not exist"
-            raise QueryError(f"{path} {wrong}: give the run directory of an `npeff run`")
+            raise QueryError(f"{path} {wrong}: give the directory of a run")
         if not any((path / name).exists() for name in ("run.yaml", "tables", "factorization.zarr")):
             raise QueryError(f"{path} is not a run directory: it has no run.yaml")
         return cls(path)
 
     @cached_property
     def coefficients(self) -> da.Array:
-        """W, non-negative (N, K); rows of invalid examples are NaN."""
+        """The coefficients W (N, K), non-negative, with NaN rows for invalid examples."""
         return _as_dask(self._factorization.coefficients)
 
     @cached_property
     def components(self) -> da.Array:
-        """H, unit rows in the sketch (K, D)."""
+        """The components H (K, D), unit rows in the sketch."""
         return _as_dask(self._factorization.components)
 
     @cached_property
     def directions(self) -> Mapping[str, da.Array]:
-        """Parameter name to (K, *shape): each component as a unit direction in parameter space."""
+        """The unit directions of the components in parameter space: parameter name to array (K, *shape)."""
         path = self.run_dir / "directions.zarr"
         if not is_committed(path):
             raise missing(self.run_dir, "directions.zarr", "lift")
@@ -94,27 +97,30 @@ class ComponentStore:
 
     @cached_property
     def cosines(self) -> np.ndarray:
-        """Cosines of all pairs of components in the sketch (K, K) float64; 0 for a component that is all zeros."""
+        """Cosines of all pairs of components in the sketch, (K, K) float64; 0 for a zero component."""
         return self._unit_components @ self._unit_components.T
 
     def table(self, name: str) -> pa.Table:
-        """One whole table, such as 'examples', 'coefficients' or 'verification'."""
+        """Return a whole table, such as 'examples', 'coefficients' or 'verification'."""
         return self.tables.read(name)
 
     def components_table(self) -> pa.Table:
-        """One row per component: the components table, with KL ratio and best control of every verified row beside it.
+        """Return the components table with the KL ratio and the best control of every verification row.
 
-        The columns are `kl_ratio_<examples>_<plus|minus>` and `best_control_<examples>_<plus|minus>`.
+        The added columns are `kl_ratio_<examples>_<plus|minus>` and `best_control_<examples>_<plus|minus>`.
         """
         return components_table(self.tables)
 
     def examples_where(self, where: str | None = None, split: str | None = None) -> NDArray[np.bool_]:
-        """Which examples (N,) a condition in SQL holds for, such as "label = 2 and not correct", and are of a split.
+        """Return the mask (N,) of the examples that meet a SQL condition and belong to a split.
 
-        Over the columns of the examples table, `label_name` and `prediction_name`; see `npeff.query.filters`.
+        Args:
+            where: Condition on the columns of the examples table, `label_name` and `prediction_name`, such as
+                "label = 2 and not correct"; see `npeff.query.filters`.
+            split: "fit" or "held_out"; both by default.
 
         Raises:
-            QueryError: it is no condition, or names a column that is not there.
+            QueryError: The condition is not valid SQL or contains an unknown column, or the split is unknown.
         """
         if split not in (None, "fit", "held_out"):
             raise QueryError(f"there is no split '{split}': choose fit or held_out")
@@ -123,11 +129,17 @@ class ComponentStore:
         return np.logical_and.reduce(masks) if masks else np.ones(self._n_examples, dtype=bool)
 
     def top_examples(self, component: int, n: int = 20, split: str | None = None, where: str | None = None) -> pa.Table:
-        """The `n` examples with the largest coefficients on a component: of all, of one split, of those that meet a
-        condition (see `examples_where`).
+        """Return the `n` examples with the largest coefficients for a component.
 
-        Columns: rank (among these), coefficient, the examples table's columns (without image and logits), label_name
-        and prediction_name where the task has names for its classes.
+        Args:
+            component: The component.
+            n: Number of examples.
+            split: Only examples of this split, "fit" or "held_out".
+            where: Only examples that meet this SQL condition; see `examples_where`.
+
+        Returns:
+            Columns: rank (among these examples), coefficient, the columns of the examples table (without image and
+            logits), and label_name and prediction_name if the task has class names.
         """
         self._check_component(component)
         _check_number(n, "examples")
@@ -144,10 +156,14 @@ class ComponentStore:
         return described.add_column(0, "rank", pa.array(range(len(examples)), pa.int64()))
 
     def example(self, example: int | str) -> pa.Table:
-        """The components of one example, given by row number or id, largest coefficient first.
+        """Return the components of one example, largest coefficient first.
 
-        Columns: component, coefficient, share (of this example's coefficients), rank (0-based, among all examples of
-        that component). A string is looked up among the ids before it is read as a row number.
+        Args:
+            example: Row number or id. A string is an id or, if there is no such id, a row number.
+
+        Returns:
+            Columns: component, coefficient, share (fraction of the sum of the example's coefficients), rank (0-based,
+            among all examples of the component).
         """
         weights_K = self._weights(self._example_index(example))
         components = np.flatnonzero(weights_K)
@@ -165,11 +181,17 @@ class ComponentStore:
     def neighbours(
         self, example: int | str, n: int = 20, split: str | None = None, where: str | None = None
     ) -> pa.Table:
-        """The `n` examples nearest to one by the cosine of their coefficients, which are examples the model treats
-        alike; of one split, of those that meet a condition.
+        """Return the `n` examples with the most similar coefficients, by their cosine.
 
-        Columns: rank, cosine, shared_components (that both have), then as in `top_examples`. Examples that share no
-        component with it are left out, and so is the example itself.
+        Args:
+            example: Row number or id, as in `example`.
+            n: Number of examples.
+            split: Only examples of this split, "fit" or "held_out".
+            where: Only examples that meet this SQL condition; see `examples_where`.
+
+        Returns:
+            Columns: rank, cosine, shared_components (number of components of both examples), then the columns of
+            `top_examples`. The example itself and examples without a shared component are left out.
         """
         _check_number(n, "examples")
         index = self._example_index(example)
@@ -189,9 +211,13 @@ class ComponentStore:
         return described.add_column(0, "rank", pa.array(range(len(found)), pa.int64()))
 
     def similar_components(self, component: int, n: int = 10) -> pa.Table:
-        """The `n` components nearest to one by |cos| in the sketch (a direction's sign means nothing).
+        """Return the `n` components that are most similar to a component, by |cos| in the sketch.
 
-        Columns: component, cosine, abs_cosine, shared_top_examples (how many of the listed top examples both have).
+        The sign of a component is arbitrary.
+
+        Returns:
+            Columns: component, cosine, abs_cosine, shared_top_examples (number of listed top examples of both
+            components).
         """
         self._check_component(component)
         found = _nearest(self.cosines[component], n, without=component)
@@ -200,37 +226,49 @@ class ComponentStore:
         return found.append_column("shared_top_examples", pa.array(shared, pa.int64()))
 
     def similar_components_in(self, other: ComponentStore, component: int, n: int = 10) -> pa.Table:
-        """The `n` components of another run that are nearest to one of this run, by |cos| in the sketch.
+        """Return the `n` components of another run that are most similar to a component, by |cos| in the sketch.
 
-        Columns: component (of the other run), cosine, abs_cosine.
+        Returns:
+            Columns: component (of the other run), cosine, abs_cosine.
 
         Raises:
-            QueryError: the runs differ in model, parameters, sketch or seed, or have components of diagonals.
+            QueryError: The runs differ in model, parameters, sketch or seed, or factorize diagonals.
         """
         from npeff.store.same_space import differences_in_space
 
         self._check_component(component)
         for store in (self, other):
             if (kind := store.tables.json("stages", "factorize.json").get("factorized", "fishers")) != "fishers":
-                raise QueryError(f"the components of {store.run_dir} are of kind {kind}: only those of fishers compare")
+                raise QueryError(
+                    f"the components of {store.run_dir} are of kind {kind}: only kind fishers is comparable"
+                )
         if different := differences_in_space(self._fisher_attributes, other._fisher_attributes):
             raise QueryError(
-                f"the components of {other.run_dir} and {self.run_dir} do not compare: the runs differ in "
+                f"the components of {other.run_dir} and {self.run_dir} are not comparable: the runs differ in "
                 f"{', '.join(different)}"
             )
         return _nearest(other._unit_components @ self._unit_components[component], n)
 
     def enriched(self, where: str, split: str | None = None, top: int | None = None, n: int | None = None) -> pa.Table:
-        """Components that the examples which meet a condition have more often than the other valid ones.
+        """Test which components are more frequent in a subset of the examples than in the other valid examples.
 
-        An example has a component if its coefficient is above 0, or is among the `top` largest. One row per component
-        (the first `n`), by p-value: component, n_in_subset and n_outside (examples that have it), share_in_subset and
-        share_outside (of the examples there), odds_ratio, p_value (Fisher's exact test, one-sided), q_value
-        (Benjamini-Hochberg over all components), mean_in_subset and mean_outside (mean coefficient, zeros counted). The
-        tests and what they assume are in `npeff.query.enrichment`.
+        An example has a component if its coefficient is above 0 or, with `top`, among the `top` largest. See
+        `npeff.query.enrichment` for the test and its assumptions.
+
+        Args:
+            where: SQL condition for the subset; see `examples_where`.
+            split: Only examples of this split, "fit" or "held_out".
+            top: Number of top examples that count as having a component; by default, all with a coefficient above 0.
+            n: Number of components to return; all by default.
+
+        Returns:
+            One row per component, smallest p-value first. Columns: component, n_in_subset and n_outside (numbers of
+            examples with the component), share_in_subset and share_outside (their fractions), odds_ratio, p_value
+            (Fisher's exact test, one-sided), q_value (Benjamini-Hochberg over all components), mean_in_subset and
+            mean_outside (mean coefficient, including zeros).
 
         Raises:
-            QueryError: the condition is wrong, or holds for none or for all of the examples.
+            QueryError: The condition is not valid, or is true for none or all of the examples.
         """
         from npeff.query.enrichment import enriched
 
@@ -243,22 +281,26 @@ class ComponentStore:
         if n_subset in (0, n_all):
             which = "none" if n_subset == 0 else "all"
             raise QueryError(
-                f"the condition holds for {which} of the {n_all} valid examples: there is nothing to compare"
+                f"the condition is true for {which} of the {n_all} valid examples: give one that selects a part of them"
             )
         return enriched(self.tables, self._n_components, subset_N, among_N, top).slice(0, n)
 
     def layer_energy(self, component: int, by: str = "parameter") -> pa.Table:
-        """Where in the model a component's direction is: its share of squared norm in each parameter, largest first.
+        """Return the fraction of the squared norm of a component's direction in each parameter or layer.
 
-        Columns: parameter (or layer, with `by="layer"`: the parameters of one module, such as weight and bias, summed),
-        energy; the energies sum to 1.
+        Args:
+            component: The component.
+            by: "parameter", or "layer" to sum over the parameters of each module, such as weight and bias.
+
+        Returns:
+            Columns: parameter or layer, energy; largest energy first. The energies sum to 1.
 
         Raises:
-            QueryError: the component is not lifted.
+            QueryError: The component is not lifted.
         """
         self._check_component(component)
         if by not in ("parameter", "layer"):
-            raise QueryError(f"energy is not known by '{by}': choose parameter or layer")
+            raise QueryError(f"by must be parameter or layer, not '{by}'")
         rows = self.tables.read("layer_energy", ["parameter", "energy"], pc.field("component") == component)
         if not len(rows):
             raise QueryError(
@@ -273,22 +315,22 @@ class ComponentStore:
         return rows.sort_by([("energy", "descending"), (by, "ascending")])
 
     def verification(self, component: int) -> pa.Table:
-        """The rows of a component in the table of verified directions; none where it was not verified."""
+        """Return the rows of a component in the table `verification`; no rows if the component is not verified."""
         self._check_component(component)
         return self.tables.read("verification", None, pc.field("component") == component)
 
     def sql(self, query: str) -> pa.Table:
-        """Answer one SELECT over all tables of the run (DuckDB's dialect); it can read nothing else."""
+        """Run one SELECT statement over all tables of the run, in DuckDB's dialect. It has no other access."""
         from npeff.query.sql import run_sql
 
         return run_sql(self.tables, query)
 
     def summary(self) -> dict[str, Any]:
-        """The run in numbers, ready for JSON: counts, explained variance, accuracy, KL ratios, what is there."""
+        """Return a summary of the run for JSON: counts, explained variance, accuracy, KL ratios, existing tables."""
         return summary(self.tables)
 
     def describe_examples(self, examples: list[int]) -> pa.Table:
-        """Rows of the examples table in the given order, without image and logits, with the names of classes."""
+        """Return rows of the examples table in the given order, without image and logits, with class names."""
         columns = [name for name in self.tables.columns("examples") if name not in _TOO_WIDE_TO_LIST]
         wanted = pa.array(examples, pa.int64())
         rows = self.tables.read_groups("examples", self.tables.groups_with("examples", "example", examples), columns)
@@ -302,7 +344,7 @@ class ComponentStore:
         return rows
 
     def class_names(self) -> dict[int, str]:
-        """Class number to name; empty where the task gives its classes no names."""
+        """Return the class names by class number; empty if the task has no class names."""
         return self._class_names
 
     @cached_property
@@ -313,7 +355,7 @@ class ComponentStore:
         return {row["class"]: row["name"] for row in rows}
 
     def metadata_columns(self) -> list[str]:
-        """Columns of the examples table that the task added."""
+        """Return the columns of the examples table with metadata of the task."""
         return [name for name in self.tables.columns("examples") if name not in EXAMPLE_COLUMNS]
 
     @cached_property
@@ -348,15 +390,15 @@ class ComponentStore:
         return self._masks[condition]
 
     def _weights(self, index: int) -> NDArray[np.float64]:
-        """The coefficients (K,) of a valid example."""
+        """Return the coefficients (K,) of a valid example."""
         row = self._stored("coefficients", self._factorization.coefficients, index)
-        if np.isnan(row).any():  # as a chunk that is gone is read
+        if np.isnan(row).any():  # a missing chunk reads as NaN
             raise self._corrupt("coefficients")
         return row.astype(np.float64)
 
     @cached_property
     def _unit_components(self) -> NDArray[np.float64]:
-        """(K, D); zeros where a component is all zeros."""
+        """The normalized components (K, D); zero for a zero component."""
         rows = self._stored("components", self._factorization.components, slice(None)).astype(np.float64)
         lengths = np.linalg.norm(rows, axis=1, keepdims=True)
         return np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
@@ -364,7 +406,7 @@ class ComponentStore:
     def _stored(self, name: str, array: zarr.Array, rows: int | slice) -> NDArray[Any]:
         try:
             return np.asarray(array[rows])
-        except (ValueError, OSError) as error:  # a chunk's checksum does not match, or the chunk is gone
+        except (ValueError, OSError) as error:  # the checksum of a chunk does not match, or the chunk is missing
             raise self._corrupt(name) from error
 
     def _corrupt(self, name: str) -> QueryError:
@@ -394,7 +436,7 @@ class ComponentStore:
         if len(rows) > 1:
             shown = ", ".join(str(row["example"]) for row in rows[:5])
             raise QueryError(
-                f"{len(rows)} examples have the id {json.dumps(example)}: ask by row number ({shown}, ...)"
+                f"{len(rows)} examples have the id {json.dumps(example)}: give a row number ({shown}, ...)"
             )
         if not rows[0]["valid"]:
             raise QueryError(
@@ -425,14 +467,14 @@ class ComponentStore:
 
 
 def _as_dask(array: zarr.Array) -> da.Array:
-    """A lazy view with one block per stored shard, or per chunk where the array is not sharded."""
+    """Return a lazy view with one block per stored shard, or per chunk if the array is not sharded."""
     import dask.array as da
 
     return da.from_array(array, chunks=array.shards or array.chunks)
 
 
 def _nearest(cosines_K: NDArray[np.float64], n: int, without: int | None = None) -> pa.Table:
-    """The `n` components with the largest |cos|: component, cosine, abs_cosine."""
+    """Return the `n` components with the largest |cos|: component, cosine, abs_cosine."""
     _check_number(n, "components")
     order = [j for j in np.argsort(-np.abs(cosines_K), kind="stable").tolist() if j != without][:n]
     return pa.table(
@@ -446,4 +488,4 @@ def _nearest(cosines_K: NDArray[np.float64], n: int, without: int | None = None)
 
 def _check_number(n: int, of_what: str) -> None:
     if n < 1:
-        raise QueryError(f"asked for {n} {of_what}: ask for at least 1")
+        raise QueryError(f"the number of {of_what} must be at least 1, not {n}")

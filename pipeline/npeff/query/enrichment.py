@@ -1,11 +1,11 @@
-"""Which components a subset of the examples has more of than the others.
+"""Enrichment of components in a subset of the examples.
 
-The examples in question are the valid ones (of one split, where that is asked for). Each has a component or has not:
-its coefficient is above 0 or, with `top`, among the so many largest of these examples. That is settled by the
-coefficients alone, so if belonging to the subset had nothing to do with a component, the number of the subset's
-examples with it would be hypergeometric. The p-value is the chance of a number as large or larger (Fisher's exact test,
-one-sided), the q-value that of Benjamini and Hochberg over all components. On the examples that the components were
-fitted on they describe; for a claim, take split "held_out".
+The test uses the valid examples, or the valid examples of one split. An example has a component if its coefficient is
+above 0 or, with `top`, if the coefficient is among the `top` largest of these examples. This depends only on the
+coefficients. Under the null hypothesis that the subset is independent of a component, the number of examples of the
+subset with the component is hypergeometric. The p-value is the probability of a number as large or larger (Fisher's
+exact test, one-sided). The q-value is that of Benjamini and Hochberg over all components. On the fit examples, the
+values are only descriptive; use split "held_out" for inference.
 """
 
 from __future__ import annotations
@@ -22,12 +22,17 @@ from npeff.statistics.contingency import exact_tests
 def enriched(
     tables: RunTables, n_components: int, subset_N: NDArray[np.bool_], among_N: NDArray[np.bool_], top: int | None
 ) -> pa.Table:
-    """One row per component, the surest first; see `ComponentStore.enriched` for the columns.
+    """Test the enrichment of every component in a subset of the examples.
 
     Args:
-        subset_N: marks the subset; those that are not in `among_N` do not count.
-        among_N: marks the examples in question.
-        top: None for all examples with a coefficient above 0.
+        tables: The tables of the run.
+        n_components: Number of components K.
+        subset_N: Mask (N,) of the subset. Examples outside `among_N` are ignored.
+        among_N: Mask (N,) of the examples in the test.
+        top: Number of top examples that count as having a component; None for all examples with a coefficient above 0.
+
+    Returns:
+        One row per component, smallest p-value first, with the columns of `ComponentStore.enriched`.
     """
     subset_N = subset_N & among_N
     n_all, n_subset = int(among_N.sum()), int(subset_N.sum())

@@ -1,4 +1,4 @@
-"""What a query can do wrong, as one line that says what to do about it."""
+"""The error of a query."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from npeff.errors import NpeffError
 
 
 class QueryError(NpeffError, ValueError):
-    """A question that this run cannot answer: the message is one clear line for the person who asked."""
+    """A query that is not valid, or that the run cannot answer. The message is one line."""

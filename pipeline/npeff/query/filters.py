@@ -1,7 +1,7 @@
-"""Conditions on examples: ``label = 2 and not correct and source = 'x'``, in SQL, over the columns of their table.
+"""SQL conditions on the columns of the examples, such as ``label = 2 and not correct and source = 'x'``.
 
-Beside these columns there are `label_name` and `prediction_name`, where the task has names for its classes. A condition
-may ask the other tables in subqueries; like every query it can do nothing else (see `npeff.query.sql`).
+If the task has class names, `label_name` and `prediction_name` are further columns. A condition may contain subqueries
+over the other tables. Like every query, it has no other access (see `npeff.query.sql`).
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from npeff.query.sql import locked_down
 from npeff.query.tables import NAMED_CLASSES, RunTables
 
 _NO_COLUMN = re.compile(r'Referenced column "([^"]*)" not found')
-"""In the text of DuckDB's BinderException, which names the column in no field."""
+"""Pattern of a message of DuckDB's BinderException, which has no field for the column."""
 
 
 def matching(tables: RunTables, condition: str) -> NDArray[np.bool_]:
-    """Which examples (N,) a condition holds for; where it is neither true nor false (null), it does not.
+    """Return the mask (N,) of the examples for which a condition is true. A null condition is not true.
 
-    Only the columns that it names are read, some rows at a time.
+    Only the columns in the condition are read, in batches of rows.
 
     Raises:
-        QueryError: it is no condition, or names a column that is not there (the message has the nearest names).
+        QueryError: The condition is not valid SQL, or contains an unknown column (the message has the nearest names).
     """
     columns = tables.columns("examples")
     names = [name for name in NAMED_CLASSES if tables.has("classes")]
-    spoken_of = condition.lower()
-    needed = {"example"} | {name for name in columns if name.lower() in spoken_of}
-    joined = [name for name in names if name in spoken_of]
+    text = condition.lower()
+    needed = {"example"} | {name for name in columns if name.lower() in text}
+    joined = [name for name in names if name in text]
     needed |= {NAMED_CLASSES[name] for name in joined}
-    asked_too = [name for name in tables.names() if name in spoken_of] if "select" in spoken_of else []
+    subqueried = [name for name in tables.names() if name in text] if "select" in text else []
     schema = pa.schema([tables.schema("examples").field(name) for name in columns if name in needed])
     rows = pa.RecordBatchReader.from_batches(schema, tables.scan("examples", schema.names))
-    views = {name: tables.dataset(name) for name in {*asked_too, *(["classes"] if joined else [])}} | {"examples": rows}
+    others = {*subqueried, *(["classes"] if joined else [])}
+    views = {name: tables.dataset(name) for name in others} | {"examples": rows}
     named = [f", {name}s.name AS {name}" for name in joined]
     joins = [f" LEFT JOIN classes {name}s ON {name}s.class = examples.{NAMED_CLASSES[name]}" for name in joined]
     with locked_down(views) as connection:
@@ -57,7 +58,7 @@ def matching(tables: RunTables, condition: str) -> NDArray[np.bool_]:
 def _explained(error: duckdb.Error, condition: str, columns: list[str]) -> QueryError:
     missing = _NO_COLUMN.search(str(error))
     if missing is None:
-        return QueryError(f"the condition {condition!r} is not one that SQL understands: {first_line(error)}")
+        return QueryError(f"the condition {condition!r} is not valid SQL: {first_line(error)}")
     near = difflib.get_close_matches(missing[1], columns, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(columns)}"
-    return QueryError(f"examples have no column '{missing[1]}': {hint} (text goes into single quotes)")
+    hint = f"did you mean {' or '.join(near)}?" if near else f"the columns are {', '.join(columns)}"
+    return QueryError(f"examples have no column '{missing[1]}': {hint} (put text in single quotes)")

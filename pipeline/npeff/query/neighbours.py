@@ -1,4 +1,4 @@
-"""The examples whose coefficients point the way of one example's: the cosine of rows of W."""
+"""Nearest neighbours of an example, by the cosine of rows of the coefficients W."""
 
 from __future__ import annotations
 
@@ -12,9 +12,17 @@ from npeff.query.tables import RunTables
 def cosines(
     tables: RunTables, weights_K: NDArray[np.float64], norms_N: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Of one example's coefficients with those of every example (N,), and how many components both have (N,).
+    """Compute the cosines between one example's coefficients and those of every example.
 
-    Only the components that the example has are read, and one after the other. 0 where an example has none at all.
+    Only the components with a coefficient for the example are read, one at a time.
+
+    Args:
+        tables: The tables of the run.
+        weights_K: Coefficients (K,) of the example.
+        norms_N: Norms (N,) of the rows of W.
+
+    Returns:
+        The cosines (N,), which are 0 for an example without coefficients, and the numbers (N,) of shared components.
     """
     products_N = np.zeros(len(norms_N))
     shared_N = np.zeros(len(norms_N), dtype=np.int64)
@@ -27,7 +35,7 @@ def cosines(
 
 
 def norms(tables: RunTables, n_examples: int) -> NDArray[np.float64]:
-    """(N,) lengths of the rows of W, from the whole table, for a store that does not hold them."""
+    """Return the norms (N,) of the rows of W from the whole table, for a store without these norms."""
     squares_N = np.zeros(n_examples)
     for run in all_runs(tables):
         squares_N[run.examples] += run.coefficients**2

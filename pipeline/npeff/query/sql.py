@@ -1,7 +1,7 @@
-"""SQL over a run's tables, for reading only.
+"""Read-only SQL queries over the tables of a run.
 
-The query may come from anybody, so the connection has nothing but the tables: it lives in memory, sees no files, no
-network, no extensions and no Python variables, its settings are locked, and it runs one SELECT.
+A query may come from an untrusted source, so the connection has access to the tables only: it is in memory, has no
+access to files, the network, extensions or Python variables, its settings are locked, and it runs one SELECT.
 """
 
 from __future__ import annotations
@@ -28,37 +28,37 @@ _LOCKED_DOWN: dict[str, str | bool | int | float | list[str]] = {
 
 @contextmanager
 def locked_down(views: Mapping[str, Any]) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection that sees these Arrow tables, data sets or readers, by name, and nothing else."""
+    """Open a connection with access to the given Arrow tables, datasets or readers only, by name."""
     with duckdb.connect(":memory:", config=_LOCKED_DOWN) as connection:
         for name, view in views.items():
             connection.register(name, view)
-        connection.execute("SET enable_progress_bar = false")  # which would be printed among the answers
+        connection.execute("SET enable_progress_bar = false")  # the bar would be printed between the results
         connection.execute("SET enable_progress_bar_print = false")
         connection.execute("SET lock_configuration = true")
         yield connection
 
 
 def run_sql(tables: RunTables, query: str) -> pa.Table:
-    """Answer one SELECT over all tables of the run; every table is a view of its own name.
+    """Run one SELECT statement over all tables of the run. Each table is a view with the same name.
 
     Raises:
-        QueryError: not exactly one SELECT, or DuckDB refuses it (the first line of its message).
+        QueryError: The query is not one SELECT statement, or DuckDB raises an error (the first line of its message).
     """
     with locked_down({name: tables.dataset(name) for name in tables.names()}) as connection:
         try:
             statements = connection.extract_statements(query)
             if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
-                raise QueryError("a query is one SELECT statement over the tables " + ", ".join(tables.names()))
+                raise QueryError("a query must be one SELECT statement over the tables " + ", ".join(tables.names()))
             return _without_decimals(_with_distinct_names(connection.sql(query).to_arrow_table()))
         except duckdb.CatalogException as error:
-            there = ", ".join(tables.names()) or "none yet"
-            raise QueryError(f"SQL: {first_line(error)} (tables: {there})") from error
+            names = ", ".join(tables.names()) or "none yet"
+            raise QueryError(f"SQL: {first_line(error)} (tables: {names})") from error
         except duckdb.Error as error:
             raise QueryError(f"SQL: {first_line(error)}") from error
 
 
 def _with_distinct_names(table: pa.Table) -> pa.Table:
-    """A join may give two columns of one name, which neither JSON nor Parquet can hold: the second becomes name_2."""
+    """Rename duplicate columns, which neither JSON nor Parquet supports. The second column is name_2."""
     names: list[str] = []
     for name in table.column_names:
         distinct, number = name, 1
@@ -70,8 +70,10 @@ def _with_distinct_names(table: pa.Table) -> pa.Table:
 
 
 def _without_decimals(table: pa.Table) -> pa.Table:
-    """DuckDB sums integers into 128 bits, which Arrow shows as decimals and JSON cannot: make them int64,
-    or float64 where they have a fraction or do not fit."""
+    """Convert decimal columns to int64, or to float64 if they have fractions or overflow.
+
+    DuckDB sums integers in 128 bits, which are decimals in Arrow and which JSON does not support.
+    """
     for position, field in enumerate(table.schema):
         if pa.types.is_decimal(field.type):
             column = table.column(position)

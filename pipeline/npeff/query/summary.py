@@ -1,4 +1,4 @@
-"""A run in numbers: all of it, and a row for each component."""
+"""Summary of a run, and the table of components with their verification."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from npeff.statistics.verdict import scoreboard, verdicts
 
 
 def components_table(tables: RunTables) -> pa.Table:
-    """One row per component: the components table, with KL ratio and best control of every verified row beside it.
+    """Return the components table with the KL ratio and the best control of every verification row.
 
-    The columns are `kl_ratio_<examples>_<plus|minus>` and `best_control_<examples>_<plus|minus>`.
+    The added columns are `kl_ratio_<examples>_<plus|minus>` and `best_control_<examples>_<plus|minus>`.
     """
     table = tables.read("components")
     if not tables.has("verification"):
@@ -33,7 +33,7 @@ def components_table(tables: RunTables) -> pa.Table:
 
 
 def summary(tables: RunTables) -> dict[str, Any]:
-    """The run in numbers, ready for JSON: counts, explained variance, accuracy, KL ratios, what is there."""
+    """Return a summary of the run for JSON: counts, explained variance, accuracy, KL ratios, existing tables."""
     found: dict[str, Any] = {"run_dir": str(tables.run_dir), "tables": tables.names()}
     if tables.has("examples"):
         columns = tables.read("examples", ["split", "valid", "correct"])

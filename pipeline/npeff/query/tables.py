@@ -1,7 +1,7 @@
-"""The Parquet tables and JSON records of a run directory, for reading only.
+"""Read-only access to the Parquet tables and JSON records of a run directory.
 
-A table that a stage has not written yet is a normal state of a run: asking for it raises a `QueryError` that names the
-command which writes it. A table that is there and cannot be read is damage, and the message says so.
+If a stage has not written a table yet, reading the table raises a `QueryError` with the command that writes it. If a
+table exists but cannot be read, the error is that the table is damaged.
 """
 
 from __future__ import annotations
@@ -25,44 +25,44 @@ from npeff.storage.objects import file_system, key_of
 from npeff.store.table_names import WRITTEN_BY
 from npeff.store.tables import SCHEMAS, check_version
 
-if TYPE_CHECKING:  # it imports pandas, where that is installed, which most questions do not need
+if TYPE_CHECKING:  # pyarrow.dataset imports pandas if installed, which most queries do not need
     import pyarrow.dataset as ds
 
 EXAMPLE_COLUMNS = tuple(SCHEMAS["examples"].names)
-"""Columns of the examples table that every task has; all further ones are the task's own metadata."""
+"""Columns of the examples table for every task. All other columns are metadata of the task."""
 
 NAMED_CLASSES = {"label_name": "label", "prediction_name": "prediction"}
-"""Column with a class's name to the column with its number."""
+"""Column with the name of a class to the column with its number."""
 
 _SCAN_GROUPS, _SCAN_ROWS = 64, 131_072
-"""Groups of rows, of about 1 MiB or less, and rows that are held at a time while a whole table is walked over."""
+"""Largest numbers of row groups (about 1 MiB or less each) and of rows in memory during a scan of a whole table."""
 
 
 def _parquet(remote: bool) -> ds.ParquetFileFormat:
     import pyarrow.dataset as ds
 
     options: dict[str, Any] = {"page_checksum_verification": True}
-    if remote:  # what lies between two wanted columns is read along, which is cheaper than another request
+    if remote:  # reading the gap between two columns is cheaper than another request
         options |= {"pre_buffer": True, "cache_options": pa.CacheOptions(hole_size_limit=2**20)}
     return ds.ParquetFileFormat(default_fragment_scan_options=ds.ParquetFragmentScanOptions(**options))
 
 
 def missing(run_dir: Path, what: str, command: str) -> QueryError:
-    """The error for something that a stage has not written yet."""
-    return QueryError(f"{what} is not there yet", f"run `npeff {command} {run_dir}` first")
+    """Return the error for an output that a stage has not written yet."""
+    return QueryError(f"{what} does not exist yet", f"run `npeff {command} {run_dir}` first")
 
 
 def _located(path: Path) -> tuple[str, pa_fs.FileSystem]:
-    """Where Arrow finds a file: a path, and the file system that it is on."""
+    """Return the path and the Arrow file system of a file."""
     if is_remote(path):
         return key_of(path), pa_fs.PyFileSystem(pa_fs.FSSpecHandler(file_system(path)))
     return str(path), pa_fs.LocalFileSystem()
 
 
 class RunTables:
-    """Reads `<run>/tables/*.parquet` and the JSON records beside them.
+    """Reader of `<run>/tables/*.parquet` and of the JSON records of the run.
 
-    A file is opened when it is first asked for, and its footer is read once: what replaces it later is not seen.
+    A file is opened on first use and its footer is read once, so a later replacement of the file is not read.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -74,17 +74,17 @@ class RunTables:
         self._bounds: dict[tuple[str, str], tuple[list[Any], list[Any]]] = {}
 
     def names(self) -> list[str]:
-        """Names of the tables that are there, sorted."""
+        """Return the sorted names of the existing tables."""
         return sorted(path.stem for path in self._folder.glob("*.parquet"))
 
     def has(self, name: str) -> bool:
         return name in self._files or (self._folder / f"{name}.parquet").is_file()
 
     def dataset(self, name: str) -> ds.Dataset:
-        """The table as a lazy Arrow dataset: rows and columns that are not asked for are not read.
+        """Return the table as a lazy Arrow dataset, which reads only the requested rows and columns.
 
         Raises:
-            QueryError: there is no such table, it is not written yet, or its file is damaged.
+            QueryError: The table is unknown, is not written yet or is damaged.
         """
         if name not in self._datasets:
             import pyarrow.dataset as ds
@@ -98,7 +98,7 @@ class RunTables:
         return self._datasets[name]
 
     def _parts(self, name: str, fragment: ds.ParquetFileFragment) -> list[ds.ParquetFileFragment]:
-        """Of the file, as what is read along stays in memory until the part has been read."""
+        """Split a fragment by row groups. Arrow keeps the pre-buffered data in memory until a part is read."""
         n_groups = self.file(name).num_row_groups
         starts = range(0, max(n_groups, 1), _SCAN_GROUPS)
         return [
@@ -106,7 +106,7 @@ class RunTables:
         ]
 
     def file(self, name: str) -> pq.ParquetFile:
-        """The table's file, opened; for groups of rows one by one. Raises as `dataset` does."""
+        """Return the open file of the table, to read single row groups. Raises the errors of `dataset`."""
         if name not in self._files:
             path = self._folder / f"{name}.parquet"
             if not path.is_file():
@@ -128,7 +128,7 @@ class RunTables:
         return self._files[name]
 
     def schema(self, name: str) -> pa.Schema:
-        """Its columns and their types. Raises as `dataset` does."""
+        """Return the columns of the table and their types. Raises the errors of `dataset`."""
         if name not in self._schemas:
             self._schemas[name] = self.file(name).schema_arrow.remove_metadata()
         return self._schemas[name]
@@ -137,13 +137,13 @@ class RunTables:
         return int(self.file(name).metadata.num_rows)
 
     def read(self, name: str, columns: Sequence[str] | None = None, where: pc.Expression | None = None) -> pa.Table:
-        """Read a table, or only some of its columns and the rows for which `where` holds, in the order written."""
+        """Read a table, or some of its columns and the rows for which `where` is true, in stored order."""
         dataset = self.dataset(name)
         with self._damage_named(name):
             return dataset.to_table(columns=None if columns is None else list(columns), filter=where)
 
     def scan(self, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """Some columns of the whole table, in the order written, a bounded number of rows at a time."""
+        """Yield some columns of all rows in stored order, in batches of bounded size."""
         file, columns = self.file(name), list(columns)
         with self._damage_named(name):
             if is_remote(self._folder):
@@ -155,7 +155,7 @@ class RunTables:
                 yield from file.iter_batches(_SCAN_ROWS, row_groups=groups, columns=columns)
 
     def groups_with(self, name: str, column: str, values: Sequence[Any]) -> list[int]:
-        """Which groups of rows can hold one of these values in a column of integers or text, by their statistics."""
+        """Return the row groups whose statistics allow one of the values in a column of integers or text."""
         low, high = self.bounds(name, column)
         wanted = sorted(set(values))
         return [
@@ -165,7 +165,7 @@ class RunTables:
         ]
 
     def bounds(self, name: str, column: str) -> tuple[list[Any], list[Any]]:
-        """The least and the largest value of a column in every group of rows; None where they are unknown."""
+        """Return the smallest and the largest value of a column in every row group; None if unknown."""
         key = (name, column)
         if key not in self._bounds:
             file, position = self.file(name), self.schema(name).get_field_index(column)
@@ -175,7 +175,7 @@ class RunTables:
         return self._bounds[key]
 
     def read_groups(self, name: str, groups: Sequence[int], columns: Iterable[str]) -> pa.Table:
-        """Some columns of these groups of rows."""
+        """Read some columns of the given row groups."""
         file = self.file(name)
         with self._damage_named(name):
             return file.read_row_groups(list(groups), columns=list(columns)).replace_schema_metadata(None)
@@ -184,7 +184,7 @@ class RunTables:
         return list(self.schema(name).names)
 
     def json(self, *parts: str) -> dict[str, Any]:
-        """A JSON record of the run such as `provenance.json`; an absent one is an empty dictionary."""
+        """Return a JSON record of the run, such as `provenance.json`; an empty dictionary if the file is missing."""
         path = self.run_dir.joinpath(*parts)
         if not path.is_file():
             return {}
@@ -196,7 +196,7 @@ class RunTables:
         return record if isinstance(record, dict) else {}
 
     def stages(self) -> dict[str, dict[str, Any]]:
-        """Every stage summary that is there, in the order in which the stages run."""
+        """Return the existing stage records, in the order of the stages."""
         order = {name: position for position, name in enumerate(dict.fromkeys(WRITTEN_BY.values()))}
         names = sorted(
             (path.stem for path in (self.run_dir / "stages").glob("*.json")),

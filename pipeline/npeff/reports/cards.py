@@ -1,4 +1,4 @@
-"""What a component's card shows: its examples, what they have in common, and where its direction lives."""
+"""The card of a component: its examples, their common properties, and the parameters of its direction."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ METADATA_LENGTH = 40
 
 @dataclass(frozen=True)
 class Example:
-    """One example as a card lists it."""
+    """One example in the list of a card."""
 
     example: int
     id: str
@@ -46,12 +46,12 @@ class Example:
     metadata: list[str]
     shares: Shares | None = None
     alike: float | None = None
-    """Of a contrast example: the cosine of its other coefficients to the top examples'."""
+    """For a contrast example, the cosine between its other coefficients and those of the top examples."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """How common one class is among a component's top examples, against all examples."""
+    """The fractions of one class among a component's top examples and among all examples."""
 
     name: str
     label: float | None
@@ -62,7 +62,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Bar:
-    """The share of a direction's energy in one parameter."""
+    """The fraction of a direction's energy in one parameter."""
 
     name: str
     energy: float
@@ -70,7 +70,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Card:
-    """Everything the report says about one component."""
+    """The content of the report for one component."""
 
     component: int
     row: dict[str, Any]
@@ -97,7 +97,7 @@ class Card:
 
     @property
     def top_label(self) -> Share | None:
-        """The commonest label among the top examples (prediction, where examples have no labels)."""
+        """The most common label of the top examples, or the most common prediction if there are no labels."""
         return max(self.mix, key=lambda share: (share.label or 0.0, share.prediction or 0.0), default=None)
 
     @property
@@ -109,18 +109,18 @@ class Card:
         return max(self.energy, key=lambda bar: bar.energy, default=None)
 
     def ratio(self, examples: str, sign: int) -> float | None:
-        """The KL ratio of one verified row."""
+        """Return the KL ratio of one verification row."""
         return next((v.kl_ratio for v in self.verdicts if (v.examples, v.sign) == (examples, sign)), None)
 
     @property
     def passed(self) -> tuple[int, int]:
-        """How many verified rows are above all controls, and how many rows there are."""
+        """The number of verification rows above all controls, and the number of rows."""
         measured = [v for v in self.verdicts if v.above_controls is not None]
         return sum(bool(v.above_controls) for v in measured), len(measured)
 
 
 class CardWriter:
-    """Reads what all cards need once, then makes one card at a time."""
+    """Creates cards. The constructor reads the data that all cards need."""
 
     def __init__(self, store: ComponentStore, examples_shown: int) -> None:
         self._store = store
@@ -179,7 +179,7 @@ class CardWriter:
     def _example(
         self, component: int | None, example: int, coefficient: float, top: Sequence[dict[str, Any]]
     ) -> Example:
-        """As a card lists it; with the shares of its positions for `component`."""
+        """Return an example for the list of a card, with its position shares for `component`."""
         row, image = self._examples[example], self.album.image(example)
         largest = max(listed["coefficient"] for listed in top) or 1.0
         text, shape = row.get("text"), None if image is None else (image.height, image.width)
@@ -203,7 +203,7 @@ class CardWriter:
         return None if number is None else self._names.get(number, str(number))
 
     def _mixed(self, mix: _Mix) -> list[Share]:
-        """Classes in their own order where they all fit, else those that are commonest among the top examples."""
+        """Return all classes in order if they fit, otherwise the most common classes of the top examples."""
         classes = sorted(self._base.labels.keys() | self._base.predictions.keys())
         if len(classes) > CLASSES_SHOWN:
             classes.sort(key=lambda c: -max(mix.label(c) or 0.0, mix.prediction(c) or 0.0))
@@ -221,7 +221,7 @@ class CardWriter:
         return {row["example"]: row for row in rows}
 
     def _classes(self) -> NDArray[np.int64]:
-        """Prediction of every example, or label where no example has a prediction; -1 where it is not known (N,)."""
+        """Return the prediction of every example (N,), or its label if no example has a prediction; -1 if unknown."""
         table = self._store.tables.read("examples", ["example", "label", "prediction"])
         column = "label" if table["prediction"].null_count == len(table) else "prediction"
         classes_N = np.full(len(table), -1, np.int64)
@@ -234,7 +234,7 @@ class CardWriter:
 
 @dataclass(frozen=True)
 class _Mix:
-    """Counts of labels, predictions and correct answers over some examples."""
+    """Counts of labels, predictions and correct predictions of some examples."""
 
     labels: Counter[int]
     predictions: Counter[int]
@@ -263,7 +263,7 @@ class _Mix:
 
 
 def _short(value: Any) -> str:
-    """A value of metadata: long texts are cut, as every card repeats them."""
+    """Format a value of metadata. Long texts are cut, because every card repeats them."""
     text = "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
     return text if len(text) <= METADATA_LENGTH else text[: METADATA_LENGTH - 1] + "…"
 
@@ -274,7 +274,7 @@ def _share(counts: Counter[int], number: int) -> float | None:
 
 
 def _bars(rows: Iterable[dict[str, Any]]) -> list[Bar]:
-    """Parameters in the order of the network; where there are many, the largest, with one bar for all others."""
+    """Return bars of the parameters in model order; if there are many, the largest and one bar for the others."""
     bars = [Bar(row["parameter"], row["energy"]) for row in rows]
     if len(bars) <= PARAMETERS_SHOWN:
         return bars

@@ -1,7 +1,7 @@
-"""Where everything in a plot goes: numbers in, coordinates out; the templates draw them as SVG.
+"""Layout of plots: functions that convert numbers to coordinates, which the templates draw as SVG.
 
-Plots are drawn by the page itself rather than as pictures, so that they follow its colours in the light and the dark,
-their marks are links with tooltips, and the file stays small. All lengths are in SVG user units.
+Plots are SVG elements of the page and not images. They use the colours of the light or dark theme, their marks have
+links and tooltips, and the file stays small. All lengths are in SVG user units.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Tick:
 
 @dataclass(frozen=True)
 class Axis:
-    """Maps values in [low, high] to positions from `start` to `stop`, linearly or by logarithm.
+    """Linear or logarithmic map from values in [low, high] to positions from `start` to `stop`.
 
-    Values outside land on the nearer end, so an infinite ratio is drawn at the top instead of nowhere.
+    Values outside are clipped, so an infinite ratio is drawn at the end of the axis.
     """
 
     low: float
@@ -43,23 +43,23 @@ class Axis:
         return round(self.start + (self.stop - self.start) * (inside - low) / (high - low), 2)
 
     def ticks(self, about: int = 5) -> list[Tick]:
-        """Round values: powers of ten (with their multiples unlabelled) on a log axis, 1-2-5 steps on a linear one."""
+        """Return ticks at round values: powers of ten on a log axis, steps of 1, 2 or 5 on a linear axis."""
         if self.log:
             decades = range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)
             return [Tick(self.position(10.0**power), f"{10.0**power:g}") for power in decades]
         step = _round_step((self.high - self.low) / about)
         if math.floor(self.high / step + 1e-9) <= math.ceil(self.low / step - 1e-9):
-            step = _round_step(0.4 * step)  # fewer than two: the next smaller step
+            step = _round_step(0.4 * step)  # the next smaller step, since there are fewer than two ticks
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [Tick(self.position(i * step), f"{i * step:.{_decimals(step)}f}") for i in range(first, last + 1)]
 
     def spaced_ticks(self, at_most: int) -> list[Tick]:
-        """Every tick, or every second, third, ... of them so that they are few enough."""
+        """Return every tick, or every second, third, ... tick, so that there are about `at_most` ticks."""
         ticks = self.ticks()
         return ticks[:: max(1, math.ceil(len(ticks) / at_most))]
 
     def minor_ticks(self) -> list[float]:
-        """Positions of the multiples 2..9 of the powers of ten."""
+        """Return the positions of the multiples 2..9 of the powers of ten."""
         if not self.log:
             return []
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)))
@@ -68,7 +68,7 @@ class Axis:
 
 
 def log_axis(values: Iterable[float | None], start: float, stop: float) -> Axis:
-    """A log axis over whole decades that holds all positive finite values and 1."""
+    """Return a log axis of whole decades that includes all positive finite values and 1."""
     logs = [math.log10(value) for value in values if value is not None and 0 < value < math.inf]
     low, high = math.floor(min([*logs, -0.3])), math.ceil(max([*logs, 0.3]))
     return Axis(10.0**low, 10.0**high, start, stop, log=True)
@@ -89,7 +89,7 @@ class LossStep:
 
 @dataclass(frozen=True)
 class LossChart:
-    """Loss by iteration; the right axis reads the same line as explained variance."""
+    """Loss by iteration. The right axis shows the same line as explained variance."""
 
     width: float
     height: float
@@ -108,7 +108,7 @@ class LossChart:
 
 
 def loss_chart(history: Sequence[dict[str, Any]], width: float = 560, height: float = 300) -> LossChart | None:
-    """Lay out the history table; a rejected trial far above the accepted losses is drawn at the top edge."""
+    """Lay out the history table. A rejected step far above the accepted losses is drawn at the top edge."""
     rows = [row for row in history if row["loss"] is not None and math.isfinite(row["loss"])]
     accepted = [row["loss"] for row in rows if row["accepted"]]
     if not accepted:
@@ -134,7 +134,7 @@ def loss_chart(history: Sequence[dict[str, Any]], width: float = 560, height: fl
 
 
 def _explained_ticks(steps: Sequence[LossStep], y_axis: Axis) -> list[Tick]:
-    """Ticks of explained = 1 - loss / total on the loss axis; the total follows from any one step."""
+    """Return ticks of explained = 1 - loss / total on the loss axis. One step determines the total."""
     for step in steps:
         if step.explained is not None and step.explained < 1:
             total = step.loss / (1 - step.explained)
@@ -147,7 +147,7 @@ def _explained_ticks(steps: Sequence[LossStep], y_axis: Axis) -> list[Tick]:
 
 @dataclass(frozen=True)
 class Lollipop:
-    """One verified row: a stem from its best control to its KL ratio, and marks for the controls."""
+    """One verification row: a stem from its best control to its KL ratio, and marks for the controls."""
 
     x: float
     ratio_y: float
@@ -159,13 +159,13 @@ class Lollipop:
 
     @property
     def infinite(self) -> bool:
-        """The baseline did not move at all."""
+        """Whether the KL ratio is infinite, because the baseline predictions do not change."""
         return self.verdict.kl_ratio == math.inf
 
 
 @dataclass(frozen=True)
 class Slot:
-    """The components along the bottom of the plot."""
+    """A component on the horizontal axis of the plot."""
 
     component: int
     x: float
@@ -174,7 +174,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class RatioChart:
-    """KL ratios of one group of examples against their controls, components sorted by their weaker sign."""
+    """KL ratios of one group of examples with their controls. Components are sorted by their weaker sign."""
 
     examples: str
     width: float
@@ -187,7 +187,7 @@ class RatioChart:
 
 
 def ratio_chart(examples: str, rows: Sequence[Verdict], y_axis: Axis, width: float = 1120) -> RatioChart | None:
-    """Lay out the verified rows of one group; both signs of a component stand beside each other in its slot."""
+    """Lay out the verification rows of one group of examples. Both signs of a component are next to each other."""
     chosen = [row for row in rows if row.examples == examples and row.kl_ratio is not None]
     if not chosen:
         return None

@@ -1,8 +1,8 @@
-"""Contrast examples of a component: as much like its top examples as can be, but not of it.
+"""Contrast examples of a component: examples that are similar to its top examples, but do not have the component.
 
-They share the commonest prediction of the component's top examples (label, where there are no predictions), their
-coefficient on the component is at most 1% of its largest, and their other coefficients point in nearly the same
-direction as the top examples' mean: what else the model does with these examples it does with those too.
+A contrast example has the most common prediction of the component's top examples (or label, if there are no
+predictions). Its coefficient for the component is at most 1% of the largest. Its other coefficients have a large cosine
+with their mean over the top examples, so the example shares the other components of the top examples.
 
 Shapes: N examples, K components, B a block of examples.
 """
@@ -28,19 +28,20 @@ class Contrast:
     example: int
     coefficient: float
     cosine: float
-    """Of its coefficients to the mean of the top examples', the component's own left out."""
+    """Cosine between its coefficients and the mean of the top examples' coefficients, without this component."""
 
 
 def contrast_examples(
     coefficients_NK: Any, tops: Mapping[int, Sequence[int]], classes_N: NDArray[np.int64], n: int
 ) -> dict[int, list[Contrast]]:
-    """The `n` contrast examples of every component that has top examples, the most alike first.
+    """Return the `n` contrast examples of every component with top examples, the most similar first.
 
     Args:
-        coefficients_NK: array-like (numpy, dask); it is read in blocks, twice. Rows with NaN are invalid examples.
-        tops: top examples of each component.
-        classes_N: prediction or label of each example, -1 where it is not known: components whose top examples have
-            none are contrasted with any example.
+        coefficients_NK: Array-like (numpy, dask), which is read twice in blocks. Rows with NaN are invalid examples.
+        tops: Top examples of each component.
+        classes_N: Prediction or label of each example; -1 if unknown. If the classes of a component's top examples are
+            unknown, any example can be a contrast example.
+        n: Number of contrast examples of a component.
     """
     n_examples, n_components = coefficients_NK.shape
     wanted_K = np.full(n_components, -1, np.int64)
@@ -79,8 +80,10 @@ def contrast_examples(
 def _profiles(
     coefficients_NK: Any, tops: Mapping[int, Sequence[int]]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Unit mean of the top examples' unit rows, each without the component's own coefficient (K, K), and its largest
-    coefficient among them (K,)."""
+    """Return the normalized mean (K, K) of the top examples' unit rows, and the largest coefficient (K,).
+
+    Row k is that of component k. The coefficient of component k itself is set to 0.
+    """
     n_examples, n_components = coefficients_NK.shape
     profiles_KK = np.zeros((n_components, n_components), np.float32)
     largest_K = np.zeros(n_components, np.float32)

@@ -1,10 +1,10 @@
-"""What a component's top examples have in common: words and metadata that are commoner there than among all examples.
+"""Words and metadata that are over-represented among the top examples of a component.
 
-Words and values of columns are counted by example, once each. A word or value that n_top of a component's t top
-examples have, and n_all of all N valid examples, gets the one-sided hypergeometric probability of at least n_top in t
-draws. Of a column of numbers, the top examples' ranks are compared with all others' (Mann-Whitney, two-sided, normal
-approximation with ties). q-values are Benjamini-Hochberg's over all components and all words (values, columns of
-numbers) of the report.
+Each word or value of a column is counted once per example. If n_top of the t top examples of a component have a word or
+value, and n_all of all N valid examples, its p-value is the one-sided hypergeometric probability of at least n_top in t
+draws. For a column of numbers, the ranks of the top examples are compared with those of all other examples
+(Mann-Whitney, two-sided, normal approximation with ties). q-values are those of Benjamini and Hochberg over all
+components and all words (or values, or columns of numbers) of the report.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from npeff.statistics.contingency import q_values
 
 SIGNIFICANT = 0.05
 _AT_LEAST = 3
-"""Examples that must have a word or value for it to be tested."""
+"""Smallest number of examples with a word or value that is tested."""
 _MOST_INTEGER_VALUES = 20
-"""A column of more different integers than this is one of numbers, not of values."""
+"""A column of integers with more distinct values than this is treated as numbers, not as categories."""
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
 
 @dataclass(frozen=True)
 class Enriched:
-    """A word, or a column's value, that is over-represented among top examples."""
+    """A word, or a value of a column, that is over-represented among top examples."""
 
     column: str | None
-    """None: a word of the texts."""
+    """Name of the column; None for a word of the texts."""
     value: str
     share: float
     base: float
@@ -45,7 +45,7 @@ class Enriched:
 
 @dataclass(frozen=True)
 class Shifted:
-    """A column of numbers that are larger or smaller among top examples."""
+    """A column of numbers that differ between the top examples and the other examples."""
 
     column: str
     median: float
@@ -55,7 +55,7 @@ class Shifted:
 
 @dataclass(frozen=True)
 class Common:
-    """What one component's top examples have in common, the least likely by chance first."""
+    """Over-represented words and values of one component's top examples, smallest p-value first."""
 
     values: list[Enriched]
     words: list[Enriched]
@@ -63,7 +63,13 @@ class Common:
 
 
 def in_common(tables: RunTables, columns: Sequence[str], tops: Mapping[int, Sequence[int]]) -> dict[int, Common]:
-    """Of every component in `tops`, its top examples; `columns` are the metadata of the examples table."""
+    """Find the over-represented words and values of every component.
+
+    Args:
+        tables: The tables of the run.
+        columns: Metadata columns of the examples table.
+        tops: Top examples of each component.
+    """
     schema = tables.dataset("examples").schema
     texts = "text" in schema.names
     chosen = [*columns, "text"] if texts else list(columns)
@@ -87,12 +93,12 @@ def in_common(tables: RunTables, columns: Sequence[str], tops: Mapping[int, Sequ
 
 
 def words_of(text: str | None) -> set[str]:
-    """The different words of a text, in lower case."""
+    """Return the distinct words of a text, in lower case."""
     return set(_WORD.findall(text.lower())) if text else set()
 
 
 class _Counts:
-    """How many of all examples, and of each component's top examples, have a word or value."""
+    """Numbers of examples with each word or value, among all examples and among each component's top examples."""
 
     def __init__(self, members: Mapping[int, NDArray[np.int64]], n_examples: int) -> None:
         self._members, self._n_examples = members, n_examples

@@ -1,4 +1,4 @@
-"""Pictures of a report as data URIs: the examples' images, each stored once, and maps of numbers."""
+"""Images of a report as data URIs: the images of the examples, each stored once, and heat maps."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from PIL import Image as Pillow
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PIXELATED_BELOW = 65
-"""Images narrower than this many pixels are enlarged with sharp edges."""
+"""Images narrower than this number of pixels are enlarged without smoothing."""
 _BUDGET_BYTES = 10_000_000
-"""Of all images of a report together, before base64 adds a third."""
+"""Largest total size of the images of a report in bytes, before base64 encoding adds a third."""
 _SMALLER_SIDES = (96, 64, 48, 32)
 _SAMPLE = 64
-"""Images by which the size is chosen."""
+"""Number of images in the sample that determines the size."""
 _LEVELS = 9
 _ACCENT = (222, 92, 20)
 
 
 @dataclass(frozen=True)
 class Image:
-    """An example's image: the CSS class that shows it, and its size as it is stored."""
+    """The image of an example: its CSS class, and its stored size in pixels."""
 
     name: str
     height: int
@@ -38,16 +38,16 @@ class Image:
 
     @property
     def inset(self) -> tuple[float, float]:
-        """Where the image is smaller than the square that it is shown in: margins above and beside, in percent."""
+        """Vertical and horizontal margins of the image in its square frame, in percent."""
         longest = max(self.height, self.width)
         return 50 * (1 - self.height / longest), 50 * (1 - self.width / longest)
 
 
 class Album:
-    """The images of a report, each a CSS rule of its own, however often it is shown.
+    """The images of a report, with one CSS rule per image.
 
-    Images that take more than 10 MB together are made smaller, all to one size: the largest of 96, 64, 48 and 32 pixels
-    at which they should fit, or else 32. What is no PNG is not shown.
+    If the images have more than 10 MB in total, all are scaled down to the same size: the largest of 96, 64, 48 and 32
+    pixels for which the total is expected to fit, otherwise 32. Only PNG images are shown.
     """
 
     def __init__(self, images: Mapping[int, bytes | None], budget_bytes: int = _BUDGET_BYTES) -> None:
@@ -63,10 +63,7 @@ class Album:
 
 
 def heat_map(values_HW: NDArray[np.floating]) -> str:
-    """A data URI: one colour, the more opaque the larger the value is relative to the largest.
-
-    Values below zero are transparent.
-    """
+    """Return a heat map as a data URI. The opacity is proportional to the value; values below zero are transparent."""
     largest = float(values_HW.max(initial=0.0))
     shares = np.clip(values_HW / largest, 0.0, 1.0) if largest > 0 else np.zeros_like(values_HW)
     levels_HW = np.rint((_LEVELS - 1) * shares).astype(np.uint8)
@@ -80,7 +77,7 @@ def heat_map(values_HW: NDArray[np.floating]) -> str:
 
 
 def data_uri(data: bytes) -> str:
-    """Of a PNG or a WebP."""
+    """Return the data URI of a PNG or WebP image."""
     kind = "png" if data.startswith(_PNG_SIGNATURE) else "webp"
     return f"data:image/{kind};base64," + base64.b64encode(data).decode("ascii")
 
@@ -90,13 +87,13 @@ def _is_png(data: bytes) -> bool:
 
 
 def _size(png: bytes) -> tuple[int, int]:
-    """Height and width, at least 1."""
+    """Return the height and width of an image, at least 1."""
     width, height = struct.unpack(">II", png[16:24])
     return max(height, 1), max(width, 1)
 
 
 def _within(budget_bytes: int, images: dict[int, bytes]) -> dict[int, bytes]:
-    """The same images, smaller where they would take more; the size is chosen by a sample of them."""
+    """Scale the images down if they exceed the budget. A sample of the images determines the size."""
     if sum(map(len, images.values())) <= budget_bytes:
         return images
     sample = list(images.values())[:: max(1, len(images) // _SAMPLE)]
@@ -107,7 +104,7 @@ def _within(budget_bytes: int, images: dict[int, bytes]) -> dict[int, bytes]:
 
 
 def _smaller(png: bytes, side: int) -> bytes:
-    """As WebP; the image itself where that is smaller, or where it cannot be read."""
+    """Scale an image down to WebP. The original is returned if it is smaller or cannot be read."""
     try:
         picture = Pillow.open(io.BytesIO(png))
         picture.thumbnail((side, side))

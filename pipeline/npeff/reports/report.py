@@ -1,7 +1,7 @@
-"""The report: one self-contained HTML file about a run, at whatever stage the run is.
+"""The report of a run: one self-contained HTML file, for complete and incomplete runs.
 
-The file opens from disk and asks for nothing else: styles, script and images are inside it, and its content security
-policy forbids every request and every script but its own, whatever text the data set holds.
+The file contains its styles, script and images, and loads nothing else. Its content security policy forbids every
+request and every script except its own, for any text in the data set.
 """
 
 from __future__ import annotations
@@ -24,22 +24,24 @@ from npeff.statistics.verdict import Verdict, scoreboard, verdicts
 from npeff.storage.atomic import write_file_atomically
 
 CARDS_AT_ONCE = 64
-"""With more components than this, a card becomes part of the page when it is about to be seen (see `report.js`)."""
+"""With more components than this, a card is added to the page when it is about to be visible (see `report.js`)."""
 
 _MOST_LISTED = 16
-"""Of a list in a stage's record, such as the components that are lifted."""
+"""Largest number of list items to show from a stage's record, such as the lifted components."""
 
 
 def write_report(run_dir: str | Path, *, top_examples: int = 24) -> Path:
-    """Write `<run>/report/index.html` (whole or not at all) and return its path.
+    """Write `<run>/report/index.html` atomically and return its path.
 
-    A card shows at most `top_examples` held-out and as many fit examples; two rows of twelve look best.
+    A section whose stage has not run yet shows the command that produces it.
 
-    Sections whose stage has not run yet say which command produces them.
+    Args:
+        run_dir: The run directory.
+        top_examples: Largest number of held-out examples, and of fit examples, on a card. A row has up to twelve.
 
     Raises:
-        QueryError: not a run directory, or a damaged table.
-        StoreError: the report cannot be written.
+        QueryError: The path is not a run directory, or a table is damaged.
+        StoreError: The report cannot be written.
     """
     store = ComponentStore.open(run_dir)
     path = store.run_dir / "report" / "index.html"
@@ -49,7 +51,7 @@ def write_report(run_dir: str | Path, *, top_examples: int = 24) -> Path:
 
 
 def render_report(store: ComponentStore, top_examples: int) -> str:
-    """The report as HTML text."""
+    """Return the report as HTML text."""
     templates = environment()
     script = templates.get_template("report.js").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
@@ -60,7 +62,7 @@ def render_report(store: ComponentStore, top_examples: int) -> str:
 
 
 def environment() -> jinja2.Environment:
-    """The templates: they escape everything, and an unknown name is an error."""
+    """Return the templates, which escape all values and raise an error for an unknown name."""
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("npeff.reports"),
         autoescape=True,
@@ -73,7 +75,7 @@ def environment() -> jinja2.Environment:
 
 
 def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
-    """Everything the template shows."""
+    """Return the variables of the template."""
     tables = store.tables
     found = verdicts(store.table("verification").to_pylist()) if tables.has("verification") else []
     factorized = all(tables.has(name) for name in ("examples", "components", "top_examples"))
@@ -108,14 +110,14 @@ def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
 
 
 def _stability(cards: list[Card]) -> tuple[float, int, int] | None:
-    """Median over the components, how many are at least 0.9, and of how many it is known."""
+    """Return the median stability, the number of components of at least 0.9, and the number with a known value."""
     known = [card.row["stability"] for card in cards if card.row.get("stability") is not None]
     known = [value for value in known if not math.isnan(value)]
     return (statistics.median(known), sum(value >= 0.9 for value in known), len(known)) if known else None
 
 
 def _ratio_charts(found: list[Verdict]) -> list[Any]:
-    """Held-out examples first; both plots share their axis."""
+    """Return the plots of held-out and fit examples, in this order, with the same axis."""
     axis = log_axis(_ratios(found), 330, 14)
     charts = [ratio_chart(examples, found, axis) for examples in ("held_out", "fit")]
     return [chart for chart in charts if chart is not None]
@@ -131,7 +133,7 @@ def _stage(name: str, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested JSON as dotted names and text; lists of records, which are tables of their own, are left out."""
+    """Flatten nested JSON to dotted names and text. Lists of records are left out, because they are in tables."""
     flat: dict[str, str] = {}
     for key, value in record.items():
         if isinstance(value, dict):
@@ -149,7 +151,7 @@ def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def number(value: float | None) -> str:
-    """About three significant digits, or a dash for what was not measured."""
+    """Format a number with about three significant digits, or a dash for a missing value."""
     if value is None or math.isnan(value):
         return "–"
     if math.isinf(value):
@@ -166,18 +168,18 @@ def number(value: float | None) -> str:
 
 
 def ratio(value: float | None) -> str:
-    """A ratio with its times sign."""
+    """Format a ratio with a times sign."""
     text = number(value)
     return text if text == "–" else f"{text}×"
 
 
 def percent(value: float | None, digits: int = 0) -> str:
-    """A share as a percentage, or a dash for what was not measured."""
+    """Format a fraction as a percentage, or a dash for a missing value."""
     return "–" if value is None or math.isnan(value) else f"{100 * value:.{digits}f}%".replace("-", "−")
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as people say them."""
+    """Format seconds as seconds, minutes or hours."""
     if seconds is None or math.isnan(seconds):
         return "–"
     if seconds < 60:

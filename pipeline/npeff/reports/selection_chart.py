@@ -1,4 +1,4 @@
-"""The plot of a search for the number of components: what each number explains, and how much of it comes back."""
+"""The plot of a search for the number of components: explained variance and reproducibility by number."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from npeff.reports.charts import Axis
 
 _SERIES = {
     "held_out": "explained variance, held-out examples",
-    "share_back": "share of components that come back",
+    "share_back": "fraction of components that come back",
     "cosine_halves": "mean |cos| of two halves",
     "silhouette": "mean silhouette",
 }
@@ -18,7 +18,7 @@ _SERIES = {
 
 @dataclass(frozen=True)
 class Series:
-    """One line of the plot, through a point for every number of components."""
+    """A line of the plot with a point for every number of components."""
 
     name: str
     label: str
@@ -31,18 +31,18 @@ class Series:
 
 @dataclass(frozen=True)
 class SelectionPoint:
-    """What is told of one number of components where the pointer rests on it."""
+    """The points and the tooltip of one number of components."""
 
     x: float
     n_components: int
     values: list[tuple[str, float]]
-    """Series and height on the page."""
+    """Name of each series, and y coordinate of its point."""
     row: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class SelectionChart:
-    """All series share one axis of shares, which goes below zero only where a silhouette does."""
+    """The layout of the plot. All series share one axis of fractions, which includes negative silhouettes."""
 
     width: float
     height: float
@@ -55,7 +55,7 @@ class SelectionChart:
 
 
 def selection_chart(table: Sequence[dict[str, Any]], width: float = 1120, height: float = 340) -> SelectionChart | None:
-    """Lay out the table `selection`; None of an empty one."""
+    """Lay out the table `selection`; None if the table is empty."""
     rows = sorted(table, key=lambda row: row["n_components"])
     if not rows:
         return None
@@ -82,7 +82,7 @@ def selection_chart(table: Sequence[dict[str, Any]], width: float = 1120, height
 
 
 def _shares(row: dict[str, Any]) -> dict[str, float]:
-    """By series; a single component has no silhouette."""
+    """Return the value of each series. A single component has no silhouette."""
     values = {
         "held_out": row["explained_held_out"],
         "share_back": row["n_come_back"] / row["n_components"],

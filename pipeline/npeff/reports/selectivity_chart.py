@@ -1,7 +1,8 @@
-"""The table `selectivity` as a picture per sign, and in numbers per component.
+"""The table `selectivity` as an image per sign, and as numbers per component.
 
-Moved along its own direction, a component's top examples change by about the target KL; the top examples of the others
-should not. Every row is relative to its own component's KL, so rows compare although their steps differ.
+A step along the direction of a component changes the predictions on its own top examples by about the target KL. It
+should not change the predictions on the top examples of the other components. Every row is relative to the KL of its
+own component, so rows are comparable although their steps differ.
 
 Shapes: K components.
 """
@@ -19,28 +20,28 @@ from npeff.reports.pictures import heat_map
 
 _MOST_SHOWN = 3
 SIDE = 420.0
-"""Of the picture, in SVG user units."""
+"""Side of the image, in SVG user units."""
 
 
 @dataclass(frozen=True)
 class SelectivityChart:
-    """One sign: a row for every component moved along, a column for every component whose top examples were watched."""
+    """The matrix of one sign: row = component of the step, column = component of the measured top examples."""
 
     examples: str
     sign: int
     picture: str
-    """A data URI; row and column 0 are at the top left."""
+    """The image as a data URI, with row and column 0 at the top left."""
     axis: Axis
-    """Component to where the middle of its row (column) is, from the picture's edge."""
+    """Maps a component to the center of its row (column), from the edge of the image."""
     median_other: float
-    """Median over all pairs of different components of their KL relative to the row's own."""
+    """Median of the relative KL over all pairs of different components."""
     share_below_half: float
-    """Of the same pairs, those below one half."""
+    """Fraction of these pairs with a relative KL below one half."""
 
 
 @dataclass(frozen=True)
 class Selectivity:
-    """One component moved: mean KL (nats) on its own top examples and on those of the others."""
+    """A step along one component: mean KL (nats) on its own top examples and on those of the other components."""
 
     sign: int
     own: float
@@ -49,7 +50,7 @@ class Selectivity:
 
 
 def selectivity_charts(table: pa.Table) -> list[SelectivityChart]:
-    """A chart for each sign, + first; empty where fewer than two components were moved."""
+    """Return a chart for each sign, + first; empty if there are fewer than two components."""
     charts = []
     for sign, (components, kl_KK) in _matrices(table).items():
         relative_KK = kl_KK / np.maximum(np.diag(kl_KK), 1e-30)[:, None]
@@ -72,7 +73,7 @@ def selectivity_charts(table: pa.Table) -> list[SelectivityChart]:
 
 
 def selectivity_by_component(table: pa.Table) -> dict[int, list[Selectivity]]:
-    """The same in numbers, + first."""
+    """Return the selectivity of each component for each sign, + first."""
     found: dict[int, list[Selectivity]] = {}
     for sign, (components, kl_KK) in _matrices(table).items():
         for row, component in enumerate(components):
@@ -88,13 +89,13 @@ def selectivity_by_component(table: pa.Table) -> dict[int, list[Selectivity]]:
 
 
 def _matrices(table: pa.Table) -> dict[int, tuple[list[int], NDArray[np.float64]]]:
-    """Sign to the components and their KLs (K, K), moved × watched; NaN where a pair is not in the table."""
-    moved, watched, signs = (table[name].to_numpy() for name in ("moved", "component", "sign"))
-    components = np.intersect1d(moved, watched)
+    """Return, for each sign, the components and their KLs (K, K), moved × measured; NaN for a missing pair."""
+    moved, measured, signs = (table[name].to_numpy() for name in ("moved", "component", "sign"))
+    components = np.intersect1d(moved, measured)
     if len(components) < 2:
         return {}
-    chosen = np.isin(moved, components) & np.isin(watched, components)
-    rows, columns = np.searchsorted(components, moved), np.searchsorted(components, watched)
+    chosen = np.isin(moved, components) & np.isin(measured, components)
+    rows, columns = np.searchsorted(components, moved), np.searchsorted(components, measured)
     found = {}
     for sign in sorted(set(signs.tolist()), reverse=True):
         of_sign = chosen & (signs == sign)

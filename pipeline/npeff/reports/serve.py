@@ -1,13 +1,14 @@
-"""A live, read-only view of a run in the browser: the report as the run is now, and boxes to ask the component store.
+"""The live view: a read-only web page of a run with its current report and query forms.
 
-It listens on the loopback interface only. A page of another site can still have a browser send requests there, so
+The server listens on the loopback interface only. A page of another site can still make a browser send requests to it.
+Therefore,
 
-- the Host header must name this server: a name that was rebound to 127.0.0.1 is refused;
-- questions that a browser says come from another site are refused;
-- there is nothing but GET, no answer may be framed, kept or read by other sites, and the content security policy
-  forbids every script but the report's own.
+- the Host header must contain the address of this server, which prevents DNS rebinding;
+- queries with a Sec-Fetch-Site header of another site are refused;
+- only GET and HEAD are supported, other sites cannot frame, cache or read a response, and the content security policy
+  forbids every script except that of the report.
 
-Other users of the same machine can connect: what they may not see must not be served.
+Other users of the same machine can connect, so do not serve a run that they must not see.
 """
 
 from __future__ import annotations
@@ -45,14 +46,20 @@ _REPORT_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; form-action 'none'; "
     "base-uri 'none'; frame-ancestors 'none'"
 )
-"""The report names its one script by its hash in a policy of its own; both hold."""
+"""The report also contains its own policy with the hash of its script. The browser enforces both policies."""
 
 
 def serve(run_dir: str | Path, port: int, top_examples: int, say: Callable[[str], None]) -> None:
-    """Serve the run until Ctrl-C; port 0 takes any free one. `say` gets the address.
+    """Serve a run until Ctrl-C.
+
+    Args:
+        run_dir: The run directory.
+        port: Port to listen on; 0 chooses a free port.
+        top_examples: Number of top examples on a card of the report.
+        say: Prints a line, such as the address.
 
     Raises:
-        QueryError: not a run directory, or the port cannot be had.
+        QueryError: The path is not a run directory, or the port is not available.
     """
     ComponentStore.open(run_dir)
     with make_server(run_dir, port, top_examples) as server:
@@ -64,7 +71,7 @@ def serve(run_dir: str | Path, port: int, top_examples: int, say: Callable[[str]
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Knows its run; a request that is still being answered does not keep it from ending."""
+    """The server of one run. Requests in progress do not delay its end."""
 
     daemon_threads = True
 
@@ -74,33 +81,33 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__((LOOPBACK, port), Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that went away is no error."""
+        """Ignore closed connections."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
 
 def make_server(run_dir: str | Path, port: int, top_examples: int) -> Server:
-    """A server that listens, to be closed by the caller. Raises `QueryError` where the port cannot be had."""
+    """Return a listening server, which the caller must close. Raises `QueryError` if the port is not available."""
     try:
         return Server(run_dir, port, top_examples)
     except OSError as error:
-        reason = "is in use" if not isinstance(error, PermissionError) else "needs more rights than you have"
-        raise QueryError(f"port {port} {reason}: choose another, or any free one by --port 0") from error
+        reason = "is in use" if not isinstance(error, PermissionError) else "needs more permissions"
+        raise QueryError(f"port {port} {reason}: choose another port, or --port 0 for a free one") from error
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers one request from a store opened for it, so that a run that goes on is seen as it is."""
+    """Handler of one request. It opens the store again, so that the response shows the current state of the run."""
 
     server: Server
     server_version, sys_version = "npeff", ""
-    timeout = 60  # of a connection that says nothing
+    timeout = 60  # seconds without data on a connection
 
     def do_GET(self) -> None:
         address = urlsplit(self.path)
         if not self._host_is_ours():
-            return self._refuse(HTTPStatus.MISDIRECTED_REQUEST, "This server answers to its own address only.")
+            return self._refuse(HTTPStatus.MISDIRECTED_REQUEST, "This server accepts requests to its own address only.")
         if address.query and self.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site"):
-            return self._refuse(HTTPStatus.FORBIDDEN, "Questions from other sites are not answered.")
+            return self._refuse(HTTPStatus.FORBIDDEN, "Queries from other sites are refused.")
         asked = {name: values[0].strip() for name, values in parse_qs(address.query).items()}
         try:
             self._answer(address.path, asked)
@@ -125,7 +132,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif path in QUESTIONS:
             self._page(HTTPStatus.OK, path, asked, answer=QUESTIONS[path](store, asked), store=store)
         else:
-            self._refuse(HTTPStatus.NOT_FOUND, "There is no such page.")
+            self._refuse(HTTPStatus.NOT_FOUND, "This page does not exist.")
 
     def _image(self, store: ComponentStore, example: int) -> None:
         rows = store.tables.read("examples", ["image"], pc.field("example") == example)
@@ -144,7 +151,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         store: ComponentStore | None = None,
         problem: str = "",
     ) -> None:
-        """The boxes, what was asked in them, and below it the answer or what is wrong with the question."""
+        """Send the page with the query forms, the current query, and its result or error."""
         page = self.server.templates.get_template("serve.html.j2").render(
             run_dir=str(self.server.run_dir),
             path=path,
@@ -175,7 +182,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.headers.get("Host", "").lower() in (hosts if port != 80 else [*hosts, LOOPBACK, "localhost"])
 
     def log_message(self, format: str, *arguments: Any) -> None:  # noqa: A002
-        """Says nothing: questions may quote the data."""
+        """Log nothing, because queries may contain data."""
 
 
 def _top(store: ComponentStore, asked: dict[str, str]) -> pa.Table:
@@ -218,13 +225,13 @@ def _whole(asked: dict[str, str], name: str, default: int | None = None) -> int:
 
 
 def _pictured(store: ComponentStore, answer: pa.Table) -> set[int]:
-    """Which of the examples have an image."""
+    """Return the examples of the result that have an image."""
     where = pc.field("example").isin(answer["example"].combine_chunks()) & pc.field("image").is_valid()
     return set(store.tables.read("examples", ["example"], where)["example"].to_pylist())
 
 
 def _shown(answer: pa.Table | None) -> dict[str, Any]:
-    """The first rows of an answer, without columns that are all empty."""
+    """Return the first rows of a result, without empty columns."""
     if answer is None:
         return {"columns": None, "rows": [], "n_rows": 0}
     names = [name for name in answer.column_names if answer[name].null_count < len(answer)] or answer.column_names

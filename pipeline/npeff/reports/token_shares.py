@@ -1,8 +1,8 @@
-"""How a component's coefficient on an example splits over its positions: shaded texts and heat maps of images.
+"""Position shares of an example for a component, as shaded text or as a heat map of an image.
 
-The table `position_shares` has a row per component, example and position: `share` of the coefficient, and of texts the
-`token` with the characters `start` to `stop` of the example's text where these are known. Shares are shown relative to
-the example's largest; those below zero (a position that pulls against the others) as none.
+The table `position_shares` has a row per component, example and position: the `share` of the evidence and, for texts,
+the `token` with its characters `start` to `stop` of the example's text if these are known. Shares are shown relative to
+the largest share of the example. Negative shares (a position that opposes the others) are shown as zero.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ class Piece:
 
 @dataclass(frozen=True)
 class Shares:
-    """How the shares of one example are shown."""
+    """The display of the position shares of one example."""
 
     pieces: list[Piece]
     as_tokens: bool
     """The pieces are tokens, not consecutive parts of the example's text."""
     strongest: list[tuple[str, float]]
     heat: str | None
-    """A data URI, to lay over the example's image."""
+    """Heat map as a data URI, drawn over the image of the example."""
 
 
 class ShareReader:
-    """The shares of some examples for all components; none where the run has no table `position_shares`."""
+    """Reader of the position shares of some examples. There are none if the run has no table `position_shares`."""
 
     def __init__(self, tables: RunTables, examples: Sequence[int]) -> None:
         self._slices: dict[tuple[int, int], tuple[int, int]] = {}
@@ -63,7 +63,14 @@ class ShareReader:
         self._n_positions = int(self._table["position"].to_numpy().max(initial=-1)) + 1
 
     def shares(self, component: int, example: int, text: str | None, shape: tuple[int, int] | None) -> Shares | None:
-        """Of one example: for the shades its `text`, for the heat map the (height, width) of its image."""
+        """Return the position shares of one example, or None.
+
+        Args:
+            component: The component.
+            example: The example.
+            text: The text of the example, for the shades.
+            shape: Height and width of the image of the example, for the heat map.
+        """
         where = self._slices.get((component, example))
         if where is None:
             return None
@@ -86,7 +93,7 @@ class ShareReader:
 
 
 def shaded_text(text: str, spans: Sequence[tuple[int | None, int | None, int]]) -> list[Piece] | None:
-    """The whole text, cut where the shade changes; None where no span says which characters it is of."""
+    """Return the text in pieces of equal shade; None if no span has known characters."""
     known = [(start, stop, level) for start, stop, level in spans if start is not None and stop is not None]
     shades = np.zeros(len(text), np.int64)
     for start, stop, level in known:
@@ -109,7 +116,11 @@ def _levels(shares: NDArray[np.float64]) -> list[int]:
 def _heat(
     positions: NDArray[np.int64], shares: NDArray[np.float64], n_positions: int, shape: tuple[int, int]
 ) -> str | None:
-    """Positions are the pixels of the image, or a square grid over it, perhaps after one that is no place in it."""
+    """Return the heat map of an image, or None.
+
+    The positions are the pixels of the image or a square grid of patches, which may follow one position that is not in
+    the image, such as a class token.
+    """
     height, width = shape
     side = math.isqrt(n_positions)
     skipped = 0
@@ -127,7 +138,7 @@ def _heat(
 
 
 def _coarser(grid_HW: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sums over blocks, so that no side has more than 14: finer is not seen, and takes much room."""
+    """Sum over blocks, so that no side has more than 14 cells. A finer map is not visible and increases the file."""
     for axis in (0, 1):
         step = math.ceil(grid_HW.shape[axis] / _FINEST_GRID)
         if step > 1:

@@ -1,7 +1,7 @@
 "use strict";
 
-// With many components a card's body is HTML in a <noscript>, so that the page opens at once: it becomes part of the page
-// when it is about to be seen, linked to or printed. Without scripts the browser shows it as it stands.
+// With many components, the body of a card is HTML in a <noscript>, so that the page opens quickly. It is added to the page
+// when the card is about to be visible, linked to or printed. A browser without scripts shows the <noscript>.
 function fill(card) {
   const body = card.querySelector("noscript");
   if (!body) return;
@@ -36,7 +36,7 @@ if (waiting.length) {
   linked();
 }
 
-// Sorting of the component table. Cells carry their value in data-value; those without one stay at the end.
+// Sort the table of components. The value of a cell is in data-value; cells without a value are last.
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   const headings = [...table.tHead.rows[0].cells];
@@ -45,7 +45,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     if (!button) return;
     const numeric = heading.classList.contains("num");
     button.addEventListener("click", () => {
-      // Numbers start with the largest, names and the component numbers with the smallest.
+      // Numbers are sorted in descending order first, names and component numbers in ascending order.
       const first = numeric && column > 0 ? "descending" : "ascending";
       const second = first === "descending" ? "ascending" : "descending";
       const order = heading.getAttribute("aria-sort") === first ? second : first;
@@ -66,7 +66,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 
-// Search: the rows whose component says all the words, in the table or anywhere on its card.
+// Search: show the rows of the components whose row or card contains all the words.
 const search = document.getElementById("search");
 if (search) {
   const rows = [...document.querySelectorAll("table.sortable tbody tr")];
