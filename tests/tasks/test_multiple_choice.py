@@ -85,11 +85,11 @@ def test_choices_may_be_lists_in_one_column(model: Path, data: str) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"choice_columns": "A"}, "choice_columns must be a list of columns of texts, or of one column of lists"),
-        ({"choice_columns": ["A"]}, "column 'A' holds string, not lists: name a column per choice"),
+        ({"choice_columns": "A"}, "choice_columns must be a list of text columns, or of one column of lists"),
+        ({"choice_columns": ["A"]}, "column 'A' has type string, not list: give one column per choice"),
         ({"choice_columns": ["A", "D"]}, "has no column 'D'"),
-        ({"choice_columns": ["ragged"]}, "row '1' has 2 choices and the first 3: all must have the same number"),
-        ({"label_column": "prompt"}, "label 'the dog' is none of a, b, c: give label_names"),
+        ({"choice_columns": ["ragged"]}, "row '1' has 2 choices, but the first row has 3: all rows must have"),
+        ({"label_column": "prompt"}, "label 'the dog' is not one of a, b, c: give label_names"),
         ({"label_column": "number", "choice_columns": ["A", "C"], "label_names": ["A"]}, "label 1 is not one of"),
     ],
 )

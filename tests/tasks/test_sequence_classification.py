@@ -210,7 +210,7 @@ def test_fishers_are_those_of_autograd_and_padding_does_not_change_them(tiny_ber
         ({"text_columns": ["txt"]}, "has no column 'txt': it has key, text, other, answer, number"),
         ({"label_column": "gold"}, "has no column 'gold'"),
         ({"id_column": "uid"}, "has no column 'uid'"),
-        ({"label_column": "text"}, "label 'a small cat' is none of no, neutral, yes: give label_names"),
+        ({"label_column": "text"}, "label 'a small cat' is not one of no, neutral, yes: give label_names"),
         ({"label_column": "number", "label_names": ["a", "b"]}, "label 2 is not one of the model's 2 classes"),
         ({"data": "no-such-file.csv"}, "cannot read no-such-file.csv"),
         ({"data": "table.xlsx"}, "use a file ending in .parquet, .csv, .tsv, .jsonl"),
@@ -276,7 +276,7 @@ def test_a_model_of_several_labels_at_once_is_refused(tmp_path: Path) -> None:
     tiny.save_model(tmp_path, AutoModelForSequenceClassification, config)
     tiny.save_tokenizer(tmp_path)
     data = tiny.write(tmp_path / "data.parquet", {"text": ["a cat"]})
-    with pytest.raises(TaskError, match="is a model for multi_label_classification: only one choice among classes"):
+    with pytest.raises(TaskError, match="is a model for multi_label_classification: use a model for single-label"):
         tiny.load("sequence-classification", tmp_path, data, text_columns=["text"])
 
 

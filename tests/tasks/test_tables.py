@@ -156,7 +156,7 @@ def test_without_the_library_a_data_set_says_what_to_install(monkeypatch: pytest
     [
         ({"needed": ("txt",)}, "has no column 'txt': it has key, text, group"),
         ({"id_column": "uid"}, "has no column 'uid'"),
-        ({"id_column": "group"}, "id '2' occurs more than once: name a column of unique ids as id_column"),
+        ({"id_column": "group"}, "id '2' occurs more than once: set id_column to a column of unique ids"),
         ({"filter": {"kind": 1}}, "has no column 'kind'"),
         ({"filter": {"group": "two"}}, "filter: column 'group' of"),
         ({"filter": "group"}, "filter must be a mapping of column names, not 'group'"),
@@ -178,9 +178,9 @@ def test_ids_must_be_there_and_be_scalars(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["x", "y"], "some": ["1", None], "lists": [[1], [2]]}), tmp_path / "data.parquet")
     with pytest.raises(TaskError, match="an id is null"):
         read(tmp_path / "data.parquet", id_column="some")
-    with pytest.raises(TaskError, match="ids cannot be made of column 'lists'"):
+    with pytest.raises(TaskError, match="column 'lists' cannot be used as ids"):
         read(tmp_path / "data.parquet", id_column="lists")
-    with pytest.raises(TaskError, match=r"column 'lists' holds list<.*>, not texts"):
+    with pytest.raises(TaskError, match=r"column 'lists' has type list<.*>, not text"):
         texts(read(tmp_path / "data.parquet"), "lists", "data.parquet")
 
 
@@ -189,13 +189,13 @@ def test_a_folder_that_says_too_little_is_one_line(tmp_path: Path) -> None:
         read(tmp_path)
     (tmp_path / "a.csv").write_text("text\nx\n")
     (tmp_path / "b.jsonl").write_text('{"text": "x"}\n')
-    with pytest.raises(TaskError, match=r"has files ending in \.csv and \.jsonl: name one file, or give split"):
+    with pytest.raises(TaskError, match=r"has files ending in \.csv and \.jsonl: give one file, or give split"):
         read(tmp_path)
     with pytest.raises(TaskError, match="has no file of split 'dev' ending in"):
         read(tmp_path, split="dev")
     (tmp_path / "b.jsonl").unlink()
     (tmp_path / "b.csv").write_text("text\n1\n")
-    with pytest.raises(TaskError, match=r"the files of .* do not fit together"):
+    with pytest.raises(TaskError, match=r"the files of .* have different columns"):
         read(tmp_path)
 
 
@@ -221,7 +221,7 @@ def test_a_damaged_file_is_one_line(name: str, content: bytes, tmp_path: Path) -
 
 def test_labels_are_numbers_or_names_in_any_case_or_unknown() -> None:
     assert class_numbers(["Yes", "no", None, 1], ["no", "yes"], "data") == [1, 0, None, 1]
-    with pytest.raises(TaskError, match="label 'maybe' is none of no, yes: give label_names"):
+    with pytest.raises(TaskError, match="label 'maybe' is not one of no, yes: give label_names"):
         class_numbers(["maybe"], ["no", "yes"], "data")
     with pytest.raises(TaskError, match="label 2 is not one of the model's 2 classes"):
         class_numbers([2], ["no", "yes"], "data")

@@ -132,9 +132,9 @@ def test_byte_level_tokenizers_are_given_words_with_a_space_before_each(tmp_path
         (
             {"tags": [["O", "B-X", "?", "O", "O", "O"], *TAGS[1:]]},
             {},
-            "label '?' is none of o, b-x, b-y: give label_names",
+            "label '?' is not one of o, b-x, b-y: give label_names",
         ),
-        ({}, {"words_column": "year"}, "column 'year' holds int64: it must hold lists, or strings separated by spaces"),
+        ({}, {"words_column": "year"}, "column 'year' has type int64: give lists, or strings separated by spaces"),
         ({}, {"tags_column": "numbers", "label_names": ["a", "b"]}, "label 2 is not one of the model's 2 classes"),
         ({"words": [[], [], []], "tags": [[], [], []]}, {}, "no row has anything to predict"),
     ],

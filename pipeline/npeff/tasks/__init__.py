@@ -1,4 +1,4 @@
-"""What a user supplies (`Task`), and the tasks that ship with the package."""
+"""The interface of a task (`Task`), and the built-in tasks."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _MOVED = {
     "pipeline.tasks.compiled": "npeff.tasks.planted.compiled",
     "pipeline.tasks.heuristics": "npeff.tasks.planted.heuristics",
 }
-"""Modules of tasks that had another place in version 0.1, when the package was called ``pipeline``."""
+"""Modules of tasks that have moved since version 0.1, when the package was called ``pipeline``."""
 
 
 def _present_path(path: str) -> str:
-    """The import path of a task, for one that a run of version 0.1 has stored."""
+    """Return the current import path of a task, for a path that a run of version 0.1 may have stored."""
     module, separator, name = path.partition(":")
     if module.partition(".")[0] == "pipeline":
         module = _MOVED.get(module, module.replace("pipeline.", "npeff.", 1))
@@ -41,10 +41,14 @@ def _present_path(path: str) -> str:
 
 
 def load_task(name: str, options: dict[str, Any]) -> Task:
-    """The task ``name`` (a built-in name, or ``my_package.my_task:MyTask``), constructed with ``options``.
+    """Construct a task.
+
+    Args:
+        name: A built-in name, or the import path ``my_package.my_task:MyTask``.
+        options: Keyword arguments of the task.
 
     Raises:
-        TaskError: there is no such task, it does not take these options, or its code raised something.
+        TaskError: The task does not exist, does not take these options, or its code raised an exception.
     """
     path = _present_path(_BUILT_IN.get(name, name))
     module_name, _, class_name = path.partition(":")
@@ -78,4 +82,4 @@ def _how_to_import(module: str) -> str:
         return "pip install 'npeff-pipeline[hf]'"
     if module.partition(".")[0] == "pipeline":
         return "the package is imported as npeff: from npeff.tasks import Task, Examples"
-    return f"install it, or run npeff in the folder that {module} lies in, or put that folder on PYTHONPATH"
+    return f"install it, or run npeff in the folder that contains {module}, or add that folder to PYTHONPATH"

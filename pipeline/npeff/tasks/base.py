@@ -1,8 +1,8 @@
-"""What a user supplies: a model, examples, and how the one turns the other into logits.
+"""The interface of a task, which the user implements: a model, examples, and the logits of the model on the examples.
 
-A task is constructed from the run file's ``task.options``, again in every worker, and must come out the same each time.
-Work that should happen once (training, tokenizing) goes into `Task.prepare`, which one worker calls before any other
-loads the task, and which keeps its results in the run's task folder.
+Every worker constructs the task from the run file's ``task.options``, and each construction must give the same task.
+Work that is done once, such as training or tokenization, belongs in `Task.prepare`. One worker calls `Task.prepare`
+before any other worker loads the task. Its results are stored in the run's task folder.
 """
 
 from __future__ import annotations
@@ -19,57 +19,64 @@ from torch import Tensor, nn
 from npeff.errors import ItemError
 
 IGNORED = -100
-"""In `Task.targets`: no prediction is made at this position."""
+"""Value in `Task.targets` of a position without a prediction."""
 UNKNOWN = -1
-"""In `Task.targets`: a prediction is made at this position, and its class is not known."""
+"""Value in `Task.targets` of a position with a prediction whose class is not known."""
 
 
 class TaskError(ItemError, ValueError):
-    """A task that cannot be used as it was asked for; the message says what to change."""
+    """A task that cannot be used with its options or data. The message contains the fix."""
 
 
 class Token(NamedTuple):
-    """What is at one position of an example, for people to look at."""
+    """The token at one position of an example, for display."""
 
     text: str | None
     start: int | None = None
-    """Where it begins in the example's ``text`` in the table, in characters; None for what is not in there."""
+    """First character of the token in the example's ``text`` in the table; None if the token is not in the text."""
     stop: int | None = None
-    """Where it ends: ``text[start:stop]``."""
+    """End of the token in the text: the token is ``text[start:stop]``."""
 
 
 class Examples(ABC):
     """N examples in a fixed order, numbered from 0."""
 
     class_names: Sequence[str]
-    """Names of the C classes, in the order of the logits; empty where they have none (a vocabulary)."""
+    """Names of the C classes, in the order of the logits; empty if the classes have no names (a vocabulary)."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def batch(self, indices: Sequence[int]) -> Any:
-        """Tensors of these examples, collated, on the CPU: a tensor or a dict, list or tuple of tensors."""
+        """Return the collated tensors of some examples on the CPU: a tensor, or a dict, list or tuple of tensors."""
 
     @abstractmethod
     def table(self) -> pa.Table:
-        """One row per example, in order: ``id`` (string) and ``label`` (int64, null where unknown), for people to look
-        at ``text`` (string) or ``image`` (PNG bytes), and any further columns of scalars to query by."""
+        """Return the table of examples, one row per example, in order.
+
+        The columns are ``id`` (string), ``label`` (int64, null if unknown), optionally ``text`` (string) or ``image``
+        (PNG bytes) for display, and any scalar columns for queries.
+        """
 
     def lengths(self) -> Sequence[int] | None:
-        """Size of each example, such as its number of tokens: examples of like size are put into one batch. None where
-        all have one size."""
+        """Return the size of each example, such as its number of tokens, or None if all sizes are equal.
+
+        Examples of similar size are put into the same batch.
+        """
         return None
 
     def tokens(self, indices: Sequence[int]) -> list[list[Token]] | None:
-        """What is at each position of these examples, in the order that the layers' outputs have them after the
-        examples, as in a batch of that one example. None where examples have no one axis of positions that means
-        something to people: evidence is then not split over positions."""
+        """Return the tokens at the positions of some examples.
+
+        The order of the positions is that of the position axis of the layers' outputs, in a batch of this one example.
+        Return None if the examples have no meaningful position axis; evidence is then not split over positions.
+        """
         return None
 
 
 def placed_words(words: Sequence[str], start: int = 0) -> list[Token]:
-    """Words that the text has with a space between them, from this character on."""
+    """Return the tokens of words that are separated by single spaces in a text, from character ``start``."""
     tokens = []
     for word in words:
         tokens.append(Token(word, start, start + len(word)))
@@ -78,34 +85,44 @@ def placed_words(words: Sequence[str], start: int = 0) -> list[Token]:
 
 
 class Task(ABC):
-    """One model on one data set. Subclasses take their options as keyword arguments of ``__init__``."""
+    """A model on a data set. Subclasses take their options as keyword arguments of ``__init__``."""
 
     def prepare(self, cache: Path) -> None:  # noqa: B027  (most tasks have nothing to prepare)
-        """Do what must be done once, keeping its results in ``cache``; must be safe to repeat after a crash."""
+        """Do work that is done once, and store its results in ``cache``. It must be safe to repeat after a crash."""
 
     @abstractmethod
     def model(self, cache: Path) -> nn.Module:
-        """The trained model, θ, on the CPU."""
+        """Return the trained model, with parameters θ, on the CPU."""
 
     @abstractmethod
     def examples(self, cache: Path) -> Examples:
-        """The examples x_1 … x_N that get Fishers; preferably none that the model was trained on."""
+        """Return the examples x_1 … x_N whose Fishers are computed, preferably not training examples of the model."""
 
     @abstractmethod
     def logits(self, model: nn.Module, batch: Any) -> Tensor:
-        """z(x; θ) of a batch that `Examples.batch` made, moved to the model's device: (B, C), or (B, T, C) where one
-        example makes several predictions (a sequence). The logits at t are those of the prediction `targets` has at t:
-        a causal language model's are shifted here."""
+        """Return the logits z(x; θ) of a batch.
+
+        Args:
+            model: The model.
+            batch: A batch of `Examples.batch`, on the device of the model.
+
+        Returns:
+            Logits (B, C), or (B, T, C) if an example has several predictions (a sequence). The logits at position t
+            belong to the target at position t of `targets`, so the logits of a causal language model must be shifted.
+        """
 
     def targets(self, batch: Any) -> Tensor | None:
-        """Class of each prediction, int64 (B, T): `IGNORED` where none is made, `UNKNOWN` where its class is not known.
-        It says which positions of (B, T, C) logits count. None: each example makes one prediction, whose class is the
-        table's ``label``."""
+        """Return the class of each prediction, int64 (B, T), or None.
+
+        `IGNORED` marks a position without a prediction, and `UNKNOWN` a prediction whose class is not known. The
+        targets determine which positions of (B, T, C) logits are used. None means that each example has one
+        prediction, whose class is the ``label`` in the table.
+        """
         return None
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """``batch`` with every tensor in it on ``device``."""
+    """Return ``batch`` with all its tensors on ``device``."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):

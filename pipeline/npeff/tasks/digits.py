@@ -1,7 +1,7 @@
-"""Handwritten digits: a small convolutional network and the scikit-learn images that it was not trained on.
+"""Handwritten digits: a small convolutional network, and scikit-learn images that are not in its training set.
 
-Everything is on the machine already: scikit-learn ships the 1,797 images (8×8 pixels, UCI "Optical Recognition of
-Handwritten Digits"), and the network is trained from a fixed seed in a few seconds, once per run.
+The task needs no download. scikit-learn contains the 1,797 images (8×8 pixels, UCI "Optical Recognition of Handwritten
+Digits"). The network is trained once per run from a fixed seed, which takes a few seconds.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _MODEL_FILE = "digits-model.safetensors"
 
 
 class DigitsTask(Task):
-    """Train on a random part of the images, explain the model on the others.
+    """A network that is trained on a random part of the images. The other images are the examples.
 
     Args:
-        seed: of the split, the initial weights and the order of training.
-        train_examples: images to train on; the remaining ones get Fishers.
-        epochs: passes over the training images.
-        limit: use only the first ``limit`` of the remaining images.
+        seed: Seed of the split, the initial weights and the order of training.
+        train_examples: Number of training images. The remaining images are the examples.
+        epochs: Number of passes over the training images.
+        limit: Use only the first ``limit`` of the remaining images.
     """
 
     def __init__(self, seed: int = 0, train_examples: int = 597, epochs: int = 12, limit: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Examples as rows of a table: files of the usual formats, a folder of them, or a Hugging Face data set."""
+"""Examples as rows of a table, which is a file, a folder of files, or a Hugging Face data set."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from npeff.tasks.base import TaskError
 
 _HUB = "hf:"
 _FORMATS = (".parquet", ".csv", ".tsv", ".jsonl", ".arrow", ".feather")
-"""What is looked for in a folder. A file named by its path may also be tab-separated and end in .txt."""
+"""Extensions of the files to read in a folder. A single file may also be a tab-separated .txt file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableOptions:
-    """Which rows of which table are the examples."""
+    """Options that select the table and the rows of the examples."""
 
     data: str
     """A file (.parquet, .csv, .tsv, .jsonl, .arrow, .feather), a folder of such files, or ``hf:NAME`` or
     ``hf:OWNER/NAME[/CONFIG]`` for a data set of the Hugging Face hub."""
     split: str | None = None
-    """Of the data set; in a folder, the files ``SPLIT.*`` and ``SPLIT-*``, or the folder ``SPLIT``."""
+    """Split of the data set; in a folder, the files ``SPLIT.*`` and ``SPLIT-*``, or the folder ``SPLIT``."""
     columns: Mapping[str, str] | None = None
-    """Columns to rename before anything else is looked at: name in the data -> name here."""
+    """Columns to rename before all other options are applied: name in the data -> new name."""
     filter: Mapping[str, Any] | None = None
-    """Rows to use: column -> the value it must have, or a list of allowed values."""
+    """Rows to use: column -> required value, or list of allowed values."""
     limit: int | None = None
-    """Use only the first ``limit`` of these rows."""
+    """Use only the first ``limit`` rows after filtering."""
     id_column: str | None = None
-    """Column of the examples' ids, all different; row numbers in the data unless given."""
+    """Column with the unique ids of the examples. The default is the row number in the data."""
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 0:
@@ -50,15 +50,18 @@ class TableOptions:
 
     @property
     def folder(self) -> Path:
-        """What paths in the table are relative to."""
+        """The folder to which paths in the table are relative."""
         path = Path(self.data)
         return path if path.is_dir() else path.parent
 
     def read(self, needed: Collection[str]) -> pa.Table:
-        """The chosen rows, with column ``id`` (string, unique) first, beside the columns that the data came with.
+        """Read the selected rows, with the column ``id`` (string, unique) first, then the columns of the data.
+
+        Args:
+            needed: Names of required columns.
 
         Raises:
-            TaskError: the data cannot be read, a column that is needed is not there, or the ids are not unique.
+            TaskError: The data cannot be read, a required column is missing, or the ids are not unique.
         """
         table = self._renamed(self._load())
         wanted = [*needed, *(self.filter or {}), *([] if self.id_column is None else [self.id_column])]
@@ -73,7 +76,7 @@ class TableOptions:
 
     def _load(self) -> pa.Table:
         table = self._from_hub() if self.data.startswith(_HUB) else self._from_files()
-        for place, field in enumerate(table.schema):  # categories as what they stand for
+        for place, field in enumerate(table.schema):  # replace categories by their values
             if pa.types.is_dictionary(field.type):
                 table = table.set_column(place, field.name, table[place].cast(field.type.value_type))
         return table
@@ -83,7 +86,7 @@ class TableOptions:
         if path.is_dir():
             return _concatenated(self.data, self._files_of(path))
         if self.split is not None:
-            raise TaskError(f"split {self.split!r} of {self.data}: name a folder, a data set or no split")
+            raise TaskError(f"split {self.split!r} of {self.data}: a file has no splits, give a folder or no split")
         return _read(path)
 
     def _files_of(self, folder: Path) -> list[Path]:
@@ -99,7 +102,7 @@ class TableOptions:
             split = "" if self.split is None else f" of split {self.split!r}"
             raise TaskError(f"{folder} has no file{split} ending in {', '.join(_FORMATS)}")
         if len(kinds) > 1:
-            raise TaskError(f"{folder} has files ending in {' and '.join(kinds)}: name one file, or give split")
+            raise TaskError(f"{folder} has files ending in {' and '.join(kinds)}: give one file, or give split")
         return files
 
     def _from_hub(self) -> pa.Table:
@@ -114,7 +117,7 @@ class TableOptions:
             raise TaskError(f"{self.data} needs a split, such as split: validation")
         try:
             found = datasets.load_dataset(owner_and_name, config or None, split=self.split)
-        except Exception as error:  # the library raises whatever the network, its loaders and its parsers do
+        except Exception as error:  # the library raises any exception of the network, its loaders and its parsers
             raise TaskError(f"cannot read {self.data}: {as_one_line(error)}") from None
         return found.with_format("arrow")[:]
 
@@ -136,7 +139,7 @@ class TableOptions:
             ids = ids.cast(pa.string())
         except pa.ArrowException as error:
             raise TaskError(
-                f"{self.data}: ids cannot be made of column {self.id_column!r}: {as_one_line(error)}"
+                f"{self.data}: column {self.id_column!r} cannot be used as ids: {as_one_line(error)}"
             ) from None
         return ids
 
@@ -148,22 +151,22 @@ class TableOptions:
                 rows = rows.filter(pc.is_in(rows[column], value_set))
             except (pa.ArrowException, TypeError, ValueError):
                 raise TaskError(
-                    f"filter: column {column!r} of {self.data} holds {rows.schema.field(column).type}, which cannot be "
-                    f"{', '.join(map(repr, values))}"
+                    f"filter: column {column!r} of {self.data} has type {rows.schema.field(column).type}, which cannot "
+                    f"be {', '.join(map(repr, values))}"
                 ) from None
         return rows
 
 
 def texts(rows: pa.Table, column: str, data: str) -> list[str]:
-    """A column as strings, empty where it is null."""
+    """Return a column as strings, with an empty string for null."""
     try:
         return pc.fill_null(rows[column].cast(pa.string()), "").to_pylist()
     except pa.ArrowException:
-        raise TaskError(f"{data}: column {column!r} holds {rows[column].type}, not texts") from None
+        raise TaskError(f"{data}: column {column!r} has type {rows[column].type}, not text") from None
 
 
 def class_numbers(labels: Sequence[Any], names: Sequence[str], data: str) -> list[int | None]:
-    """Labels, as class numbers or as names in any case, as class numbers; None where they are null."""
+    """Convert labels (class numbers, or class names in any case) to class numbers; None for null."""
     known = {str(name).lower(): number for number, name in enumerate(names)}
     numbers: list[int | None] = []
     for label in labels:
@@ -172,7 +175,7 @@ def class_numbers(labels: Sequence[Any], names: Sequence[str], data: str) -> lis
         elif str(label).lower() in known:
             number = known[str(label).lower()]
         else:
-            raise TaskError(f"{data}: label {label!r} is none of {', '.join(known)}: give label_names")
+            raise TaskError(f"{data}: label {label!r} is not one of {', '.join(known)}: give label_names")
         if number is not None and not 0 <= number < len(names):
             raise TaskError(f"{data}: label {number} is not one of the model's {len(names)} classes")
         numbers.append(number)
@@ -182,13 +185,13 @@ def class_numbers(labels: Sequence[Any], names: Sequence[str], data: str) -> lis
 def example_table(
     rows: pa.Table, labels: Sequence[int | None], shown: Mapping[str, Sequence[Any] | pa.Array], used: Collection[str]
 ) -> pa.Table:
-    """The table that a task gives of its examples.
+    """Return the table of a task's examples.
 
     Args:
-        rows: as `TableOptions.read` made them, one per example.
-        labels: class number of each example, None where it is unknown.
-        shown: columns to add, such as ``text`` or ``image``.
-        used: columns of `rows` to leave out because ``label`` and `shown` say what is in them.
+        rows: Rows of `TableOptions.read`, one per example.
+        labels: Class number of each example; None if unknown.
+        shown: Columns to add, such as ``text`` or ``image``.
+        used: Columns of `rows` to leave out, because ``label`` and `shown` contain their values.
     """
     left_out = {"id", "label", *shown, *used}
     others = {
@@ -219,7 +222,7 @@ def _read(path: Path) -> pa.Table:
 
 
 def _read_arrow(path: Path) -> pa.Table:
-    """A feather file, or the stream of record batches that the library datasets saves."""
+    """Read a feather file, or a stream of record batches, which the library datasets writes."""
     with path.open("rb") as file:
         is_stream = file.read(4) == b"\xff\xff\xff\xff"
     if not is_stream:
@@ -233,13 +236,13 @@ def _concatenated(data: str, files: Sequence[Path]) -> pa.Table:
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
-        raise TaskError(f"the files of {data} do not fit together: {as_one_line(error)}") from None
+        raise TaskError(f"the files of {data} have different columns: {as_one_line(error)}") from None
 
 
 def _check_unique(data: str, ids: pa.ChunkedArray) -> None:
     if ids.null_count:
-        raise TaskError(f"{data}: an id is null: name a column with an id in every row as id_column")
+        raise TaskError(f"{data}: an id is null: set id_column to a column with an id in every row")
     if pc.count_distinct(ids).as_py() < len(ids):
         counts = ids.value_counts()
         repeated = next(entry["values"].as_py() for entry in counts if entry["counts"].as_py() > 1)
-        raise TaskError(f"{data}: id {repeated!r} occurs more than once: name a column of unique ids as id_column")
+        raise TaskError(f"{data}: id {repeated!r} occurs more than once: set id_column to a column of unique ids")

@@ -1,4 +1,4 @@
-"""Errors in a user's own code, said in one line: what was asked of it, what it raised, and where in it."""
+"""One-line errors for exceptions in the user's code: the call, the exception and the line."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from npeff.errors import as_one_line
 from npeff.tasks.base import TaskError
 
 _PASSED_ON: tuple[type[Exception], ...] = (TaskError, MemoryError, torch.OutOfMemoryError)
-"""Clear as they are, or not the code's fault."""
+"""Exceptions that are not converted, because they have a clear message or are not caused by the code."""
 _LONGEST_REASON = 400
 
 
 @contextmanager
 def user_code(what: str, module: str, passed_on: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turn whatever the body raises, `SystemExit` too, into a `TaskError`; its cause is what was raised.
+    """Convert an exception of the body, including `SystemExit`, to a `TaskError` with the exception as its cause.
 
     Args:
-        what: is done in the body, such as "task 'my_task:MyTask': logits()".
-        module: whose line is named, the deepest one that was being executed.
-        passed_on: further exceptions to leave as they are.
+        what: Description of the body, such as "task 'my_task:MyTask': logits()".
+        module: The module of the user. The message contains the innermost line of this module in the traceback.
+        passed_on: Further exceptions that are not converted.
     """
     try:
         yield
@@ -37,9 +37,11 @@ def user_code(what: str, module: str, passed_on: tuple[type[Exception], ...] = (
 
 
 def _place(error: BaseException, module: str) -> str:
-    if isinstance(error, SyntaxError):  # which names the place itself
+    if isinstance(error, SyntaxError):  # its message contains the line
         return ""
     frames = traceback.extract_tb(error.__traceback__)
-    source = getattr(sys.modules.get(module), "__file__", frames[-1].filename)  # absent where it cannot be imported
+    source = getattr(
+        sys.modules.get(module), "__file__", frames[-1].filename
+    )  # absent if the module cannot be imported
     lines = [frame.lineno for frame in frames if frame.filename == source]
     return f" ({Path(source).name}, line {lines[-1]})" if source and lines else ""

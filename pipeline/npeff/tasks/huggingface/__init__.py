@@ -1,1 +1,1 @@
-"""Tasks around Hugging Face models: one module per family, each with its options and what its examples are."""
+"""Tasks with Hugging Face models. Each family of models is a module with its options and its examples."""

@@ -1,4 +1,4 @@
-"""Causal language models: every token is predicted from those before it."""
+"""Causal language models, which predict every token from the preceding tokens."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from npeff.tasks.tables import texts
 @dataclass(frozen=True, kw_only=True)
 class CausalLMOptions(PredictionOptions):
     text_column: str
-    """Column of the texts whose tokens are predicted, all but the first of a text without a prompt."""
+    """Column of the texts whose tokens are predicted. Without a prompt, the first token is not predicted."""
     prompt_column: str | None = None
-    """Column of what stands directly before the text; its tokens are read and not predicted."""
+    """Column of the prompts, which directly precede the texts. Their tokens are input only."""
     max_length: int = 512
-    """Tokens after which prompt and text together are cut."""
+    """Largest number of tokens of prompt and text together. Longer examples are truncated."""
 
 
 class CausalLMTask(PretrainedTask[CausalLMOptions]):
-    """``AutoModelForCausalLM`` on a table of texts, with or without prompts; the classes are the vocabulary."""
+    """``AutoModelForCausalLM`` on a table of texts, with or without prompts. The classes are the vocabulary."""
 
     Options = CausalLMOptions
 
@@ -43,7 +43,7 @@ class CausalLMTask(PretrainedTask[CausalLMOptions]):
         return _Texts(self.options)
 
     def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        if _takes_positions(model):  # and so spares the vocabulary's worth of logits at all others
+        if _takes_positions(model):  # saves the logits of the other positions
             logits = model(**batch["inputs"], logits_to_keep=batch["kept"]).logits
         else:
             logits = model(**batch["inputs"]).logits[:, batch["kept"]]
@@ -86,7 +86,7 @@ class _Texts(Examples):
         return (self._predictions.places + 1).tolist()
 
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
-        """``inputs``; ``kept``, the positions whose logits are needed; and the targets or places among these."""
+        """Return ``inputs``, ``kept`` (the positions of the needed logits), and the targets or places in ``kept``."""
         rows = self._predictions.rows[list(indices)].tolist()
         made = self._predictions.batch(indices)
         if "places" in made:
@@ -98,7 +98,7 @@ class _Texts(Examples):
         return {"inputs": self._tokens.batch(rows), "kept": kept, "targets": made["targets"][:, kept]}
 
     def tokens(self, indices: Sequence[int]) -> list[list[Token]]:
-        """Without places where the text that people read has a mark in it."""
+        """Return the tokens, without characters if the displayed text contains a mark."""
         found, places = [], self._predictions.places
         for index in indices:
             text = self._texts[self._predictions.rows[index]]
@@ -123,18 +123,18 @@ class _Texts(Examples):
 
 
 def _prompt_length(offsets: Sequence[tuple[int, int]], prompt_characters: int) -> int:
-    """Number of tokens that end in the prompt; one that reaches into the text is predicted."""
+    """Return the number of tokens that end in the prompt. A token that extends into the text is predicted."""
     return next((token for token, (_, end) in enumerate(offsets) if end > prompt_characters), len(offsets))
 
 
 def _next_tokens(token_ids: np.ndarray, prompt_length: int) -> np.ndarray:
-    """What is predicted at each position: the token after it, unless that is the prompt's or there is none."""
+    """Return the target of each position: the next token, or no prediction if it is in the prompt or missing."""
     predicted = token_ids.astype(np.int64)
     predicted[:prompt_length] = IGNORED
     return np.append(predicted[1:], IGNORED)
 
 
 def _takes_positions(model: Any) -> bool:
-    """Whether the model computes logits only where it is told to."""
+    """Return whether the model can compute logits at selected positions only."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # under a PEFT adapter
     return "logits_to_keep" in inspect.signature(inner.forward).parameters

@@ -19,7 +19,7 @@ from npeff.tasks.huggingface.pretrained import PretrainedOptions, PretrainedTask
 from npeff.tasks.tables import class_numbers, example_table
 
 _THUMBNAIL = 128
-"""Longest side, in pixels, of the images that people look at."""
+"""Longest side of the displayed images, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +27,10 @@ class ImageClassificationOptions(PretrainedOptions):
     image_column: str
     """Column of image files: their bytes, a Hugging Face image, or paths relative to the table's folder."""
     label_column: str | None = None
-    """Column of labels, as class numbers or names; None where there are none."""
+    """Column of labels, as class numbers or names; None if there are no labels."""
     label_names: Sequence[str] | None = None
-    """Names of the classes in the order of the logits; the model's ``id2label`` unless given. Labels are compared with
-    them without regard to case."""
+    """Names of the classes in the order of the logits. The default is the model's ``id2label``. Labels are matched
+    case-insensitively."""
 
 
 class ImageClassificationTask(PretrainedTask[ImageClassificationOptions]):
@@ -74,7 +74,7 @@ class _Images(Examples):
 
     def _image(self, index: int, longest_side: int | None = None) -> Image.Image:
         file: Any = self._files[index].as_py()
-        if isinstance(file, Mapping):  # how the library datasets stores an image
+        if isinstance(file, Mapping):  # the format of images in the library datasets
             file = file.get("bytes") or file.get("path")
         try:
             if not isinstance(file, bytes | str):

@@ -1,4 +1,4 @@
-"""Multiple choice: which of several continuations fits a prompt."""
+"""Multiple choice: selection of one of several continuations of a prompt."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from npeff.tasks.tables import class_numbers, example_table, texts
 @dataclass(frozen=True, kw_only=True)
 class MultipleChoiceOptions(TextOptions):
     prompt_column: str
-    """Column of what every choice follows."""
+    """Column of the prompts, which precede every choice."""
     choice_columns: Sequence[str]
     """Columns of texts, one per choice, or one column of lists of texts."""
     label_column: str | None = None
-    """Column of the right choice: its number from 0, or its name; None where there is none."""
+    """Column of the right choice: its number from 0, or its name; None if there are no labels."""
     label_names: Sequence[str] | None = None
-    """Names of the choices; unless given those of their columns, or 0, 1, … for a column of lists."""
+    """Names of the choices. The default is the names of their columns, or 0, 1, … for a column of lists."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.choice_columns, str) or not self.choice_columns:
-            raise TaskError("choice_columns must be a list of columns of texts, or of one column of lists")
+            raise TaskError("choice_columns must be a list of text columns, or of one column of lists")
 
 
 class MultipleChoiceTask(PretrainedTask[MultipleChoiceOptions]):
-    """``AutoModelForMultipleChoice`` on a table of prompts and choices; the classes are the choices."""
+    """``AutoModelForMultipleChoice`` on a table of prompts and choices. The classes are the choices."""
 
     Options = MultipleChoiceOptions
 
@@ -48,14 +48,14 @@ class MultipleChoiceTask(PretrainedTask[MultipleChoiceOptions]):
         return _Questions(self.options)
 
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        # a choice at a time, so that every layer sees the examples on its first axis, where Fishers are told apart
+        # one choice at a time, so that the first axis of every layer is the examples, which separates their Fishers
         n_choices = batch["input_ids"].shape[1]
         choices = [{name: value[:, [choice]] for name, value in batch.items()} for choice in range(n_choices)]
         return torch.cat([model(**choice).logits for choice in choices], dim=1)
 
 
 class _Questions(Examples):
-    """Example i has the texts i n … i n + n − 1, where n is the number of choices."""
+    """Examples with n choices. Example i has the texts i n … i n + n − 1."""
 
     def __init__(self, options: MultipleChoiceOptions) -> None:
         label_column = [options.label_column] if options.label_column else []
@@ -96,18 +96,20 @@ class _Questions(Examples):
 
 
 def _choices(rows: pa.Table, options: MultipleChoiceOptions) -> list[list[str]]:
-    """The texts of each row's choices, as many in all rows."""
+    """Return the texts of the choices of each row. All rows must have the same number."""
     if len(options.choice_columns) > 1:
         columns = [texts(rows, name, options.data) for name in options.choice_columns]
         return [list(row) for row in zip(*columns, strict=True)]
     (name,) = options.choice_columns
     if not (pa.types.is_list(rows[name].type) or pa.types.is_large_list(rows[name].type)):
-        raise TaskError(f"{options.data}: column {name!r} holds {rows[name].type}, not lists: name a column per choice")
+        raise TaskError(
+            f"{options.data}: column {name!r} has type {rows[name].type}, not list: give one column per choice"
+        )
     choices: list[list[Any]] = [row or [] for row in rows[name].to_pylist()]
     for example, row in zip(rows["id"].to_pylist(), choices, strict=True):
         if len(row) < 2 or len(row) != len(choices[0]):
             raise TaskError(
-                f"{options.data}: row {example!r} has {len(row)} choices and the first {len(choices[0])}: all must "
-                "have the same number, at least 2: leave the others out with filter"
+                f"{options.data}: row {example!r} has {len(row)} choices, but the first row has {len(choices[0])}: all "
+                "rows must have the same number, at least 2, so exclude the others with filter"
             )
     return [["" if choice is None else str(choice) for choice in row] for row in choices]

@@ -1,4 +1,4 @@
-"""Several predictions in one row of a table: one example each, or together one example.
+"""Rows of a table with several predictions. A prediction is an example, or all predictions of a row are one example.
 
 Legend: B batch, T positions, C classes.
 """
@@ -21,15 +21,15 @@ from npeff.tasks.tables import example_table
 Granularity = Literal["sequences", "positions"]
 
 _SHOWN_TOKENS = 24
-"""Tokens of a text that are shown before the marked one."""
+"""Number of tokens that are displayed before the marked token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionOptions(TextOptions):
-    """Options of the tasks that make several predictions in a row."""
+    """Options of tasks with several predictions per row."""
 
     examples: Granularity = "sequences"
-    """``sequences``: a row is an example. ``positions``: every prediction in it is one, with its class as its label."""
+    """``sequences``: a row is an example. ``positions``: every prediction is an example, and its class is the label."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,21 +39,21 @@ class PredictionOptions(TextOptions):
 
 @dataclass(frozen=True)
 class Predictions:
-    """Which predictions each example makes."""
+    """The predictions of each example."""
 
     targets: Sequence[np.ndarray]
-    """Of each row, the class that the logits at each position predict, IGNORED where they predict none."""
+    """Class of the prediction at each position of each row; IGNORED if the position has no prediction."""
     rows: np.ndarray
     """Row of each example."""
     places: np.ndarray | None
-    """Position of each example's one prediction; None where an example is a row with all its predictions."""
+    """Position of each example's prediction; None if an example is a row with all its predictions."""
 
     @classmethod
     def of(cls, targets: Sequence[np.ndarray], options: PredictionOptions) -> Predictions:
-        """Raises TaskError if there are rows and no prediction is made in any."""
+        """Create the predictions. Raises TaskError if there are rows but no predictions."""
         places = [np.flatnonzero(row != IGNORED) for row in targets]
         if targets and not any(map(len, places)):
-            raise TaskError(f"{options.data}: no row has anything to predict: look at its columns, or raise max_length")
+            raise TaskError(f"{options.data}: no row has a prediction: check its columns, or raise max_length")
         if options.examples == "sequences":
             return cls(targets, np.arange(len(targets)), None)
         rows = np.repeat(np.arange(len(targets)), list(map(len, places)))
@@ -63,7 +63,7 @@ class Predictions:
         return len(self.rows)
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """``targets`` (B, T), or ``places`` (B,) of single predictions."""
+        """Return ``targets`` (B, T), or ``places`` (B,) of single predictions."""
         if self.places is None:
             return {"targets": padded([self.targets[self.rows[index]] for index in indices], IGNORED)}
         return {"places": torch.from_numpy(self.places[list(indices)])}
@@ -71,14 +71,14 @@ class Predictions:
     def table(
         self, rows: pa.Table, text: Sequence[str], numbers: Sequence[int], used: Collection[str], **shown: Sequence[Any]
     ) -> pa.Table:
-        """The examples' table.
+        """Return the table of examples.
 
         Args:
-            rows: of the data.
-            text: of each example.
-            numbers: of each example's prediction, as its id is to say it; unused where examples are rows.
-            used: columns that the text stands for.
-            shown: further columns, one entry per example.
+            rows: Rows of the data.
+            text: Text of each example.
+            numbers: Number of each example's prediction for its id; not used if examples are rows.
+            used: Columns to leave out, because the text contains their values.
+            shown: Further columns, one entry per example.
         """
         columns: dict[str, Any] = {"text": pa.array(text, pa.string())}
         if self.places is None:
@@ -93,14 +93,14 @@ class Predictions:
 
 
 def at_places(logits_BTC: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """(B, T, C), or (B, C) at the ``places`` of a batch of single predictions."""
+    """Return the logits (B, T, C), or (B, C) at the ``places`` of a batch of single predictions."""
     if "places" not in batch:
         return logits_BTC
     return logits_BTC[torch.arange(len(logits_BTC), device=logits_BTC.device), batch["places"]]
 
 
 def marked(tokenizer: Any, token_ids: np.ndarray, place: int) -> tuple[str, str]:
-    """The text up to and with one token, which is in brackets, and that token's own text."""
+    """Return the text up to a token, with the token in brackets, and the text of the token."""
     start = max(0, place - _SHOWN_TOKENS)
     before, with_token, alone = (
         tokenizer.decode(token_ids[part].tolist(), clean_up_tokenization_spaces=False)

@@ -1,4 +1,4 @@
-"""A pretrained model with its tokenizer or image processor, from the hub or a folder."""
+"""Pretrained models with their tokenizer or image processor, from the hub or a local folder."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ _CANNOT_LOAD = (OSError, ValueError, ImportError, KeyError, RuntimeError)
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainedOptions(TableOptions):
-    """Which model, and how it is loaded."""
+    """Options of the model and of loading it."""
 
     model: str
     """Hub id or local folder of the model."""
     processor: str | None = None
-    """Hub id or local folder of the tokenizer or image processor; the model's own unless given."""
+    """Hub id or local folder of the tokenizer or image processor. The default is that of the model."""
     revision: str | None = None
-    """Of the model on the hub: a branch, tag or commit."""
+    """Branch, tag or commit of the model on the hub."""
     dtype: DType = "float32"
-    """Of the parameters and of what is computed with them."""
+    """Type of the parameters and of the computation."""
     attention: Attention | None = None
-    """Implementation of attention; the library's choice unless given."""
+    """Implementation of attention. By default, the library chooses."""
     adapter: str | None = None
-    """Hub id or local folder of a PEFT adapter, such as LoRA, to put on the model. Its weights become parameters
-    beside the model's own: select them with ``parameters.include: ["*lora_*"]``."""
+    """Hub id or local folder of a PEFT adapter of the model, such as LoRA. Its weights are additional parameters;
+    ``parameters.include: ["*lora_*"]`` selects them."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
+    """Whether to run Python code of the model repository."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,29 +50,29 @@ class PretrainedOptions(TableOptions):
             raise TaskError("attention: flash_attention_2 needs dtype: float16 or bfloat16")
 
     def config(self) -> Any:
-        """The model's configuration."""
+        """Return the configuration of the model."""
         return self._from_pretrained(AutoConfig, self.model, revision=self.revision)
 
     def tokenizer(self, **options: Any) -> Any:
-        """The tokenizer, without a limit of its own: the tasks cut at ``max_length``."""
+        """Return the tokenizer without its length limit. The tasks truncate at ``max_length``."""
         return self._load_processor(AutoTokenizer, **options)
 
     def image_processor(self) -> Any:
         return self._load_processor(AutoImageProcessor)
 
     def load(self, factory: Any, pad_token_id: int | None = None, **config: Any) -> nn.Module:
-        """The model with its adapter, in eval mode on the CPU.
+        """Load the model with its adapter, in eval mode on the CPU.
 
         Args:
-            factory: class with `from_pretrained`, such as AutoModelForCausalLM.
-            pad_token_id: what batches are padded with. Models that classify at the last token look for it.
-            config: entries of the model's configuration to change.
+            factory: Class with `from_pretrained`, such as AutoModelForCausalLM.
+            pad_token_id: The padding token of batches, which models that classify at the last token need.
+            config: Entries of the model's configuration to change.
 
         Raises:
-            TaskError: it cannot be loaded, or weights are missing that this task needs.
+            TaskError: The model cannot be loaded, or has no weights for this task.
         """
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # weights that an adapter replaces are drawn at random, and the same in all workers
+            torch.manual_seed(0)  # weights that an adapter replaces are random, and must be equal in all workers
             model, loading = self._from_pretrained(
                 factory,
                 self.model,
@@ -86,7 +86,7 @@ class PretrainedOptions(TableOptions):
             if pad_token_id is not None:
                 text_config.pad_token_id = pad_token_id
             if getattr(text_config, "use_cache", False):
-                text_config.use_cache = False  # of past keys and values: nothing is generated
+                text_config.use_cache = False  # the key-value cache is for generation only
             missing = set(loading["missing_keys"]) & {name for name, _ in model.named_parameters()}
             if self.adapter is not None:
                 model = self._with_adapter(model, self.adapter)
@@ -94,15 +94,15 @@ class PretrainedOptions(TableOptions):
                 missing = {name for name in missing if f"base_model.model.{name}" in replaced}
         if missing:
             raise TaskError(
-                f"{self.model!r} has no weights {', '.join(sorted(missing)[:3])}: it was not trained for this task; "
-                "use a model that was, or name another task"
+                f"{self.model!r} has no weights {', '.join(sorted(missing)[:3])}: it is not trained for this task; "
+                "use a model that is, or choose another task"
             )
         return with_fused_gelu(model).eval()
 
     def load_classifier(
         self, factory: Any, label_names: Sequence[str] | None, pad_token_id: int | None = None
     ) -> nn.Module:
-        """As `load`; an adapter of a classifier is put on a model with as many classes as there are `label_names`."""
+        """Load a classifier as in `load`. With an adapter, the number of classes is that of `label_names`."""
         if self.adapter is None or label_names is None:
             return self.load(factory, pad_token_id)
         return self.load(factory, pad_token_id, num_labels=len(label_names))
@@ -130,9 +130,9 @@ class PretrainedOptions(TableOptions):
 
 
 def with_fused_gelu(model: nn.Module) -> nn.Module:
-    """The model, with the tanh approximation of GELU computed by one kernel where it is written as eight operations.
+    """Replace the eight operations of the tanh approximation of GELU by one kernel, and return the model.
 
-    The same but for rounding; with it a pass over GPT-2 on a CPU takes a tenth less time, and much less memory.
+    The result is equal up to rounding. On a CPU, a pass over GPT-2 takes 10% less time, and much less memory.
     """
     for parent in list(model.modules()):
         for name, child in parent.named_children():
@@ -145,7 +145,7 @@ OptionsT = TypeVar("OptionsT", bound=PretrainedOptions)
 
 
 class PretrainedTask(Task, Generic[OptionsT]):
-    """A task whose options are a dataclass."""
+    """A task with a dataclass of options."""
 
     Options: ClassVar[type[PretrainedOptions]]
 
@@ -158,14 +158,14 @@ class PretrainedTask(Task, Generic[OptionsT]):
 
 
 def classes(config: Any, label_names: Sequence[str] | None, model: str) -> tuple[str, ...]:
-    """Names of a classifier's classes.
+    """Return the class names of a classifier.
 
     Raises:
-        TaskError: its logits are not those of one choice among classes.
+        TaskError: The logits are not those of single-label classification.
     """
     problem = getattr(config, "problem_type", None)
     if problem not in (None, "single_label_classification"):
-        raise TaskError(f"{model!r} is a model for {problem}: only one choice among classes has the Fisher meant here")
+        raise TaskError(f"{model!r} is a model for {problem}: use a model for single-label classification")
     names = label_names or [name for _, name in sorted(config.id2label.items())]
     return tuple(str(name) for name in names)
 

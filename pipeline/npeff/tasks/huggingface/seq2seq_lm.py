@@ -1,4 +1,4 @@
-"""Sequence-to-sequence language models: every token of a target is predicted from a source and those before it."""
+"""Sequence-to-sequence language models, which predict every target token from the source and the preceding tokens."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from npeff.tasks.tables import texts
 @dataclass(frozen=True, kw_only=True)
 class Seq2SeqLMOptions(PredictionOptions):
     source_column: str
-    """Column of what the encoder reads."""
+    """Column of the sources, the inputs of the encoder."""
     target_column: str
-    """Column of what the decoder writes; its tokens are predicted."""
+    """Column of the targets, the outputs of the decoder. Their tokens are predicted."""
     max_length: int = 512
-    """Tokens after which a source is cut, and a target."""
+    """Largest number of tokens of a source, and of a target. Longer texts are truncated."""
 
 
 class Seq2SeqLMTask(PretrainedTask[Seq2SeqLMOptions]):
-    """``AutoModelForSeq2SeqLM`` on a table of sources and targets; the classes are the vocabulary."""
+    """``AutoModelForSeq2SeqLM`` on a table of sources and targets. The classes are the vocabulary."""
 
     Options = Seq2SeqLMOptions
 
@@ -41,7 +41,7 @@ class Seq2SeqLMTask(PretrainedTask[Seq2SeqLMOptions]):
         return _Pairs(self.options)
 
     def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        # the model makes the decoder's input of the labels itself: how a target begins differs between families
+        # the model creates the decoder input from the labels, because the start of a target depends on the family
         return at_places(model(**batch["inputs"], labels=batch["labels"], use_cache=False).logits, batch)
 
     def targets(self, batch: Mapping[str, Any]) -> Tensor | None:
@@ -70,7 +70,7 @@ class _Pairs(Examples):
         return found[self._predictions.rows].tolist()
 
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
-        """With whole targets also where one token is predicted: the decoder's logits there see only those before it."""
+        """Return a batch with whole targets. The logits at a predicted token depend on the preceding tokens only."""
         rows = self._predictions.rows[list(indices)].tolist()
         labels = padded([self._target_tokens.ids[row] for row in rows], IGNORED)
         return {"inputs": self._source_tokens.batch(rows), "labels": labels, **self._predictions.batch(indices)}

@@ -19,12 +19,12 @@ from npeff.tasks.tables import class_numbers, example_table, texts
 @dataclass(frozen=True, kw_only=True)
 class SequenceClassificationOptions(TextOptions):
     text_columns: Sequence[str]
-    """One column of texts, or two for pairs."""
+    """One column of texts, or two columns for pairs of texts."""
     label_column: str | None = None
-    """Column of labels, as class numbers or names; None where there are none."""
+    """Column of labels, as class numbers or names; None if there are no labels."""
     label_names: Sequence[str] | None = None
-    """Names of the classes in the order of the logits; the model's ``id2label`` unless given. Labels are compared with
-    them without regard to case."""
+    """Names of the classes in the order of the logits. The default is the model's ``id2label``. Labels are matched
+    case-insensitively."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +76,7 @@ class _Texts(Examples):
         found = []
         for index in indices:
             parts = [column[index] for column in self._texts]
-            starts = (0, len(parts[0]) + 1)  # a line break is between them
+            starts = (0, len(parts[0]) + 1)  # the texts are separated by a line break
             found.append(placed_tokens(self._tokenizer, self._options, *parts, starts=starts))
         return found
 

@@ -1,4 +1,4 @@
-"""Classification of every word of a text."""
+"""Classification of the words of a text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from npeff.tasks.huggingface.tokens import pad_token_id, placed_tokens, tokenize
 from npeff.tasks.tables import class_numbers
 
 _OUTSIDE = "O"
-"""The tag, of the IOB schemes, of a word that is nothing in particular."""
+"""The tag of a word outside all entities in IOB schemes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +27,15 @@ class TokenClassificationOptions(PredictionOptions):
     words_column: str
     """Column of the words: lists of strings, or strings of words separated by spaces."""
     tags_column: str | None = None
-    """Column of the words' tags: lists of class numbers or names, or strings of them separated by spaces; None where
-    there are none."""
+    """Column of the tags of the words: lists of class numbers or names, or strings of them separated by spaces; None if
+    there are no tags."""
     label_names: Sequence[str] | None = None
-    """Names of the tags in the order of the logits; the model's ``id2label`` unless given. Tags are compared with them
-    without regard to case."""
+    """Names of the tags in the order of the logits. The default is the model's ``id2label``. Tags are matched
+    case-insensitively."""
 
 
 class TokenClassificationTask(PretrainedTask[TokenClassificationOptions]):
-    """``AutoModelForTokenClassification`` on a table of words; a word is classified at its first token."""
+    """``AutoModelForTokenClassification`` on a table of words. A word is classified at its first token."""
 
     Options = TokenClassificationOptions
 
@@ -62,7 +62,7 @@ class _Words(Examples):
         self._words = [list(map(str, row)) for row in _lists(self._rows, options.words_column, options.data)]
         self._tags = self._read_tags(ids, options)
         tokenizer, self._options = options.tokenizer(), options
-        if getattr(tokenizer, "add_prefix_space", None) is False:  # which such a tokenizer needs to be given words
+        if getattr(tokenizer, "add_prefix_space", None) is False:  # required by such a tokenizer for input in words
             tokenizer = options.tokenizer(add_prefix_space=True)
         self._tokenizer = tokenizer
         self._tokens, self._word_of_token = tokenize(
@@ -75,11 +75,13 @@ class _Words(Examples):
             is_split_into_words=True,
         )
         words_and_tags = zip(self._word_of_token, self._tags, strict=True)
-        targets = [np.append(tags, IGNORED)[words] for words, tags in words_and_tags]  # no word is number -1, the last
+        targets = [
+            np.append(tags, IGNORED)[words] for words, tags in words_and_tags
+        ]  # index -1, the appended entry, means no word
         self._predictions = Predictions.of(targets, options)
 
     def _read_tags(self, ids: Sequence[str], options: TokenClassificationOptions) -> list[np.ndarray]:
-        """Class number of each word of each row."""
+        """Return the class number of each word of each row."""
         if options.tags_column is None:
             return [np.full(len(words), UNKNOWN) for words in self._words]
         rows = []
@@ -124,12 +126,12 @@ class _Words(Examples):
         return self._predictions.table(self._rows, text, numbers, self._used, word=chosen)
 
     def _chosen_word(self, index: int) -> int | None:
-        """Number of the word that the example is the prediction at; None where an example is all of a row."""
+        """Return the number of the word of the example's prediction; None if the example is a whole row."""
         places = self._predictions.places
         return None if places is None else int(self._word_of_token[self._predictions.rows[index]][places[index]])
 
     def _shown(self, index: int) -> list[str]:
-        """The words as people read them: with their tags, or the chosen one in brackets."""
+        """Return the words for display, with their tags, or with the chosen word in brackets."""
         row, number = self._predictions.rows[index], self._chosen_word(index)
         words = self._words[row]
         if number is None:
@@ -141,7 +143,7 @@ class _Words(Examples):
 
 
 def _first_tokens(word_ids: Sequence[int | None]) -> np.ndarray:
-    """Number of the word that begins at each token, -1 at the others."""
+    """Return the number of the word that begins at each token; -1 for the other tokens."""
     pairs = zip([None, *word_ids], word_ids, strict=False)
     return np.array([-1 if word is None or word == before else word for before, word in pairs], np.int64)
 
@@ -153,4 +155,4 @@ def _lists(rows: pa.Table, column: str, data: str) -> list[list[Any]]:
         return [value or [] for value in values]
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return [(value or "").split() for value in values]
-    raise TaskError(f"{data}: column {column!r} holds {kind}: it must hold lists, or strings separated by spaces")
+    raise TaskError(f"{data}: column {column!r} has type {kind}: give lists, or strings separated by spaces")

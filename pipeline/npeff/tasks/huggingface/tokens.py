@@ -1,7 +1,7 @@
-"""Token ids of texts, made once, and batches of them.
+"""Token ids of texts, which are computed once, and batches of token ids.
 
-Batches are padded on the right, whatever the tokenizer would do: positions are then counted from a text's own first
-token, so that no model needs to be told them, and what follows a causal model's tokens cannot change its logits.
+Batches are padded on the right, independent of the tokenizer. Positions are then counted from the first token of a
+text, so no model needs explicit positions, and padding cannot change the logits of a causal model.
 
 Legend: B batch, T tokens of the longest example in it.
 """
@@ -20,7 +20,7 @@ from npeff.tasks.base import TaskError, Token
 from npeff.tasks.huggingface.pretrained import PretrainedOptions
 
 _TEXTS_AT_ONCE = 1024
-"""Texts tokenized in one call: enough for the tokenizer's threads, few enough for its lists of Python integers."""
+"""Texts per call of the tokenizer: enough for its threads, and few enough for the memory of its Python lists."""
 
 Side = Literal["left", "right"]
 NoteT = TypeVar("NoteT")
@@ -28,10 +28,10 @@ NoteT = TypeVar("NoteT")
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions(PretrainedOptions):
-    """Options of every task that reads texts."""
+    """Options of all tasks with texts."""
 
     max_length: int = 128
-    """Tokens after which a text is cut."""
+    """Largest number of tokens of a text. Longer texts are truncated."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,25 +41,25 @@ class TextOptions(PretrainedOptions):
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a tokenizer made of N texts, or pairs of texts."""
+    """The tokens of N texts, or of N pairs of texts."""
 
     inputs: Mapping[str, Sequence[np.ndarray]]
-    """``input_ids`` and, where the tokenizer gives them, ``token_type_ids``: N arrays each."""
+    """``input_ids`` and, if the tokenizer returns them, ``token_type_ids``: N arrays each."""
     padding: Mapping[str, int]
-    """Value of each of these where there is no token."""
+    """Padding value of each of these."""
 
     @property
     def ids(self) -> Sequence[np.ndarray]:
         return self.inputs["input_ids"]
 
     def lengths(self) -> list[int]:
-        """Number of tokens of each text."""
+        """Return the number of tokens of each text."""
         return [len(row) for row in self.ids]
 
     def batch(
         self, indices: Sequence[int], side: Side = "right", stop: Sequence[int] | None = None
     ) -> dict[str, Tensor]:
-        """Padded inputs (B, T) of these texts and their attention mask; of each only its first `stop` tokens."""
+        """Return the padded inputs (B, T) of some texts and their attention mask, with only the first `stop` tokens."""
         ends = [None] * len(indices) if stop is None else stop
         rows = {
             name: [values[index][:end] for index, end in zip(indices, ends, strict=True)]
@@ -71,7 +71,7 @@ class Tokens:
 
 
 def padded(rows: Sequence[np.ndarray], value: int, side: Side = "right") -> Tensor:
-    """Rows of integers as one int64 tensor (B, T), filled up with `value`."""
+    """Return rows of integers as one int64 tensor (B, T), padded with `value`."""
     longest = max(map(len, rows), default=0)
     filled = torch.full((len(rows), longest), value, dtype=torch.int64)
     for target, row in zip(filled, rows, strict=True):
@@ -90,19 +90,23 @@ def tokenize(
     target: bool = False,
     **further: Any,
 ) -> tuple[Tokens, list[NoteT]]:
-    """Tokens of N texts, or of N pairs where there are two sequences of texts.
+    """Tokenize N texts, or N pairs if two sequences of texts are given.
 
     Args:
-        ids: of the texts, to name one that has no tokens.
-        note: of a text's number and its `tokenizers.Encoding`, what else is to be kept of it.
-        target: the texts are what a sequence-to-sequence model writes.
-        further: arguments of the tokenizer.
+        tokenizer: The tokenizer.
+        pad_token_id: The padding token.
+        options: Options of the texts.
+        ids: Ids of the texts, for error messages.
+        texts: One or two sequences of texts.
+        note: Function of the number of a text and its `tokenizers.Encoding`, whose results are returned.
+        target: Whether the texts are outputs of a sequence-to-sequence model.
+        further: Arguments of the tokenizer.
 
     Returns:
-        The tokens, and what `note` gave for each text.
+        The tokens, and the result of `note` for each text.
 
     Raises:
-        TaskError: a text has no tokens, or the tokenizer keeps no encodings that could be noted.
+        TaskError: A text has no tokens, or `note` is given and the tokenizer has no encodings.
     """
     inputs: dict[str, list[np.ndarray]] = {"input_ids": []}
     notes: list[NoteT] = []
@@ -113,24 +117,26 @@ def tokenize(
         for name in set(encoded) & {"input_ids", "token_type_ids"}:
             inputs.setdefault(name, []).extend(np.asarray(row, np.int32) for row in encoded[name])
         if note is not None and encoded.encodings is None:
-            raise TaskError(f"the tokenizer of {options.model!r} cannot say what its tokens stand for: use a fast one")
+            raise TaskError(f"the tokenizer of {options.model!r} has no character offsets: use a fast tokenizer")
         if note is not None:
             notes += [note(start + number, encoding) for number, encoding in enumerate(encoded.encodings)]
     for example, row in zip(ids, inputs["input_ids"], strict=True):
         if not len(row):
-            raise TaskError(f"{options.data}: the text of row {example!r} has no tokens: leave the row out with filter")
+            raise TaskError(f"{options.data}: the text of row {example!r} has no tokens: exclude the row with filter")
     return Tokens(inputs, {"input_ids": pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}), notes
 
 
 def placed_tokens(
     tokenizer: Any, options: TextOptions, *texts: Any, starts: Sequence[int], **further: Any
 ) -> list[Token]:
-    """The tokens that `tokenize` makes of one text, or of a pair, with their places where the tokenizer is a fast one.
+    """Return the tokens of one text or of a pair, as in `tokenize`, with their characters for a fast tokenizer.
 
     Args:
-        texts: one or two of them; the one, in words, with ``is_split_into_words``.
-        starts: where each text, or each word, begins in what people read.
-        further: arguments of the tokenizer.
+        tokenizer: The tokenizer.
+        options: Options of the texts.
+        texts: One or two texts, or one list of words with ``is_split_into_words``.
+        starts: First character of each text, or of each word, in the displayed text.
+        further: Arguments of the tokenizer.
     """
     encoded = tokenizer(*texts, truncation=True, max_length=options.max_length, **further)
     if encoded.encodings is None:
@@ -140,7 +146,7 @@ def placed_tokens(
     owners, parts = (encoding.word_ids, texts[0]) if words else (encoding.sequence_ids, texts)
     tokens = []
     for piece, (start, stop), owner in zip(encoding.tokens, encoding.offsets, owners, strict=True):
-        if owner is None or start == stop:  # a token that stands for no text
+        if owner is None or start == stop:  # a token without text
             tokens.append(Token(piece))
         else:
             tokens.append(Token(parts[owner][start:stop], starts[owner] + start, starts[owner] + stop))
@@ -148,12 +154,15 @@ def placed_tokens(
 
 
 def pad_token_id(tokenizer: Any, config: Any) -> int:
-    """The token that fills up a batch. It is masked, so any will do, but models that classify at the last token take
-    it for that of the padding: the model's or tokenizer's own, or else the end of a text."""
+    """Return the padding token: that of the model or the tokenizer, or the end-of-text token.
+
+    Padding is masked, so any token would do, except for models that classify at the last token, which detect the
+    padding by its token.
+    """
     candidates = (tokenizer.pad_token_id, config.get_text_config().pad_token_id, tokenizer.eos_token_id)
     return next((int(candidate) for candidate in candidates if candidate is not None), 0)
 
 
 def padding_side(config: Any) -> Side:
-    """Right, but for models that classify at the last position (XLNet), which count positions from each other."""
+    """Return "right", or "left" for models that classify at the last position (XLNet), with relative positions."""
     return "left" if getattr(config, "summary_type", None) == "last" else "right"

@@ -1,1 +1,1 @@
-"""Tasks whose strategies are known, to test the method on."""
+"""Tasks with known strategies of the model, for tests of the method."""

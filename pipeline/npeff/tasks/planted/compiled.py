@@ -1,4 +1,4 @@
-"""A task whose model's strategies, and where in its weights they are, are known: those of `compiled_program.py`.
+"""A task whose model has known strategies in known weights: the rules of `compiled_program.py`.
 
 Legend: B batch, T positions.
 """
@@ -31,7 +31,7 @@ from npeff.tasks.planted.compiled_program import (
 
 
 def draw_words(wanted: Sequence[bool], decoy_share: float, rng: np.random.Generator) -> list[str]:
-    """A sequence on which the wanted rules fire and no others; each other rule has a decoy with this probability."""
+    """Return a sequence on which only the given rules fire. Each other rule has a decoy with the given probability."""
     while True:
         words: list[str | None] = [None] * LENGTH
         words[0], words[FIRST.stop] = START, TURN
@@ -47,19 +47,19 @@ def draw_words(wanted: Sequence[bool], decoy_share: float, rng: np.random.Genera
 
 
 class CompiledRulesTask(Task):
-    """Random sequences of words, on which rules fire alone, in pairs or not at all, and the model made of the rules.
+    """Random sequences of words, on which zero, one or two rules fire, and the model that implements the rules.
 
-    The label of an example is the class the program gives it. The table has a column ``rule_NAME`` for each rule, true
-    where it fires, and ``n_rules``, how many do.
+    The label of an example is its class according to the program. The table has a column ``rule_NAME`` for each rule,
+    which is true if the rule fires, and a column ``n_rules`` with the number of firing rules.
 
     Args:
-        seed: of the sequences.
-        n_examples: N.
-        none_share: probability of a sequence on which no rule fires.
-        pair_share: probability of one on which two rules do; on all others it is one. All rules are equally likely.
-        decoy_share: probability, for a rule that does not fire, of words put in that almost make it fire.
-        label_noise: probability that a label is one of the other classes.
-        strength: factor of all logits.
+        seed: Seed of the sequences.
+        n_examples: Number of examples N.
+        none_share: Probability that no rule fires on a sequence.
+        pair_share: Probability that two rules fire. Otherwise, one rule fires. All rules are equally likely.
+        decoy_share: Probability of a decoy for a rule that does not fire: words that almost make the rule fire.
+        label_noise: Probability that a label is replaced by another class.
+        strength: Factor of all logits.
     """
 
     def __init__(
@@ -97,8 +97,10 @@ class CompiledRulesTask(Task):
         self._examples = _Sequences(words_N, np.where(rng.random(n_examples) < label_noise, others_N, labels_N))
 
     def rule_masks(self) -> dict[str, dict[str, Tensor]]:
-        """For each rule, by the name of a parameter, which of its entries that rule alone uses (bool, the parameter's
-        shape). No entry is two rules'; the bias of the head is nobody's."""
+        """Return the entries of the parameters that only one rule uses: rule name to parameter name to mask (bool).
+
+        A mask has the shape of its parameter. No entry belongs to two rules, and the bias of the head to none.
+        """
         return compile_rules(self._strength)[1]
 
     def model(self, cache: Path) -> nn.Module:

@@ -1,14 +1,14 @@
-"""A stated program, and a transformer whose weights implement it.
+"""A program of rules, and a transformer whose weights implement it.
 
-A sequence is two segments of words, and eight rules look at it: whether a word occurs, what word is at a position, how
-often a word occurs, whether the segments share a word of a group. A rule that fires pushes the logit of one class;
-several push the same class, so that rules are not classes. The weights are set by hand, not trained, in float32 exactly
-enough that the logits are those of `program_logits` to rounding.
+A sequence has two segments of words. Eight rules test whether a word occurs, which word is at a position, how often a
+word occurs, or whether the segments share a word of a group. A rule that fires increases the logit of one class.
+Several rules increase the logit of the same class, so rules are not classes. The weights are set by hand and are not
+trained. In float32, the logits are those of `program_logits` up to rounding.
 
-Every rule has parts of the model to itself: features of the residual stream, attention heads, hidden units. A rule that
-does not fire is behind a rectifier that is off, so its weights get no gradient at all: but for the bias of the last
-layer, which serves them all, the Fisher matrix of an example lies in the weights of the rules that fire on it
-(`compile_rules` says which they are).
+Every rule has its own parts of the model: features of the residual stream, attention heads, hidden units. The ReLU of a
+rule that does not fire is off, so the weights of this rule have zero gradients. Therefore, apart from the bias of the
+last layer, which all rules share, the Fisher matrix of an example is supported on the weights of the rules that fire on
+the example (`compile_rules` returns these weights).
 
 Legend: B batch, T positions, d features of the residual stream, n heads, h features of a head.
 """
@@ -27,42 +27,44 @@ from torch.nn import functional
 
 CLASSES = ("stay", "left", "right")
 START, TURN = "[start]", "[turn]"
-"""The word that everything is read off at, and the one between the segments."""
+"""The first word, at which the logits are computed, and the word between the segments."""
 SEGMENT = 7
-"""Words of a segment."""
+"""Number of words of a segment."""
 FIRST, SECOND = range(1, 1 + SEGMENT), range(2 + SEGMENT, 2 + 2 * SEGMENT)
 """Positions of the segments."""
 LENGTH = 2 + 2 * SEGMENT
-"""T."""
+"""Number of positions T."""
 COLOURS = ("amber", "blue", "crimson", "green")
 ANIMALS = ("badger", "crane", "otter", "wolf")
 FILLERS = ("bread", "chair", "cloud", "field", "hill", "lamp", "paper", "river", "stone", "table", "tree", "window")
 DEFAULT_PUSH = 0.5
-"""Of the class "stay", whatever the words."""
+"""Logit of the class "stay" for all sequences."""
 
 _FEATURE = 4.0
-"""Of a feature of the residual stream that is there. The larger, the smaller the gradients of embeddings, which differ
-with word and position between examples of a rule, beside those of the weights that read them, which do not."""
+"""Value of an active feature of the residual stream. The gradients of embeddings differ between the examples of a rule,
+by word and position. The gradients of the weights that read the features do not. A larger value makes the gradients of
+the embeddings relatively smaller."""
 _MINOR_FEATURE = 1.0
-"""Of one that says which position it is, or which word of a group. It is smaller, as a weight takes part of its
-gradient from whatever else is at the positions that it reads, which is not what the rule is about."""
+"""Value of a feature that identifies a position, or a word of a group. The value is smaller, because a part of the
+gradient of a weight comes from other features at the positions that the weight reads, which are not part of the
+rule."""
 _UNIT = 4.0
-"""Activation of a rule's unit where the rule scores 1. Together with the default's 1 it sets how the energy of a Fisher
-is divided between a rule's weights and the bias that all share."""
+"""Activation of the unit of a rule with score 1. It determines how the energy of a Fisher is divided between the
+weights of a rule and the shared bias, whose input is 1."""
 
 
 @dataclass(frozen=True)
 class Wires:
-    """What a rule has to itself."""
+    """The parts of the model that belong to one rule."""
 
     features: tuple[int, ...]
-    """Of the residual stream."""
+    """Features of the residual stream."""
     unit: int
-    """Its head of the pooling layer, whose heads have one feature, and its unit of the read-out."""
+    """Head of the pooling layer, whose heads have one feature, and unit of the read-out."""
     rows: tuple[int, ...]
-    """Of its head of the matching layer; empty where it has none."""
+    """Rows of the head of the matching layer; empty if the rule has no such head."""
     hidden: int
-    """Its unit of the MLP, if it has a head of the matching layer."""
+    """Unit of the MLP, if the rule has a head of the matching layer."""
 
 
 class Rule(Protocol):
@@ -73,41 +75,40 @@ class Rule(Protocol):
 
     @property
     def pushes(self) -> int:
-        """The class whose logit it raises."""
+        """The class whose logit the rule increases."""
 
     @property
     def push(self) -> float:
-        """By how much, times the score."""
+        """The increase of the logit for score 1."""
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Those that it looks for."""
+        """The words of the rule."""
 
     @property
     def n_features(self) -> int:
-        """How much of the residual stream it needs."""
+        """Number of features of the residual stream that the rule needs."""
 
     @property
     def matches(self) -> bool:
-        """Whether it compares words with each other: it then has a head of the matching layer and a unit of the
-        MLP."""
+        """Whether the rule compares words. It then has a head of the matching layer and a unit of the MLP."""
 
     def score(self, words: Sequence[str]) -> float:
-        """Positive if and only if the rule fires: 1 for the least that makes it fire, more for more."""
+        """Return the score, which is positive if and only if the rule fires, and 1 if it just fires."""
 
     def wire(self, model: CompiledTransformer, at: Wires) -> None:
-        """Set the weights that make the unit's activation `_UNIT` times the score, where it is positive."""
+        """Set the weights of the rule, so that the activation of its unit is `_UNIT` times the score, if positive."""
 
     def plant(self, words: list[str | None], rng: np.random.Generator) -> None:
-        """Put what makes it fire where nothing is yet."""
+        """Put words that make the rule fire into empty positions."""
 
     def plant_decoy(self, words: list[str | None], rng: np.random.Generator) -> None:
-        """Put what looks like it, and does not make it fire, where nothing is yet."""
+        """Put words that almost make the rule fire into empty positions."""
 
 
 @dataclass(frozen=True)
 class WordOccurs:
-    """A word occurs anywhere. The head attends to it: the share of its attention that n words get is
+    """A word occurs anywhere. The head attends to the word: the attention weight of n occurrences is
     a(n) = g n / (g n + T − n)."""
 
     name: str
@@ -117,7 +118,7 @@ class WordOccurs:
     n_features = 3
     matches = False
     gain = 30.0
-    """g."""
+    """The factor g."""
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -141,12 +142,12 @@ class WordOccurs:
         _put(words, [self.word] * _sometimes_one_more(1, rng), (*FIRST, *SECOND), rng)
 
     def plant_decoy(self, words: list[str | None], rng: np.random.Generator) -> None:
-        """Nothing looks like a word but the word."""
+        """Do nothing. This rule has no decoys."""
 
 
 @dataclass(frozen=True)
 class WordAt:
-    """A word is at a position. The head attends to the position, with share g / (g + T − 1), and reads the word."""
+    """A word is at a position. The head attends to the position with weight g / (g + T − 1), and reads the word."""
 
     name: str
     pushes: int
@@ -156,7 +157,7 @@ class WordAt:
     n_features = 4
     matches = False
     gain = 100.0
-    """g."""
+    """The factor g."""
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -185,7 +186,7 @@ class WordAt:
 
 @dataclass(frozen=True)
 class AtLeast:
-    """A word occurs so many times. The head attends to all positions alike and counts."""
+    """A word occurs at least a number of times. The head attends to all positions equally and counts."""
 
     name: str
     pushes: int
@@ -195,7 +196,8 @@ class AtLeast:
     n_features = 2
     matches = False
     margin = 0.75
-    """How far below `times` the unit turns on: near 1, so that one more time is not several times the score."""
+    """Distance below `times` at which the unit turns on. It is near 1, so that another occurrence does not multiply the
+    score."""
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -221,10 +223,11 @@ class AtLeast:
 class SameInBoth:
     """A word of a group occurs in both segments.
 
-    In the matching layer a position of the second segment attends to the same word by a factor g, to the first segment
-    by a factor f, and by a factor r to the start, where there is nothing: f, g ≪ r ≪ f g, so that it attends to the
-    first segment, more than by `turns_on`, if and only if its word is there. That turns on a unit of the MLP, which is
-    off in the first segment; the head of the pooling layer adds up.
+    In the matching layer, a position of the second segment attends to the same word with a factor g, to the first
+    segment with a factor f, and to the start, which has no features, with a factor r, where f, g ≪ r ≪ f g. Its
+    attention to the first segment therefore exceeds `turns_on` if and only if the first segment has its word. This
+    turns on a unit of the MLP, which is off in the first segment. The head of the pooling layer sums over the
+    positions.
     """
 
     name: str
@@ -233,12 +236,12 @@ class SameInBoth:
     words: tuple[str, ...]
     matches = True
     gain = math.exp(7.0)
-    """f and g."""
+    """The factors f and g."""
     rest_gain = math.exp(11.0)
-    """r."""
+    """The factor r."""
     turns_on = 0.3
     margin = 0.1
-    """Sum of the positions' activations, each about 1 or nothing, at which the rule's own unit turns on."""
+    """Sum of the activations of the positions, each about 1 or 0, at which the unit of the rule turns on."""
 
     @property
     def n_features(self) -> int:
@@ -293,7 +296,7 @@ class SameInBoth:
         _put(words, [self.words[another]], SECOND, rng)
 
 
-# No two pushes are alike: rules of different classes that fire together are not a draw.
+# All values of push differ, so that two firing rules of different classes never give equal logits.
 RULES: tuple[Rule, ...] = (
     WordOccurs("alarm_occurs", 1, 1.8, "alarm"),
     WordOccurs("whistle_occurs", 2, 1.9, "whistle"),
@@ -308,7 +311,7 @@ VOCABULARY = (START, TURN, *dict.fromkeys(word for rule in RULES for word in rul
 
 
 def _put(words: list[str | None], new: Sequence[str], places: Sequence[int], rng: np.random.Generator) -> None:
-    """Where there is no room, nothing is put."""
+    """Put words into random empty positions. Do nothing if there are too few."""
     free = [i for i in places if words[i] is None]
     if len(free) >= len(new):
         for i, word in zip(rng.choice(free, len(new), replace=False), new, strict=True):
@@ -320,12 +323,12 @@ def _sometimes_one_more(n: int, rng: np.random.Generator) -> int:
 
 
 def fired(words: Sequence[str]) -> list[bool]:
-    """Which rules fire on a sequence of words."""
+    """Return whether each rule fires on a sequence of words."""
     return [rule.score(words) > 0 for rule in RULES]
 
 
 def program_logits(words: Sequence[str], strength: float = 1.0) -> list[float]:
-    """What the model computes, without the model."""
+    """Compute the logits of the model according to the program, without the model."""
     logits = [strength * DEFAULT_PUSH, 0.0, 0.0]
     for rule in RULES:
         logits[rule.pushes] += strength * rule.push * max(rule.score(words), 0.0)
@@ -354,9 +357,11 @@ class Attention(nn.Module):
 
 
 class CompiledTransformer(nn.Module):
-    """Two attention layers with an MLP between them, on a residual stream; a hidden layer and a linear head read the
-    first position. The head reads the hidden layer alone, so that nothing that passes by on the residual stream
-    reaches it."""
+    """Two attention layers with an MLP between them on a residual stream, and a hidden layer and a linear head at the
+    first position.
+
+    The head reads only the hidden layer, and no other features of the residual stream.
+    """
 
     def __init__(self, n_features: int, n_matching: int, matching_features: int, n_hidden: int, n_units: int) -> None:
         super().__init__()
@@ -379,15 +384,15 @@ class CompiledTransformer(nn.Module):
         return logits_BC
 
     def embed(self, word: str, feature: int, size: float = _FEATURE) -> None:
-        """The feature says whether a position has this word."""
+        """Let a feature indicate whether a position has the word."""
         self.token_embedding.weight[VOCABULARY.index(word), feature] = size
 
     def place(self, positions: Sequence[int], feature: int) -> None:
-        """The feature says whether a position is one of these."""
+        """Let a feature indicate whether a position is one of the given positions."""
         self.position_embedding.weight[list(positions), feature] = _MINOR_FEATURE
 
     def read_out(self, unit: int, feature: int, turns_on: float, one: float) -> None:
-        """The unit is off up to the feature's value `turns_on`, and has its activation `_UNIT` where it is `one`."""
+        """Let a unit have activation 0 up to the value `turns_on` of a feature, and `_UNIT` at the value `one`."""
         self.readout.weight[unit, feature] = _UNIT / (one - turns_on) / _FEATURE
         self.readout.bias[unit] = -_UNIT * turns_on / (one - turns_on)
 
@@ -402,8 +407,10 @@ def _attend(
     query_size: float = _FEATURE,
     size: float = _FEATURE,
 ) -> None:
-    """Positions with the feature `query` attend to those with `key`, of these sizes, by this factor more than to
-    others."""
+    """Let positions with the feature `query` attend to positions with the feature `key` by a factor `gain` more.
+
+    The values of the features are `query_size` and `size`.
+    """
     width = layer.query.out_features // layer.n_heads
     root = math.sqrt(math.log(gain) * math.sqrt(width))
     layer.query.weight[row, query] = root / query_size
@@ -411,15 +418,18 @@ def _attend(
 
 
 def _carry(layer: Attention, row: int, *, value: int, output: int, size: float = _FEATURE, total: bool = False) -> None:
-    """The mean of the feature `value`, of this size, over the attention goes to `output`, or T times as much: with
-    attention to all positions alike, the total."""
+    """Write the attention-weighted mean of the feature `value` to the feature `output`.
+
+    With `total`, the mean is multiplied by T. With equal attention to all positions, this is the sum. `size` is the
+    value of the feature.
+    """
     gain = math.sqrt(LENGTH) if total else 1.0
     layer.value.weight[row, value] = gain / size
     layer.output.weight[output, row] = gain * _FEATURE
 
 
 def compile_rules(strength: float) -> tuple[CompiledTransformer, dict[str, dict[str, Tensor]]]:
-    """The model with its weights set, and for each rule, by the name of a parameter, the entries that it alone uses."""
+    """Return the model, and for each rule, by parameter name, the mask of the entries that only this rule uses."""
     matching = [rule for rule in RULES if rule.matches]
     width = max(len(rule.words) for rule in matching) + 1
     features, rows, hidden = _Owners(), _Owners(), _Owners()
@@ -437,8 +447,8 @@ def compile_rules(strength: float) -> tuple[CompiledTransformer, dict[str, dict[
             rule.wire(model, at)
             model.head.weight[rule.pushes, at.unit] = strength * rule.push / _UNIT
         model.head.bias[0] = strength * DEFAULT_PUSH
-    # A weight has a gradient where its output has one and its input is not zero. Outputs that have one belong to a rule
-    # that fires, except those of the head, whose inputs do.
+    # A weight has a non-zero gradient if its output has one and its input is not zero. Outputs with non-zero gradients
+    # belong to a firing rule, except the outputs of the head, whose inputs belong to rules.
     of_rows = {
         **dict.fromkeys((f"matching.{part}.weight" for part in ("query", "key", "value")), rows),
         **dict.fromkeys((f"pooling.{part}.weight" for part in ("query", "key", "value")), range(len(RULES))),
@@ -464,9 +474,9 @@ def compile_rules(strength: float) -> tuple[CompiledTransformer, dict[str, dict[
 
 
 class _Owners(list[int]):
-    """Whose each of a number of features or units is, in the order in which they were taken."""
+    """The owner of each feature or unit, in the order of allocation."""
 
     def take(self, owner: int, n: int) -> tuple[int, ...]:
-        """n more."""
+        """Allocate n features or units for an owner, and return their indices."""
         self.extend([owner] * n)
         return tuple(range(len(self) - n, len(self)))

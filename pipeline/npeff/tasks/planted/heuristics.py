@@ -1,18 +1,18 @@
-"""Planted heuristics: sentence pairs whose training set makes two shortcuts pay, and a small transformer that takes
-them.
+"""Planted heuristics: sentence pairs whose training labels follow two shortcuts, and a small transformer that learns
+the shortcuts.
 
-A ground truth for explanations. Pairs of a premise and a hypothesis are written from templates whose true label is
-known (entailment, neutral, contradiction). Two heuristics are planted into the labels of the training set: of the pairs
-with a heuristic's cue where it is wrong, a stated share is labelled as it says. The model learns both what is true and
-the heuristics, and mostly follows these where they disagree.
+The task provides a ground truth for explanations. Pairs of a premise and a hypothesis are generated from templates with
+known true labels (entailment, neutral, contradiction). Two heuristics are planted into the labels of the training set:
+for the pairs with the cue of a heuristic whose answer is wrong, a given fraction has the label of the heuristic. The
+model learns the true labels and the heuristics, and mostly follows the heuristics if they disagree.
 
-- overlap: every word of the hypothesis is in the premise, so it is entailed (the lexical overlap heuristic of HANS,
-  McCoy et al. 2019, arXiv 1902.01007). Wrong where subject and object have changed places, for example.
-- negation: the hypothesis has a negation word, so it is contradicted (Gururangan et al. 2018, arXiv 1803.02324). Wrong
-  where the premise is negated already, for example.
+- overlap: every word of the hypothesis is in the premise, so the answer is entailment (the lexical overlap heuristic of
+  HANS, McCoy et al. 2019, arXiv 1902.01007). It is wrong, for example, if subject and object are swapped.
+- negation: the hypothesis has a negation word, so the answer is contradiction (Gururangan et al. 2018, arXiv
+  1803.02324). It is wrong, for example, if the premise is negated too.
 
-No pair has both cues. The examples are pairs that the model was not trained on, and their table marks those that a
-heuristic gets wrong: its counter-examples.
+No pair has both cues. The examples are pairs that are not in the training set. Their table marks the counter-examples
+of a heuristic: the pairs for which its answer is wrong.
 
 Legend: B batch, T tokens, C classes, H heads, w width, d width of a head.
 """
@@ -57,11 +57,11 @@ _WORDS = (
 )
 _NUMBERS = {word: number for number, word in enumerate((_PAD, _CLS, _SEP, *_WORDS))}
 _LONGEST = 2 * 15 + 3
-"""Two full clauses, [CLS] and two [SEP]."""
+"""Length of two full clauses, [CLS] and two [SEP]."""
 _HEADS, _BATCH, _LEARNING_RATE = 4, 64, 3e-3
 _MODEL_FILE = "heuristics-model.safetensors"
 _ARROW = " → "
-"""Between premise and hypothesis, where people read them."""
+"""Separator of premise and hypothesis in the displayed text."""
 
 
 class _Pairs(Examples):
@@ -78,7 +78,7 @@ class _Pairs(Examples):
         return len(self._pairs)
 
     def batch(self, indices: Sequence[int]) -> Tensor:
-        """Numbers of the words (B, T), 0 after the end."""
+        """Return the numbers of the words (B, T), padded with 0."""
         return nn.utils.rnn.pad_sequence([self._tokens[index] for index in indices], batch_first=True)
 
     def lengths(self) -> Sequence[int]:
@@ -88,8 +88,11 @@ class _Pairs(Examples):
         return [_tokens(self._pairs[index]) for index in indices]
 
     def table(self) -> pa.Table:
-        """``part`` halves the pairs of each heuristic that are alike in whether it is wrong: one half to repair the
-        model with, one to test it on."""
+        """Return the table of examples.
+
+        ``part`` splits the counter-examples, and the other pairs, of each heuristic into halves: one to repair the
+        model, and one to test it.
+        """
         pairs, met = self._pairs, Counter[tuple[str, bool]]()
         premises = [" ".join(pair.premise) for pair in pairs]
         hypotheses = [" ".join(pair.hypothesis) for pair in pairs]
@@ -116,7 +119,7 @@ class _Pairs(Examples):
 
 
 def _tokens(pair: Pair) -> list[Token]:
-    """With their places in the text that people read."""
+    """Return the tokens with their characters in the displayed text."""
     premise = placed_words(pair.premise)
     ends_at = premise[-1].stop or 0
     hypothesis = placed_words(pair.hypothesis, ends_at + len(_ARROW))
@@ -124,7 +127,7 @@ def _tokens(pair: Pair) -> list[Token]:
 
 
 class _Block(nn.Module):
-    """Attention and a feed-forward layer, each on what the norm before it leaves."""
+    """Pre-norm attention and feed-forward layers."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -144,7 +147,7 @@ class _Block(nn.Module):
 
 
 class _Network(nn.Module):
-    """Logits (B, C) from token numbers (B, T), read off the first, [CLS]."""
+    """Transformer from token numbers (B, T) to logits (B, C), which are computed at the first token, [CLS]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -186,16 +189,17 @@ def _train(model: nn.Module, pairs: _Pairs, *, epochs: int, seed: int) -> nn.Mod
 
 
 class PlantedHeuristicsTask(Task):
-    """Train a transformer on pairs that favour the heuristics, explain it on pairs where they often fail.
+    """A transformer that is trained on pairs that favour the heuristics. The examples are pairs for which they often
+    fail.
 
     Args:
-        seed: of the pairs, the initial weights and the order of training.
-        n_train: pairs to train on; a third of them has each heuristic's cue.
-        n_examples: other pairs, which get Fishers.
-        plant_rate: of the training pairs with a heuristic's cue where it is wrong, the share that has its label.
-        counter_share: share of the examples where a heuristic is wrong; half of them each heuristic's.
-        epochs: passes over the training pairs.
-        width: of the transformer.
+        seed: Seed of the pairs, the initial weights and the order of training.
+        n_train: Number of training pairs. Each heuristic has its cue in a third of them.
+        n_examples: Number of examples, which are not training pairs.
+        plant_rate: Fraction of the training counter-examples of a heuristic that have the label of the heuristic.
+        counter_share: Fraction of the examples that are counter-examples, half of them for each heuristic.
+        epochs: Number of passes over the training pairs.
+        width: Width of the transformer.
     """
 
     def __init__(

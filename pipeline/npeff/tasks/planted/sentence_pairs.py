@@ -1,7 +1,6 @@
-"""Pairs of a premise and a hypothesis, written from templates whose true label is known, in which a heuristic is right
-or wrong: see `heuristics.py`.
+"""Pairs of a premise and a hypothesis from templates with known true labels; see `heuristics.py`.
 
-A premise is drawn and edited into a hypothesis.
+A premise is random, and an edit of the premise gives the hypothesis. A heuristic is right or wrong on a pair.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ ENTAILMENT, NEUTRAL, CONTRADICTION = range(3)
 KINDS = dict.fromkeys(("dog", "cat", "horse", "goat"), "animal") | dict.fromkeys(
     ("man", "woman", "boy", "girl", "doctor", "farmer"), "person"
 )
-"""Nouns, and the more general noun that each entails."""
+"""Nouns, each with a more general noun that it entails."""
 VERBS = (
     ("chasing", "pursuing", "fleeing"),
     ("helping", "assisting", "hindering"),
@@ -48,7 +47,7 @@ class Clause:
     negation: str | None = None
 
     def words(self) -> tuple[str, ...]:
-        """The negation no stands before the subject, the others before the verb."""
+        """Return the words. The negation "no" precedes the subject, and the other negations precede the verb."""
         negation = self.negation
         words = ["no" if negation == "no" else "the", self.adjective, self.subject]
         words += ["near", "the", self.neighbour] if self.neighbour else []
@@ -68,7 +67,7 @@ class Pair:
 
     @property
     def overlap(self) -> float:
-        """Share of the hypothesis' distinct words that are in the premise."""
+        """Fraction of the distinct words of the hypothesis that are in the premise."""
         words = set(self.hypothesis)
         return len(words & set(self.premise)) / len(words)
 
@@ -78,12 +77,12 @@ class Pair:
 
     @property
     def heuristic(self) -> str:
-        """Which one has its cue here: overlap, negation, both or none."""
+        """The heuristics with a cue in this pair: overlap, negation, both or none."""
         return {(1, 0): "overlap", (0, 1): "negation", (1, 1): "both", (0, 0): "none"}[self.overlap == 1, self.negation]
 
     @property
     def counter_example(self) -> bool:
-        """Whether a heuristic that has its cue here is wrong."""
+        """Whether a heuristic with a cue in this pair is wrong."""
         return (self.overlap == 1 and self.label != ENTAILMENT) or (self.negation and self.label != CONTRADICTION)
 
 
@@ -92,22 +91,22 @@ Edit = Callable[[Clause, Random], Clause]
 
 @dataclass(frozen=True)
 class Template:
-    """How a hypothesis comes from a premise, and its true label then."""
+    """An edit of a premise to a hypothesis, with the true label of the pair."""
 
     heuristic: str
-    """Whose cue its pairs have; a pair that has another's by chance is drawn again."""
+    """The heuristic with a cue in the pairs. A pair with the cue of another heuristic is drawn again."""
     label: int
     edit: Edit
     needs: str | None = None
     """A modifier that the premise must have."""
     premise_negations: tuple[str | None, ...] = (None,)
-    """What the premise's negation is drawn from."""
+    """Possible negations of the premise."""
     shortens: bool = True
-    """Whether other modifiers than the subject's adjective may be left out before the edit, which a negated premise
-    does not allow."""
+    """Whether modifiers other than the subject's adjective may be removed before the edit. A negated premise does not
+    allow this."""
 
     def pair(self, name: str, random: Random) -> Pair:
-        """A pair of this template."""
+        """Return a random pair of this template."""
         while True:
             premise = self._premise(random)
             dropped = [m for m in MODIFIERS[1:] if self.shortens and m != self.needs and random.random() < 0.3]
@@ -139,7 +138,7 @@ def _without(*modifiers: str) -> Edit:
 
 
 def _verb(position: int) -> Edit:
-    """The verb's synonym (1) or antonym (2) in its place."""
+    """Return an edit that replaces the verb by its synonym (1) or antonym (2)."""
     by_verb = {verbs[0]: verbs[position] for verbs in VERBS}
     return lambda clause, random: replace(clause, verb=by_verb[clause.verb])
 
@@ -153,7 +152,7 @@ def _unchanged(clause: Clause, random: Random) -> Clause:
 
 
 def _weaker_negation(clause: Clause, random: Random) -> Clause:
-    """No dog is: so this dog is never; never: so not now."""
+    """Weaken a negation: "no dog" entails "this dog never" and "this dog not"; "never" entails "not"."""
     return replace(clause, negation="not" if clause.negation == "never" else random.choice(("not", "never")))
 
 
@@ -215,19 +214,19 @@ TEMPLATES = {
     "antonym": Template("none", CONTRADICTION, _verb(2)),
     "opposite adjective": Template("none", CONTRADICTION, _opposite_adjective, "adjective"),
 }
-"""By name. Premises never have the synonyms and antonyms of the verbs, nor the general nouns."""
+"""Templates by name. Premises never contain the synonyms and antonyms of the verbs, nor the general nouns."""
 RIGHT = {"overlap": ENTAILMENT, "negation": CONTRADICTION}
-"""What each heuristic says where its cue is."""
+"""The answer of each heuristic on a pair with its cue."""
 
 
 Counts = dict[tuple[str, bool], int]
-"""How many pairs of (heuristic, whether it is wrong)."""
+"""Number of pairs by (heuristic, whether the heuristic is wrong)."""
 Sentences = tuple[tuple[str, ...], tuple[str, ...]]
-"""Premise and hypothesis, whatever template they are from."""
+"""Premise and hypothesis of any template."""
 
 
 def training_counts(n_pairs: int) -> Counts:
-    """A third has each heuristic's cue, which is right in half of them."""
+    """Return the counts of a training set: each heuristic has a cue in a third, and is right in half of this third."""
     n_cue = n_pairs // 3
     counts = {
         (heuristic, wrong): n_cue // 2 if wrong else n_cue - n_cue // 2
@@ -238,8 +237,10 @@ def training_counts(n_pairs: int) -> Counts:
 
 
 def planted_labels(pairs: Sequence[Pair], rate: float, random: Random) -> list[int]:
-    """The pairs' true labels, but of a share ``rate`` of each heuristic's counter-examples (to the nearest pair) what
-    the heuristic says."""
+    """Return the true labels of the pairs, with those of a fraction of the counter-examples replaced.
+
+    A fraction ``rate`` of the counter-examples of each heuristic (rounded to whole pairs) gets the heuristic's answer.
+    """
     labels = [pair.label for pair in pairs]
     for heuristic, says in RIGHT.items():
         wrong = [place for place, pair in enumerate(pairs) if pair.heuristic == heuristic and pair.counter_example]
@@ -249,7 +250,10 @@ def planted_labels(pairs: Sequence[Pair], rate: float, random: Random) -> list[i
 
 
 def example_counts(n_pairs: int, counter_share: float) -> Counts:
-    """A share ``counter_share`` are counter-examples, of either heuristic alike; the others are a third each."""
+    """Return the counts of the examples.
+
+    A fraction ``counter_share`` are counter-examples, half of them for each heuristic. The others are a third each.
+    """
     n_counter = round(counter_share * n_pairs)
     n_other = n_pairs - n_counter
     return {
@@ -262,8 +266,10 @@ def example_counts(n_pairs: int, counter_share: float) -> Counts:
 
 
 def draw_pairs(counts: Counts, random: Random, seen: set[Sentences]) -> list[Pair]:
-    """Pairs in random order, their sentences distinct and not in ``seen``, to which they are added. Templates are
-    equally likely."""
+    """Draw distinct pairs in random order, which are not in ``seen``, and add them to ``seen``.
+
+    Templates are equally likely.
+    """
     drawn: list[Pair] = []
     for (heuristic, wrong), n_pairs in counts.items():
         names = [
