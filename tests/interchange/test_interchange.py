@@ -329,7 +329,7 @@ def test_contradictions_are_named(tmp_path: Path, pefs: Pefs) -> None:
     labels, negative, zero = pefs.labels_N.copy(), pefs.norms_N.copy(), pefs.norms_N.copy()
     labels[8], negative[9], zero[10] = C, -1, 0
     for name, changes, message in (
-        ("label", {"labels": labels}, "example 8 of .* has a label that is none of its 3 classes"),
+        ("label", {"labels": labels}, "example 8 of .* has a label that is not one of its 3 classes"),
         ("negative", {"pef_frobenius_norms": negative}, "example 9 of .* has a negative Frobenius norm"),
         ("zero", {"pef_frobenius_norms": zero}, "example 10 of .* has Frobenius norm 0 and values"),
     ):
@@ -600,7 +600,7 @@ def test_a_decomposition_of_other_fishers_is_refused(
     with pytest.raises(StoreError, match=f"is of {N - 1} examples") as caught:
         import_factorization(fewer, tmp_path / "b", fishers=file, options=ImportOptions(max_dim=1))
     assert_one_line(caught.value)
-    with pytest.raises(ConfigError, match="holds Fishers itself"):
+    with pytest.raises(ConfigError, match="give fishers only with a decomposition"):
         import_run(file, tmp_path / "c", fishers=file)
     with pytest.raises(StoreError, match="give an LRM-PEF"):
         import_factorization(decomposition[0], tmp_path / "d", fishers=decomposition[0])
@@ -614,7 +614,7 @@ def test_diagonal_fishers_are_refused(tmp_path: Path) -> None:
         file["data/reduce_kept_indices"] = np.array([0, 1])
         file["data"].attrs["full_dense_size"] = [5]
     for name in ("d.h5", "h.h5"):
-        with pytest.raises(StoreError, match="diagonal Fishers, which a run cannot hold") as caught:
+        with pytest.raises(StoreError, match="diagonal Fishers, which cannot be imported") as caught:
             import_run(tmp_path / name, tmp_path / "run")
         assert_one_line(caught.value)
     assert not (tmp_path / "run").exists()

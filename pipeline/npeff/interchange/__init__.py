@@ -1,1 +1,1 @@
-"""Files of the NPEFF reference implementation, into a run and out of it."""
+"""Import and export of the files of the NPEFF reference implementation."""

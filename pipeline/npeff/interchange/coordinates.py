@@ -1,4 +1,4 @@
-"""The coordinates of an imported run: kept parameters, or a count sketch of all."""
+"""The coordinates of an imported run: selected parameters, or a count sketch of all parameters."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ class Coordinates(Protocol):
 
     @property
     def dim(self) -> int:
-        """D."""
+        """Number of coordinates D."""
 
     def place(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Each parameter's coordinate (int64), and the sign it goes there with (int8; 0 where it is dropped)."""
+        """Return the coordinate (int64) and the sign (int8; 0 for a dropped parameter) of each parameter."""
 
     def to_json(self) -> dict[str, Any]:
-        """What the store keeps of it."""
+        """Return the description of the coordinates in the attributes of the store."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """One coordinate for each of some parameters; the others are dropped."""
+    """One coordinate for each selected parameter. The other parameters are dropped."""
 
     indices_D: np.ndarray
-    """Ascending."""
+    """Parameter of each coordinate, ascending."""
     n_parameters: int
 
     @property
@@ -46,9 +46,10 @@ class Columns:
 
 @dataclass(frozen=True)
 class CountSketch:
-    """Parameter i goes to coordinate h(i) with sign s(i), both hashes of the seed and i alone: E⟨Qx, Qy⟩ = ⟨x, y⟩.
+    """A count sketch: parameter i is added to coordinate h(i) with sign s(i), so that E⟨Qx, Qy⟩ = ⟨x, y⟩.
 
-    Charikar, Chen & Farach-Colton 2002; the hash is SplitMix64's (Steele, Lea & Flood 2014), so that no table is kept.
+    Both hashes depend only on the seed and i. See Charikar, Chen & Farach-Colton 2002. The hash function is SplitMix64
+    (Steele, Lea & Flood 2014), which needs no table.
     """
 
     dim: int
@@ -66,29 +67,32 @@ class CountSketch:
 
 
 def choose_coordinates(kept_M: np.ndarray, n_parameters: int, options: ImportOptions) -> Coordinates:
-    """Every kept parameter is a coordinate, unless they are too many."""
+    """Return one coordinate per kept parameter, or a count sketch if there are too many."""
     if len(kept_M) <= options.max_dim:
         return Columns(kept_M, n_parameters)
     return CountSketch(options.dim, options.seed, n_parameters)
 
 
 def parameters_of(sketch: dict[str, Any], dim: int) -> tuple[np.ndarray, int]:
-    """Which parameter of a file each coordinate of a store is, and how many a file has: of an imported run those it was
-    imported with, otherwise the coordinates themselves."""
+    """Return the parameter of each coordinate of a store in an exported file, and the number of parameters.
+
+    For an imported run with selected parameters, these are the imported parameters. Otherwise, the parameters of the
+    file are the coordinates.
+    """
     if sketch["kind"] == "columns":
         return np.array(sketch["indices"], dtype=np.int64), sketch["n_parameters"]
     return np.arange(dim), dim
 
 
 def coordinates_of(sketch: dict[str, Any]) -> Coordinates:
-    """The inverse of `Coordinates.to_json`."""
+    """Return the coordinates of a description by `Coordinates.to_json`."""
     if sketch["kind"] == "columns":
         return Columns(np.array(sketch["indices"], dtype=np.int64), sketch["n_parameters"])
     return CountSketch(sketch["dim"], sketch["seed"], sketch["n_parameters"])
 
 
 def _split_mix_64(numbers: np.ndarray) -> np.ndarray:
-    """The SplitMix64 finalizer, a bijection of uint64 whose bits look random."""
+    """The SplitMix64 finalizer, a bijection of uint64 with pseudorandom bits."""
     mixed = numbers + np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

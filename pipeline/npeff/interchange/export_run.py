@@ -1,4 +1,4 @@
-"""Fishers and factorizations of a run as files of the reference implementation."""
+"""Export of Fishers and factorizations of a run to files of the reference implementation."""
 
 from __future__ import annotations
 
@@ -29,37 +29,42 @@ def export_run(
     what: Literal["fishers", "factorization"] = "fishers",
     n_values: int | None = None,
 ) -> None:
-    """`export_fishers` or `export_factorization`.
+    """Export the Fishers (`export_fishers`) or the factorization (`export_factorization`) of a run.
 
     Raises:
-        ConfigError, RunDirectoryError, StoreError: as those do.
+        ConfigError, RunDirectoryError, StoreError: As in these functions.
     """
     if what == "fishers":
         return export_fishers(run_dir, file, n_values)
     if n_values is not None:
-        raise ConfigError("values can be left out of Fishers only: a factorization is exported whole")
+        raise ConfigError("a factorization is exported as a whole: give values (n_values) for fishers only")
     export_factorization(run_dir, file)
 
 
 def export_fishers(run_dir: str | Path, file: str | Path, n_values: int | None = None) -> None:
-    """The run's Fishers as a PEF file, with the `n_values` entries of largest magnitude of each example, or all.
+    """Export the Fishers of a run as a PEF file.
 
-    Rows are those of the run's factors, not of classes, and so the file is an LVRM-PEF one, unless the run was imported
-    from an LRM-PEF file. Parameters are the coordinates of the run's sketch, or those of the file that was imported
-    where it kept them (`Columns`). Examples that are not valid have no rows and norm 0.
+    The rows are those of the run's factors and do not belong to classes, so the format is LVRM-PEF, unless the run was
+    imported from an LRM-PEF file. The parameters are the coordinates of the run's sketch, or the parameters of the
+    imported file if the import kept them (`Columns`). Invalid examples have no rows and norm 0.
+
+    Args:
+        run_dir: The run directory.
+        file: The file to write.
+        n_values: Number of entries of largest magnitude to keep per example; all by default.
 
     Raises:
         ConfigError: `n_values` is less than 1.
-        RunDirectoryError: the Fishers are not complete.
-        StoreError: a shard is damaged, the store has no logits, or the file cannot be written.
+        RunDirectoryError: The Fishers are not complete.
+        StoreError: A shard is damaged, the store has no logits, or the file cannot be written.
     """
     if n_values is not None and n_values < 1:
         raise ConfigError(f"n_values = {n_values} must be at least 1")
     run = RunDirectory.open(run_dir)
     store, checksums = complete_fishers(run)
     if "logits" not in store.array_names:
-        problem = f"{store.path} has no logits, as its examples are sequences"
-        raise StoreError(problem, "a PEF file cannot do without")
+        problem = f"{store.path} has no logits, because its examples are sequences"
+        raise StoreError(problem, "a PEF file needs the logits of single predictions")
     parameters_D, n_parameters = parameters_of(store.attrs["sketch"], store.dim)
     source = store.attrs.get("source", {})
     low_rank = source.get("format") == "LRM-PEF"
@@ -76,19 +81,20 @@ def export_fishers(run_dir: str | Path, file: str | Path, n_values: int | None =
 
 
 def export_factorization(run_dir: str | Path, file: str | Path) -> None:
-    """The run's factorization as an LRM decomposition: components are unit rows, and losses those of its history.
+    """Export the factorization of a run as an LRM decomposition.
 
-    Parameters are as in `export_fishers`. Examples that were left out have coefficients 0.
+    The components are unit rows, and the losses are those of the history. The parameters are as in `export_fishers`.
+    Left-out examples have coefficients 0.
 
     Raises:
-        RunDirectoryError: there is no run.
-        StoreError: the factorization is missing or damaged, or the file cannot be written.
+        RunDirectoryError: The run does not exist, or factorizes diagonals.
+        StoreError: The factorization is missing or damaged, or the file cannot be written.
     """
     run = RunDirectory.open(run_dir)
     if run.config.factorization.kind != "fishers":
         raise RunDirectoryError(
-            f"the components of {run.path} are of kind {run.config.factorization.kind}: only those of kind fishers "
-            "can be exported"
+            f"the components of {run.path} are of kind {run.config.factorization.kind}: only kind fishers can be "
+            "exported"
         )
     stored = open_factorization(run.factorization)
     components_KD = stored.read_components()
@@ -108,7 +114,7 @@ def export_factorization(run_dir: str | Path, file: str | Path) -> None:
 
 
 def complete_fishers(run: RunDirectory) -> tuple[FisherStore, dict[int, str]]:
-    """The run's Fishers, and the checksum of every shard."""
+    """Return the complete Fishers of a run, and the checksum of every shard."""
     record = run.record("fishers")
     imported = run.config.task.name == IMPORTED_TASK
     remedy = "import it again, with its Fishers" if imported else f"run `npeff fishers {run.path}` first"
@@ -122,7 +128,7 @@ def complete_fishers(run: RunDirectory) -> tuple[FisherStore, dict[int, str]]:
 
 
 def _most_entries(store: FisherStore, checksums: dict[int, str]) -> int:
-    """Entries other than 0 of the example that has most."""
+    """Return the largest number of non-zero entries of an example."""
     shards = (store.read_shard(shard, checksum)["factors"] for shard, checksum in checksums.items())
     return max(1, *(int(np.count_nonzero(factors, axis=(1, 2)).max()) for factors in shards))
 
@@ -130,7 +136,7 @@ def _most_entries(store: FisherStore, checksums: dict[int, str]) -> int:
 def _exported_blocks(
     store: FisherStore, checksums: dict[int, str], n_values: int, parameters_D: np.ndarray
 ) -> Iterator[PefBlock]:
-    """Every example's `n_values` entries of largest magnitude, or all, by row and parameter."""
+    """Yield the `n_values` entries of largest magnitude of every example, or all, ordered by row and parameter."""
     rank, dim = store.rank, store.dim
     step = max(1, 4 * BLOCK_VALUES // (rank * dim))
     for shard, checksum in checksums.items():
@@ -145,7 +151,7 @@ def _exported_blocks(
             magnitudes_NE[np.arange(rank * dim) >= ranks_N[:, None] * dim] = -1.0
             chosen_NV = np.argpartition(-magnitudes_NE, n_values - 1, axis=1)[:, :n_values]
             in_use_NV = np.take_along_axis(magnitudes_NE, chosen_NV, axis=1) >= 0
-            chosen_NV = np.sort(np.where(in_use_NV, chosen_NV, rank * dim), axis=1)  # padding goes last
+            chosen_NV = np.sort(np.where(in_use_NV, chosen_NV, rank * dim), axis=1)  # padding is last
             sizes = np.bincount(
                 (np.arange(n)[:, None] * (rank + 1) + chosen_NV // dim).reshape(-1), minlength=n * (rank + 1)
             )

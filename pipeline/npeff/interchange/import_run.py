@@ -1,14 +1,12 @@
-"""Runs from the files of the NPEFF reference, and such files from runs; `store.reference_hdf5` says what is in them.
+"""Import of the files of the NPEFF reference implementation; `reference_files.py` describes their content.
 
-    import_fishers         a PEF file        → a run whose stage fishers is complete: factorize, query, report go on
-    import_factorization   a decomposition   → a run whose stage factorize is complete: query, report go on
-    export_fishers         fishers.zarr      → an LRM-PEF or LVRM-PEF file
-    export_factorization   factorization.zarr → an LRM decomposition
+    import_fishers         a PEF file        → a run with the stage fishers complete, for factorize, query and report
+    import_factorization   a decomposition   → a run with the stage factorize complete, for query and report
 
-An imported run has no model: there is nothing to lift to, or to move. Its sketch is one of
+An imported run has no model, so its components cannot be lifted or verified. Its sketch is one of
 
     {"kind": "columns", "indices": [...], "n_parameters": P}     coordinate j is parameter indices[j]
-    {"kind": "count", "dim": D, "seed": s, "n_parameters": P}    `CountSketch`: parameters hashed into D coordinates
+    {"kind": "count", "dim": D, "seed": s, "n_parameters": P}    `CountSketch`: parameters hashed to D coordinates
 
 Legend: N examples, C classes, R rows, D coordinates, P parameters, K components, V values, M columns of components.
 """
@@ -58,9 +56,9 @@ from npeff.store.shard_records import CompletionRecord, ShardRecords
 from npeff.store.tables import SCHEMAS, rows_to_columns, write_table
 
 _IMPORTED = "imported"
-"""Why the factorization of an imported decomposition stopped."""
+"""Value of ``stopped`` for an imported decomposition."""
 _SHARD_NUMBERS = 1 << 24
-"""Numbers of a shard's dense factors; bounds the memory of an import."""
+"""Largest number of entries of the dense factors of a shard, which bounds the memory of an import."""
 
 
 def import_run(
@@ -71,15 +69,15 @@ def import_run(
     options: ImportOptions = ImportOptions(),
     progress: ProgressDisplay | None = None,
 ) -> RunDirectory:
-    """A run from a file of either kind: `import_factorization` of a decomposition, otherwise `import_fishers`.
+    """Create a run from a decomposition (`import_factorization`) or a PEF file (`import_fishers`).
 
     Raises:
-        ConfigError, RunDirectoryError, StoreError: as those do.
+        ConfigError, RunDirectoryError, StoreError: As in these functions.
     """
     if file_format(file).endswith("decomposition"):
         return import_factorization(file, run_dir, fishers=fishers, options=options, progress=progress)
     if fishers is not None:
-        raise ConfigError(f"{file} holds Fishers itself: give further ones with a decomposition only")
+        raise ConfigError(f"{file} is a PEF file: give fishers only with a decomposition")
     return import_fishers(file, run_dir, options=options, progress=progress)
 
 
@@ -90,14 +88,21 @@ def import_fishers(
     options: ImportOptions = ImportOptions(),
     progress: ProgressDisplay | None = None,
 ) -> RunDirectory:
-    """A new run with the Fishers of an LRM-PEF or LVRM-PEF file; goes on where an interrupted import of it stopped.
+    """Create a run with the Fishers of an LRM-PEF or LVRM-PEF file, or resume an interrupted import of the file.
 
-    Factors are the file's rows divided by √ of the norm it gives, which is that before they were cut down.
+    The factors are the rows of the file divided by the square root of the stored norm, which is the norm before the
+    selection of the largest entries.
+
+    Args:
+        file: The PEF file.
+        run_dir: The run directory to create.
+        options: Options of the import.
+        progress: Display of the progress; by default, none.
 
     Raises:
-        ConfigError: an option is refused.
-        RunDirectoryError: `run_dir` holds something else.
-        StoreError: the file is damaged or of another format, or the disk refuses.
+        ConfigError: An option is not valid.
+        RunDirectoryError: `run_dir` is not empty and holds another run or other files.
+        StoreError: The file is damaged or has another format, or the run cannot be written.
     """
     return _import_fishers(location(file), location(run_dir), options, {}, progress or SilentProgress())
 
@@ -110,15 +115,22 @@ def import_factorization(
     options: ImportOptions = ImportOptions(),
     progress: ProgressDisplay | None = None,
 ) -> RunDirectory:
-    """A new run with the coefficients and components of an LRM decomposition, in the file's order.
+    """Create a run with the coefficients and components of an LRM decomposition, in the order of the file.
 
-    `fishers` is the PEF file that it is a decomposition of: with it the run knows the examples' labels and predictions,
-    and how much of the Fishers is explained. Components become unit rows, and coefficients take up their squared norms.
+    The components are normalized to unit rows, and the coefficients are multiplied by the squared norms.
+
+    Args:
+        file: The decomposition.
+        run_dir: The run directory to create.
+        fishers: The decomposed PEF file. If it is given, the run also has the labels and predictions of the examples
+            and the explained fraction of the Fishers.
+        options: Options of the import.
+        progress: Display of the progress; by default, none.
 
     Raises:
-        ConfigError: an option is refused.
-        RunDirectoryError: `run_dir` holds something else.
-        StoreError: a file is damaged or of another format, they do not belong together, or the disk refuses.
+        ConfigError: An option is not valid.
+        RunDirectoryError: `run_dir` is not empty and holds another run or other files.
+        StoreError: A file is damaged or has another format, the files do not match, or the run cannot be written.
     """
     file, progress = location(file), progress or SilentProgress()
     with open_decomposition(file) as opened:
@@ -139,7 +151,7 @@ def import_factorization(
             summary = _write_factorization(run, opened, file, coordinates)
     progress.say(
         f"{found.n_components} components of {len(found.coefficients_NK)} examples"
-        + (f", which explain {summary['explained']:.4f} of their Fishers" if "explained" in summary else "")
+        + (f", explained {summary['explained']:.4f} of their Fishers" if "explained" in summary else "")
     )
     return run
 
@@ -147,7 +159,7 @@ def import_factorization(
 def _import_fishers(
     file: Path, run_dir: Path, options: ImportOptions, source: dict[str, Any], progress: ProgressDisplay
 ) -> RunDirectory:
-    """`source`: what else the run is made from."""
+    """Import a PEF file. `source` describes further sources of the run."""
     began = time.monotonic()
     if file_format(file) == "D-PEF":
         raise _no_diagonal(file)
@@ -155,7 +167,7 @@ def _import_fishers(
         header = pef.header
         if not header.n_examples or not header.n_classes:
             raise StoreError(
-                f"{file} has {header.n_examples} examples and {header.n_classes} classes: nothing to import"
+                f"{file} has {header.n_examples} examples and {header.n_classes} classes: give a file with at least one"
             )
         names = _class_names(header.n_classes, options, file)
         counts_P = _count_entries(pef, progress)
@@ -171,7 +183,7 @@ def _import_fishers(
         with run.lock():
             records = ShardRecords(run.shard_records, config.signature("task", "fishers", "seed"))
             if not is_committed(run.fishers):
-                remove_directory(run.shard_records)  # of Fishers that somebody deleted
+                remove_directory(run.shard_records)  # the records of deleted Fishers
                 FisherStore.create(
                     run.fishers,
                     n_examples=header.n_examples,
@@ -215,7 +227,7 @@ def _import_fishers(
 
 
 def _count_entries(pef: PefFile, progress: ProgressDisplay) -> np.ndarray:
-    """(P,) uint16: entries other than 0 that each parameter has in the whole file, up to `MOST_COUNTED`."""
+    """Count the non-zero entries of each parameter in the whole file, (P,) uint16, up to `MOST_COUNTED`."""
     counts_P = np.zeros(pef.header.n_parameters, dtype=np.uint16)
     with progress.stage("read", pef.header.n_examples, "examples") as tick:
         for block in pef.blocks():
@@ -269,18 +281,18 @@ def _import_shard(
 def _add_grams(
     grams_NRR: np.ndarray, examples: np.ndarray, rows: np.ndarray, indices: np.ndarray, values: np.ndarray
 ) -> None:
-    """Add A Aᵀ of the examples that these are all entries of, in parameter coordinates."""
+    """Add A Aᵀ of the examples, in parameter coordinates. The arrays contain all entries of the examples."""
     rank, n_parameters = grams_NRR.shape[1], int(indices.max(initial=0)) + 1
     pairs, positions = np.unique(examples * n_parameters + indices, return_inverse=True)
     entries_MR = np.bincount(positions * rank + rows, weights=values, minlength=len(pairs) * rank).reshape(-1, rank)
     present, firsts = np.unique(pairs // n_parameters, return_index=True)
-    with np.errstate(invalid="ignore"):  # such examples are marked
+    with np.errstate(invalid="ignore"):  # these examples are marked as not valid
         for example, entries_mR in zip(present, np.split(entries_MR, firsts[1:]), strict=False):
             grams_NRR[example] += entries_mR.T @ entries_mR
 
 
 def _example_arrays(pef: PefFile, blocks: Sequence[PefBlock], grams_NRR: np.ndarray) -> dict[str, np.ndarray]:
-    """The arrays of a shard but its factors. Raises StoreError where they contradict each other."""
+    """Return the arrays of a shard without its factors. Raises StoreError if they are inconsistent."""
     labels_N = np.concatenate([block.labels_N for block in blocks]).astype(np.int64)
     logits_NC = np.concatenate([block.logits_NC for block in blocks])
     norms_N = np.concatenate([block.frobenius_norms_N for block in blocks]).astype(np.float64)
@@ -288,8 +300,8 @@ def _example_arrays(pef: PefFile, blocks: Sequence[PefBlock], grams_NRR: np.ndar
     valid_N = np.isfinite(logits_NC).all(axis=1) & np.isfinite(norms_N) & np.isfinite(grams_NRR).all(axis=(1, 2))
     contradictions = {
         "a negative Frobenius norm": norms_N < 0,
-        "Frobenius norm 0 and values other than 0": valid_N & (norms_N == 0) & grams_NRR.any(axis=(1, 2)),
-        f"a label that is none of its {logits_NC.shape[1]} classes": labels_N >= logits_NC.shape[1],
+        "Frobenius norm 0 and non-zero values": valid_N & (norms_N == 0) & grams_NRR.any(axis=(1, 2)),
+        f"a label that is not one of its {logits_NC.shape[1]} classes": labels_N >= logits_NC.shape[1],
     }
     for what, wrong_N in contradictions.items():
         if wrong_N.any():
@@ -310,14 +322,17 @@ def _example_arrays(pef: PefFile, blocks: Sequence[PefBlock], grams_NRR: np.ndar
 
 
 def _log_probabilities(logits_NC: np.ndarray) -> np.ndarray:
-    """float64; what rows that are not finite have is of no use."""
+    """Return log-probabilities in float64. Rows that are not finite have no meaning."""
     with np.errstate(invalid="ignore"):
         shifted_NC = logits_NC - logits_NC.max(axis=1, keepdims=True).astype(np.float64)
         return shifted_NC - np.log(np.exp(shifted_NC).sum(axis=1, keepdims=True))
 
 
 def _kept_trace(log_p_NC: np.ndarray, ranks_N: np.ndarray) -> np.ndarray:
-    """(N,) share of the trace of Σ_y p_y (e_y - p)(e_y - p)ᵀ = diag(p) - p pᵀ that the most probable classes have."""
+    """Return the fraction (N,) of the trace of diag(p) - p pᵀ that the most probable classes cover.
+
+    The trace is that of Σ_y p_y (e_y - p)(e_y - p)ᵀ.
+    """
     p_NC = np.sort(np.exp(log_p_NC), axis=1)[:, ::-1]
     traces_NC = p_NC * ((1 - p_NC) ** 2 + (p_NC**2).sum(axis=1, keepdims=True) - p_NC**2)
     kept_N = np.where(np.arange(p_NC.shape[1]) < ranks_N[:, None], traces_NC, 0).sum(axis=1)
@@ -328,9 +343,9 @@ def _kept_trace(log_p_NC: np.ndarray, ranks_N: np.ndarray) -> np.ndarray:
 def _write_factorization(
     run: RunDirectory, opened: DecompositionFile, file: Path, coordinates: Coordinates
 ) -> dict[str, Any]:
-    """Write what stage factorize leaves, from a decomposition; the record of the stage.
+    """Write the outputs of the stage factorize from a decomposition, and return the record of the stage.
 
-    No later stage completes the table of components. Without Fishers, no other record holds the checksums of the
+    No later stage completes the table of components. Without Fishers, no other record contains the checksums of the
     tables of examples, classes and parameters.
     """
     began, found = time.monotonic(), opened.decomposition
@@ -351,8 +366,8 @@ def _write_factorization(
             [[found.n_parameters]],
         ):
             raise StoreError(
-                f"{file} is of {len(coefficients_NK)} examples and {found.n_parameters} parameters, and the Fishers in "
-                f"{run.path} are not: give the PEF file that it is a decomposition of"
+                f"{file} has {len(coefficients_NK)} examples and {found.n_parameters} parameters, unlike the Fishers "
+                f"in {run.path}: give the PEF file that was decomposed"
             )
         statistics = _statistics(store, checksums, coefficients_NK, components_KD)
         loss = statistics.loss(torch.tensor(components_KD))
@@ -376,13 +391,13 @@ def _write_factorization(
 
 
 def _components(opened: DecompositionFile, file: Path, coordinates: Coordinates) -> tuple[np.ndarray, np.ndarray]:
-    """(K, D) float64, unit rows, or 0 where the file has a component that is 0; and their squared norms in the file."""
+    """Return the normalized components (K, D) float64, with 0 for a zero component, and their squared norms (K,)."""
     found = opened.decomposition
     places_M, signs_M = coordinates.place(found.column_indices_M)
     if not signs_M.all():
         raise StoreError(
-            f"{file} has {int((signs_M == 0).sum())} parameters that the Fishers have no values of: give the PEF file "
-            "that it is a decomposition of, or lower min_nonzero"
+            f"{file} has {int((signs_M == 0).sum())} parameters without values in the Fishers: give the PEF file that "
+            "was decomposed, or lower min_nonzero"
         )
     components_KD = np.zeros((found.n_components, coordinates.dim))
     squared_norms_K = np.zeros(found.n_components)
@@ -400,7 +415,7 @@ def _components(opened: DecompositionFile, file: Path, coordinates: Coordinates)
 def _statistics(
     store: FisherStore, checksums: dict[int, str], coefficients_NK: np.ndarray, components_KD: np.ndarray
 ) -> Statistics:
-    """What the loss is made of, at these coefficients, which are not fitted anew."""
+    """Return the statistics of the loss for the imported coefficients, which are not refitted."""
     total = Statistics.zeros(*components_KD.shape)
     for shard, (start, stop) in enumerate(store.plan):
         arrays = store.read_shard(shard, checksums[shard])
@@ -416,7 +431,7 @@ def _statistics(
 
 
 def _write_unknown_examples(run: RunDirectory, n_examples: int, names: Sequence[str]) -> None:
-    """``examples`` and ``classes`` where a decomposition is all there is."""
+    """Write the tables ``examples`` and ``classes`` for a decomposition without Fishers."""
     columns = {
         "example": np.arange(n_examples),
         "id": [str(example) for example in range(n_examples)],
@@ -428,13 +443,13 @@ def _write_unknown_examples(run: RunDirectory, n_examples: int, names: Sequence[
     unknown = {field.name: [None] * n_examples for field in SCHEMAS["examples"] if field.nullable}
     write_table(run.table("examples"), "examples", columns | unknown)
     write_table(run.table("classes"), "classes", {"class": range(len(names)), "name": list(names)})
-    write_parameter_table(run, {}, {})  # of which such a file knows numbers alone
+    write_parameter_table(run, {}, {})  # the file contains only the number of parameters
 
 
 def _config(
     run_dir: Path, options: ImportOptions, source: dict[str, Any], coordinates: Coordinates, shard_size: int
 ) -> RunConfig:
-    """The configuration of an imported run: as of any run, with what it was imported from for options of its task."""
+    """Return the configuration of an imported run. The options of its task describe the imported files."""
     columns = isinstance(coordinates, Columns)
     how = {"max_dim": options.max_dim, "min_nonzero": options.min_nonzero, "class_names": list(options.class_names)}
     document = {
@@ -442,7 +457,7 @@ def _config(
         "seed": options.seed,
         "task": {"name": IMPORTED_TASK, "options": source | how},
         "fishers": {
-            # of the kinds that a run file knows, the one that is most like it
+            # the most similar kind of sketch in a run file
             "sketch": {"kind": "identity"} if columns else {"kind": "tensorsketch", "dim": coordinates.dim},
             "store_dtype": options.store_dtype,
             "shard_size": shard_size,
@@ -468,6 +483,6 @@ def _checksum(file: Path) -> str:
 
 def _no_diagonal(file: Path) -> StoreError:
     return StoreError(
-        f"{file} is of diagonal Fishers, which a run cannot hold: read it with open_diagonal_pef or open_decomposition "
+        f"{file} has diagonal Fishers, which cannot be imported: read it with open_diagonal_pef or open_decomposition "
         "of npeff.interchange.reference_files"
     )

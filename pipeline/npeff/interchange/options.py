@@ -1,4 +1,4 @@
-"""What can be chosen when a file is imported."""
+"""Options of the import."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ import numpy as np
 from npeff.runs.config_reading import ConfigError
 
 MOST_COUNTED = np.iinfo(np.uint16).max
-"""Entries of a parameter are counted up to here."""
+"""Largest count of the entries of a parameter."""
 
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """How a file becomes a run."""
+    """Options for the conversion of a file to a run."""
 
     n_components: int = 32
-    """Of the factorization to come; that of an imported decomposition is its own."""
+    """Number of components of the later factorization. An imported decomposition has its own number."""
     max_dim: int = 65_536
-    """Up to so many parameters with values, each is a coordinate of its own; more are hashed."""
+    """Largest number of parameters with values that are not hashed. Each is then a coordinate."""
     dim: int = 4096
-    """Coordinates that parameters are hashed into."""
+    """Number of coordinates after hashing."""
     min_nonzero: int = 1
     """Parameters with fewer values in the whole file are dropped."""
     held_out_fraction: float = 1 / 3
-    """Share of the examples that the components will not be fitted on; none with an imported decomposition."""
+    """Fraction of the examples to hold out of the fit. Not used for an imported decomposition."""
     seed: int = 0
     store_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
     class_names: Sequence[str] = ()
-    """The files have none: "class 0", ... unless given."""
+    """Names of the classes, which the files do not contain. The default is "class 0", ..."""
 
     def __post_init__(self) -> None:
         sizes = ("n_components", "max_dim", "dim", "min_nonzero")

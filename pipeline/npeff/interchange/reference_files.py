@@ -1,15 +1,15 @@
-"""The HDF5 files of the NPEFF reference implementation, read and written by blocks of examples.
+"""Readers of the HDF5 files of the NPEFF reference implementation, by blocks of examples.
 
     LRM-PEF            data@n_classes n_parameters; data/labels logits values row_indices col_offsets
                        pef_frobenius_norms
-    LVRM-PEF           data@min_prob_class n_parameters; ranks and col_sizes in the place of col_offsets
+    LVRM-PEF           data@min_prob_class n_parameters; ranks and col_sizes instead of col_offsets
     D-PEF              data/labels predicted_logits dense_fisher_norms; data/fisher/values indices, @dense_fisher_size
     LRM decomposition  data@n_classes n_parameters; data/W G new_to_old_col_indices; losses/G_only joint
     D decomposition    data/W H reduce_kept_indices; full_dense_size
 
-A PEF is an example's Fisher factor A (F = AᵀA) of which only the entries of largest magnitude are kept. LRM has one row
-√p_y ∇log p_y per class y, LVRM one per class that is probable enough, so that the number of rows varies. Parameters are
-numbered from 0 through all of them, one after the other.
+A PEF is the Fisher factor A of an example (F = AᵀA), of which only the entries of largest magnitude are kept. LRM has
+one row √p_y ∇log p_y per class y. LVRM has one row per class of sufficient probability, so the number of rows varies.
+Parameters are numbered consecutively from 0.
 
 Legend: N examples, C classes, R rows of a factor, V values kept of an example, K components, M columns of components.
 """
@@ -34,31 +34,31 @@ DecompositionFormat = Literal["LRM decomposition", "D decomposition"]
 Format = PefFormat | DecompositionFormat | Literal["D-PEF"]
 
 BLOCK_VALUES = 1 << 20
-"""Values of a block that is read or written at one time."""
+"""Approximate number of values in a block."""
 _MOST_PARAMETERS = 2**31
-"""The files number parameters by int32."""
-_TELLING: dict[str, Format] = {
+"""Largest number of parameters, because their indices are int32."""
+_FORMAT_MARKERS: dict[str, Format] = {
     "fisher/values": "D-PEF", "col_offsets": "LRM-PEF", "col_sizes": "LVRM-PEF",
     "G": "LRM decomposition", "H": "D decomposition",
 }  # fmt: skip
-"""What below ``data`` tells a format from the others."""
+"""Entry below ``data`` that occurs in one format only."""
 COMPONENT_ARRAYS = {"LRM decomposition": "data/G", "D decomposition": "data/H"}
 
 
 @dataclass(frozen=True)
 class PefHeader:
-    """What an LRM-PEF or LVRM-PEF file holds."""
+    """Sizes of an LRM-PEF or LVRM-PEF file."""
 
     format: PefFormat
     n_examples: int
     n_classes: int
     n_parameters: int
     n_values: int
-    """Values stored of each example, padding included."""
+    """Stored values per example, including padding."""
     rank: int
-    """Rows of the factor that has most."""
+    """Largest number of rows of a factor."""
     min_prob_class: float | None
-    """Classes less probable have no row; LVRM-PEF only."""
+    """Smallest probability of a class with a row; LVRM-PEF only."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ class PefBlock:
     start: int
     """Number of the first example."""
     labels_N: np.ndarray
-    """int32; negative where unknown."""
+    """int32; negative if unknown."""
     logits_NC: np.ndarray
     """float32"""
     frobenius_norms_N: np.ndarray
-    """float32: ‖F‖_F of the factor before it was cut down to the largest entries."""
+    """float32: ‖F‖_F of the factor before the selection of the largest entries."""
     ranks_N: np.ndarray
     """int32: rows of each factor."""
     offsets_NR: np.ndarray
@@ -83,7 +83,7 @@ class PefBlock:
     """int32: the parameter of each value."""
 
     def entries(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """All values of the block, without padding, as (position in the block, row, parameter, value)."""
+        """Return all values of the block without padding, as (position in the block, row, parameter, value)."""
         sizes_NR = np.diff(self.offsets_NR, axis=1).astype(np.int64)
         rank = sizes_NR.shape[1]
         used_N = sizes_NR.sum(axis=1)
@@ -95,7 +95,7 @@ class PefBlock:
 
 @dataclass(frozen=True)
 class DiagonalPefHeader:
-    """What a D-PEF file holds."""
+    """Sizes of a D-PEF file."""
 
     n_examples: int
     n_classes: int
@@ -113,7 +113,7 @@ class DiagonalPefBlock:
     logits_NC: np.ndarray
     """float32"""
     norms_N: np.ndarray
-    """float32: ‖f‖ before it was cut down to the largest entries."""
+    """float32: ‖f‖ before the selection of the largest entries."""
     values_NV: np.ndarray
     """float32, descending."""
     indices_NV: np.ndarray
@@ -122,7 +122,7 @@ class DiagonalPefBlock:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """All of a decomposition but its components."""
+    """A decomposition without its components."""
 
     format: DecompositionFormat
     coefficients_NK: np.ndarray
@@ -133,7 +133,8 @@ class Decomposition:
     n_classes: int | None = None
     """LRM decomposition only."""
     losses_g_only: np.ndarray | None = None
-    """float32, as the file has them: the reference adds a wrong constant. None where it has none, as the following."""
+    """float32, as stored: the reference implementation adds a wrong constant. None if the file has no losses; the same
+    holds for the next two fields."""
     losses_joint: np.ndarray | None = None
     log_loss_frequency: int | None = None
     """Iterations between two recorded losses."""
@@ -144,7 +145,7 @@ class Decomposition:
 
 
 class _File:
-    """An open file, whose every problem becomes a `StoreError` that names it."""
+    """An open file. All its problems raise a `StoreError` with the path."""
 
     def __init__(self, path: Path, file: Any) -> None:
         self.path = path
@@ -152,7 +153,7 @@ class _File:
 
     def error(self, what: str) -> StoreError:
         return StoreError(
-            f"{self.path} {what}", "it is damaged or of another format, get or export it again", path=self.path
+            f"{self.path} {what}", "it is damaged or has another format, get or export it again", path=self.path
         )
 
     def has(self, name: str) -> bool:
@@ -160,10 +161,15 @@ class _File:
             return name in self._file
 
     def dataset(self, name: str, kinds: str, *shape: int | None) -> Any:
-        """The dataset of that name; its type must be one of `kinds` (numpy's letters), None in `shape` is any length.
+        """Return a dataset.
+
+        Args:
+            name: Name of the dataset.
+            kinds: Allowed kinds of its type (numpy's letters).
+            shape: Required shape, with None for any length.
 
         Raises:
-            StoreError: there is none, or it is of another type or shape.
+            StoreError: The dataset is missing, or has another type or shape.
         """
         with _damage_explained(self.path):
             found = self._file.get(name)
@@ -180,12 +186,12 @@ class _File:
         return found
 
     def read(self, dataset: Any, start: int, stop: int, dtype: type[np.generic]) -> np.ndarray:
-        """Rows start..stop-1."""
+        """Read the rows start..stop-1."""
         with _damage_explained(self.path):
             return np.asarray(dataset[start:stop]).astype(dtype, copy=False)
 
     def number(self, name: str, *places: str) -> float:
-        """An attribute that is one number, at the first of `places` that has it."""
+        """Return an attribute that is one number, from the first of `places` that has it."""
         with _damage_explained(self.path):
             holders = [self._file[place] for place in places if place in self._file]
             found = next((holder.attrs[name] for holder in holders if name in holder.attrs), None)
@@ -195,10 +201,10 @@ class _File:
             return float(values.reshape(-1)[0])
 
     def parameters(self, name: str, *places: str) -> int:
-        """A number of parameters."""
+        """Return an attribute that is a number of parameters."""
         n_parameters = self.number(name, *places)
         if not 1 <= n_parameters <= _MOST_PARAMETERS:
-            raise self.error(f"has {places[0]}@{name} = {n_parameters:g}, which int32 indices cannot number")
+            raise self.error(f"has {places[0]}@{name} = {n_parameters:g}, which is out of range for int32 indices")
         return int(n_parameters)
 
     def check_indices(self, indices: np.ndarray, n_parameters: int, name: str) -> None:
@@ -220,7 +226,7 @@ class PefFile:
         self._norms = file.dataset("data/pef_frobenius_norms", "f", n_examples)
         if form == "LRM-PEF":
             if file.number("n_classes", "data") != n_classes:
-                raise file.error(f"has logits of {n_classes} classes and another data@n_classes")
+                raise file.error(f"has logits of {n_classes} classes but another data@n_classes")
             self._columns = file.dataset("data/col_offsets", "iu", n_examples, n_classes + 1)
             self._ranks_N = np.full(n_examples, n_classes, dtype=np.int32)
         else:
@@ -240,10 +246,10 @@ class PefFile:
         )
 
     def blocks(self, start: int = 0, stop: int | None = None, block_values: int = BLOCK_VALUES) -> Iterator[PefBlock]:
-        """Examples start..stop-1 (to the last unless given), by blocks of about `block_values` values.
+        """Yield the examples start..stop-1 (all by default) in blocks of about `block_values` values.
 
         Raises:
-            StoreError: the file cannot be read, offsets do not ascend, or a parameter is none.
+            StoreError: The file cannot be read, offsets do not ascend, or the index of a parameter is out of range.
         """
         step = max(1, block_values // max(1, self.header.n_values))
         stop = self.header.n_examples if stop is None else stop
@@ -278,7 +284,7 @@ class PefFile:
         )
 
     def _offsets(self, start: int, stop: int) -> np.ndarray:
-        """(stop - start, R + 1) int64, as the file has them."""
+        """Return the offsets of the rows, (stop - start, R + 1) int64."""
         if self.header.format == "LRM-PEF":
             return self._file.read(self._columns, start, stop, np.int64)
         first, last = self._first_column_N[start], self._first_column_N[stop]
@@ -305,10 +311,10 @@ class DiagonalPefFile:
     def blocks(
         self, start: int = 0, stop: int | None = None, block_values: int = 1 << 20
     ) -> Iterator[DiagonalPefBlock]:
-        """Examples start..stop-1 (to the last unless given), by blocks of about `block_values` values.
+        """Yield the examples start..stop-1 (all by default) in blocks of about `block_values` values.
 
         Raises:
-            StoreError: the file cannot be read, a value is negative, or a parameter is none.
+            StoreError: The file cannot be read, a value is negative, or the index of a parameter is out of range.
         """
         file = self._file
         step = max(1, block_values // max(1, self.header.n_values))
@@ -366,10 +372,10 @@ class DecompositionFile:
             raise file.error("has a data/W that is not finite and non-negative everywhere")
 
     def components(self, start: int, stop: int) -> np.ndarray:
-        """Components start..stop-1 as the file has them, not of unit norm: (stop - start, M) float32.
+        """Read the components start..stop-1, (stop - start, M) float32, without normalization.
 
         Raises:
-            StoreError: the file cannot be read, or a number is not finite.
+            StoreError: The file cannot be read, or a number is not finite.
         """
         components = self._file.read(self._components, start, stop, np.float32)
         if not np.isfinite(components).all():
@@ -384,10 +390,10 @@ class DecompositionFile:
 
 
 def file_format(path: str | Path) -> Format:
-    """Which of the formats a file has.
+    """Return the format of a file.
 
     Raises:
-        StoreError: it cannot be read, or has none of them.
+        StoreError: The file cannot be read, or has another format.
     """
     with _opened(location(path)) as file:
         return _format(file)
@@ -395,10 +401,10 @@ def file_format(path: str | Path) -> Format:
 
 @contextmanager
 def open_pef(path: str | Path) -> Iterator[PefFile]:
-    """An LRM-PEF or LVRM-PEF file, to read; `PefFile.header` says what is in it, `PefFile.blocks` reads it.
+    """Open an LRM-PEF or LVRM-PEF file for reading. `PefFile.header` has its sizes, and `PefFile.blocks` reads it.
 
     Raises:
-        StoreError: it cannot be read, is of another format, or its arrays and attributes do not agree.
+        StoreError: The file cannot be read or has another format, or its arrays and attributes do not agree.
     """
     with _opened(location(path)) as file:
         form = _format(file)
@@ -409,7 +415,7 @@ def open_pef(path: str | Path) -> Iterator[PefFile]:
 
 @contextmanager
 def open_diagonal_pef(path: str | Path) -> Iterator[DiagonalPefFile]:
-    """A D-PEF file, to read. Raises StoreError as `open_pef` does."""
+    """Open a D-PEF file for reading. Raises StoreError as in `open_pef`."""
     with _opened(location(path)) as file:
         form = _format(file)
         if form != "D-PEF":
@@ -419,7 +425,7 @@ def open_diagonal_pef(path: str | Path) -> Iterator[DiagonalPefFile]:
 
 @contextmanager
 def open_decomposition(path: str | Path) -> Iterator[DecompositionFile]:
-    """An LRM or D decomposition, to read. Raises StoreError as `open_pef` does."""
+    """Open an LRM or D decomposition for reading. Raises StoreError as in `open_pef`."""
     with _opened(location(path)) as file:
         form = _format(file)
         if form != "LRM decomposition" and form != "D decomposition":
@@ -428,10 +434,10 @@ def open_decomposition(path: str | Path) -> Iterator[DecompositionFile]:
 
 
 def _format(file: _File) -> Format:
-    found = [form for name, form in _TELLING.items() if file.has(f"data/{name}")]
+    found = [form for name, form in _FORMAT_MARKERS.items() if file.has(f"data/{name}")]
     if len(found) != 1:
         raise StoreError(
-            f"{file.path} is none of the reference's files",
+            f"{file.path} is not a file of the reference implementation",
             "give an LRM-PEF, LVRM-PEF or D-PEF file or a decomposition",
             path=file.path,
         )
@@ -442,15 +448,13 @@ def _h5py(path: Path) -> Any:
     try:
         import h5py
     except ImportError:
-        raise StoreError(
-            f"{path} is an HDF5 file, for which h5py is needed", "pip install 'npeff-pipeline[hdf5]'"
-        ) from None
+        raise StoreError(f"{path} is an HDF5 file, which needs h5py", "pip install 'npeff-pipeline[hdf5]'") from None
     return h5py
 
 
 @contextmanager
 def _damage_explained(path: Path) -> Iterator[None]:
-    """HDF5's many exceptions as one."""
+    """Convert the various exceptions of HDF5 to a StoreError."""
     try:
         yield
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
@@ -465,7 +469,7 @@ def _opened(path: Path) -> Iterator[_File]:
         with os_errors_explained("read", path), copy.open("rb"):
             pass
         if not h5py.is_hdf5(copy):
-            remedy = "give a file of the reference, or get it again"
+            remedy = "give a file of the reference implementation, or get it again"
             raise StoreError(f"{path} is not an HDF5 file", remedy, path=path)
         with _damage_explained(path):
             file = h5py.File(copy, "r")

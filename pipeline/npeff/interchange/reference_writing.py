@@ -1,4 +1,4 @@
-"""Writing HDF5 files of the reference implementation."""
+"""Writers of the HDF5 files of the reference implementation."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from npeff.storage.objects import upload_files
 
 
 def write_pef(path: str | Path, header: PefHeader, blocks: Iterable[PefBlock]) -> None:
-    """Create or replace an LRM-PEF or LVRM-PEF file from blocks that follow each other.
+    """Create or replace an LRM-PEF or LVRM-PEF file from consecutive blocks.
 
     Raises:
-        ValueError: the blocks are not all of the header's examples in order, or have other shapes.
-        StoreError: it cannot be written. The former content of `path` is untouched.
+        ValueError: The blocks do not contain all examples of the header in order, or have other shapes.
+        StoreError: The file cannot be written. The previous content of `path` is unchanged.
     """
     N, low_rank = header.n_examples, header.format == "LRM-PEF"
     with _created(location(path)) as file:
@@ -72,7 +72,7 @@ def write_pef(path: str | Path, header: PefHeader, blocks: Iterable[PefBlock]) -
 
 
 def write_diagonal_pef(path: str | Path, header: DiagonalPefHeader, blocks: Iterable[DiagonalPefBlock]) -> None:
-    """Create or replace a D-PEF file from blocks that follow each other. Raises as `write_pef` does."""
+    """Create or replace a D-PEF file from consecutive blocks. Raises the errors of `write_pef`."""
     N = header.n_examples
     with _created(location(path)) as file:
         data, fisher = file.create_group("data"), file.create_group("data/fisher")
@@ -99,8 +99,8 @@ def write_decomposition(path: str | Path, decomposition: Decomposition, componen
     """Create or replace an LRM or D decomposition.
 
     Raises:
-        ValueError: the shapes do not agree.
-        StoreError: it cannot be written. The former content of `path` is untouched.
+        ValueError: The shapes do not agree.
+        StoreError: The file cannot be written. The previous content of `path` is unchanged.
     """
     shape = (decomposition.n_components, len(decomposition.column_indices_M))
     if components_KM.shape != shape:
@@ -119,19 +119,22 @@ def write_decomposition(path: str | Path, decomposition: Decomposition, componen
             losses.attrs["log_loss_frequency"] = decomposition.log_loss_frequency or 1
         else:
             kept = data.create_dataset("reduce_kept_indices", data=decomposition.column_indices_M, dtype="<i8")
-            for holder in (data, kept):  # readers differ in where they look
+            for holder in (data, kept):  # readers differ in where they expect it
                 holder.attrs["full_dense_size"] = np.array([decomposition.n_parameters])
 
 
 def _next_rows(start: int, written: int, count: int) -> slice:
     if start != written:
-        raise ValueError(f"a block begins at example {start} where {written} examples were written")
+        raise ValueError(f"a block begins at example {start}, but {written} examples were written")
     return slice(start, start + count)
 
 
 @contextmanager
 def _one_os_error() -> Iterator[None]:
-    """HDF5 tells of a full disk in a long `OSError`, and once more, in a `RuntimeError`, when the file is closed."""
+    """Convert the errors of HDF5 to a short `OSError`.
+
+    HDF5 raises a long `OSError` for a full disk, and a `RuntimeError` when the file is closed.
+    """
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -142,14 +145,14 @@ def _one_os_error() -> Iterator[None]:
 
 
 def _errno_of(error: RuntimeError) -> int | None:
-    """Of the failed system call: HDF5 hands it over in the text alone where h5py raises no OSError."""
+    """Return the errno of a failed system call, which only the text of HDF5's `RuntimeError` contains."""
     found = re.search(r"errno = (\d+)", str(error))
     return int(found[1]) if found else None
 
 
 @contextmanager
 def _created(path: Path) -> Iterator[Any]:
-    """A new HDF5 file in the place of `path`, once the body is through."""
+    """Create an HDF5 file that replaces `path` after the body."""
     h5py = _h5py(path)
     if is_remote(path):
         with tempfile.TemporaryDirectory(prefix="npeff-") as folder:
