@@ -1,4 +1,4 @@
-"""Files of a finished run, damaged one after the other: found by `npeff check`, made again by `npeff check --recompute`.
+"""Damage to the files of a finished run, one at a time: `npeff check` finds it, and `check --recompute` corrects it.
 
     PYTHONPATH=tests python -m end_to_end.damage RUN_DIR FOLDER
 

@@ -345,8 +345,8 @@ def test_a_stage_says_which_one_comes_before_it(
         (("tops",), "Did you mean 'top'?"),
         (("sql", "selec 1"), "SQL: Parser Error"),
         (("sql", "select * from nothing"), "Table with name nothing does not exist! (tables: classes, "),
-        (("sql", "drop table components"), "a query is one SELECT statement"),
-        (("sql", "select 1; select 2"), "a query is one SELECT statement"),
+        (("sql", "drop table components"), "a query must be one SELECT statement"),
+        (("sql", "select 1; select 2"), "a query must be one SELECT statement"),
         (("sql", "select * from read_csv('/etc/passwd')"), "file system operations are disabled"),
         (("sql", "select interval 3 days", "--format", "parquet"), "parquet cannot hold this result"),
         (("components", "--format", "xml"), "'xml' is not one of 'table', 'json', 'csv', 'parquet'"),
@@ -403,9 +403,9 @@ def test_a_question_that_cannot_be_answered_is_one_line(
         (("factorize", "RUN", "--max-iterations", "0"), "'--max-iterations'"),
         (("factorize", "RUN", "--max-iterations", "3"), "another configuration"),
         (("query", "RUN", "top", "-c", "0", "-n", "0"), "'-n'"),
-        (("query", "RUN", "sql", ""), "a query is one SELECT statement"),
-        (("query", "RUN", "sql", "copy components to 'x.csv'"), "a query is one SELECT statement"),
-        (("query", "RUN", "sql", "attach 'x.db'"), "a query is one SELECT statement"),
+        (("query", "RUN", "sql", ""), "a query must be one SELECT statement"),
+        (("query", "RUN", "sql", "copy components to 'x.csv'"), "a query must be one SELECT statement"),
+        (("query", "RUN", "sql", "attach 'x.db'"), "a query must be one SELECT statement"),
         (("query", "RUN", "selection"), "selection"),
         (("query", "RUN/run.yaml", "components"), "run.yaml"),
         (("status", "RUN/tables/examples.parquet"), "examples.parquet"),
@@ -456,7 +456,7 @@ def test_questions_to_a_half_finished_run_name_the_command_that_is_due(command: 
     shutil.rmtree(run_dir / "tables")
     for question in (("top", "-c", 0), ("components",), ("similar", "-c", 0)):
         said = command.refused("query", run_dir, *question)
-        assert said == f"table 'components' is not there yet: run `npeff factorize {run_dir}` first"
+        assert said == f"table 'components' does not exist yet: run `npeff factorize {run_dir}` first"
     command.succeeds("status", run_dir)
 
 

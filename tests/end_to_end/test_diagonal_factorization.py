@@ -154,7 +154,7 @@ def test_components_are_lifted_and_verified(finished: RunDirectory, capsys: pyte
     for component in range(K):
         direction = DirectionStore.open(finished.directions).read(component)
         assert sum(np.square(array).sum() for array in direction.values()) == pytest.approx(1, rel=1e-5)
-    with pytest.raises(RunDirectoryError, match="only those of kind fishers can be exported"):
+    with pytest.raises(RunDirectoryError, match="only kind fishers can be exported"):
         export_run(finished.path, finished.path / "x.h5", what="factorization")
     with pytest.raises(SystemExit) as end:
         cli.main(["select", str(finished.path)])

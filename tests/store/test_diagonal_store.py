@@ -125,6 +125,6 @@ def test_sums_of_another_run_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_sum_that_is_not_finite_is_refused(tmp_path: Path, bad: float) -> None:
     sums = sums_in(tmp_path)
-    with pytest.raises(StoreError, match=r"diagonal Fisher of scale over shards 8 to 11 is too large"):
+    with pytest.raises(StoreError, match=r"diagonal Fisher of scale over shards 8 to 11 overflows its precision"):
         sums.write(2, {**unit_sum(2), "scale": np.array(bad)})
     assert not sums.folder.exists()

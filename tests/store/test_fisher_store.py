@@ -391,7 +391,7 @@ def test_something_else_is_not_taken_for_a_store(tmp_path: Path) -> None:
 
 def test_another_schema_version_is_refused(store: FisherStore) -> None:
     zarr.open_group(store.path).attrs["schema_version"] = 99
-    with pytest.raises(StoreError, match="schema version 99 and this program reads 3"):
+    with pytest.raises(StoreError, match="schema version 99, but this program reads version 3"):
         FisherStore.open(store.path)
 
 

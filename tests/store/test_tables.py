@@ -181,5 +181,5 @@ def test_a_table_without_a_version_is_read_and_one_of_a_later_version_refused(tm
     pq.write_table(table, path)
     assert read_table(path, "classes").equals(table)
     pq.write_table(table.replace_schema_metadata({"npeff.schema_version": "3"}), path)
-    with pytest.raises(StoreError, match=r"classes\.parquet has schema version 3, but this program reads versions up to 2"):
+    with pytest.raises(StoreError, match=r"classes\.parquet has schema version 3, but this program"):
         read_table(path, "classes")

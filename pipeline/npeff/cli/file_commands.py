@@ -86,17 +86,18 @@ def import_command(
     run_dir: Annotated[Path, typer.Argument(parser=location, metavar="RUN_DIR", help="A new directory for the run.")],
     fishers: Annotated[
         Path | None,
-        typer.Option(
-            parser=location, metavar="FILE", help="For a decomposition: the PEF file that was decomposed."
-        ),
+        typer.Option(parser=location, metavar="FILE", help="For a decomposition: the PEF file that was decomposed."),
     ] = None,
     components: Annotated[int, typer.Option(min=1, help="Number of components of the factorization.")] = 32,
     max_dim: Annotated[int, typer.Option(min=1, help="Largest number of parameters that are not hashed.")] = 65_536,
     dim: Annotated[int, typer.Option(min=1, help="Number of coordinates after hashing.")] = 4096,
     min_nonzero: Annotated[int, typer.Option(min=1, help="Drop parameters with fewer stored values.")] = 1,
-    held_out: Annotated[float, typer.Option(min=0, max=1, help="Fraction of the examples to hold out of the fit.")] = 1 / 3,
+    held_out: Annotated[float, typer.Option(min=0, max=1, help="Fraction of the examples to hold out of the fit.")] = 1
+    / 3,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the hashes, the split and the factorization.")] = 0,
-    class_names: Annotated[list[str], typer.Option("--class-name", help="Name of a class; give one per class, in order.")] = [],  # noqa: B006
+    class_names: Annotated[
+        list[str], typer.Option("--class-name", help="Name of a class; give one per class, in order.")
+    ] = [],  # noqa: B006
 ) -> None:
     """Create a run from Fishers (LRM-PEF, LVRM-PEF) or a decomposition (LRM) of the NPEFF reference implementation."""
     from npeff.interchange.import_run import import_run

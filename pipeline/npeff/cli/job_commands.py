@@ -36,10 +36,15 @@ def submit(
     ] = None,
     env: Annotated[
         list[str],
-        typer.Option(metavar="NAME[=VALUE]", help="Environment variable of the job; NAME alone copies the local value."),
+        typer.Option(
+            metavar="NAME[=VALUE]", help="Environment variable of the job; NAME alone copies the local value."
+        ),
     ] = [],  # noqa: B006
     pip: Annotated[
-        list[str], typer.Option(metavar="REQUIREMENT", help="Packages to install for the job: torchvision==0.26 or a requirements.txt.")
+        list[str],
+        typer.Option(
+            metavar="REQUIREMENT", help="Packages to install for the job: torchvision==0.26 or a requirements.txt."
+        ),
     ] = [],  # noqa: B006
     py_modules: Annotated[
         list[Path], typer.Option("--py-module", exists=True, help="A Python package to upload, such as the task's.")
@@ -51,12 +56,14 @@ def submit(
         float | None, typer.Option(min=0, help="CPUs to reserve for the driver, in addition to the workers' CPUs.")
     ] = None,
     entrypoint_num_gpus: Annotated[float | None, typer.Option(min=0, help="GPUs to reserve for the driver.")] = None,
-    entrypoint_memory: Annotated[int | None, typer.Option(min=0, help="Bytes of memory to reserve for the driver.")] = None,
+    entrypoint_memory: Annotated[
+        int | None, typer.Option(min=0, help="Bytes of memory to reserve for the driver.")
+    ] = None,
     entrypoint_resources: Annotated[
         str | None, typer.Option(metavar="JSON", help='Custom resources to reserve for the driver: {"head": 1}.')
     ] = None,
 ) -> None:
-    """Submit `npeff run` as a Ray job to a cluster. Submitting it again follows the job if it is active, else resumes."""
+    """Submit `npeff run` as a Ray job to a cluster. A second submission follows the active job, or resumes the run."""
     if (run is None) == (stop is None):
         raise typer.BadParameter("give a run file, or --stop JOB")
     if stop is not None:
@@ -95,7 +102,8 @@ def submit(
 def status(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run file (YAML), or the directory of a run.")],
     address: Annotated[
-        str | None, typer.Option(envvar=_ADDRESS_VARIABLE, help="Address of a cluster's job server, to show the run's job too.")
+        str | None,
+        typer.Option(envvar=_ADDRESS_VARIABLE, help="Address of a cluster's job server, to show the run's job too."),
     ] = None,
 ) -> None:
     """Show the state of each stage of a run (missing, partial or complete), and of its job on a cluster."""

@@ -37,9 +37,7 @@ RunDir = Annotated[
 ]
 
 
-Workers = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Number of workers, instead of the run file's.")
-]
+Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Number of workers, instead of the run file's.")]
 
 
 Address = Annotated[
@@ -48,7 +46,8 @@ Address = Annotated[
 
 
 MaxIterations = Annotated[
-    int | None, typer.Option("--max-iterations", min=1, help="Raise the iteration limit and continue the factorization.")
+    int | None,
+    typer.Option("--max-iterations", min=1, help="Raise the iteration limit and continue the factorization."),
 ]
 
 

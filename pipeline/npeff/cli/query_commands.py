@@ -1,4 +1,4 @@
-"""``npeff query RUN_DIR ...``: queries of a run's component store. Each command runs one query and writes its result."""
+"""``npeff query RUN_DIR ...``: queries of the components of a run. Each command writes the result of one query."""
 
 from __future__ import annotations
 
@@ -98,9 +98,7 @@ def similar(
 @query_app.command()
 def enriched(
     context: typer.Context,
-    where: Annotated[
-        str, typer.Option(help='SQL condition that selects the examples: "label = 2 and not correct".')
-    ],
+    where: Annotated[str, typer.Option(help='SQL condition that selects the examples: "label = 2 and not correct".')],
     n: NumberOfComponents = 20,
     top: Annotated[
         int | None,

@@ -103,7 +103,9 @@ def transform_command(
     ],
     run: Annotated[
         Path,
-        typer.Option("--run", parser=location, metavar="RUN", help="Run file of the new examples, or their run directory."),
+        typer.Option(
+            "--run", parser=location, metavar="RUN", help="Run file of the new examples, or their run directory."
+        ),
     ],
     workers: Workers = None,
     address: Address = None,
@@ -140,9 +142,7 @@ def repair_command(run: Run, run_dir: RunDir = None, workers: Workers = None, ad
     summary = npeff.repair(opened, progress=progress_of(opened))
     print_table(npeff.ComponentStore.open(opened.path).table("repair"), OutputFormat.TABLE)
     if summary["edits"]:
-        print(
-            f"edited model: {opened.repaired / 'model.safetensors'}; its edits: {opened.repaired / 'repair.json'}"
-        )
+        print(f"edited model: {opened.repaired / 'model.safetensors'}; its edits: {opened.repaired / 'repair.json'}")
 
 
 def _print_outcome(run: RunDirectory) -> None:

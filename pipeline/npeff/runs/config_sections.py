@@ -55,7 +55,7 @@ class DiagonalConfig(Section):
     top_entries: PositiveInt | None = None
     """Number of largest diagonal entries to store for every example, with the norm of the diagonal."""
     groups: bool = False
-    """Store the sums of every example's diagonal over each output unit of every layer, with the norm of the diagonal."""
+    """Store the sums of every example's diagonal over each output unit of a layer, with the norm of the diagonal."""
 
 
 class FishersConfig(Section):
@@ -114,7 +114,8 @@ class FactorizationConfig(Section):
     """Iterations between checkpoints. A crash costs at most this many iterations."""
     memory_limit_mb: PositiveInt = 4096
     """Memory in MiB in which a worker keeps its Fishers: GPU memory if the worker has a GPU. If the Fishers do not fit,
-    even in half precision where they are stored so, every pass reads them from the store. Does not change any result."""
+    even in half precision where they are stored so, every pass reads them from the store. This does not change any
+    result."""
     l1: float = SolverOptions.l1
     """Sparsity of the coefficients. The coefficient of a component is zero if the component alone explains less than
     this fraction of the Fisher's norm. The penalty is 2·l1·Σ ‖F̂_i‖·W_ij."""

@@ -201,7 +201,7 @@ class RunDirectory:
         return record
 
     def reopen(self, stage: str) -> None:
-        """Delete the record of a stage, because results that it depends on are recomputed. The stage is then partial."""
+        """Delete the record of a stage whose inputs are recomputed. The stage is then partial."""
         self.record_file(stage).unlink(missing_ok=True)
 
     def complete(self, stage: str, summary: dict[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,8 @@ def metadata_parts(group: Path, error: StoreError, record: Path) -> Iterator[Par
     def verify() -> None:
         raise error
 
-    yield Part(f"metadata of {group.name}", named, verify, (*files, record), recomputable=bool(files), remedy=error.remedy)
+    deleted, recomputable = (*files, record), bool(files)
+    yield Part(f"metadata of {group.name}", named, verify, deleted, recomputable=recomputable, remedy=error.remedy)
 
 
 def unit_parts(run: RunDirectory, stage: StageDefinition, what: str) -> Iterator[Part]:

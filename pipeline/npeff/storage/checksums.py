@@ -26,7 +26,7 @@ SEAL = "seal"
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a JSON object with its checksum added, which `unsealed` verifies. Raises ValueError for NaN and infinity."""
+    """Return a JSON object with its checksum, which `unsealed` verifies. Raises ValueError for NaN and infinity."""
     return {**content, SEAL: json_checksum(content)}
 
 
@@ -53,7 +53,7 @@ def json_checksum(content: Mapping[str, Any]) -> str:
 
 
 def write_json_atomically(path: Path, obj: Any) -> None:
-    """Create or replace a JSON file. Objects get a checksum. Raises ValueError for NaN and infinity, which JSON lacks."""
+    """Create or replace a JSON file, with a checksum in objects. Raises ValueError for NaN and infinity."""
     content = json_bytes(obj)
     write_file_atomically(path, lambda stream: stream.write(content))
 
@@ -83,7 +83,7 @@ def read_json(path: Path) -> Any:
 
 
 def checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    """Return the BLAKE2b hash, in hex, of the name, dtype, shape and bytes of every array, in the order of the names."""
+    """Return the BLAKE2b hash, in hex, of the name, dtype, shape and bytes of all arrays, in the order of the names."""
     digest = hashlib.blake2b(digest_size=_CHECKSUM_BYTES)
     for name in sorted(arrays):
         array = arrays[name]

@@ -56,7 +56,7 @@ class DirectionStore:
             shapes: Shapes of the parameters by name, in order.
             attrs: Attributes of the caller (JSON).
             dtype: Type of the arrays, "float32" or "float16". Half precision suffices for the entries of a unit vector:
-                the rounding error of an entry is at most 3e-8 or 0.05% of it, and 0.2% of the norm for 7 billion entries.
+                the rounding error is at most 3e-8 or 0.05% of an entry, and 0.2% of the norm for 7 billion entries.
 
         Raises:
             StoreError: The store cannot be written.

@@ -47,8 +47,9 @@ class ShardPlan:
 
 
 def inner_chunk_examples(shard_size: int, bytes_per_example: int) -> int:
-    """Return the number of examples in an inner chunk: the smallest divisor of `shard_size` of `MIN_CHUNK_BYTES` or more.
+    """Return the number of examples in an inner chunk.
 
+    It is the smallest divisor of `shard_size` for which a chunk has at least `MIN_CHUNK_BYTES`.
     Zarr requires that the size of an inner chunk divides the size of the shard. A shard that is smaller than
     `MIN_CHUNK_BYTES` is one chunk. A shard of prime size is also one chunk, unless one example is large enough.
     """

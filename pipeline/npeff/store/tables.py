@@ -125,8 +125,8 @@ verification: one row per (component, examples "fit" or "held_out", sign +1 or -
     `kl_correlation` is the rank correlation between coefficients and KL divergences over random examples.
 selectivity: mean KL divergence on the first top examples of `component` for the verification step along the direction
     of `moved`; on held-out examples if there are any.
-ablation: the columns of `verification` for the step that removes the part of the parameters along a direction, of length
-    `displacement`; the steps of the controls have the same length. One row per (component, examples), if requested.
+ablation: the columns of `verification` for the step that removes the part of the parameters along a direction. The step
+    has length `displacement`, and so have the steps of the controls. One row per (component, examples), if requested.
 position_shares: the evidence ‖A_i ĝ_j‖² of a top example for a direction, split over the tokens of the example.
     `share` is a fraction of the evidence and may be negative; the rest to 1 belongs to layers without positions.
     `start` and `stop` are characters of the example's text, null for a token that is not in the text.
@@ -134,9 +134,9 @@ repair: number of wrong predictions among each component's top examples, with a 
     Benjamini-Hochberg q-value; smallest p-value first.
 repair_steps: one row per step tried. `mended_target` is the number of wrong top examples that the step corrects;
     `gained` is the number of right predictions gained in all; `broken` is the number of predictions that were right
-    before any edit and are wrong after the step; `accuracy_tuning` is the accuracy on the tuning examples; `edit` is the
-    number of steps taken before. For a step along several components, `component` and `sign` are null and `step` is the
-    total length.
+    before any edit and are wrong after the step; `accuracy_tuning` is the accuracy on the tuning examples; `edit` is
+    the number of steps taken before. For a step along several components, `component` and `sign` are null and `step` is
+    the total length.
 """
 
 _MAY_HAVE_MORE_COLUMNS = ("examples",)

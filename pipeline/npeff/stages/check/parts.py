@@ -107,7 +107,7 @@ def _stage_parts(run: RunDirectory, stage: StageDefinition) -> Iterator[Part]:
 
 
 def _expected(run: RunDirectory) -> list[StageDefinition]:
-    """Return the stages that were complete. A decomposition imported without its Fishers never had the stage fishers."""
+    """Return the stages that were complete. A decomposition imported without Fishers never had the stage fishers."""
     without_fishers = FISHERS in imported_stages(run) and not is_committed(run.fishers)
     return [stage for stage in complete_stages(run) if not (stage is FISHERS and without_fishers)]
 

@@ -103,7 +103,10 @@ def _verified(part: Part) -> str | None:
 
 
 def _recomputations(run: RunDirectory) -> dict[StageDefinition, Callable[..., object]]:
-    """Return a function for each complete stage that recomputes it. Components of another run are read from it again."""
+    """Return a function that recomputes the stage, for each complete stage.
+
+    Components that were taken from another run are read from that run again.
+    """
     imported = imported_stages(run)
     stages: dict[StageDefinition, Callable[..., object]] = {
         stage: stage for stage in complete_stages(run) if stage not in imported
