@@ -325,7 +325,8 @@ def _log_probabilities(logits_NC: np.ndarray) -> np.ndarray:
     """Return log-probabilities in float64. Rows that are not finite have no meaning."""
     with np.errstate(invalid="ignore"):
         shifted_NC = logits_NC - logits_NC.max(axis=1, keepdims=True).astype(np.float64)
-        return shifted_NC - np.log(np.exp(shifted_NC).sum(axis=1, keepdims=True))
+        result: np.ndarray = shifted_NC - np.log(np.exp(shifted_NC).sum(axis=1, keepdims=True))
+        return result
 
 
 def _kept_trace(log_p_NC: np.ndarray, ranks_N: np.ndarray) -> np.ndarray:
@@ -337,7 +338,8 @@ def _kept_trace(log_p_NC: np.ndarray, ranks_N: np.ndarray) -> np.ndarray:
     traces_NC = p_NC * ((1 - p_NC) ** 2 + (p_NC**2).sum(axis=1, keepdims=True) - p_NC**2)
     kept_N = np.where(np.arange(p_NC.shape[1]) < ranks_N[:, None], traces_NC, 0).sum(axis=1)
     total_N = traces_NC.sum(axis=1)
-    return np.divide(kept_N, total_N, out=np.ones_like(total_N), where=total_N > 0)
+    result: np.ndarray = np.divide(kept_N, total_N, out=np.ones_like(total_N), where=total_N > 0)
+    return result
 
 
 def _write_factorization(

@@ -401,9 +401,10 @@ class ComponentStore:
         """The normalized components (K, D); zero for a zero component."""
         rows = self._stored("components", self._factorization.components, slice(None)).astype(np.float64)
         lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-        return np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
+        result: NDArray[np.float64] = np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
+        return result
 
-    def _stored(self, name: str, array: zarr.Array, rows: int | slice) -> NDArray[Any]:
+    def _stored(self, name: str, array: zarr.Array[Any], rows: int | slice) -> NDArray[Any]:
         try:
             return np.asarray(array[rows])
         except (ValueError, OSError) as error:  # the checksum of a chunk does not match, or the chunk is missing
@@ -447,11 +448,12 @@ class ComponentStore:
     def _examples_called(self, column: str, value: int | str) -> list[dict[str, Any]]:
         groups = self.tables.groups_with("examples", column, [value])
         columns = ["example", "valid", column]
-        return (
+        result: list[dict[str, Any]] = (
             self.tables.read_groups("examples", groups, dict.fromkeys(columns))
             .filter(pc.field(column) == value)
             .to_pylist()
         )
+        return result
 
     @cached_property
     def _factorization(self) -> StoredFactorization:
@@ -466,11 +468,12 @@ class ComponentStore:
             raise QueryError.of(error) from error
 
 
-def _as_dask(array: zarr.Array) -> da.Array:
+def _as_dask(array: zarr.Array[Any]) -> da.Array:
     """Return a lazy view with one block per stored shard, or per chunk if the array is not sharded."""
     import dask.array as da
 
-    return da.from_array(array, chunks=array.shards or array.chunks)
+    result: da.Array = da.from_array(array, chunks=array.shards or array.chunks)
+    return result
 
 
 def _nearest(cosines_K: NDArray[np.float64], n: int, without: int | None = None) -> pa.Table:

@@ -168,8 +168,8 @@ def _shifted(
 
 def _is_of_numbers(column: pa.ChunkedArray) -> bool:
     if pa.types.is_integer(column.type):
-        return pc.count_distinct(column).as_py() > _MOST_INTEGER_VALUES
-    return pa.types.is_floating(column.type) or pa.types.is_decimal(column.type)
+        return bool(pc.count_distinct(column).as_py() > _MOST_INTEGER_VALUES)
+    return bool(pa.types.is_floating(column.type) or pa.types.is_decimal(column.type))
 
 
 def _floats(column: pa.ChunkedArray) -> NDArray[np.float64]:

@@ -110,7 +110,8 @@ def _levels(shares: NDArray[np.float64]) -> list[int]:
     largest = shares.max(initial=0.0)
     if largest <= 0:
         return [0] * len(shares)
-    return np.rint(LEVELS * np.clip(shares / largest, 0, 1)).astype(int).tolist()
+    result: list[int] = np.rint(LEVELS * np.clip(shares / largest, 0, 1)).astype(int).tolist()
+    return result
 
 
 def _heat(

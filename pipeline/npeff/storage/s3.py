@@ -75,7 +75,7 @@ guards: dict[str, Guard] = {}
 """The guard of each ``bucket/prefix/``, which must confirm every change below this prefix by this process."""
 
 
-class S3(S3FileSystem):
+class S3(S3FileSystem):  # type: ignore[misc]  # it has no types
     """s3fs with one-line error messages."""
 
     def __init__(self, **options: Any) -> None:

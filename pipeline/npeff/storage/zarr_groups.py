@@ -97,7 +97,7 @@ def _copy(source: Path, stream: BinaryIO) -> None:
     stream.write(source.read_bytes())
 
 
-def open_array(group: zarr.Group, path: Path, name: str, command: str) -> zarr.Array:
+def open_array(group: zarr.Group, path: Path, name: str, command: str) -> zarr.Array[Any]:
     """Return one array of the group at `path`. Raises StoreError if it is missing or its metadata are damaged."""
     try:
         array = group[name]
@@ -123,7 +123,7 @@ def damaged_metadata(path: Path, name: str, command: str) -> StoreError:
     return StoreError(f"{file} is damaged", remedy, path=file)
 
 
-def stored_path(group_path: Path, name: str, array: zarr.Array, index: int) -> Path:
+def stored_path(group_path: Path, name: str, array: zarr.Array[Any], index: int) -> Path:
     """Return the file of the `index`-th shard of an array that is split along its first axis only.
 
     For an array without shards, it is the file of the `index`-th chunk.
@@ -144,7 +144,7 @@ class Part:
     """All rows of the `index`-th shard, or chunk, of an array."""
 
     name: str
-    array: zarr.Array
+    array: zarr.Array[Any]
     index: int
     rows: int | slice
     values: np.ndarray

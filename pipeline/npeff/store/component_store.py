@@ -39,14 +39,14 @@ class StoredFactorization:
     """A factorization on disk: lazy arrays, and `read_*` methods that verify checksums."""
 
     path: Path
-    components: zarr.Array
+    components: zarr.Array[Any]
     """(K, D) float64, unit rows."""
-    coefficients: zarr.Array
+    coefficients: zarr.Array[Any]
     """(N, K) float32, with NaN rows for left-out examples."""
     attrs: dict[str, Any]
-    columns: zarr.Array | None = None
+    columns: zarr.Array[Any] | None = None
     """(D,) int64, the parameter of each coordinate; None if the coordinates are not single parameters."""
-    coefficient_norms: zarr.Array | None = None
+    coefficient_norms: zarr.Array[Any] | None = None
     """(N,) float64, norms of the rows of the coefficients; None in stores of an earlier version."""
 
     def read_components(self) -> np.ndarray:
@@ -61,7 +61,7 @@ class StoredFactorization:
         """Return the columns, (D,) int64, or None. Raises StoreError if a chunk is missing or corrupt."""
         return None if self.columns is None else self._read("columns", self.columns)
 
-    def _read(self, name: str, array: zarr.Array) -> np.ndarray:
+    def _read(self, name: str, array: zarr.Array[Any]) -> np.ndarray:
         remedy = f"delete it and run `npeff factorize {self.path.parent}` again"
         damage = StoreError(f"{name} of {self.path} are corrupt", remedy, path=self.path / name)
         try:
@@ -130,7 +130,7 @@ def _norms_and_checksum(coefficients_NK: Coefficients) -> tuple[NDArray[np.float
 
 def _create_array(
     group: zarr.Group, name: str, shape: tuple[int, ...], dtype: np.dtype, sparse: bool = False
-) -> zarr.Array:
+) -> zarr.Array[Any]:
     """Create an array that is chunked along its first axis. If `sparse`, it is compressed and chunks share files."""
     row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
     chunk_rows = min(shape[0], -(-MIN_CHUNK_BYTES // row_bytes))

@@ -31,7 +31,7 @@ _KIND = "a store of directions"
 class DirectionStore:
     """The Zarr group ``<run>/directions.zarr``. Use `create` or `open`."""
 
-    def __init__(self, path: Path, arrays: Mapping[str, zarr.Array], attrs: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, arrays: Mapping[str, zarr.Array[Any]], attrs: Mapping[str, Any]) -> None:
         self.path = path
         self.arrays = dict(arrays)
         self.attrs = dict(attrs)

@@ -139,7 +139,7 @@ class FisherStore:
     its own shards.
     """
 
-    def __init__(self, path: Path, attrs: Mapping[str, Any], arrays: Mapping[str, zarr.Array]) -> None:
+    def __init__(self, path: Path, attrs: Mapping[str, Any], arrays: Mapping[str, zarr.Array[Any]]) -> None:
         self.path = path
         self.attrs = dict(attrs)
         self.plan = ShardPlan(attrs["n_examples"], attrs["shard_size"])
@@ -246,7 +246,7 @@ class FisherStore:
         specs = _specs_of(attrs)
         arrays = {name: open_array(group, path, name, "fishers") for name in specs}
         for name, spec in specs.items():
-            if (arrays[name].shape, arrays[name].dtype) != ((attrs["n_examples"], *spec.tail), spec.dtype):
+            if (arrays[name].shape, str(arrays[name].dtype)) != ((attrs["n_examples"], *spec.tail), spec.dtype):
                 raise damaged_metadata(path, name, "fishers")
         for name in set(arrays) - {"factors"}:
             # By default, Zarr does not write chunks that equal the fill value, which a shard without valid examples

@@ -160,7 +160,8 @@ class TableOptions:
 def texts(rows: pa.Table, column: str, data: str) -> list[str]:
     """Return a column as strings, with an empty string for null."""
     try:
-        return pc.fill_null(rows[column].cast(pa.string()), "").to_pylist()
+        result: list[str] = pc.fill_null(rows[column].cast(pa.string()), "").to_pylist()
+        return result
     except pa.ArrowException:
         raise TaskError(f"{data}: column {column!r} has type {rows[column].type}, not text") from None
 

@@ -83,7 +83,8 @@ class _Texts(Examples):
     def lengths(self) -> list[int]:
         if self._predictions.places is None:
             return self._tokens.lengths()
-        return (self._predictions.places + 1).tolist()
+        result: list[int] = (self._predictions.places + 1).tolist()
+        return result
 
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
         """Return ``inputs``, ``kept`` (the positions of the needed logits), and the targets or places in ``kept``."""

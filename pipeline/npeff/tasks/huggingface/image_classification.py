@@ -46,7 +46,8 @@ class ImageClassificationTask(PretrainedTask[ImageClassificationOptions]):
 
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         dtype = next(model.parameters()).dtype
-        return model(**{name: value.to(dtype) for name, value in batch.items()}).logits
+        result: Tensor = model(**{name: value.to(dtype) for name, value in batch.items()}).logits
+        return result
 
 
 class _Images(Examples):

@@ -67,7 +67,8 @@ class _Pairs(Examples):
 
     def lengths(self) -> list[int]:
         found = np.add(self._source_tokens.lengths(), self._target_tokens.lengths())
-        return found[self._predictions.rows].tolist()
+        result: list[int] = found[self._predictions.rows].tolist()
+        return result
 
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
         """Return a batch with whole targets. The logits at a predicted token depend on the preceding tokens only."""

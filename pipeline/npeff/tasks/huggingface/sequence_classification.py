@@ -45,7 +45,8 @@ class SequenceClassificationTask(PretrainedTask[SequenceClassificationOptions]):
         return _Texts(self.options)
 
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        return model(**batch).logits
+        result: Tensor = model(**batch).logits
+        return result
 
 
 class _Texts(Examples):

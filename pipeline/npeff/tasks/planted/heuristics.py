@@ -143,7 +143,8 @@ class _Block(nn.Module):
         )
         mixed_BHTd = functional.scaled_dot_product_attention(query, key, value, attn_mask=live_B11T)
         hidden_BTw = hidden_BTw + self.output(mixed_BHTd.transpose(1, 2).flatten(2))
-        return hidden_BTw + self.feed_out(functional.gelu(self.feed_in(self.feed_norm(hidden_BTw))))
+        result: Tensor = hidden_BTw + self.feed_out(functional.gelu(self.feed_in(self.feed_norm(hidden_BTw))))
+        return result
 
 
 class _Network(nn.Module):
@@ -166,7 +167,8 @@ class _Network(nn.Module):
         hidden_BTw = self.words(tokens_BT) + self.positions(positions_BT) + self.sides(sides_BT)
         for block in self.blocks:
             hidden_BTw = block(hidden_BTw, live_BT[:, None, None])
-        return self.classifier(self.norm(hidden_BTw[:, 0]))
+        result: Tensor = self.classifier(self.norm(hidden_BTw[:, 0]))
+        return result
 
 
 def _train(model: nn.Module, pairs: _Pairs, *, epochs: int, seed: int) -> nn.Module:
