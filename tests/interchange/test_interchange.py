@@ -331,7 +331,7 @@ def test_contradictions_are_named(tmp_path: Path, pefs: Pefs) -> None:
     for name, changes, message in (
         ("label", {"labels": labels}, "example 8 of .* has a label that is not one of its 3 classes"),
         ("negative", {"pef_frobenius_norms": negative}, "example 9 of .* has a negative Frobenius norm"),
-        ("zero", {"pef_frobenius_norms": zero}, "example 10 of .* has Frobenius norm 0 and values"),
+        ("zero", {"pef_frobenius_norms": zero}, "example 10 of .* has Frobenius norm 0 and non-zero values"),
     ):
         path = write_pefs(tmp_path / f"{name}.h5", pefs, **changes)
         with pytest.raises(StoreError, match=message) as caught:
@@ -593,7 +593,7 @@ def test_a_decomposition_of_other_fishers_is_refused(
     unused = np.flatnonzero(~np.abs(np.concatenate(pefs.rows)).any(axis=0))[:5]
     w_NK = rng.uniform(size=(N, K))
     elsewhere = write_decomposition(tmp_path / "a.h5", w_NK, rng.normal(size=(K, 5)), unused)
-    with pytest.raises(StoreError, match="5 parameters that the Fishers have no values of") as caught:
+    with pytest.raises(StoreError, match="5 parameters without values in the Fishers") as caught:
         import_factorization(elsewhere, tmp_path / "a", fishers=file)
     assert_one_line(caught.value)
     fewer = write_decomposition(tmp_path / "b.h5", w_NK[:-1], rng.normal(size=(K, 5)), unused)

@@ -341,7 +341,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 def test_without_h5py_one_line_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_lrm_pef(path := tmp_path / "a.h5")
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(StoreError, match=r"pip install 'h5py>=3\.14'"):
+    with pytest.raises(StoreError, match=r"pip install 'npeff-pipeline\[hdf5\]'"):
         file_format(path)
 
 

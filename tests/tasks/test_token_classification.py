@@ -136,7 +136,7 @@ def test_byte_level_tokenizers_are_given_words_with_a_space_before_each(tmp_path
         ),
         ({}, {"words_column": "year"}, "column 'year' has type int64: give lists, or strings separated by spaces"),
         ({}, {"tags_column": "numbers", "label_names": ["a", "b"]}, "label 2 is not one of the model's 2 classes"),
-        ({"words": [[], [], []], "tags": [[], [], []]}, {}, "no row has anything to predict"),
+        ({"words": [[], [], []], "tags": [[], [], []]}, {}, "no row has a prediction"),
     ],
 )
 def test_a_mistake_is_one_line(
