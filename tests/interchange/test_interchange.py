@@ -597,7 +597,7 @@ def test_a_decomposition_of_other_fishers_is_refused(
         import_factorization(elsewhere, tmp_path / "a", fishers=file)
     assert_one_line(caught.value)
     fewer = write_decomposition(tmp_path / "b.h5", w_NK[:-1], rng.normal(size=(K, 5)), unused)
-    with pytest.raises(StoreError, match=f"is of {N - 1} examples") as caught:
+    with pytest.raises(StoreError, match=f"has {N - 1} examples") as caught:
         import_factorization(fewer, tmp_path / "b", fishers=file, options=ImportOptions(max_dim=1))
     assert_one_line(caught.value)
     with pytest.raises(ConfigError, match="give fishers only with a decomposition"):
