@@ -223,6 +223,10 @@ class LoadedModel:
                     f"task {self.spec.task!r}: logits() must return examples x classes, here {len(chosen)} x C, not "
                     f"{found_shape}{hint}"
                 )
+            if bool((targets != IGNORED).all()):  # as views of the batch
+                logits, targets = logits[:, None] if logits.dim() == 2 else logits, targets.reshape(len(chosen), -1)
+                found |= dict(zip(chosen, zip(logits.float().cpu(), targets.cpu(), strict=True), strict=True))
+                continue
             for index, row, classes in zip(chosen, logits, targets, strict=True):
                 made = classes != IGNORED
                 found[index] = row[made].float().reshape(-1, row.shape[-1]).cpu(), classes[made].reshape(-1).cpu()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+_BLOCK = 2**15
+"""Logits whose KL divergences are computed at once."""
 
 
 def kl_divergence(moved_logits_BC: Tensor, original_logits_BC: Tensor) -> Tensor:
@@ -52,6 +55,22 @@ class Predictions:
 
         The result is NaN for an example without predictions.
         """
-        pairs = zip(self.logits, original.logits, strict=True)
-        means = [kl_divergence(moved, before).mean() for moved, before in pairs]
-        return torch.stack(means).numpy() if means else np.empty(0)
+        means_N = [torch.empty(0, dtype=torch.float64)]
+        for part in _blocks(self.logits):
+            kl_n = kl_divergence(torch.cat(self.logits[part]), torch.cat(original.logits[part]))
+            sizes = [len(logits) for logits in self.logits[part]]
+            # the mean of one number is the number
+            means_N.append(kl_n if max(sizes) == min(sizes) == 1 else torch.stack([k.mean() for k in kl_n.split(sizes)]))
+        return torch.cat(means_N).numpy()
+
+
+def _blocks(logits: Sequence[Tensor]) -> Iterator[slice]:
+    """Consecutive examples that have at most `_BLOCK` logits together, or one example that has more."""
+    start, total = 0, 0
+    for place, each in enumerate(logits):
+        if place > start and total + each.numel() > _BLOCK:
+            yield slice(start, place)
+            start, total = place, 0
+        total += each.numel()
+    if start < len(logits):
+        yield slice(start, len(logits))

@@ -297,24 +297,27 @@ class ReportConfig(Section):
 
 
 class ExecutorConfig(Section):
-    kind: Literal["ray", "serial"] = "ray"
-    """``ray`` runs actors; ``serial`` runs everything in this process (debugging, notebooks)."""
+    kind: Literal["auto", "ray", "serial"] = "auto"
+    """``auto`` runs one worker in this process, and starts Ray where it is needed: for several workers, for GPUs, for an
+    address other than ``local``, and inside a Ray job. ``ray`` always runs Ray actors. ``serial`` always runs one worker
+    in this process (debugging, notebooks)."""
     address: str = "local"
     """``local`` starts a private Ray on this machine; ``auto`` or ``host:port`` joins a running cluster. Inside a Ray
     job the job's own cluster is always used."""
     workers: PositiveInt = 1
-    """Actors that share a stage's work."""
-    cpus_per_worker: PositiveInt = 1
-    """CPU cores, and so computing threads, of one actor."""
+    """Workers that share a stage's work; more than one are Ray actors."""
+    cpus_per_worker: PositiveInt | Literal["auto"] = "auto"
+    """CPU cores, and so computing threads, of one worker. ``auto``: one, but all cores that this process may use where
+    ``kind: auto`` runs without Ray; ``OMP_NUM_THREADS`` sets another number."""
     gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
-    """GPUs of one actor; a fraction lets several actors share one."""
+    """GPUs of one worker; a fraction lets several workers share one. 0 computes on the CPU."""
     timeout_s: PositiveFloat = 600.0
-    """Longest wait for one call of a worker before it counts as hung: the task's preparation (training, say), two
+    """Longest wait for one call of a Ray actor before it counts as hung: the task's preparation (training, say), two
     shards, reading the solver's shards and starting it, a solver step, a block of directions, a component's
     verification or attribution, a fit of ``npeff select`` or for the components' stability."""
 
     @model_validator(mode="after")
     def _serial_is_one_worker(self) -> Self:
         if self.kind == "serial" and self.workers != 1:
-            raise ValueError(f"the serial executor has one worker, not {self.workers}: set workers: 1 or kind: ray")
+            raise ValueError(f"the serial executor has one worker, not {self.workers}: set workers: 1 or kind: auto")
         return self

@@ -6,10 +6,12 @@ Digits"). The network is trained once per run from a fixed seed, which takes a f
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,10 +20,22 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from npeff.tasks.base import Examples, Task, TaskError
 
 _MODEL_FILE = "digits-model.safetensors"
+
+_ADAMW: dict[str, Any] = {
+    "lr": 3e-3,
+    "weight_decay": 1e-2,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": False,
+}
 
 
 class DigitsTask(Task):
@@ -35,16 +49,14 @@ class DigitsTask(Task):
     """
 
     def __init__(self, seed: int = 0, train_examples: int = 597, epochs: int = 12, limit: int | None = None) -> None:
-        images, labels = load_digits(return_X_y=True)
-        if not 10 <= train_examples < len(images):
-            raise TaskError(f"digits: train_examples must be between 10 and {len(images) - 1}, not {train_examples}")
+        pixels, targets = _images()
+        if not 10 <= train_examples < len(pixels):
+            raise TaskError(f"digits: train_examples must be between 10 and {len(pixels) - 1}, not {train_examples}")
         if epochs < 1:
             raise TaskError(f"digits: epochs must be at least 1, not {epochs}")
         if limit is not None and limit < 0:
             raise TaskError(f"digits: limit must not be negative, not {limit}")
-        order = np.random.default_rng(seed).permutation(len(images))
-        pixels = torch.from_numpy(images.astype(np.float32) / 16).reshape(-1, 1, 8, 8)
-        targets = torch.from_numpy(labels.astype(np.int64))
+        order = np.random.default_rng(seed).permutation(len(pixels))
         train, rest = order[:train_examples], order[train_examples:][:limit]
         self._train = (pixels[train], targets[train])
         self._examples = _Digits(pixels[rest], targets[rest], rest)
@@ -88,15 +100,24 @@ class _Digits(Examples):
             {
                 "id": pa.array([f"digit-{position:04d}" for position in self._positions], pa.string()),
                 "label": pa.array(self._targets.tolist(), pa.int64()),
-                "image": pa.array([_png(image) for image in self._pixels], pa.binary()),
+                "image": pa.array([_png(position) for position in self._positions.tolist()], pa.binary()),
                 "ink": pa.array(self._pixels.mean((1, 2, 3)).tolist(), pa.float64()),
             }
         )
 
 
-def _png(image: Tensor) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray((255 * (1 - image[0])).round().to(torch.uint8).numpy()).save(buffer, format="PNG")
+@functools.cache
+def _images() -> tuple[Tensor, Tensor]:
+    """All images (1797, 1, 8, 8), from 0 to 1, and their classes (1797,)."""
+    images, labels = load_digits(return_X_y=True)
+    pixels = torch.from_numpy(images.astype(np.float32) / 16).reshape(-1, 1, 8, 8)
+    return pixels, torch.from_numpy(labels.astype(np.int64))
+
+
+@functools.cache
+def _png(position: int) -> bytes:
+    image, buffer = _images()[0][position, 0], io.BytesIO()
+    Image.fromarray((255 * (1 - image)).round().to(torch.uint8).numpy()).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
@@ -116,12 +137,24 @@ def _network(seed: int) -> nn.Module:
 
 
 def _train(model: nn.Module, pixels: Tensor, targets: Tensor, *, epochs: int, seed: int) -> nn.Module:
+    """Train with AdamW on one thread, so that the weights do not depend on the number of cores.
+
+    The functional form of AdamW is used because `torch.optim.Optimizer` imports ``torch._dynamo``, which takes longer
+    than the training.
+    """
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
-    for _ in range(epochs):
-        for batch in torch.randperm(len(pixels), generator=generator).split(32):
-            loss = nn.functional.cross_entropy(model(pixels[batch]), targets[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    parameters = list(model.parameters())
+    means, squares = ([torch.zeros_like(parameter) for parameter in parameters] for _ in range(2))
+    steps = [torch.zeros(()) for _ in parameters]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(epochs):
+            for batch in torch.randperm(len(pixels), generator=generator).split(32):
+                loss = nn.functional.cross_entropy(model(pixels[batch]), targets[batch])
+                gradients = list(torch.autograd.grad(loss, parameters))
+                with torch.no_grad():
+                    adamw(parameters, gradients, means, squares, [], steps, **_ADAMW)
+    finally:
+        torch.set_num_threads(threads)
     return model

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import os
 import re
 import signal
 import socket
@@ -36,6 +35,7 @@ from npeff.execution.executor import (
     may_be_the_items_fault,
     reason_of,
 )
+from npeff.execution.ray.jobs import in_job
 from npeff.execution.ray.placement import WorkerPlacement
 from npeff.execution.ray.private import PrivateRay
 
@@ -286,15 +286,14 @@ class RayExecutor:
         return actor.remote(self._cpus)
 
     def _connect(self, address: str) -> None:
-        in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-        if not in_job and (host_and_port := re.fullmatch(r"([^/]+):([0-9]+)", address)) is not None:
+        if not in_job() and (host_and_port := re.fullmatch(r"([^/]+):([0-9]+)", address)) is not None:
             _refuse_where_nobody_listens(address, host_and_port[1], int(host_and_port[2]))
         try:
             with _own_reaction_to_sigterm():
-                if address == "local" and not in_job:
+                if address == "local" and not in_job():
                     self._private = PrivateRay(self.workers * self._cpus)
                 else:
-                    ray.init(address="auto" if in_job else address, log_to_driver=False, logging_level=logging.ERROR)
+                    ray.init(address="auto" if in_job() else address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RayError, ValueError, RuntimeError) as error:
             raise ExecutorError(
                 f"cannot reach Ray at {address!r} ({first_line(error)}): start it with `ray start --head`, "

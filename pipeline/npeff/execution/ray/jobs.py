@@ -79,6 +79,11 @@ class Job:
         return self.state in ("SUCCEEDED", "STOPPED", "FAILED")
 
 
+def in_job() -> bool:
+    """Whether this process was started by a Ray job."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
 def job_prefix(run_dir: str) -> str:
     """What the ids of all jobs of a run begin with."""
     name = re.sub(r"[^A-Za-z0-9]+", "-", PurePosixPath(run_dir).name).strip("-")[:40] or "run"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 
 import ray
@@ -12,6 +11,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from npeff.execution.executor import ExecutorError
+from npeff.execution.ray.jobs import in_job
 
 _TOO_SMALL_S = 30.0
 """Wait for a placement group that the cluster, as it is now, has no room for."""
@@ -133,7 +133,7 @@ class WorkerPlacement:
         """Whether waiting may help: others may give back what the cluster has, or it may start nodes (autoscaling)."""
         have = ray.cluster_resources()
         enough = all(have.get(name, 0.0) >= self._workers * amount for name, amount in self._bundle.items())
-        return enough or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+        return enough or in_job()
 
 
 def _remove(group: PlacementGroup) -> None:
