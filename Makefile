@@ -10,7 +10,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-export OMP_NUM_THREADS ?= 1
+check test test-slow test-numerics test-oldest benchmarks: export OMP_NUM_THREADS ?= 1
 
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 OLDEST := .venv-oldest
@@ -29,7 +29,7 @@ TORCH_FREE := tests/query tests/reports tests/runs tests/statistics tests/storag
 .PHONY: demo check test test-slow test-numerics test-oldest test-pythons lint benchmarks clean
 
 demo: $(VENV)/installed
-	$(BIN)/npeff run jobs/quickstart.yaml
+	$(BIN)/npeff demo
 
 # Style, types, import rules, and the tests that start no process: under three minutes on two cores.
 check: $(VENV)/installed-dev lint

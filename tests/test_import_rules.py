@@ -32,7 +32,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "storage": ({"numpy", "zarr", "upath", "fsspec", "s3fs", "botocore", "aiohttp"}, {"errors"}),
     "store": ({"zarr", "pyarrow", "numpy", "safetensors"}, {"errors", "storage"}),
-    "execution": (TENSORS | {"ray", "aiohttp"}, {"errors"}),  # Ray's job client raises aiohttp's errors
+    "execution": (TENSORS | {"ray", "aiohttp", "dask"}, {"errors"}),  # Ray's job client raises aiohttp's errors
     "runs": ({"pydantic", "yaml", "rich"}, {"errors", "options", "storage", "store", "execution"}),
     "models": (TENSORS | {"pyarrow"}, {"tasks", "gradients", "fisher", "execution", "store"}),
     "query": ({"numpy", "scipy", "zarr", "dask", "pyarrow", "duckdb"}, {"errors", "store", "storage", "statistics"}),

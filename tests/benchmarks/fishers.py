@@ -1,6 +1,6 @@
 """What the Fishers' stage costs and how exact it is, next to what it could cost and to what others do.
 
-    python tests/benchmarks/fishers.py [accuracy speed actors bergson gpu] [--rounds 5] [--output FILE]
+    python tests/benchmarks/fishers.py [accuracy speed actors bergson start gpu] [--rounds 5] [--output FILE]
                                        [--bergson-python PYTHON] [--tiny]
 
 Each section prints a table and has its place in one JSON file. Those that need something that is not here say so:
@@ -9,9 +9,10 @@ Each section prints a table and has its place in one JSON file. Those that need 
     speed     time per example over one forward and R input-gradient backward passes, and what the rest goes to
     actors    throughput of two Ray actors over that of one
     bergson   a gradient index of a causal language model, beside bergson's (--bergson-python of an environment with it)
+    start     the whole command on a tiny language model, beside bergson's: CPU seconds, memory, processes
     gpu       speed on a GPU, of this model and of a decoder of 1.3 billion parameters; --tiny tries it on the CPU
 
-All but the last two need NPEFF_SHARED_DATA, a folder with models/minilm-sick and data/sick/SICK_test_annotated.txt.
+All but the last three need NPEFF_SHARED_DATA, a folder with models/minilm-sick and data/sick/SICK_test_annotated.txt.
 `README.md` beside this file keeps results and what was learnt.
 """
 
@@ -28,12 +29,13 @@ from fisher_stage.actors import actors
 from fisher_stage.gpu import gpu
 from fisher_stage.gradient_index import bergson
 from fisher_stage.speed import speed
+from fisher_stage.start import start
 from quickstart import machine
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sections", nargs="*", help="accuracy, speed, actors, bergson, gpu; all unless given")
+    parser.add_argument("sections", nargs="*", help="accuracy, speed, actors, bergson, start, gpu; all unless given")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/fishers.json"))
     parser.add_argument("--bergson-python", type=Path, help="Python of an environment with bergson 2.5.1")
@@ -44,6 +46,7 @@ def main() -> None:
         "speed": lambda: speed(arguments.rounds),
         "actors": lambda: actors(arguments.rounds),
         "bergson": lambda: bergson(arguments.bergson_python, arguments.rounds),
+        "start": lambda: start(arguments.bergson_python, arguments.rounds),
         "gpu": lambda: gpu(arguments.rounds, arguments.tiny),
     }
     if unknown := set(arguments.sections) - set(sections):

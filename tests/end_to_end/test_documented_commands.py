@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from npeff.cli import job_commands
+from npeff.cli import demo_command, job_commands
 from npeff.cli.main import main
 from npeff.execution.ray.jobs import Job, Submission
 from npeff.tasks import load_task
@@ -148,6 +148,7 @@ def test_every_command_of_the_page_does_its_work(
     shutil.copytree(workplace, tmp_path / "of this page")
     monkeypatch.chdir(tmp_path / "of this page")
     monkeypatch.setattr(job_commands, "JobServer", StubServer)
+    monkeypatch.setattr(demo_command, "QUICKSTART", Path("jobs/quickstart.yaml"))
     for name in ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "NPEFF_BUCKET"):
         monkeypatch.setenv(name, "given")
     for words in map(replaced, commands("npeff", PAGES[page])):

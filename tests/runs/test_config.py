@@ -21,6 +21,8 @@ def test_only_three_keys_have_no_default(tmp_path: Path) -> None:
     config = read(tmp_path, MINIMAL)
     assert config.fishers.sketch.dim == 4096
     assert config.factorization.n_components == 4
+    assert (config.executor.kind, config.executor.cpus_per_worker) == ("auto", "auto")
+    assert "kind: auto" in config.to_yaml()  # not what this machine makes of it
 
 
 def test_the_resolved_configuration_reads_back_as_the_same(tmp_path: Path) -> None:

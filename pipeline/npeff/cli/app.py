@@ -23,7 +23,7 @@ def npeff(
 ) -> None:
     """Factorize the per-example Fishers of a model (NPEFF), and verify and explore the components.
 
-    To get started: npeff run jobs/quickstart.yaml
+    To get started: npeff demo
     """
     if version:
         import importlib.metadata

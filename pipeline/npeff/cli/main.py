@@ -13,12 +13,12 @@ from typing import NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from npeff.cli import file_commands, job_commands, query_commands, stage_commands
+from npeff.cli import demo_command, file_commands, job_commands, query_commands, stage_commands
 from npeff.cli.app import app
 from npeff.cli.job_commands import EXIT_INTERRUPTED
 from npeff.errors import NpeffError
 
-COMMANDS = (stage_commands, file_commands, job_commands, query_commands)
+COMMANDS = (demo_command, stage_commands, file_commands, job_commands, query_commands)
 """Modules that add commands to `app`."""
 
 EXIT_USER_ERROR = 2
@@ -45,6 +45,8 @@ class _WithoutPandas(MetaPathFinder):
 
 def command() -> NoReturn:
     """Run the ``npeff`` command as a process: the entry point of the console script."""
+    # Torch's threads sleep while they wait for each other. Spinning threads would take cores from other processes.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if sys.argv[1:2] == ["query"]:
         sys.meta_path.insert(0, _WithoutPandas())
     main()

@@ -37,7 +37,10 @@ RunDir = Annotated[
 ]
 
 
-Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Number of workers, instead of the run file's.")]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="Number of workers, instead of the run file's; several are Ray actors."),
+]
 
 
 Address = Annotated[

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from npeff.execution.executor import ExecutorError
+from npeff.execution.serial import computing_threads
 from npeff.gradients import ParameterLayout, UnsupportedModelError, left_out, model_fingerprint, select_parameters
 from npeff.models.heap import keep_freed_memory
 from npeff.models.predictions import Predictions
@@ -30,6 +31,11 @@ _COLUMNS: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
     "image": ("PNG files (binary)", lambda kind: pa.types.is_binary(kind) or pa.types.is_large_binary(kind)),
 }
 """Columns of the table of examples with a fixed meaning: a description of their values, and a check of their type."""
+
+
+_DIVISIBLE = 1_000_000
+"""Parameters times examples above which all threads compute a forward pass. A network of ten thousand parameters takes
+several times as long on two threads as on one."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +221,8 @@ class LoadedModel:
         found: dict[int, tuple[Tensor, Tensor]] = {}
         for chosen in self.batches(indices, batch_size):
             batch = self.batch(chosen)
-            logits, targets = self.logits(self.model, batch), self.targets(batch, chosen)
+            with computing_threads(self._threads(len(chosen))):
+                logits, targets = self.logits(self.model, batch), self.targets(batch, chosen)
             if logits.shape[:-1] != targets.shape or logits.dim() < 2 or len(logits) != len(chosen):
                 found_shape = " x ".join(map(str, logits.shape)) or "a single number"
                 hint = " (logits with positions need targets())" if logits.dim() == 3 else ""
@@ -232,6 +239,14 @@ class LoadedModel:
                 found[index] = row[made].float().reshape(-1, row.shape[-1]).cpu(), classes[made].reshape(-1).cpu()
         rows = [found[index] for index in indices]
         return Predictions([logits for logits, _ in rows], [classes for _, classes in rows])
+
+    def _threads(self, n_examples: int) -> int:
+        """Threads for a forward pass: one where its operations are too small to be divided."""
+        return torch.get_num_threads() if n_examples * self._n_parameters > _DIVISIBLE else 1
+
+    @cached_property
+    def _n_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
 
 def _kind(value: object) -> str:

@@ -59,8 +59,10 @@ class Predictions:
         for part in _blocks(self.logits):
             kl_n = kl_divergence(torch.cat(self.logits[part]), torch.cat(original.logits[part]))
             sizes = [len(logits) for logits in self.logits[part]]
-            # the mean of one number is the number
-            means_N.append(kl_n if max(sizes) == min(sizes) == 1 else torch.stack([k.mean() for k in kl_n.split(sizes)]))
+            if max(sizes) == min(sizes) == 1:  # the mean of one number is the number
+                means_N.append(kl_n)
+            else:
+                means_N.append(torch.stack([kl.mean() for kl in kl_n.split(sizes)]))
         return torch.cat(means_N).numpy()
 
 

@@ -298,9 +298,9 @@ class ReportConfig(Section):
 
 class ExecutorConfig(Section):
     kind: Literal["auto", "ray", "serial"] = "auto"
-    """``auto`` runs one worker in this process, and starts Ray where it is needed: for several workers, for GPUs, for an
-    address other than ``local``, and inside a Ray job. ``ray`` always runs Ray actors. ``serial`` always runs one worker
-    in this process (debugging, notebooks)."""
+    """``auto`` runs one worker in this process, and starts Ray where it is needed: for several workers, for GPUs, for
+    an address other than ``local``, and inside a Ray job. ``ray`` always runs Ray actors. ``serial`` always runs one
+    worker in this process (debugging, notebooks)."""
     address: str = "local"
     """``local`` starts a private Ray on this machine; ``auto`` or ``host:port`` joins a running cluster. Inside a Ray
     job the job's own cluster is always used."""

@@ -49,6 +49,9 @@ class Size:
     n_texts: int
     steps: int
     """Of training."""
+    layers: int = 6
+    positions: int | None = None
+    """That the model has; as many as a text's tokens unless given."""
 
 
 def make(folder: Path, size: Size) -> None:
@@ -59,9 +62,9 @@ def make(folder: Path, size: Size) -> None:
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=WORDS,
-        n_positions=size.length,
+        n_positions=size.positions or size.length,
         n_embd=size.width,
-        n_layer=6,
+        n_layer=size.layers,
         n_head=size.width // 64,
         tie_word_embeddings=False,
         bos_token_id=0,

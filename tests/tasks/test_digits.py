@@ -1,0 +1,30 @@
+"""The network of the digits is trained as `torch.optim` would train it."""
+
+from __future__ import annotations
+
+import torch
+from npeff.tasks import digits
+from npeff.tasks.digits import DigitsTask
+from torch import nn
+
+
+def test_training_is_that_of_torchs_optimizer_whatever_the_number_of_threads() -> None:
+    task = DigitsTask(train_examples=200, epochs=2)
+    pixels, targets = task._train
+    expected = digits._network(0)
+    optimizer = torch.optim.AdamW(expected.parameters(), lr=3e-3, weight_decay=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        for batch in torch.randperm(len(pixels), generator=generator).split(32):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(expected(pixels[batch]), targets[batch]).backward()
+            optimizer.step()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = digits._train(digits._network(0), pixels, targets, epochs=2, seed=0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    for parameter, other in zip(found.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=1e-4, atol=1e-5)
