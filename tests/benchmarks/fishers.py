@@ -8,11 +8,13 @@ Each section prints a table and has its place in one JSON file. Those that need 
     accuracy  how well stored Fishers keep inner products, beside top-k and two-sided projections; exactness of norms
     speed     time per example over one forward and R input-gradient backward passes, and what the rest goes to
     actors    throughput of two Ray actors over that of one
-    bergson   a gradient index of a causal language model, beside bergson's (--bergson-python of an environment with it)
+    bergson   a gradient index of a causal language model, beside bergson's
     start     the whole command on a tiny language model, beside bergson's: CPU seconds, memory, processes
     gpu       speed on a GPU, of this model and of a decoder of 1.3 billion parameters; --tiny tries it on the CPU
 
-All but the last three need NPEFF_SHARED_DATA, a folder with models/minilm-sick and data/sick/SICK_test_annotated.txt.
+bergson 2.5.1 has an environment of its own, which pip makes in runs/benchmarks/bergson unless --bergson-python names
+the Python of one. All but the last three need NPEFF_SHARED_DATA, a folder with models/minilm-sick and
+data/sick/SICK_test_annotated.txt.
 `README.md` beside this file keeps results and what was learnt.
 """
 
@@ -24,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from environments import environment
 from fisher_stage.accuracy import accuracy
 from fisher_stage.actors import actors
 from fisher_stage.gpu import gpu
@@ -31,6 +34,8 @@ from fisher_stage.gradient_index import bergson
 from fisher_stage.speed import speed
 from fisher_stage.start import start
 from quickstart import machine
+
+BERGSON = ["bergson==2.5.1", "torch==2.13.0"]
 
 
 def main() -> None:
@@ -41,17 +46,23 @@ def main() -> None:
     parser.add_argument("--bergson-python", type=Path, help="Python of an environment with bergson 2.5.1")
     parser.add_argument("--tiny", action="store_true", help="the section gpu with tiny sizes, on the CPU")
     arguments = parser.parse_args()
+    output: Path = arguments.output
+
+    def bergson_python() -> Path | None:
+        """Built for CUDA, torchvision and torchaudio break a CPU build of torch."""
+        made = output.parent / "bergson"
+        return arguments.bergson_python or environment(made, BERGSON, ["torchvision", "torchaudio"])
+
     sections: dict[str, Callable[[], dict[str, Any] | None]] = {
         "accuracy": accuracy,
         "speed": lambda: speed(arguments.rounds),
         "actors": lambda: actors(arguments.rounds),
-        "bergson": lambda: bergson(arguments.bergson_python, arguments.rounds),
-        "start": lambda: start(arguments.bergson_python, arguments.rounds),
+        "bergson": lambda: bergson(bergson_python(), arguments.rounds),
+        "start": lambda: start(bergson_python(), arguments.rounds),
         "gpu": lambda: gpu(arguments.rounds, arguments.tiny),
     }
     if unknown := set(arguments.sections) - set(sections):
         parser.error(f"no section {sorted(unknown)[0]!r}: choose from {', '.join(sections)}")
-    output: Path = arguments.output
     output.parent.mkdir(parents=True, exist_ok=True)
     for name in arguments.sections or sections:
         about = machine()

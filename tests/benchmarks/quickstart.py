@@ -2,10 +2,11 @@
 
     python tests/benchmarks/quickstart.py [--output runs/benchmarks/quickstart.json]
 
-Everything is measured in one run of about two minutes: first the demo as a user runs it, by the clock; then, with one
-thread in this process, alternatives in turn, several rounds of them, in seconds of CPU time, of which the fastest round
-counts: a machine that does other things as well slows some rounds, never speeds one up. Waiting for the disk is not in
-CPU time, so the Fisher stage is timed by the clock too. `README.md` beside this file keeps results and what was learnt.
+Everything is measured in one run of a few minutes: first the command ``npeff demo``, five times; then its stages, by
+the clock, with all cores; then, with one thread in this process, alternatives in turn, several rounds of them, in
+seconds of CPU time, of which the fastest round counts: a machine that does other things as well slows some rounds,
+never speeds one up. Waiting for the disk is not in CPU time, so the Fisher stage is timed by the clock too. `README.md`
+beside this file keeps results and what was learnt.
 
 Shapes: N examples, B batch, C classes, R rank, D sketch, K components, P parameters.
 """
@@ -16,9 +17,11 @@ import argparse
 import json
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ from npeff.stages.fishers.worker import FisherWorker
 from npeff.store.component_store import open_factorization
 from npeff.store.fisher_store import FisherStore
 from npeff.store.shard_records import ShardRecords
+from process_tree import measured
 from torch import Tensor
 
 QUICKSTART = Path(__file__).parents[2] / "jobs" / "quickstart.yaml"
@@ -48,7 +52,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/quickstart.json"))
     output = parser.parse_args().output
     with tempfile.TemporaryDirectory() as folder:
-        result: dict[str, Any] = {"machine": machine()}
+        result: dict[str, Any] = {"machine": machine(), "command": command(Path(folder))}
         run, result["demo_s"] = demo(Path(folder) / "run")
         torch.set_num_threads(1)
         result["fishers_ms_per_example"] = fishers(run, Path(folder))
@@ -74,8 +78,17 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
+def command(folder: Path) -> dict[str, Any]:
+    """``npeff demo`` in empty folders: seconds and bytes of each round."""
+    costs = [
+        measured([sys.executable, "-m", "npeff", "demo", "--run-dir", str(folder / f"demo-{done}")])
+        for done in range(ROUNDS)
+    ]
+    return {name: [asdict(cost)[name] for cost in costs] for name in asdict(costs[0])}
+
+
 def demo(path: Path) -> tuple[RunDirectory, dict[str, float]]:
-    """The quickstart in an empty folder: wall-clock seconds of each stage, and of everything with Ray's start."""
+    """The quickstart in an empty folder: wall-clock seconds of each stage, and of everything."""
     config = RunConfig.from_yaml(QUICKSTART).model_copy(update={"run_dir": str(path)})
     began = time.monotonic()
     run = npeff.run(config)
@@ -88,7 +101,7 @@ def demo(path: Path) -> tuple[RunDirectory, dict[str, float]]:
     began = time.monotonic()
     npeff.report(run)
     seconds["report"] = time.monotonic() - began
-    return run, seconds | {"Ray, imports of the workers": total - sum(seconds.values()), "total": total}
+    return run, seconds | {"imports": total - sum(seconds.values()), "total": total}
 
 
 # --- Fishers ----------------------------------------------------------------------------------------------------------
@@ -242,6 +255,8 @@ def fastest_of(
 def show(result: dict[str, Any]) -> None:
     about = result["machine"]
     print(f"{about['cpu']}, {about['cores']} cores (load {about['load_before']:.1f}), torch {about['torch']}\n")
+    for name, values in result["command"].items():
+        print(f"command  {name:<32} {sorted(values)[len(values) // 2]:,.1f} ({min(values):,.1f} to {max(values):,.1f})")
     for name, seconds in result["demo_s"].items():
         print(f"demo     {name:<32} {seconds:8.2f} s")
     cost = result["fishers_ms_per_example"]

@@ -39,7 +39,7 @@ RunDir = Annotated[
 
 Workers = Annotated[
     int | None,
-    typer.Option("--workers", min=1, help="Number of workers, instead of the run file's; several are Ray actors."),
+    typer.Option("--workers", min=1, help="Number of workers, instead of the run file's; Ray runs several."),
 ]
 
 

@@ -38,7 +38,7 @@ COMPARED = ("cpu_s", "wall_s", "peak_memory_bytes", "peak_memory_above_model_byt
 
 def bergson(python: Path | None, rounds: int) -> dict[str, Any] | None:
     if python is None:
-        print("bergson: not run, as --bergson-python names no Python of an environment with bergson 2.5.1")
+        print("bergson: not run, as there is no environment with bergson 2.5.1")
         return None
     results = [_compared(python, rounds, size) for size in SIZES]
     return {"sizes": results}

@@ -44,7 +44,7 @@ def start(bergson_python: Path | None, rounds: int) -> dict[str, Any]:
         _make(model, texts)
         costs: dict[str, list[Cost]] = {"npeff fishers": [], "npeff fishers, with Ray": []}
         if bergson_python is None:
-            print("start: without bergson, as --bergson-python names no Python of an environment with bergson 2.5.1")
+            print("start: without bergson, which has no environment")
         else:
             costs["bergson build"] = []
         for done in range(rounds):
