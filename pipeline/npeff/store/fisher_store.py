@@ -386,7 +386,9 @@ class FisherStore:
         try:
             if isinstance(rows, np.ndarray) and rows[-1] - rows[0] < _DENSE * len(rows):
                 # Zarr takes ten times as long to pick rows as to read all of them.
-                return np.asarray(self._arrays[name][rows[0] : rows[-1] + 1])[rows - rows[0]]
+                block: np.ndarray = np.asarray(self._arrays[name][rows[0] : rows[-1] + 1])
+                chosen: np.ndarray = block[rows - rows[0]]
+                return chosen
             return np.asarray(self._arrays[name].oindex[rows])
         except (ValueError, OSError) as error:
             raise self._shard_error(shard, f"is corrupt in {name}", path) from error

@@ -143,7 +143,7 @@ def _train(model: nn.Module, pixels: Tensor, targets: Tensor, *, epochs: int, se
     than the training.
     """
     generator = torch.Generator().manual_seed(seed)
-    parameters = list(model.parameters())
+    parameters: list[Tensor] = list(model.parameters())
     means, squares = ([torch.zeros_like(parameter) for parameter in parameters] for _ in range(2))
     steps = [torch.zeros(()) for _ in parameters]
     threads = torch.get_num_threads()
