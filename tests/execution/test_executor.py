@@ -157,7 +157,7 @@ def test_an_item_whose_worker_is_killed_is_given_to_another(executor, tmp_path):
 
 
 def test_an_item_that_kills_its_workers_is_given_up_after_three_attempts(executor, tmp_path):
-    with pytest.raises(ExecutorError, match=f"kill_own_process 7 was given up after {ATTEMPTS} attempts") as error:
+    with pytest.raises(ExecutorError, match=f"kill_own_process 7 failed after {ATTEMPTS} attempts") as error:
         list(executor.map(WorkerSpec(Calculator, {"scratch": tmp_path}), "kill_own_process", [7]))
     assert attempts(tmp_path, 7) == ATTEMPTS == 3
     assert "\n" not in str(error.value)
@@ -397,7 +397,7 @@ def test_workers_hold_their_lease_until_their_processes_are_gone(executor, tmp_p
 def test_more_cpus_than_the_cluster_has_are_refused_in_one_line(executor, monkeypatch):
     monkeypatch.setattr(placement, "_TOO_SMALL_S", 0.5)
     with pytest.raises(
-        ExecutorError, match=r"does not give 64 workers with 1 CPU each .*lower executor\.workers"
+        ExecutorError, match=r"has no room for 64 workers with 1 CPU each .*lower executor\.workers"
     ) as error:
         RayExecutor("local", workers=64, cpus_per_worker=1, gpus_per_worker=0.0, timeout_s=60.0)
     assert "\n" not in str(error.value)

@@ -1,10 +1,11 @@
-"""Where workers run. An `Executor` gives two things, and nothing else of the program knows how:
+"""The interface of executors, which distribute work over workers. An `Executor` has two methods:
 
-`Executor.map` hands independent items to workers and survives the loss of any of them;
-`Executor.group` starts workers that act together, and says so when one of them is lost.
+`Executor.map` distributes independent items over workers and recovers from the loss of any worker;
+`Executor.group` starts workers that communicate with each other and raises `WorkerLostError` if one of them is lost.
 
-A worker is a plain class: constructed where it runs, from keyword arguments that can be sent there, then asked for
-methods. `SerialExecutor` runs it in this process; `npeff.execution.ray.executor.RayExecutor` as Ray actors.
+A worker is an instance of a plain class. It is constructed in the process where it runs, from keyword arguments that
+can be serialized, and its methods are then called there. `SerialExecutor` runs workers in this process;
+`npeff.execution.ray.executor.RayExecutor` runs them as Ray actors.
 """
 
 from __future__ import annotations
@@ -20,46 +21,48 @@ from typing import Any, Protocol
 from npeff.errors import ItemError, NpeffError, first_line
 
 ATTEMPTS = 3
-"""How often an item is given to a worker before it is given up."""
+"""Number of attempts to compute an item before the item is reported as failed."""
 
 _IN_A_ROW = 4
-"""Items' worth of attempts, or workers' worth where there are more, that may fail one after the other: then it is not
-the items' own fault, and the others would fail as well."""
+"""`Failures` stops after ``ATTEMPTS * max(_IN_A_ROW, workers)`` consecutive failed attempts. The cause is then probably
+not the items themselves, and the remaining items would fail as well."""
 
 _OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)
-"""In the text of torch's plain RuntimeError where memory of the CPU runs out: torch tells of it in no other way. An
-error of this package is none, whatever its text says."""
+"""Text of the plain RuntimeError that torch raises when CPU memory runs out. Torch has no exception class for this case.
+Errors of this package are never out-of-memory errors, whatever their text."""
 
 
 class ExecutorError(NpeffError):
-    """The work cannot go on where it was asked to run; the message says what to do."""
+    """The executor cannot continue. The message states the cause and the remedy."""
 
 
 @dataclass(frozen=True)
 class FailedItem:
     item: Any
     reason: str
-    """Of its last attempt, one line."""
+    """Cause of the failure of the last attempt, one line."""
 
 
 class ItemsFailedError(ExecutorError):
-    """Some items failed at every attempt; the others are finished."""
+    """Some items failed at every attempt. All other items are finished."""
 
     def __init__(self, method: str, failed: Sequence[FailedItem]) -> None:
         self.failed = tuple(failed)
         more = f" (and so did {len(failed) - 1} more)" if len(failed) > 1 else ""
         super().__init__(
-            f"{method} {failed[0].item} was given up after {ATTEMPTS} attempts{more}; the last: {failed[0].reason}; "
-            "all else is finished and kept: mend this and run the same command again, which tries only what failed"
+            f"{method} {failed[0].item} failed after {ATTEMPTS} attempts{more}; last error: {failed[0].reason}; all "
+            "other items are finished and kept: fix the cause and run the same command again; it retries only failed "
+            "items"
         )
 
 
 class Failures:
-    """What becomes of items that fail in a `map` that keeps going.
+    """The failed items of a `map` with ``keep_going=True``.
 
     Args:
-        split: parts of an item that fail or succeed by themselves; what is to be tried again of it.
-        workers: how many may be lost at a time.
+        method: the worker's method, for error messages.
+        split: returns the parts of a failed item to retry. Each part fails or succeeds independently.
+        workers: number of workers of the executor, which may all fail at the same time.
     """
 
     def __init__(self, method: str, split: Callable[[Any], Sequence[Any]] | None, workers: int) -> None:
@@ -71,16 +74,16 @@ class Failures:
         self._in_a_row = 0
 
     def failed(self, item: Any, attempt: int, reason: str) -> Sequence[Any]:
-        """What of the item is to be tried again.
+        """Record a failed attempt and return the items to retry: the item or its parts, or nothing after the last attempt.
 
         Raises:
-            ExecutorError: so many attempts failed one after the other that the others would, too.
+            ExecutorError: too many consecutive attempts failed, so the remaining items would probably fail as well.
         """
         self._in_a_row += 1
         if self._in_a_row == self._most_in_a_row:
             raise ExecutorError(
-                f"{self._method}: {self._in_a_row} attempts in a row failed (the last, {item}: {reason}); what is "
-                "finished is kept: mend the cause and run the same command again"
+                f"{self._method}: {self._in_a_row} attempts in a row failed (the last, {item}: {reason}); finished "
+                "items are kept: fix the cause and run the same command again"
             )
         if attempt == ATTEMPTS:
             self._given_up.append(FailedItem(item, reason))
@@ -88,66 +91,67 @@ class Failures:
         return (item,) if self._split is None else self._split(item)
 
     def raise_any(self) -> None:
-        """Raises ItemsFailedError where an item was given up."""
+        """Raise ItemsFailedError if an item failed at every attempt."""
         if self._given_up:
             raise ItemsFailedError(self._method, self._given_up)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, RuntimeError):  # torch.OutOfMemoryError is one, and is said in the same words
+    """Return whether the error reports that the memory of the CPU or the GPU ran out."""
+    if isinstance(error, RuntimeError):  # torch.OutOfMemoryError is a RuntimeError
         return _OUT_OF_MEMORY.search(str(error)) is not None or type(error).__name__ == "OutOfMemoryError"
     return isinstance(error, MemoryError)
 
 
-def may_be_the_items_fault(error: BaseException) -> bool:
-    """Whether other items may do better: the user's own code failed on it, or it is too large."""
+def is_item_error(error: BaseException) -> bool:
+    """Return whether the error may be specific to one item: the user's code failed on it, or memory ran out."""
     return isinstance(error, ItemError) or out_of_memory(error)
 
 
 def reason_of(error: BaseException) -> str:
-    """One line."""
-    said = first_line(error)
-    return f"out of memory ({said})" if out_of_memory(error) else said
+    """Return the cause of an error as one line."""
+    line = first_line(error)
+    return f"out of memory ({line})" if out_of_memory(error) else line
 
 
 class WorkerLostError(Exception):
-    """A worker of a group died, hung or became unreachable; the whole group is unusable."""
+    """A worker of a group died, hung or became unreachable. The whole group is unusable."""
 
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """A worker to be constructed where it runs: ``worker_class(**arguments)``."""
+    """The class and constructor arguments of a worker: ``worker_class(**arguments)``."""
 
     worker_class: type
     arguments: dict[str, Any] = field(default_factory=dict)
     lease: Path | None = None
-    """A file that the worker's own process, where it has one, holds a shared lock on for as long as it lives."""
+    """A file on which the worker's process, if it is not the driver's, holds a shared lock for its lifetime."""
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """Of this worker: mapped again, with no other in between, it is not constructed anew."""
+    """Identity of this worker. Consecutive `map` calls with the same key reuse the constructed workers."""
 
     def construct(self, **more: Any) -> Any:
         return self.worker_class(**self.arguments, **more)
 
 
 class Group(Protocol):
-    """Workers that act together; worker ``rank`` of ``size``."""
+    """Workers that communicate with each other. A worker's rank is in 0, …, ``size`` − 1."""
 
     size: int
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
-        """``method(*arguments)`` on every worker at once; results by rank.
+        """Call ``method(*arguments)`` on all workers in parallel and return the results by rank.
 
         Raises:
-            WorkerLostError: a worker is gone. Exceptions of ``method`` itself come through as they are.
+            WorkerLostError: a worker is lost. Exceptions raised by ``method`` are raised unchanged.
         """
         ...
 
     def call_one(self, rank: int, method: str, *arguments: Any) -> Any:
-        """``method(*arguments)`` on one worker."""
+        """Call ``method(*arguments)`` on one worker and return the result."""
         ...
 
     def can_be_larger(self) -> bool:
-        """Whether a group formed now would have more workers: one of them was lost, and there is room for it again."""
+        """Return whether a new group would have more workers, because the resources of a lost worker are available."""
         ...
 
 
@@ -163,30 +167,33 @@ class Executor(Protocol):
         keep_going: bool = False,
         split: Callable[[Any], Sequence[Any]] | None = None,
     ) -> Iterator[tuple[Any, Any]]:
-        """``(item, method(item))`` for every item, in the order in which they are finished.
+        """Yield ``(item, method(item))`` for every item, in the order in which the items are finished.
 
-        An item whose worker is lost is given to another one, three times at most. Called again with the same spec, it
-        finds its workers as they were, unless others have come in between.
+        If a worker is lost, its item is retried on another worker, with three attempts at most. A further call with the
+        same spec reuses the constructed workers, unless a call with another spec came in between.
 
         Args:
-            keep_going: an item that the user's code fails on, or that memory does not suffice for, is given to a fresh
-                worker likewise, after the others; and one that is given up does not keep the others from being
-                finished first. An error of the worker's constructor is never an item's.
-            split: parts of an item, to be tried one by one once it has failed.
+            spec: the workers.
+            method: name of the worker's method.
+            items: arguments of the calls.
+            keep_going: also retry an item on a new worker, after the other items, if the user's code fails on the item
+                or memory runs out. Items that fail at every attempt are reported after all others are finished. An
+                error of the worker's constructor is never retried.
+            split: returns the parts of a failed item, which are then retried one by one.
 
         Raises:
-            ItemsFailedError: items were given up, at the end, where it keeps going.
-            ExecutorError: an item was given up, or no worker can be started.
+            ItemsFailedError: with ``keep_going``, after all other items: some items failed at every attempt.
+            ExecutorError: an item failed at every attempt, or no worker can be started.
         """
         ...
 
     def group(self, spec: WorkerSpec) -> AbstractContextManager[Group]:
-        """As many workers as the executor has, ended when the context is left; fewer where nodes were lost.
+        """Start as many workers as the executor has, or fewer if nodes were lost. They end when the context exits.
 
-        They are constructed with two further arguments, ``rank`` and ``size``.
+        Workers are constructed with two further arguments, ``rank`` and ``size``.
 
         Raises:
-            ExecutorError: there is no room for a single worker, and none comes.
+            ExecutorError: the resources for a single worker are not available within the timeout.
         """
         ...
 

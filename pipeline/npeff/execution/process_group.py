@@ -1,4 +1,4 @@
-"""Workers that add up numbers: torch.distributed with a store of its own, and every wait with a timeout."""
+"""Collective operations of workers: torch.distributed with a separate store and a timeout for every wait."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from npeff.execution.executor import WorkerLostError
 
 
 class ProcessGroup:
-    """Worker ``rank`` of ``size``; one alone needs no connection."""
+    """The process group of worker ``rank`` of ``size``. A single worker needs no connection."""
 
     def __init__(self, device: torch.device, timeout_s: float, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self._device, self._timeout = device, datetime.timedelta(seconds=timeout_s)
         self._rendezvous: TCPStore | None = None
         self.sent_bytes = 0
-        """What this worker gave to the collective operations so far: the size of their tensors."""
+        """Total size in bytes of the tensors that this worker passed to collective operations."""
 
     def open_rendezvous(self) -> tuple[str, int]:
-        """On worker 0: listen, on this node's own address only, for the others."""
+        """On worker 0, listen for the other workers on this node's address only. Returns host and port."""
         from npeff.execution.ray.placement import node_address
 
         host = node_address()
@@ -44,10 +44,10 @@ class ProcessGroup:
         return host, port
 
     def connect(self, host: str, port: int) -> None:
-        """Form the process group; a peer that is lost later raises, at the latest after the timeout.
+        """Form the process group. If a peer is lost later, operations raise at the latest after the timeout.
 
         Raises:
-            WorkerLostError: not all workers came.
+            WorkerLostError: not all workers connected.
         """
         if host == "127.0.0.1":
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -59,10 +59,10 @@ class ProcessGroup:
             raise WorkerLostError(f"the workers could not connect ({first_line(error)})") from None
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """The sum over all workers, in place.
+        """Sum a tensor over all workers, in place.
 
         Raises:
-            WorkerLostError: a worker is gone.
+            WorkerLostError: a worker is lost.
         """
         if self.size > 1:
             self.sent_bytes += tensor.nbytes
@@ -73,10 +73,10 @@ class ProcessGroup:
         return tensor
 
     def gathered(self, tensor: Tensor) -> list[Tensor]:
-        """The tensors, all of one shape, of all workers by rank.
+        """Return the tensors of all workers by rank. All tensors must have the same shape.
 
         Raises:
-            WorkerLostError: a worker is gone.
+            WorkerLostError: a worker is lost.
         """
         if self.size == 1:
             return [tensor]
@@ -89,7 +89,7 @@ class ProcessGroup:
         return found
 
     def union(self, values: Tensor) -> Tensor:
-        """All distinct numbers that some worker has, ascending; each worker gives a tensor of any length."""
+        """Return the distinct numbers of all workers, ascending. Each worker passes a 1-D tensor of any length."""
         lengths = self.gathered(torch.tensor([len(values)], device=self._device))
         padded = values.new_zeros(max(int(length) for length in lengths)).to(self._device)
         padded[: len(values)] = values
@@ -99,19 +99,19 @@ class ProcessGroup:
 
 
 class ProcessGroupMember:
-    """A worker that a driver has join the others."""
+    """A worker with a process group that the driver connects."""
 
     def __init__(self, peers: ProcessGroup) -> None:
         self._peers = peers
 
     def open_rendezvous(self) -> tuple[str, int]:
-        """On worker 0: listen, on this node's own address only, for the others."""
+        """On worker 0, listen for the other workers on this node's address only. Returns host and port."""
         return self._peers.open_rendezvous()
 
     def connect(self, host: str, port: int) -> None:
         """Form the process group.
 
         Raises:
-            WorkerLostError: not all workers came.
+            WorkerLostError: not all workers connected.
         """
         self._peers.connect(host, port)

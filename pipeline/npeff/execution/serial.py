@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from npeff.execution.executor import Failures, Group, WorkerSpec, may_be_the_items_fault, reason_of
+from npeff.execution.executor import Failures, Group, WorkerSpec, is_item_error, reason_of
 
 
 @contextmanager
@@ -54,7 +54,7 @@ class SerialExecutor:
                 try:
                     result = getattr(worker, method)(item)
                 except Exception as error:
-                    if not keep_going or not may_be_the_items_fault(error):
+                    if not keep_going or not is_item_error(error):
                         raise
                     worker = self._kept = None
                     reason = reason_of(error)

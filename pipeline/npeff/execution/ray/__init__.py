@@ -1,1 +1,1 @@
-"""Workers as Ray actors, runs as Ray jobs. Only this folder imports Ray."""
+"""Workers as Ray actors and runs as Ray jobs. Only this folder imports Ray."""

@@ -1,8 +1,8 @@
-"""Ray's token authentication, of this process and of what it starts.
+"""Ray's token authentication, for this process and the processes that it starts.
 
-Ray reads the mode and the token from the environment and from ``~/.ray/auth_token`` when it is imported or first asks,
-and keeps what it found; the servers that a process starts read them anew. Where the two differ, each refuses the other.
-So whoever changes the environment lets Ray read it again, here.
+Ray reads the mode and the token from the environment and from ``~/.ray/auth_token`` on import or on first use, and
+caches them. The servers that a process starts read them again. If the values differ, process and servers refuse each
+other's requests. Code that changes the environment must therefore make Ray read it again; `Authentication.use` does so.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _MODE, _TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
 
 @dataclass(frozen=True)
 class Authentication:
-    """What the environment says; None is what Ray does by itself."""
+    """Authentication settings of the environment. None means Ray's default."""
 
     mode: str | None
     token: str | None = None
@@ -25,7 +25,7 @@ class Authentication:
         return cls(os.environ.get(_MODE), os.environ.get(_TOKEN))
 
     def use(self) -> None:
-        """Have it from now on, for what is started too."""
+        """Apply these settings to this process and to the processes that it starts from now on."""
         from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
         for name, value in ((_MODE, self.mode), (_TOKEN, self.token)):

@@ -1,7 +1,7 @@
 """Workers as Ray actors, in one placement group.
 
-Ray restarts no actor here (``max_restarts=0``): a lost worker is seen, replaced and given its item again by this file,
-so that every recovery is counted and every wait has an end.
+Ray does not restart actors here (``max_restarts=0``). This module detects a lost worker, starts another one and retries
+its item, so that every recovery is counted and every wait has a timeout.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from npeff.execution.executor import (
     Group,
     WorkerLostError,
     WorkerSpec,
-    may_be_the_items_fault,
+    is_item_error,
     reason_of,
 )
 from npeff.execution.ray.jobs import in_job
@@ -40,7 +40,7 @@ from npeff.execution.ray.placement import WorkerPlacement
 from npeff.execution.ray.private import PrivateRay
 
 _LOOK_EVERY_S = 1.0
-"""How long a wait for workers goes on before it looks whether Ray itself is still there."""
+"""Interval at which a wait for workers checks that Ray itself is running."""
 
 _CONNECTS_WITHIN_S = 10.0
 _logger = logging.getLogger(__name__)
@@ -48,11 +48,11 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Role:
-    """What an actor is to be; the same actor may be one thing after the other, as its imports are what takes long."""
+    """The worker that an actor runs. One actor can have several roles in turn, because starting an actor is slow."""
 
     spec: WorkerSpec
     more: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the worker's constructor."""
+    """Further arguments for the worker's constructor."""
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
@@ -62,10 +62,10 @@ class _Failure:
 
 
 class _Worker:
-    """The actor: sets this process up, then is the worker that was asked for.
+    """The actor: sets up its process and runs the worker of a role.
 
-    The worker is constructed by its first call: what its constructor raises (a data set that is gone) then comes back
-    as that call's exception, where a failing constructor of an actor would look like a lost process.
+    The first call constructs the worker. An error of the worker's constructor, such as a missing data set, is thus
+    raised by that call. An error in the constructor of the actor would look like a lost process.
     """
 
     def __init__(self, threads: int) -> None:
@@ -79,12 +79,12 @@ class _Worker:
         return getattr(self._worker, method)(*arguments)
 
     def call_item(self, role: _Role, method: str, item: Any) -> Any:
-        """What may be the item's own fault is returned, as `_Failure`; an error of the constructor is raised."""
+        """Return an error that may be specific to the item as a `_Failure`; raise errors of the constructor."""
         self._become(role)
         try:
             return getattr(self._worker, method)(item)
         except Exception as error:
-            if not may_be_the_items_fault(error):
+            if not is_item_error(error):
                 raise
             return _Failure(reason_of(error))
 
@@ -101,12 +101,18 @@ class _Worker:
 
 
 class RayExecutor:
-    """Joins or starts Ray, and reserves the workers' resources in one placement group.
+    """Connects to Ray or starts it, and reserves the workers' resources in one placement group.
 
     Args:
-        address: ``local`` starts a private Ray that ends with this executor; anything else is an address to join.
-            Inside a Ray job the job's cluster is joined whatever is said here.
-        timeout_s: wait for a placement group, an item, or a method of a group's worker.
+        address: ``local`` starts a private Ray that ends with this executor; any other value is the address of a
+            cluster to connect to. Inside a Ray job, the executor always connects to the job's cluster.
+        workers: number of workers.
+        cpus_per_worker: CPU cores of a worker.
+        gpus_per_worker: GPUs of a worker, possibly a fraction.
+        timeout_s: timeout in seconds for a placement group, an item, or a method of a group's worker.
+
+    Raises:
+        ExecutorError: Ray cannot be reached, or the cluster does not have the resources.
     """
 
     def __init__(
@@ -117,7 +123,7 @@ class RayExecutor:
         self._started_ray = not ray.is_initialized()
         self._private: PrivateRay | None = None
         self._mappers: dict[int, Any] = {}
-        """Actors of `map` by slot, kept for its next call."""
+        """Actors of `map` by slot. The next call of `map` reuses them."""
         if self._started_ray:
             self._connect(address)
         try:
@@ -146,9 +152,9 @@ class RayExecutor:
         actors = self._mappers
         idle = deque(range(self._places))
         running: dict[ray.ObjectRef[Any], tuple[int, Any, int, float]] = {}
-        raised: BaseException | None = None  # by an item, which may be a ConnectionError of its own
+        raised: BaseException | None = None  # an exception of the worker's method, which may be a ConnectionError too
 
-        def give_again(ref: ray.ObjectRef[Any], reason: str) -> None:
+        def retry(ref: ray.ObjectRef[Any], reason: str) -> None:
             slot, item, attempt, _ = running.pop(ref)
             self._end(actors.pop(slot))
             idle.append(slot)
@@ -159,8 +165,8 @@ class RayExecutor:
                 return
             if attempt == ATTEMPTS:
                 raise ExecutorError(
-                    f"{method} {item} was given up after {ATTEMPTS} attempts (the last: {reason}); what is finished "
-                    "is kept: mend the cause and run the same command again"
+                    f"{method} {item} failed after {ATTEMPTS} attempts (the last: {reason}); finished items are kept: "
+                    "fix the cause and run the same command again"
                 )
             _logger.warning("%s %s: %s; attempt %d of %d follows", method, item, reason, attempt + 1, ATTEMPTS)
             waiting.appendleft((item, attempt + 1))
@@ -169,7 +175,7 @@ class RayExecutor:
             if not actors:
                 self._placement.renew()
                 idle = deque(range(self._places))
-            # all at once, though there may be one item only: the others import meanwhile what the next call needs
+            # start all actors, even for a single item: the others load the modules that the next call needs
             for slot in idle:
                 if slot not in actors:
                     actors[slot] = self._start(slot)
@@ -189,10 +195,10 @@ class RayExecutor:
                         raised = error.cause or error
                         raise raised from None
                     except RayError as error:
-                        give_again(ref, f"its worker was lost ({type(error).__name__})")
+                        retry(ref, f"its worker was lost ({type(error).__name__})")
                         continue
                     if isinstance(result, _Failure):
-                        give_again(ref, result.reason)
+                        retry(ref, result.reason)
                         continue
                     slot, item, _, _ = running.pop(ref)
                     idle.append(slot)
@@ -200,19 +206,19 @@ class RayExecutor:
                     yield item, result
                 now = time.monotonic()
                 for ref in [ref for ref, (*_, since) in running.items() if now - since > self._timeout_s]:
-                    give_again(ref, f"no answer within {self._timeout_s:.0f} s")
+                    retry(ref, f"no answer within {self._timeout_s:.0f} s")
             failures.raise_any()
         except (RayError, ConnectionError) as error:
             if error is raised:
                 raise
             raise _ray_is_gone(f"{type(error).__name__}: {first_line(error)}") from None
         finally:
-            for slot, *_ in running.values():  # busy with what nobody waits for any more
+            for slot, *_ in running.values():  # their results are no longer needed
                 self._end(actors.pop(slot))
 
     @contextmanager
     def group(self, spec: WorkerSpec) -> Iterator[Group]:
-        self._end_mappers()  # they hold what the group needs
+        self._end_mappers()  # they hold resources that the group needs
         try:
             self._placement.renew()
             size = self._places
@@ -227,10 +233,10 @@ class RayExecutor:
                 self._end(actor)
 
     def wait_in_group(self, refs: list[ray.ObjectRef[Any]], until: float) -> list[ray.ObjectRef[Any]]:
-        """Those that are finished, as soon as one is, or at the time `until`.
+        """Wait until a call is finished or until the time ``until``, and return the finished calls.
 
         Raises:
-            WorkerLostError: a node with a place of the group is lost, which an actor on it may never tell.
+            WorkerLostError: a node with a worker of the group is lost. Ray may never report this for a call.
         """
         while True:
             finished = self._wait(refs, 1, min(until, time.monotonic() + _LOOK_EVERY_S))
@@ -240,7 +246,7 @@ class RayExecutor:
                 raise WorkerLostError("a node was lost")
 
     def can_place_more(self) -> bool:
-        """Whether a group formed now would be larger."""
+        """Return whether a new group would be larger."""
         return self._places < self.workers and self._placement.can_be_larger()
 
     def close(self) -> None:
@@ -250,10 +256,12 @@ class RayExecutor:
         self._disconnect()
 
     def _wait(self, refs: list[ray.ObjectRef[Any]], count: int, until: float | None = None) -> list[ray.ObjectRef[Any]]:
-        """Those that are finished, as soon as `count` are, or at the time `until`; without one, after a while.
+        """Wait until ``count`` calls are finished or until the time ``until``, and return the finished calls.
+
+        Without ``until``, the wait ends after `_LOOK_EVERY_S` seconds.
 
         Raises:
-            ExecutorError: the private Ray is dead, of which Ray would tell a minute later, by ending this process.
+            ExecutorError: a server of the private Ray ended. Ray itself would end this process a minute later.
         """
         while True:
             left = _LOOK_EVERY_S if until is None else min(_LOOK_EVERY_S, until - time.monotonic())
@@ -272,7 +280,7 @@ class RayExecutor:
         try:
             ray.kill(actor)
         except Exception:
-            # It may be dead already, and Ray with it.
+            # The actor, or Ray itself, may have ended already.
             _logger.debug("an actor could not be ended", exc_info=True)
 
     def _end_mappers(self) -> None:
@@ -328,7 +336,7 @@ class _RayGroup:
         return self._executor.can_place_more()
 
     def _results(self, refs: list[ray.ObjectRef[Any]], method: str) -> list[Any]:
-        """The results by rank; what one worker raises, or its loss, is told at once, whatever the others wait for."""
+        """Return the results by rank. An error or the loss of one worker is raised at once, without further waiting."""
         deadline, waiting = time.monotonic() + self._timeout_s, refs
         results: dict[ray.ObjectRef[Any], Any] = {}
         try:
@@ -346,7 +354,7 @@ class _RayGroup:
 
 
 def _refuse_where_nobody_listens(address: str, host: str, port: int) -> None:
-    """Ray would try for minutes, and then end this process itself."""
+    """Check that a server listens at the address. Without it, Ray retries for minutes and then ends this process."""
     try:
         socket.create_connection((host, port), timeout=_CONNECTS_WITHIN_S).close()
     except (OSError, OverflowError) as error:
@@ -358,7 +366,7 @@ def _refuse_where_nobody_listens(address: str, host: str, port: int) -> None:
 
 @contextmanager
 def _own_reaction_to_sigterm() -> Iterator[None]:
-    """Keep what the program does on SIGTERM: connecting to Ray replaces it, and Ray's reaction aborts the process."""
+    """Keep this program's handler of SIGTERM. Connecting to Ray replaces it by a handler that aborts the process."""
     chosen = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -368,4 +376,4 @@ def _own_reaction_to_sigterm() -> Iterator[None]:
 
 
 def _ray_is_gone(why: str) -> ExecutorError:
-    return ExecutorError(f"Ray stopped working ({why}); what is finished is kept: run the same command again to go on")
+    return ExecutorError(f"Ray stopped working ({why}); finished results are kept: run the same command again to resume")

@@ -1,8 +1,8 @@
-"""Runs as jobs of a Ray cluster: submit one, follow it, stop it, ask how far it is.
+"""Runs as jobs of a Ray cluster: submit, follow and stop a job, and read its state.
 
-A run's jobs are called ``npeff-NAME-HASH-NUMBER``. Name and hash are those of its run directory, so that every machine
-finds the job that works on it; the number counts its jobs. Ray takes an id only once: of two submissions at the same
-time one is the job, and the other finds it.
+The jobs of a run have the ids ``npeff-NAME-HASH-NUMBER``. Name and hash are those of the run directory, so that every
+machine can find the job of a run. The number counts the jobs of the run. Ray accepts an id only once: if two processes
+submit a run at the same time, one creates the job and the other finds it.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from npeff.execution.executor import ExecutorError
 from npeff.execution.ray.authentication import Authentication
 
 _ENTRYPOINT = "python -m npeff run /dev/stdin <<'END_OF_RUN_FILE'\n{run_yaml}\nEND_OF_RUN_FILE"
-"""What the cluster's shell is given: the run file travels in the command, whatever the working directory is."""
+"""The shell command of a job. It contains the run file, so it does not depend on the working directory."""
 
 _STOP_WAIT_S = 30
-"""How long Ray lets a stopped job end by itself before it is killed; without this, 3 s."""
+"""Time in seconds that a stopped job has to end before Ray kills it. Ray's default is 3 s."""
 _END_WAIT_S = 15.0
-"""Wait for Ray to say how a job ended whose log has."""
+"""Timeout in seconds for the final state of a job after the end of its log."""
 _START_WAIT_S = 60.0
-"""Wait for a head that has just been started to take jobs."""
+"""Timeout in seconds for a newly started head node to accept jobs."""
 _NOT_READY, _TAKEN, _UNKNOWN = "No available agent", "already exists", "does not exist"
-"""In the text of Ray's plain RuntimeError, which is all that its client makes of the server's answer and its status."""
+"""Texts in the plain RuntimeError of Ray's client, which has no exception classes for these answers of the server."""
 _LOOK_EVERY_S = 0.2
-_TELLS_OF_UPLOADS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
+_UPLOAD_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ class Submission:
     """A run to be submitted."""
 
     run_dir: str
-    """As the cluster sees it: an absolute path or a URI."""
+    """The run directory on the cluster: an absolute path or a URI."""
     run_yaml: str
     """The resolved run file."""
     environment: dict[str, str] = field(default_factory=dict)
     pip: tuple[str, ...] = ()
     py_modules: tuple[Path, ...] = ()
-    """Packages to send along, such as the one that defines the task."""
+    """Packages to upload, such as the one that defines the task."""
     working_dir: str | None = None
-    """A folder here, or the URI of a zip file, that the job starts in; an empty one without it."""
+    """Working directory of the job: a local folder or the URI of a zip file. An empty folder if None."""
     resources: dict[str, Any] = field(default_factory=dict)
-    """Of the entry point, under Ray's names: ``entrypoint_num_cpus`` and so on."""
+    """Resources of the entry point, under Ray's names (``entrypoint_num_cpus`` and so on)."""
 
     @property
     def digest(self) -> str:
@@ -62,17 +62,17 @@ class Submission:
 
 @dataclass(frozen=True)
 class Job:
-    """How a job is."""
+    """The state of a job."""
 
     id: str
     state: str
     """PENDING, RUNNING, SUCCEEDED, STOPPED or FAILED."""
     since: float
-    """When it came into this state, in seconds since 1970; when it was submitted, where it has not ended."""
+    """When the job ended, or, if it has not ended, when it was submitted. In seconds since 1970."""
     exit_code: int | None
     message: str
     digest: str
-    """Of the run file it was submitted with."""
+    """`Submission.digest` of the run file that the job was submitted with."""
 
     @property
     def has_ended(self) -> bool:
@@ -85,7 +85,7 @@ def in_job() -> bool:
 
 
 def job_prefix(run_dir: str) -> str:
-    """What the ids of all jobs of a run begin with."""
+    """Return the common prefix of the ids of a run's jobs."""
     name = re.sub(r"[^A-Za-z0-9]+", "-", PurePosixPath(run_dir).name).strip("-")[:40] or "run"
     return f"npeff-{name}-{hashlib.sha256(run_dir.rstrip('/').encode()).hexdigest()[:8]}"
 
@@ -97,15 +97,15 @@ class JobServer:
         address: ``http://HEAD:8265``.
 
     Raises:
-        ExecutorError: there is no job server, or it does not let us in; so do all methods when it is lost.
+        ExecutorError: the job server cannot be reached or refuses access. All methods raise it if the server is lost.
     """
 
     def __init__(self, address: str) -> None:
         if _has_token() and (found := Authentication.current()).mode is None:
-            replace(found, mode="token").use()  # Ray's clients leave it at home unless they are told so
+            replace(found, mode="token").use()  # Ray's clients send the token only in this mode
         from ray.job_submission import JobSubmissionClient
 
-        for name in _TELLS_OF_UPLOADS:
+        for name in _UPLOAD_LOGGERS:
             logging.getLogger(name).setLevel(logging.WARNING)
         self.address = address
         try:
@@ -117,10 +117,13 @@ class JobServer:
             ) from None
 
     def submit(self, submission: Submission) -> tuple[Job, bool]:
-        """The job of a run, and whether it is new: one that has not ended is the run's job still.
+        """Submit a run, unless a job of the run is still pending or running.
+
+        Returns:
+            The job of the run, and whether it is new.
 
         Raises:
-            ExecutorError: the cluster refuses it, or the run's job works with another run file.
+            ExecutorError: the cluster refuses the job, or the current job of the run uses another run file.
         """
         prefix, until = job_prefix(submission.run_dir), time.monotonic() + _START_WAIT_S
         while True:
@@ -136,7 +139,7 @@ class JobServer:
             try:
                 self._send(submission, f"{prefix}-{number}")
             except (OSError, RuntimeError, ValueError) as error:
-                if _TAKEN in str(error):  # somebody was quicker
+                if _TAKEN in str(error):  # another process submitted the run at the same time
                     continue
                 if _NOT_READY in str(error) and time.monotonic() < until:
                     time.sleep(_LOOK_EVERY_S)
@@ -145,24 +148,25 @@ class JobServer:
             return self.job(f"{prefix}-{number}"), True
 
     def latest(self, run_dir: str) -> Job | None:
-        """The last job of a run that this cluster knows of."""
+        """Return the last job of a run on this cluster, or None."""
         prefix = job_prefix(run_dir)
         with self._asking():
             found = [details for details in self._client.list_jobs() if _number(details.submission_id, prefix)]
         return _job(max(found, key=lambda details: _number(details.submission_id, prefix))) if found else None
 
     def job(self, job_id: str) -> Job:
+        """Return the state of a job."""
         with self._asking():
             return _job(self._client.get_job_info(job_id))
 
     def last_line(self, job_id: str) -> str:
-        """The last line of a job's log."""
+        """Return the last line of a job's log that is not blank."""
         with self._asking():
             lines = self._client.get_job_logs(job_id).split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
     def follow(self, job_id: str, say: Callable[[str], None]) -> Job:
-        """Give `say` the job's log from its beginning, as it comes; the job, when it has ended."""
+        """Pass the job's log to ``say`` from its beginning, until the job ends. Returns the ended job."""
 
         async def tail() -> None:
             async for lines in self._client.tail_job_logs(job_id):
@@ -173,13 +177,13 @@ class JobServer:
         return self._ended(job_id, _END_WAIT_S)
 
     def stop(self, job_id: str) -> Job:
-        """End a job as Ctrl-C would end its command, and wait for that; what is finished is kept."""
+        """Stop a job as Ctrl-C stops a command, and wait for its end. Finished results are kept."""
         with self._asking():
             self._client.stop_job(job_id)
         return self._ended(job_id, _STOP_WAIT_S + _END_WAIT_S)
 
     def _send(self, submission: Submission, job_id: str) -> None:
-        package = Path(__file__).parents[1]  # the cluster runs the version that submits
+        package = Path(__file__).parents[1]  # the cluster runs the version of the package that submits the job
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "run.yaml").write_text(submission.run_yaml, encoding="utf-8")
             environment: dict[str, Any] = {
@@ -214,8 +218,8 @@ class JobServer:
             if _UNKNOWN in str(error):
                 raise ExecutorError(f"{self.address}: {_reason(error)}") from None
             raise ExecutorError(
-                f"lost the job server at {self.address} ({_reason(error)}); what is finished is kept: when the cluster "
-                "is back, the same command follows the job, or resumes the run if the job is gone"
+                f"lost the job server at {self.address} ({_reason(error)}); finished results are kept: when the cluster "
+                "is back, run the same command again: it follows the job, or resumes the run if the job has ended"
             ) from None
 
 
@@ -226,14 +230,14 @@ def _job(details: Any) -> Job:
         id=details.submission_id,
         state=str(details.status),
         since=milliseconds / 1000,
-        exit_code=code if code is None or code >= 0 else 128 - code,  # killed by a signal, as a shell says it
+        exit_code=code if code is None or code >= 0 else 128 - code,  # killed by a signal: the exit code of a shell
         message=details.message or "",
         digest=(details.metadata or {}).get("npeff_run_file", ""),
     )
 
 
 def _number(job_id: str | None, prefix: str) -> int:
-    """Which job of the run it is; 0 if it is none."""
+    """Return the number of a job of the run, or 0 for a job of another run."""
     found = re.fullmatch(re.escape(prefix) + r"-(\d+)", job_id or "")
     return int(found[1]) if found else 0
 
@@ -244,7 +248,7 @@ def _has_token() -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """The line of an error that says why: of a traceback from the server, the last."""
+    """Return the line of an error that states its cause: the last line of a traceback, else the first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

@@ -1,4 +1,4 @@
-"""A run's progress as metrics of the Ray cluster it runs on, beside Ray's own, on its Prometheus endpoints."""
+"""A run's progress as metrics on the Prometheus endpoints of the Ray cluster, in addition to Ray's own metrics."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from typing import Any
 
 _METRICS = {
     "npeff_stage_done": "Units of a stage (shards, steps, directions, components) that are finished.",
-    "npeff_stage_total": "Units that the stage has.",
-    "npeff_loss": "The solver's loss: squared distance of the normalised Fishers from the components' sums.",
-    "npeff_explained": "Share of the normalised Fishers' squared norms that the components explain.",
+    "npeff_stage_total": "Units of a stage in total.",
+    "npeff_loss": "Loss of the solver: squared distance of the normalized Fishers from their approximations.",
+    "npeff_explained": "Fraction of the squared norms of the normalized Fishers that the components explain.",
 }
 
 
 _REPEAT_S = 2.0
-"""Ray forgets a value that it has exported: one that is set once is there for seconds, and most scrapers miss it."""
+"""Interval at which values are set again. Ray drops a value after its export, so that a value that is set once is
+visible for seconds only and most scrapers miss it."""
 
 
 class RunMetrics:
-    """Gauges with the tags ``run`` (its directory) and ``stage``; Ray puts ``ray_`` before their names.
+    """Gauges with the tags ``run`` (the run directory) and ``stage``. Ray adds the prefix ``ray_`` to their names.
 
-    What was told last is told again and again, by a thread, as long as this process lives. Where it uses no Ray,
-    nothing happens, and Ray is not imported.
+    A thread sets the last values repeatedly for the lifetime of this process. If this process does not use Ray, the
+    class does nothing and does not import Ray.
     """
 
     def __init__(self, run: str) -> None:
@@ -35,15 +36,15 @@ class RunMetrics:
         self._repeating: threading.Thread | None = None
 
     def __call__(self, stage: str, done: int, total: int, numbers: Mapping[str, float]) -> None:
-        """Tell how far a stage is; of ``numbers``, those that there is a metric for (``loss``, ``explained``)."""
+        """Set the metrics of a stage's progress, and those entries of ``numbers`` with a metric (loss, explained)."""
         if not _uses_ray():
             return
         values = {"stage_done": done, "stage_total": total, **numbers}
         named = {f"npeff_{name}": value for name, value in values.items()}
-        told = {(name, stage): value for name, value in named.items() if name in _METRICS}
+        known = {(name, stage): value for name, value in named.items() if name in _METRICS}
         with self._lock:
-            self._values |= told
-            self._set(told)
+            self._values |= known
+            self._set(known)
         if self._repeating is None:
             self._repeating = threading.Thread(target=self._repeat, name="metrics", daemon=True)
             self._repeating.start()

@@ -1,4 +1,4 @@
-"""The places of workers on a Ray cluster: one placement group, made anew when nodes are lost, or come (back)."""
+"""The resources of workers on a Ray cluster: one placement group, which is replaced when nodes are lost or added."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from npeff.execution.executor import ExecutorError
 from npeff.execution.ray.jobs import in_job
 
 _TOO_SMALL_S = 30.0
-"""Wait for a placement group that the cluster, as it is now, has no room for."""
+"""Timeout in seconds for a placement group that the cluster cannot hold at present."""
 
 _LOOK_EVERY_S = 1.0
 _logger = logging.getLogger(__name__)
 
 
 class WorkerPlacement:
-    """One place, with the resources of a worker, for each of `workers`; for fewer of them after `renew`.
+    """One place with the resources of a worker for each of `workers`. After `renew` there can be fewer places.
 
     Args:
-        one_node: whether the cluster is this machine alone, which is lost as a whole.
-        timeout_s: wait for resources that others may give back, or that may be started.
+        workers: number of places.
+        cpus: CPU cores of a place.
+        gpus: GPUs of a place.
+        one_node: whether the cluster is this machine only, so that no single node can be lost.
+        timeout_s: timeout in seconds for resources that other programs may release or an autoscaler may start.
 
     Raises:
-        ExecutorError: the cluster does not have them.
+        ExecutorError: the cluster does not have the resources.
     """
 
     def __init__(self, workers: int, *, cpus: int, gpus: float, one_node: bool, timeout_s: float) -> None:
@@ -39,12 +42,12 @@ class WorkerPlacement:
         if group is None:
             have = {name: ray.cluster_resources().get(name, 0.0) for name in self._bundle}
             raise ExecutorError(
-                f"the cluster does not give {workers} workers with {_resources(self._bundle)} each (it has "
-                f"{_resources(have)} in all): lower executor.workers, cpus_per_worker or gpus_per_worker"
+                f"the cluster has no room for {workers} workers with {_resources(self._bundle)} each (it has "
+                f"{_resources(have)} in total): lower executor.workers, cpus_per_worker or gpus_per_worker"
             )
         self._group = group
         self._wish: PlacementGroup | None = None
-        """Places that are missing, asked for but not waited for: what lets an autoscaler start nodes."""
+        """A pending placement group of the missing places. It makes an autoscaler start nodes; nothing waits for it."""
 
     @property
     def count(self) -> int:
@@ -54,7 +57,7 @@ class WorkerPlacement:
         return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=slot)
 
     def is_whole(self) -> bool:
-        """Whether every place is on a node that is alive."""
+        """Return whether every place is on a node that is alive."""
         if self._one_node:
             return True
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
@@ -62,7 +65,7 @@ class WorkerPlacement:
         return table["state"] == "CREATED" and alive.issuperset(table["bundles_to_node_id"].values())
 
     def can_be_larger(self) -> bool:
-        """Whether places are missing, and the cluster has what one more of them needs."""
+        """Return whether places are missing and the cluster has the resources for at least one of them."""
         if self.count >= self._workers or self._room() <= self.count:
             return False
         if self._wish is not None and placement_group_table(self._wish)["state"] == "CREATED":
@@ -71,10 +74,10 @@ class WorkerPlacement:
         return all(free.get(name, 0.0) >= amount for name, amount in self._bundle.items())
 
     def renew(self) -> None:
-        """Where nodes were lost, or came: as many places as the cluster has room for now, of those asked for.
+        """After nodes were lost or added, reserve as many of the requested places as the cluster has room for.
 
         Raises:
-            ExecutorError: there is no room for any, and none comes.
+            ExecutorError: there is no room for a single place within the timeout.
         """
         if self.is_whole() and not self.can_be_larger():
             return
@@ -93,8 +96,8 @@ class WorkerPlacement:
             if time.monotonic() >= until:
                 self._withdraw()
                 raise ExecutorError(
-                    f"the cluster has no room left for a worker, and none came within {self._timeout_s:.0f} s; what "
-                    "is finished is kept: run the same command again when it has nodes"
+                    f"the cluster has no room for a worker, and no node was added within {self._timeout_s:.0f} s; "
+                    "finished results are kept: run the same command again when the cluster has nodes"
                 )
             time.sleep(_LOOK_EVERY_S)
 
@@ -122,7 +125,7 @@ class WorkerPlacement:
         return found
 
     def _room(self) -> int:
-        """Workers that the living nodes would hold if they had nothing else to do."""
+        """Return how many workers the alive nodes could hold if no other program used them."""
         return sum(
             int(min(node["Resources"].get(name, 0.0) // amount for name, amount in self._bundle.items()))
             for node in ray.nodes()
@@ -130,7 +133,7 @@ class WorkerPlacement:
         )
 
     def _can_grow(self) -> bool:
-        """Whether waiting may help: others may give back what the cluster has, or it may start nodes (autoscaling)."""
+        """Return whether resources may become available: other programs release them, or an autoscaler adds nodes."""
         have = ray.cluster_resources()
         enough = all(have.get(name, 0.0) >= self._workers * amount for name, amount in self._bundle.items())
         return enough or in_job()
@@ -140,7 +143,7 @@ def _remove(group: PlacementGroup) -> None:
     try:
         remove_placement_group(group)
     except Exception:
-        # Ray may be gone already; ending must not hide why.
+        # Ray may have stopped already. An error here must not hide the cause.
         _logger.debug("the placement group could not be removed", exc_info=True)
 
 
@@ -149,6 +152,6 @@ def _resources(resources: dict[str, float]) -> str:
 
 
 def node_address() -> str:
-    """The address of this node, at which the other nodes of the cluster reach it."""
+    """Return the address of this node that the other nodes of the cluster can reach."""
     address: str = ray.util.get_node_ip_address()
     return address

@@ -1,9 +1,9 @@
-"""A Ray of this process alone: on this machine, behind loopback, with an authentication token of its own.
+"""A private Ray instance of this process: on this machine, on the loopback address, with its own authentication token.
 
-Ray's own habit is one token for all that a user starts, in ``~/.ray/auth_token``, made by whoever finds none there. Two
-processes may find none and each write one; the servers of the first then read what the second wrote, and refuse the
-process that started them for as long as it lives. A private Ray needs no token that anybody else could know: a random
-one is handed to its servers in their environment, and no file holds it.
+By default, Ray uses one token per user, in ``~/.ray/auth_token``. The first process that finds no file creates it. If
+two processes do this at the same time, the servers of the first process may read the token of the second and then
+refuse all requests of the process that started them. A private Ray therefore uses a random token, which is passed to
+its servers in their environment and never written to a file.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ray.exceptions import RayError
 from npeff.execution.ray.authentication import Authentication
 
 _STARTS = 2
-"""Where the machine is busy, the servers of a first try may come too late."""
+"""Number of attempts to start Ray. On a busy machine, the servers of the first attempt may start too late."""
 
 _OBJECT_STORE_BYTES = 256 * 2**20  # components and records pass through it, never Fishers
 
 
 class PrivateRay:
-    """Started by its constructor; `ray` is connected to it until it is closed.
+    """A private Ray instance. The constructor starts it, and `ray` is connected to it until `close`.
 
     Raises:
-        RayError, RuntimeError, ConnectionError: it does not start.
+        RayError, RuntimeError, ConnectionError: Ray does not start.
     """
 
     def __init__(self, cpus: int) -> None:
@@ -43,13 +43,13 @@ class PrivateRay:
             raise
 
     def dead_server(self) -> str | None:
-        """Which of its servers is dead; None while all is well."""
+        """Return the name of a server that has ended, or None if all servers are running."""
         if (node := _node()) is None:
             return None
         return next((name for name, _ in node.dead_processes() if name in ("gcs_server", "raylet")), None)
 
     def close(self) -> None:
-        """End it. Where a server is dead already, nothing may be asked of the others: an answer would not come."""
+        """Stop Ray. If a server has ended, kill the others without sending requests, which would never be answered."""
         if self.dead_server() is not None and (node := _node()) is not None:
             node.kill_all_processes(check_alive=False, allow_graceful=False)
         ray.shutdown()
@@ -82,8 +82,11 @@ def _start(cpus: int) -> None:
 
 @contextmanager
 def on_loopback() -> Iterator[None]:
-    """Nothing outside this machine may reach a Ray that is started meanwhile. Ray takes 127.0.0.1 for the machine's
-    outward address, and listens on all, unless its switch for machines that are no cluster nodes (laptops) is set."""
+    """Make a Ray that is started in this context listen on the loopback address only.
+
+    Ray replaces 127.0.0.1 by the machine's external address and listens on all addresses, unless its switch for
+    machines that are not cluster nodes (laptops) is set.
+    """
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
