@@ -176,12 +176,12 @@ def test_a_mistake_in_the_run_file_is_said_before_anything_is_made(
         ("NoBatchAxisTask", "logits() must return examples x classes, here 2 x C, not 1 x 3"),
         ("ModelOutputTask", "logits() must return a tensor, not dict"),
         ("DetachedTask", "do not detach them"),
-        ("OneLogitTask", "there must be as many names as logits, and at least two"),
+        ("OneLogitTask", "give one name for each logit, and at least two logits"),
         ("TooFewNamesTask", "the model has 3 logits for 2 class names"),
         ("NoNamesTask", "class_names must be a list of 3 names"),
         ("NanWeightsTask", "none of the first 40 examples has finite logits and gradients"),
         ("AllInvalidTask", "look for NaN"),
-        ("LabelOutOfRangeTask", "label 7 of example 0 is none of the classes 0 to 2"),
+        ("LabelOutOfRangeTask", "label 7 of example 0 is not one of the classes 0 to 2"),
         ("TableWithoutLabelTask", "has no column 'label'"),
         ("StringLabelsTask", "column 'label' must hold class numbers"),
         ("IntegerIdsTask", "column 'id' must hold strings, not int64"),
@@ -246,7 +246,7 @@ def test_an_invalid_first_example_is_left_out_like_any_other(
     with pytest.raises(SystemExit) as ended:
         main(["fishers", str(path)])
     assert not ended.value.code
-    assert "1 of 40 examples have non-finite logits or gradients and are left out" in capfd.readouterr().out
+    assert "1 of 40 examples have non-finite logits or gradients and are excluded" in capfd.readouterr().out
 
 
 def test_a_run_directory_of_another_configuration_is_left_alone(command: Command, run_dir: Path) -> None:
@@ -369,7 +369,7 @@ def test_a_question_that_cannot_be_answered_is_one_line(
         (("transform", "RUN"), "Missing option '--run'"),
         (("transform", "RUN", "--run", "HERE/nothing.yaml"), "no run file at"),
         (("transform", "HERE/nowhere", "--run", "RUN"), "no run in"),
-        (("transform", "RUN", "--run", "RUN"), "RUN has components of its own"),
+        (("transform", "RUN", "--run", "RUN"), "RUN has been factorized already"),
         (("repair", "HERE/nowhere"), "no run file at"),
         (("repair", "RUN", "--run-dir", "HERE/x"), "--run-dir needs a run file"),
         (("export", "RUN", "HERE/x", "--what", "direction"), "--component needs --what direction"),

@@ -340,7 +340,7 @@ def test_an_invalid_example_is_left_out_and_harms_no_other(tmp_path: Path, capsy
     progress = Progress()
     summary = npeff.compute_fishers(run, progress=progress)
     assert summary["n_invalid"] == 1
-    assert progress.said == ["1 of 80 examples have non-finite logits or gradients and are left out"]
+    assert progress.said == ["1 of 80 examples have non-finite logits or gradients and are excluded"]
     assert status(run)[0].details == "80 examples, 1 invalid, rank 9"
     with pytest.raises(SystemExit) as ended:
         cli.main(["status", str(run.path)])

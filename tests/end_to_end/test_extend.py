@@ -186,7 +186,7 @@ def test_examples_are_weighed_by_a_column_of_their_table(factorized: RunDirector
         (np.where(np.arange(60) == 3, -1.0, 1.0), "every weight must be a finite number, 0 or more"),
         (np.where(np.arange(60) == 3, np.nan, 1.0), "every weight must be a finite number, 0 or more"),
         (["heavy"] * 60, "every weight must be a finite number, 0 or more"),
-        (np.zeros(60), "every example to fit on has weight zero"),
+        (np.zeros(60), "all fitted examples have weight zero"),
     ],
 )
 def test_weights_that_cannot_be_are_refused(values: Any, said: str, factorized: RunDirectory, tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_another_model_and_other_parameters_are_refused(factorized: RunDirectory
 
 def test_a_run_with_components_of_its_own_is_not_transformed(factorized: RunDirectory, tmp_path: Path) -> None:
     shutil.copytree(factorized.path, tmp_path / "run")
-    with pytest.raises(RunDirectoryError, match="components of its own"):
+    with pytest.raises(RunDirectoryError, match="has been factorized already"):
         npeff.transform(RunDirectory.open(tmp_path / "run"), factorized.path)
 
 

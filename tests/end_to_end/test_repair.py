@@ -242,15 +242,15 @@ def test_steps_at_once_are_the_same_in_any_parts_and_after_an_interruption(
 ) -> None:
     expected = npeff.repair(with_steps_at_once(lifted, tmp_path / "whole"))
     run = with_steps_at_once(lifted, tmp_path / "run")
-    slopes, calls = RepairWorker.slopes, []
+    computed, calls = RepairWorker.loss_and_derivatives, []
 
     def dying(worker: RepairWorker, wanted: Any) -> Any:
         calls.append(wanted.edits)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return slopes(worker, wanted)
+        return computed(worker, wanted)
 
-    monkeypatch.setattr(RepairWorker, "slopes", dying)
+    monkeypatch.setattr(RepairWorker, "loss_and_derivatives", dying)
     with pytest.raises(KeyboardInterrupt):
         npeff.repair(run)
     assert npeff.repair(run)["edits"] == expected["edits"]
@@ -262,14 +262,14 @@ def test_steps_at_once_are_the_same_in_any_parts_and_after_an_interruption(
     np.testing.assert_allclose(in_parts, [edit["step"] for edit in expected["edits"]], rtol=0.05, atol=1e-4)
 
 
-def test_slopes_are_the_derivatives_of_the_loss(lifted: RunDirectory) -> None:
+def test_derivatives_of_the_loss_are_those_of_autograd(lifted: RunDirectory) -> None:
     directions, tuning = DirectionStore.open(lifted.directions), np.arange(0, LIMIT, 3)
     worker = RepairWorker(
         model_spec(lifted, fingerprint_of(lifted)), lifted.directions, lifted.path, tuning, (0.1,), batch_size=16
     )
     weights = np.linspace(0.1, 1.0, len(tuning))
     edits = (Edit(2, 0.3), Edit(5, -0.2), Edit(7, 0.0))
-    loss, slopes = worker.slopes(Batch(edits, tuning, weights))
+    loss, derivatives = worker.loss_and_derivatives(Batch(edits, tuning, weights))
 
     task = load_task(lifted.config.task.name, lifted.config.task.options)
     model, examples = task.model(lifted.task_cache).double(), task.examples(lifted.task_cache)
@@ -288,4 +288,4 @@ def test_slopes_are_the_derivatives_of_the_loss(lifted: RunDirectory) -> None:
     expected.backward()
     assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
     assert steps.grad is not None
-    np.testing.assert_allclose(slopes, steps.grad.numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(derivatives, steps.grad.numpy(), rtol=1e-4, atol=1e-5)

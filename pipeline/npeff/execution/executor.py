@@ -28,7 +28,7 @@ _IN_A_ROW = 4
 not the items themselves, and the remaining items would fail as well."""
 
 _OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)
-"""Text of the plain RuntimeError that torch raises when CPU memory runs out. Torch has no exception class for this case.
+"""Text of the plain RuntimeError that torch raises when CPU memory runs out; torch has no exception class for this.
 Errors of this package are never out-of-memory errors, whatever their text."""
 
 
@@ -74,7 +74,7 @@ class Failures:
         self._in_a_row = 0
 
     def failed(self, item: Any, attempt: int, reason: str) -> Sequence[Any]:
-        """Record a failed attempt and return the items to retry: the item or its parts, or nothing after the last attempt.
+        """Record a failed attempt and return the items to retry: the item or its parts; none after the last attempt.
 
         Raises:
             ExecutorError: too many consecutive attempts failed, so the remaining items would probably fail as well.

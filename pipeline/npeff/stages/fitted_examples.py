@@ -1,4 +1,4 @@
-"""Which examples components are fitted on, and with what weights: the same for every worker that must know.
+"""The examples that components are fitted on, and their weights. All workers use the same selection.
 
 Shapes: N examples.
 """
@@ -22,31 +22,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FittedExamples:
-    """The Fisher store and the table of examples of a run, and what of the latter a factorization goes by."""
+    """The Fisher store and the table of examples of a run, and the options that select the fitted examples."""
 
     fishers: Path
     table: Path
     mispredicted_only: bool = False
-    """Fit, and report, on no other examples."""
+    """Use only mispredicted examples for the fit and for the held-out evaluation."""
     weight_column: str | None = None
-    """Of the table: the examples' weights in the loss; 1 each if None."""
+    """Column of the table with the weights of the examples in the loss. All weights are 1 if None."""
 
     def read(self) -> tuple[Splits, NDArray[np.float64]]:
-        """`of` the table as it is stored."""
+        """Return the splits and the weights (N,) of the stored table."""
         return self.of(read_table(self.table, "examples"))
 
     def of(self, examples: pa.Table) -> tuple[Splits, NDArray[np.float64]]:
-        """The splits, and the weights (N,). Raises InvalidProblemError as `example_weights` does."""
+        """Return the splits and the weights (N,) of a table of examples.
+
+        Raises:
+            InvalidProblemError: as `example_weights`.
+        """
         column = self.weight_column
         weights_N = np.ones(len(examples)) if column is None else example_weights(examples, column)
         return Splits.of(examples, self.mispredicted_only), weights_N
 
 
 def example_weights(examples: pa.Table, column: str) -> NDArray[np.float64]:
-    """The weights (N,) in a column of the table of examples.
+    """Return the weights (N,) in a column of the table of examples.
 
     Raises:
-        InvalidProblemError: there is no such column, or it holds something else than finite numbers, none negative.
+        InvalidProblemError: the column does not exist, or a value is not a finite number ≥ 0.
     """
     if column not in examples.column_names:
         raise InvalidProblemError(

@@ -1,4 +1,4 @@
-"""What earlier stages have left: checksums, components, lifted directions."""
+"""Results of earlier stages that a stage reads: checksums, components and lifted directions."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ from npeff.store.tables import read_table
 
 
 def lifted_components(run: RunDirectory) -> list[int]:
-    """Those that have a direction."""
+    """Return the components that have a direction."""
     record = record_of(run, LIFT)
     return list(record.get("components", range(record["n_components"])))
 
 
 def fingerprint_of(run: RunDirectory) -> str:
-    """Of the model that the stored Fishers are of."""
+    """Return the fingerprint of the model that the stored Fishers were computed for."""
     return str(FisherStore.open(run.fishers).attrs["model_fingerprint"])
 
 
 def components_of(run: RunDirectory, other: str | Path) -> np.ndarray:
-    """The components (K, D) of another run, which mean the same in this one.
+    """Return the components (K, D) of another run with the same model, parameters, sketch and seed.
 
     Raises:
-        RunDirectoryError: its model, parameters, sketch or seed is another, or it has no components yet.
+        RunDirectoryError: the model, parameters, sketch or seed of the runs differ, or the other run has no components
+            of kind ``fishers``.
     """
     source = RunDirectory.open(other)
     record_of(source, FACTORIZE)
@@ -51,17 +52,17 @@ def components_of(run: RunDirectory, other: str | Path) -> np.ndarray:
     mine, theirs = (FisherStore.open(each.fishers).attrs for each in (run, source))
     if different := differences_in_space(mine, theirs):
         raise RunDirectoryError(
-            f"the components of {source.path} mean nothing in {run.path}: the runs differ in {', '.join(different)}; "
-            "make both with the same model, parameters, fishers.sketch and seed"
+            f"the components of {source.path} are not valid in {run.path}: the runs differ in {', '.join(different)}; "
+            "create both with the same model, parameters, fishers.sketch and seed"
         )
     return open_factorization(source.factorization).read_components()
 
 
 def checksums_of(run: RunDirectory) -> dict[int, str]:
-    """Checksum of every stored shard.
+    """Return the checksum of every stored shard.
 
     Raises:
-        StoreError: a shard has no record, though the stage was complete: somebody deleted it to have it recomputed.
+        StoreError: a shard of the complete stage has no record, because it was deleted to be recomputed.
     """
     fishers = record_of(run, FISHERS)
     records = ShardRecords(run.shard_records, fishers["signature"]).complete()
@@ -73,10 +74,10 @@ def checksums_of(run: RunDirectory) -> dict[int, str]:
 
 
 def validate_problem(config: RunConfig, n_fit: int, rank: int) -> None:
-    """Refuse a factorization of `n_fit` examples of this rank that could not start.
+    """Check that a factorization of ``n_fit`` examples of this rank can start.
 
     Raises:
-        InvalidProblemError: more components than factor rows, of all fitted examples or of the subsample.
+        InvalidProblemError: there are more components than factor rows in the fitted examples or in the subsample.
     """
     wanted = config.factorization
     if wanted.kind != "fishers":
@@ -85,15 +86,15 @@ def validate_problem(config: RunConfig, n_fit: int, rank: int) -> None:
     if wanted.subsample * rank < wanted.n_components:
         raise InvalidProblemError(
             f"factorization.subsample={wanted.subsample} examples of rank {rank} cannot start n_components="
-            f"{wanted.n_components} components: set it to {math.ceil(wanted.n_components / rank)} or more"
+            f"{wanted.n_components} components: set subsample to {math.ceil(wanted.n_components / rank)} or more"
         )
 
 
 def count_fit_examples(run: RunDirectory) -> int:
-    """Examples that the components are fitted on.
+    """Return the number of examples that the components are fitted on.
 
     Raises:
-        InvalidProblemError: there is nothing in them to factorize.
+        InvalidProblemError: no example can be fitted, or all weights or all Fishers are zero.
     """
     fitted = fitted_examples(run)
     examples, mispredicted_only = read_table(fitted.table, "examples"), fitted.mispredicted_only
@@ -102,22 +103,22 @@ def count_fit_examples(run: RunDirectory) -> int:
     n_fit = int((fit_N & (weights_N > 0)).sum())
     if n_fit == 0 and bool(fit_N.any()):
         raise InvalidProblemError(
-            f"every example to fit on has weight zero: look at column {fitted.weight_column!r}, which "
-            "factorization.example_weights names"
+            f"all fitted examples have weight zero: check column {fitted.weight_column!r}, which is set by "
+            "factorization.example_weights"
         )
     if n_fit == 0 and mispredicted_only and bool(Splits.of(examples).fit_N.any()):
         raise InvalidProblemError(
-            "no example to fit on is known to be mispredicted: set factorization.examples: all, or give examples with "
-            "labels"
+            "no fitted example is known to be mispredicted: set factorization.examples: all, or add labels to the "
+            "examples"
         )
     if n_fit == 0:
         raise InvalidProblemError(
-            "none of the examples that the components are to be fitted on has finite logits and gradients: look for "
-            "NaN in the examples, or give more of them"
+            "no example in the fit split has finite logits and gradients: check the examples for NaN, or add more "
+            "examples"
         )
     if not bool(examples.filter(examples["valid"])["fisher_norm"].to_numpy().any()):
         raise InvalidProblemError(
-            "the Fishers of all examples are zero: the selected parameters do not change the logits, or the model is "
-            "certain of every prediction"
+            "the Fishers of all examples are zero: the selected parameters do not change the logits, or all predicted "
+            "probabilities are 0 or 1; select other parameters or check the model"
         )
     return n_fit

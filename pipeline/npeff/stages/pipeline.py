@@ -1,7 +1,7 @@
-"""Every stage in order, and what is done with a finished run.
+"""All stages in order, the report, and the export of directions.
 
-Each stage takes a run directory, resumes from what is in it, and returns what it has recorded when it is complete. All
-stages may be called again after any crash.
+Each stage takes a run directory, resumes from the results in it, and returns its record when it is complete. All stages
+can be called again after any crash.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from npeff.store.direction_store import DirectionStore
 
 
 def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = None) -> RunDirectory:
-    """Run every stage in order, and write the report. What is complete already is not computed again.
+    """Run every stage in order and write the report. Results that are already complete are not recomputed.
 
     Args:
         config: the configuration of a run, whose directory is created or resumed, or an open run directory.
-        progress: where to show progress; nowhere unless given.
+        progress: display for the progress. No progress is shown if None.
 
     Returns:
         The run directory.
 
     Raises:
-        NpeffError: a stage cannot be completed; the message is one line that says why and what to do.
+        NpeffError: a stage cannot be completed. The message is one line with the cause and the remedy.
     """
     directory = config if isinstance(config, RunDirectory) else RunDirectory.create(config)
     stages = [stage for stage in STAGES if stage.in_every_run]
@@ -43,7 +43,7 @@ def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = 
         progress.say(f"run {directory.path}")
     unfinished = any(recorded(directory, stage) is None for stage in stages)
     with directory.lock():
-        # Workers are started once for all stages, and not at all where there is nothing to do.
+        # Workers are started once for all stages, and only if a stage is unfinished.
         with executor_for(directory, None) if unfinished else nullcontext() as executor:
             for stage in stages:
                 stage(directory, executor=executor, progress=progress)
@@ -52,18 +52,22 @@ def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = 
 
 
 def report(run: RunDirectory, *, progress: ProgressDisplay | None = None) -> Path:
-    """Write the report, one HTML file, from whatever is there."""
+    """Write the report, one HTML file, from the available results. Returns its path."""
     with run.lock():
         return write_report(run.path, top_examples=run.config.report.top_examples)
 
 
 def serve_report(run: RunDirectory, port: int, say: Callable[[str], None]) -> None:
-    """Serve the report, and a view to query the run in, on this machine only, until Ctrl-C. Nothing is written."""
+    """Serve the report and a view for queries on this machine only, until Ctrl-C. This writes no files."""
     serve(run.path, port, run.config.report.top_examples, say)
 
 
 def export_direction(run: RunDirectory, component: int, file: str | Path) -> None:
-    """Write a component's unit direction as a safetensors file under the parameters' names."""
+    """Write a component's unit direction to a safetensors file, one tensor per parameter name.
+
+    Raises:
+        RunDirectoryError: the component does not exist or is not lifted.
+    """
     record_of(run, LIFT)
     directions = DirectionStore.open(run.directions)
     if component >= directions.n_components:

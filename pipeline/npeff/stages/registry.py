@@ -1,5 +1,5 @@
-"""All stages of a run, in order. A new stage is a folder that defines it, a line here, a section of the run file and a
-page of the documentation."""
+"""All stages of a run, in order. A new stage needs a folder with its definition, a line here, a section of the run file
+and a page of the documentation."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ STAGES = (FISHERS, SELECT, TRANSFORM, FACTORIZE, LIFT, VERIFY, ATTRIBUTE, REPAIR
 
 
 def stages_after(stage: StageDefinition) -> Iterator[StageDefinition]:
-    """The stages that need the results of ``stage``, directly or through others."""
+    """Yield the stages that depend on the results of ``stage``, directly or indirectly."""
     return (later for later in STAGES if stage in later.ancestors())

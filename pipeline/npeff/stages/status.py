@@ -1,4 +1,4 @@
-"""How far every stage of a run has come, and where to look next."""
+"""The state of every stage of a run, and the result lines of a finished run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class StageStatus:
 
 
 def status(run: RunDirectory) -> list[StageStatus]:
-    """How far every stage has come; of the stages that ``npeff run`` does not include, those that have begun."""
+    """Return the state of every stage. Stages that ``npeff run`` does not include are listed once they have begun."""
     rows = []
     for stage in STAGES:
         record = recorded(run, stage)
@@ -37,7 +37,7 @@ def status(run: RunDirectory) -> list[StageStatus]:
 
 
 def outcome(run: RunDirectory, command: str) -> list[str]:
-    """The few lines after a finished run: the result, and what to look at next with ``command`` (``npeff``)."""
+    """Return the lines printed after a finished run: the results, and a next command (``command`` is ``npeff``)."""
     scores = (recorded(run, VERIFY) or {}).get("scores", [])
     return [
         *(score_line(score) for score in scores),

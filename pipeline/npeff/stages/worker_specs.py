@@ -1,4 +1,4 @@
-"""What the run file means to a worker of a stage."""
+"""Arguments of executors and workers, from the run file."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from npeff.stages.fitted_examples import FittedExamples
 
 
 def executor_for(run: RunDirectory, given: Executor | None) -> AbstractContextManager[Executor]:
-    """``given``, which its owner closes, or the one that the run asks for."""
+    """Return a context with the executor ``given``, which stays open, or with a new one as set in the run file."""
     return nullcontext(given) if given is not None else make_executor(**run.config.executor.model_dump())
 
 
 def worker_spec(run: RunDirectory, worker_class: type, **arguments: Any) -> WorkerSpec:
-    """A worker of this run, which the next command waits for if this one is killed."""
+    """Return the spec of a worker of this run. If this command is killed, the next one waits until the worker ends."""
     return WorkerSpec(worker_class, arguments, run.worker_lease)
 
 
@@ -32,7 +32,7 @@ def device_of(config: RunConfig) -> str:
 
 
 def model_of(config: RunConfig, cache: Path, fingerprint: str | None) -> ModelSpec:
-    """The model of a run file, whose task keeps what it prepares in ``cache``."""
+    """Return the spec of the model of a run file. The task stores the files that it prepares in ``cache``."""
     return ModelSpec(
         task=config.task.name,
         options=config.task.options,
@@ -45,21 +45,25 @@ def model_of(config: RunConfig, cache: Path, fingerprint: str | None) -> ModelSp
 
 
 def model_spec(run: RunDirectory, fingerprint: str | None) -> ModelSpec:
-    """The model as a worker loads it; it must be the one of the fingerprint, where there is one already."""
+    """Return the spec of a run's model. If a fingerprint is given, the loaded model must have that fingerprint.
+
+    Raises:
+        RunDirectoryError: the run was imported and has no model.
+    """
     config = run.config
     if config.task.name == IMPORTED_TASK:
         raise RunDirectoryError(
-            f"{run.path} was imported from a file and has no model: only factorize, query and report"
+            f"{run.path} was imported from a file and has no model: use only factorize, query and report"
         )
     return model_of(config, run.task_cache, fingerprint)
 
 
 def fitted_examples(run: RunDirectory) -> FittedExamples:
-    """Which examples components are fitted on, as the run file says."""
+    """Return the selection of the fitted examples from the run file."""
     wanted = run.config.factorization
     return FittedExamples(run.fishers, run.table("examples"), wanted.examples == "mispredicted", wanted.example_weights)
 
 
 def inspection_of(config: RunConfig) -> tuple[SketchSpec, int | Literal["auto"], int]:
-    """What `TaskWorker.inspect` is asked: the sketch, the batch size, and the bytes that a batch may take."""
+    """Return the argument of `TaskWorker.inspect`: sketch, batch size, and memory limit of a batch in bytes."""
     return config.fishers.sketch, config.fishers.batch_size, config.fishers.memory_limit_mb * 2**20

@@ -376,4 +376,6 @@ def _own_reaction_to_sigterm() -> Iterator[None]:
 
 
 def _ray_is_gone(why: str) -> ExecutorError:
-    return ExecutorError(f"Ray stopped working ({why}); finished results are kept: run the same command again to resume")
+    return ExecutorError(
+        f"Ray stopped working ({why}); finished results are kept: run the same command again to continue"
+    )

@@ -218,8 +218,8 @@ class JobServer:
             if _UNKNOWN in str(error):
                 raise ExecutorError(f"{self.address}: {_reason(error)}") from None
             raise ExecutorError(
-                f"lost the job server at {self.address} ({_reason(error)}); finished results are kept: when the cluster "
-                "is back, run the same command again: it follows the job, or resumes the run if the job has ended"
+                f"lost the job server at {self.address} ({_reason(error)}); finished results are kept: run the same "
+                "command again when the cluster is back; it follows the job, or resumes the run if the job has ended"
             ) from None
 
 

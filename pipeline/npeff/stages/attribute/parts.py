@@ -1,4 +1,4 @@
-"""What `check` verifies of the stage `attribute`."""
+"""The parts of the stage `attribute` that `check` verifies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Beside verification: where in its top examples each direction acts."""
+"""The stage `attribute`: the positions in its top examples where each direction acts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TABLE = "position_shares"
 def attribute(
     run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None
 ) -> Summary:
-    """Split the evidence of the components' top examples over their tokens, where the task can name them."""
+    """Split the evidence of the components' top examples over their tokens, if the task provides tokens."""
     with open_stage(run, ATTRIBUTE) as stage:
         components, count = lifted_components(run), run.config.report.top_examples
         if stage.done and stage.done["top_examples"] == count and stage.done["components"] == components:

@@ -1,6 +1,6 @@
-"""Attribution on a worker: at which positions of a component's top examples its direction acts.
+"""The worker of the stage `attribute`: the positions of a component's top examples where its direction acts.
 
-One task is a component. An example is a batch of its own, so that its positions are those of the layers' outputs.
+An item is a component. Each example is a separate batch, so that positions of the layers' outputs are its positions.
 """
 
 from __future__ import annotations
@@ -30,9 +30,12 @@ class AttributionPaths:
 
 
 class AttributionWorker:
-    """Splits the evidence of components' top examples over positions, one component a call.
+    """Splits the evidence of components' top examples over positions, one component per call.
 
     Args:
+        model: the run's model.
+        labels: labels of the gradient rows.
+        paths: store of the directions, and folder of the results.
         examples: numbers of each component's examples.
     """
 
@@ -44,7 +47,7 @@ class AttributionWorker:
         self._directions, self._paths, self._examples = DirectionStore.open(paths.directions), paths, examples
 
     def attribute(self, component: int) -> int:
-        """Leave the component's rows of the table `position_shares` in a file, and say how many they are."""
+        """Write the component's rows of the table `position_shares` to a file. Returns the number of rows."""
         examples = list(self._examples[component])
         tokens = self._loaded.tokens(examples) if examples else None
         rows: list[dict[str, Any]] = []

@@ -17,7 +17,7 @@ def _units(run: RunDirectory) -> UnitProgress:
         layout = json.loads((run.fishers / "zarr.json").read_text(encoding="utf-8"))["attributes"]
         total = -(-layout["n_examples"] // layout["shard_size"])
     except (OSError, ValueError, KeyError):
-        pass  # not laid out yet, or damaged, which `check` tells
+        pass  # not created yet, or damaged, which `check` reports
     return UnitProgress(len(finished(run.shard_records)), total, "shards")
 
 

@@ -1,4 +1,4 @@
-"""What a run would take, from a short trial on one worker, before anything is spent and with nothing left behind."""
+"""Estimate of a run's time and memory, from a short trial on one worker that leaves no files."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from npeff.store.fisher_store import fisher_store_bytes
 
 @dataclass(frozen=True)
 class Estimate:
-    """Time in seconds and sizes in bytes; of the Fisher stage unless it says otherwise."""
+    """Estimated times in seconds and sizes in bytes, of the stage `fishers` unless stated otherwise."""
 
     trial: Trial
     workers: int
     start_up_seconds: float
-    """Until the first shard is begun: starting a worker, preparing the task and looking at it."""
+    """Time until the first shard begins: a worker starts, and prepares and inspects the task."""
     seconds: float
-    """Until the last shard is written."""
+    """Time until the last shard is written."""
     store_bytes: int
     solver_bytes: int
-    """Of Fishers in the memory of each of the solver's workers; 0 where they are read in every pass instead."""
+    """Size of the Fishers in the memory of each worker of the solver. 0 if they are read again in every pass."""
     direction_bytes: int
-    """Of the lifted directions on disk."""
+    """Size of the lifted directions on disk."""
 
 
 def estimate(config: RunConfig) -> Estimate:
-    """Prepare and load the task on one worker in a temporary folder, try a few batches, and work the rest out.
+    """Estimate a run's time and memory: load the task on one worker in a temporary folder and compute a few batches.
 
-    Raises what the Fisher stage would raise before its first shard.
+    Raises the errors that the stage `fishers` raises before its first shard.
     """
     wanted, began = config.fishers, time.monotonic()
     labels = wanted.label_spec(config.seed)
@@ -85,7 +85,7 @@ def _direction_bytes(config: RunConfig, n_parameters: int) -> int:
 
 
 def _solver_bytes(config: RunConfig, trial: Trial) -> int:
-    """What a worker of the solver keeps: Fishers, or, in float32, what is factorized of diagonals."""
+    """Return the size of the data that a worker of the solver keeps: Fishers, or rows of diagonals in float32."""
     wanted, facts = config.factorization, trial.facts
     share = math.ceil(len(facts.examples) * (1 - wanted.held_out_fraction) / config.executor.workers)
     match wanted.kind:
@@ -99,7 +99,7 @@ def _solver_bytes(config: RunConfig, trial: Trial) -> int:
 
 
 def rows(found: Estimate, config: RunConfig) -> list[tuple[str, str]]:
-    """The estimate for people to read."""
+    """Return the estimate as pairs of a name and a formatted value."""
     trial, facts = found.trial, found.trial.facts
     n_examples = len(facts.examples)
     where = "GPU" if device_of(config) == "cuda" else "process"

@@ -1,4 +1,4 @@
-"""A look at the task on a worker, before anything is spent: what the driver must know, and all that can be refused."""
+"""Inspection of the task on a worker before the first shard: facts for the driver, and all checks of the task."""
 
 from __future__ import annotations
 
@@ -18,59 +18,59 @@ from npeff.tasks import TaskError
 
 _COVERAGE_EXAMPLES = 2
 _TRIED_EXAMPLES = 256
-"""If none of so many examples is valid, the model or the data set is broken."""
+"""Number of examples to search for valid ones. If none is valid, the model or the data set is broken."""
 _MOST_LOGITS = 4096
-"""Classes up to which the logits of every example are stored."""
+"""Largest number of classes for which the logits of every example are stored."""
 
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """What the driver must know of a task before it can lay out a store."""
+    """Facts of a task that the driver needs to create a store."""
 
     n_classes: int
     rank: int
-    """Rows that an example's factor has at most."""
+    """Largest number of rows of an example's factor."""
     with_logits: bool
-    """Whether an example is one prediction, with few enough classes to store its logits."""
+    """Whether logits are stored: every example has one prediction, with at most `_MOST_LOGITS` classes."""
     class_names: tuple[str, ...]
     examples: pa.Table
     layout: ParameterLayout
     groups: tuple[tuple[str, int], ...]
-    """`GroupLayout.counts` of its entries."""
+    """`GroupLayout.counts` of the parameters."""
     left_out: dict[str, str]
-    """Parameters that no Fisher is taken of, and why."""
+    """Parameters that are excluded from the Fishers, with the reason for each."""
     sketch_dim: int
     batch_size: int
     model_fingerprint: str
 
     @property
     def n_groups(self) -> int:
-        """Groups of the parameters' diagonal, in all."""
+        """Total number of groups of the diagonal."""
         return sum(count for _, count in self.groups)
 
 
 class TaskWorker:
-    """Prepares a task and looks at it."""
+    """Prepares and inspects a task."""
 
     def __init__(self, model: ModelSpec, labels: LabelSpec, seed: int) -> None:
         self._spec, self._labels, self._seed = model, labels, seed
 
     def inspect(self, wanted: tuple[SketchSpec, int | Literal["auto"], int]) -> TaskFacts:
-        """Prepare the task, load it, and check everything that can be checked before the first shard.
+        """Prepare and load the task, and do all checks that are possible before the first shard.
 
         Args:
-            wanted: the sketch, the batch size, and the bytes that a batch may take where that is "auto".
+            wanted: the sketch, the batch size, and the memory limit of a batch in bytes for batch size "auto".
 
         Raises:
-            TaskError: the data set is empty, logits, labels and class names do not fit, or no example is valid.
-            UnsupportedModelError: a selected parameter's gradients cannot be had.
+            TaskError: the data set is empty, logits, labels and class names do not match, or no example is valid.
+            UnsupportedModelError: the gradients of a selected parameter cannot be computed.
         """
         sketch, batch_size, limit = wanted
         self._spec.prepare()
         loaded = self._spec.load()
         n_examples = len(loaded.examples)
         if n_examples == 0:
-            raise TaskError(f"task {self._spec.task!r} has no examples: there is nothing to compute Fishers of")
+            raise TaskError(f"task {self._spec.task!r} has no examples: return at least one from examples()")
         table = loaded.table()
         first = range(min(_COVERAGE_EXAMPLES, n_examples))
         n_classes = loaded.predict(first, batch_size=_COVERAGE_EXAMPLES).logits[0].shape[-1]
@@ -79,8 +79,8 @@ class TaskWorker:
         sequences = loaded.targets(loaded.batch(first), first).dim() > 1
         if self._labels.kind == "empirical" and not sequences and table["label"].null_count:
             raise TaskError(
-                f"task {self._spec.task!r}: {table['label'].null_count} examples have no label, which empirical labels "
-                "need: give them, leave those examples out, or use sampled labels"
+                f"task {self._spec.task!r}: {table['label'].null_count} examples have no label, and fishers.labels: "
+                "empirical needs labels: add the labels, remove these examples, or use sampled labels"
             )
         linear_map = make_sketch(sketch, loaded.layout, self._seed)
         fishers = PerExampleFishers(loaded.model, loaded.logits, loaded.layout, linear_map, self._labels)
@@ -117,8 +117,8 @@ def _class_names(loaded: LoadedModel, n_classes: int) -> tuple[str, ...]:
         )
     if n_classes < 2 or len(names) not in (0, n_classes):
         raise TaskError(
-            f"task {loaded.spec.task!r}: the model has {n_classes} logits for {len(names)} class names: there must be "
-            "as many names as logits, and at least two"
+            f"task {loaded.spec.task!r}: the model has {n_classes} logits for {len(names)} class names: give one name "
+            "for each logit, and at least two logits"
         )
     return tuple(str(name) for name in names)
 
@@ -127,13 +127,13 @@ def _check_labels(task: str, labels: pa.ChunkedArray, n_classes: int) -> None:
     for example, label in enumerate(labels.to_pylist()):
         if label is not None and not 0 <= label < n_classes:
             raise TaskError(
-                f"task {task!r}: label {label} of example {example} is none of the classes 0 to {n_classes - 1}: "
-                "correct it, or make it null where it is unknown"
+                f"task {task!r}: label {label} of example {example} is not one of the classes 0 to {n_classes - 1}: "
+                "correct the label, or set it to null if it is unknown"
             )
 
 
 def _valid_examples(loaded: LoadedModel, fishers: PerExampleFishers) -> list[int]:
-    """The first few examples with finite logits and gradients, to check the model on."""
+    """Return the first few examples with finite logits and gradients, for the checks of the model."""
     tried = min(len(loaded.examples), _TRIED_EXAMPLES)
     valid: list[int] = []
     for start in range(0, tried, _COVERAGE_EXAMPLES):
@@ -145,7 +145,7 @@ def _valid_examples(loaded: LoadedModel, fishers: PerExampleFishers) -> list[int
             break
     if not valid:
         raise TaskError(
-            f"task {loaded.spec.task!r}: none of the first {tried} examples has finite logits and gradients, and "
-            "makes a prediction: look for NaN in the model's weights and in the examples"
+            f"task {loaded.spec.task!r}: none of the first {tried} examples has finite logits and gradients and a "
+            "prediction: check the model's weights and the examples for NaN"
         )
     return valid[:_COVERAGE_EXAMPLES]

@@ -1,4 +1,4 @@
-"""What `check` verifies of the stored Fishers."""
+"""The parts of the stored Fishers that `check` verifies."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def fisher_parts(run: RunDirectory) -> Iterator[Part]:
 def _verify_shard(store: FisherStore, records: ShardRecords, shard: int) -> None:
     record = records.read(shard)
     if (record.start, record.stop) != store.plan.bounds(shard):
-        raise StoreError(f"the record of shard {shard} is of other examples")
+        raise StoreError(f"the record of shard {shard} belongs to other examples")
     store.read_shard(shard, record.checksum)
 
 
 def _shard_signature(run: RunDirectory, store: FisherStore) -> str:
-    """Of the records: as the stage's own says, or, where that is missing or damaged, as it would be."""
+    """Return the signature of the shards' records: from the stage's record or, if that is damaged, computed again."""
     if (record := intact_record(run, "fishers")) is not None:
         return str(record["signature"])
     computed = run.config.signature("task", "parameters", "fishers", "seed")

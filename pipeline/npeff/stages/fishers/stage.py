@@ -1,4 +1,4 @@
-"""Stage 1: the low-rank Fisher of every example, into the store."""
+"""The stage `fishers`: compute and store the low-rank Fisher of every example."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from npeff.store.tables import SCHEMAS
 
 _MOST_SHARDS_PER_CALL = 2
 _MOST_NAMED = 5
-"""Failed shards that an error's one line names."""
+"""Largest number of failed shards in an error message."""
 
 
 def compute_fishers(
@@ -80,11 +80,11 @@ def compute_fishers(
                         ]
                 if failed:
                     raise _failed_shards(failed, store, facts)
-                if len(complete) < store.plan.n_shards:  # a worker was lost after it had recorded one
+                if len(complete) < store.plan.n_shards:  # a worker recorded a shard and was then lost
                     complete = records.complete()
         n_examples, n_invalid = len(facts.examples), sum(record.n_invalid for record in complete.values())
         if n_invalid:
-            progress.say(f"{n_invalid} of {n_examples} examples have non-finite logits or gradients and are left out")
+            progress.say(f"{n_invalid} of {n_examples} examples have non-finite logits or gradients and are excluded")
         if summed:
             sums.fold(last=True)
             metadata = {"labels": config.fishers.labels, "model_fingerprint": facts.model_fingerprint}
@@ -109,7 +109,7 @@ def compute_fishers(
 
 
 def _inspect(run: RunDirectory, workers: Executor) -> TaskFacts:
-    """Prepare the task on a worker and look at it; refuse what the later stages could not use."""
+    """Prepare and inspect the task on a worker, and refuse settings with which later stages would fail."""
     wanted = run.config.fishers
     seed = run.config.seed
     inspection = worker_spec(run, TaskWorker, model=model_spec(run, None), labels=wanted.label_spec(seed), seed=seed)
@@ -119,7 +119,7 @@ def _inspect(run: RunDirectory, workers: Executor) -> TaskFacts:
     validate_problem(run.config, n_fit, facts.rank)
     weights = run.config.factorization.example_weights
     if weights is not None and weights not in SCHEMAS["examples"].names:
-        example_weights(facts.examples, weights)  # refused before anything is computed
+        example_weights(facts.examples, weights)  # raises before any computation
     if (wanted.diagonal.top_entries or 0) > facts.layout.size:
         raise ConfigError(
             f"fishers.diagonal.top_entries = {wanted.diagonal.top_entries} must be at most {facts.layout.size}, the "
@@ -129,7 +129,7 @@ def _inspect(run: RunDirectory, workers: Executor) -> TaskFacts:
 
 
 def _open_fishers(run: RunDirectory, facts: TaskFacts) -> tuple[ShardRecords, FisherStore]:
-    """``fishers.zarr`` and its completion records; laid out now, unless an interrupted run has done it."""
+    """Open or create ``fishers.zarr``. Returns its completion records and the store."""
     config = run.config
     signature = f"{config.signature('task', 'parameters', 'fishers', 'seed')}-{facts.model_fingerprint[:16]}"
     records = ShardRecords(run.shard_records, signature)
@@ -156,30 +156,30 @@ def _open_fishers(run: RunDirectory, facts: TaskFacts) -> tuple[ShardRecords, Fi
         try:
             there = FisherStore.open(run.fishers)
         except StoreError:
-            there = FisherStore.restore(run.fishers, **layout)  # of which somebody deleted what was damaged
+            there = FisherStore.restore(run.fishers, **layout)  # the user deleted damaged files of the store
         laid_out = (there.plan.n_examples, there.n_classes, there.dim)
         if laid_out != (len(facts.examples), facts.n_classes, facts.sketch_dim):
             raise StoreError(
-                f"{run.fishers} was laid out for {laid_out[0]} examples, {laid_out[1]} classes and sketch dimension "
+                f"{run.fishers} was created for {laid_out[0]} examples, {laid_out[1]} classes and sketch dimension "
                 f"{laid_out[2]}, and the task has {len(facts.examples)}, {facts.n_classes} and {facts.sketch_dim} now",
-                "give it the former data and model, or choose another run_dir",
+                "restore the former data and model, or choose another run_dir",
                 path=run.fishers,
             )
         return records, there
-    for former in (run.shard_records, run.partial_results("diagonal")):  # of Fishers that somebody deleted
+    for former in (run.shard_records, run.partial_results("diagonal")):  # remains of a deleted store
         remove_directory(former)
     run.diagonal_fisher.unlink(missing_ok=True)
     return records, FisherStore.create(run.fishers, **layout)
 
 
 def _unrecorded(records: ShardRecords, shards: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """What is to be tried again of a span, shard by shard: not those that were recorded before the worker failed."""
+    """Return the shards of a failed span to retry one by one: those without a record."""
     complete = records.complete()
     return [(shard,) for shard in shards if shard not in complete]
 
 
 def _failed_shards(failed: list[FailedItem], store: FisherStore, facts: TaskFacts) -> ExecutorError:
-    """Which shards could not be computed, and of which examples they are."""
+    """Return an error that names the failed shards and their examples."""
     ids, named = facts.examples["id"], []
     for each in failed[:_MOST_NAMED]:
         first, last = each.item[0], each.item[-1]
@@ -190,13 +190,13 @@ def _failed_shards(failed: list[FailedItem], store: FisherStore, facts: TaskFact
     if len(failed) > _MOST_NAMED:
         named.append(f"and {len(failed) - _MOST_NAMED} more")
     return ExecutorError(
-        f"{'; '.join(named)}. All other shards are finished and kept: mend these examples, or have the task give NaN "
-        "as their logits, which leaves them out, or give the workers more memory where it ran out, "
-        "and run the same command again, which computes only what failed"
+        f"{'; '.join(named)}. All other shards are finished and kept: correct these examples, or return NaN logits "
+        "for them from the task to exclude them, or give the workers more memory if it ran out; then run the same "
+        "command again, which computes only the failed shards"
     )
 
 
 def _spans(missing: list[int], workers: int) -> list[tuple[int, ...]]:
-    """Shards for one call of a worker: a few, so that it writes one while it computes the next, yet a share for all."""
+    """Divide shards into items: several per item, so that writing and computing overlap, but items for all workers."""
     size = max(1, min(_MOST_SHARDS_PER_CALL, len(missing) // (4 * workers)))
     return [tuple(missing[first : first + size]) for first in range(0, len(missing), size)]

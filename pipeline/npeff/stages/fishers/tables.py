@@ -16,7 +16,7 @@ from npeff.store.tables import write_table
 
 
 def held_out(n_examples: int, fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Which examples the components are not fitted on: a seeded random ``fraction`` of them, rounded down."""
+    """Return a mask (N,) of the held-out examples: a seeded random ``fraction`` of all examples, rounded down."""
     chosen = np.random.default_rng([seed, n_examples]).permutation(n_examples)[: int(fraction * n_examples)]
     mask = np.zeros(n_examples, dtype=bool)
     mask[chosen] = True
@@ -24,11 +24,11 @@ def held_out(n_examples: int, fraction: float, seed: int) -> NDArray[np.bool_]:
 
 
 _OF_EXAMPLES = ("labels", "valid", "frobenius_norms", "ranks", "kept_trace", "losses", "logits")
-"""Arrays of the Fisher store that the table of examples is made of."""
+"""Arrays of the Fisher store that are read for the table of examples."""
 
 
 def write_example_tables(run: RunDirectory, examples: pa.Table, class_names: Sequence[str]) -> None:
-    """``examples`` and ``classes``, from the task's own table and the stored logits and norms."""
+    """Write the tables ``examples`` and ``classes`` from the task's table and the stored logits and norms."""
     store = FisherStore.open(run.fishers)
     n_examples = store.plan.n_examples
     stored = store.read_rows(np.arange(n_examples), [name for name in _OF_EXAMPLES if name in store.array_names])
@@ -59,7 +59,7 @@ def write_example_tables(run: RunDirectory, examples: pa.Table, class_names: Seq
 
 
 def write_parameter_table(run: RunDirectory, shapes: Mapping[str, Sequence[int]], left_out: Mapping[str, str]) -> None:
-    """``parameters``: those that Fishers are taken of, with their shapes, and why the others are left out."""
+    """Write the table ``parameters``: shapes of the included parameters, and the reasons why others are excluded."""
     taken = [True] * len(shapes) + [False] * len(left_out)
     columns = {
         "parameter": [*shapes, *left_out],

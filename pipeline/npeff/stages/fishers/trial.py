@@ -1,4 +1,4 @@
-"""Stage 1 tried out on a worker: the same code on a few of the examples, in a folder that is then removed."""
+"""A trial of the stage `fishers` on a worker: the same code on some of the examples, in a temporary folder."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from npeff.store.fisher_store import FisherStore
 from npeff.store.shard_records import ShardRecords
 
 _SECONDS = 10.0
-"""What the timed shards should take together, at most."""
+"""Largest total time in seconds of the timed shards."""
 _TIMED_SHARDS = 3
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What was seen of a task and its Fishers."""
+    """Results of a trial."""
 
     facts: TaskFacts
     seconds_per_example: float
-    """On one worker, writing included."""
+    """Time on one worker, including writing."""
     peak_bytes: int
-    """Of the worker's process, or on its GPU."""
+    """Peak memory of the worker's process, or of its GPU."""
     trial_seconds: float
-    """What of the call a real run would not do."""
+    """Time of the trial shards, which a real run does not compute."""
 
 
 class TrialWorker:
-    """Tries out a task."""
+    """Runs the trial of a task."""
 
     def __init__(self, model: ModelSpec, labels: LabelSpec, seed: int) -> None:
         self._spec, self._labels, self._seed = model, labels, seed
@@ -45,10 +45,10 @@ class TrialWorker:
         """Prepare and inspect the task, then compute and store a few small shards.
 
         Args:
-            wanted: those of `TaskWorker.inspect`, and what is stored: ``shard_size``, ``store_dtype``, ``top_entries``,
-                ``groups``.
+            wanted: the arguments of `TaskWorker.inspect`, and the options of the store: ``shard_size``,
+                ``store_dtype``, ``top_entries``, ``groups``.
 
-        Raises what `TaskWorker.inspect` does.
+        Raises the errors of `TaskWorker.inspect`.
         """
         sketch, _, _, store = wanted
         with tempfile.TemporaryDirectory(prefix="npeff-") as folder:
@@ -75,7 +75,7 @@ class TrialWorker:
 
             small = worker(min(2 * facts.batch_size, store["shard_size"]))
             began = time.monotonic()
-            small.compute((0,))  # the first call learns about the model
+            small.compute((0,))  # the first call is slower: it adapts to the model
             warm = time.monotonic()
             small.compute((0,))
             per_example = (time.monotonic() - warm) / min(small.shard_size, len(facts.examples))

@@ -1,6 +1,6 @@
-"""Stage 1 on a worker: compute and store the Fishers of whole shards.
+"""The worker of the stage `fishers`: compute and store the Fishers of whole shards.
 
-While a shard is computed the one before is written.
+The worker computes a shard while it writes the previous one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from npeff.tasks import TaskError
 
 
 class FisherWorker:
-    """Computes shards. A shard is written whole, and only then recorded as complete."""
+    """Computes shards. A shard is recorded as complete after all its arrays are written."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class FisherWorker:
         if len(self._loaded.labels_N) != self._store.plan.n_examples:
             raise TaskError(
                 f"task {model.task!r} has {len(self._loaded.labels_N)} examples here and had "
-                f"{self._store.plan.n_examples} when the run began: it must have the same ones each time it is loaded"
+                f"{self._store.plan.n_examples} when the run began: return the same examples each time it is loaded"
             )
 
     @property
@@ -75,11 +75,11 @@ class FisherWorker:
         return self._store.plan.n_shards
 
     def compute(self, shards: tuple[int, ...]) -> list[CompletionRecord]:
-        """Compute, store and record some shards."""
+        """Compute, store and record shards. Returns their records."""
         return self._compute_all(shards, None)
 
     def compute_unit(self, unit: int) -> list[CompletionRecord]:
-        """Compute, store and record the shards of a unit, and the sum of their diagonal Fishers."""
+        """Compute, store and record the shards of a unit, and store the sum of their diagonal Fishers."""
         assert self._sums is not None
         names_and_shapes = zip(self._loaded.layout.names, self._loaded.layout.shapes, strict=True)
         total = {
@@ -91,14 +91,14 @@ class FisherWorker:
         return records
 
     def _compute_all(self, shards: tuple[int, ...], total: dict[str, Tensor] | None) -> list[CompletionRecord]:
-        """The diagonals are added to `total`, in the order of the shards and of their batches."""
+        """Compute shards, and add their diagonals to ``total`` in the order of the shards and their batches."""
         written: list[Future[CompletionRecord]] = []
         with ThreadPoolExecutor(1, "writer") as writer:
             for shard in shards:
                 began = time.monotonic()
                 arrays = self._compute(shard, total)
                 if written:
-                    written[-1].result()  # one shard waits to be written, not many; and what went wrong is told
+                    written[-1].result()  # at most one shard waits to be written; raises its error, if any
                 written.append(writer.submit(self._write, shard, arrays, began))
         return [record.result() for record in written]
 
@@ -110,8 +110,8 @@ class FisherWorker:
             parts.append(stored)
             if total is not None and collected is not None:
                 diagonal_sum(collected.contributions, collected.labels.scales_B, stored["valid"][None], total)
-            del collected  # its rows are not to be kept while the next batch is computed
-        # from the order in which they were computed to that of the examples
+            del collected  # free its rows before the next batch is computed
+        # from the order of computation to the order of the examples
         order = torch.tensor([example for examples in plan for example in examples]).argsort()
         arrays = {name: torch.cat([part[name] for part in parts]).cpu()[order].numpy() for name in parts[0]}
         return arrays | {"labels": self._loaded.labels_N[start:stop]}
@@ -119,14 +119,14 @@ class FisherWorker:
     def _compute_batch(
         self, fishers: PerExampleFishers, batch: Any, examples: list[int], *, keep: bool
     ) -> tuple[dict[str, Tensor], Collected | None]:
-        """What is stored of a batch, and its gradient rows if they are to be kept."""
+        """Return the arrays to store for a batch, and its gradient rows if ``keep``."""
         collected = fishers.collector.collect(batch, examples, self._loaded.targets(batch, examples))
         result = fishers.factors(collected)
         stored = _stored_form(result, self._dtype, "logits" in self._store.array_names)
         return stored | self._diagonals(collected, result.valid_B), collected if keep else None
 
     def _diagonals(self, collected: Collected, valid_B: Tensor) -> dict[str, Tensor]:
-        """What the store keeps of the diagonals: divided by their norms, and zero for examples that are not valid."""
+        """Return the stored parts of the diagonals, divided by the diagonals' norms; zero for invalid examples."""
         rows, scales_B = collected.contributions, collected.labels.scales_B
         found = {}
         if self._store.top_entries is not None:
@@ -163,14 +163,14 @@ class FisherWorker:
 
 
 def _stored_form(batch: FisherBatch, dtype: torch.dtype, with_logits: bool) -> dict[str, Tensor]:
-    """Factors divided by √‖F‖_F: of unit size whatever the example's norm, so that half precision can hold them.
+    """Return the arrays to store, with factors divided by √‖F‖_F so that they fit the range of half precision.
 
-    They are rounded to it here because torch does that many times faster than numpy, to the same bits.
+    The factors are rounded here because torch rounds many times faster than NumPy, with the same result.
     """
     scale_B = torch.where(batch.frobenius_norms_B > 0, batch.frobenius_norms_B, 1.0).rsqrt()
-    normalised_BRD = batch.factors_BRD * scale_B[:, None, None].to(batch.factors_BRD)
+    normalized_BRD = batch.factors_BRD * scale_B[:, None, None].to(batch.factors_BRD)
     stored = {
-        "factors": normalised_BRD.to(dtype),
+        "factors": normalized_BRD.to(dtype),
         "frobenius_norms": batch.frobenius_norms_B,
         "grams": batch.grams_BRR,
         "ranks": batch.ranks_B,

@@ -1,4 +1,4 @@
-"""How stable the components of a factorization are: do fits of fewer examples, from other seeds, find them again?"""
+"""Stability of components: their similarity to components of refits on parts of the examples, with other seeds."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _REFIT_STARTS = 2
 
 
 def fitting_worker(run: RunDirectory, max_examples: int, **options: Any) -> WorkerSpec:
-    """A worker that fits components to at most `max_examples` of the run's examples.
+    """Return the spec of a worker that fits components to at most ``max_examples`` of the run's examples.
 
     Args:
-        run: whose examples they are, and whose solver options are used.
-        max_examples: of a fit.
-        options: of the solver, in the place of the run's.
+        run: the run with the examples and the solver options.
+        max_examples: largest number of examples of a fit.
+        options: solver options that override those of the run.
     """
     return worker_spec(
         run,
@@ -40,12 +40,14 @@ def fitting_worker(run: RunDirectory, max_examples: int, **options: Any) -> Work
 def component_stability(
     run: RunDirectory, workers: Executor, components_KD: np.ndarray, progress: ProgressDisplay
 ) -> np.ndarray | None:
-    """Mean |cos| (K,) of each component with its match in a fit of either half of some of the examples.
+    """Return the mean |cos| (K,) of each component with its best match in two refits, each on one half of the examples.
 
-    The halves are disjoint, and their fits start from seeds of their own: what both find again is in the data. They are
-    of at most `factorization.stability_examples` examples together, which bounds their cost, so that rare components
-    may seem less stable than they are. None where that is 0, for diagonals, or where a half has fewer rows than there
-    are components.
+    The halves are disjoint and the refits use different seeds, so a component that both refits recover is a property
+    of the data. The halves have at most `factorization.stability_examples` examples together, which bounds the cost;
+    rare components may therefore appear less stable than they are.
+
+    Returns None if `factorization.stability_examples` is 0, for diagonal Fishers, or if a half has fewer rows than
+    there are components.
     """
     max_examples = run.config.factorization.stability_examples
     if max_examples == 0 or run.config.factorization.kind != "fishers":
@@ -63,7 +65,7 @@ def component_stability(
             for _, result in workers.map(worker, "fit", halves):
                 refits.append(result.components_KD)
                 tick(len(refits))
-    except InvalidProblemError:  # halves are too small, or zero
-        progress.say("stability of the components: not computed, as half of the examples are too few for them")
+    except InvalidProblemError:  # a half is too small, or all its Fishers are zero
+        progress.say("stability of the components: not computed, because half of the examples are too few")
         return None
     return stability(components_KD, refits)

@@ -1,4 +1,4 @@
-"""Fits of a search for the number of components: one call each, on a worker that keeps the examples in memory.
+"""Single fits of a factorization on a worker, which keeps the examples in memory between the calls.
 
 Shapes: N examples, R rank, D sketch, K components.
 """
@@ -29,12 +29,12 @@ from npeff.store.fisher_store import FisherStore
 
 Part = Literal["all", "first", "second"]
 PARTS: tuple[Part, ...] = ("all", "first", "second")
-"""Of the examples: all, or either half of the split that belongs to the seed."""
+"""Parts of the examples: all, or one of the two halves of the seed's split."""
 
 
 @dataclass(frozen=True)
 class FitRequest:
-    """One fit; its name is that of its files."""
+    """One fit. Its name is also the name of its files."""
 
     n_components: int
     seed: int
@@ -49,23 +49,24 @@ class FitRequest:
 class FitResult:
     components_KD: NDArray[np.float32]
     explained: float
-    """Of the examples that it was fitted on."""
+    """Explained fraction of the fitted examples."""
     explained_held_out: float | None
-    """Of examples that it was not: the held-out ones, or, where there are none, the other half."""
+    """Explained fraction of the held-out examples or, if there are none, of the other half. None without examples."""
     n_iter: int
     stopped: str
     seconds: float
 
 
 class SelectionWorker:
-    """Fits components to the same examples, or to halves of them, over and over.
+    """Fits components to a fixed sample of the examples or to halves of the sample.
 
     Args:
-        examples: of the run, which are fitted on or held out.
-        options: of every fit, but for the number of components and the seed.
-        max_examples: more examples than these are replaced by a seeded sample, of the fitted and of the held-out ones.
-        seed: of that sample, of the splits, and, with that of a request, of the fit.
-        device: to compute on.
+        examples: fitted and held-out examples of the run.
+        options: solver options of every fit, except the number of components and the seed.
+        max_examples: size of a seeded sample of the fitted examples, and of one of the held-out examples. All examples
+            are used if there are fewer.
+        seed: seed of the samples and of the splits, and, together with the seed of a request, of the fit.
+        device: device to compute on.
     """
 
     def __init__(
@@ -84,10 +85,10 @@ class SelectionWorker:
         self._fit, self._held_out = shard(splits.fit_N), shard(splits.held_out_N)
 
     def fit(self, request: FitRequest) -> FitResult:
-        """Fit the components that are asked for.
+        """Compute the requested fit.
 
         Raises:
-            InvalidProblemError: there are too few examples, or nothing but zeros.
+            InvalidProblemError: there are too few examples, or all Fishers are zero.
         """
         began = time.monotonic()
         shard, judged = self._examples(request)
@@ -105,7 +106,7 @@ class SelectionWorker:
         )
 
     def _examples(self, request: FitRequest) -> tuple[ExampleShard, ExampleShard]:
-        """Those to fit on, and those to be judged on."""
+        """Return the examples to fit on and the examples for the evaluation."""
         if request.part == "all":
             return _part(self._fit, slice(None)), self._held_out
         halves = split_halves(self._fit.n_examples, _split_seed(self._seed, request))
@@ -114,13 +115,13 @@ class SelectionWorker:
 
 
 def _part(shard: ExampleShard, chosen: slice | NDArray[np.int64]) -> ExampleShard:
-    """Some examples of a shard, without its coefficients."""
+    """Return some examples of a shard, without coefficients."""
     places = chosen if isinstance(chosen, slice) else torch.from_numpy(chosen).to(shard.device)
     return ExampleShard(shard.factors_NRD[places], weights_N=shard.weights_N[places])
 
 
 def _explained(judged: ExampleShard, components_KD: Tensor) -> float | None:
-    """With the coefficients that are optimal for these components; None of no examples."""
+    """Return the explained fraction with the optimal coefficients for these components. None without examples."""
     if not judged.n_examples:
         return None
     statistics = _part(judged, slice(None)).finish(components_KD)
@@ -130,11 +131,11 @@ def _explained(judged: ExampleShard, components_KD: Tensor) -> float | None:
 
 
 def _split_seed(seed: int, request: FitRequest) -> int:
-    """Both halves of a seed are of one split, whatever the number of components."""
+    """Return the seed of a split. It does not depend on the part or on the number of components."""
     return int(np.random.SeedSequence([seed, request.seed]).generate_state(1)[0])
 
 
 def _solver_seed(seed: int, request: FitRequest) -> int:
-    """Another one for each fit: those of two halves have nothing in common but the data."""
+    """Return a different seed for each fit, so that fits of two halves have nothing in common except the data."""
     key = [seed, request.seed, request.n_components, PARTS.index(request.part) + 1]
     return int(np.random.SeedSequence(key).generate_state(1)[0])

@@ -1,4 +1,4 @@
-"""Stage `lift`: components to directions in parameter space."""
+"""Stage `lift`: directions of the components in parameter space."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Lifting components of diagonal Fishers: what is added up are diagonals, which are the components in all parameters,
-and gradient rows, which have their signs.
+"""Lift of components of diagonal Fishers, from sums of diagonals and of gradient rows.
+
+The sums of diagonals are the components in all parameters. The sums of gradient rows determine the signs.
 
 Shapes: N examples of a shard, M of a component's top examples, R rank, D columns (entries or groups), K components,
 k components of the block.
@@ -30,14 +31,14 @@ from npeff.store.fisher_store import FisherStore
 from npeff.verification import top_examples
 
 SIGN_EXAMPLES = 256
-"""Of a component: those with the largest coefficients, whose common direction in the sketch gives the signs."""
+"""Number of top examples of a component whose principal direction in the sketch determines the signs."""
 
 SIGN_ROWS = 1024
-"""Of these examples' factors at most: where the rank is high fewer examples give the signs."""
+"""Largest number of factor rows of these examples. Fewer examples are used if the rank is high."""
 
 
 class DiagonalAndRowWeights:
-    """Weights (k + 1, N) of diagonals, for the components and for the sum of all, and (k, N, R) of gradient rows."""
+    """Weights (k + 1, N) of diagonals, for the components and for the total, and weights (k, N, R) of gradient rows."""
 
     def __init__(self, diagonal_weights_kN: Tensor, row_weights_kNR: Tensor, used_N: Tensor) -> None:
         self._diagonal_weights_kN, self._row_weights_kNR, self.used_N = diagonal_weights_kN, row_weights_kNR, used_N
@@ -59,15 +60,15 @@ class DiagonalAndRowWeights:
 
 
 class DiagonalLift:
-    """The `LiftRule` of diagonals: the components' diagonals, the sum of all examples' diagonals, and the components'
-    gradients.
+    """The `LiftRule` of diagonal Fishers. Its sums are the components' diagonals, the diagonals of all examples, and
+    the components' gradient rows.
 
     Args:
-        kind: of the diagonals.
-        solution: that is lifted.
-        fishers: the store.
-        groups: of the parameters.
-        columns_D: of entries: where in the flat parameter vector each column is.
+        kind: kind of the diagonals.
+        solution: the factorization to lift.
+        fishers: the Fisher store.
+        groups: groups of the parameters.
+        columns_D: position of each column in the flat parameter vector, for ``diagonal_entries``.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class DiagonalLift:
         return weights
 
     def rows(self, block: Sequence[int], component: int) -> list[int]:
-        """Its diagonal, its gradient, and the sum of all examples' diagonals."""
+        """Return the rows of the component's diagonal, of its gradient, and of the sum of all examples' diagonals."""
         position = block.index(component)
         return [position, len(block) + 1 + position, len(block)]
 
@@ -111,7 +112,7 @@ class DiagonalLift:
         return fisher_weighted(diagonal, gradient, mean), self._cosine(component, diagonal)
 
     def _lengths(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        """What the diagonals of a shard's examples were divided by before they were factorized; float64."""
+        """Return the lengths (N,) by which the diagonals were divided before the factorization; float64."""
         norms_N = arrays["diagonal_norms"]
         if self._kind == "diagonal_entries":
             return norms_N
@@ -119,7 +120,7 @@ class DiagonalLift:
         return result
 
     def _principal_direction(self, component: int) -> Tensor:
-        """Of a component's top examples, in the sketch."""
+        """Return the principal direction (D,) of a component's top examples in the sketch."""
         coefficients_N = self._solution.coefficients_NK[:, component].numpy()
         count = min(SIGN_EXAMPLES, max(1, SIGN_ROWS // self._fishers.rank))
         top_M = top_examples(coefficients_N, np.ones(len(coefficients_N), dtype=bool), count)
@@ -127,7 +128,7 @@ class DiagonalLift:
         return principal_direction(torch.from_numpy(factors_MRD), torch.from_numpy(coefficients_N[top_M]))
 
     def _cosine(self, component: int, direction: Direction) -> float:
-        """Of the component, and the diagonal in all parameters as it is factorized."""
+        """Return the cosine of the component and the lifted diagonal, reduced to the factorized columns."""
         if self._columns_D is None:
             found_D = self._groups.sums(direction)
         else:

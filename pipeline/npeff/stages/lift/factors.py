@@ -1,4 +1,4 @@
-"""Lifting components of low-rank Fishers: a direction is a weighted sum of gradient rows.
+"""Lift of components of low-rank Fishers: a direction is a weighted sum of gradient rows.
 
 Shapes: N examples of a shard, B batch, R rank, D sketch, K components, k components of the block.
 """
@@ -21,24 +21,24 @@ Direction = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Solution:
-    """The factorization that is lifted, on the examples that it was fitted on; the others' coefficients are zero."""
+    """The factorization to lift. Coefficients of examples that were not fitted on are zero."""
 
     components_KD: Tensor
     coefficients_NK: Tensor
     """W."""
     weighted_NK: Tensor
-    """v_i W_i, with the weights of the examples in the loss."""
+    """v_i W_i, with the weights v of the examples in the loss."""
     gram_KK: Tensor
     """Σ_i v_i W_i W_iᵀ, float64."""
     fit_N: Tensor
-    """Mask of the examples."""
+    """Mask of the fitted examples."""
 
 
 class ShardWeights(Protocol):
-    """What the examples of a stored shard add to the sums of a block."""
+    """The contributions of the examples of a stored shard to the sums of a block."""
 
     used_N: Tensor
-    """Mask of the examples that add something."""
+    """Mask of the examples with a nonzero contribution."""
 
     def add(
         self,
@@ -49,31 +49,31 @@ class ShardWeights(Protocol):
         examples: Sequence[int],
         targets: Tensor | None,
     ) -> None:
-        """Add a batch of the shard's examples, whose places in the shard are given, to the sums, in place."""
+        """Add the contributions of a batch to the sums, in place. ``places_B`` are its positions in the shard."""
         ...
 
 
 WeightsOf = Callable[[slice, Mapping[str, Tensor]], ShardWeights]
-"""The weights of a stored shard, by the place of its examples in the store and its arrays."""
+"""Returns the weights of a stored shard, given the slice of its examples in the store and its arrays."""
 
 
 class LiftRule(Protocol):
-    """What is added up for a block of components of one kind, and what becomes of the sums."""
+    """The sums for a block of components of one kind of Fisher, and the directions computed from the sums."""
 
     def n_rows(self, block: Sequence[int]) -> int:
-        """How many sums, each as large as the parameters, a block takes."""
+        """Return the number of sums of a block. Each sum has the size of all parameters."""
         ...
 
     def weights_of(self, block: Sequence[int]) -> WeightsOf:
-        """What a pass adds up for a block."""
+        """Return a function for the weights of the shards in a block's sums."""
         ...
 
     def rows(self, block: Sequence[int], component: int) -> list[int]:
-        """Which of the sums of a block go into a component's direction."""
+        """Return the indices of the block's sums that determine a component's direction."""
         ...
 
     def direction(self, component: int, vectors: list[Direction]) -> tuple[Direction, float]:
-        """The component's direction from these sums, of any length, and how well it reproduces the component."""
+        """Return the component's direction, of any length, and its cosine with the fitted component."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What `check` verifies of the lifted directions."""
+"""The parts of the lifted directions that `check` verifies."""
 
 from __future__ import annotations
 

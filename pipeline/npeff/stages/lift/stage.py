@@ -1,4 +1,4 @@
-"""Stage 3: the components, of the sketch, into directions of parameter space."""
+"""The stage `lift`: directions of the components in parameter space."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
         fishers = FisherStore.open(run.fishers)
         layout = fishers.attrs["parameter_layout"]
         shapes = {name: tuple(shape) for name, shape in zip(layout["names"], layout["shapes"], strict=True)}
-        model = model_spec(run, fingerprint_of(run))  # refused before anything is written where there is none
+        model = model_spec(run, fingerprint_of(run))  # raises before anything is written if there is no model
         results = run.partial_results("lift")
         _prepare_store(run, shapes)
         lifted = {component: read_json(path) for component, path in finished(results).items()}
         if any(fact.get("polished") for fact in lifted.values()) and not set(chosen) <= set(lifted):
-            lifted = {}  # a polished direction rests on all as they were before
+            lifted = {}  # a polished direction depends on the former directions of all components
             remove_directory(results)
         paths = LiftPaths(run.factorization, run.directions, results)
         worker = worker_spec(
@@ -83,7 +83,7 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
 
 
 def _prepare_store(run: RunDirectory, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Have the store of directions there, with those that are lifted already."""
+    """Create the store of directions, or restore its metadata. Directions that are already lifted are kept."""
     layout: dict[str, Any] = {
         "n_components": run.config.factorization.n_components,
         "shapes": shapes,
@@ -92,20 +92,20 @@ def _prepare_store(run: RunDirectory, shapes: dict[str, tuple[int, ...]]) -> Non
     }
     if not is_committed(run.directions):
         run.reopen("lift")  # or a crash would leave a complete stage with an empty store
-        remove_directory(run.partial_results("lift"))  # of directions that somebody deleted
+        remove_directory(run.partial_results("lift"))  # remains of a deleted store
         DirectionStore.create(run.directions, **layout)
     try:
         DirectionStore.open(run.directions)
-    except StoreError:  # of which somebody deleted what was damaged
+    except StoreError:  # the user deleted damaged files of the store
         DirectionStore.restore(run.directions, **layout)
 
 
 def _write_tables(run: RunDirectory, lifted: dict[int, dict[str, Any]]) -> float:
-    """Where directions are, and how well they reproduce their components; the median of the latter."""
+    """Write the energies of the directions and their cosines to the components. Returns the median cosine."""
     energy = [
-        {"component": component, "parameter": name, "energy": share}
+        {"component": component, "parameter": name, "energy": fraction}
         for component, fact in sorted(lifted.items())
-        for name, share in fact["energy"].items()
+        for name, fraction in fact["energy"].items()
     ]
     cosines = {component: fact["cosine"] for component, fact in lifted.items()}
     column = [cosines.get(component) for component in range(run.config.factorization.n_components)]
@@ -116,29 +116,29 @@ def _write_tables(run: RunDirectory, lifted: dict[int, dict[str, Any]]) -> float
 
 
 def _fitting(config: RunConfig, n_parameters: int) -> int:
-    """Components that a worker may add up at one time."""
+    """Return the number of components whose sums fit a worker's memory limit."""
     fitting = config.lift.memory_limit_mb * 2**20 // (4 * n_parameters)
     if config.factorization.kind != "fishers":
-        fitting = (fitting - 1) // 2  # their diagonals beside their gradients, and the sum of all diagonals
+        fitting = (fitting - 1) // 2  # diagonals and gradients of the components, and the sum of all diagonals
     return max(1, fitting)
 
 
 @dataclass
 class _Work:
-    """What is left to lift, divided among the workers."""
+    """The remaining work of the lift, distributed over the workers."""
 
     map: Callable[[str, list[Any]], Iterable[tuple[Any, Any]]]
-    """Calls a method of the workers with each of some items: pairs of an item and its result, as they come."""
+    """Calls a method of the workers for each item. Yields pairs of an item and its result in order of completion."""
     workers: int
     n_shards: int
     fitting: int
     paths: LiftPaths
     lifted: dict[int, dict[str, Any]]
-    """What is known of every direction; brought up to date."""
+    """Facts of every finished direction, by component. The methods update it."""
     progress: ProgressDisplay
 
     def lift(self, chosen: list[int]) -> None:
-        """Make the directions of chosen components that are not there yet."""
+        """Compute the missing directions of the chosen components."""
         missing = [component for component in chosen if component not in self.lifted]
         parts = min(self.workers // math.ceil(len(chosen) / self.fitting), self.n_shards) if missing else 1
         if parts > 1:
@@ -161,8 +161,11 @@ class _Work:
                 tick(len(self.lifted))
 
     def _blocks_in_parts(self, chosen: list[int], missing: list[int], parts: int) -> list[LiftBlock]:
-        """Blocks of what is missing; those that were added up before a crash are taken as they were. Sums of others, of
-        another number of workers, say, are deleted."""
+        """Return blocks of the missing components.
+
+        Blocks with complete sums from before a crash are reused. Sums of other blocks, for example with another number
+        of workers, are deleted.
+        """
         there = {path.name for path in self.paths.sums.glob("*.f32")}
         blocks = [LiftBlock(components, parts=parts) for components in self._cut(chosen, self.fitting)]
         blocks = [
@@ -179,8 +182,8 @@ class _Work:
         return {self.paths.sums_file(replace(block, part=part)).name for part in range(block.parts)}
 
     def polish(self, steps: int) -> None:
-        """Take further steps. After a crash a step goes on from the components that it has scored, and then from those
-        that it has made."""
+        """Take the remaining polishing steps. After a crash, a step resumes with the components that are not yet
+        scored or polished."""
         components = sorted(self.lifted)
         done = 2 * sum(fact.get("polished", 0) for fact in self.lifted.values())
         if done == (total := 2 * steps * len(components)):
@@ -200,7 +203,7 @@ class _Work:
                 remove_directory(self.paths.scores_file(step, 0).parent)
 
     def _share(self, components: list[int]) -> int:
-        """How many of them are a block: what memory allows, yet every worker is to have one."""
+        """Return the number of components of a block: limited by memory, and small enough to give all workers one."""
         return max(1, min(self.fitting, math.ceil(len(components) / self.workers)))
 
     @staticmethod

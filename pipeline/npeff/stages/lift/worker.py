@@ -1,14 +1,14 @@
-"""Stage 3, first half, on a worker: components in the sketch become directions in parameter space.
+"""The worker of the stage `lift`: compute the components' directions in parameter space.
 
-One task is a block of components: one pass over the examples that they were fitted on, in which every gradient row is
-formed once per parameter and added to all sums of the block. A `LiftRule` says what the sums of a kind of Fisher are.
-Blocks do not depend on each other: a finished direction is written at its final place, and a crash costs the blocks in
-progress. The last bits of a direction depend on the block that it is computed in, because the shapes of the matrix
-products differ. Where there are more workers than blocks that memory allows, each block is added up in parts, over some
-shards each (`add_up`); the sums of the parts are stored in files until all of them are there (`finish`).
+An item is a block of components. The worker makes one pass over the fitted examples, in which every gradient row is
+computed once per parameter and added to all sums of the block. A `LiftRule` defines the sums of each kind of Fisher.
+Blocks are independent: finished directions are written to the store, and a crash loses only the blocks in progress. The
+last bits of a direction depend on its block, because the shapes of the matrix products differ. If there are more
+workers than blocks of the size that memory allows, each block is summed in parts, each over some of the shards
+(`add_up`). The sums of the parts are stored in files until all are complete, and then combined (`finish`).
 
-A polishing step is two such passes: `score` leaves a block's products with all rows, and with all directions, in files;
-once those of all components are there, `polish` makes the block's directions anew.
+A polishing step consists of two such passes. `score` stores the products of a block's directions with all rows and with
+all directions in files. When the files of all components exist, `polish` recomputes the block's directions.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class LiftBlock:
     components: tuple[int, ...]
     part: int = 0
     parts: int = 1
-    """Into so many the stored shards are divided, of which `part` counts from 0."""
+    """Number of parts into which the stored shards are divided. ``part`` counts from 0."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class LiftPaths:
     """Folder of one JSON file per finished component."""
 
     def scores_file(self, step: int, component: int) -> Path:
-        """Of a component's direction before that step of polishing."""
+        """Return the file with the products of a component's direction before a polishing step."""
         return self.scores / f"{step:03d}" / f"{component:05d}.safetensors"
 
     @property
@@ -68,7 +68,7 @@ class LiftPaths:
 
     @property
     def sums(self) -> Path:
-        """Folder of the sums of blocks' parts."""
+        """Folder of the sums of parts of blocks."""
         return self.results / "sums"
 
     def sums_file(self, block: LiftBlock) -> Path:
@@ -76,18 +76,18 @@ class LiftPaths:
 
 
 class LiftWorker:
-    """Lifts blocks of components, one call each.
+    """Lifts blocks of components, one block per call.
 
     Args:
-        model: that the Fishers are of.
-        labels: that the gradient rows are of.
-        sketch: of the Fishers.
-        seed: of the sketch.
-        examples: that the components were fitted on.
-        paths: of the factorization, and of what is made.
-        checksums: of every stored shard.
-        batch_size: examples of a batch.
-        kind: of the Fishers that were factorized.
+        model: the model of the Fishers.
+        labels: the labels of the gradient rows.
+        sketch: the sketch of the Fishers.
+        seed: seed of the sketch.
+        examples: selection of the examples that the components were fitted on.
+        paths: paths of the factorization and of the results.
+        checksums: checksum of every stored shard.
+        batch_size: number of examples in a batch.
+        kind: kind of the factorized Fishers.
     """
 
     def __init__(
@@ -119,9 +119,9 @@ class LiftWorker:
             self._rule = DiagonalLift(kind, self._solution, self._fishers, groups, columns)
 
     def lift(self, block: LiftBlock) -> list[dict[str, Any]]:
-        """Write these components' unit directions; per component, what is worth knowing of its direction.
+        """Write the unit directions of a block. Returns the facts of each direction, in the order of the components.
 
-        Those that are written already, by a worker that was lost before it had done them all, stay.
+        Directions that a lost worker has already written are kept.
         """
         files = {component: self._result(component) for component in block.components}
         facts = {component: read_json(file) for component, file in files.items() if file.exists()}
@@ -135,7 +135,7 @@ class LiftWorker:
         return [facts[component] for component in block.components]
 
     def add_up(self, block: LiftBlock) -> None:
-        """Leave the sums of a block over one part of the shards in a file."""
+        """Write the sums of a block over one part of the shards to a file, unless the file exists."""
         path, names = self._paths.sums_file(block), self._loaded.layout.names
         if not path.exists():
             sums = self._sums(block.components, sorted(self._checksums)[block.part :: block.parts])
@@ -143,7 +143,7 @@ class LiftWorker:
             write_sums(path, ((sums[name][row].cpu().numpy() for name in names) for row in range(n_rows)))
 
     def finish(self, request: tuple[LiftBlock, int]) -> dict[str, Any]:
-        """Write the direction of one component of a block whose parts are all added up; as `lift`."""
+        """Write the direction of one component from the sums of all parts of its block. Returns its facts as `lift`."""
         block, component = request
         if self._result(component).exists():
             result: dict[str, Any] = read_json(self._result(component))
@@ -157,7 +157,11 @@ class LiftWorker:
         return self._write(component, *self._rule.direction(component, vectors))
 
     def score(self, request: tuple[int, tuple[int, ...]]) -> None:
-        """Products of a block's directions with the rows of all examples, and with all directions, for a step."""
+        """Write the products of a block's directions with the rows of all examples and with all directions.
+
+        Args:
+            request: the polishing step, and the components of the block.
+        """
         step, block = request
         missing = [component for component in block if not self._paths.scores_file(step, component).exists()]
         if not missing:
@@ -179,7 +183,7 @@ class LiftWorker:
                 batch = self._loaded.batch(examples)
                 targets = self._loaded.targets(batch, examples)
                 products_BRk = row_products(self._collector, batch, directions, examples, targets).float().cpu()
-                live_B = used_N[examples]  # others that came with them need not be finite
+                live_B = used_N[examples]  # unused examples of the batch may have non-finite products
                 found_kBR = products_BRk.where(live_B[:, None, None], 0).permute(2, 0, 1)
                 products_kNR[:, examples, : found_kBR.shape[2]] = found_kBR
         for component, products_NR, gram_K in zip(missing, products_kNR, gram_kK, strict=True):
@@ -187,7 +191,11 @@ class LiftWorker:
             write_file_atomically(self._paths.scores_file(step, component), partial(_put, content=content))
 
     def polish(self, request: tuple[int, tuple[int, ...]]) -> list[dict[str, Any]]:
-        """Write the block's directions after a step; what is worth knowing of them. Those that are there stay."""
+        """Write the block's directions after a polishing step, except those already written. Returns their facts.
+
+        Args:
+            request: the polishing step, and the components of the block.
+        """
         step, block = request
         facts = {component: read_json(self._result(component)) for component in block}
         missing = tuple(component for component in block if facts[component].get("polished", 0) < step)
@@ -209,7 +217,7 @@ class LiftWorker:
         return [facts[component] for component in block]
 
     def _scores(self, step: int, component: int) -> tuple[Tensor, Tensor]:
-        """What `score` left of a component: (N, R), (K,)."""
+        """Read the products that `score` wrote for a component: with the rows (N, R) and with the directions (K,)."""
         file = self._paths.scores_file(step, component)
         try:
             found = load(file.read_bytes())
@@ -219,17 +227,18 @@ class LiftWorker:
             raise StoreError(f"{file} is missing or damaged", remedy, path=file) from error
 
     def _unit_direction(self, component: int) -> Direction:
-        """As it is stored, at full length again after rounding; zero, of a component that no example uses, stays."""
+        """Return a stored direction, normalized again after rounding. The zero direction of an unused component stays
+        zero."""
         stored = {name: torch.from_numpy(array).float() for name, array in self._directions.read(component).items()}
         length = inner_product(stored, stored) ** 0.5 or 1.0
         return {name: tensor / length for name, tensor in stored.items()}
 
     def _sums(self, block: tuple[int, ...], shards: list[int]) -> Direction:
-        """What is added up of some shards' examples for a block, (rows, *shape) for each parameter."""
+        """Return the sums of a block over the examples of some shards, (rows, *shape) for each parameter."""
         return self._added_up(self._rule.n_rows(block), shards, self._rule.weights_of(block))
 
     def _added_up(self, n_rows: int, shards: list[int], weights_of: WeightsOf) -> Direction:
-        """Sums over the examples of some shards, with the weights that each shard's examples have in them."""
+        """Return sums over the examples of some shards, with the weights that ``weights_of`` gives for each shard."""
         sums = zero_directions(self._loaded.layout, n_rows, self._loaded.device)
         for shard in shards:
             start, stop = self._fishers.plan.bounds(shard)
@@ -246,10 +255,10 @@ class LiftWorker:
         return {name: torch.from_numpy(array) for name, array in stored.items()}
 
     def _batches(self, shard: range, used: list[int]) -> list[list[int]]:
-        """Batches of a shard with the examples that are used.
+        """Return batches of a shard that contain the used examples.
 
-        Where labels are drawn they are those that the Fishers were computed in: with other padding a logit could round
-        to another draw.
+        For sampled labels, the batches are those in which the Fishers were computed: with other padding, the logits
+        could round differently and change a sampled label.
         """
         if self._collector.labels.kind != "sampled":
             return self._loaded.batches(used, self._batch_size)

@@ -1,4 +1,4 @@
-"""Stage `repair`: edits of the model along components that stand for mistakes."""
+"""Stage `repair`: edits of the model along components that represent mistakes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _details(record: Summary) -> str:
 
 REPAIR = StageDefinition(
     name="repair",
-    help="Edit the model along components whose top examples it gets wrong, and judge the result on held-out examples.",
+    help="Edit the model along components with mispredicted top examples, and evaluate it on held-out examples.",
     function="npeff.stages.repair.stage:repair",
     after=LIFT,
     in_every_run=False,

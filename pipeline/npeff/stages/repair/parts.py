@@ -1,4 +1,4 @@
-"""What `check` verifies of a repair and its edited model."""
+"""The parts of a repair and its edited model that `check` verifies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Beside the stages: mend wrong predictions by steps along the components that stand for them."""
+"""The stage `repair`: correct wrong predictions by steps along components that represent mistakes."""
 
 from __future__ import annotations
 
@@ -31,19 +31,21 @@ from npeff.store.fisher_store import FisherStore
 from npeff.store.tables import read_table, rows_to_columns, write_table
 from npeff.verification import Edit, RepairCandidate, choose_step, joint_steps, over_represented, top_examples
 
-_WEIGHTS_OF_RIGHT = (10.0, 5.0, 3.0)
-"""Of a prediction that is right before all edits, in the losses that steps along several components are sought by."""
+_WEIGHTS_OF_CORRECT = (10.0, 5.0, 3.0)
+"""Weights of a prediction that is correct before all edits, in the losses that joint steps minimize. A wrong prediction
+has weight 1."""
 
-_SHARES = (1.0, 0.8, 0.6, 0.4)
-"""Of the steps at the least loss, which is not the count of what is mended and broken."""
+_FRACTIONS = (1.0, 0.8, 0.6, 0.4)
+"""Fractions of the steps of least loss that are tried, because the loss does not count corrected and broken
+predictions."""
 
 _EDITS_SHOWN = 6
 _EXAMPLES_AT_ONCE = 1024
-"""Of one call of a worker. Not for the workers' number to decide: sums would depend on it."""
+"""Examples of one item. The number is fixed, so that sums do not depend on the number of workers."""
 
 
 def repair(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
-    """Edit the model along components whose top examples it gets wrong, and judge that on held-out examples."""
+    """Edit the model along components with mispredicted top examples, and evaluate the result on held-out examples."""
     with open_stage(run, REPAIR) as stage:
         progress, wanted = progress or SilentProgress(), run.config.repair
         request, lifted = _request(run), lifted_components(run)
@@ -66,12 +68,12 @@ def repair(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
                 "held_out": None,
             }
             if edits and len(examples.held_out):
-                before, after = search.ask("judge", (tuple(edits), examples.held_out))
+                before, after = search.call("judge", (tuple(edits), examples.held_out))
                 result = mcnemar(np.array(before), np.array(after))
                 summary["held_out"] = {**asdict(result), "accuracy_before": float(np.mean(before))}
             if edits:
-                asked = (tuple(edits), run.repaired, {"run": run.path.name, **summary})
-                summary["model_checksum"] = search.ask("save", asked)
+                argument = (tuple(edits), run.repaired, {"run": run.path.name, **summary})
+                summary["model_checksum"] = search.call("save", argument)
         write_table(run.table("repair"), "repair", rows_to_columns(rows, "repair"))
         write_table(run.table("repair_steps"), "repair_steps", rows_to_columns(steps, "repair_steps"))
         progress.say(_outcome(summary))
@@ -80,10 +82,10 @@ def repair(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
 
 @dataclass(frozen=True)
 class _Examples:
-    """Those with a label and one prediction, by number."""
+    """Numbers of the examples with a label and one prediction."""
 
     tuning: NDArray[np.int64]
-    """That the components were fitted on: signs and steps are chosen by them."""
+    """Examples that the components were fitted on. Signs and steps are chosen on them."""
     held_out: NDArray[np.int64]
     wrong_N: NDArray[np.bool_]
     coefficients_NK: NDArray[np.float32]
@@ -95,8 +97,8 @@ class _Examples:
         fit_N = np.asarray(table["split"].to_pylist()) == "fit"
         if not bool((known_N & fit_N).any()):
             raise RunDirectoryError(
-                f"the examples of {run.path} have no known labels, or several predictions each: repair needs examples "
-                "with one prediction, and their labels"
+                f"the examples of {run.path} have no known labels, or several predictions each: use examples with "
+                "labels and one prediction each, which repair needs"
             )
         return cls(
             tuning=np.flatnonzero(known_N & fit_N),
@@ -107,7 +109,7 @@ class _Examples:
 
 
 class _Search:
-    """For the edits, on workers."""
+    """Search for the edits, on workers."""
 
     def __init__(self, run: RunDirectory, workers: Executor, progress: ProgressDisplay, examples: _Examples) -> None:
         self._run, self._workers, self._progress, self._examples = run, workers, progress, examples
@@ -118,7 +120,7 @@ class _Search:
         self._tops = [top_examples(w_N, among_N, count) for w_N in examples.coefficients_NK.T]
 
     def over_represented(self) -> list[dict[str, Any]]:
-        """Rows of the table `repair`, the least likely by chance first."""
+        """Return the rows of the table `repair`, in ascending order of their p-values."""
         found = over_represented(self._tops, self._examples.wrong_N, self._among_N)
         rows = [
             {
@@ -134,8 +136,11 @@ class _Search:
         return sorted(rows, key=lambda row: (row["p_value"], row["component"]))
 
     def edits(self, components: list[int], lifted: list[int]) -> tuple[list[Edit], list[dict[str, Any]]]:
-        """The edits, and rows of the table `repair_steps`: along one of the components after the other, as long as one
-        helps, and then, where that helps more, along all that are lifted at once."""
+        """Return the edits and the rows of the table `repair_steps`.
+
+        The search adds edits along single components as long as one helps. It then tries joint steps along all lifted
+        components, and takes them if they help more.
+        """
         wanted, edits, rows = self._run.config.repair, list[Edit](), list[dict[str, Any]]()
         unedited_n = correct_n = ~self._examples.wrong_N[self._examples.tuning]
         shortest = math.inf
@@ -159,9 +164,9 @@ class _Search:
             correct_n = chosen.correct_after_N
         if wanted.joint_passes and math.isfinite(shortest):
             scaled = [
-                tuple(Edit(component, share * step) for component, step in zip(lifted, steps, strict=True))
+                tuple(Edit(component, fraction * step) for component, step in zip(lifted, steps, strict=True))
                 for steps in self._together(edits, lifted, shortest)
-                for share in _SHARES
+                for fraction in _FRACTIONS
             ]
             right = dict(self._workers.map(self._worker, "right_after", scaled))
             chosen = choose([self._candidate(steps, correct_n, right[steps]) for steps in scaled])
@@ -169,30 +174,31 @@ class _Search:
         return edits, rows
 
     def _together(self, edits: list[Edit], components: list[int], unit: float) -> list[list[float]]:
-        """Steps along all components at which the tuning examples' loss is low, for each weight of right ones."""
+        """Return steps along all components that minimize the loss on the tuning examples, for each weight of correct
+        predictions."""
         most, passes = self._run.config.repair.joint_passes, 0
         step_of = {edit.component: edit.step for edit in edits}
         steps = np.array([step_of.get(component, 0.0) for component in components])
         found = []
-        with self._progress.stage("repair", most * len(_WEIGHTS_OF_RIGHT), "passes over all steps at once") as tick:
-            for weight in _WEIGHTS_OF_RIGHT:
+        with self._progress.stage("repair", most * len(_WEIGHTS_OF_CORRECT), "passes of joint steps") as tick:
+            for weight in _WEIGHTS_OF_CORRECT:
 
-                def slopes_at(steps: NDArray[np.float64], weight: float = weight) -> tuple[float, NDArray[np.float64]]:
+                def loss_at(steps: NDArray[np.float64], weight: float = weight) -> tuple[float, NDArray[np.float64]]:
                     nonlocal passes
-                    loss, slopes = self._slopes(passes, components, steps.tolist(), weight)
+                    loss, derivatives = self._loss_and_derivatives(passes, components, steps.tolist(), weight)
                     passes += 1
-                    tick(min(passes, most * len(_WEIGHTS_OF_RIGHT) - 1), f"loss {loss:.4g}")
-                    return loss, np.array(slopes)
+                    tick(min(passes, most * len(_WEIGHTS_OF_CORRECT) - 1), f"loss {loss:.4g}")
+                    return loss, np.array(derivatives)
 
-                steps = joint_steps(slopes_at, steps, unit, most)
+                steps = joint_steps(loss_at, steps, unit, most)
                 found.append(steps.tolist())
             tick(passes, last=True)
         return found
 
-    def _slopes(
+    def _loss_and_derivatives(
         self, number: int, components: list[int], steps: list[float], weight: float
     ) -> tuple[float, list[float]]:
-        """Pass `number` over the tuning examples, unless it was made before."""
+        """Compute pass ``number`` over the tuning examples, or read its stored result."""
         file = self._run.partial_results("repair") / f"together-{number:04d}.json"
         found = read_json(file) if file.exists() else {}
         if found.get("steps") != steps or found["weight"] != weight:
@@ -202,19 +208,19 @@ class _Search:
             starts = range(0, len(tuning), _EXAMPLES_AT_ONCE)
             parts = [slice(start, start + _EXAMPLES_AT_ONCE) for start in starts]
             batches = [Batch(at, tuning[part], weights[part]) for part in parts]
-            answers = dict(self._workers.map(self._worker, "slopes", batches))
-            ordered = [answers[batch] for batch in batches]
+            results = dict(self._workers.map(self._worker, "loss_and_derivatives", batches))
+            ordered = [results[batch] for batch in batches]
             found = {
                 "steps": steps,
                 "weight": weight,
                 "loss": sum(loss for loss, _ in ordered),
-                "slopes": np.sum([slopes for _, slopes in ordered], axis=0).tolist(),
+                "slopes": np.sum([derivatives for _, derivatives in ordered], axis=0).tolist(),
             }
             write_json_atomically(file, found)
         return found["loss"], found["slopes"]
 
     def _candidate(self, edits: tuple[Edit, ...], correct_n: NDArray[np.bool_], right: list[int]) -> RepairCandidate:
-        """The edits, after which the tuning examples at the places `right` are."""
+        """Return a candidate with these edits, after which the tuning examples at positions ``right`` are correct."""
         tops = np.concatenate([self._tops[edit.component] for edit in edits])
         return RepairCandidate(
             edits=edits,
@@ -222,8 +228,8 @@ class _Search:
             correct_after_N=np.isin(np.arange(len(correct_n)), right),
         )
 
-    def ask(self, method: str, argument: object) -> Any:
-        """One call of one worker."""
+    def call(self, method: str, argument: object) -> Any:
+        """Call a method of one worker and return the result."""
         return next(iter(self._workers.map(self._worker, method, [argument])))[1]
 
     def _attempts(self, edits: tuple[Edit, ...], components: list[int]) -> dict[int, list[dict[str, Any]]]:
@@ -276,9 +282,9 @@ def _step_row(
 
 
 def _request(run: RunDirectory) -> str:
-    """What the outcome depends on, as a hash."""
+    """Return a hash of the settings and results that the repair depends on."""
     record_of(run, LIFT)
-    # the directions follow from the components: lifted again, they are the same
+    # the components determine the directions, so the hash does not include the directions
     components = open_factorization(run.factorization).attrs["checksums"]
     facts = [run.config.repair.model_dump(mode="json"), components]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -286,15 +292,15 @@ def _request(run: RunDirectory) -> str:
 
 def _outcome(summary: Summary) -> str:
     if not summary["edits"]:
-        return "repair: no component's direction mends wrong predictions without harm; the model stays as it is"
+        return "repair: no step corrects wrong predictions without harm; the model is unchanged"
     edits = ", ".join(f"component {edit['component']} by {edit['step']:+.3g}" for edit in summary["edits"])
     if len(summary["edits"]) > _EDITS_SHOWN:
         edits = f"steps along {len(summary['edits'])} components at once"
     found = summary["held_out"]
     if found is None:
-        return f"repair: {edits}; no held-out examples to judge it on"
+        return f"repair: {edits}; not evaluated, because there are no held-out examples"
     return (
         f"repair: {edits}; held-out accuracy {found['accuracy_before']:.2%} → "
-        f"{found['accuracy_before'] + found['change']:.2%} ({found['mended']} mended, {found['broken']} broken of "
+        f"{found['accuracy_before'] + found['change']:.2%} ({found['mended']} corrected, {found['broken']} broken of "
         f"{found['n']}; change {found['low']:+.2%} to {found['high']:+.2%}, p = {found['p_value']:.2g})"
     )

@@ -1,8 +1,8 @@
-"""Repair on a worker: move the model along components' directions, and see which predictions get right or wrong.
+"""The worker of the stage `repair`: move the model along components' directions and evaluate its predictions.
 
-One task is a component: steps of both signs and several sizes on the tuning examples, from where earlier edits have
-left the model. A finished one is left in a file. Where steps along several components are sought together, one task is
-the loss of some examples at given steps, and its derivatives by them.
+An item is a component: the worker tries steps of both signs and several sizes on the tuning examples, starting from
+the model after the earlier edits, and stores the results in a file. For steps along several components at once, an
+item is a batch of examples: the worker computes the loss at given steps and the derivatives with respect to the steps.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from npeff.store.direction_store import DirectionStore
 from npeff.verification import Edit, find_step_size, moved
 
 _KEPT_BYTES = 512 * 2**20
-"""Of directions that a worker need not read again."""
+"""Memory limit in bytes for directions that a worker keeps between calls."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """What is to be tried: steps along a component's direction, after the edits."""
+    """An item: steps along a component's direction, after the edits."""
 
     edits: tuple[Edit, ...]
     component: int
     top: NDArray[np.int64]
-    """Examples whose mean KL is what steps are measured by."""
+    """Top examples, whose mean KL divergence determines the length of a step."""
 
     @property
     def file(self) -> str:
@@ -47,19 +47,19 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Trial:
-    """One step that was tried."""
+    """The result of one step."""
 
     sign: int
     length: float
     kl: float
-    """Mean over the top examples."""
+    """Mean KL divergence over the top examples."""
     correct: list[int]
-    """Tuning examples that are right after it: their places among all tuning examples."""
+    """Tuning examples that are predicted correctly after the step, as positions among the tuning examples."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Examples whose share of the loss is wanted at the edits."""
+    """An item: examples whose weighted loss is computed at the edits."""
 
     edits: tuple[Edit, ...]
     examples: NDArray[np.int64]
@@ -67,15 +67,15 @@ class Batch:
 
 
 class RepairWorker:
-    """Holds the model and the directions.
+    """Tries and evaluates edits of the model.
 
     Args:
-        model: of the run.
-        directions: its `DirectionStore`.
+        model: the run's model.
+        directions: path of the run's `DirectionStore`.
         results: folder of one JSON file per finished attempt.
-        tuning: numbers of the examples that steps are chosen by.
-        kl_steps: mean KLs on the top examples that steps are taken for.
-        batch_size: of the predictions.
+        tuning: numbers of the tuning examples, on which steps are chosen.
+        kl_steps: mean KL divergences on the top examples that the steps should reach.
+        batch_size: batch size of the predictions.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class RepairWorker:
         self._tuning, self._kl_steps, self._batch_size = tuning, kl_steps, batch_size
 
     def attempt(self, wanted: Attempt) -> list[dict[str, Any]]:
-        """A `Trial`, as a dictionary, for each sign and KL; also left in a file."""
+        """Return a `Trial`, as a dictionary, for each sign and target KL divergence, and store them in a file."""
         direction = self._direction(wanted.component)
         trials: list[dict[str, Any]] = []
         with self._edited(wanted.edits):
@@ -108,15 +108,15 @@ class RepairWorker:
                 for target in self._kl_steps:
                     step = find_step_size(kl_at, target, longest=longest)
                     if not step.reached_target:
-                        break  # nor is a larger one
+                        break  # larger targets cannot be reached either
                     with moved(self._loaded.model, direction, sign * step.epsilon):
                         correct = np.flatnonzero(self._predict(self._tuning).correct()).tolist()
                     trials.append(asdict(Trial(sign, step.epsilon, step.kl, correct)))
         write_json_atomically(self._results / wanted.file, {"trials": trials})
         return trials
 
-    def slopes(self, wanted: Batch) -> tuple[float, list[float]]:
-        """Σ_i w_i · (−log p(label_i)) at the edits, and its derivatives by their steps."""
+    def loss_and_derivatives(self, wanted: Batch) -> tuple[float, list[float]]:
+        """Return Σ_i w_i · (−log p(label_i)) at the edits, and its derivatives with respect to the edits' steps."""
         weight_of = dict(zip(wanted.examples.tolist(), wanted.weights.tolist(), strict=True))
         total, gradients = 0.0, dict[str, torch.Tensor]()
         with self._edited(wanted.edits):
@@ -124,27 +124,27 @@ class RepairWorker:
                 loss, found = self._gradient(chosen, [weight_of[index] for index in chosen])
                 total += loss
                 gradients = {name: gradients[name] + found[name] for name in found} if gradients else found
-        slopes = [
+        derivatives = [
             sum(float((gradients[name].double() * tensor.to(gradients[name])).sum()) for name, tensor in each.items())
             for each in (self._direction(edit.component) for edit in wanted.edits)
         ]
-        return total, slopes
+        return total, derivatives
 
     def right_after(self, edits: tuple[Edit, ...]) -> list[int]:
-        """Tuning examples that are right after the edits: their places among all tuning examples."""
+        """Return the tuning examples that are predicted correctly after the edits, as positions among them."""
         with self._edited(edits):
             places: list[int] = np.flatnonzero(self._predict(self._tuning).correct()).tolist()
         return places
 
     def judge(self, wanted: tuple[tuple[Edit, ...], NDArray[np.int64]]) -> list[list[bool]]:
-        """Whether each of some examples is right, before and after the edits."""
+        """Return whether each example is predicted correctly, before and after the edits."""
         edits, examples = wanted
         before = self._predict(examples).correct()
         with self._edited(edits):
             return [before.tolist(), self._predict(examples).correct().tolist()]
 
     def save(self, wanted: tuple[tuple[Edit, ...], Path, dict[str, Any]]) -> str:
-        """Write the edited model, and the record of what was done, to a folder; the checksum of the model's file."""
+        """Write the edited model and the record of the edits to a folder. Returns the checksum of the model's file."""
         edits, folder, record = wanted
         with self._edited(edits), replacing_directory(folder) as partial:
             save_model(self._loaded.model, str(partial / "model.safetensors"), {"npeff": json.dumps(record)})

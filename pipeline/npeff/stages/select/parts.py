@@ -1,4 +1,4 @@
-"""What `check` verifies of the fits for the number of components."""
+"""The fits of the stage `select` that `check` verifies."""
 
 from __future__ import annotations
 

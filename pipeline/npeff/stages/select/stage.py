@@ -1,4 +1,4 @@
-"""Beside the stages: how many components the Fishers support."""
+"""The stage `select`: recommend a number of components."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from npeff.store.tables import rows_to_columns, write_table
 
 
 def select(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
-    """Recommend a number of components, from fits of a range of them with several seeds and halves of the examples."""
+    """Recommend a number of components, from fits of several numbers with several seeds and halves of the examples."""
     with open_stage(run, SELECT) as stage:
         if (kind := run.config.factorization.kind) != "fishers":
             raise RunDirectoryError(
-                f"stage select has no part in {run.path}: it compares factorizations of Fishers, not of kind "
+                f"stage select cannot be used in {run.path}: it compares factorizations of Fishers, not of kind "
                 f"{kind}; set factorization.kind: fishers in a new run_dir"
             )
         progress, wanted = progress or SilentProgress(), run.config.selection
@@ -57,7 +57,7 @@ def select(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
 
 @dataclass
 class _Fits:
-    """The fits of a run, made where they are not there yet."""
+    """The fits of a run. Missing fits are computed."""
 
     run: RunDirectory
     workers: Executor
@@ -67,10 +67,11 @@ class _Fits:
         self.store = FitStore(self.run.partial_results("select"), _request(self.run)["fits"])
 
     def gather(self, numbers: list[int]) -> list[Evidence]:
-        """The evidence of these numbers of components."""
+        """Return the evidence for these numbers of components."""
         requests = [request for n_components in numbers for request in self.requests(n_components)]
         missing = [request for request in requests if not self.store.has(request.name)]
-        # The largest first: they take longest, so workers end together, and the time left is not thought too short.
+        # The largest fits take longest. They come first, so that workers end together and the time left is not
+        # underestimated.
         missing.sort(key=lambda request: -request.n_components)
         done = len(requests) - len(missing)
         self.progress.say(f"select: trying {', '.join(map(str, numbers))} components")
@@ -105,11 +106,13 @@ class _Fits:
         for request in self.requests(n_components):
             fits[request.part].append(self.store.read(request.name))
         judged = [fit.facts for fit in fits["all"]]
-        if any(facts["explained_held_out"] is None for facts in judged):  # none is held out: halves judge each other
+        if any(
+            facts["explained_held_out"] is None for facts in judged
+        ):  # no held-out examples: evaluate each half on the other
             judged = [fit.facts for fit in fits["first"] + fits["second"]]
         if any(facts["explained_held_out"] is None for facts in judged):
             raise InvalidProblemError(
-                "the Fishers of all examples that the fits could be judged on are zero: give more examples, or raise "
+                "the Fishers of all examples that the fits are evaluated on are zero: add more examples, or raise "
                 "factorization.held_out_fraction"
             )
         first, second = ([fit.components_KD for fit in fits[part]] for part in ("first", "second"))
@@ -122,7 +125,7 @@ class _Fits:
 
 
 def _request(run: RunDirectory) -> dict[str, Any]:
-    """What is asked, and, as a hash, what a fit depends on besides its name."""
+    """Return the request, with a hash of the settings that a fit depends on in addition to its name."""
     config, wanted = run.config, run.config.selection
     fits = {
         "fishers": record_of(run, FISHERS)["signature"],

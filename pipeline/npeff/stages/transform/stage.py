@@ -1,4 +1,4 @@
-"""In place of stage 2: the components of another run, and the coefficients of this run's examples at them."""
+"""The stage `transform`: coefficients of this run's examples for the components of another run."""
 
 from __future__ import annotations
 
@@ -29,35 +29,42 @@ def transform(
     executor: Executor | None = None,
     progress: ProgressDisplay | None = None,
 ) -> Summary:
-    """Coefficients of a run's examples at the components of another run, ``source``, which are copied into it.
+    """Compute coefficients of a run's examples for the components of another run, which are copied into the run.
 
-    Its Fishers are computed first, where they are not there. It can then be asked and reported on like any other.
+    Missing Fishers are computed first. The run can then be queried and reported like any other run.
+
+    Args:
+        run: the run with the new examples.
+        source: path of the run with the components.
+        executor: executor for the work. A new one is created if None.
+        progress: display for the progress.
 
     Raises:
         RunDirectoryError: the model, parameters, sketch or seed of the runs differ, or the run has been factorized.
         InvalidProblemError: ``factorization.n_components`` of the run is not the number of components.
     """
     progress, config = progress or SilentProgress(), run.config
-    given = RunDirectory.open(source)  # refused before anything is computed
+    given = RunDirectory.open(source)  # raises before any computation
     record_of(given, FACTORIZE)
     if (wanted := config.factorization.n_components) != given.config.factorization.n_components:
         raise InvalidProblemError(
-            f"{source} has {given.config.factorization.n_components} components, and the new run asks for {wanted}: "
-            "set its factorization.n_components to that"
+            f"{source} has {given.config.factorization.n_components} components, and the new run has "
+            f"factorization.n_components: {wanted}: set it to the number of components of {source}"
         )
     with run.lock(), executor_for(run, executor) as workers:
         compute_fishers(run, executor=workers, progress=progress)
         components_KD = components_of(run, source)
         if len(components_KD) != config.factorization.n_components:
             raise InvalidProblemError(
-                f"{source} has {len(components_KD)} components: set factorization.n_components of the new run to that"
+                f"{source} has {len(components_KD)} components: set factorization.n_components of the new run to "
+                f"{len(components_KD)}"
             )
         origin = str(given.path)
         with open_stage(run, FACTORIZE) as stage:
             if stage.done and stage.done.get("transformed_from") == origin:
                 return stage.done
             if stage.done or run.checkpoints.exists():
-                raise RunDirectoryError(f"{run.path} has components of its own: choose another run_dir")
+                raise RunDirectoryError(f"{run.path} has been factorized already: choose another run_dir")
             checksums = checksums_of(run)
             worker = worker_spec(
                 run,
@@ -76,7 +83,7 @@ def transform(
             in_order = [parts[shard] for shard in sorted(parts)]
             loss, total = sum(part.loss for part in in_order), sum(part.fisher_square_sum for part in in_order)
             if not total > 0:
-                raise InvalidProblemError("no example has a valid Fisher that is not zero: there is nothing to explain")
+                raise InvalidProblemError("no example has a valid, nonzero Fisher: check the examples and the model")
             summary = {
                 "n_components": len(components_KD),
                 "loss": loss,

@@ -1,4 +1,4 @@
-"""Coefficients of examples at given components, on workers: one stored shard at a time, which is all that is held.
+"""The worker of the stage `transform`: coefficients for given components, with one stored shard in memory at a time.
 
 Shapes: n examples of a shard, K components, D sketch.
 """
@@ -18,7 +18,7 @@ from npeff.store.fisher_store import FisherStore
 
 @dataclass(frozen=True)
 class ShardCoefficients:
-    """The optimal coefficients of a shard's examples, and what they leave unexplained."""
+    """The optimal coefficients of a shard's examples, and their loss."""
 
     coefficients_NK: NDArray[np.float32]
     """(n, K); NaN rows for invalid examples."""
@@ -27,7 +27,7 @@ class ShardCoefficients:
 
 
 class TransformWorker:
-    """Holds the components."""
+    """Computes the coefficients of shards for fixed components."""
 
     def __init__(
         self, fishers: Path, checksums: dict[int, str], components_KD: NDArray[np.float64], l1: float, device: str
@@ -37,7 +37,7 @@ class TransformWorker:
         self._components_KD = torch.from_numpy(components_KD.copy()).to(self._device)
 
     def transform(self, shard: int) -> ShardCoefficients:
-        """The coefficients of one shard.
+        """Compute the coefficients of one shard.
 
         Raises:
             StoreError: the shard is missing or damaged.
