@@ -106,7 +106,7 @@ def strike(fault: Fault, reference: Path, folder: Path) -> Outcome:
             again.seconds_until_nothing_is_left()
         lines = first.output.strip().splitlines()
         outcome.last_line = lines[-1] if lines else ""
-        resumed = [line for line in (first.output + again.output).splitlines() if "going on from iteration" in line]
+        resumed = [line for line in (first.output + again.output).splitlines() if "resuming from iteration" in line]
         outcome.resumed = resumed[-1].rsplit(" ", 1)[1] if resumed else ""
     if fault.stage != "factorize":  # whose checkpoints are pruned
         now = units_done(run, fault.stage)

@@ -274,7 +274,7 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_same_bits(
     progress = SilentProgress()
     progress.say = said.append  # type: ignore[method-assign]
     npeff.factorize(broken, progress=progress)
-    assert "going on from iteration 6" in said
+    assert "resuming from iteration 6" in said
     one, other = (open_factorization(run.factorization) for run in (whole, broken))
     np.testing.assert_array_equal(one.read_components(), other.read_components())
     np.testing.assert_array_equal(one.read_coefficients(), other.read_coefficients())

@@ -215,14 +215,14 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(
 
     progress = Progress()
     npeff.factorize(run, executor=two, progress=progress)
-    assert "going on from iteration 4" in progress.said
+    assert "resuming from iteration 4" in progress.said
     for mine, theirs in zip(solved(run), solved(undisturbed), strict=True):
         np.testing.assert_array_equal(mine, theirs)
     assert len(solved(run)[2]) > 8, "there was enough left to do"
 
     progress = Progress()
     npeff.factorize(other, executor=SerialExecutor(), progress=progress)
-    assert "going on from iteration 4" in progress.said
+    assert "resuming from iteration 4" in progress.said
     assert solved(other)[2][:4] == solved(undisturbed)[2][:4]
     assert_same_solution(other, undisturbed)
 

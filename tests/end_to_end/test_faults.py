@@ -84,8 +84,8 @@ def test_a_command_whose_solver_actor_is_killed_recovers_by_itself(folder, refer
         command.seconds_until_nothing_is_left()
     lines = command.output.splitlines()
     lost = next(line for line in lines if "a worker was lost" in line or "failed" in line)
-    resumed = int(next(line for line in lines if line.startswith("going on from iteration")).rsplit(" ", 1)[1])
-    assert lost.endswith(f"starting the workers again from iteration {resumed}")
+    resumed = int(next(line for line in lines if line.startswith("resuming from iteration")).rsplit(" ", 1)[1])
+    assert lost.endswith(f"restarting the workers from iteration {resumed}")
     assert resumed >= 4
     assert run_contents.differences(run, reference, ["factorize"]) == []
 

@@ -102,7 +102,7 @@ def test_a_run_goes_on_after_the_driver_a_worker_and_the_head_were_killed(
     assert {name: run_contents.units_done(run, "fishers").get(name) for name in shards} == shards
     job_faults.strike(head, "worker")
     job_faults.wait_for_units(head, second, run, "verify", 2)
-    assert "starting the workers again from iteration" in job_faults.log(head, second), "the job goes on by itself"
+    assert "restarting the workers from iteration" in job_faults.log(head, second), "the job goes on by itself"
     measured = metrics(head, 'stage="factorize"')
     assert measured["ray_npeff_stage_done"] == measured["ray_npeff_stage_total"] == run_contents.LAST_STEP
     assert 0 < measured["ray_npeff_explained"] < 1

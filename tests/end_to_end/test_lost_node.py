@@ -17,9 +17,9 @@ def test_a_node_is_lost_and_another_comes_and_the_losses_are_the_undisturbed_one
     assert found["token_authentication"]
     events = [event for event, _ in found["events"]]
     assert events[0] == "node removed"
-    assert "starting the workers again from iteration" in events[1]
-    assert events[-2].startswith("there is room for more workers")
-    assert events[-1].startswith("going on from iteration")
+    assert "restarting the workers from iteration" in events[1]
+    assert events[-2].startswith("more workers are available")
+    assert events[-1].startswith("resuming from iteration")
     assert "node added" in events
     sent = found["sent_bytes"]
     assert 0 in sent, "one worker has nobody to send to"

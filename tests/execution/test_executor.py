@@ -340,8 +340,8 @@ def test_a_hung_solver_worker_is_replaced_and_the_group_goes_on_from_the_checkpo
     assert [row["iteration"] for row in result.history] == [1, 2, 3, 4, 5, 6]
     assert result.results == [6, 6]
     assert events == [
-        "step: no answer within 2 s: starting the workers again from iteration 2",
-        "going on from iteration 2",
+        "step: no answer within 2 s: restarting the workers from iteration 2",
+        "resuming from iteration 2",
     ]
 
 

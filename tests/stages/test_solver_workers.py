@@ -162,7 +162,7 @@ def test_a_run_goes_on_from_its_checkpoint_with_fewer_workers_when_one_is_killed
 
     solved = solve(run, 3, executor=executor, timeout_s=timeout_s, on_iteration=lose, events=events)
     assert len(solved.results) == 2
-    assert events[0].endswith("starting the workers again from iteration 4")
+    assert events[0].endswith("restarting the workers from iteration 4")
     assert len(events) == 2
     np.testing.assert_allclose(losses(solved), losses(undisturbed), rtol=1e-6)
     np.testing.assert_allclose(coefficients(solved), coefficients(undisturbed), atol=1e-4)

@@ -22,7 +22,7 @@ def _details(record: Summary) -> str:
 
 
 def _stands(run: RunDirectory, record: Summary) -> bool:
-    """Not where the factorization ended at a limit that has been raised since."""
+    """Return False if the factorization stopped at an iteration limit that has been raised since then."""
     return bool(record["stopped"] != "max_iterations" or record["n_iter"] >= run.config.factorization.max_iterations)
 
 

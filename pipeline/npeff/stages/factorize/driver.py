@@ -1,4 +1,4 @@
-"""The driver's half of stage 2: run a group of solver workers to the end, through checkpoints and losses."""
+"""The driver of the stage `factorize`: run a group of solver workers to the end, with checkpoints and recovery."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from npeff.store.checkpoint import CheckpointStore
 from npeff.store.tables import SCHEMAS
 
 LOSSES = 3
-"""Groups that may be lost, one after the other, without a new checkpoint before the stage is given up."""
+"""Number of consecutive groups that are lost without a new checkpoint after which the stage fails."""
 
 _BACK_OFF_S = 5.0
-"""Wait before the next group where one was lost without progress: a cluster takes a while to see that a node died."""
+"""Wait before the next group after a group was lost without progress. A cluster detects a lost node with a delay."""
 
 _HISTORY = SCHEMAS["history"]
 _TYPES = {pa.int64(): int, pa.bool_(): bool}
@@ -27,7 +27,7 @@ _TYPES = {pa.int64(): int, pa.bool_(): bool}
 
 @dataclass(frozen=True)
 class SolverRun:
-    """What came of it: one result per worker, one history row per iteration, and why it stopped."""
+    """The result of the solver: one result per worker, one history row per iteration, and the reason to stop."""
 
     results: list[SolverResult]
     history: list[dict[str, Any]]
@@ -44,18 +44,22 @@ def run_solver(
     on_iteration: Callable[[dict[str, Any]], None],
     on_event: Callable[[str], None],
 ) -> SolverRun:
-    """Factorize; whenever a worker is lost, form a new group and go on from the last checkpoint.
+    """Run the solver. When a worker is lost, start a new group and resume from the last checkpoint.
 
-    A group formed when a node was lost may be a smaller one. It gives way to a larger one, at a checkpoint, as soon as
-    there is room for it.
+    After the loss of a node, the new group can be smaller. It is replaced by a larger group, at a checkpoint, when
+    resources become available.
 
     Args:
-        checksums: of every stored shard, by number.
-        on_iteration: is given each new row of the history.
-        on_event: is told, in a line, what was resumed or lost.
+        executor: executor of the workers.
+        spec: spec of the `SolverWorker`.
+        checkpoints: store of the checkpoints.
+        checksums: checksum of every stored shard, by number.
+        checkpoint_every: number of iterations between checkpoints.
+        on_iteration: called with each new row of the history.
+        on_event: called with a line of text when a group is lost or the solver resumes.
 
     Raises:
-        ExecutorError: groups are lost again and again without progress, or the workers do not judge a step alike.
+        ExecutorError: `LOSSES` groups in a row were lost without progress, or the workers disagree about a step.
     """
     losses, reached = 0, -1
     while True:
@@ -64,7 +68,7 @@ def run_solver(
                 done = _run_group(group, checkpoints, checksums, checkpoint_every, on_iteration, on_event)
             if done is not None:
                 return done
-            on_event("there is room for more workers: starting them from the checkpoint")
+            on_event("more workers are available: restarting from the checkpoint")
         except WorkerLostError as error:
             checkpoint = checkpoints.latest()
             now = checkpoint.iteration if checkpoint else 0
@@ -72,9 +76,9 @@ def run_solver(
             if losses == LOSSES:
                 raise ExecutorError(
                     f"the solver's workers were lost {LOSSES} times in a row (the last: {error}); the checkpoints are "
-                    "kept: mend the cause and run the same command again"
+                    "kept: fix the cause and run the same command again"
                 ) from None
-            on_event(f"{error}: starting the workers again from iteration {now}")
+            on_event(f"{error}: restarting the workers from iteration {now}")
             time.sleep(_BACK_OFF_S * (losses - 1))
 
 
@@ -86,7 +90,7 @@ def _run_group(
     on_iteration: Callable[[dict[str, Any]], None],
     on_event: Callable[[str], None],
 ) -> SolverRun | None:
-    """None if there is more to do, and a larger group could do it from the checkpoint."""
+    """Run the solver with one group. Returns None if a larger group can continue from a new checkpoint."""
     if group.size > 1:
         group.call("connect", *group.call_one(0, "open_rendezvous"))
     group.call("load", checksums)
@@ -100,13 +104,13 @@ def _run_group(
             on_event(warning)
         stopped = group.call("resume", checkpoint)[0]
         history = _history_rows(checkpoint.arrays["history"])
-        on_event(f"going on from iteration {checkpoint.iteration}")
+        on_event(f"resuming from iteration {checkpoint.iteration}")
     while stopped is None:
         began = time.monotonic()
         steps: list[Step] = group.call("step")
         step = steps[0]
         if any(other.record.accepted != step.record.accepted for other in steps):
-            # their components would differ from now on, and the sums over the workers would mean nothing
+            # the components would differ between the workers, and their sums would be wrong
             raise ExecutorError(
                 f"the solver's workers disagree on whether step {step.record.iteration} lowers the loss: their "
                 "processors round differently; the checkpoints are kept: run the same command again on nodes of one "

@@ -1,4 +1,4 @@
-"""The solver's history while it is made, for those who watch: JSON lines, or TensorBoard events."""
+"""The solver's history during the run, as JSON lines or TensorBoard events."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from npeff.storage.location import is_remote
 from npeff.storage.objects import download_files, files, upload_files
 
 Metrics = Callable[[dict[str, Any]], None]
-"""Is given each new row of the history. An iteration that comes again, after a crash, replaces what came after it."""
+"""Called with each new row of the history. When an iteration is repeated after a crash, its row replaces the former row
+of the iteration and all later rows."""
 
 
 def metrics_writer(folder: Path, kind: Literal["none", "jsonl", "tensorboard"]) -> Metrics:
-    """What the run file's ``factorization.metrics`` asks for.
+    """Return the writer for the run file's ``factorization.metrics``.
 
     Raises:
         ConfigError: TensorBoard is not installed.
@@ -30,7 +31,7 @@ def metrics_writer(folder: Path, kind: Literal["none", "jsonl", "tensorboard"]) 
 
 
 class _Uploaded:
-    """Written on this machine, and uploaded after every row: an object cannot be appended to."""
+    """Writes to a local folder and uploads it after every row, because objects cannot be appended to."""
 
     def __init__(self, folder: Path, kind: Literal["jsonl", "tensorboard"]) -> None:
         self._folder, self._local = folder, tempfile.TemporaryDirectory(prefix="npeff-")
@@ -63,7 +64,7 @@ class _JsonLines:
             file.write(json.dumps(row) + "\n")
 
     def _rewind(self, iteration: int) -> None:
-        """Keep the lines of earlier iterations; a line that a crash cut short is none."""
+        """Keep only the complete lines of earlier iterations. A crash can leave an incomplete line."""
         self._path.parent.mkdir(exist_ok=True)
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True) if self._path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["iteration"] < iteration]

@@ -1,4 +1,4 @@
-"""What `check` verifies of a factorization and its checkpoints."""
+"""The parts of a factorization and its checkpoints that `check` verifies."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def _verify_factorization(run: RunDirectory) -> None:
     stored.read_columns()
     record = intact_record(run, "factorize")
     if record is not None and record.get("checksums", stored.attrs["checksums"]) != stored.attrs["checksums"]:
-        raise StoreError(f"{run.factorization} is not the one that its stage wrote", path=run.factorization)
+        raise StoreError(f"{run.factorization} does not match the record of its stage", path=run.factorization)
 
 
 def transformed_from(run: RunDirectory) -> str | None:
-    """The run whose components this one has, where they were not fitted; None where nothing says so."""
+    """Return the run from which `transform` copied the components. None if they were fitted or this is unknown."""
     record = intact_record(run, "factorize")
     if record is None:
         try:

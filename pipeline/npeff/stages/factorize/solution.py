@@ -1,4 +1,4 @@
-"""What the stage `factorize` leaves of a solution."""
+"""Output files of a factorization."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def write_solution(
     stability_K: np.ndarray | None = None,
     columns_D: np.ndarray | None = None,
 ) -> Summary:
-    """Components and coefficients on disk, and their tables; what the stage's record is to say of them.
+    """Write components, coefficients and their tables. Returns fields for the stage's record.
 
-    What followed from former components is taken away, unless these are the same, made again because a file of them
-    was damaged.
+    Results of later stages for former components are deleted. They are kept if the components are the same, which is
+    the case when a damaged factorization is recomputed.
     """
     checksums = factorization_checksums(components_KD, coefficients_NK, columns_D)
     if _former_checksums(run) == checksums:
-        run.reopen("lift")  # which adds to the table of components; its directions stay
+        run.reopen("lift")  # it adds a column to the table of components; the directions are kept
     else:
         for stage in (FACTORIZE, *stages_after(FACTORIZE)):
             run.reopen(stage.name)
             remove_directory(run.partial_results(stage.name))
         for stage in stages_after(FACTORIZE):
             for table in stage.tables:
-                run.table(table).unlink(missing_ok=True)  # or the report would show it beside the new components
+                run.table(table).unlink(missing_ok=True)  # else the report would show it with the new components
         for folder in (run.directions, run.repaired):
             remove_directory(folder)
     write_factorization(run.factorization, components_KD, coefficients_NK, summary, columns_D)
@@ -52,10 +52,10 @@ def write_solution(
 
 
 def _former_checksums(run: RunDirectory) -> dict[str, str] | None:
-    """Of the components that the later stages went on from, as far as that is known."""
+    """Return the checksums of the components that later stages used, or None if unknown."""
     try:
         checksums: dict[str, str] = open_factorization(run.factorization).attrs["checksums"]
         return checksums
-    except StoreError:  # it is gone, or damaged
+    except StoreError:  # missing or damaged
         record = run.record("factorize")
         return None if record is None else record.get("checksums")

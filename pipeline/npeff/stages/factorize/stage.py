@@ -1,4 +1,4 @@
-"""Stage 2: the Fishers into components and coefficients."""
+"""The stage `factorize`: components and coefficients of the stored Fishers."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ def factorize(
 
 
 def _origin(run: RunDirectory) -> Origin | None:
-    """The components of another run that this one starts from or expands.
+    """Return the components of another run that this run starts from or expands, or None.
 
     Raises:
-        RunDirectoryError: they are of another space.
-        InvalidProblemError: their number does not fit.
+        RunDirectoryError: the model, parameters, sketch or seed of the runs differ.
+        InvalidProblemError: the number of components differs from ``factorization.n_components``.
     """
     wanted = run.config.factorization
     if (other := wanted.start_from or wanted.expand) is None:
@@ -92,14 +92,14 @@ def _origin(run: RunDirectory) -> Origin | None:
     components_KD = components_of(run, other)
     if wanted.start_from is not None and len(components_KD) != wanted.n_components:
         raise InvalidProblemError(
-            f"{other} has {len(components_KD)} components: set factorization.n_components to that, or use "
-            "factorization.expand to add some"
+            f"{other} has {len(components_KD)} components: set factorization.n_components to {len(components_KD)}, or "
+            "use factorization.expand to add components"
         )
     return Origin(components_KD, frozen=wanted.expand is not None)
 
 
 def _write_solution(run: RunDirectory, solved: SolverRun, n_fit: int, stability_K: np.ndarray | None) -> Summary:
-    """Everything that the solver's workers found, on disk; what is worth saying of it."""
+    """Write the results of the solver's workers. Returns the summary for the stage's record."""
     result = solved.results[0]
     coefficients = {shard: rows for part in solved.results for shard, rows in part.coefficients.items()}
     coefficients_NK = StackedRows([coefficients[shard] for shard in sorted(coefficients)])

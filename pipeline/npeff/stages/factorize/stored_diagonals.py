@@ -1,10 +1,10 @@
 """A worker's diagonal Fishers from the store, as the rows that D-NPEFF factorizes:
 
-    diagonal_groups    the stored sums over groups, each example's divided by their length ‖·‖₂
-    diagonal_entries   the stored largest entries of f_i/‖f_i‖₂; a column is an entry that an example fitted on has
+    diagonal_groups    the stored sums over groups, divided by their length ‖·‖₂ for each example
+    diagonal_entries   the stored largest entries of f_i/‖f_i‖₂; each entry of a fitted example is a column
 
-Entries of other examples in no column count as unexplained. Small data are worked on in float64, where it costs
-nothing and losses are exact to more digits; large data in float32, as they are stored.
+Entries of other examples that are in no column count as unexplained. Small data are processed in float64, which costs
+little and makes losses more precise. Large data are processed in float32, in which they are stored.
 
 Shapes: N examples, k largest entries, P columns (entries or groups), D the same in `SolverResult`.
 """
@@ -32,17 +32,17 @@ _ARRAYS: dict[DiagonalKind, tuple[str, ...]] = {
 }
 
 _DOUBLE_BYTES = 64 * 2**20
-"""Data of all workers that take no more than this in float64 are worked on in it."""
+"""Largest size in bytes, in float64 and of all workers, of data that are processed in float64."""
 
 
 class StoredDiagonals:
-    """Reads diagonals into a `DiagonalShard`; they stay in memory.
+    """Reads diagonals into a `DiagonalShard`. They stay in memory.
 
     Args:
-        kind: of the diagonals.
-        store: of the Fishers.
-        n_fit: examples that all workers fit on.
-        device: of groups. Entries are on the CPU, because SciPy multiplies them.
+        kind: kind of the diagonals.
+        store: the Fisher store.
+        n_fit: number of fitted examples of all workers.
+        device: device of ``diagonal_groups``. ``diagonal_entries`` are on the CPU, because SciPy computes with them.
     """
 
     def __init__(self, kind: DiagonalKind, store: FisherStore, n_fit: int, device: torch.device) -> None:
@@ -51,15 +51,15 @@ class StoredDiagonals:
         width = store.n_groups if kind == "diagonal_groups" else store.top_entries
         self._dtype = np.float64 if 8 * n_fit * (width or 1) <= _DOUBLE_BYTES else np.float32
         self.columns_D: NDArray[np.int64] | None = None
-        """Of entries: where in the flat parameter vector each column is, ascending."""
+        """Position of each column in the flat parameter vector, ascending, for ``diagonal_entries``."""
 
     def subsample(self, examples_M: NDArray[np.int64]) -> Any:
-        """Rows (M, P), dense or sparse."""
+        """Read rows (M, P), dense or sparse."""
         return self._rows(self._read(examples_M))[0]
 
     def fitted(self, chosen: Sequence[ShardRows], peers: ProcessGroup) -> DiagonalShard:
-        """The examples that every pass needs. All workers together determine the columns."""
-        arrays = {name: [array] for name, array in self._read([]).items()}  # a worker without shards needs widths, too
+        """Read the fitted examples, which every pass needs, and determine the columns together with all workers."""
+        arrays = {name: [array] for name, array in self._read([]).items()}  # gives widths if there are no shards
         for part in chosen:
             stored = self._store.read_shard(part.shard, part.checksum)
             for name, parts in arrays.items():
@@ -71,7 +71,7 @@ class StoredDiagonals:
         return self._shard(joined)
 
     def others(self, chosen: Sequence[ShardRows]) -> DiagonalShard:
-        """Examples that one pass needs, of shards that `fitted` has verified."""
+        """Read other examples, which only one pass needs, of shards that `fitted` has verified."""
         return self._shard(self._read(example_numbers(self._store, chosen)))
 
     def _read(self, examples_N: Sequence[int] | NDArray[np.int64]) -> dict[str, NDArray[Any]]:
@@ -82,7 +82,7 @@ class StoredDiagonals:
         return DiagonalShard(rows_NP, outside_N=outside_N)
 
     def _rows(self, arrays: dict[str, NDArray[Any]]) -> tuple[Any, Tensor | None]:
-        """Stored examples as the rows to factorize, and the squares of what lies in no column."""
+        """Return the rows to factorize, and the sums of squares (N,) of entries that are in no column."""
         if self._kind == "diagonal_groups":
             rows_NP = torch.from_numpy(arrays["grouped_diagonal"].astype(self._dtype, copy=False)).to(self.device)
             return torch.nn.functional.normalize(rows_NP, dim=1), None

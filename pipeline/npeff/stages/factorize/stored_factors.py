@@ -1,6 +1,6 @@
-"""A worker's low-rank Fishers from the store: kept in memory where they fit, read again in every pass otherwise.
+"""A worker's low-rank Fishers from the store. They stay in memory if they fit; else they are read again in every pass.
 
-Small shards are read several at a time, as many as make a full block of factor rows.
+Several small shards are read together, so that they form a full block of factor rows.
 
 Shapes: N examples, R rank, D sketch.
 """
@@ -33,11 +33,11 @@ class ShardRows:
     shard: int
     checksum: str
     rows: NDArray[np.int64]
-    """Ascending, counted from the shard's first example."""
+    """Positions in the shard, ascending."""
 
 
 def example_numbers(store: FisherStore, chosen: Sequence[ShardRows]) -> NDArray[np.int64]:
-    """Which examples of the store these are, in the order of the shards."""
+    """Return the numbers of these examples in the store, in the order of the shards."""
     none: NDArray[np.int64] = np.empty(0, np.int64)
     return np.concatenate([none, *(store.plan.bounds(part.shard)[0] + part.rows for part in chosen)])
 
@@ -46,10 +46,10 @@ class StoredFactors:
     """Reads factors into an `ExampleShard`.
 
     Args:
-        store: of the Fishers.
-        weights_N: of all examples of the store.
-        device: of the factors.
-        memory_limit_bytes: factors that take more are read from the store in every pass.
+        store: the Fisher store.
+        weights_N: weights of all examples of the store.
+        device: device of the factors.
+        memory_limit_bytes: factors that need more memory are read from the store in every pass.
     """
 
     columns_D: NDArray[np.int64] | None = None
@@ -59,15 +59,15 @@ class StoredFactors:
         self._memory_limit_bytes = memory_limit_bytes
 
     def subsample(self, examples_M: NDArray[np.int64]) -> Tensor:
-        """Factors (M, R, D)."""
+        """Read factors (M, R, D)."""
         return torch.from_numpy(self._store.read_rows(examples_M, ["factors"])["factors"]).to(self.device)
 
     def fitted(self, chosen: Sequence[ShardRows], peers: ProcessGroup) -> ExampleShard:
-        """The examples that every pass needs."""
+        """Read the fitted examples, which every pass needs."""
         return self._shard(chosen, self._memory_limit_bytes)
 
     def others(self, chosen: Sequence[ShardRows]) -> ExampleShard:
-        """Examples that one pass needs; it does not pay to keep them in memory."""
+        """Read other examples, which only one pass needs and which are not kept in memory."""
         return self._shard(chosen, memory_limit_bytes=0)
 
     def _shard(self, chosen: Sequence[ShardRows], memory_limit_bytes: int) -> ExampleShard:
@@ -78,12 +78,12 @@ class StoredFactors:
 def stored_factors(
     store: FisherStore, shards: Sequence[ShardRows], device: torch.device, memory_limit_bytes: int
 ) -> FactorSource:
-    """The factors of these examples, in the order of the shards; what is read first is verified by its checksum.
+    """Return the factors of these examples, in the order of the shards. The first read of a shard checks its checksum.
 
-    Whether they stay in memory, and how, is decided by `kept_precision`.
+    `kept_precision` determines whether the factors stay in memory, and in which precision.
 
     Raises:
-        StoreError: a shard is missing or damaged; later, too, where factors are read again.
+        StoreError: a shard is missing or damaged. Later reads of the returned source can raise it too.
     """
     n_numbers = sum(len(shard.rows) for shard in shards) * store.rank * store.dim
     parts = _parts(shards, store.rank, BLOCK_ROWS[device.type])
@@ -100,9 +100,10 @@ def stored_factors(
 def kept_precision(
     n_numbers: int, store_dtype: StoreDtype, device_type: str, memory_limit_bytes: int
 ) -> torch.dtype | None:
-    """How a worker keeps so many numbers: float32 where the limit allows it, else as they are stored, else not at all.
+    """Return the precision in which factors are kept in memory, or None if they do not fit.
 
-    What a CPU makes of them is the same. A GPU keeps the precision of the store, which it multiplies faster.
+    A CPU uses float32 if the limit allows it, else the precision of the store; the results are the same. A GPU always
+    uses the precision of the store, in which its products are faster.
     """
     stored = _PRECISIONS[store_dtype]
     if n_numbers * stored.itemsize > memory_limit_bytes:
@@ -130,7 +131,7 @@ class _Reader:
 
 
 def _parts(shards: Sequence[ShardRows], rank: int, block_rows: int) -> list[list[ShardRows]]:
-    """The shards in order, cut into runs of as many as it takes for a block of factor rows."""
+    """Divide the shards, in order, into parts with at least a block of factor rows each (the last can be smaller)."""
     parts: list[list[ShardRows]] = []
     rows = block_rows
     for shard in shards:

@@ -1,4 +1,4 @@
-"""The tables people query, made from what the stages computed; one function per stage that writes some."""
+"""The tables of the components and coefficients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def write_component_tables(
     coefficients_NK: Coefficients,
     stability_K: NDArray[np.float64] | None = None,
 ) -> None:
-    """``components``, ``top_examples`` and ``coefficients``; of the latter, one component at a time is held."""
+    """Write the tables ``components``, ``top_examples`` and ``coefficients``, with the coefficients of one component in
+    memory at a time."""
     examples = read_table(run.table("examples"), "examples", ["split"])
     split_N = np.asarray(examples["split"].to_pylist())
     among = {split: split_N == split for split in ("fit", "held_out")}

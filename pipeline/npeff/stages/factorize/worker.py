@@ -1,10 +1,11 @@
-"""Stage 2 on workers: each has some shards' Fishers and coefficients; a step is one pass and one all-reduce.
+"""The worker of the stage `factorize`. Each worker has the Fishers and coefficients of some shards; a step is one pass
+over them and one all-reduce.
 
 Every worker keeps the whole (small) solver state and advances it by the same arithmetic from the same all-reduced
 numbers, so that only these numbers are sent. Their count does not depend on the number of examples: K·D + K² and a few
 more in each step.
 
-`npeff.factorization.kind` says what a step is for each kind of Fisher; `StoredFishers` reads the Fishers.
+`npeff.factorization.kind` defines a step for each kind of Fisher; `StoredFishers` reads the Fishers.
 
 Shapes: N examples, D dimension of a Fisher (sketch, groups or entries), K components.
 """
@@ -43,55 +44,56 @@ from npeff.store.fisher_store import FisherStore
 
 @dataclass(frozen=True)
 class Origin:
-    """Components of another run, to start from."""
+    """Components of another run that the solver starts from."""
 
     components_KD: NDArray[np.float64]
     frozen: bool
-    """Whether they are to stay, with others beside them."""
+    """Whether these components stay fixed while the solver fits further components."""
 
 
 @dataclass(frozen=True)
 class SolverResult:
-    """The end of a factorization; every worker has the same numbers and its own shards' coefficients."""
+    """The result of a factorization on one worker. All fields except ``coefficients`` are the same on all workers."""
 
     components_KD: NDArray[np.float64]
     coefficients: dict[int, NDArray[np.float32]]
-    """Per shard (n, K); NaN rows for invalid examples."""
+    """Coefficients (n, K) of each of this worker's shards; NaN rows for invalid examples."""
     loss: float
     objective: float
-    """The loss with the penalties."""
+    """The loss plus the penalties."""
     explained: float
     explained_held_out: float | None
-    """Explained share on the held-out examples, their coefficients fitted with the components fixed; None if none."""
+    """Explained fraction of the held-out examples, with coefficients fitted for the fixed components. None without
+    held-out examples."""
     columns_D: NDArray[np.int64] | None = None
-    """Of diagonal entries: where in the flat parameter vector each coordinate of the components is."""
+    """Position of each coordinate of the components in the flat parameter vector, for ``diagonal_entries``."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What an iteration came to; every worker says the same where their processors are of one type."""
+    """The result of an iteration. It is the same on all workers if their processors are of one type."""
 
     record: IterationRecord
     stopped: str | None
-    """The reason to stop, if there is one now."""
+    """The reason to stop after this step, or None."""
     sent_bytes: int
-    """What this worker gave to the collective operations of the step: the size of their tensors."""
+    """Total size in bytes of the tensors that this worker passed to the step's collective operations."""
 
 
 class StoredFishers(Protocol):
-    """Reads the Fishers of one kind from the store, into the shards of that kind."""
+    """Reads the Fishers of one kind from the store into shards of that kind."""
 
     device: torch.device
-    """Of what is read."""
+    """Device of the Fishers."""
     columns_D: NDArray[np.int64] | None
-    """As of `SolverResult`; known once `fitted` has been called."""
+    """As in `SolverResult`. Set by `fitted`."""
 
     def subsample(self, examples_M: NDArray[np.int64]) -> Any:
-        """What `FisherKind.candidates` takes."""
+        """Read the Fishers of these examples as an argument of `FisherKind.candidates`."""
         ...
 
     def fitted(self, chosen: Sequence[ShardRows], peers: ProcessGroup) -> Any:
-        """The shard of the examples that every pass needs. All peers call it together.
+        """Read the fitted examples, which every pass needs. This is a collective operation of all workers.
 
         Raises:
             StoreError: a stored shard is missing or damaged.
@@ -99,24 +101,24 @@ class StoredFishers(Protocol):
         ...
 
     def others(self, chosen: Sequence[ShardRows]) -> Any:
-        """A shard of examples that one pass needs."""
+        """Read other examples, which only one pass needs."""
         ...
 
 
 class SolverWorker(ProcessGroupMember):
-    """Worker ``rank`` of ``size``; has the shards rank, rank + size, …
+    """Worker ``rank`` of ``size``, with the shards rank, rank + size, …
 
     Args:
-        examples: to fit on, and others to find coefficients of.
-        options: of the solver.
-        device: to compute on.
-        timeout_s: of the collective operations.
-        memory_limit_bytes: low-rank Fishers that take more are read from the store in every pass. The results have the
-            same bits, because the blocks have the same shapes. Diagonals and coefficients stay in memory.
-        rank: number of this worker.
+        examples: the examples to fit on, and the other examples whose coefficients are computed at the end.
+        options: options of the solver.
+        device: device to compute on.
+        timeout_s: timeout in seconds of the collective operations.
+        memory_limit_bytes: low-rank Fishers that need more memory are read from the store in every pass. The results
+            have the same bits, because the blocks have the same shapes. Diagonals and coefficients stay in memory.
+        rank: rank of this worker.
         size: number of workers.
-        origin: components to start from.
-        kind: of Fishers to factorize.
+        origin: components of another run to start from.
+        kind: kind of the Fishers to factorize.
     """
 
     def __init__(
@@ -147,9 +149,9 @@ class SolverWorker(ProcessGroupMember):
         self._fit: list[ShardRows] = []
         self._held_out: list[ShardRows] = []
         self._others: list[ShardRows] = []
-        """Of this worker's shards: the examples that the components are fitted on, those held out, and the others."""
+        """Fitted, held-out and other examples of this worker's shards."""
         self._examples: Any = None
-        """The first, as the kind's shard."""
+        """The fitted examples, as a shard of the kind."""
         self._state: Any = None
 
     def load(self, checksums: dict[int, str]) -> None:
@@ -170,8 +172,10 @@ class SolverWorker(ProcessGroupMember):
         self._examples = self._stored.fitted(self._fit, self._peers)
 
     def initialize(self) -> NDArray[Any]:
-        """Candidates for the components to start from, of a subsample that depends on the seed and the examples only;
-        or the components of another run."""
+        """Return candidates for the initial components, or the components of another run to start from.
+
+        The candidates are computed from a subsample that depends only on the seed and the examples.
+        """
         if self._origin is not None and not self._origin.frozen:
             return self._origin.components_KD
         fit = np.flatnonzero(self._splits.fit_N & (self._weights_N.numpy() > 0))
@@ -182,12 +186,12 @@ class SolverWorker(ProcessGroupMember):
         return self._kind.candidates(subsample, weights_M, frozen_KD).cpu().numpy()
 
     def start(self, candidates_CD: NDArray[Any]) -> None:
-        """Begin at these components, or at the most useful ones where they are more than are asked for."""
+        """Initialize the state with these candidates. If there are too many, the most useful ones are chosen."""
         candidates = torch.from_numpy(candidates_CD.copy()).to(self._stored.device)
         self._state = self._kind.start(self._fitted(), candidates, self._peers)
 
     def resume(self, checkpoint: Checkpoint) -> str | None:
-        """Go on from a checkpoint, whatever number of workers wrote it; says if there is no step left to do."""
+        """Resume from a checkpoint of any number of workers. Returns the reason to stop, or None."""
         self._state = self._kind.restore(checkpoint.arrays).to(self._stored.device)
         stored = [torch.from_numpy(checkpoint.read(coefficients_name(shard.shard))) for shard in self._fit]
         if stored:
@@ -196,7 +200,7 @@ class SolverWorker(ProcessGroupMember):
         return self._kind.stopping_reason(self._state)
 
     def step(self) -> Step:
-        """One pass and one step."""
+        """Make one pass over the examples and one step of the solver."""
         kind, state, examples, sent_before = self._kind, self._current_state(), self._fitted(), self._peers.sent_bytes
         sums = self._reduced(kind.accumulate(examples, state))
         offered = self._replacements() if bool(kind.dead_K(sums, state).any()) else None
@@ -205,14 +209,14 @@ class SolverWorker(ProcessGroupMember):
         return Step(record, kind.stopping_reason(self._state), self._peers.sent_bytes - sent_before)
 
     def save(self, folder: Path) -> dict[str, np.ndarray]:
-        """Write this worker's coefficients, one file per shard, into a checkpoint's folder; returns the state."""
+        """Write this worker's coefficients to a checkpoint's folder, one file per shard. Returns the solver state."""
         for shard, coefficients_NK in _by_shard(self._fit, self._fitted()):
             write_checkpoint_array(folder, coefficients_name(shard.shard), coefficients_NK.cpu().numpy())
         arrays: dict[str, np.ndarray] = self._current_state().to_arrays()
         return arrays
 
     def finish(self) -> SolverResult:
-        """The best accepted components in canonical order, and coefficients that are optimal for them."""
+        """Return the best accepted components in canonical order, with the optimal coefficients for them."""
         kind, state = self._kind, self._current_state()
         fitted, held_out, others = (
             self._fitted(),
@@ -246,7 +250,7 @@ class SolverWorker(ProcessGroupMember):
         return self._examples
 
     def _all_coefficients(self, parts: Sequence[Any], order_K: Tensor) -> dict[int, NDArray[np.float32]]:
-        """Coefficients of every stored shard's examples, in their places; invalid ones are NaN."""
+        """Return the coefficients of every shard in the order of its examples. Rows of invalid examples are NaN."""
         found: dict[int, NDArray[np.float32]] = {}
         for chosen, examples in zip((self._fit, self._held_out, self._others), parts, strict=True):
             for rows, coefficients_NK in _by_shard(chosen, examples):
@@ -256,23 +260,23 @@ class SolverWorker(ProcessGroupMember):
         return found
 
     def _reduced(self, own: Any) -> Any:
-        """The sum over all workers."""
+        """Return the sum over all workers."""
         if self._peers.size == 1:
             return own
         return self._kind.unpacked(self._peers.sum_(own.pack()), self._current_state())
 
     def _replacements(self) -> Candidates:
-        """For dead components, from the worst-fitted examples of all workers."""
+        """Return replacements of dead components, from the worst-fitted examples of all workers."""
         own = self._kind.replacements(self._fitted(), self._current_state())
         return merge_candidates([Candidates.unpack(packed) for packed in self._peers.gathered(own.pack())])
 
 
 def coefficients_name(shard: int) -> str:
-    """Of a stored shard's array in a checkpoint."""
+    """Return the name of a shard's coefficients in a checkpoint."""
     return f"coefficients/{shard:05d}"
 
 
 def _by_shard(chosen: list[ShardRows], examples: Any) -> Iterator[tuple[ShardRows, Tensor]]:
-    """Coefficients of the examples chosen from each shard."""
+    """Yield each shard's selection with the coefficients of its examples."""
     parts = examples.coefficients_NK.split([len(shard.rows) for shard in chosen])
     return zip(chosen, parts, strict=True)

@@ -106,9 +106,8 @@ class _Fits:
         for request in self.requests(n_components):
             fits[request.part].append(self.store.read(request.name))
         judged = [fit.facts for fit in fits["all"]]
-        if any(
-            facts["explained_held_out"] is None for facts in judged
-        ):  # no held-out examples: evaluate each half on the other
+        if any(facts["explained_held_out"] is None for facts in judged):
+            # without held-out examples, each half is evaluated on the other
             judged = [fit.facts for fit in fits["first"] + fits["second"]]
         if any(facts["explained_held_out"] is None for facts in judged):
             raise InvalidProblemError(

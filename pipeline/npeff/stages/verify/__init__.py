@@ -1,4 +1,4 @@
-"""Stage `verify`: the model moved along each direction, beside controls."""
+"""Stage `verify`: effects of steps along each direction, compared with controls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from npeff.stages.lift import LIFT
 
 
 def score_line(score: dict[str, Any]) -> str:
-    """One line of a verification: a split and a sign."""
+    """Return a line that summarizes the verification for one split and one sign."""
     examples, sign = score["examples"].replace("_", "-"), "+" if score["sign"] > 0 else "−"
     return (
         f"{examples} examples, {sign} direction: median KL ratio {score['median_kl_ratio']:.2f} "

@@ -1,4 +1,4 @@
-"""What `check` verifies of the stage `verify`."""
+"""The parts of the stage `verify` that `check` verifies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 4: what each direction moves, beside the controls."""
+"""The stage `verify`: effects of steps along each direction, compared with controls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from npeff.store.tables import read_table, rows_to_columns, write_table
 
 
 def verify(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
-    """Move the model along every direction and compare what changes with the controls."""
+    """Move the model along every direction and compare the changes with the controls."""
     with open_stage(run, VERIFY) as stage:
         components, results = lifted_components(run), run.partial_results("verify")
         if stage.done and set(components) <= set(stage.done.get("components", range(stage.done["n_components"]))):

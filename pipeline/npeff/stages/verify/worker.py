@@ -1,4 +1,4 @@
-"""Stage 4 on a worker: move the model along one component's direction and measure what changes, beside the controls."""
+"""The worker of the stage `verify`: move the model along one component's direction, and compare with the controls."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from npeff.verification import (
 SPLITS = ("fit", "held_out")
 
 LEAST_OVERLAP = 0.05
-"""|cos| of two components in the sketch from which on the lighter one's direction is made orthogonal to the other's. Of
-random ones in 4,096 coordinates it is 0.016."""
+"""Smallest |cos| of two components in the sketch for which semi-orthogonalization makes the direction of the component
+with the smaller mass orthogonal to the other. For random components in 4,096 coordinates, |cos| is 0.016."""
 
 Direction = Mapping[str, Tensor]
 Row = dict[str, Any]
@@ -49,7 +49,7 @@ class VerificationPaths:
     directions: Path
     examples: Path
     results: Path
-    """Folder of one Parquet file per finished component, and of the following beside them."""
+    """Folder of one Parquet file per finished component, and of the files of the methods below."""
 
     def selectivity_file(self, component: int) -> Path:
         return self.results / "selectivity" / f"{component:05d}.parquet"
@@ -60,28 +60,28 @@ class VerificationPaths:
 
 @dataclass(frozen=True)
 class VerificationOptions:
-    """As in the run file."""
+    """Options of the verification, from the run file."""
 
     n_top: int
     n_baseline: int
     target_kl: float
     epsilon: float | None
-    """A step of that length, whatever KL it gives."""
+    """Fixed length of the steps, instead of a target KL divergence."""
     n_selectivity: int
     n_correlation: int
     seed: int
     batch_size: int
     lifted: Sequence[int] | None = None
-    """Components that have a direction; all of them if None."""
+    """Components that have a direction; all components if None."""
     semi_orthogonal: bool = False
     ablation: bool = False
     origin: Path | None = None
-    """File of the parameters that displacements are counted from; zero if None."""
+    """File of the parameters from which displacements are measured; zero if None."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Some examples, and what the model predicts on them where it is."""
+    """Some examples, and the predictions of the unmoved model on them."""
 
     examples: NDArray[np.int64]
     before: Predictions
@@ -89,7 +89,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Effect:
-    """What a step did; predictions are those after it."""
+    """The effect of a step. Predictions are those after the step."""
 
     step: StepSize
     top: Predictions
@@ -97,7 +97,7 @@ class Effect:
     kl: Measured
 
     def columns(self, name: str) -> dict[str, float]:
-        """Of a control in the verification table."""
+        """Return the columns of a control in the verification table."""
         return {
             f"{name}_epsilon": self.step.epsilon,
             f"{name}_kl_top": float(np.nanmean(self.kl.top_n)),
@@ -107,18 +107,18 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Onlookers:
-    """Examples that are looked at whichever component the model is moved along."""
+class MonitoredExamples:
+    """Examples whose KL divergences are measured for the steps along every component."""
 
     split: str
     group: Group
     n_of_component: list[int]
-    """How many of the first ones are the first component's top examples, how many of the next ones the second's, …
-    What follows them is drawn at random."""
+    """Number of top examples of each component. The group contains them in the order of the components, followed by
+    random examples."""
 
 
 class VerificationWorker:
-    """Verifies components, one call each."""
+    """Verifies components, one component per call."""
 
     def __init__(self, model: ModelSpec, paths: VerificationPaths, options: VerificationOptions) -> None:
         self._loaded = model.load()
@@ -135,8 +135,14 @@ class VerificationWorker:
         self._origin = None if options.origin is None else self._read_origin(options.origin)
 
     def verify(self, component: int) -> list[dict[str, Any]]:
-        """The component's rows of the verification table, one per split and sign; also left in a file, and those of the
-        selectivity matrix and of the ablation in others. None where nothing is left of a direction made orthogonal."""
+        """Verify a component.
+
+        Writes the component's rows of the tables `verification`, `selectivity` and `ablation` to files.
+
+        Returns:
+            The rows of the table `verification`, one for each split and sign. No rows if the direction is zero after
+            semi-orthogonalization.
+        """
         direction = self._tested_direction(component)
         rows, selectivity, ablation = ([], [], []) if direction is None else self._rows(component, direction)
         write_table(self._paths.selectivity_file(component), "selectivity", _columns(selectivity, "selectivity"))
@@ -146,7 +152,7 @@ class VerificationWorker:
         return rows
 
     def _rows(self, component: int, direction: Direction) -> tuple[list[Row], list[Row], list[Row]]:
-        """Of the tables `verification`, `selectivity` and `ablation`."""
+        """Return the component's rows of the tables `verification`, `selectivity` and `ablation`."""
         random = random_direction(direction, seed=self._seed(component, "random direction"))
         other = another_component(component, self._lifted, self._seed(component, "another component"))
         controls = {"random": random} | ({} if other is None else {"other": self._direction(other)})
@@ -163,8 +169,8 @@ class VerificationWorker:
                 beside = {name: self._effect(control, sign, *groups) for name, control in controls.items()}
                 row = {"component": component, "examples": split, "sign": sign, "other_component": other}
                 row |= self._compared(own, beside, *groups, seed) | {"kl_correlation": None}
-                if split == self._onlookers.split:
-                    kl_n = self._kl_of_onlookers(direction, sign * own.step.epsilon)
+                if split == self._monitored.split:
+                    kl_n = self._monitored_kl(direction, sign * own.step.epsilon)
                     row["kl_correlation"] = self._correlation(component, kl_n)
                     place = {"moved": component, "examples": split, "sign": sign}
                     selectivity += [place | found for found in self._selectivity(kl_n)]
@@ -206,7 +212,7 @@ class VerificationWorker:
         }
 
     def _effect(self, direction: Direction, sign: int, top: Group, baseline: Group) -> Effect:
-        """Of the step that moves the top examples by the target KL, or of the fixed one."""
+        """Return the effect of the step with the target KL divergence on the top examples, or of the fixed step."""
 
         def kl_at(epsilon: float) -> float:
             with moved(self._loaded.model, direction, sign * epsilon):
@@ -225,16 +231,16 @@ class VerificationWorker:
         return Effect(StepSize(abs(step), float(np.nanmean(kl.top_n)), True), after_top, after_baseline, kl)
 
     @cached_property
-    def _onlookers(self) -> Onlookers:
-        """Held-out ones, where there are any."""
+    def _monitored(self) -> MonitoredExamples:
+        """The monitored examples: held-out examples or, if there are none, fitted examples."""
         split = "held_out" if self._members["held_out"].any() else "fit"
-        members_N, seed = self._members[split], self._seed(0, "onlookers")
+        members_N, seed = self._members[split], self._seed(0, "onlookers")  # a former name; results depend on it
         tops = [top_examples(w_N, members_N, self._options.n_selectivity) for w_N in self._coefficients_NK.T]
         drawn = baseline_examples(members_N, np.empty(0, np.int64), self._options.n_correlation, seed)
-        return Onlookers(split, self._group(np.concatenate([*tops, drawn])), [len(top) for top in tops])
+        return MonitoredExamples(split, self._group(np.concatenate([*tops, drawn])), [len(top) for top in tops])
 
-    def _kl_of_onlookers(self, direction: Direction, step: float) -> NDArray[np.float64]:
-        group = self._onlookers.group
+    def _monitored_kl(self, direction: Direction, step: float) -> NDArray[np.float64]:
+        group = self._monitored.group
         if not len(group.examples):
             return np.empty(0)
         distinct, places = np.unique(group.examples, return_inverse=True)
@@ -243,21 +249,22 @@ class VerificationWorker:
         return after.at(places).kl(group.before)
 
     def _selectivity(self, kl_n: NDArray[np.float64]) -> Iterator[dict[str, Any]]:
-        counts = self._onlookers.n_of_component
+        counts = self._monitored.n_of_component
         for component, part_n in enumerate(np.split(kl_n, np.cumsum(counts))[:-1]):
             if len(part_n):
                 yield {"component": component, "n_examples": len(part_n), "kl": float(np.nanmean(part_n))}
 
     def _correlation(self, component: int, kl_n: NDArray[np.float64]) -> float | None:
-        n_top = sum(self._onlookers.n_of_component)
-        drawn = self._onlookers.group.examples[n_top:]
+        n_top = sum(self._monitored.n_of_component)
+        drawn = self._monitored.group.examples[n_top:]
         return rank_correlation(self._coefficients_NK[drawn, component], kl_n[n_top:])
 
     def _direction(self, component: int) -> Direction:
         return {name: torch.from_numpy(array) for name, array in self._directions.read(component).items()}
 
     def _tested_direction(self, component: int) -> Direction | None:
-        """The component's, or what it has for itself: what is left of it outside the span of heavier components'."""
+        """Return the component's direction. With semi-orthogonalization, remove its projection on the directions of
+        similar components with larger mass; None if nothing remains."""
         own = self._direction(component)
         if not self._options.semi_orthogonal:
             return own
@@ -274,17 +281,20 @@ class VerificationWorker:
         try:
             tensors = load_file(file)
         except (OSError, SafetensorError) as error:
-            raise TaskError(f"verification.ablation_origin: cannot read {file} ({error})") from None
+            raise TaskError(
+                f"verification.ablation_origin: cannot read {file} ({error}): give a safetensors file of parameters"
+            ) from None
         shapes = dict(zip(self._loaded.layout.names, self._loaded.layout.shapes, strict=True))
         wrong = [name for name, shape in shapes.items() if name not in tensors or tensors[name].shape != shape]
         if wrong:
             raise TaskError(
                 f"verification.ablation_origin: {file} has no parameter {wrong[0]!r} of shape {tuple(shapes[wrong[0]])}"
+                ": give a file with the model's parameters"
             )
         return {name: tensors[name] for name in shapes}
 
     def _group(self, examples: NDArray[np.int64]) -> Group:
-        """With the predictions where the model is: it must not be moved now."""
+        """Return a group with the current predictions. The model must not be moved when this is called."""
         distinct, places = np.unique(examples, return_inverse=True)
         return Group(examples, self._predict(distinct).at(places))
 
