@@ -77,7 +77,7 @@ def main(folder: Path) -> dict[str, Any]:
         if row["iteration"] == LOST_AT and not events:
             say("node removed")
             cluster.remove_node(node, allow_graceful=False)
-        elif any("again from" in event for event, _ in events):
+        elif any("restarting the workers from" in event for event, _ in events):
             if row["sent_bytes"] == 0 and not any(event == "node added" for event, _ in events):
                 say("node added")
                 cluster.add_node(**NODE)

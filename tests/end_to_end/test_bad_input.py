@@ -180,7 +180,7 @@ def test_a_mistake_in_the_run_file_is_said_before_anything_is_made(
         ("TooFewNamesTask", "the model has 3 logits for 2 class names"),
         ("NoNamesTask", "class_names must be a list of 3 names"),
         ("NanWeightsTask", "none of the first 40 examples has finite logits and gradients"),
-        ("AllInvalidTask", "look for NaN"),
+        ("AllInvalidTask", "check the model's weights"),
         ("LabelOutOfRangeTask", "label 7 of example 0 is not one of the classes 0 to 2"),
         ("TableWithoutLabelTask", "has no column 'label'"),
         ("StringLabelsTask", "column 'label' must hold class numbers"),

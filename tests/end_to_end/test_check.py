@@ -177,7 +177,7 @@ def test_a_shard_that_fails_three_times_is_told_with_its_examples_and_the_others
         assert said.count("\n") == 1
         assert "shard 3 (examples 24 to 31, 'point-24' to 'point-31') failed 3 times: " in said
         assert "KeyError: 'image_30.png' (defective_tasks.py, line " in said
-        assert "computes only what failed" in said
+        assert "computes only the failed shards" in said
         records = {path.stem: path.stat().st_mtime_ns for path in (run / "shards").glob("*.json")}
         assert sorted(records) == ["00000", "00001", "00002", "00004"]
         written.append(records)
