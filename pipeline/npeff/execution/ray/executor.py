@@ -295,7 +295,7 @@ class RayExecutor:
 
     def _connect(self, address: str) -> None:
         if not in_job() and (host_and_port := re.fullmatch(r"([^/]+):([0-9]+)", address)) is not None:
-            _refuse_where_nobody_listens(address, host_and_port[1], int(host_and_port[2]))
+            _check_server_listens(address, host_and_port[1], int(host_and_port[2]))
         try:
             with _own_reaction_to_sigterm():
                 if address == "local" and not in_job():
@@ -353,7 +353,7 @@ class _RayGroup:
         return [results[ref] for ref in refs]
 
 
-def _refuse_where_nobody_listens(address: str, host: str, port: int) -> None:
+def _check_server_listens(address: str, host: str, port: int) -> None:
     """Check that a server listens at the address. Without it, Ray retries for minutes and then ends this process."""
     try:
         socket.create_connection((host, port), timeout=_CONNECTS_WITHIN_S).close()
