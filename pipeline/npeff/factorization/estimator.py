@@ -1,6 +1,6 @@
-"""The factorization as a scikit-learn estimator: everything in memory, in this process.
+"""NPEFF as a scikit-learn estimator. All data stay in memory, in the calling process.
 
-Shapes: N examples, R rank of the Fisher factors, D sketch or parameters, K components.
+Shapes: N and M examples, R rank of the Fisher factors, D sketch or parameters, K components.
 """
 
 from __future__ import annotations
@@ -23,40 +23,69 @@ from npeff.factorization.solver import IterationRecord, solve
 class NPEFF(Factorizer):
     """Non-negative per-example Fisher factorization (Matena & Raffel, arXiv 2310.04649).
 
-    Minimises Σ_i ‖Â_iᵀ Â_i − Σ_j W_ij h_j h_jᵀ‖²_F over W ≥ 0 and unit h_j, where Â_i = A_i/√‖A_iᵀ A_i‖_F. Input is
-    the Fisher factors A of shape (N, R, D), float32 or float64, which is also the precision of the passes over them;
-    an array of shape (N, D) is taken as factors of rank 1.
+    Minimises Σ_i ‖Â_iᵀ Â_i − Σ_j W_ij h_j h_jᵀ‖²_F over W ≥ 0 and unit h_j, where Â_i = A_i/√‖A_iᵀ A_i‖_F. The input
+    is the array of Fisher factors A of shape (N, R, D), in float32 or float64. The passes over the data use the same
+    precision. An array of shape (N, D) contains factors of rank 1.
 
     Args:
         n_components: K, at most N·R.
-        max_iter: most passes over the data.
-        tol: converged when three steps in a row change the loss by less than this fraction of it.
-        n_starts: seeded starts tried on the subsample.
-        subsample: examples that starts are tried on.
+        max_iter: maximum number of passes over the data.
+        tol: relative tolerance. The solver has converged when three steps in a row change the loss by less than this
+            fraction of it.
+        n_starts: number of seeded starts that are compared on the subsample.
+        subsample: number of examples on which the starts are compared.
         random_state: seed or generator of the starts and the subsample.
-        normalize: whether to divide each factor by the root of its Fisher's Frobenius norm. False takes them as given.
-        l1: λ in [0, 1) of the penalty 2 λ Σ_i ‖F̂_i‖ Σ_j W_ij: a lone coefficient is T_ij − λ ‖F̂_i‖ or zero.
+        normalize: whether to divide each factor by the square root of the Frobenius norm of its Fisher. If False, the
+            factors are used as given.
+        l1: λ in [0, 1) of the penalty 2 λ Σ_i ‖F̂_i‖ Σ_j W_ij. With one component, the coefficient is
+            max(0, T_ij − λ ‖F̂_i‖), where T_ij = ‖Â_i h_j‖².
         orthogonality: γ of the penalty γ Σ_i ‖F̂_i‖² times the mean squared cosine of two components.
-        frozen_components: (K0, D), K0 < K: the first components, which stay as they are (up to their length).
-        start_components: (K, D) to start from, instead of seeded starts.
-        callbacks: functions that are each given the IterationRecord of every pass.
+        frozen_components: (K0, D), K0 < K. The first K0 components are fixed to these rows, scaled to unit length.
+        start_components: (K, D) components to start from, instead of seeded starts.
+        callbacks: functions that are called with the IterationRecord of each pass.
 
     Attributes:
-        components_: (K, D) unit rows, float64, by descending Σ_i W_ij²; each row's largest entry is positive.
-        coefficients_: W (N, K) of the data fitted, in its precision.
-        loss_: the minimum found, without penalties.
-        objective_: the same with them.
+        components_: (K, D) unit rows, float64. The frozen components come first, then the others by descending
+            Σ_i W_ij². The entry of largest magnitude in each row that is not frozen is positive.
+        coefficients_: W (N, K) of the fitted data, in the precision of the data.
+        loss_: loss at the solution, without penalties.
+        objective_: loss at the solution plus the penalties.
         explained_: 1 − loss / Σ_i ‖F̂_i‖².
         history_: one IterationRecord per pass.
         n_iter_: number of passes.
-        stopped_: "converged", "max_iterations" or "stalled".
-        near_duplicates_: (j, l, cos) of components with |cos| > 0.95.
+        stopped_: stopping reason, "converged", "max_iterations" or "stalled".
+        near_duplicates_: list of (j, l, cos) for the pairs of components with |cos| > 0.95.
         n_features_in_: D.
 
     Raises:
-        OptionError: from `fit`, for an option that is out of its bounds.
-        InvalidProblemError: from `fit`, for more components than factor rows or factors that are all zero.
-        ValueError: for arrays that are not finite, of another number of axes, or of another D than was fitted.
+        OptionError: from `fit`, if an option is out of its bounds.
+        InvalidProblemError: from `fit`, if there are more components than factor rows or all factors are zero.
+        ValueError: from `fit` and `transform`, if an array is not finite, or has the wrong number of axes or another D
+            than the fitted data.
+
+    Examples:
+        Three orthonormal directions that all 50 examples share are recovered exactly:
+
+        >>> import numpy as np
+        >>> from npeff import NPEFF
+        >>> rng = np.random.default_rng(0)
+        >>> directions = np.linalg.qr(rng.standard_normal((12, 3))).Q.T
+        >>> factors = rng.uniform(size=(50, 3, 1)) * directions
+        >>> factors.shape
+        (50, 3, 12)
+        >>> model = NPEFF(n_components=3, random_state=0)
+        >>> coefficients = model.fit_transform(factors)
+        >>> coefficients.shape, model.components_.shape
+        ((50, 3), (3, 12))
+        >>> round(model.explained_, 3)
+        1.0
+        >>> bool(np.allclose(np.abs(model.components_ @ directions.T).max(axis=1), 1, atol=1e-2))
+        True
+
+        The coefficients of new examples at the fitted components:
+
+        >>> model.transform(rng.standard_normal((5, 3, 12))).shape
+        (5, 3)
     """
 
     def __init__(
@@ -89,7 +118,21 @@ class NPEFF(Factorizer):
         self.callbacks = callbacks
 
     def fit(self, X: ArrayLike, y: None = None, sample_weight: ArrayLike | None = None) -> NPEFF:
-        """Fit components and coefficients to factors (N, R, D); `sample_weight` (N,) weighs examples in the loss."""
+        """Fit components and coefficients to Fisher factors.
+
+        Args:
+            X: factors (N, R, D), or (N, D) for rank 1.
+            y: ignored.
+            sample_weight: weights (N,) of the examples in the loss; 1 by default.
+
+        Returns:
+            The fitted estimator.
+
+        Raises:
+            OptionError: if an option is out of its bounds.
+            InvalidProblemError: if there are more components than factor rows or all factors are zero.
+            ValueError: if an array is not finite or has the wrong shape.
+        """
         shard = self._shard(X, reset=True)
         if sample_weight is not None:
             weights_N = _check_sample_weight(sample_weight, X, dtype=np.float64)
@@ -106,7 +149,18 @@ class NPEFF(Factorizer):
         return self
 
     def transform(self, X: ArrayLike) -> np.ndarray:
-        """The optimal coefficients (M, K) of new examples' factors (M, R, D) at the fitted components."""
+        """Compute the optimal coefficients of examples at the fitted components.
+
+        Args:
+            X: factors (M, R, D), or (M, D) for rank 1.
+
+        Returns:
+            Non-negative coefficients (M, K), in the precision of `X`.
+
+        Raises:
+            NotFittedError: if `fit` was not called.
+            ValueError: if the array is not finite or has another D than the fitted data.
+        """
         check_is_fitted(self)
         shard = self._shard(X, reset=False)
         shard.finish(torch.from_numpy(self.components_), l1=self.l1)
@@ -130,7 +184,7 @@ class NPEFF(Factorizer):
     def _shard(self, X: ArrayLike, *, reset: bool) -> ExampleShard:
         if np.asarray(X).ndim == 3:
             factors_NRD = check_array(X, dtype=[np.float64, np.float32], allow_nd=True)
-            # scikit-learn's bookkeeping of D is about the last axis of a matrix, here the matrix of all factor rows.
+            # scikit-learn takes D from the last axis of a matrix: here the matrix of all factor rows.
             validate_data(self, factors_NRD.reshape(-1, factors_NRD.shape[2]), reset=reset, skip_check_array=True)
         else:
             factors_NRD = validate_data(self, X, dtype=[np.float64, np.float32], reset=reset)[:, None, :]
@@ -138,7 +192,7 @@ class NPEFF(Factorizer):
         shard = ExampleShard(factors)
         if not self.normalize:
             return shard
-        # ‖AᵀA‖_F is the root of the Fisher square that a shard computes; a zero Fisher stays zero.
+        # ‖AᵀA‖_F is the square root of `fisher_squares_N`. A Fisher that is zero stays zero.
         norms_N = shard.fisher_squares_N.sqrt()
         scale_N = torch.where(norms_N > 0, norms_N, 1.0).rsqrt().to(factors)
         return ExampleShard(factors * scale_N[:, None, None])

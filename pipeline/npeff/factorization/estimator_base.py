@@ -1,4 +1,4 @@
-"""What the estimators share: keeping a result, and the parts of scikit-learn's contract that follow from it."""
+"""The base class of the estimators: it stores the result and implements the common part of scikit-learn's interface."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from npeff.options.solver import SolverOptions
 
 
 class Factorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]  # it has no types
-    """An estimator whose `fit` begins with `_solver_options` and ends in `_keep`."""
+    """Base class of the estimators. `fit` calls `_solver_options` first and `_keep` last."""
 
     n_components: int
     max_iter: int
@@ -24,12 +24,21 @@ class Factorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
     random_state: int | np.random.RandomState | None
 
     def fit_transform(self, X: ArrayLike, y: None = None, **fit_params: Any) -> np.ndarray:
-        """Fit, and return the coefficients (N, K) of the same examples."""
+        """Fit the estimator and return the coefficients of the same examples.
+
+        Args:
+            X: the examples, as in `fit`.
+            y: ignored.
+            **fit_params: further arguments of `fit`.
+
+        Returns:
+            Non-negative coefficients (N, K).
+        """
         coefficients_NK: np.ndarray = self.fit(X, y, **fit_params).coefficients_
         return coefficients_NK
 
     def _solver_options(self, **more: Any) -> SolverOptions:
-        """The options of the solver that both estimators have, with a seed drawn from `random_state`, and ``more``."""
+        """Return the solver options that both estimators have, with a seed drawn from `random_state`, and ``more``."""
         return SolverOptions(
             n_components=self.n_components,
             max_iterations=self.max_iter,

@@ -43,9 +43,33 @@ _MASKS_KEPT = 8
 
 
 class ComponentStore:
-    """Queries of one run: `ComponentStore.open("runs/digits").top_examples(17)`.
+    """Queries of one run.
 
     Every method raises `QueryError` if the query is not valid, or if the stage that it needs has not run yet.
+
+    Attributes:
+        run_dir: The run directory.
+        tables: The tables of the run.
+
+    Examples:
+        A run with 360 examples and 12 components in a sketch of 64 dimensions:
+
+        >>> from npeff import ComponentStore
+        >>> store = ComponentStore.open("runs/digits")
+        >>> store.coefficients.shape, store.components.shape
+        ((360, 12), (12, 64))
+        >>> top = store.top_examples(3, n=5, split="held_out")
+        >>> top.column_names[:4]
+        ['rank', 'coefficient', 'example', 'id']
+        >>> top["rank"].to_pylist()
+        [0, 1, 2, 3, 4]
+        >>> store.example(0).column_names
+        ['component', 'coefficient', 'share', 'rank']
+        >>> store.sql("SELECT count(*) AS n FROM examples WHERE split = 'held_out'").to_pylist()
+        [{'n': 120}]
+        >>> store.top_examples(99)
+        Traceback (most recent call last):
+        npeff.query.errors.QueryError: there is no component 99: this run has components 0 to 11
     """
 
     def __init__(self, run_dir: Path) -> None:
