@@ -1,4 +1,4 @@
-"""Factorization of per-example Fishers into non-negative coefficients and rank-1 components: arrays in, arrays out."""
+"""Factorization of per-example Fishers into non-negative coefficients and rank-1 components, on arrays in memory."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Some of the examples with their coefficients, and the passes over them.
+"""A shard of the examples with their coefficients, and the passes over it.
 
-A pass is the only work of the solver that grows with the number of examples: two matrix products with the factors,
-block by block, in float32 (float64 for factors that are); sums over blocks are float64. Factors in half precision
-become float32 one block at a time on a CPU; a GPU multiplies them as they are and adds up in float32.
+A pass is the only computation of the solver whose cost grows with the number of examples. For each block of factors, it
+computes two matrix products, in float64 for float64 factors and in float32 otherwise. Sums over blocks are float64. On
+a CPU, factors in half precision are converted to float32 one block at a time. On a GPU, they are multiplied in half
+precision and accumulated in float32.
 
 Shapes: N examples of this shard, B examples of a block, R rank, D sketch, K components, M candidates.
 """
@@ -22,22 +23,24 @@ from npeff.factorization.objective import N_CANDIDATES, Candidates, Statistics
 from npeff.factorization.problem import InvalidProblemError, refuse_not_finite, validate_shape
 
 _UPCAST_EXAMPLES = 64
-"""Examples converted to float64 at a time for a few operations only: these should not leave the cache."""
+"""Number of examples that are converted to float64 at a time. The converted examples should fit in the cache."""
 
 
 class ExampleShard:
-    """Normalised factors Â (N, R, D), their warm-start coefficients W (N, K) and, after a pass, the misfits.
+    """Normalized factors Â (N, R, D), their warm-start coefficients W (N, K) and, after a pass, the misfits.
 
-    Rows of factors may be zero: they add nothing, and an example of zero rows only gets zero coefficients.
+    Rows of factors may be zero; they do not change any result. If all rows of an example are zero, its coefficients are
+    zero.
 
     Args:
-        factors: Â_i = A_i/√‖F_i‖_F, an array (N, R, D), which is not copied, or a source of them.
-        coefficients_NK: where the first pass starts from; zeros by default.
-        weights_N: of the examples in every sum, finite and not negative; 1 by default. Coefficients are optimal
-            for each example whatever its weight.
+        factors: Â_i = A_i/√‖F_i‖_F: an array (N, R, D), which is not copied, or a source of factors.
+        coefficients_NK: initial coefficients of the first pass; zeros by default.
+        weights_N: weights of the examples in every sum, finite and non-negative; 1 by default. The optimal coefficients
+            of an example do not depend on its weight.
 
     Raises:
-        InvalidProblemError: if the factors are not a finite floating-point array (N, R, D), or the weights not as said.
+        InvalidProblemError: if the factors are not a finite floating-point array (N, R, D), or the weights are not N
+            finite non-negative numbers.
     """
 
     def __init__(
@@ -56,25 +59,31 @@ class ExampleShard:
         self.dtype = torch.float32 if factors.dtype in HALVES else factors.dtype
         """Of the coefficients and of the products."""
         self.coefficients_NK = torch.zeros(self.n_examples, 0, dtype=self.dtype, device=self.device)
-        """W; without columns until the first pass says how many components there are."""
+        """W; it has no columns before the first pass."""
         if coefficients_NK is not None:
             self.coefficients_NK = torch.as_tensor(coefficients_NK).to(self.coefficients_NK, copy=True)
         self.fisher_squares_N = self._fisher_squares()
         refuse_not_finite(self.fisher_squares_N)
         self.weights_N = self._weights(weights_N)
         self.misfits_N = self.fisher_squares_N.clone()
-        """‖F̂_i − Σ_j W_ij h_j h_jᵀ‖² at the last pass, float64."""
+        """‖F̂_i − Σ_j W_ij h_j h_jᵀ‖² of the last pass, float64."""
 
     @property
     def factors_NRD(self) -> Tensor:
-        """All factors, of a shard that has them in memory."""
+        """All factors (N, R, D). The shard must have its factors in memory."""
         assert isinstance(self.source, FactorsInMemory)
         return self.source.whole()
 
     def accumulate(self, components_KD: Tensor, *, sweeps: int | None = None, l1: float = 0.0) -> Statistics:
-        """Improve the coefficients at these components, by `descend_`; the statistics at the result.
+        """Improve the coefficients at the given components by `descend_`.
 
-        `l1`: the penalty λ of `npeff.factorization.objective`, which moves the optimal coefficients.
+        Args:
+            components_KD: H, unit rows.
+            sweeps: number of sweeps of `descend_`; `sweeps_for` by default.
+            l1: the penalty λ of `npeff.factorization.objective`, which changes the optimal coefficients.
+
+        Returns:
+            The statistics at the improved coefficients.
         """
         h_KD, gram_KK = self._components_and_gram(components_KD)
         sweeps = sweeps_for(gram_KK) if sweeps is None else sweeps
@@ -91,7 +100,7 @@ class ExampleShard:
         return statistics
 
     def coefficient_products(self, components_KD: Tensor, *, l1: float = 0.0) -> Tensor:
-        """WᵀW (K, K), float64, of coefficients that are fitted to these components and then forgotten."""
+        """Return WᵀW (K, K), float64, of coefficients fitted to the given components. The coefficients are not stored."""
         h_KD, gram_KK = self._components_and_gram(components_KD)
         sweeps, h_KD, gram_low_KK = sweeps_for(gram_KK), h_KD.to(self.dtype), gram_KK.to(self.dtype)
         ww_KK = torch.zeros_like(gram_KK)
@@ -103,10 +112,10 @@ class ExampleShard:
         return ww_KK
 
     def finish(self, components_KD: Tensor, *, l1: float = 0.0) -> Statistics:
-        """Set the coefficients to their optimum at these components; the statistics at the result.
+        """Set the coefficients to their optimum at the given components and return the statistics.
 
-        Everything is float64 here, except that the coefficients are rounded to the factors' precision before the
-        statistics are taken: the loss is that of the coefficients which are kept, to rounding in float64.
+        All computations are in float64. The coefficients are rounded to the precision of the factors before the
+        statistics are computed, so the loss is that of the stored coefficients, up to rounding in float64.
         """
         h_KD, gram_KK = self._components_and_gram(components_KD)
         coefficients_NK = self._coefficients(len(h_KD))
@@ -121,10 +130,14 @@ class ExampleShard:
         return statistics
 
     def candidates(self, components_KD: Tensor) -> Candidates:
-        """What the worst-fitted examples of the last pass, made at these components, offer in place of dead ones.
+        """Return replacements for dead components, computed from the worst-fitted examples of the last pass.
 
-        An example offers the direction within its own row space along which its residual F̂_i − Σ_j W_ij h_j h_jᵀ is
-        largest: with Â_i = X diag(s) V, the top eigenvector of diag(s²) − V Hᵀ diag(W_i) H Vᵀ, mapped back by V.
+        The replacement from an example is the direction in its row space with the largest residual
+        F̂_i − Σ_j W_ij h_j h_jᵀ: with Â_i = X diag(s) V, it is the top eigenvector of diag(s²) − V Hᵀ diag(W_i) H Vᵀ,
+        mapped back by V.
+
+        Args:
+            components_KD: the components of the last pass.
         """
         n = min(N_CANDIDATES, self.n_examples)
         misfits, worst = (self.weights_N * self.misfits_N).sort(descending=True, stable=True)
@@ -141,13 +154,13 @@ class ExampleShard:
         return candidates
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Where each block lies, and its factors in the precision of the products, valid until the next one."""
+        """Yield the range of each block and its factors in the precision of the products, valid until the next block."""
         start, converted = 0, torch.empty(0, dtype=self.dtype)
         for stored_BRD in self.source.blocks():
             block = slice(start, start + len(stored_BRD))
             start = block.stop
             if stored_BRD.dtype in HALVES and not stored_BRD.is_cuda:
-                # into the same memory for all blocks: fresh pages take longer than the conversion
+                # All blocks use the same memory: the allocation of new pages takes longer than the conversion.
                 converted = (
                     converted if converted.shape == stored_BRD.shape else torch.empty_like(stored_BRD, dtype=self.dtype)
                 )
@@ -166,7 +179,7 @@ class ExampleShard:
         return self.coefficients_NK
 
     def _targets(self, t_KB: Tensor, block: slice, l1: float) -> Tensor:
-        """T less what the penalty on coefficients takes: its NNLS problem is the plain one with these targets."""
+        """Return T − λ ‖F̂_i‖. The penalized NNLS problem is the problem without penalty, with these targets."""
         if l1 == 0.0:
             return t_KB
         return t_KB - l1 * self.fisher_squares_N[block].sqrt().to(t_KB)
@@ -177,13 +190,13 @@ class ExampleShard:
         weights = torch.as_tensor(weights_N).to(self.fisher_squares_N)
         if weights.shape != self.fisher_squares_N.shape or not bool((torch.isfinite(weights) & (weights >= 0)).all()):
             raise InvalidProblemError(
-                f"example weights must be {self.n_examples} finite numbers that are not negative: give one per example"
+                f"example weights must be {self.n_examples} finite non-negative numbers: give one per example"
             )
         return weights
 
     def _fisher_squares(self) -> Tensor:
         squares = torch.empty(self.n_examples, dtype=torch.float64, device=self.device)
-        # into the same memory each time: fresh pages take longer than the conversion and the products
+        # All parts use the same memory: the allocation of new pages takes longer than the conversion and the products.
         exact = squares.new_empty(_UPCAST_EXAMPLES, self.rank, self.dim)
         for block, factors_BRD in self._blocks():
             for part, rows_BRD in zip(
@@ -195,7 +208,7 @@ class ExampleShard:
 
     @staticmethod
     def _project(rows_BRD: Tensor, h_KD: Tensor) -> tuple[Tensor, Tensor]:
-        """The block's rows as a matrix (B·R, D), and their products with the components (K, B, R)."""
+        """Return the rows of the block as a matrix (B·R, D), and their products with the components (K, B, R)."""
         rows = rows_BRD.reshape(-1, rows_BRD.shape[2])
         return rows, product(h_KD, rows.T).view(len(h_KD), *rows_BRD.shape[:2])
 

@@ -1,8 +1,8 @@
-"""Where the factors of a shard of examples come from: memory, or a store that is read again in every pass.
+"""Sources of the factors of a shard of examples: memory, or a store that is read in every pass.
 
-A source gives the same blocks in the same order each time, whichever kind it is, so that every sum over them, and all
-that follows from it, has the same bits: a matrix library may round differently where shapes differ, and these do not.
-Factors may be in half precision, which float32 holds exactly.
+All sources return the same blocks in the same order in every pass. A matrix library may round differently for different
+shapes; with equal blocks, every sum over the blocks is bitwise the same. Factors may be in half precision, which is
+exactly representable in float32.
 
 Shapes: N examples, B examples of a block, M chosen examples, R rank, D sketch.
 """
@@ -19,30 +19,30 @@ import torch
 from torch import Tensor
 
 BLOCK_ROWS = {"cpu": 4096, "cuda": 65_536}
-"""Factor rows (examples × rank) of a block at most, by device: enough for the products to run at full speed."""
+"""Maximum factor rows (examples × rank) of a block, by device: large enough for the full speed of the products."""
 
 
 class FactorSource(Protocol):
-    """Normalised factors Â (N, R, D) of examples, in order."""
+    """Normalized factors Â (N, R, D) of examples, in order."""
 
     n_examples: int
     rank: int
     dim: int
     dtype: torch.dtype
-    """As they are given out: float64, float32, or a half precision."""
+    """Precision of the returned factors: float64, float32, or a half precision."""
     device: torch.device
 
     def blocks(self) -> Iterator[Tensor]:
-        """Consecutive blocks (B, R, D), to be read only; B·R is at most the device's `BLOCK_ROWS` (B is 1 at least)."""
+        """Yield consecutive blocks (B, R, D), read-only. B·R is at most the device's `BLOCK_ROWS`, unless B is 1."""
         ...
 
     def rows(self, indices_M: Tensor) -> Tensor:
-        """The chosen examples (M, R, D)."""
+        """Return the factors (M, R, D) of the chosen examples."""
         ...
 
 
 class FactorsInMemory:
-    """Parts (n, R, D) of one precision on one device, kept; not copied."""
+    """Factors in memory: parts (n, R, D) of one precision on one device, which are not copied."""
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
         self._parts = list(parts)
@@ -64,15 +64,15 @@ class FactorsInMemory:
 
 
 class StreamedFactors:
-    """Parts that are read anew in every pass, the next one by a thread while the present one is in use.
+    """Factors that are read in every pass, part by part. A thread reads the next part during the current one.
 
     Args:
-        sizes: examples of each part.
-        read: gives part p (sizes[p], R, D), the same each time; called by another thread.
+        sizes: number of examples of each part.
+        read: returns part p (sizes[p], R, D). Every call must return the same numbers. It is called in another thread.
         rank: R.
         dim: D.
-        dtype: of the parts.
-        device: of the parts.
+        dtype: precision of the parts.
+        device: device of the parts.
     """
 
     def __init__(

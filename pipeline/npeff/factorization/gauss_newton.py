@@ -1,18 +1,19 @@
-"""One damped Gauss-Newton step on the components, from statistics that do not grow with the number of examples.
+"""One damped Gauss-Newton step on the components, from statistics whose size does not depend on N.
 
 With coefficients W fixed, a change Δ of the components H changes the residual of example i by
 −Σ_j W_ij (δ_j h_jᵀ + h_j δ_jᵀ). Minimising the linearised loss plus 2μ‖Δ‖² over Δ gives the linear system
 
     (S + μI) Δ + (WW ∘ (H Δᵀ)) H = U − S H,    S = WW ∘ (H Hᵀ),  WW = Wᵀ W,  U_j = Σ_i W_ij Âᵢᵀ Âᵢ h_j.
 
-The second term sees Δ only inside the row space of H, and maps into it. Outside, one Cholesky solve with S + μI is
-exact; inside, at most K·K unknowns are left for conjugate gradients, whatever the sketch dimension is.
+The second term depends only on the part of Δ in the row space of H, and its value lies in this row space. Outside the
+row space, one Cholesky solve with S + μI is exact. Inside it, conjugate gradients solve for at most K·K unknowns,
+independent of the sketch dimension.
 
-Components that are frozen, the first of them, have δ_j = 0: the system is that of the free rows and columns. A penalty
-c Σ_{j≠l} (h_j·h_l)² on the components has residuals √c h_j·h_l: with C = c (11ᵀ − I) it turns S H into (S + C ∘ HHᵀ) H
-on the right, and adds (C ∘ (Δ Hᵀ + H Δᵀ)) H on the left.
+The first components may be frozen. They have δ_j = 0, and the system is restricted to the free rows and columns. A
+penalty c Σ_{j≠l} (h_j·h_l)² on the components has the residuals √c h_j·h_l. With C = c (11ᵀ − I), it replaces S H by
+(S + C ∘ HHᵀ) H on the right side and adds (C ∘ (Δ Hᵀ + H Δᵀ)) H on the left side.
 
-Shapes: K components, F free ones, D sketch, Q = min(K, D) dimensions of the row space.
+Shapes: N examples, K components, F free ones, D sketch, Q = min(K, D) dimensions of the row space.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ def gauss_newton_step(
 ) -> Tensor:
     """Solve the system above for Δ (K, D), all in float64.
 
-    Conjugate gradients preconditioned with (S + μI)⁻¹ stop after `max_iterations` or at a relative residual of 1e-8:
-    the system itself is an approximation, and the solver judges the step by the loss it reaches.
+    Conjugate gradients, preconditioned with (S + μI)⁻¹, stop after `max_iterations` or at a relative residual of 1e-8.
+    The solution need not be more exact: the system is an approximation, and the solver accepts or rejects the step by
+    the loss after it.
 
     Args:
         components_KD: H, unit rows.
@@ -44,8 +46,8 @@ def gauss_newton_step(
         ww_KK: WW.
         damping: μ > 0, in the units of WW.
         orthogonality: c.
-        n_frozen: how many of the first rows are not to move.
-        max_iterations: of conjugate gradients.
+        n_frozen: number of frozen components, which are the first rows.
+        max_iterations: maximum number of iterations of conjugate gradients.
     """
     basis_DQ = torch.linalg.qr(components_KD.T).Q
     h_KQ, free = components_KD @ basis_DQ, slice(n_frozen, None)

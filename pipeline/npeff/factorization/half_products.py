@@ -1,4 +1,4 @@
-"""Products with factors that stay in half precision on a GPU, added up in float32."""
+"""Matrix products with factors in half precision on a GPU, accumulated in float32."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from torch import Tensor
 HALVES = (torch.float16, torch.bfloat16)
 
 _LOW_SCALE = 2.0**11
-"""What is left of a number after rounding to float16 may be too small for float16; so much larger it is not."""
+"""Scale of the rounding residuals. The residual of a rounding to float16 can underflow in float16; scaled, it cannot."""
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right; where `right` is in half precision, `left` is float32 and so is the result.
+    """Return left @ right. If `right` is in half precision, `left` and the result are float32.
 
-    `left` then is a sum of two matrices of that precision, each multiplied with `right` as it is: twice the fast
-    product, with all 11 + 11 bits of float16 (8 + 8 of bfloat16) where rounding `left` would leave half of them.
+    In that case `left` is split into a sum of two matrices in half precision, and each is multiplied by `right`. This
+    costs two fast products and uses 11 + 11 bits of `left` for float16 (8 + 8 for bfloat16). Rounding `left` would use
+    only half of these bits.
     """
     if right.dtype not in HALVES:
         return left @ right
@@ -27,4 +28,4 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 def _added_in_float32(left: Tensor, right: Tensor) -> Tensor:
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()  # which has no such product
+    return left.float() @ right.float()  # a CPU has no product of half precision with a float32 result

@@ -1,4 +1,4 @@
-"""Components are defined only up to order and sign: matching them, and a canonical choice of both.
+"""Matching of components, and a canonical order and sign. Both are arbitrary in a factorization.
 
 Shapes: K and L components, D sketch.
 """
@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 def match_components(a_KD: np.ndarray, b_LD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pair the rows of a with those of b so that the sum of |cos| is largest (Hungarian algorithm).
+    """Match the rows of a and b with the largest sum of |cos| (Hungarian algorithm).
 
     Returns:
-        pairs: (min(K, L), 2) int64, a row of a and its row of b, ascending in a.
-        cosines: |cos| of each pair, float64; 0 where a row is zero.
+        pairs: (min(K, L), 2) int64, a row of a and the matched row of b, ascending in a.
+        cosines: |cos| of each pair, float64; 0 if one of the rows is zero.
     """
     a, b = (_unit_rows(np.asarray(x, dtype=np.float64)) for x in (a_KD, b_LD))
     cosines_KL = np.abs(a @ b.T)
@@ -25,11 +25,11 @@ def match_components(a_KD: np.ndarray, b_LD: np.ndarray) -> tuple[np.ndarray, np
 
 
 def canonical_order(components_KD: Tensor, energy_K: Tensor, n_frozen: int = 0) -> tuple[Tensor, Tensor]:
-    """The order and signs that make equal factorizations look equal: (order (K,), signs (K,)).
+    """Return a canonical order (K,) and signs (K,), which are equal for equivalent factorizations.
 
-    Components come by descending energy Σ_i W_ij²; the entry of largest magnitude is positive. The first
-    `n_frozen` keep their places and signs. Apply as
-    `components[order] * signs[:, None]` and `coefficients[:, order]`.
+    Components are sorted by descending energy Σ_i W_ij², and the entry of largest magnitude is positive. The first
+    `n_frozen` components keep their positions and signs. Apply the result as `components[order] * signs[:, None]` and
+    `coefficients[:, order]`.
     """
     free = energy_K[n_frozen:].argsort(descending=True, stable=True) + n_frozen
     order = torch.cat([torch.arange(n_frozen, device=free.device), free])
@@ -40,7 +40,7 @@ def canonical_order(components_KD: Tensor, energy_K: Tensor, n_frozen: int = 0) 
 
 
 def near_duplicates(components_KD: Tensor, threshold: float = 0.95) -> list[tuple[int, int, float]]:
-    """Pairs (j, l, cos) of unit components, j < l, whose |cos| exceeds the threshold."""
+    """Return the pairs (j, l, cos) of unit components, j < l, with |cos| above the threshold."""
     cosines_KK = components_KD @ components_KD.T
     pairs = (cosines_KK.abs().triu(diagonal=1) > threshold).nonzero().tolist()
     return [(j, k, float(cosines_KK[j, k])) for j, k in pairs]

@@ -1,4 +1,4 @@
-"""What a well-posed factorization problem is, and the one-line refusals of everything else."""
+"""Validation of factorization problems."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from npeff.errors import NpeffError
 
 
 class InvalidProblemError(NpeffError, ValueError):
-    """The data or the number of components cannot be factorized; the message says what to change."""
+    """The data or the number of components is not valid. The message contains the remedy."""
 
 
 def validate_size(n_examples: int, rank: int, n_components: int) -> None:
-    """Refuse an empty data set, and more components than the N·R factor rows that could support them.
+    """Check that there are examples and at most as many components as factor rows.
 
-    Callers that hold the data in shards pass the totals over all shards.
+    Args:
+        n_examples: N, the total over all shards.
+        rank: R.
+        n_components: K.
 
     Raises:
         InvalidProblemError: if N = 0, K < 1 or K > N·R.
@@ -26,15 +29,15 @@ def validate_size(n_examples: int, rank: int, n_components: int) -> None:
     if n_components > n_examples * rank:
         raise InvalidProblemError(
             f"n_components={n_components} exceeds the {n_examples * rank} factor rows of {n_examples} examples"
-            f" of rank {rank}: ask for fewer components or give more examples"
+            f" of rank {rank}: reduce n_components or give more examples"
         )
 
 
 def validate_shape(factors_NRD: Tensor) -> None:
-    """Refuse factors that are not a floating-point array of shape (N, R, D).
+    """Check that factors are a floating-point array of shape (N, R, D).
 
     Raises:
-        InvalidProblemError: naming the shape.
+        InvalidProblemError: if they are not; the message contains the type and the shape.
     """
     if factors_NRD.ndim != 3 or not factors_NRD.is_floating_point():
         raise InvalidProblemError(
@@ -44,15 +47,18 @@ def validate_shape(factors_NRD: Tensor) -> None:
 
 
 def refuse_not_finite(fisher_squares_N: Tensor) -> None:
-    """Refuse factors with entries that are not finite, which the float64 norms of their Fishers tell.
+    """Check that all factors are finite.
+
+    Args:
+        fisher_squares_N: ‖AᵀA‖² of the factors in float64. It is not finite if an entry of the factors is not finite.
 
     Raises:
-        InvalidProblemError: with the first of them.
+        InvalidProblemError: if one is not finite; the message contains the number of examples and the first one.
     """
     finite_N = fisher_squares_N.isfinite()
     if not bool(finite_N.all()):
         first = int((~finite_N).nonzero()[0, 0])
         raise InvalidProblemError(
             f"factors of {int((~finite_N).sum())} examples are not finite (the first is example {first}):"
-            " leave invalid examples out"
+            " remove invalid examples"
         )
