@@ -1,16 +1,17 @@
-"""Where the solver starts: Jennrich's algorithm on a subsample, from several seeds, the best kept.
+"""Starting components of the solver: the best of several seeded starts by Jennrich's algorithm on a subsample.
 
-In the exact model F̂_i = Hᵀ diag(W_i) H, two non-negative mixtures of the Fishers, M_a = Σ_i a_i F̂_i and M_b, are both
-diagonalised by the components: the generalised eigenvectors M_a x = λ M_b x give them as h ∝ M_b x (Leurgans, Ross &
-Abel 1993, the algorithm attributed to Jennrich), provided the ratios λ differ. Noise makes that a rough answer, so
-starts are polished by some iterations of the solver and judged by their losses; the worse half of them are given up
-early (successive halving: Jamieson & Talwalkar, AISTATS 2016).
+In the exact model F̂_i = Hᵀ diag(W_i) H, the components diagonalize two non-negative mixtures of the Fishers,
+M_a = Σ_i a_i F̂_i and M_b. If the ratios λ are distinct, the generalized eigenvectors M_a x = λ M_b x give the components
+as h ∝ M_b x (Leurgans, Ross & Abel 1993, the algorithm attributed to Jennrich). With noise, the result is approximate.
+The starts are therefore refined by some iterations of the solver and compared by their losses. The worse half of the
+starts is dropped early (successive halving: Jamieson & Talwalkar, AISTATS 2016).
 
-Which components are worth having depends on examples that the subsample does not have: `n_candidates`, a quarter more
-than are asked for, are tried, and all examples say in a pass of their own, of half the cost, which are `most_useful`.
+The best set of components depends on all examples, not only on the subsample. The subsample gives `n_candidates`
+components, a quarter more than requested. One additional pass over all examples, at half the cost of a pass of the
+solver, selects the `most_useful` ones.
 
-All starts share one compression: the leading right singular vectors V (D, Q) of the stacked factor rows. Components
-within the span of V have the same loss, up to a constant, on the compressed factors ÂV, where D is replaced by Q.
+All starts use the same compression: the leading right singular vectors V (D, Q) of the stacked factor rows. Components
+in the span of V have the same loss, up to a constant, on the compressed factors ÂV, where D is replaced by Q.
 
 Shapes: M subsampled examples, R rank, D sketch, K components, Q compressed dimension.
 """
@@ -36,18 +37,19 @@ from npeff.options.solver import SolverOptions
 _EXTRA_DIMENSIONS = 32
 _POWER_ITERATIONS = 2
 _SCOUTING_ITERATIONS = (3, 3)
-"""On half of the subsample; after each so many the better half of the starts go on. On planted problems and on a real
-model's Fishers the best of four after 3 was the best after 20, or within 0.7% of its loss (once 1.1%)."""
+"""Iterations of each round on half of the subsample. After each round, the better half of the starts continues. On
+planted problems and on the Fishers of a real model, the best of four starts after 3 iterations was the best after 20, or
+within 0.7% of the best loss (in one case 1.1%)."""
 _SCOUTING_ROWS = 8
-"""Factor rows per component that the subsample must have for half of it to be enough."""
+"""Minimum number of factor rows per component in the subsample for the use of half of the subsample."""
 _POLISHING_ITERATIONS = 6
 _RIDGE = 1e-9
 _RANK_TOLERANCE = 1e-6
-"""Singular values below this fraction of the largest carry no direction worth starting from."""
+"""Singular values below this fraction of the largest are treated as zero."""
 
 
 def subsample_indices(n_examples: int, size: int, seed: int) -> np.ndarray:
-    """Indices of min(size, n_examples) distinct examples, ascending, int64; the same for the same arguments."""
+    """Return min(size, n_examples) distinct indices of examples, ascending, int64. The result is deterministic."""
     if size >= n_examples:
         return np.arange(n_examples, dtype=np.int64)
     chosen = np.random.default_rng([seed, n_examples]).choice(n_examples, size=size, replace=False)
@@ -55,24 +57,27 @@ def subsample_indices(n_examples: int, size: int, seed: int) -> np.ndarray:
 
 
 def n_candidates(n_components: int, shape: Sequence[int]) -> int:
-    """How many components to try where so many are asked for and the subsample's factors have shape (M, R, D)."""
+    """Return the number of candidates for `n_components` and a subsample with factors of shape (M, R, D)."""
     n_examples, rank, dim = shape
     return max(n_components, min(n_components + math.ceil(n_components / 4), n_examples * rank, dim))
 
 
 def most_useful(candidates_CD: Tensor, ww_CC: Tensor, n_components: int, n_frozen: int = 0) -> Tensor:
-    """Mask (C,) of the K candidates that are left when one after the other is taken away for which the loss rises
-    least; the first ones, which are frozen, stay.
+    """Select K candidates by backward elimination: repeatedly remove the candidate whose removal least increases the
+    loss.
 
-    Without component j, and with the other coefficients refitted, the loss rises by (WᵀW)_jj / (G⁻¹)_jj, with
-    G = (H Hᵀ)∘(H Hᵀ), as long as none of them turns negative; refitting takes w_j (G⁻¹)_j / (G⁻¹)_jj from them
-    (Hassibi & Stork, NeurIPS 1992, for the weights of networks).
+    If component j is removed and the other coefficients are refitted, the loss increases by (WᵀW)_jj / (G⁻¹)_jj, with
+    G = (H Hᵀ)∘(H Hᵀ), as long as no coefficient becomes negative. The refit subtracts w_j (G⁻¹)_j / (G⁻¹)_jj from the
+    other coefficients (Hassibi & Stork, NeurIPS 1992, for the weights of networks).
 
     Args:
         candidates_CD: unit rows.
         ww_CC: WᵀW over all examples.
         n_components: K.
-        n_frozen: how many of the first rows are to stay.
+        n_frozen: number of frozen components, which are the first rows and are always selected.
+
+    Returns:
+        Mask (C,) of the selected candidates.
     """
     gram_CC = (candidates_CD @ candidates_CD.T).square().cpu()
     gram_CC.diagonal().add_(_RIDGE)
@@ -87,17 +92,17 @@ def most_useful(candidates_CD: Tensor, ww_CC: Tensor, n_components: int, n_froze
         moved_C = ww_CC[j] - ww_CC[j, j] / 2 * refit_C
         ww_CC -= torch.outer(moved_C, refit_C) + torch.outer(refit_C, moved_C)
         inverse_CC -= torch.outer(inverse_CC[:, j], refit_C)
-        inverse_CC[j, j] = 1.0  # not to divide by zero
+        inverse_CC[j, j] = 1.0  # avoids a division by zero
     return kept_C.to(candidates_CD.device)
 
 
 def candidate_components(
     factors_MRD: Tensor, options: SolverOptions, weights_M: Tensor | None = None, frozen_KD: Tensor | None = None
 ) -> Tensor:
-    """Candidates (C, D) for the components that are asked for, `n_candidates` of them, by `initialize`.
+    """Return `n_candidates` candidates (C, D) for the components, by `initialize`.
 
     Raises:
-        InvalidProblemError: as `initialize` does, and if fewer rows than components were given.
+        InvalidProblemError: as for `initialize`, and if there are fewer rows than components.
     """
     validate_size(factors_MRD.shape[0], factors_MRD.shape[1], options.n_components)
     return initialize(
@@ -113,14 +118,14 @@ def candidate_components(
 
 
 def starting_components(shard: ExampleShard, options: SolverOptions, frozen_KD: Tensor | None = None) -> Tensor:
-    """Starting components (K, D) for all examples of a shard in memory: those of `initialize` that are most useful.
+    """Return starting components (K, D) for a shard in memory: the most useful candidates of `initialize`.
 
     Raises:
-        InvalidProblemError: as `initialize` does, or every example has weight zero.
+        InvalidProblemError: as for `initialize`, and if every example has weight zero.
     """
     weighted = shard.weights_N.nonzero()[:, 0]
     if not len(weighted):
-        raise InvalidProblemError("every example has weight zero: there is nothing to factorize")
+        raise InvalidProblemError("every example has weight zero: give a positive weight to at least one example")
     chosen = weighted[
         torch.from_numpy(subsample_indices(len(weighted), options.subsample, options.seed)).to(weighted.device)
     ]
@@ -140,22 +145,27 @@ def initialize(
     l1: float = 0.0,
     orthogonality: float = 0.0,
 ) -> Tensor:
-    """Starting components (K, D), unit rows, float64; the same for the same arguments.
+    """Compute starting components. The result is deterministic.
 
-    More components than the data has dimensions are filled up with directions of badly fitted examples. The first rows
-    are the frozen components where some are given, and the others those of a start that are least like them.
+    If K is larger than the dimension of the data, the remaining components are directions of badly fitted examples. If
+    there are frozen components, they are the first rows. The other rows are the components of a start that are least
+    similar to the frozen components.
 
     Args:
-        factors_MRD: of the subsample.
-        n_components: K, the frozen ones included.
-        seed: of the starts.
-        n_starts: how many are tried; the best is kept.
-        weights_M: of the examples.
-        frozen_KD: unit rows that are to stay.
-        l1: as in `SolverOptions`, as is `orthogonality`: starts are judged with them.
+        factors_MRD: factors of the subsample.
+        n_components: K, including the frozen components.
+        seed: seed of the starts.
+        n_starts: number of starts, of which the best is used.
+        weights_M: weights of the examples.
+        frozen_KD: frozen components, unit rows.
+        l1: as in `SolverOptions`. The starts are compared with this penalty.
+        orthogonality: as in `SolverOptions`. The starts are compared with this penalty.
+
+    Returns:
+        Unit rows (K, D), float64.
 
     Raises:
-        InvalidProblemError: if the factors are not finite, all zero, or fewer rows than components.
+        InvalidProblemError: if the factors are not finite or all zero, or there are fewer factor rows than components.
     """
     shard = ExampleShard(factors_MRD, weights_N=weights_M)
     validate_size(shard.n_examples, shard.rank, n_components)
@@ -186,14 +196,14 @@ def initialize(
 
 
 def _with_directions(basis_DQ: Tensor, directions_KD: Tensor) -> Tensor:
-    """The orthonormal basis, enlarged by what of the directions lies outside of its span."""
+    """Extend the orthonormal basis to a basis of its span and the directions."""
     outside_KD = directions_KD - (directions_KD @ basis_DQ) @ basis_DQ.T
     _, s, v = torch.linalg.svd(outside_KD, full_matrices=False)
     return torch.cat([basis_DQ, v[s > _RANK_TOLERANCE].T], dim=1)
 
 
 def _leading_directions(rows: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Orthonormal (D, Q) and singular values (Q,), descending, by randomised subspace iteration.
+    """Return orthonormal directions (D, Q) and descending singular values (Q,), by randomized subspace iteration.
 
     Source: Halko, Martinsson & Tropp, SIAM Review 53 (2011), algorithm 4.4; Q = min(n, number of rows, D).
     """
@@ -210,7 +220,7 @@ def _leading_directions(rows: Tensor, n: int, generator: torch.Generator) -> tup
 def _start(
     shard: ExampleShard, frozen_KQ: Tensor, n_leading: int, options: SolverOptions, generator: torch.Generator
 ) -> SolverState:
-    """One seeded start on the compressed factors."""
+    """Return the state of one seeded start on the compressed factors."""
     n_components = options.n_components
     components_KQ = shard.factors_NRD.new_zeros(n_components, shard.dim, dtype=torch.float64)
     leading_MRK = shard.factors_NRD[:, :, :n_leading].double()
@@ -225,25 +235,25 @@ def _start(
 def _best_polished(
     scouted: ExampleShard, compressed: ExampleShard, starts: Sequence[SolverState], options: SolverOptions
 ) -> SolverState:
-    """The best of the starts that were not given up, after the last iterations, on the whole subsample."""
-    # a start goes on with the coefficients that it had
-    going_on = [(state, scouted.factors_NRD.new_zeros(scouted.n_examples, 0)) for state in starts]
+    """Return the best start after successive halving and the last iterations, which use the whole subsample."""
+    # each start continues with its own coefficients
+    remaining = [(state, scouted.factors_NRD.new_zeros(scouted.n_examples, 0)) for state in starts]
     for further in _SCOUTING_ITERATIONS:
-        further_options = [dataclasses.replace(options, max_iterations=s.iteration + further) for s, _ in going_on]
+        further_options = [dataclasses.replace(options, max_iterations=s.iteration + further) for s, _ in remaining]
         polished = []
-        for (state, scouted.coefficients_NK), until in zip(going_on, further_options, strict=True):
+        for (state, scouted.coefficients_NK), until in zip(remaining, further_options, strict=True):
             polished.append((_polished(scouted, state, until), scouted.coefficients_NK))
-        going_on = sorted(polished, key=lambda pair: pair[0].best_objective)[: math.ceil(len(polished) / 2)]
+        remaining = sorted(polished, key=lambda pair: pair[0].best_objective)[: math.ceil(len(polished) / 2)]
     last = dataclasses.replace(options, max_iterations=_POLISHING_ITERATIONS)
     finished = []
-    for state, _ in going_on:
+    for state, _ in remaining:
         compressed.coefficients_NK = compressed.factors_NRD.new_zeros(compressed.n_examples, 0)
         finished.append(_polished(compressed, initial_state(state.best_components_KD, options), last))
     return min(finished, key=lambda state: state.best_objective)
 
 
 def _polished(shard: ExampleShard, state: SolverState, options: SolverOptions) -> SolverState:
-    """After further passes over the subsample, with half the sweeps of the solver: enough to compare starts."""
+    """Run passes over the subsample with half the sweeps of the solver, which suffices to compare starts."""
     while stopping_reason(state, options) is None:
         gram_KK = (state.components_KD @ state.components_KD.T).square()
         statistics = shard.accumulate(state.components_KD, sweeps=math.ceil(sweeps_for(gram_KK) / 2), l1=options.l1)
@@ -253,7 +263,7 @@ def _polished(shard: ExampleShard, state: SolverState, options: SolverOptions) -
 
 
 def _beside(frozen_KQ: Tensor, components_KQ: Tensor) -> Tensor:
-    """The frozen components, then those of the others that no frozen one is matched with."""
+    """Return the frozen components, followed by the other components that match no frozen component."""
     if not len(frozen_KQ):
         return components_KQ
     pairs, _ = match_components(frozen_KQ.cpu().numpy(), components_KQ.cpu().numpy())
@@ -263,13 +273,13 @@ def _beside(frozen_KQ: Tensor, components_KQ: Tensor) -> Tensor:
 
 
 def _jennrich(compressed_MRK: Tensor, example_weights_M: Tensor, generator: torch.Generator) -> Tensor:
-    """Components (K, K) in compressed coordinates from two random mixtures of the examples."""
+    """Return components (K, K) in compressed coordinates from two random mixtures of the examples."""
     dim = compressed_MRK.shape[2]
     rows = compressed_MRK.reshape(-1, dim)
     mixtures = []
     for _ in range(2):
-        # Weighting examples by how they respond to a random direction spreads the ratios λ further than weights drawn
-        # without regard to the examples, whose mixtures both come close to the mean Fisher.
+        # Each weight is the response of the example to a random direction. The ratios λ are then more spread out than
+        # with weights drawn independently of the examples, for which both mixtures are close to the mean Fisher.
         probe_K = torch.randn(dim, dtype=torch.float64, generator=generator).to(rows)
         weights_M = example_weights_M * (compressed_MRK @ probe_K).square().sum(dim=1)
         mixtures.append((compressed_MRK * weights_M[:, None, None]).reshape(-1, dim).T @ rows)
@@ -282,7 +292,7 @@ def _jennrich(compressed_MRK: Tensor, example_weights_M: Tensor, generator: torc
 
 
 def _badly_fitted_rows(shard: ExampleShard, n: int, generator: torch.Generator) -> Tensor:
-    """Unit factor rows drawn by their size times the misfit of their example; random directions if they run out."""
+    """Draw unit factor rows with probability proportional to squared norm times misfit; random directions if too few."""
     rows = shard.factors_NRD.reshape(-1, shard.dim)
     squares = rows.square().sum(dim=1)
     weights = squares * (shard.weights_N * shard.misfits_N).clamp(min=0.0).repeat_interleave(shard.rank)

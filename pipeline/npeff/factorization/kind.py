@@ -1,4 +1,4 @@
-"""Kinds of Fishers: what a solver needs to know of the Fishers that it factorizes, so that one solver serves all kinds.
+"""Kinds of Fishers: the interface between the distributed solver and the Fishers that it factorizes.
 
     state = kind.start(shard, kind.candidates(subsample), peers)
     while not kind.stopping_reason(state):
@@ -8,8 +8,8 @@
         kind.settle(shard, record.accepted)
     sums = sum over workers of kind.finish(shard, state)
 
-`LowRankFishers` are factors (NPEFF), `DiagonalFishers` are diagonals (D-NPEFF). Neither adds to the functions that it
-names: see `npeff.factorization.solver` and `npeff.factorization.diagonals.solver`.
+`LowRankFishers` implements NPEFF for factors, and `DiagonalFishers` implements D-NPEFF for diagonals. Both only call the
+functions of `npeff.factorization.solver` and `npeff.factorization.diagonals.solver`.
 
 Shapes: N examples, M of the subsample, R rank, D dimension of a Fisher (sketch, groups or entries), K components,
 C candidates.
@@ -48,25 +48,25 @@ from npeff.options.solver import SolverOptions
 
 
 class Shard(Protocol):
-    """Examples with their coefficients."""
+    """A shard of the examples with their coefficients."""
 
     coefficients_NK: Tensor
 
 
 class State(Protocol):
-    """All that the next step depends on, besides the examples and their coefficients."""
+    """The state of the solver, without the examples and their coefficients."""
 
     def to(self, device: torch.device) -> Self:
-        """The same state with its tensors on a device."""
+        """Return the state with its tensors on a device."""
         ...
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Named arrays, from which `FisherKind.restore` restores the state exactly."""
+        """Return named arrays, from which `FisherKind.restore` restores the state exactly."""
         ...
 
 
 class Sums(Protocol):
-    """Sums over examples at given components: all that a step needs of the data."""
+    """Sums over examples at given components. A step depends on the data only through these sums."""
 
     ww_KK: Tensor
     """WᵀW, float64."""
@@ -74,21 +74,21 @@ class Sums(Protocol):
     """Σ_i ‖F̂_i‖²."""
 
     def pack(self) -> Tensor:
-        """One float64 vector; the sum of two of them is that of the examples of both."""
+        """Return one float64 vector. The sum of two vectors is the vector of the union of the examples."""
         ...
 
     def loss(self, components_KD: Tensor) -> float:
-        """The loss at these components."""
+        """Return the loss at the given components."""
         ...
 
 
 class Peers(Protocol):
-    """The workers that solve one problem together; each has a shard and a copy of the state."""
+    """The workers of one factorization. Each has a shard and a copy of the state."""
 
     rank: int
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """The sum over all workers, in place."""
+        """Sum the tensor over all workers, in place."""
         ...
 
 
@@ -98,28 +98,28 @@ _Sums = TypeVar("_Sums", bound=Sums)
 
 
 class FisherKind(Protocol[_Shard, _State, _Sums]):
-    """What a solver needs of a kind of Fisher. An implementation is constructed with the solver's options."""
+    """The operations of the solver on a kind of Fisher. The constructor takes the options of the solver."""
 
     def candidates(self, subsample: Any, weights_M: Tensor, frozen_KD: Tensor | None) -> Tensor:
-        """Components to start from (C, D), K of them or more.
+        """Return at least K candidates (C, D) for the starting components.
 
         Args:
-            subsample: Fishers of M examples, as the constructor of the kind's shard takes them.
-            weights_M: of these examples.
-            frozen_KD: components that are to come first, and to stay.
+            subsample: Fishers of M examples, in the form that the constructor of the kind's shard takes.
+            weights_M: weights of these examples.
+            frozen_KD: frozen components, which come first.
         """
         ...
 
     def start(self, shard: _Shard, candidates_CD: Tensor, peers: Peers) -> _State:
-        """The state before the first pass, at K of the candidates. All peers call it together."""
+        """Return the state before the first pass, at K of the candidates. All workers must call it."""
         ...
 
     def restore(self, arrays: dict[str, np.ndarray]) -> _State:
-        """The state of `State.to_arrays`."""
+        """Restore the state from the arrays of `State.to_arrays`."""
         ...
 
     def accumulate(self, shard: _Shard, state: _State) -> _Sums:
-        """Improve the shard's coefficients at the state's trial components; its sums there."""
+        """Improve the coefficients of the shard at the trial components and return the sums."""
         ...
 
     def unpacked(self, packed: Tensor, state: _State) -> _Sums:
@@ -127,35 +127,35 @@ class FisherKind(Protocol[_Shard, _State, _Sums]):
         ...
 
     def dead_K(self, sums: _Sums, state: _State) -> Tensor:
-        """Mask of the components that no example uses, and that may be replaced."""
+        """Return the mask (K,) of the components that no example uses and that may be replaced."""
         ...
 
     def replacements(self, shard: _Shard, state: _State) -> Candidates:
-        """What the shard's worst-fitted examples offer in place of dead components."""
+        """Return replacements for dead components, computed from the worst-fitted examples of the shard."""
         ...
 
     def advance(self, state: _State, sums: _Sums, offered: Candidates | None) -> tuple[_State, IterationRecord]:
-        """Judge the trial components by the sums over all workers, and propose the next ones."""
+        """Accept or reject the trial components by the sums over all workers, and compute the next trial."""
         ...
 
     def settle(self, shard: _Shard, accepted: bool) -> None:
-        """Keep the coefficients of the last pass, or go back, as the kind requires."""
+        """Keep or discard the coefficients of the last pass, as the kind requires."""
         ...
 
     def stopping_reason(self, state: _State) -> str | None:
-        """Why no further pass is to be made, or None."""
+        """Return the reason to stop, or None to continue."""
         ...
 
     def best_components(self, state: _State) -> Tensor:
-        """The best accepted components (K, D) as unit rows, float64."""
+        """Return the best accepted components (K, D) as unit rows, float64."""
         ...
 
     def finish(self, shard: _Shard, state: _State) -> _Sums:
-        """Set the shard's coefficients to their optimum at `best_components`; its sums there."""
+        """Set the coefficients of the shard to their optimum at `best_components` and return the sums."""
         ...
 
     def penalties(self, sums: _Sums, components_KD: Tensor) -> float:
-        """What the objective adds to the loss."""
+        """Return the penalties, the difference of objective and loss."""
         ...
 
 
@@ -173,7 +173,7 @@ class LowRankFishers:
         if len(candidates_CD) > options.n_components:
             ww_CC = peers.sum_(shard.coefficient_products(candidates_CD, l1=options.l1))
             kept_C = most_useful(candidates_CD, ww_CC, options.n_components, options.n_frozen).double()
-            # Worker 0 decides: where two are equally useful, the rounding of unlike machines could decide differently.
+            # The mask of worker 0 is used: rounding on different machines could break ties differently.
             candidates_CD = candidates_CD[peers.sum_(kept_C if peers.rank == 0 else 0 * kept_C) > 0]
         return initial_state(candidates_CD, options)
 
@@ -198,7 +198,7 @@ class LowRankFishers:
         return advance(state, sums, self._options, offered)
 
     def settle(self, shard: ExampleShard, accepted: bool) -> None:
-        """Coefficients stay: they are improved in place, whether or not the components are accepted."""
+        """Do nothing: the coefficients of a rejected step are kept too."""
 
     def stopping_reason(self, state: SolverState) -> str | None:
         return stopping_reason(state, self._options)
@@ -217,12 +217,12 @@ class DiagonalFishers:
     """Diagonals f̂ (N, D), in a `DiagonalShard`; examples have no weights.
 
     Raises:
-        InvalidProblemError: the options ask for penalties or frozen components, which D-NPEFF does not have.
+        InvalidProblemError: if the options set penalties or frozen components, which D-NPEFF does not support.
     """
 
     def __init__(self, options: SolverOptions) -> None:
         if options.l1 or options.orthogonality or options.n_frozen:
-            raise InvalidProblemError("l1, orthogonality and frozen components are for low-rank Fishers: remove them")
+            raise InvalidProblemError("l1, orthogonality and frozen components are only for low-rank Fishers: remove them")
         self._options = options
 
     def candidates(self, subsample: Any, weights_M: Tensor, frozen_KD: Tensor | None) -> Tensor:

@@ -1,11 +1,11 @@
 """Non-negative least squares for many examples that share one Gram matrix.
 
-Every example i solves  min over w ≥ 0 of  wᵀ G w − 2 wᵀ t_i,  G (K, K) positive semidefinite, t_i (K,).
+The problem of example i is  min over w ≥ 0 of  wᵀ G w − 2 wᵀ t_i,  G (K, K) positive semidefinite, t_i (K,).
 
-`descend_` is what an iteration of the solver uses: some cheap descent over all examples at once, by `hals_` or by
-`accelerated_`, whichever the cost rule says is faster on the device at hand. `nnls` goes to the optimum: HALS sweeps
-propose a support, a Cholesky factorization per example gives the exact values on it, as in the active-set method of
-Lawson & Hanson (1974, ch. 23) but with whole sweeps choosing what enters.
+Each iteration of the solver calls `descend_`, which lowers the objectives of all examples by a fixed number of steps of
+`hals_` or `accelerated_`. A cost rule selects the faster of the two for the device. `nnls` computes the optimum: HALS
+sweeps select a support, and a Cholesky factorization per example gives the exact values on the support. This is the
+active-set method of Lawson & Hanson (1974, ch. 23), except that whole sweeps select the entries of the support.
 
 Shapes: N examples, K components, U unsolved examples, S largest support.
 """
@@ -24,16 +24,16 @@ _SUPPORT_BLOCK_ELEMENTS = 1 << 22
 """Entries of the stacked support Gram matrices held at once (32 MiB in float64)."""
 
 _HALS_BLOCK = 32
-"""Components between two matrix products of `hals_`: what lies outside their block changes only there."""
+"""Components per block of `hals_`. A matrix product per block adds the contributions of the other blocks."""
 
 _STEPS_PER_SWEEP = 4
-"""Steps of `accelerated_` that come as far as one sweep of `hals_`: in the solver, on a planted problem with a shared
+"""Steps of `accelerated_` that are equivalent to one sweep of `hals_`. In the solver, on a planted problem with a shared
 direction, 64 steps and 16 sweeps reach the same point."""
 
 
 @dataclass(frozen=True)
 class _DeviceCosts:
-    """Seconds of a kernel's launch, of one multiply-add in a matrix product, and of one number read or written."""
+    """Seconds per kernel launch, per multiply-add of a matrix product, and per number read or written."""
 
     launch: float
     product: float
@@ -52,17 +52,18 @@ _COSTS = {
     "cpu": _DeviceCosts(launch=5e-6, product=5e-11, stream=1.6e-10),
     "cuda": _DeviceCosts(launch=6e-6, product=5e-14, stream=2e-12),
 }
-"""Of one CPU core, measured; of a large GPU, assumed from usual figures: the launches decide there by a wide margin."""
+"""Measured for one CPU core; assumed from typical figures for a large GPU, where the launches dominate."""
 
 
 def descend_(coefficients_KN: Tensor, targets_KN: Tensor, gram_KK: Tensor, sweeps: int | None = None) -> Tensor:
     """Lower the objective of every example from the given coefficients, in place.
 
     Args:
-        coefficients_KN: w ≥ 0, where to start.
+        coefficients_KN: initial w ≥ 0, overwritten by the result.
         targets_KN: t.
         gram_KK: G.
-        sweeps: of `hals_`, or the equivalent of `accelerated_`; `sweeps_for` the Gram matrix unless given.
+        sweeps: sweeps of `hals_`, or the equivalent number of steps of `accelerated_`; by default, `sweeps_for` of the
+            Gram matrix.
     """
     sweeps = sweeps_for(gram_KK) if sweeps is None else sweeps
     if accelerated_is_faster(gram_KK.device.type, *coefficients_KN.shape):
@@ -71,25 +72,27 @@ def descend_(coefficients_KN: Tensor, targets_KN: Tensor, gram_KK: Tensor, sweep
 
 
 def accelerated_is_faster(device: str, n_components: int, n_examples: int) -> bool:
-    """The cost rule. It depends on nothing else, so that a run repeats bit for bit."""
+    """Apply the cost rule. It depends only on the arguments, so repeated runs are bitwise equal."""
     costs = _COSTS.get(device, _COSTS["cuda"])
     step, sweep = (f(n_components, n_examples) for f in (costs.accelerated_step, costs.hals_sweep))
     return _STEPS_PER_SWEEP * step < sweep
 
 
 def sweeps_for(gram_KK: Tensor) -> int:
-    """How many sweeps an iteration of the solver should make at this Gram matrix of unit components.
+    """Return the number of sweeps in an iteration of the solver, for the Gram matrix of unit components.
 
-    Its eigenvalues are 1 in the mean. An error along an eigenvector near the mean is what is left when the largest, κ,
-    rules the step; accelerated methods need O(√κ) steps against it, and sweeps at κ = 1 need two or three.
+    The mean of the eigenvalues is 1. The largest eigenvalue, κ, limits the step size, so errors along eigenvectors with
+    eigenvalues near the mean decrease most slowly. Accelerated methods reduce them in O(√κ) steps. For κ = 1, two or
+    three sweeps suffice.
     """
     return 2 + math.ceil(2 * math.sqrt(max(1.0, largest_eigenvalue_bound(gram_KK))))
 
 
 def largest_eigenvalue_bound(gram_KK: Tensor) -> float:
-    """No less than the largest eigenvalue of G, and close to it where G has no negative entries.
+    """Return an upper bound of the largest eigenvalue of G, which is tight if G has no negative entries.
 
-    For v > 0 the largest ratio (|G| v)_k / v_k bounds it from above (Collatz & Wielandt); v comes of power iterations.
+    For v > 0, the largest ratio (|G| v)_k / v_k is an upper bound (Collatz & Wielandt). v is computed by power
+    iteration.
     """
     magnitudes_KK = gram_KK.double().abs()
     v = torch.ones_like(magnitudes_KK[0])
@@ -100,12 +103,12 @@ def largest_eigenvalue_bound(gram_KK: Tensor) -> float:
 
 
 def hals_(coefficients_KN: Tensor, targets_KN: Tensor, gram_KK: Tensor, sweeps: int) -> Tensor:
-    """Exact coordinate descent in place: w_k ← max(0, w_k + (t_k − G_k·w)/G_kk), component after component.
+    """Run exact coordinate descent in place: w_k ← max(0, w_k + (t_k − G_k·w)/G_kk) for one component after another.
 
-    Components are rows, so that one update streams contiguous memory. What other blocks of components contribute to
-    G_k·w stands still while a block is swept: one matrix product per block holds it. A component with G_kk = 0 gets
-    w_k = 0. No sweep raises the objective of any example, and one that starts at zero leaves it (unlike multiplicative
-    updates).
+    Components are rows, so an update reads contiguous memory. The contributions of other blocks of components to G_k·w
+    are constant during the sweep of a block and are computed by one matrix product per block. If G_kk = 0, w_k is set
+    to 0. A sweep does not increase the objective of any example. Unlike multiplicative updates, coefficients that start
+    at zero can become positive.
 
     Source: Cichocki & Phan, hierarchical alternating least squares (IEICE Trans. 2009).
     """
@@ -130,14 +133,14 @@ def hals_(coefficients_KN: Tensor, targets_KN: Tensor, gram_KK: Tensor, sweeps: 
 
 
 def accelerated_(coefficients_KN: Tensor, targets_KN: Tensor, gram_KK: Tensor, steps: int) -> Tensor:
-    """Projected gradient steps with Nesterov's momentum, in place: one matrix product a step, whatever K is.
+    """Run projected gradient steps with Nesterov's momentum, in place. Each step is one matrix product, for any K.
 
-    w ← max(0, y − (G y − t)/L), L ≥ λ_max(G); y extrapolates the last two w of each example, whose momentum begins anew
-    whenever it points uphill. Examples that ended higher than they began keep what they had: none is raised. A
-    component with G_kk = 0 gets w_k = 0.
+    w ← max(0, y − (G y − t)/L), L ≥ λ_max(G). y extrapolates the last two iterates w of each example. The momentum of an
+    example is reset whenever it points uphill. An example whose objective would increase keeps its initial
+    coefficients, so no objective increases. If G_kk = 0, w_k is set to 0.
 
     Source: Beck & Teboulle, SIAM J. Imaging Sci. 2 (2009), FISTA; O'Donoghue & Candès, Found. Comput. Math. 15 (2015),
-    the gradient scheme of restarting.
+    the gradient scheme of adaptive restart.
     """
     coefficients_KN *= (gram_KK.diagonal() > 0)[:, None]
     bound = largest_eigenvalue_bound(gram_KK)
@@ -163,18 +166,22 @@ def _objective(w_KN: Tensor, targets_KN: Tensor, gram_KK: Tensor) -> Tensor:
 
 
 def nnls(targets_NK: Tensor, gram_KK: Tensor, start_NK: Tensor | None = None, tolerance: float = 1e-12) -> Tensor:
-    """The optimal non-negative coefficients (N, K) in float64.
+    """Compute the optimal non-negative coefficients.
 
-    An example is solved when its optimality conditions hold: w ≥ 0, and with g = G w − t, |min(w_k, g_k)| ≤
-    tolerance · max(1, ‖t‖_∞) for every k with G_kk > 0. Each round lowers the objective: sweeps of `hals_`, then a step
-    towards the unconstrained optimum on the support, cut short where a coefficient would turn negative. Should G be so
-    close to singular that an example is not solved within the rounds, its best coefficients are returned.
+    An example is solved when its optimality conditions hold: w ≥ 0 and, with g = G w − t, |min(w_k, g_k)| ≤
+    tolerance · max(1, ‖t‖_∞) for every k with G_kk > 0. Each round lowers the objective by sweeps of `hals_` and a step
+    towards the unconstrained optimum on the support. The step ends where a coefficient would become negative. If G is
+    so close to singular that an example is not solved within the maximum number of rounds, its best coefficients are
+    returned.
 
     Args:
-        targets_NK: t_i in its rows.
+        targets_NK: t_i as rows.
         gram_KK: G, symmetric positive semidefinite.
-        start_NK: where to start from, non-negative; zeros by default. It is not modified.
-        tolerance: of the optimality conditions.
+        start_NK: initial coefficients, non-negative; zeros by default. They are not modified.
+        tolerance: tolerance of the optimality conditions.
+
+    Returns:
+        Coefficients (N, K), float64.
     """
     gram = gram_KK.double()
     targets = targets_NK.double().T.contiguous()
@@ -195,13 +202,13 @@ def nnls(targets_NK: Tensor, gram_KK: Tensor, start_NK: Tensor | None = None, to
 
 
 def _step_on_support(w_UK: Tensor, t_UK: Tensor, gram_KK: Tensor) -> Tensor:
-    """Move each row to the optimum over its support {k : w_k > 0}, or as far towards it as w ≥ 0 allows."""
+    """Move each row towards the optimum over its support {k : w_k > 0}, as far as w ≥ 0 allows."""
     sizes_U, order_U = (w_UK > 0).sum(dim=1).sort(stable=True)
     sizes = sizes_U.tolist()
     moved_UK = w_UK.clone()
     start = sum(size == 0 for size in sizes)
     while start < len(sizes):
-        # Supports are padded to the largest of their block. They ascend, so halving a block also makes it narrower.
+        # Supports are padded to the largest size in their block. Sizes ascend, so half a block also has smaller supports.
         stop = len(sizes)
         while stop - start > 1 and (stop - start) * sizes[stop - 1] ** 2 > _SUPPORT_BLOCK_ELEMENTS:
             stop = (start + stop) // 2
@@ -216,7 +223,7 @@ def _step_on_support_block(w_UK: Tensor, t_UK: Tensor, gram_KK: Tensor, size: in
     support_US, inside_US = support_US[:, :size], inside[:, :size].bool()
     gram_USS = gram_KK[support_US[:, :, None], support_US[:, None, :]]
     gram_USS = gram_USS * (inside_US[:, :, None] & inside_US[:, None, :])
-    # Padding becomes an identity block; the ridge, far below the tolerance, keeps duplicate components solvable.
+    # Padding is an identity block. The ridge is far below the tolerance and regularizes duplicate components.
     ridge = 1e-14 * gram_KK.diagonal().max()
     gram_USS.diagonal(dim1=1, dim2=2).add_(torch.where(inside_US, ridge, 1.0))
     chol_USS, info_U = torch.linalg.cholesky_ex(gram_USS)
@@ -228,6 +235,6 @@ def _step_on_support_block(w_UK: Tensor, t_UK: Tensor, gram_KK: Tensor, size: in
     ratio_US = torch.where(falling, now_US / (now_US - best_US), torch.ones_like(now_US))
     step_U1 = ratio_US.amin(dim=1, keepdim=True)
     moved_US = torch.lerp(now_US, best_US, step_U1)
-    # The coefficient that limits the step leaves the support exactly, not to within rounding.
+    # The coefficient that limits the step is set to exactly zero, not to zero up to rounding.
     moved_US = torch.where((falling & (ratio_US <= step_U1)) | ~inside_US, 0.0, moved_US.clamp(min=0.0))
     return torch.zeros_like(w_UK).scatter_(1, support_US, moved_US)
