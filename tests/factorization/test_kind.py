@@ -118,5 +118,5 @@ def test_low_rank_fishers_start_at_the_most_useful_candidates() -> None:
 
 @pytest.mark.parametrize("wanted", [{"l1": 0.1}, {"orthogonality": 0.1}, {"n_frozen": 1}])
 def test_diagonals_refuse_what_only_low_rank_fishers_have(wanted: dict[str, Any]) -> None:
-    with pytest.raises(InvalidProblemError, match="only for low-rank Fishers: remove them"):
+    with pytest.raises(InvalidProblemError, match="need low-rank Fishers: remove them"):
         DiagonalFishers(SolverOptions(n_components=K, **wanted))

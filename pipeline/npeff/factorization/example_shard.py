@@ -100,7 +100,7 @@ class ExampleShard:
         return statistics
 
     def coefficient_products(self, components_KD: Tensor, *, l1: float = 0.0) -> Tensor:
-        """Return WᵀW (K, K), float64, of coefficients fitted to the given components. The coefficients are not stored."""
+        """Return WᵀW (K, K), float64, of coefficients fitted to the given components, which are not stored."""
         h_KD, gram_KK = self._components_and_gram(components_KD)
         sweeps, h_KD, gram_low_KK = sweeps_for(gram_KK), h_KD.to(self.dtype), gram_KK.to(self.dtype)
         ww_KK = torch.zeros_like(gram_KK)
@@ -154,7 +154,7 @@ class ExampleShard:
         return candidates
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the range of each block and its factors in the precision of the products, valid until the next block."""
+        """Yield the range of each block and its factors in the precision of products, valid until the next block."""
         start, converted = 0, torch.empty(0, dtype=self.dtype)
         for stored_BRD in self.source.blocks():
             block = slice(start, start + len(stored_BRD))

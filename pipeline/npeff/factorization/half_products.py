@@ -8,7 +8,7 @@ from torch import Tensor
 HALVES = (torch.float16, torch.bfloat16)
 
 _LOW_SCALE = 2.0**11
-"""Scale of the rounding residuals. The residual of a rounding to float16 can underflow in float16; scaled, it cannot."""
+"""Scale of the rounding residuals, with which the residual of a rounding to float16 cannot underflow in float16."""
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

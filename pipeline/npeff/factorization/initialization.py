@@ -1,10 +1,10 @@
 """Starting components of the solver: the best of several seeded starts by Jennrich's algorithm on a subsample.
 
 In the exact model F̂_i = Hᵀ diag(W_i) H, the components diagonalize two non-negative mixtures of the Fishers,
-M_a = Σ_i a_i F̂_i and M_b. If the ratios λ are distinct, the generalized eigenvectors M_a x = λ M_b x give the components
-as h ∝ M_b x (Leurgans, Ross & Abel 1993, the algorithm attributed to Jennrich). With noise, the result is approximate.
-The starts are therefore refined by some iterations of the solver and compared by their losses. The worse half of the
-starts is dropped early (successive halving: Jamieson & Talwalkar, AISTATS 2016).
+M_a = Σ_i a_i F̂_i and M_b. If the ratios λ are distinct, the generalized eigenvectors M_a x = λ M_b x give the
+components as h ∝ M_b x (Leurgans, Ross & Abel 1993, the algorithm attributed to Jennrich). With noise, the result is
+approximate. The starts are therefore refined by some iterations of the solver and compared by their losses. The worse
+half of the starts is dropped early (successive halving: Jamieson & Talwalkar, AISTATS 2016).
 
 The best set of components depends on all examples, not only on the subsample. The subsample gives `n_candidates`
 components, a quarter more than requested. One additional pass over all examples, at half the cost of a pass of the
@@ -38,8 +38,8 @@ _EXTRA_DIMENSIONS = 32
 _POWER_ITERATIONS = 2
 _SCOUTING_ITERATIONS = (3, 3)
 """Iterations of each round on half of the subsample. After each round, the better half of the starts continues. On
-planted problems and on the Fishers of a real model, the best of four starts after 3 iterations was the best after 20, or
-within 0.7% of the best loss (in one case 1.1%)."""
+planted problems and on the Fishers of a real model, the best of four starts after 3 iterations was the best after 20,
+or within 0.7% of the best loss (in one case 1.1%)."""
 _SCOUTING_ROWS = 8
 """Minimum number of factor rows per component in the subsample for the use of half of the subsample."""
 _POLISHING_ITERATIONS = 6
@@ -292,7 +292,7 @@ def _jennrich(compressed_MRK: Tensor, example_weights_M: Tensor, generator: torc
 
 
 def _badly_fitted_rows(shard: ExampleShard, n: int, generator: torch.Generator) -> Tensor:
-    """Draw unit factor rows with probability proportional to squared norm times misfit; random directions if too few."""
+    """Draw unit factor rows, with probability ∝ squared norm times misfit; random directions if there are too few."""
     rows = shard.factors_NRD.reshape(-1, shard.dim)
     squares = rows.square().sum(dim=1)
     weights = squares * (shard.weights_N * shard.misfits_N).clamp(min=0.0).repeat_interleave(shard.rank)

@@ -8,8 +8,8 @@
         kind.settle(shard, record.accepted)
     sums = sum over workers of kind.finish(shard, state)
 
-`LowRankFishers` implements NPEFF for factors, and `DiagonalFishers` implements D-NPEFF for diagonals. Both only call the
-functions of `npeff.factorization.solver` and `npeff.factorization.diagonals.solver`.
+`LowRankFishers` implements NPEFF for factors, and `DiagonalFishers` implements D-NPEFF for diagonals. Both only call
+the functions of `npeff.factorization.solver` and `npeff.factorization.diagonals.solver`.
 
 Shapes: N examples, M of the subsample, R rank, D dimension of a Fisher (sketch, groups or entries), K components,
 C candidates.
@@ -222,7 +222,7 @@ class DiagonalFishers:
 
     def __init__(self, options: SolverOptions) -> None:
         if options.l1 or options.orthogonality or options.n_frozen:
-            raise InvalidProblemError("l1, orthogonality and frozen components are only for low-rank Fishers: remove them")
+            raise InvalidProblemError("l1, orthogonality and frozen components need low-rank Fishers: remove them")
         self._options = options
 
     def candidates(self, subsample: Any, weights_M: Tensor, frozen_KD: Tensor | None) -> Tensor:

@@ -27,8 +27,8 @@ _HALS_BLOCK = 32
 """Components per block of `hals_`. A matrix product per block adds the contributions of the other blocks."""
 
 _STEPS_PER_SWEEP = 4
-"""Steps of `accelerated_` that are equivalent to one sweep of `hals_`. In the solver, on a planted problem with a shared
-direction, 64 steps and 16 sweeps reach the same point."""
+"""Steps of `accelerated_` that are equivalent to one sweep of `hals_`. In the solver, on a planted problem with a
+shared direction, 64 steps and 16 sweeps reach the same point."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ def hals_(coefficients_KN: Tensor, targets_KN: Tensor, gram_KK: Tensor, sweeps: 
 def accelerated_(coefficients_KN: Tensor, targets_KN: Tensor, gram_KK: Tensor, steps: int) -> Tensor:
     """Run projected gradient steps with Nesterov's momentum, in place. Each step is one matrix product, for any K.
 
-    w ← max(0, y − (G y − t)/L), L ≥ λ_max(G). y extrapolates the last two iterates w of each example. The momentum of an
-    example is reset whenever it points uphill. An example whose objective would increase keeps its initial
+    w ← max(0, y − (G y − t)/L), L ≥ λ_max(G). y extrapolates the last two iterates w of each example. The momentum of
+    an example is reset whenever it points uphill. An example whose objective would increase keeps its initial
     coefficients, so no objective increases. If G_kk = 0, w_k is set to 0.
 
     Source: Beck & Teboulle, SIAM J. Imaging Sci. 2 (2009), FISTA; O'Donoghue & Candès, Found. Comput. Math. 15 (2015),
@@ -208,7 +208,7 @@ def _step_on_support(w_UK: Tensor, t_UK: Tensor, gram_KK: Tensor) -> Tensor:
     moved_UK = w_UK.clone()
     start = sum(size == 0 for size in sizes)
     while start < len(sizes):
-        # Supports are padded to the largest size in their block. Sizes ascend, so half a block also has smaller supports.
+        # Supports are padded to the largest size in their block. Sizes ascend, so half a block has smaller supports.
         stop = len(sizes)
         while stop - start > 1 and (stop - start) * sizes[stop - 1] ** 2 > _SUPPORT_BLOCK_ELEMENTS:
             stop = (start + stop) // 2

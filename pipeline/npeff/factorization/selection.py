@@ -1,17 +1,18 @@
-"""How many components: which numbers are tried, what their fits say, and which of them is recommended.
+"""Selection of the number of components: the search, the evidence for each number, and the recommendation.
 
-Two things are asked of every number K. Do its components explain examples that they were not fitted on, the
-coefficients of these refitted? And do the same components come back from other seeds and from other examples? Two unit
-components g and h, as the rank-1 matrices that they are, overlap by ⟨ggᵀ, hhᵀ⟩ = cos²(g, h). Summed over the K pairs of
-the best matching, K components of two fits have
+Two criteria are computed for each number K: the explained variance of held-out examples, with refitted coefficients,
+and the number of components that come back: another seed and other examples give the same components. The rank-1
+matrices of two unit components g and h overlap by ⟨ggᵀ, hhᵀ⟩ = cos²(g, h). For the K pairs of the best matching between
+two fits,
 
-    balance = Σ_j (2 cos²_j − 1):
+    balance = Σ_j (2 cos²_j − 1).
 
-K if all come back, −K if none does, and it rises with K as long as more of the components added come back than not.
-Beyond what the data support, further components fit noise, which no other half of the examples shares, and it falls.
+The balance is K if all components come back and −K if none does. It increases with K as long as more of the added
+components come back than not. With more components than the data support, the added components fit noise, which
+differs between the halves of the examples, and the balance decreases.
 
-Silhouettes of the components of all fits, clustered so that each cluster has one component of every fit, are those of
-NMFk (Alexandrov & Stanev), with distance 1 − |cos|.
+The components of all fits are clustered such that each cluster has one component of each fit. The silhouettes of the
+clusters are those of NMFk (Alexandrov & Stanev), with distance 1 − |cos|.
 
 Shapes: N examples, K components, F fits, D sketch.
 """
@@ -28,58 +29,58 @@ from scipy.optimize import linear_sum_assignment
 from npeff.factorization.matching import match_components
 
 COMES_BACK = 0.9
-"""|cos| of a component with its match in another fit, from which on it counts as the same."""
+"""A component comes back in another fit if its |cos| with the matched component is at least this."""
 
 _IMMATERIAL = 0.2
-"""A further component that explains less than this fraction of what those so far do on average adds nothing much."""
+"""Added components are immaterial if each explains less than this fraction of the mean of the previous ones."""
 
 _CLIFF = 0.4
-"""... and one that explains more than this fraction of it is as good as they are."""
+"""Added components are as good as the previous ones if each explains more than this fraction of their mean."""
 
 _ALL_COME_BACK = 0.8
-"""Balance per component at which all of them, but for the odd one, come back."""
+"""Balance per component at which almost all components come back."""
 
 _FINENESS = 32
-"""The neighbours tried of the recommended K are nearer than K over this, or next to it."""
+"""The search ends if the tried neighbors of the recommended K are at most max(1, K over this) away."""
 
 _CLUSTERING_ROUNDS = 20
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the fits with one number of components say of it: a row of the table `selection`."""
+    """The evidence from the fits with one number of components: a row of the table `selection`."""
 
     n_components: int
     n_fits: int
     explained: float
-    """Mean over the fits of all examples; as `explained_held_out`."""
+    """Explained fraction of the fitted examples: the mean over the fits, as for `explained_held_out`."""
     explained_held_out: float
-    """1 − loss / Σ_i ‖F̂_i‖² on examples that took no part, with the coefficients that are optimal for them."""
+    """1 − loss / Σ_i ‖F̂_i‖² on examples that are not in the fit, at their optimal coefficients."""
     explained_held_out_sd: float | None
-    """Standard deviation over the fits; None of a single one."""
+    """Standard deviation over the fits; None for a single fit."""
     cosine_seeds: float | None
-    """Mean matched |cos| of fits of the same examples from different seeds; None with a single seed."""
+    """Mean |cos| of matched components of fits of the same examples with different seeds; None for a single seed."""
     cosine_halves: float
-    """Mean matched |cos| of the fits of two halves of the examples."""
+    """Mean |cos| of matched components of the fits of two halves of the examples."""
     n_come_back: float
-    """Components with a matched |cos| ≥ `COMES_BACK`: the mean over pairs of seeds, or of halves, the less."""
+    """Number of components with a matched |cos| ≥ `COMES_BACK`: the smaller mean over pairs of seeds or of halves."""
     balance: float
-    """Σ_j (2 cos²_j − 1): the mean over pairs of seeds, or of halves, the less."""
+    """Σ_j (2 cos²_j − 1): the smaller mean over pairs of seeds or of halves."""
     silhouette_mean: float | None
     silhouette_min: float | None
-    """Over the clusters; None of a single component."""
+    """Mean and minimum over the clusters; None for a single component."""
 
 
 @dataclass(frozen=True)
 class Recommendation:
     n_components: int
     sharp: bool
-    """Whether the data say so clearly, or it is a compromise."""
+    """Whether the data determine the number clearly; otherwise it is a compromise."""
     reason: str
 
 
 def split_halves(n_examples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two disjoint random halves of 0..N−1, ascending, int64; of an odd number one is left out."""
+    """Return two disjoint random halves of 0..N−1, ascending, int64. If N is odd, one index is left out."""
     order = np.random.default_rng([seed, n_examples]).permutation(n_examples).astype(np.int64)
     half = n_examples // 2
     return np.sort(order[:half]), np.sort(order[half : 2 * half])
@@ -95,9 +96,9 @@ def evidence(
 
     Args:
         seeds: components (K, D) of fits of the same examples, at least one.
-        halves: pairs of components (K, D), each of the two halves of one split, at least one.
-        explained: of the fits that this speaks of.
-        explained_held_out: of examples that they were not fitted on.
+        halves: pairs of components (K, D), one pair for the two halves of each split, at least one.
+        explained: explained fraction of the fitted examples, for each fit.
+        explained_held_out: explained fraction of examples that are not in the fit, for each fit.
     """
     of_seeds = [match_components(a, b)[1] for a, b in itertools.combinations(seeds, 2)]
     of_halves = [match_components(a, b)[1] for a, b in halves]
@@ -120,17 +121,20 @@ def evidence(
 
 
 def stability(components_KD: np.ndarray, refits: Sequence[np.ndarray]) -> np.ndarray:
-    """Mean over other fits (K, D) of the |cos| of each component with its match there (K,)."""
+    """Return the |cos| (K,) of each component with its match in another fit (K, D), averaged over the other fits."""
     result: np.ndarray = np.mean([match_components(components_KD, refit)[1] for refit in refits], axis=0)
     return result
 
 
 def cluster_components(fits_FKD: np.ndarray) -> np.ndarray:
-    """Clusters of the components of several fits: labels (F, K), each row a permutation of 0..K−1.
+    """Cluster the components of several fits.
 
-    As k-means, but that every cluster takes exactly one component of every fit: components are assigned to the
-    centroids by the Hungarian algorithm, and a centroid is the leading eigenvector of Σ hhᵀ of its members, as their
-    signs mean nothing. It begins at the first fit and stops when nothing changes.
+    The algorithm is k-means with exactly one component of each fit in each cluster. The Hungarian algorithm assigns
+    components to centroids. A centroid is the leading eigenvector of Σ hhᵀ of its members, because their signs are
+    arbitrary. The initial centroids are the components of the first fit. The algorithm stops when no label changes.
+
+    Returns:
+        Labels (F, K), each row a permutation of 0..K−1.
     """
     n_fits, n_components, _ = fits_FKD.shape
     labels_FK = np.tile(np.arange(n_components), (n_fits, 1))
@@ -148,11 +152,12 @@ def cluster_components(fits_FKD: np.ndarray) -> np.ndarray:
 
 
 def silhouettes(fits_FKD: np.ndarray, labels_FK: np.ndarray) -> np.ndarray:
-    """Mean silhouette (K,) of each cluster's members, with distance 1 − |cos| (Rousseeuw 1987).
+    """Return the mean silhouette (K,) of the members of each cluster, with distance 1 − |cos| (Rousseeuw 1987).
 
-    1: the members agree and are unlike all others; 0: another cluster is as near.
+    The value is 1 if the members are equal and orthogonal to all other components, and 0 if another cluster is equally
+    near.
     """
-    from sklearn.metrics import silhouette_samples  # imported here, as it takes a second
+    from sklearn.metrics import silhouette_samples  # imported here because the import takes a second
 
     flat = fits_FKD.reshape(-1, fits_FKD.shape[2])
     distances = np.clip(1 - np.abs(flat @ flat.T), 0, None)
@@ -164,15 +169,15 @@ def silhouettes(fits_FKD: np.ndarray, labels_FK: np.ndarray) -> np.ndarray:
 def search(
     tried: Iterable[int], gather: Callable[[list[int]], list[Evidence]]
 ) -> tuple[list[Evidence], Recommendation]:
-    """Try a range of numbers of components, then, again and again, those between the best one and its neighbours.
+    """Search for the number of components: try the given numbers, then numbers between the best and its neighbors.
 
     Args:
-        tried: the first ones.
-        gather: the evidence of the numbers that it is given.
+        tried: numbers of components to start with.
+        gather: returns the evidence for the given numbers of components.
 
     Returns:
-        rows: by number of components.
-        recommendation: of one of them.
+        rows: the evidence, sorted by number of components.
+        recommendation: the recommended number.
     """
     rows = sorted(gather(sorted(set(tried))), key=lambda row: row.n_components)
     while True:
@@ -184,7 +189,7 @@ def search(
 
 
 def next_to_try(tried: Sequence[int], best: int) -> list[int]:
-    """Numbers halfway to the neighbours of the best one, unless these are near already."""
+    """Return the midpoints between the best number and its tried neighbors, except for neighbors that are near."""
     near = max(1, best // _FINENESS)
     below = max((k for k in tried if k < best), default=best)
     above = min((k for k in tried if k > best), default=best)
@@ -192,11 +197,11 @@ def next_to_try(tried: Sequence[int], best: int) -> list[int]:
 
 
 def recommend(rows: Sequence[Evidence]) -> Recommendation:
-    """The number of components with the largest balance, of those up to where explained variance stops to rise.
+    """Recommend the number of components with the largest balance, up to the saturation of the explained variance.
 
-    It has stopped at the first K from which on to every larger one tried, a further component explains less than
-    `_IMMATERIAL` of what those up to K do on average. Beyond that point components may still come back, as artefacts
-    of the data do, but are not worth having.
+    The explained variance is saturated at the smallest K for which, up to every larger number tried, each added
+    component explains less than `_IMMATERIAL` of the mean of the first K components. Components beyond that point may
+    come back, for example if they are artifacts of the data, but explain little.
     """
     rows = sorted(rows, key=lambda row: row.n_components)
     saturated = next(i for i in range(len(rows)) if _saturated(rows, i))
@@ -210,7 +215,7 @@ def recommend(rows: Sequence[Evidence]) -> Recommendation:
 
 
 def _gain(low: Evidence, high: Evidence) -> float:
-    """What a component between two numbers of them explains, over what one of the fewer does on average."""
+    """Return what each added component explains, divided by the mean of the components of the smaller number."""
     added = (high.explained_held_out - low.explained_held_out) / (high.n_components - low.n_components)
     average = low.explained_held_out / low.n_components
     return added / average if average > 0 else float(added > 0)
@@ -224,25 +229,26 @@ def _reason(rows: Sequence[Evidence], best: int, saturated: int, sharp: bool) ->
     chosen, number = rows[best], rows[best].n_components
     found = (
         f"{number} components explain {chosen.explained_held_out:.3f} of held-out examples, and "
-        f"{chosen.n_come_back:.1f} of them come back (|cos| ≥ {COMES_BACK}) from other seeds and halves"
+        f"{chosen.n_come_back:.1f} of them come back (|cos| ≥ {COMES_BACK}) with other seeds and halves"
     )
     if best == len(rows) - 1:
-        return f"{found}; that is the largest number tried, and more may be better: try a range that goes further"
+        return f"{found}; this is the largest number tried, and more may be better: try larger numbers"
     above = rows[best + 1]
     if sharp:
         fewer = f"{rows[best - 1].n_components} explain {rows[best - 1].explained_held_out:.3f}, " if best else ""
         return (
-            f"{found}; {fewer}{above.n_components} explain {above.explained_held_out:.3f}, and of them "
-            f"{above.n_come_back:.1f} come back: the further ones fit noise"
+            f"{found}; {fewer}{above.n_components} explain {above.explained_held_out:.3f}, and "
+            f"{above.n_come_back:.1f} of these come back: the added components fit noise"
         )
     if best < saturated:
         most = rows[saturated]
         return (
-            f"{found}; {most.n_components} would explain {most.explained_held_out:.3f}, but of them only "
-            f"{most.n_come_back:.1f} come back: no number is clearly right, this one has most that can be relied on"
+            f"{found}; {most.n_components} explain {most.explained_held_out:.3f}, but only "
+            f"{most.n_come_back:.1f} of these come back: no number is clearly right, and "
+            "this one has the best balance of components that come back"
         )
     return (
-        f"{found}; a further one adds less than {_IMMATERIAL:.0%} of what these do on average, yet explained variance "
-        f"rises on ({above.explained_held_out:.3f} with {above.n_components}): no number is clearly right, this one is "
-        "a compromise"
+        f"{found}; each added component explains less than {_IMMATERIAL:.0%} of their mean, but the explained variance "
+        f"still increases ({above.explained_held_out:.3f} with {above.n_components}): no number is clearly right, and "
+        "this one is a compromise"
     )

@@ -5,10 +5,10 @@
         statistics = sum over shards of shard.accumulate(state.components_KD)          # the only pass over the data
         state, record = advance(state, statistics, options, candidates if a component is dead)
 
-`solve` is this loop in memory; a distributed run makes the sum an all-reduce and is otherwise the same, every worker
-advancing its own copy of the state by the same arithmetic. The damping μ follows Levenberg & Marquardt: a trial that
-raises the loss is rejected and the step repeated from the best state with 8 μ; one that does not is accepted and μ is
-halved. The best accepted components are the result, never a rejected trial.
+`solve` is this loop in memory. A distributed run is the same, except that the sum is an all-reduce: each worker
+computes the same steps on its own copy of the state. The damping μ follows Levenberg & Marquardt. A trial that
+increases the objective is rejected, and the step is repeated from the best state with 8 μ. Otherwise the trial is
+accepted, and μ is halved. The result is the best accepted components, never a rejected trial.
 
 Shapes: N examples, K components, D sketch.
 """
@@ -34,50 +34,54 @@ from npeff.options.solver import SolverOptions
 _FIRST_DAMPING = 1e-2
 _LEAST_DAMPING = 1e-4
 _STALLED_DAMPING = 1e8
-"""μ is relative to the mean of diag(WW): the same for a data set and for two copies of it."""
+"""μ is relative to the mean of diag(WW), so it is the same for a data set and for two copies of the data set."""
 
 _PATIENCE = 3
-"""Steps in a row that must each change the loss by less than the tolerance."""
+"""Number of steps in a row that must change the objective by less than the tolerance."""
 
 _UNEXPLAINED_FLOOR = 1e-6
-"""Losses below this fraction of Σ‖F̂_i‖² count as this much when changes are compared with the tolerance."""
+"""Lower bound of the objective, as a fraction of Σ‖F̂_i‖², in the relative change of the convergence test."""
 
 
 @dataclass(frozen=True)
 class IterationRecord:
-    """One row of the history: one pass over the data."""
+    """One row of the history, for one pass over the data. The fields are columns of the table `history`."""
 
     iteration: int
     loss: float
-    """At the components tried, which a rejected step did not keep; without penalties."""
+    """Loss at the trial components, without penalties. If the step was rejected, these components are discarded."""
     objective: float
-    """The loss with the penalties: what must not rise."""
+    """Loss plus penalties, which decides whether the step is accepted."""
     explained: float
+    """1 − loss / Σ_i ‖F̂_i‖²."""
     mu: float
-    """The damping the components tried were reached with."""
+    """NPEFF: damping parameter μ of the step to the trial components. D-NPEFF: extrapolation parameter β of the trial,
+    0 if the trial is not extrapolated."""
     accepted: bool
     n_dead: int
+    """Number of components that no example uses."""
 
 
 @dataclass(frozen=True)
 class SolverState:
-    """All that the next step depends on, besides the examples and their coefficients. Tensors are float64."""
+    """State of the solver, without the examples and their coefficients. Tensors are float64."""
 
     components_KD: Tensor
-    """The trial to be evaluated next."""
+    """The next trial (K, D)."""
     best_components_KD: Tensor
     best_statistics: Statistics
     best_objective: float
-    """Loss and penalties."""
+    """Loss plus penalties of the best components."""
     mu: float
+    """Damping parameter μ of the next step."""
     iteration: int
-    """Passes made."""
+    """Number of completed passes."""
     n_accepted: int
     n_small_steps: int
-    """Latest steps in a row that changed the loss by less than the tolerance."""
+    """Number of last steps in a row that changed the objective by less than the tolerance."""
 
     def to(self, device: torch.device) -> SolverState:
-        """The same state with its tensors on a device."""
+        """Return the state with its tensors on a device."""
         statistics = self.best_statistics
         return dataclasses.replace(
             self,
@@ -89,7 +93,7 @@ class SolverState:
         )
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Named arrays, scalars as 0-d; `from_arrays` restores the state exactly."""
+        """Return named arrays, with scalars as 0-d arrays. `from_arrays` restores the state exactly."""
         tensors = {
             "components": self.components_KD,
             "best_components": self.best_components_KD,
@@ -102,7 +106,7 @@ class SolverState:
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> SolverState:
-        """The inverse of `to_arrays`."""
+        """Invert `to_arrays`."""
         components_KD = torch.from_numpy(arrays["components"].copy())
         packed = torch.from_numpy(arrays["best_statistics"].copy())
         return cls(
@@ -124,29 +128,29 @@ _SCALAR_FIELDS: dict[str, type[np.generic]] = {
 
 @dataclass(frozen=True)
 class Factorization:
-    """The result: components in canonical order, the coefficients optimal for them, and how it went."""
+    """The result: components in canonical order, their optimal coefficients, and the history."""
 
     components_KD: Tensor
-    """Unit rows, float64."""
+    """Unit rows (K, D), float64."""
     coefficients_NK: Tensor
-    """In the precision of the factors."""
+    """(N, K), in the precision of the factors."""
     loss: float
-    """Σ_i ‖F̂_i − Σ_j W_ij h_j h_jᵀ‖² of these components and coefficients."""
+    """Σ_i ‖F̂_i − Σ_j W_ij h_j h_jᵀ‖² at these components and coefficients."""
     objective: float
-    """The loss with the penalties."""
+    """Loss plus penalties."""
     explained: float
     history: list[IterationRecord]
     n_iter: int
     stopped: str
-    """Why it stopped: "converged", "max_iterations" or "stalled"."""
+    """Stopping reason: "converged", "max_iterations" or "stalled"."""
     near_duplicates: list[tuple[int, int, float]]
 
 
 def initial_state(components_KD: Tensor, options: SolverOptions) -> SolverState:
-    """The state before the first pass, which evaluates these components (their rows are normalised here).
+    """Return the state before the first pass, whose trial is the given components, with normalized rows.
 
     Raises:
-        InvalidProblemError: if there are not n_components of them, or one is zero or not finite.
+        InvalidProblemError: if there are not n_components rows, or one is zero or not finite.
     """
     if components_KD.ndim != 2 or len(components_KD) != options.n_components:
         raise InvalidProblemError(
@@ -172,24 +176,27 @@ def initial_state(components_KD: Tensor, options: SolverOptions) -> SolverState:
 def advance(
     state: SolverState, statistics: Statistics, options: SolverOptions, candidates: Candidates | None = None
 ) -> tuple[SolverState, IterationRecord]:
-    """Judge the trial by its statistics and propose the next one.
+    """Accept or reject the trial by its statistics, and compute the next trial.
 
     Args:
-        state: whose `components_KD` the statistics were computed at.
-        statistics: of all examples.
-        options: of the run.
-        candidates: from all examples, at the same components. They take the place of dead components in the next
-            trial, which is kept, like any other, only if its loss is no higher.
+        state: state with the trial `components_KD`.
+        statistics: statistics of all examples at the trial.
+        options: options of the solver.
+        candidates: replacements from all examples at the trial. They replace dead components in the next trial, which
+            is accepted only if its objective is not larger, like every trial.
+
+    Returns:
+        The next state and the record of the step.
 
     Raises:
-        InvalidProblemError: if every factor is zero, or the very first loss is not finite.
+        InvalidProblemError: if every factor is zero, or the first loss is not finite.
     """
     loss, total = statistics.loss(state.components_KD), statistics.fisher_square_sum
     objective = loss + statistics.penalties(state.components_KD, options.l1, options.orthogonality)
     if not total > 0.0:
         raise InvalidProblemError("every factor is zero: there is nothing to factorize")
     if state.n_accepted == 0 and not math.isfinite(objective):
-        raise InvalidProblemError(f"the loss at the starting components is {loss}: the factors are out of range")
+        raise InvalidProblemError(f"the factors are out of range, as the loss at the start is {loss}: rescale them")
     accepted = objective <= state.best_objective
     dead_K = free_dead(statistics, options)
     record = IterationRecord(
@@ -201,7 +208,7 @@ def advance(
         accepted=accepted,
         n_dead=int(dead_K.sum()),
     )
-    # A rejected trial whose loss is equal to within the tolerance says as much about convergence as an accepted one.
+    # A rejected trial with an objective equal up to the tolerance indicates convergence, as an accepted one does.
     scale = max(abs(objective), _UNEXPLAINED_FLOOR * total)
     if abs(state.best_objective - objective) <= options.tolerance * scale:
         n_small_steps = state.n_small_steps + 1
@@ -226,14 +233,17 @@ def advance(
 
 
 def free_dead(statistics: Statistics, options: SolverOptions) -> Tensor:
-    """Which components (K,) no example uses, and may be replaced: frozen ones may not."""
+    """Return the mask (K,) of the components that no example uses and that are not frozen."""
     dead_K = statistics.dead_K.clone()
     dead_K[: options.n_frozen] = False
     return dead_K
 
 
 def stopping_reason(state: SolverState, options: SolverOptions) -> str | None:
-    """Why no further pass is to be made, or None. It depends on nothing else: a longer limit continues a run."""
+    """Return the reason to stop, or None to continue.
+
+    The result depends only on the arguments, so a run continues if `max_iterations` is increased.
+    """
     if state.n_small_steps >= _PATIENCE:
         return "converged"
     if state.mu > _STALLED_DAMPING:
@@ -249,16 +259,17 @@ def solve(
     options: SolverOptions,
     on_iteration: Callable[[SolverState, IterationRecord], object] | None = None,
 ) -> Factorization:
-    """Factorize the examples of all shards in this process, from the given components.
+    """Factorize the examples of all shards in this process, starting from the given components.
 
     Args:
-        shards: in the order of the result's coefficients; their coefficients are where the first pass starts from.
-        start_KD: from `initialize`, or from another factorization.
-        options: of the run.
-        on_iteration: called after every pass with the new state.
+        shards: the examples, in the order of the coefficients of the result. The first pass starts from the
+            coefficients of the shards.
+        start_KD: starting components, from `initialize` or another factorization.
+        options: options of the solver.
+        on_iteration: called after each pass with the new state and the record.
 
     Raises:
-        InvalidProblemError: no examples, more components than factor rows, or nothing but zeros.
+        InvalidProblemError: if there are no examples, more components than factor rows, or only zero factors.
     """
     validate_size(sum(s.n_examples for s in shards), max((s.rank for s in shards), default=0), options.n_components)
     state = initial_state(start_KD, options)
@@ -280,12 +291,12 @@ def solve(
 def _next_trial(state: SolverState, options: SolverOptions) -> Tensor:
     h_KD, statistics = state.best_components_KD, state.best_statistics
     damping = state.mu * float(statistics.energy_K.mean())
-    if damping == 0.0:  # No example uses any component: there is no step, only replacements.
+    if damping == 0.0:  # No example uses any component: no step is possible, only replacements.
         return h_KD.clone()
     u_KD, pressure = statistics.u_KD, statistics.orthogonality_weight(options.orthogonality)
     if options.l1 or options.orthogonality:
-        # The penalties make the loss fall along h_j itself, which normalising takes back: only what is orthogonal to
-        # h_j of a gradient may ask for a step, or the step need not be one of descent.
+        # With penalties, the gradient has a part along h_j itself, which the normalization cancels. Only the part
+        # orthogonal to h_j is used; otherwise the step may not be a descent step.
         cosines_KK = h_KD @ h_KD.T
         target_KK = (statistics.ww_KK + pressure) * cosines_KK
         target_KK.diagonal().sub_(pressure)

@@ -1,4 +1,4 @@
-"""Rows of a non-negative matrix, dense or sparse, and the two products that factorizing it takes.
+"""Blocks of rows of a non-negative matrix, dense or sparse, and the two products that the factorization needs.
 
 Shapes: N examples, k entries of each, B rows of a block, P columns, K components.
 """
@@ -16,43 +16,43 @@ from npeff.factorization.problem import InvalidProblemError
 
 
 class Block(Protocol):
-    """X (B, P)."""
+    """A block X (B, P)."""
 
     dtype: torch.dtype
     device: torch.device
 
     def times(self, h_KP: Tensor) -> Tensor:
-        """H Xᵀ (K, B)."""
+        """Return H Xᵀ (K, B)."""
         ...
 
     def weighted_sums(self, w_KB: Tensor) -> Tensor:
-        """Wᵀ X (K, P)."""
+        """Return W X (K, P), where W is (K, B)."""
         ...
 
     def squares_B(self) -> Tensor:
-        """‖x_i‖², float64."""
+        """Return ‖x_i‖² (B,), float64."""
         ...
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Some rows, dense."""
+        """Return the given rows, dense."""
         ...
 
     def double(self) -> Block:
-        """The same numbers in float64."""
+        """Return the block in float64."""
         ...
 
 
 def block_of(rows_BP: Any) -> Block:
-    """The block of a dense tensor or array, or of a SciPy sparse matrix.
+    """Return the block of a dense tensor or array, or of a SciPy sparse matrix.
 
     Raises:
-        InvalidProblemError: the numbers are not floating-point, not finite, or not non-negative.
+        InvalidProblemError: if the numbers are not floating-point numbers, or one is negative.
     """
     return SparseBlock(rows_BP) if scipy.sparse.issparse(rows_BP) else DenseBlock(torch.as_tensor(rows_BP))
 
 
 class DenseBlock:
-    """Not copied."""
+    """A dense block, which is not copied."""
 
     def __init__(self, rows_BP: Tensor) -> None:
         if not rows_BP.is_floating_point():
@@ -79,9 +79,12 @@ class DenseBlock:
 
 
 class SparseBlock:
-    """Stored by columns: of the two factors of a product the small one, of the examples, then stays in the cache, and
-    the large one, of the columns, is read once from one end to the other. With rows it is read in leaps, which takes
-    five times as long."""
+    """A sparse block, stored by columns.
+
+    The small factor of each product, which is indexed by examples, then stays in the cache, and the large factor, which
+    is indexed by columns, is read sequentially. Storage by rows reads the large factor in random order, which takes
+    five times as long.
+    """
 
     device = torch.device("cpu")
 
@@ -112,12 +115,15 @@ class SparseBlock:
 def entries_by_column(
     values_Nk: np.ndarray, indices_Nk: np.ndarray, columns_P: np.ndarray
 ) -> tuple[scipy.sparse.csr_array, Tensor]:
-    """Largest entries of each example as a sparse matrix (N, P), and Σ of squares of those that are in no column (N,).
+    """Build a sparse matrix from the largest entries of each example.
 
     Args:
-        values_Nk: zero where an example has fewer entries.
-        indices_Nk: which entries they are.
-        columns_P: which entry each column of the matrix is, ascending.
+        values_Nk: the entries; zero where an example has fewer entries.
+        indices_Nk: the indices of the entries in the diagonal.
+        columns_P: the index in the diagonal of each column of the matrix, ascending.
+
+    Returns:
+        The matrix (N, P), and the sum of squares (N,) of the entries that are in no column.
     """
     places_Nk = np.searchsorted(columns_P, indices_Nk)
     inside_Nk = np.append(columns_P, -1)[places_Nk] == indices_Nk
@@ -130,6 +136,6 @@ def entries_by_column(
 
 
 def _refuse_negative(values: Tensor) -> None:
-    # Every comparison with NaN is false, and so it passes here; it is found by the sums of squares.
+    # NaN passes this check, because every comparison with NaN is false. The sums of squares detect NaN.
     if values.numel() and bool((values < 0).any()):
         raise InvalidProblemError("diagonal Fishers must not have negative entries")

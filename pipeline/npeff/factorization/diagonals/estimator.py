@@ -26,8 +26,8 @@ class DiagonalNPEFF(Factorizer):
     """Non-negative factorization of diagonal per-example Fishers (D-NPEFF; Matena & Raffel, arXiv 2310.04649).
 
     Minimises ‖X − W H‖²_F over W ≥ 0 and H ≥ 0 with unit rows, where the rows of X are the diagonals f_i/‖f_i‖₂. The
-    input is the matrix of diagonals f_i ≥ 0 of shape (N, P), dense or sparse, in float32 or float64. The passes over the
-    data use the same precision.
+    input is the matrix of diagonals f_i ≥ 0 of shape (N, P), dense or sparse, in float32 or float64. The passes over
+    the data use the same precision.
 
     Args:
         n_components: K, at most N.

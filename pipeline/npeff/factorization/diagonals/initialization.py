@@ -1,16 +1,17 @@
-"""Where D-NPEFF starts: several seeded starts on a small dense part of the data, the best kept.
+"""Starting components of D-NPEFF: the best of several seeded starts on a small dense part of the data.
 
-The part is a subsample's heaviest columns: the entries or groups with the largest sums of squares. One start there is
-NNDSVD (Boutsidis & Gallopoulos, Pattern Recognition 41, 2008), another the same with its zeros filled in, the others
-are means of a few examples. All but the first are positive, and smoothed by some multiplicative updates (Lee & Seung,
-NIPS 2000), whose many small steps mostly lead to better minima than HALS finds from the same starts. Then each is
-polished by iterations of the solver; the one of least loss goes on.
+The part contains the heaviest columns of a subsample: the entries or groups with the largest sums of squares. The first
+start is NNDSVD (Boutsidis & Gallopoulos, Pattern Recognition 41, 2008), the second is NNDSVD with its zeros filled in,
+and the others are means of a few examples. All but the first are positive. They are smoothed by some multiplicative
+updates (Lee & Seung, NIPS 2000), whose many small steps mostly lead to better minima than HALS from the same starts.
+All starts are then refined by iterations of the solver, and the one with the smallest loss is selected.
 
-Of NNDSVD only H is needed, as the coefficients follow from the components. For the same reason the columns outside of
-the part may begin at zero: the first pass over all columns finds coefficients by the others, and then fills them in.
-What was found on the part has a rival, NNDSVD of all columns: both are polished on these, and the better one is it.
+Only H of NNDSVD is needed, because the coefficients follow from the components. For the same reason, the columns
+outside of the part can be zero at first: the first pass over all columns computes coefficients from the other columns,
+and the step then fills in these columns. The result on the part is compared with NNDSVD of all columns: both are
+refined on all columns, and the better one is returned.
 
-A single start is not tried out, for who is in a hurry: it is NNDSVD, smoothed where the part is everything.
+`n_starts: 1` skips the trial runs to save time. The single start is NNDSVD, smoothed if the part contains all columns.
 
 Shapes: M subsampled examples, C columns of the part, P entries or groups, K components.
 """
@@ -41,25 +42,28 @@ _POWER_ITERATIONS = 7
 _EXAMPLES_OF_A_MEAN = 5
 _SMOOTHING_ITERATIONS = 10
 _MOST_SMOOTHING = 60
-"""Where the part is everything: the problem is small then, and no passes over other columns follow."""
+"""Smoothing iterations if the part contains all columns: the problem is small, and no other passes follow."""
 _TRIAL_ITERATIONS = 10
 _MOST_ITERATIONS = 150
 _LAST_ITERATIONS = 40
-"""Of each rival on all columns. NNDSVD begins far above and is mostly below by then."""
+"""Iterations of both results on all columns. NNDSVD starts with a much larger loss and mostly ends with the smaller."""
 _TOLERANCE = 1e-5
 
 
 def initialize_diagonal(fishers_MP: Any, n_components: int, seed: int, n_starts: int = 4) -> Tensor:
-    """Starting components (K, P), non-negative unit rows in the data's precision; the same for the same arguments.
+    """Compute starting components. The result is deterministic.
 
     Args:
-        fishers_MP: of the subsample, dense or a SciPy sparse matrix.
+        fishers_MP: diagonals of the subsample, dense or a SciPy sparse matrix.
         n_components: K, at most M.
-        seed: of the starts.
-        n_starts: how many positive ones are tried, beside NNDSVD; a single one is taken untried.
+        seed: seed of the starts.
+        n_starts: number of positive starts, which are compared with each other and with NNDSVD; 1 skips the trial runs.
+
+    Returns:
+        Non-negative unit rows (K, P), in the precision of the data.
 
     Raises:
-        InvalidProblemError: if the diagonals are not finite and non-negative, all zero, or fewer than components.
+        InvalidProblemError: if the diagonals are not finite and non-negative, are all zero, or are fewer than K.
     """
     validate_size(fishers_MP.shape[0], 1, n_components)
     part_MC, columns_C = _heaviest_columns(fishers_MP)
@@ -90,7 +94,7 @@ def initialize_diagonal(fishers_MP: Any, n_components: int, seed: int, n_starts:
 
 
 def _heaviest_columns(fishers_MP: Any) -> tuple[Tensor, Tensor]:
-    """The part as a dense matrix (M, C), and which columns it has (C,), ascending."""
+    """Return the part as a dense matrix (M, C), and the indices of its columns (C,), ascending."""
     sparse = scipy.sparse.issparse(fishers_MP)
     if sparse:
         squares_P = torch.from_numpy(np.asarray(fishers_MP.multiply(fishers_MP).sum(axis=0)).ravel())
@@ -119,9 +123,10 @@ def _advanced(shard: DiagonalShard, state: DiagonalState, options: SolverOptions
 
 
 def _nndsvd(fishers_MP: Any, n_components: int, generator: torch.Generator) -> Tensor:
-    """Of each leading singular pair (u, v) the sign whose positive parts are larger, ‖u₊‖‖v₊‖ or ‖u₋‖‖v₋‖: its v.
+    """Return the components of NNDSVD as unit rows (K, P).
 
-    Unit rows. Components beyond the rank are means of examples.
+    For each leading singular pair (u, v), the component is v₊ or v₋, whichever of ‖u₊‖‖v₊‖ and ‖u₋‖‖v₋‖ is larger.
+    Components beyond the rank are means of examples.
     """
     n_leading = min(n_components, *fishers_MP.shape)
     n_probes = min(n_leading + _EXTRA_DIMENSIONS, *fishers_MP.shape)
@@ -148,14 +153,14 @@ def _times(fishers_MP: Any, factor_PQ: Tensor) -> Tensor:
 
 
 def _means_of_examples(part_MC: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """Unit rows, each the mean of a few random examples, with the mean over all rows in place of zeros."""
+    """Return unit rows, each the mean of a few random examples, with zeros replaced by the mean over all rows."""
     drawn = torch.randint(len(part_MC), (n, _EXAMPLES_OF_A_MEAN), generator=generator).to(part_MC.device)
     start_KC = torch.nn.functional.normalize(part_MC[drawn].mean(dim=1), dim=1)
     return torch.where(start_KC > 0, start_KC, start_KC.mean()) if n else start_KC
 
 
 def _smoothed(part_MC: Tensor, start_KC: Tensor, iterations: int) -> Tensor:
-    """The components after multiplicative updates of both factors, from coefficients X Hᵀ of the best common scale."""
+    """Return the components after multiplicative updates of W and H, from W = X Hᵀ with the best common scale."""
     h_KC, w_MK = start_KC, part_MC @ start_KC.T
     w_MK = w_MK * (w_MK.square().sum() / torch.sum((w_MK.T @ w_MK) * (h_KC @ h_KC.T)))
     tiny = torch.finfo(part_MC.dtype).tiny

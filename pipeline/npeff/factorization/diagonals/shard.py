@@ -1,13 +1,13 @@
-"""Diagonal Fishers of some examples with their coefficients, and the passes over them: the data's half of D-NPEFF.
+"""A shard of diagonal Fishers with their coefficients, and the passes of D-NPEFF over it.
 
 With the diagonals as rows of X ≥ 0, D-NPEFF (Matena & Raffel, arXiv 2310.04649) is non-negative matrix factorization,
 
     f(W, H) = ‖X − W H‖²_F = ‖X‖² − 2⟨WᵀX, H⟩ + ⟨WᵀW, H Hᵀ⟩,  W, H ≥ 0.
 
-Whatever H is, WᵀX, WᵀW and ‖X‖² say how good it is with these W, and which H is best: `DiagonalStatistics` is all that
-a step needs to know about the data, and the sum over workers is the statistics of the whole data set.
+For fixed W, the loss of any H, and so the optimal H, depends on the data only through WᵀX, WᵀW and ‖X‖². These sums are
+the `DiagonalStatistics`, and their sum over the workers is the statistics of the data set.
 
-Products are in the precision of the data; sums over blocks, and so the objective, are float64.
+Products have the precision of the data. Sums over blocks, and so the objective, are float64.
 
 Shapes: N examples of this shard, B of a block, P entries or groups of a diagonal, K components, M candidates.
 """
@@ -27,10 +27,10 @@ from npeff.factorization.objective import N_CANDIDATES, Candidates
 from npeff.factorization.problem import InvalidProblemError
 
 _BLOCK_EXAMPLES = 4096
-"""Enough for the products to run at full speed; the coefficients of a block should not leave the cache."""
+"""Examples per block: enough for products at full speed. The coefficients of a block should fit in the cache."""
 
 SLAB_COLUMNS = 8192
-"""Columns of the components that are worked on at a time, so that they do not leave the cache."""
+"""Number of columns of the components that are processed at a time, so that they fit in the cache."""
 
 _DEAD_ENERGY = 1e-12
 """A component is dead when ‖w_j‖² ‖h_j‖² is below this fraction of the largest."""
@@ -41,22 +41,22 @@ class DiagonalStatistics:
     """Sums over examples at given coefficients, in float64."""
 
     wx_KP: Tensor
-    """WᵀX."""
+    """WᵀX (K, P)."""
     ww_KK: Tensor
-    """WᵀW."""
+    """WᵀW (K, K)."""
     fisher_square_sum: float
     """‖X‖²_F."""
     n_examples: int
 
     @classmethod
     def zeros(cls, n_components: int, dim: int, *, device: torch.device | None = None) -> DiagonalStatistics:
-        """Statistics of no examples."""
+        """Return the statistics of zero examples."""
         wx_KP = torch.zeros(n_components, dim, dtype=torch.float64, device=device)
         ww_KK = torch.zeros(n_components, n_components, dtype=torch.float64, device=device)
         return cls(wx_KP, ww_KK, 0.0, 0)
 
     def merge(self, other: DiagonalStatistics) -> DiagonalStatistics:
-        """Add the statistics of other examples, in place; returns self."""
+        """Add the statistics of other examples, in place, and return self."""
         assert self.wx_KP.shape == other.wx_KP.shape, (self.wx_KP.shape, other.wx_KP.shape)
         self.wx_KP += other.wx_KP
         self.ww_KK += other.ww_KK
@@ -65,19 +65,19 @@ class DiagonalStatistics:
         return self
 
     def pack(self) -> Tensor:
-        """One float64 vector of K·P + K² + 2 numbers; the sum of two packs is the pack of the merge."""
+        """Return one float64 vector of K·P + K² + 2 numbers. The sum of two such vectors is the vector of the merge."""
         scalars = [self.fisher_square_sum, float(self.n_examples)]
         return torch.cat([self.wx_KP.flatten(), self.ww_KK.flatten(), self.wx_KP.new_tensor(scalars)])
 
     @classmethod
     def unpack(cls, packed: Tensor, n_components: int, dim: int) -> DiagonalStatistics:
-        """The inverse of `pack`; the tensors are views of `packed`."""
+        """Invert `pack`. The tensors are views of `packed`."""
         wx, ww, scalars = packed.split([n_components * dim, n_components**2, 2])
         fisher_square_sum, n_examples = scalars.tolist()
         return cls(wx.view(n_components, dim), ww.view(n_components, -1), fisher_square_sum, round(n_examples))
 
     def loss(self, components_KP: Tensor) -> float:
-        """f at these components, whichever they are, and the coefficients that the statistics are of."""
+        """Return f at any components and the coefficients of the statistics."""
         h_KP = components_KP.double()
         return (
             self.fisher_square_sum
@@ -86,26 +86,26 @@ class DiagonalStatistics:
         )
 
     def energy_K(self, components_KP: Tensor) -> Tensor:
-        """‖w_j‖² ‖h_j‖² of each component: what Σ_i W_ij² is where the components are unit vectors."""
+        """Return ‖w_j‖² ‖h_j‖² of each component (K,), which is Σ_i W_ij² for unit components."""
         return self.ww_KK.diagonal() * components_KP.double().square().sum(dim=1)
 
     def dead_K(self, components_KP: Tensor) -> Tensor:
-        """Which components no example uses."""
+        """Return the mask (K,) of the components that no example uses."""
         energy_K = self.energy_K(components_KP)
         return energy_K <= _DEAD_ENERGY * energy_K.max()
 
 
 class DiagonalShard:
-    """Normalised diagonal Fishers X (N, P), their warm-start coefficients W (N, K) and, after a pass, the misfits.
+    """Normalized diagonal Fishers X (N, P), their warm-start coefficients W (N, K) and, after a pass, the misfits.
 
     Args:
         fishers_NP: f_i/‖f_i‖₂, non-negative, float32 or float64: a dense tensor or array, which is not copied, or a
             SciPy sparse matrix, whose products are computed on the CPU.
-        coefficients_NK: where the first pass starts from; zeros by default.
-        outside_N: squares of entries that are in no column, which no component explains; none by default.
+        coefficients_NK: initial coefficients of the first pass; zeros by default.
+        outside_N: sum of squares of the entries that are in no column, which no component explains; zeros by default.
 
     Raises:
-        InvalidProblemError: it is not a finite, non-negative matrix of floating-point numbers.
+        InvalidProblemError: if the diagonals are not a finite, non-negative matrix of floating-point numbers.
     """
 
     def __init__(
@@ -121,24 +121,24 @@ class DiagonalShard:
         self._blocks = [(place, block_of(fishers_NP[place])) for place in _slices(self.n_examples)]
         self.dtype, self.device = empty.dtype, empty.device
         self.squares_N = torch.cat([block.squares_B() for block in (empty, *(block for _, block in self._blocks))])
-        """‖x_i‖², those outside of the columns included, float64."""
+        """‖x_i‖², including the entries outside of the columns, float64."""
         if outside_N is not None:
             self.squares_N += outside_N
         if not bool(torch.isfinite(self.squares_N).all()):
             first = int((~torch.isfinite(self.squares_N)).nonzero()[0, 0])
-            raise InvalidProblemError(f"the diagonal Fisher of example {first} is not finite: leave such examples out")
+            raise InvalidProblemError(f"the diagonal Fisher of example {first} is not finite: remove invalid examples")
         self.misfits_N = self.squares_N.clone()
-        """‖x_i − Σ_j W_ij h_j‖² at the last pass, float64."""
+        """‖x_i − Σ_j W_ij h_j‖² of the last pass, float64."""
         self.coefficients_NK = torch.zeros(self.n_examples, 0, dtype=self.dtype, device=self.device)
-        """W, in the data's precision; without columns until the first pass says how many components there are."""
+        """W, in the precision of the data; it has no columns before the first pass."""
         self._trial_NK = self.coefficients_NK
         if coefficients_NK is not None:
             self.coefficients_NK = torch.as_tensor(coefficients_NK).to(self.coefficients_NK, copy=True)
 
     def accumulate(self, components_KP: Tensor, *, sweeps: int = 4) -> DiagonalStatistics:
-        """The statistics at coefficients that `sweeps` sweeps of HALS make of the present ones at these components.
+        """Compute trial coefficients by `sweeps` sweeps of HALS at the given components, and return their statistics.
 
-        `settle` says whether they take their place.
+        The sweeps start from the current coefficients, which `settle` then replaces by the trial or keeps.
         """
         h_KP = components_KP.to(dtype=self.dtype, device=self.device)
         gram_KK = _gram(h_KP)
@@ -154,19 +154,19 @@ class DiagonalShard:
         return statistics
 
     def settle(self, accepted: bool) -> None:
-        """Keep the coefficients of the last pass, or go on from those before it."""
+        """Replace the coefficients by those of the last pass if it is accepted."""
         if accepted:
             self.coefficients_NK = self._trial_NK
 
     def rescale(self, factors_K: Tensor) -> None:
-        """Multiply the coefficients as the components are divided by these factors."""
+        """Multiply the coefficients of each component by the factor by which the component was divided."""
         self.coefficients_NK = self._coefficients(len(factors_K)) * factors_K.to(self.coefficients_NK)
 
     def finish(self, components_KP: Tensor) -> DiagonalStatistics:
-        """Set the coefficients to their optimum at these components; the statistics at the result.
+        """Set the coefficients to their optimum at the given components and return the statistics.
 
-        Everything is float64 here, except that the coefficients are rounded to the data's precision before the
-        statistics are taken: the loss is that of the coefficients which are kept, to rounding in float64.
+        All computations are in float64. The coefficients are rounded to the precision of the data before the statistics
+        are computed, so the loss is that of the stored coefficients, up to rounding in float64.
         """
         h_KP = components_KP.to(dtype=torch.float64, device=self.device)
         gram_KK = _gram(h_KP)
@@ -181,8 +181,14 @@ class DiagonalShard:
         return statistics
 
     def candidates(self, components_KP: Tensor) -> Candidates:
-        """What the worst-fitted examples of the last pass, made at these components, offer in place of dead ones: what
-        of them is missing in the fit, max(0, x_i − Σ_j W_ij h_j), as unit vectors."""
+        """Return replacements for dead components, computed from the worst-fitted examples of the last pass.
+
+        The replacement from an example is the positive part of its residual, max(0, x_i − Σ_j W_ij h_j), as a unit
+        vector.
+
+        Args:
+            components_KP: the components of the last pass.
+        """
         misfits, worst = self.misfits_N.sort(descending=True, stable=True)
         n = min(N_CANDIDATES, self.n_examples)
         missing_MP = self.rows(worst[:n]) - self._trial_NK[worst[:n]].double() @ components_KP.double()
@@ -192,7 +198,7 @@ class DiagonalShard:
         return candidates
 
     def rows(self, indices: Tensor) -> Tensor:
-        """These examples' diagonals, dense, float64, in the order asked for."""
+        """Return the diagonals of the given examples, dense, float64, in the given order."""
         chosen_MP = torch.zeros(len(indices), self.dim, dtype=torch.float64, device=self.device)
         for place, block in self._blocks:
             inside_M = (indices >= place.start) & (indices < place.stop)
@@ -230,7 +236,7 @@ def _slices(n_examples: int) -> list[slice]:
 
 
 def _gram(h_KP: Tensor) -> Tensor:
-    """H Hᵀ in float64, for which only some columns are converted at a time."""
+    """Return H Hᵀ in float64, converting only some columns at a time."""
     gram_KK = torch.zeros(len(h_KP), len(h_KP), dtype=torch.float64, device=h_KP.device)
     for slab_KS in h_KP.split(SLAB_COLUMNS, dim=1):
         slab_KS = slab_KS.double()

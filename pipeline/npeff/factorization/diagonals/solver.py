@@ -1,4 +1,4 @@
-"""D-NPEFF's iteration: coefficients by HALS where the examples are, components by HALS from their sums, extrapolated.
+"""The iteration of D-NPEFF: HALS for the coefficients and the components, with extrapolation of the components.
 
     state = initial_diagonal_state(components, options)
     while not diagonal_stopping_reason(state, options):
@@ -6,15 +6,16 @@
         state, record = advance_diagonal(state, statistics, options, candidates if a component is dead)
         shard.settle(record.accepted) for every shard
 
-A pass improves W at the trial components Ĥ and gives WᵀX and WᵀW; from these the components H improve by sweeps that do
-not touch the data, and the loss of (W, H) is known exactly. The next trial is H moved on by β times its last change,
+A pass improves W at the trial components Ĥ and computes WᵀX and WᵀW. From these sums, sweeps without access to the data
+improve the components H, and the loss of (W, H) is computed exactly. The next trial extrapolates the last change of H,
 
-    Ĥ ← max(0, H + β (H − H_before)),
+    Ĥ ← max(0, H + β (H − H_before)).
 
-with β adapted as in the extrapolated HALS of Ang & Gillis (Neural Computation 31, 2019, algorithm 3): while the loss
-falls β grows; where it rises the step is rejected, W and H go back to the best ones, β shrinks, and the next pass is
-plain. W is not extrapolated, unlike theirs: no better in experiments, and the state of an example is then its
-coefficients alone. Several sweeps a pass are due to Gillis & Glineur (Neural Computation 24, 2012).
+The extrapolation parameter β is adapted as in the extrapolated HALS of Ang & Gillis (Neural Computation 31, 2019,
+algorithm 3). While the loss decreases, β grows. If the loss increases, the step is rejected, W and H are reset to the
+best ones, β shrinks, and the next trial is not extrapolated. Unlike in the paper, W is not extrapolated: it gave no
+improvement in experiments, and the state of an example then consists only of its coefficients. The use of several
+sweeps per pass follows Gillis & Glineur (Neural Computation 24, 2012).
 
 Shapes: N examples, P entries or groups, K components, S columns of a slab.
 """
@@ -39,43 +40,42 @@ from npeff.factorization.solver import Factorization, IterationRecord
 from npeff.options.solver import SolverOptions
 
 _SWEEPS = 4
-"""Of the components, in a pass. They cost K/N of its products."""
+"""Sweeps of the components per pass. Their cost is K/N of that of the products of the pass."""
 
-_FIRST_WEIGHT = 0.9
-_WEIGHT_GROWTH, _LIMIT_GROWTH, _WEIGHT_SHRINKING = 1.1, 1.05, 1.5
+_FIRST_EXTRAPOLATION = 0.9
+_EXTRAPOLATION_GROWTH, _LIMIT_GROWTH, _EXTRAPOLATION_SHRINKING = 1.1, 1.05, 1.5
 """γ, γ̄ and η of Ang & Gillis."""
 
 _PATIENCE = 3
-"""Steps in a row that must each change the loss by less than the tolerance."""
+"""Number of steps in a row that must change the loss by less than the tolerance."""
 
 _UNEXPLAINED_FLOOR = 1e-6
-"""Losses below this fraction of ‖X‖² count as this much when changes are compared with the tolerance."""
+"""Lower bound of the loss, as a fraction of ‖X‖², in the relative change of the convergence test."""
 
 
 @dataclass(frozen=True)
 class DiagonalState:
-    """All that the next step depends on, besides the examples and their coefficients. Tensors are of the precision of
-    the data."""
+    """State of the solver, without the examples and their coefficients. Tensors have the precision of the data."""
 
     components_KP: Tensor
-    """The trial Ĥ to be evaluated next; rows of any length."""
+    """The next trial Ĥ (K, P), with rows of any length."""
     best_components_KP: Tensor
-    """H of the best accepted step."""
+    """H (K, P) of the best accepted step."""
     best_loss: float
     weight: float
-    """β."""
+    """Extrapolation parameter β."""
     weight_limit: float
-    """What β grows up to."""
+    """Upper bound of β."""
     plain: bool
-    """Whether the trial is the best H itself, not extrapolated."""
+    """Whether the trial is not extrapolated, so that it is the best H."""
     iteration: int
-    """Passes made."""
+    """Number of completed passes."""
     n_accepted: int
     n_small_steps: int
-    """Latest steps in a row that changed the loss by less than the tolerance."""
+    """Number of last steps in a row that changed the loss by less than the tolerance."""
 
     def to(self, device: torch.device) -> DiagonalState:
-        """The same state with its tensors on a device."""
+        """Return the state with its tensors on a device."""
         return dataclasses.replace(
             self,
             components_KP=self.components_KP.to(device),
@@ -83,7 +83,7 @@ class DiagonalState:
         )
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Named arrays, scalars as 0-d; `from_arrays` restores the state exactly."""
+        """Return named arrays, with scalars as 0-d arrays. `from_arrays` restores the state exactly."""
         tensors = {"components": self.components_KP, "best_components": self.best_components_KP}
         return {name: tensor.cpu().numpy().copy() for name, tensor in tensors.items()} | {
             name: np.asarray(getattr(self, name), dtype=kind) for name, kind in _SCALAR_FIELDS.items()
@@ -91,7 +91,7 @@ class DiagonalState:
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> DiagonalState:
-        """The inverse of `to_arrays`."""
+        """Invert `to_arrays`."""
         return cls(
             components_KP=torch.from_numpy(arrays["components"].copy()),
             best_components_KP=torch.from_numpy(arrays["best_components"].copy()),
@@ -111,10 +111,10 @@ _SCALAR_FIELDS: dict[str, type[np.generic]] = {
 
 
 def initial_diagonal_state(components_KP: Tensor, options: SolverOptions) -> DiagonalState:
-    """The state before the first pass, which finds coefficients of these components, and better components.
+    """Return the state before the first pass, whose trial is the given components.
 
     Raises:
-        InvalidProblemError: if there are not n_components of them, or they are not finite and non-negative.
+        InvalidProblemError: if there are not n_components rows, or they are not finite and non-negative.
     """
     if components_KP.ndim != 2 or len(components_KP) != options.n_components:
         raise InvalidProblemError(
@@ -126,7 +126,7 @@ def initial_diagonal_state(components_KP: Tensor, options: SolverOptions) -> Dia
         components_KP=components_KP,
         best_components_KP=components_KP,
         best_loss=math.inf,
-        weight=_FIRST_WEIGHT,
+        weight=_FIRST_EXTRAPOLATION,
         weight_limit=1.0,
         plain=True,
         iteration=0,
@@ -138,17 +138,20 @@ def initial_diagonal_state(components_KP: Tensor, options: SolverOptions) -> Dia
 def advance_diagonal(
     state: DiagonalState, statistics: DiagonalStatistics, options: SolverOptions, candidates: Candidates | None = None
 ) -> tuple[DiagonalState, IterationRecord]:
-    """Improve the components, judge them, and propose the next trial.
+    """Improve the components, accept or reject them, and compute the next trial.
 
     Args:
-        state: at whose `components_KP` the coefficients were improved.
-        statistics: of all examples with these coefficients.
-        options: of the run.
-        candidates: from all examples, at the same components. They take the place of dead components in the next
-            trial, which is kept, like any other, only if its loss is no higher.
+        state: state with the trial `components_KP`, at which the coefficients were improved.
+        statistics: statistics of all examples with these coefficients.
+        options: options of the solver.
+        candidates: replacements from all examples at the trial. They replace dead components in the next trial, which
+            is accepted only if its loss is not larger, like every trial.
+
+    Returns:
+        The next state and the record of the step.
 
     Raises:
-        InvalidProblemError: if every diagonal is zero, or the very first loss is not finite.
+        InvalidProblemError: if every diagonal is zero, or the first loss is not finite.
     """
     total = statistics.fisher_square_sum
     if not total > 0.0:
@@ -156,7 +159,7 @@ def advance_diagonal(
     dead_K = statistics.dead_K(state.components_KP)
     improved_KP, loss = _improved(state.components_KP, statistics)
     if state.n_accepted == 0 and not math.isfinite(loss):
-        raise InvalidProblemError(f"the loss at the starting components is {loss}: the Fishers are out of range")
+        raise InvalidProblemError(f"the Fishers are out of range, as the loss at the start is {loss}: rescale them")
     accepted = loss <= state.best_loss
     record = IterationRecord(
         iteration=state.iteration + 1,
@@ -174,7 +177,7 @@ def advance_diagonal(
         return dataclasses.replace(
             judged,
             components_KP=state.best_components_KP,
-            weight=state.weight if state.plain else state.weight / _WEIGHT_SHRINKING,
+            weight=state.weight if state.plain else state.weight / _EXTRAPOLATION_SHRINKING,
             weight_limit=state.weight_limit if state.plain else state.weight,
             plain=True,
         ), record
@@ -188,7 +191,7 @@ def advance_diagonal(
         components_KP=trial_KP,
         best_components_KP=improved_KP,
         best_loss=loss,
-        weight=min(state.weight_limit, _WEIGHT_GROWTH * state.weight),
+        weight=min(state.weight_limit, _EXTRAPOLATION_GROWTH * state.weight),
         weight_limit=min(1.0, _LIMIT_GROWTH * state.weight_limit),
         plain=state.n_accepted == 0,
         n_accepted=state.n_accepted + 1,
@@ -196,7 +199,10 @@ def advance_diagonal(
 
 
 def diagonal_stopping_reason(state: DiagonalState, options: SolverOptions) -> str | None:
-    """Why no further pass is to be made, or None. It depends on nothing else: a longer limit continues a run."""
+    """Return the reason to stop, or None to continue.
+
+    The result depends only on the arguments, so a run continues if `max_iterations` is increased.
+    """
     if state.n_small_steps >= _PATIENCE:
         return "converged"
     if state.iteration >= options.max_iterations:
@@ -205,15 +211,17 @@ def diagonal_stopping_reason(state: DiagonalState, options: SolverOptions) -> st
 
 
 def solve_diagonal(shards: Sequence[DiagonalShard], start_KP: Tensor, options: SolverOptions) -> Factorization:
-    """Factorize the examples of all shards in this process, from the given components.
+    """Factorize the examples of all shards in this process, starting from the given components.
 
     Args:
-        shards: in the order of the result's coefficients; their coefficients are where the first pass starts from.
-        start_KP: from `initialize_diagonal`, or from another factorization; in the precision of the data.
-        options: of the run.
+        shards: the examples, in the order of the coefficients of the result. The first pass starts from the
+            coefficients of the shards.
+        start_KP: starting components, from `initialize_diagonal` or another factorization, in the precision of the
+            data.
+        options: options of the solver.
 
     Raises:
-        InvalidProblemError: no examples, more components than examples, or nothing but zeros.
+        InvalidProblemError: if there are no examples, more components than examples, or only zero diagonals.
     """
     validate_size(sum(shard.n_examples for shard in shards), 1, options.n_components)
     state = initial_diagonal_state(start_KP, options)
@@ -240,7 +248,7 @@ def solve_diagonal(shards: Sequence[DiagonalShard], start_KP: Tensor, options: S
 def step_diagonal(
     shards: Sequence[DiagonalShard], state: DiagonalState, options: SolverOptions
 ) -> tuple[DiagonalState, IterationRecord]:
-    """One pass and one step, all in this process."""
+    """Run one pass and one step in this process."""
     statistics = DiagonalStatistics.zeros(*state.components_KP.shape, device=state.components_KP.device)
     for shard in shards:
         statistics.merge(shard.accumulate(state.components_KP))
@@ -254,14 +262,14 @@ def step_diagonal(
 
 
 def unit_components(state: DiagonalState) -> tuple[Tensor, Tensor]:
-    """The best components as unit rows, float64, and the lengths they had; one that is zero stays zero."""
+    """Return the best components as unit rows (K, P), float64, and their lengths (K,). A zero component stays zero."""
     h_KP = state.best_components_KP.double()
     norms_K = torch.linalg.norm(h_KP, dim=1)
     return h_KP / torch.where(norms_K > 0, norms_K, 1.0)[:, None], norms_K
 
 
 def finish_diagonal(shards: Sequence[DiagonalShard], state: DiagonalState) -> tuple[Tensor, DiagonalStatistics]:
-    """The best components as unit rows; the coefficients of all shards become the optimal ones for them."""
+    """Return the best components as unit rows, and set the coefficients of all shards to their optimum."""
     components_KP, norms_K = unit_components(state)
     statistics = DiagonalStatistics.zeros(*components_KP.shape, device=components_KP.device)
     for shard in shards:
@@ -271,9 +279,9 @@ def finish_diagonal(shards: Sequence[DiagonalShard], state: DiagonalState) -> tu
 
 
 def _improved(components_KP: Tensor, statistics: DiagonalStatistics) -> tuple[Tensor, float]:
-    """The components after some sweeps of HALS at fixed coefficients, and the loss there, accumulated in float64.
+    """Return the components after some sweeps of HALS at fixed coefficients, and their loss, accumulated in float64.
 
-    Columns do not depend on each other, so that slabs of them are worked on one by one, in the cache.
+    The columns are independent. They are computed in slabs that fit in the cache.
     """
     improved_KP = torch.empty_like(components_KP)
     ww_low_KK = statistics.ww_KK.to(components_KP)
@@ -292,9 +300,10 @@ def _improved(components_KP: Tensor, statistics: DiagonalStatistics) -> tuple[Te
 
 
 def _small_steps(state: DiagonalState, loss: float, total: float, tolerance: float) -> int:
-    """How many of the latest steps in a row, this one included, say that the end is near.
+    """Return the number of last steps in a row, including this one, that indicate convergence.
 
-    A plain step cannot raise the loss but by rounding: one that is rejected says so, whatever the tolerance.
+    A step without extrapolation increases the loss only by rounding. If such a step is rejected, the solver has
+    converged, independent of the tolerance.
     """
     scale = max(abs(loss), _UNEXPLAINED_FLOOR * total)
     rejected = not loss <= state.best_loss
@@ -304,7 +313,7 @@ def _small_steps(state: DiagonalState, loss: float, total: float, tolerance: flo
 
 
 def _reseeded(components_KP: Tensor, dead_K: Tensor, candidates: Candidates) -> Tensor:
-    """With the candidates in the rows of dead components, worst-fitted example first."""
+    """Return the components with the candidates in the rows of dead components, worst-fitted example first."""
     offered_MP = candidates.directions_MD[candidates.residuals_M > 0]
     rows = dead_K.nonzero()[: len(offered_MP), 0]
     components_KP = components_KP.clone()
