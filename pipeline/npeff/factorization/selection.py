@@ -248,7 +248,7 @@ def _reason(rows: Sequence[Evidence], best: int, saturated: int, sharp: bool) ->
             "this one has the best balance of components that come back"
         )
     return (
-        f"{found}; each added component explains less than {_IMMATERIAL:.0%} of their mean, but the explained variance "
-        f"still increases ({above.explained_held_out:.3f} with {above.n_components}): no number is clearly right, and "
+        f"{found}; each added component explains less than {_IMMATERIAL:.0%} of the mean of these, but the explained "
+        f"variance still increases ({above.explained_held_out:.3f} with {above.n_components}): no number is clearly right, and "
         "this one is a compromise"
     )

@@ -107,7 +107,7 @@ components: `mass` Σ_i W_ij and `energy` Σ_i W_ij² over the fit examples; `ne
     the mean |cos| with the matching components of fits to two halves of the examples, null if not computed.
 top_examples: `rank` from 0, per component and split.
 coefficients: the non-zero W_ij, ordered by component, then in descending order.
-history: one row per iteration of the solver. `mu` is the damping or, for diagonals, the weight of the extrapolation;
+history: one row per iteration of the solver. `mu` is the damping or, for diagonals, the extrapolation parameter;
     `objective` is the loss with the penalties; `sent_bytes` is the number of bytes that each worker sends to all other
     workers together in the iteration.
 selection: one row per number of components tried. `explained_held_out` is measured on held-out examples, or for each
