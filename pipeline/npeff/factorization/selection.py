@@ -249,6 +249,6 @@ def _reason(rows: Sequence[Evidence], best: int, saturated: int, sharp: bool) ->
         )
     return (
         f"{found}; each added component explains less than {_IMMATERIAL:.0%} of the mean of these, but the explained "
-        f"variance still increases ({above.explained_held_out:.3f} with {above.n_components}): no number is clearly right, and "
-        "this one is a compromise"
+        f"variance still increases ({above.explained_held_out:.3f} with {above.n_components}): no number is clearly "
+        "right, and this one is a compromise"
     )

@@ -167,7 +167,7 @@ def test_extrapolation_pays() -> None:
     options = SolverOptions(n_components=K, max_iterations=60, tolerance=0.0)
     fast = solve_diagonal([DiagonalShard(x_NP)], start(), options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solver_module, "_FIRST_WEIGHT", 0.0)
+        patch.setattr(solver_module, "_FIRST_EXTRAPOLATION", 0.0)
         plain = solve_diagonal([DiagonalShard(x_NP)], start(), options)
     assert all(record.accepted for record in plain.history[:20])
     assert fast.loss < plain.loss
