@@ -17,11 +17,11 @@ run_dir: {run_dir}
 task: {{name: digits, options: {{epochs: 1, train_examples: 100}}}}
 fishers: {{shard_size: 8}}
 factorization: {{n_components: 2}}
-executor: {{kind: {kind}, workers: 1}}
+executor: {{kind: {kind}, workers: 1, cpus_per_worker: 2}}
 """
 
 
-@pytest.mark.parametrize(("asked", "kind"), [(signal.SIGTERM, "ray"), (signal.SIGINT, "serial")])
+@pytest.mark.parametrize(("asked", "kind"), [(signal.SIGTERM, "ray"), (signal.SIGINT, "auto")])
 def test_a_run_that_is_asked_to_stop_ends_with_one_line_and_keeps_what_is_finished(
     asked: signal.Signals, kind: str, tmp_path: Path
 ) -> None:
