@@ -12,6 +12,8 @@ from npeff.execution.ray.authentication import Authentication
 from npeff.execution.ray.private import PrivateRay
 from ray._raylet import AuthenticationMode, AuthenticationTokenLoader, get_authentication_mode
 
+pytestmark = pytest.mark.ray
+
 HERS = "0" * 64
 
 

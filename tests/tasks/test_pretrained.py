@@ -124,10 +124,10 @@ def test_a_language_model_takes_an_adapter(tmp_path: Path, data: str) -> None:
 
 
 def test_weights_that_were_never_trained_are_refused(encoder: Path, data: str, tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match=r"has no weights classifier\.bias, classifier\.weight: it was not trained for"):
+    with pytest.raises(TaskError, match=r"has no weights classifier\.bias, classifier\.weight: it is not trained for"):
         load(encoder, data)
     save_adapter(encoder, tmp_path / "adapter")  # without a classifier
-    with pytest.raises(TaskError, match=r"has no weights classifier\.bias, classifier\.weight: it was not trained for"):
+    with pytest.raises(TaskError, match=r"has no weights classifier\.bias, classifier\.weight: it is not trained for"):
         load(encoder, data, adapter=str(tmp_path / "adapter"), label_names=["a", "b", "c"])
 
 
