@@ -30,6 +30,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("mode", [None, "token", "disabled"])
 def test_it_has_a_token_of_its_own_whatever_others_say_meanwhile(
     home: Path, mode: str | None, monkeypatch: pytest.MonkeyPatch
