@@ -110,7 +110,9 @@ Start = Callable[[RunDirectory], ForkServerProcess]
 def start() -> Iterator[Start]:
     """Starts the stage on a run, in a process of its own."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["npeff.stages", "pytest"])
+    context.set_forkserver_preload(
+        ["npeff.stages.pipeline", "npeff.stages.fishers.stage", "npeff.tasks.digits", "pytest"]
+    )
     started: list[ForkServerProcess] = []
 
     def begin(target: Callable[..., object], *arguments: object) -> ForkServerProcess:
