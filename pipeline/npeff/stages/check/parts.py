@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,12 +35,12 @@ def complete_stages(run: RunDirectory) -> list[StageDefinition]:
 
 def parts_of(run: RunDirectory) -> list[Part]:
     """Return all parts of a run, in the order of the stages."""
-    parts, imported = list(_of_the_run(run)), imported_stages(run)
+    parts, imported, checksums = list(_of_the_run(run)), imported_stages(run), _table_checksums(run)
     for stage in STAGES:
         if stage.leaves is not None:
             continue
         within = [] if stage.parts is None else stage.resolve(stage.parts)(run)
-        of_stage = [*_stage_parts(run, stage), *within]
+        of_stage = [*_stage_parts(run, stage, checksums), *within]
         parts += map(_not_recomputable, of_stage) if stage in imported else of_stage
     return parts
 
@@ -84,7 +84,16 @@ def _verify_report(path: Path) -> None:
         raise StoreError(f"{path} is truncated", path=path)
 
 
-def _stage_parts(run: RunDirectory, stage: StageDefinition) -> Iterator[Part]:
+def _table_checksums(run: RunDirectory) -> dict[str, str]:
+    """Return the checksums of tables in the intact records of all stages: for each table that of the last stage.
+
+    If a decomposition was imported without its Fishers, this is not the stage that usually writes the table.
+    """
+    records = [intact_record(run, stage.name) or {} for stage in STAGES if stage.leaves is None]
+    return {table: checksum for record in records for table, checksum in record.get("tables", {}).items()}
+
+
+def _stage_parts(run: RunDirectory, stage: StageDefinition, checksums: Mapping[str, str]) -> Iterator[Part]:
     """Yield the record of a stage and the outputs that a complete stage must have written."""
     record = run.record_file(stage.name)
     if record.exists():
@@ -96,7 +105,7 @@ def _stage_parts(run: RunDirectory, stage: StageDefinition) -> Iterator[Part]:
         verified_later = later is not None and run.record_file(later).exists()
         verified_earlier = table in stage.completes and not record.exists()
         if not verified_later and not verified_earlier and (path.exists() or record.exists()):
-            yield Part(f"table {table}", path, partial(_verify_table, run, path), (path,))
+            yield Part(f"table {table}", path, partial(_verify_table, path, checksums.get(table)), (path,))
     for path in outputs_of(run, stage):
         if path.suffix == ".parquet":
             continue
@@ -112,13 +121,8 @@ def _expected(run: RunDirectory) -> list[StageDefinition]:
     return [stage for stage in complete_stages(run) if not (stage is FISHERS and without_fishers)]
 
 
-def _verify_table(run: RunDirectory, path: Path) -> None:
-    """Read a table, and compare the file with the checksum in the record of the stage that completed the table.
-
-    If a decomposition was imported without its Fishers, this is not the stage that usually writes the table.
-    """
+def _verify_table(path: Path, checksum: str | None) -> None:
+    """Read a table, and compare the file with its checksum if a record contains one."""
     read_table(path, path.stem)
-    records = [intact_record(run, stage.name) or {} for stage in STAGES if stage.leaves is None]
-    checksums = [record["tables"][path.stem] for record in records if path.stem in record.get("tables", {})]
-    if checksums and file_checksum(path) != checksums[-1]:
+    if checksum is not None and file_checksum(path) != checksum:
         raise StoreError(f"{path} does not match its checksum", path=path)
