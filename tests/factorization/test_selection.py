@@ -40,10 +40,10 @@ def row(n_components: int, explained: float, balance: float) -> Evidence:
 
 
 def planted_row(n_components: int, planted: int) -> Evidence:
-    """What fits of a planted problem show: each component explains as much, and those beyond do not come back."""
+    """What fits of a planted problem show: each component explains as much, and those beyond are not reproduced."""
     explained = 0.9 * min(n_components, planted) / planted + 1e-4 * max(0, n_components - planted)
-    come_back = n_components if n_components <= planted else planted
-    return row(n_components, explained, 2 * come_back - n_components)
+    n_reproduced = min(n_components, planted)
+    return row(n_components, explained, 2 * n_reproduced - n_components)
 
 
 def test_halves_are_disjoint_and_of_one_size() -> None:
@@ -70,7 +70,7 @@ def test_the_balance_is_that_of_the_best_of_all_matchings() -> None:
     assert (found.n_components, found.n_fits) == (4, 4)
 
 
-def test_components_that_come_back_from_everywhere_are_all_counted() -> None:
+def test_components_that_all_fits_reproduce_are_all_counted() -> None:
     rng = np.random.default_rng(1)
     true_KD = unit_rows(rng, 6, 40)
     fits = [shuffled(rng, true_KD, 0.05) for _ in range(4)]
@@ -144,13 +144,13 @@ def test_a_search_from_any_coarse_range_ends_at_the_planted_number(planted: int,
         assert found.sharp or planted > 64
 
 
-def test_what_comes_back_but_explains_nothing_is_not_recommended() -> None:
+def test_components_that_are_reproduced_but_explain_nothing_are_not_recommended() -> None:
     rows = [planted_row(k, 16) for k in (15, 16, 17, 24)] + [row(32, 0.905, 25.0)]
     found = recommend(rows)
     assert (found.n_components, found.sharp) == (16, True)
 
 
-def test_what_explains_more_but_does_not_come_back_is_not_recommended_either() -> None:
+def test_components_that_explain_more_but_are_not_reproduced_are_not_recommended() -> None:
     found = recommend([row(8, 0.4, 7.0), row(16, 0.6, 11.0), row(32, 0.9, 6.0), row(64, 0.92, -20.0)])
     assert (found.n_components, found.sharp) == (16, False)
     assert "explain 0.900" in found.reason

@@ -1,14 +1,14 @@
 """Selection of the number of components: the search, the evidence for each number, and the recommendation.
 
 Two criteria are computed for each number K: the explained variance of held-out examples, with refitted coefficients,
-and the number of components that come back: another seed and other examples give the same components. The rank-1
+and the number of components that are reproduced by fits with other seeds and on other examples. The rank-1
 matrices of two unit components g and h overlap by ⟨ggᵀ, hhᵀ⟩ = cos²(g, h). For the K pairs of the best matching between
 two fits,
 
     balance = Σ_j (2 cos²_j − 1).
 
-The balance is K if all components come back and −K if none does. It increases with K as long as more of the added
-components come back than not. With more components than the data support, the added components fit noise, which
+The balance is K if all components are reproduced and −K if none is. It increases with K as long as more of the added
+components are reproduced than not. With more components than the data support, the added components fit noise, which
 differs between the halves of the examples, and the balance decreases.
 
 The components of all fits are clustered such that each cluster has one component of each fit. The silhouettes of the
@@ -28,8 +28,8 @@ from scipy.optimize import linear_sum_assignment
 
 from npeff.factorization.matching import match_components
 
-COMES_BACK = 0.9
-"""A component comes back in another fit if its |cos| with the matched component is at least this."""
+REPRODUCED = 0.9
+"""A component is reproduced by another fit if its |cos| with the matched component is at least this."""
 
 _IMMATERIAL = 0.2
 """Added components are immaterial if each explains less than this fraction of the mean of the previous ones."""
@@ -37,8 +37,8 @@ _IMMATERIAL = 0.2
 _CLIFF = 0.4
 """Added components are as good as the previous ones if each explains more than this fraction of their mean."""
 
-_ALL_COME_BACK = 0.8
-"""Balance per component at which almost all components come back."""
+_NEARLY_ALL = 0.8
+"""Balance per component at which almost all components are reproduced."""
 
 _FINENESS = 32
 """The search ends if the tried neighbors of the recommended K are at most max(1, K over this) away."""
@@ -63,7 +63,7 @@ class Evidence:
     cosine_halves: float
     """Mean |cos| of matched components of the fits of two halves of the examples."""
     n_come_back: float
-    """Number of components with a matched |cos| ≥ `COMES_BACK`: the smaller mean over pairs of seeds or of halves."""
+    """Number of components with a matched |cos| ≥ `REPRODUCED`: the smaller mean over pairs of seeds or of halves."""
     balance: float
     """Σ_j (2 cos²_j − 1): the smaller mean over pairs of seeds or of halves."""
     silhouette_mean: float | None
@@ -113,7 +113,7 @@ def evidence(
         explained_held_out_sd=float(np.std(explained_held_out, ddof=1)) if len(explained_held_out) > 1 else None,
         cosine_seeds=float(np.mean(of_seeds)) if of_seeds else None,
         cosine_halves=float(np.mean(of_halves)),
-        n_come_back=min(float((cosines >= COMES_BACK).sum(axis=1).mean()) for cosines in groups),
+        n_come_back=min(float((cosines >= REPRODUCED).sum(axis=1).mean()) for cosines in groups),
         balance=min(float((2 * cosines**2 - 1).sum(axis=1).mean()) for cosines in groups),
         silhouette_mean=None if clusters_K is None else float(clusters_K.mean()),
         silhouette_min=None if clusters_K is None else float(clusters_K.min()),
@@ -201,7 +201,7 @@ def recommend(rows: Sequence[Evidence]) -> Recommendation:
 
     The explained variance is saturated at the smallest K for which, up to every larger number tried, each added
     component explains less than `_IMMATERIAL` of the mean of the first K components. Components beyond that point may
-    come back, for example if they are artifacts of the data, but explain little.
+    be reproduced, for example if they are artifacts of the data, but explain little.
     """
     rows = sorted(rows, key=lambda row: row.n_components)
     saturated = next(i for i in range(len(rows)) if _saturated(rows, i))
@@ -209,7 +209,7 @@ def recommend(rows: Sequence[Evidence]) -> Recommendation:
     sharp = (
         best == saturated < len(rows) - 1
         and (best == 0 or _gain(rows[best - 1], rows[best]) > _CLIFF)
-        and rows[best].balance >= _ALL_COME_BACK * rows[best].n_components
+        and rows[best].balance >= _NEARLY_ALL * rows[best].n_components
     )
     return Recommendation(rows[best].n_components, sharp, _reason(rows, best, saturated, sharp))
 
@@ -229,7 +229,7 @@ def _reason(rows: Sequence[Evidence], best: int, saturated: int, sharp: bool) ->
     chosen, number = rows[best], rows[best].n_components
     found = (
         f"{number} components explain {chosen.explained_held_out:.3f} of held-out examples, and "
-        f"{chosen.n_come_back:.1f} of them come back (|cos| ≥ {COMES_BACK}) with other seeds and halves"
+        f"{chosen.n_come_back:.1f} of them are reproduced (|cos| ≥ {REPRODUCED}) with other seeds and halves"
     )
     if best == len(rows) - 1:
         return f"{found}; this is the largest number tried, and more may be better: try larger numbers"
@@ -238,14 +238,14 @@ def _reason(rows: Sequence[Evidence], best: int, saturated: int, sharp: bool) ->
         fewer = f"{rows[best - 1].n_components} explain {rows[best - 1].explained_held_out:.3f}, " if best else ""
         return (
             f"{found}; {fewer}{above.n_components} explain {above.explained_held_out:.3f}, and "
-            f"{above.n_come_back:.1f} of these come back: the added components fit noise"
+            f"{above.n_come_back:.1f} of these are reproduced: the added components fit noise"
         )
     if best < saturated:
         most = rows[saturated]
         return (
             f"{found}; {most.n_components} explain {most.explained_held_out:.3f}, but only "
-            f"{most.n_come_back:.1f} of these come back: no number is clearly right, and "
-            "this one has the best balance of components that come back"
+            f"{most.n_come_back:.1f} of these are reproduced: no number is clearly right, and "
+            "this one has the best balance of components that are reproduced"
         )
     return (
         f"{found}; each added component explains less than {_IMMATERIAL:.0%} of the mean of these, but the explained "

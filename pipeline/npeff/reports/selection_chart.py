@@ -10,7 +10,7 @@ from npeff.reports.charts import Axis
 
 _SERIES = {
     "held_out": "explained variance, held-out examples",
-    "share_back": "fraction of components that come back",
+    "share_back": "fraction of reproduced components",
     "cosine_halves": "mean |cos| of two halves",
     "silhouette": "mean silhouette",
 }
