@@ -103,7 +103,7 @@ class FactorizationConfig(Section):
     max_iterations: int = SolverOptions.max_iterations
     """Largest number of passes over the Fishers, including rejected steps."""
     tolerance: PositiveFloat = SolverOptions.tolerance
-    """Stop when an accepted step lowers the loss by less than this relative amount."""
+    """Stop when three steps in a row change the objective by less than this fraction."""
     n_starts: int = SolverOptions.n_starts
     """Number of seeded initializations to try on a subsample. The best is used. ``1`` skips the trial runs."""
     subsample: int = SolverOptions.subsample
