@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,12 +24,16 @@ print("imported", *(name for name in {heavy!r} if sys.modules.get(name) is not N
 """
 
 
-def imported(*arguments: object) -> set[str]:
-    """Heavy packages that a command has imported."""
+def run_command(*arguments: object, **environment: str) -> tuple[str, set[str]]:
+    """What a command prints, and the heavy packages that it has imported."""
     command = [sys.executable, "-c", SCRIPT.format(heavy=sorted(HEAVY)), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr
-    return set(done.stderr.splitlines()[-1].split()[1:])
+    return done.stdout, set(done.stderr.splitlines()[-1].split()[1:])
+
+
+def imported(*arguments: object) -> set[str]:
+    return run_command(*arguments)[1]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["query", "--help"], ["fishers", "--help"]])
@@ -36,8 +41,13 @@ def test_help_imports_no_library_of_numbers(arguments: list[str]) -> None:
     assert imported(*arguments) == set()
 
 
-def test_shell_completion_imports_no_library_of_numbers() -> None:
-    assert imported("--show-completion", "bash") == set()
+@pytest.mark.parametrize(("words", "completed"), [("npeff sta", "status"), ("npeff query RUN enr", "enriched")])
+def test_shell_completion_imports_no_library_of_numbers(words: str, completed: str) -> None:
+    # what bash sets; `--show-completion` itself depends on the shell that runs the tests
+    position = str(len(words.split()) - 1)
+    printed, packages = run_command(_NPEFF_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=position)
+    assert printed.split() == [completed]
+    assert packages == set()
 
 
 def test_status_imports_no_library_of_numbers(tmp_path: Path) -> None:

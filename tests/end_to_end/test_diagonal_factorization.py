@@ -218,7 +218,7 @@ def losses_of(run: RunDirectory) -> list[float]:
     return read_table(run.table("history"), "history")["loss"].to_pylist()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["diagonal_groups", pytest.param("diagonal_entries", marks=pytest.mark.slow)])
 def test_shards_and_workers_change_no_loss(
     kind: str, fishers: dict[int, Path], tmp_path: Path, three_actors: RayExecutor
 ) -> None:

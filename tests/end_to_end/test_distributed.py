@@ -196,6 +196,7 @@ def test_shards_do_not_matter(reference: RunDirectory, tmp_path: Path) -> None:
     assert_same_solution(run, reference)
 
 
+@pytest.mark.slow
 def test_more_workers_than_shards_do_no_harm(reference: RunDirectory, three_actors: Executor, tmp_path: Path) -> None:
     run = prepared(tmp_path / "run", planted(0), n_shards=2)
     npeff.factorize(run, executor=three_actors)

@@ -9,7 +9,7 @@ from end_to_end import commands, kills, run_contents
 from npeff.store.direction_store import DirectionStore
 from npeff.store.tables import read_table, write_table
 
-pytestmark = [pytest.mark.process, pytest.mark.timeout(900)]  # a minute or two on two free cores
+pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(900)]  # four minutes on two free cores
 
 
 @pytest.fixture(scope="module")

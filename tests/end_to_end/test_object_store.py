@@ -235,6 +235,7 @@ def test_errors_of_the_object_store_end_the_command_with_one_line(
         assert "access is denied" in line
 
 
+@pytest.mark.slow
 def test_actors_share_a_run_on_an_object_store(
     s3: ObjectStore, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,6 +98,7 @@ def test_a_killed_search_goes_on_and_finds_the_same(selected: RunDirectory, tmp_
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_ray_actors_find_the_same(selected: RunDirectory, tmp_path: Path) -> None:
     run = prepared(tmp_path / "run")
     with make_executor(

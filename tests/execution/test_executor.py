@@ -319,6 +319,7 @@ class _GroupsInReach:
             yield self.last
 
 
+@pytest.mark.slow  # tests/stages/test_solver_workers.py has the same fault without Ray
 def test_a_hung_solver_worker_is_replaced_and_the_group_goes_on_from_the_checkpoint(executor, tmp_path):
     steps, events, groups = [], [], _GroupsInReach(executor)
 

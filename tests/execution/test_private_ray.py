@@ -30,8 +30,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.ray
-@pytest.mark.parametrize("mode", [None, "token", "disabled"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param(None, marks=pytest.mark.slow), pytest.param("token", marks=pytest.mark.slow), "disabled"]
+)
 def test_it_has_a_token_of_its_own_whatever_others_say_meanwhile(
     home: Path, mode: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import npeff
 import pytest
 import yaml
+from npeff.cli.main import main
 from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory
 from npeff.stages.fishers.estimate import estimate, rows
@@ -57,20 +56,22 @@ def test_the_batch_size_is_found_or_the_one_that_is_asked_for(tmp_path: Path) ->
     assert (roomy, fixed) == (32, 7)
 
 
-@pytest.mark.process
-def test_the_command_says_it_in_a_table_and_mistakes_in_one_line(tmp_path: Path) -> None:
+def test_the_command_says_it_in_a_table_and_mistakes_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = run_file(tmp_path)
 
-    def npeff_estimate() -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "npeff", "estimate", str(path), "--parameters"]
-        return subprocess.run(command, capture_output=True, text=True)
+    def npeff_estimate() -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(["estimate", str(path), "--parameters"])
+        return int(ended.value.code or 0), *capsys.readouterr()
 
-    shown = npeff_estimate()
-    assert shown.returncode == 0, shown.stderr
-    assert "fishers.zarr" in shown.stdout
-    assert "matches '*.bias' of" in " ".join(shown.stdout.split())
+    code, out, err = npeff_estimate()
+    assert code == 0, err
+    assert "fishers.zarr" in out
+    assert "matches '*.bias' of" in " ".join(out.split())
     path.write_text(path.read_text().replace("digits", "unknown-task"))
-    refused = npeff_estimate()
-    assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr.startswith("npeff: error: unknown task 'unknown-task'")
-    assert refused.stderr.count("\n") == 1
+    code, out, err = npeff_estimate()
+    assert (code, out) == (2, "")
+    assert err.startswith("npeff: error: unknown task 'unknown-task'")
+    assert err.count("\n") == 1
