@@ -57,7 +57,7 @@ def kill_trial(fault: kills.Fault) -> Trial:
         undisturbed = _undisturbed_s(references, fault.stage) if not fault.whole_run else None
         took = outcome.first_s + (outcome.again_s if outcome.exit_code else 0.0)
         code = outcome.exit_code
-        happened = "recovers by itself" if code == 0 else f"exit {code}; the same command goes on"
+        happened = "recovers by itself" if code == 0 else f"exit {code}; the same command resumes"
         if fault.stage == "factorize" and outcome.resumed:
             happened += f" from step {outcome.resumed} of {outcome.found}"
         wrong = list(outcome.different) + ([f"exit {outcome.again_exit_code}"] if outcome.again_exit_code else [])

@@ -111,7 +111,7 @@ def clock(reference: Path, stage: str, folder: Path, shift_s: float) -> Met:
         npeff.run(run)
         found = npeff.check(run)
     different = damage.different(run.path, reference) + [each.what for each in found]
-    return Met("nothing is noticed", time.monotonic() - began, 0, different)
+    return Met("no effect", time.monotonic() - began, 0, different)
 
 
 def two_drivers(reference: Path, folder: Path) -> Met:
@@ -143,7 +143,7 @@ def node_lost(folder: Path) -> Met:
     seconds = found["disturbed_s"] - found["undisturbed_s"]
     apart = found["largest_difference_of_losses"]
     different = [] if apart < 1e-6 else [f"losses by {apart:.1e}"]
-    return Met("goes on with one worker, then with two again", seconds, 0, different)
+    return Met("continues with one worker, then with two again", seconds, 0, different)
 
 
 Meet = Callable[[], Met]
