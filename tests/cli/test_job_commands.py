@@ -26,9 +26,9 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     ("options", "says"),
     [
         (["--env", "1A=2"], "--env 1A=2: give NAME=VALUE"),
-        (["--env", "NPEFF_NOT_SET"], "--env NPEFF_NOT_SET: the variable is not set here; give NPEFF_NOT_SET=VALUE"),
-        (["--pip", "no-such.txt"], "--pip no-such.txt: No such file or directory"),
-        (["--working-dir", "no-such-folder"], "--working-dir no-such-folder: there is no such folder"),
+        (["--env", "NPEFF_NOT_SET"], "--env NPEFF_NOT_SET: the variable is not set on this machine; give NPEFF_"),
+        (["--pip", "no-such.txt"], "--pip no-such.txt: cannot read the file (No such file or directory)"),
+        (["--working-dir", "no-such-folder"], "--working-dir no-such-folder: the folder does not exist"),
         (["--py-module", "no-such-package"], "no-such-package"),
         (["--entrypoint-resources", "head=1"], '--entrypoint-resources head=1: give JSON such as {"head": 1}'),
         (["--entrypoint-resources", '["head"]'], "give JSON such as"),

@@ -66,7 +66,7 @@ def test_a_file_that_cannot_be_written_is_one_line_and_a_former_one_is_kept(ask,
     for arguments, said in (
         (("components", "-o", tmp_path / "no" / "a.csv"), "cannot write"),
         (("components", "-o", tmp_path), "is a directory"),
-        (("sql", "select interval 3 days", "-o", former), "parquet cannot hold this result"),
+        (("sql", "select interval 3 days", "-o", former), "the format parquet does not support this result"),
         (("top", "-c", 0, "--where", "labl = 2", "-o", former), "examples have no column 'labl': did you mean label"),
         (("energy", "-c", 0, "--by", "module"), "'module' is not one of 'parameter', 'layer'"),
         (("similar", "-c", 0, "--other", tmp_path), "is not a run directory"),

@@ -129,7 +129,7 @@ def two_drivers(reference: Path, folder: Path) -> Met:
         refused = []
         for other in others:
             with other:
-                refused.append(other.exit_code() == 2 and "is in use by another run" in other.output)
+                refused.append(other.exit_code() == 2 and "is in use by another command" in other.output)
         seconds = time.monotonic() - began
         code = first.exit_code()
     outcome = "the second: exit 2, one line names the first" if all(refused) else "THE SECOND WAS NOT REFUSED"

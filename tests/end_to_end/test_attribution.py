@@ -320,7 +320,7 @@ def test_others_are_added_and_what_is_there_stays(run: RunDirectory, monkeypatch
 
 
 def test_a_component_that_is_not_there_is_refused(run: RunDirectory, tmp_path: Path) -> None:
-    with pytest.raises(RunDirectoryError, match=r"has components 0 to 3, no 4: correct lift\.components"):
+    with pytest.raises(RunDirectoryError, match=r"has no component 4: choose lift\.components from 0 to 3"):
         npeff.lift(RunDirectory(run.path, run.config.with_lift(components=(1, 4))))
     with pytest.raises(RunDirectoryError, match=r"it differs in lift\.dtype"):
         again(run, lift={"dtype": "float32"})

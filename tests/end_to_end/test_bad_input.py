@@ -196,7 +196,7 @@ def test_a_mistake_in_the_run_file_is_said_before_anything_is_made(
         ("ModelIsNoModuleTask", "model() must return a torch.nn.Module, not dict"),
         ("NoParametersTask", "has no floating-point parameters"),
         ("AbstractTask", "does not define logits"),
-        ("ChangingTask", "has 39 examples here and had 40 when the run began"),
+        ("ChangingTask", "has 39 examples on this worker, but had 40 when the run began"),
         ("ConstantModelTask", "the Fishers of all examples are zero"),
         ("NoSuchTask", "defective_tasks has no NoSuchTask"),
         ("NotATask", "is not a subclass of npeff.tasks.Task"),
@@ -374,7 +374,7 @@ def test_a_question_that_cannot_be_answered_is_one_line(
         (("repair", "RUN", "--run-dir", "HERE/x"), "--run-dir needs a run file"),
         (("export", "RUN", "HERE/x", "--what", "direction"), "--component needs --what direction"),
         (("export", "RUN", "HERE/x", "-c", "1"), "--component needs --what direction"),
-        (("export", "RUN", "HERE/x", "--what", "direction", "-c", "99"), "has components 0 to 2, no 99"),
+        (("export", "RUN", "HERE/x", "--what", "direction", "-c", "99"), "has no component 99: choose one of 0 to 2"),
         (("export", "RUN", "HERE/x", "--what", "direction", "-c", "-1"), "'--component'"),
         (("export", "RUN", "HERE", "--what", "direction", "-c", "0"), "cannot write"),
         (("export", "RUN", "HERE/x", "--what", "nothing"), "'nothing' is not one of"),
@@ -550,7 +550,7 @@ def test_a_second_run_of_a_directory_is_refused_while_the_first_goes_on(command:
         before = contents(run_dir)
         for stage in ("run", "fishers", "report"):
             said = command.refused(stage, path)
-            assert f"{run_dir} is in use by another run (process {first.pid} on " in said
+            assert f"{run_dir} is in use by another command (process {first.pid} on " in said
         assert contents(run_dir) == before
         gate.touch()
         _, stderr = first.communicate(timeout=60)

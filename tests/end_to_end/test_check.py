@@ -143,7 +143,7 @@ def test_a_run_that_another_process_holds_is_left_alone(run: Path, capfd: pytest
     with open(run / ".lock", "a") as lock:  # of another open file, as of another process
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert command("check", run, "--recompute") == 2
-    assert "is in use by another run" in capfd.readouterr().err
+    assert "is in use by another command" in capfd.readouterr().err
     assert damage.written(run) == before
 
 

@@ -138,10 +138,10 @@ def test_a_run_has_one_job_at_a_time_which_is_followed_stopped_and_resumed(head:
 
     again = head.command("npeff", "submit", config, *here, "--detach")
     assert again.returncode == 0
-    assert again.stdout.splitlines()[0] == f"{job} is already working on this run, on {head.address}"
+    assert again.stdout.splitlines()[0] == f"{job} is already active for this run on {head.address}"
     other = head.command("npeff", "submit", write_run_file(tmp_path, seed=1), *here, "--detach")
     assert other.returncode == 2
-    assert f"job {job} works on {run} with another run file" in other.stderr
+    assert f"job {job} of {run} is still active and has another run file" in other.stderr
     shown = head.command("npeff", "status", run, *here)
     assert shown.returncode == 0, shown.stderr
     assert re.search(rf"job {job}: RUNNING since .*: fishers: \d+/\d+ shards", shown.stdout)

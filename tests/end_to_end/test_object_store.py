@@ -203,7 +203,7 @@ def test_two_commands_do_not_work_on_one_run(s3: ObjectStore, monkeypatch: pytes
         assert holder.stdout is not None
         assert holder.stdout.read(1) == b"1"
         with (
-            pytest.raises(RunDirectoryError, match=rf"{RUN} is in use by another run \(process {holder.pid} on "),
+            pytest.raises(RunDirectoryError, match=rf"{RUN} is in use by another command \(process {holder.pid} on "),
             other.lock(),
         ):
             raise AssertionError

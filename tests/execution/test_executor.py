@@ -188,7 +188,9 @@ def test_items_that_fail_three_times_are_told_after_all_others_are_finished(exec
 
 def test_in_this_process_they_are_told_likewise(tmp_path):
     spec, finished = WorkerSpec(Calculator, {"scratch": tmp_path}), []
-    with pytest.raises(ItemsFailedError, match=r"3 attempts; last error: out of memory \(unable to allocate 3 TiB\)"):
+    with pytest.raises(
+        ItemsFailedError, match=r"3 attempts \(last error: out of memory \(unable to allocate 3 TiB\)\)"
+    ):
         collect(SerialExecutor().map(spec, "raise_at_three", range(6), keep_going=True), finished)
     assert finished == [0, 1, 2, 4, 5]
     assert attempts(tmp_path, 3) == ATTEMPTS

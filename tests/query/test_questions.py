@@ -193,10 +193,15 @@ def test_components_of_another_run_are_found_by_cosine_and_only_in_the_same_spac
         ({"sketch": {"seed": 1}}, "sketch or seed"),
         ({"parameter_layout": ["v"], "model_fingerprint": "x"}, "parameters, model"),
     ):
-        with pytest.raises(QueryError, match=f"^the components of .* are not comparable: the runs differ in {said}$"):
+        with pytest.raises(
+            QueryError,
+            match=f"^the components of .* are not comparable, because the runs differ in {said}: choose a run",
+        ):
             mine.similar_components_in(with_fishers(path, **changes), 7)
     (path / "stages" / "factorize.json").write_text(json.dumps({"factorized": "diagonal_groups"}))
-    with pytest.raises(QueryError, match=r"are of kind diagonal_groups: only kind fishers is comparable$"):
+    with pytest.raises(
+        QueryError, match=r"are of kind diagonal_groups: only components of kind fishers can be compared$"
+    ):
         mine.similar_components_in(other, 7)
 
 
@@ -253,7 +258,9 @@ def test_a_chunk_of_coefficients_that_is_damaged_is_named(make_run: Callable) ->
     content = chunk.read_bytes()
     for damage in (content[:20] + bytes([content[20] ^ 1]) + content[21:], None):
         chunk.unlink() if damage is None else chunk.write_bytes(damage)
-        with pytest.raises(QueryError, match=r"coefficients of .* are corrupt: delete it and run `npeff factorize"):
+        with pytest.raises(
+            QueryError, match=r"coefficients of .* are corrupt: delete this store and run `npeff factorize"
+        ):
             ComponentStore.open(path).example(3)
 
 

@@ -92,7 +92,7 @@ def test_a_run_in_use_is_refused_and_a_killed_owner_lets_go(tmp_path: Path) -> N
     with subprocess.Popen([sys.executable, "-c", script, str(run.path)], stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
         assert owner.stdout.readline().strip() == "held"
-        with pytest.raises(RunDirectoryError, match=f"in use by another run \\(process {owner.pid} on"), run.lock():
+        with pytest.raises(RunDirectoryError, match=f"in use by another command \\(process {owner.pid} on"), run.lock():
             pass
         os.kill(owner.pid, signal.SIGKILL)
         owner.wait()

@@ -185,7 +185,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, what: str) -> 
     with _without_permission(tmp_path), pytest.raises(StoreError) as caught:
         WRITERS[what](tmp_path)
     assert str(caught.value).startswith(f"cannot write {tmp_path}")
-    assert str(caught.value).endswith("Permission denied; make it writable or choose another run_dir")
+    assert str(caught.value).endswith("Permission denied; change its permissions or choose another run_dir")
     assert not list(tmp_path.iterdir())
 
 

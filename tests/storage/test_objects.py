@@ -295,10 +295,10 @@ def test_every_machine_has_the_files_that_one_has_prepared(
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
-        (SLOW_DOWN, "too busy: finished work is kept: run the same command again later"),
+        (SLOW_DOWN, "too busy: finished work is kept; run the same command again later"),
         (DENIED, "access is denied: allow these credentials"),
         (BROKEN, "internal error: finished work is kept"),
-        (("403 Forbidden", "InvalidAccessKeyId"), "credentials are not valid: set other ones"),
+        (("403 Forbidden", "InvalidAccessKeyId"), "credentials are not valid: set valid ones"),
         (("404 Not Found", "NoSuchBucket"), "the bucket does not exist: create it"),
         (("501 Not Implemented", "NotImplemented"), "choose another run_dir"),
         (("418 I'm a teapot", "Teapot"), "says the test"),

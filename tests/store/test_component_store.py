@@ -87,7 +87,7 @@ def test_a_damaged_chunk_is_found(
     if chunk.startswith("coefficients"):
         read, other = other, read
     other()
-    with pytest.raises(StoreError, match=r"of .*factorization\.zarr are corrupt: delete it and run"):
+    with pytest.raises(StoreError, match=r"of .*factorization\.zarr are corrupt: delete this store and run"):
         read()
 
 

@@ -75,7 +75,7 @@ def submit(
         "entrypoint_resources": _resources(entrypoint_resources),
     }
     if working_dir is not None and "://" not in working_dir and not Path(working_dir).is_dir():
-        raise typer.BadParameter(f"--working-dir {working_dir}: there is no such folder")
+        raise typer.BadParameter(f"--working-dir {working_dir}: the folder does not exist")
     assert run is not None
     config = npeff.RunConfig.from_yaml(run)
     config = config.model_copy(update={"run_dir": _there(run_dir or config.run_dir)})
@@ -90,7 +90,7 @@ def submit(
     )
     server = JobServer(address)
     job, is_new = server.submit(submission)
-    _say(f"submitted {job.id} to {address}" if is_new else f"{job.id} is already working on this run, on {address}")
+    _say(f"submitted {job.id} to {address}" if is_new else f"{job.id} is already active for this run on {address}")
     if follow:
         _follow(server, job)
     _say(f"to follow it: npeff submit {run} --address {address}")
@@ -124,7 +124,7 @@ def status(
     except RunDirectoryError as error:
         if address is None:
             raise
-        console.print(f"the run directory cannot be read on this machine: {error}", highlight=False, markup=False)
+        console.print(f"cannot read the run directory on this machine: {error}", highlight=False, markup=False)
     if address is not None:
         server = JobServer(address)
         job = server.latest(run_dir)
@@ -158,7 +158,9 @@ def _stop(named: str, address: str) -> None:
         run_dir = _run_dir(named)
         job = server.latest(run_dir)
         if job is None:
-            raise typer.BadParameter(f"--stop {named}: no job of {run_dir} on {address}")
+            raise typer.BadParameter(
+                f"--stop {named}: {address} has no job of {run_dir}; give the id of a job, or another --address"
+            )
     else:
         job = server.job(named)
     if job.has_ended:
@@ -166,7 +168,9 @@ def _stop(named: str, address: str) -> None:
         return
     job = server.stop(job.id)
     if not job.has_ended:
-        raise typer.BadParameter(f"--stop {named}: {job.id} has not stopped ({job.state}); see {address}")
+        raise typer.BadParameter(
+            f"--stop {named}: {job.id} has not stopped yet ({job.state}); check it with npeff status, or at {address}"
+        )
     _say(f"{job.id}: {job.state}; finished work is kept: submit the run again to resume")
 
 
@@ -188,9 +192,11 @@ def _job_line(job: Job, last_line: str) -> str:
 def _variable(text: str) -> tuple[str, str]:
     name, given, value = text.partition("=")
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise typer.BadParameter(f"--env {text}: give NAME=VALUE, or the NAME of a variable that is set here")
+        raise typer.BadParameter(
+            f"--env {text}: give NAME=VALUE, or the NAME of a variable that is set on this machine"
+        )
     if not given and name not in os.environ:
-        raise typer.BadParameter(f"--env {name}: the variable is not set here; give {name}=VALUE")
+        raise typer.BadParameter(f"--env {name}: the variable is not set on this machine; give {name}=VALUE")
     return name, value if given else os.environ[name]
 
 
@@ -201,7 +207,7 @@ def _requirements(text: str) -> list[str]:
     try:
         lines = [line.partition(" #")[0].strip() for line in Path(text).read_text(encoding="utf-8").splitlines()]
     except OSError as error:
-        raise typer.BadParameter(f"--pip {text}: {error.strerror}") from None
+        raise typer.BadParameter(f"--pip {text}: cannot read the file ({error.strerror})") from None
     return [line for line in lines if line and not line.startswith("#")]
 
 

@@ -23,11 +23,11 @@ COMMANDS = (demo_command, stage_commands, file_commands, job_commands, query_com
 
 EXIT_USER_ERROR = 2
 _DISK_ERRORS = {
-    errno.ENOSPC: "the disk is full: free some space and run the same command again, finished work is kept",
-    errno.EDQUOT: "the disk quota is used up: free some space and run the same command again, finished work is kept",
-    errno.EACCES: "permission denied",
-    errno.EPERM: "permission denied",
-    errno.EROFS: "the file system is read-only",
+    errno.ENOSPC: "the disk is full; finished work is kept: free some space and run the same command again to resume",
+    errno.EDQUOT: "the disk quota is exceeded; finished work is kept: free some space and run the same command again",
+    errno.EACCES: "permission denied: change the permissions, or choose another path",
+    errno.EPERM: "permission denied: change the permissions, or choose another path",
+    errno.EROFS: "the file system is read-only: choose a path on a writable file system",
 }
 
 

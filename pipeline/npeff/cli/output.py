@@ -51,7 +51,8 @@ def write_answer(table: Any, output: OutputFormat | None, file: Path | None) -> 
                 partial.unlink(missing_ok=True)
     except pyarrow.ArrowNotImplementedError as error:
         raise typer.BadParameter(
-            f"{output} cannot hold this result ({first_line(error)}): cast the column to text, or use --format json"
+            f"the format {output} does not support this result ({first_line(error)}): cast the column to text, or use "
+            "--format json"
         ) from None
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         if file is None:
@@ -85,7 +86,10 @@ def _write(table: Any, output: OutputFormat, stream: BinaryIO) -> None:
 
             nested = [field.name for field in table.schema if _is_nested(field.type)]
             if nested:
-                print(f"npeff: CSV cannot hold lists, columns left out: {', '.join(nested)}", file=sys.stderr)
+                print(
+                    f"npeff: CSV has no lists; columns left out: {', '.join(nested)} (use --format json)",
+                    file=sys.stderr,
+                )
             pyarrow.csv.write_csv(table.drop_columns(nested), stream)
         case OutputFormat.PARQUET:
             import pyarrow.parquet
@@ -120,7 +124,9 @@ def _print_for_people(table: Any, stream: TextIO) -> None:
     console = Console(file=stream, width=None if stream.isatty() else max(width, 20))
     console.print(grid)
     if left_out:
-        console.print(f"columns not shown: {', '.join(left_out)} (widen the window, or use --format csv)", markup=False)
+        console.print(
+            f"columns not shown: {', '.join(left_out)} (widen the terminal, or use --format csv)", markup=False
+        )
 
 
 def _is_nested(kind: Any) -> bool:

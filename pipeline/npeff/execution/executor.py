@@ -48,10 +48,10 @@ class ItemsFailedError(ExecutorError):
 
     def __init__(self, method: str, failed: Sequence[FailedItem]) -> None:
         self.failed = tuple(failed)
-        more = f" (and so did {len(failed) - 1} more)" if len(failed) > 1 else ""
+        more = f", and so did {len(failed) - 1} more" if len(failed) > 1 else ""
         super().__init__(
-            f"{method} {failed[0].item} failed after {ATTEMPTS} attempts{more}; last error: {failed[0].reason}; all "
-            "other items are finished and kept: fix the cause and run the same command again; it retries only failed "
+            f"{method} {failed[0].item} failed after {ATTEMPTS} attempts{more} (last error: {failed[0].reason}); all "
+            "other items are finished: fix the cause and run the same command again, which computes only the failed "
             "items"
         )
 
@@ -82,8 +82,8 @@ class Failures:
         self._in_a_row += 1
         if self._in_a_row == self._most_in_a_row:
             raise ExecutorError(
-                f"{self._method}: {self._in_a_row} attempts in a row failed (the last, {item}: {reason}); finished "
-                "items are kept: fix the cause and run the same command again"
+                f"{self._method}: {self._in_a_row} attempts in a row failed (last error, for {item}: {reason}); "
+                "finished work is kept: fix the cause and run the same command again to resume"
             )
         if attempt == ATTEMPTS:
             self._given_up.append(FailedItem(item, reason))

@@ -53,7 +53,9 @@ def check_coverage(
     collected = collector.collect(batch, examples, targets)
     logits, directions = collected.logits, collected.labels.directions
     if not logits.isfinite().all():
-        raise UnsupportedModelError("the logits of the examples used to check the model are not finite")
+        raise UnsupportedModelError(
+            "the logits of the examples used to check the model are not finite: check model and examples for NaN"
+        )
     generator = torch.Generator().manual_seed(0)
     weights_BR = torch.randn(len(logits), len(directions), generator=generator, dtype=torch.float64).to(logits.device)
     direction = torch.zeros_like(logits)

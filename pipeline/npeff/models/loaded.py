@@ -86,8 +86,8 @@ class ModelSpec:
         loaded = LoadedModel(self, task, model.to(device).eval(), examples, device)
         if self.fingerprint not in (None, model_fingerprint(model, loaded.layout)):
             raise TaskError(
-                f"task {self.task!r}: model() does not return the model of this run's Fishers: restore the former "
-                "weights, seed the random initialization, or choose another run_dir"
+                f"task {self.task!r}: model() returns another model than the one of the stored Fishers: restore the "
+                "former weights, seed the random initialization, or choose another run_dir"
             )
         return loaded
 

@@ -39,7 +39,7 @@ class LabelSpec:
         if self.kind in ("exact", "empirical") and self.rank is not None:
             raise OptionError(f"labels: {self.kind} takes no rank: remove rank, or set labels to truncated or sampled")
         if self.kept_trace < 1 and self.kind != "truncated":
-            raise OptionError("kept_trace applies only to labels: truncated: remove kept_trace")
+            raise OptionError("kept_trace applies only to labels: truncated; remove kept_trace")
 
     def max_rank(self, n_classes: int) -> int:
         """Return the maximum number of rows of an example's factor."""

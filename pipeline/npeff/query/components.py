@@ -264,12 +264,13 @@ class ComponentStore:
         for store in (self, other):
             if (kind := store.tables.json("stages", "factorize.json").get("factorized", "fishers")) != "fishers":
                 raise QueryError(
-                    f"the components of {store.run_dir} are of kind {kind}: only kind fishers is comparable"
+                    f"the components of {store.run_dir} are of kind {kind}: only components of kind fishers can be "
+                    "compared"
                 )
         if different := differences_in_space(self._fisher_attributes, other._fisher_attributes):
             raise QueryError(
-                f"the components of {other.run_dir} and {self.run_dir} are not comparable: the runs differ in "
-                f"{', '.join(different)}"
+                f"the components of {other.run_dir} and {self.run_dir} are not comparable, because the runs differ in "
+                f"{', '.join(different)}: choose a run with the same model, parameters, sketch and seed"
             )
         return _nearest(other._unit_components @ self._unit_components[component], n)
 
@@ -436,7 +437,7 @@ class ComponentStore:
 
     def _corrupt(self, name: str) -> QueryError:
         path = self.run_dir / "factorization.zarr"
-        remedy = f"delete it and run `npeff factorize {self.run_dir}` again"
+        remedy = f"delete this store and run `npeff factorize {self.run_dir}` again"
         return QueryError(f"{name} of {path} are corrupt", remedy, path=path / name)
 
     @property

@@ -192,7 +192,7 @@ class RunTables:
             record = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             problem = f"{path} is not valid JSON ({error})"
-            raise QueryError(problem, "delete it and run its stage again", path=path) from error
+            raise QueryError(problem, "delete it and run the stage that writes it again", path=path) from error
         return record if isinstance(record, dict) else {}
 
     def stages(self) -> dict[str, dict[str, Any]]:

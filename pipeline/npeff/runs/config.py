@@ -70,11 +70,15 @@ class RunConfig(Section):
     def _check_factorized_is_stored(self) -> Self:
         kind, stored = self.factorization.kind, self.fishers.diagonal
         if kind != "fishers" and self.lift.polish_steps:
-            raise ValueError("lift.polish_steps needs factorization.kind: fishers: remove it")
+            raise ValueError(
+                "lift.polish_steps needs factorization.kind: fishers; remove lift.polish_steps, or change the kind"
+            )
         if kind == "diagonal_groups" and not stored.groups:
-            raise ValueError("factorization.kind: diagonal_groups needs fishers.diagonal.groups: true")
+            raise ValueError("factorization.kind: diagonal_groups needs fishers.diagonal.groups: true; add this key")
         if kind == "diagonal_entries" and stored.top_entries is None:
-            raise ValueError("factorization.kind: diagonal_entries needs fishers.diagonal.top_entries, such as 1024")
+            raise ValueError(
+                "factorization.kind: diagonal_entries needs fishers.diagonal.top_entries; add this key, such as 1024"
+            )
         return self
 
     @classmethod

@@ -33,7 +33,7 @@ def read_run_file(path: Path) -> dict[str, Any]:
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
     except FileNotFoundError:
-        raise ConfigError(f"no run file at {path}") from None
+        raise ConfigError(f"no run file at {path}: give the path of a run file (YAML)") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
@@ -127,7 +127,7 @@ def one_line(error: ValidationError, model: type[BaseModel]) -> str:
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             near = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(model, problem["loc"][:-1]), n=1)
-            parts.append(f"unknown key {key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+            parts.append(f"unknown key {key!r}" + (f" (did you mean {near[0]!r}?)" if near else " (remove it)"))
         elif problem["type"] == "missing":
             parts.append(f"missing key {key!r}")
         elif problem["type"] == "value_error":

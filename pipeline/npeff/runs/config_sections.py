@@ -144,10 +144,10 @@ class FactorizationConfig(Section):
     def _check_combinations(self) -> Self:
         self.solver_options(seed=0)
         if self.start_from is not None and self.expand is not None:
-            raise ValueError("start_from and expand exclude each other: remove one")
+            raise ValueError("start_from and expand cannot be combined: remove one of them")
         for name in ("l1", "orthogonality", "start_from", "expand", "examples", "example_weights"):
             if self.kind != "fishers" and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} needs kind: fishers: remove it")
+                raise ValueError(f"{name} needs kind: fishers; remove {name}, or change the kind")
         return self
 
     def solver_options(self, seed: int, **changes: Any) -> SolverOptions:
@@ -262,7 +262,7 @@ class VerificationConfig(Section):
     @model_validator(mode="after")
     def _check_ablation(self) -> Self:
         if self.ablation_origin is not None and not self.ablation:
-            raise ValueError("ablation_origin needs ablation: true")
+            raise ValueError("ablation_origin needs ablation: true; add this key, or remove ablation_origin")
         return self
 
 

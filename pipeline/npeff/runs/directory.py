@@ -256,5 +256,5 @@ def _stored_config(path: Path) -> RunConfig:
     try:
         return RunConfig.from_yaml(path)
     except ConfigError as error:
-        problem = f"the run's own configuration is damaged: {error}"
+        problem = f"the stored configuration of the run is damaged: {error}"
         raise RunDirectoryError(problem, "restore it from a copy", path=path, separator="; ") from None

@@ -92,16 +92,16 @@ def _wait_for_former_workers(path: Path) -> None:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise RunDirectoryError(
-                        f"workers of an earlier command are still alive and may write to {path}",
-                        "end them (their processes are called ray::_Worker) and run the same command again",
+                        f"workers of an earlier command are still running and may write to {path}",
+                        "stop their processes, which are called ray::_Worker, and run the same command again",
                         path=path,
                     ) from None
                 time.sleep(0.05)
 
 
 def _in_use(path: Path, by: str) -> RunDirectoryError:
-    remedy = "wait for it, stop it, or choose another run_dir"
-    return RunDirectoryError(f"{path} is in use by another run ({by})", remedy, path=path)
+    remedy = "wait until it ends, stop it, or choose another run_dir"
+    return RunDirectoryError(f"{path} is in use by another command ({by})", remedy, path=path)
 
 
 def _owner() -> str:

@@ -71,7 +71,9 @@ def export_direction(run: RunDirectory, component: int, file: str | Path) -> Non
     record_of(run, LIFT)
     directions = DirectionStore.open(run.directions)
     if component >= directions.n_components:
-        raise RunDirectoryError(f"{run.path} has components 0 to {directions.n_components - 1}, no {component}")
+        raise RunDirectoryError(
+            f"{run.path} has no component {component}: choose one of 0 to {directions.n_components - 1}"
+        )
     if component not in lifted_components(run):
         raise RunDirectoryError(
             f"component {component} is not lifted: run `npeff lift {run.path} -c {component}` first"

@@ -42,5 +42,5 @@ def outcome(run: RunDirectory, command: str) -> list[str]:
     return [
         *(score_line(score) for score in scores),
         f"report: {run.report}",
-        f"ask it: {command} query {run.path} top --component 0",
+        f"query it: {command} query {run.path} top --component 0",
     ]

@@ -31,8 +31,8 @@ def damaged_file(path: Path, details: str = "") -> StoreError:
 _ADVICE = {
     errno.ENOSPC: "free some space and run the same command again",
     errno.EDQUOT: "free some of the quota and run the same command again",
-    errno.EACCES: "make it writable or choose another run_dir",
-    errno.EPERM: "make it writable or choose another run_dir",
+    errno.EACCES: "change its permissions or choose another run_dir",
+    errno.EPERM: "change its permissions or choose another run_dir",
     errno.EROFS: "choose a run_dir on a writable file system",
 }
 

@@ -29,10 +29,10 @@ def location(text: str | os.PathLike[str]) -> Path:
     if not separator:
         return Path(text)
     if scheme != "s3":
-        raise StoreError(f"{text} cannot be used", "give a local path or a URI s3://bucket/prefix")
+        raise StoreError(f"{text} has an unsupported scheme", "give a local path or a URI s3://bucket/prefix")
     bucket, *prefix = [part for part in rest.split("/") if part not in ("", ".")] or [""]
     if not bucket or not prefix or ".." in prefix:
-        raise StoreError(f"{text} names no folder of a bucket", "give a URI s3://bucket/prefix")
+        raise StoreError(f"{text} is not a folder in a bucket", "give a URI s3://bucket/prefix")
     if importlib.util.find_spec("s3fs") is None:
         raise StoreError(f"{text} needs s3fs, which is not installed", "pip install 'npeff-pipeline[s3]'")
     from npeff.storage.s3 import S3Path

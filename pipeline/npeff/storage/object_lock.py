@@ -116,8 +116,8 @@ class _ObjectLock:
         while self._lost_to is None and _now() - self._renewed_at > STALE_S / 2:
             if _now() - began > STALE_S:
                 raise ObjectStoreError(
-                    f"the lock {self._path} could not be renewed for {_now() - self._renewed_at:.0f} s: check the "
-                    "network and run the same command again, finished work is kept"
+                    f"the lock {self._path} could not be renewed for {_now() - self._renewed_at:.0f} s; finished work "
+                    "is kept: check the network and run the same command again to resume"
                 )
             await asyncio.sleep(_POLL_S / 4)
         if self._lost_to is not None:

@@ -36,8 +36,8 @@ _CHANGES = {
 _NOT_THERE = {"404", "NoSuchKey"}
 _FAILED_CONDITION = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
 _NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound)
-_LATER = "finished work is kept: run the same command again later"
-_NEW_CREDENTIALS = "set other ones (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or AWS_PROFILE)"
+_LATER = "finished work is kept; run the same command again later"
+_NEW_CREDENTIALS = "set valid ones (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or AWS_PROFILE)"
 _REGION = "set AWS_DEFAULT_REGION to the bucket's region"
 _SENTENCES = {
     "NoSuchBucket": "the bucket does not exist: create it, or choose another run_dir",
@@ -60,7 +60,7 @@ _SENTENCES = {
     **dict.fromkeys(
         ("NotImplemented", "501"), "this object store does not support the request: choose another run_dir"
     ),
-    "RequestTimeTooSkewed": "this machine's clock is wrong: set it",
+    "RequestTimeTooSkewed": "the clock of this machine is wrong: correct it",
 }
 """Cause and remedy of each error code of S3, or of the HTTP status of a response without a code."""
 

@@ -62,7 +62,7 @@ class StoredFactorization:
         return None if self.columns is None else self._read("columns", self.columns)
 
     def _read(self, name: str, array: zarr.Array[Any]) -> np.ndarray:
-        remedy = f"delete it and run `npeff factorize {self.path.parent}` again"
+        remedy = f"delete this store and run `npeff factorize {self.path.parent}` again"
         damage = StoreError(f"{name} of {self.path} are corrupt", remedy, path=self.path / name)
         try:
             values = np.asarray(array[...])

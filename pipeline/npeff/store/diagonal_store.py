@@ -117,7 +117,7 @@ class DiagonalSums:
         """
         if (n_folded := self._n_folded()) != self.n_units:
             problem = f"{self.folder} has the sums of {n_folded} of {self.n_units} units"
-            raise StoreError(problem, "run the command again", path=self.folder)
+            raise StoreError(problem, "run the same command again", path=self.folder)
         sums = self._added([self._total])
         mean = {name: (values / max(n_examples, 1)).astype(np.float32) for name, values in sums.items()}
         _write(path, mean, {**metadata, "n_examples": str(n_examples)})

@@ -88,8 +88,8 @@ class ShardRecords:
             write_json_atomically(path, asdict(record))
         elif not create(path, json_bytes(asdict(record))) and (first := self._read(path).checksum) != record.checksum:
             raise StoreError(
-                f"shard {record.shard} was computed twice with different results, of checksum {first} and "
-                f"{record.checksum}",
+                f"shard {record.shard} was computed twice with different results (checksums {first} and "
+                f"{record.checksum})",
                 f"delete {path} and run the same command again",
                 path=path,
             )

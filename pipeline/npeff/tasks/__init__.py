@@ -61,11 +61,12 @@ def load_task(name: str, options: dict[str, Any]) -> Task:
     except ModuleNotFoundError as error:
         raise TaskError(f"cannot import task {name!r}: {error}: {_how_to_import(error.name or '')}") from None
     if task_class is None:
-        raise TaskError(f"cannot import task {name!r}: {module_name} has no {class_name}")
+        raise TaskError(f"cannot import task {name!r}: {module_name} has no {class_name}: correct the name")
     if not (isinstance(task_class, type) and issubclass(task_class, Task)):
-        raise TaskError(f"task {name!r} is not a subclass of npeff.tasks.Task")
+        raise TaskError(f"task {name!r} is not a subclass of npeff.tasks.Task: derive it from this class")
     if inspect.isabstract(task_class):
-        raise TaskError(f"task {name!r} does not define {', '.join(sorted(task_class.__abstractmethods__))}")
+        undefined = ", ".join(sorted(task_class.__abstractmethods__))
+        raise TaskError(f"task {name!r} does not define {undefined}: define each of them")
     signature = inspect.signature(task_class)
     try:
         signature.bind(**options)

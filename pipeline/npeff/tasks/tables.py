@@ -86,7 +86,9 @@ class TableOptions:
         if path.is_dir():
             return _concatenated(self.data, self._files_of(path))
         if self.split is not None:
-            raise TaskError(f"split {self.split!r} of {self.data}: a file has no splits, give a folder or no split")
+            raise TaskError(
+                f"split {self.split!r} of {self.data}: a file has no splits, so remove split, or give a folder"
+            )
         return _read(path)
 
     def _files_of(self, folder: Path) -> list[Path]:
@@ -163,7 +165,9 @@ def texts(rows: pa.Table, column: str, data: str) -> list[str]:
         result: list[str] = pc.fill_null(rows[column].cast(pa.string()), "").to_pylist()
         return result
     except pa.ArrowException:
-        raise TaskError(f"{data}: column {column!r} has type {rows[column].type}, not text") from None
+        raise TaskError(
+            f"{data}: column {column!r} has type {rows[column].type}, not text: choose a text column"
+        ) from None
 
 
 def class_numbers(labels: Sequence[Any], names: Sequence[str], data: str) -> list[int | None]:
@@ -178,7 +182,9 @@ def class_numbers(labels: Sequence[Any], names: Sequence[str], data: str) -> lis
         else:
             raise TaskError(f"{data}: label {label!r} is not one of {', '.join(known)}: give label_names")
         if number is not None and not 0 <= number < len(names):
-            raise TaskError(f"{data}: label {number} is not one of the model's {len(names)} classes")
+            raise TaskError(
+                f"{data}: label {number} is not one of the model's {len(names)} classes: correct it, or filter the rows"
+            )
         numbers.append(number)
     return numbers
 

@@ -165,8 +165,8 @@ class RayExecutor:
                 return
             if attempt == ATTEMPTS:
                 raise ExecutorError(
-                    f"{method} {item} failed after {ATTEMPTS} attempts (the last: {reason}); finished items are kept: "
-                    "fix the cause and run the same command again"
+                    f"{method} {item} failed after {ATTEMPTS} attempts (last error: {reason}); finished work is kept: "
+                    "fix the cause and run the same command again to resume"
                 )
             _logger.warning("%s %s: %s; attempt %d of %d follows", method, item, reason, attempt + 1, ATTEMPTS)
             waiting.appendleft((item, attempt + 1))
@@ -303,6 +303,11 @@ class RayExecutor:
                 else:
                     ray.init(address="auto" if in_job() else address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RayError, ValueError, RuntimeError) as error:
+            if address == "local" and not in_job():
+                raise ExecutorError(
+                    f"cannot start Ray on this machine ({first_line(error)}): run the same command again when the "
+                    "machine is less busy, or set executor.workers: 1 and executor.kind: serial"
+                ) from None
             raise ExecutorError(
                 f"cannot reach Ray at {address!r} ({first_line(error)}): start it with `ray start --head`, "
                 "or set executor.address: local"
@@ -376,6 +381,4 @@ def _own_reaction_to_sigterm() -> Iterator[None]:
 
 
 def _ray_is_gone(why: str) -> ExecutorError:
-    return ExecutorError(
-        f"Ray stopped working ({why}); finished results are kept: run the same command again to continue"
-    )
+    return ExecutorError(f"Ray stopped working ({why}); finished work is kept: run the same command again to resume")

@@ -112,8 +112,8 @@ class JobServer:
             self._client = JobSubmissionClient(address)
         except (OSError, RuntimeError, ValueError, ImportError) as error:
             raise ExecutorError(
-                f"cannot reach the job server at {address} ({_reason(error)}): is `ray start --head` running there, "
-                "and does this machine have the cluster's authentication token?"
+                f"cannot reach the job server at {address} ({_reason(error)}): check that Ray runs there (`ray start "
+                "--head`), and that this machine has the authentication token of the cluster"
             ) from None
 
     def submit(self, submission: Submission) -> tuple[Job, bool]:
@@ -131,8 +131,9 @@ class JobServer:
             if last is not None and not last.has_ended:
                 if last.digest != submission.digest:
                     raise ExecutorError(
-                        f"job {last.id} works on {submission.run_dir} with another run file: wait for it, or stop it "
-                        f"(npeff submit --stop {last.id} --address {self.address}) and submit again"
+                        f"job {last.id} of {submission.run_dir} is still active and has another run file: wait until "
+                        f"it ends, or stop it (npeff submit --stop {last.id} --address {self.address}); then submit "
+                        "again"
                     )
                 return last, False
             number = 1 if last is None else _number(last.id, prefix) + 1
@@ -144,7 +145,10 @@ class JobServer:
                 if _NOT_READY in str(error) and time.monotonic() < until:
                     time.sleep(_LOOK_EVERY_S)
                     continue
-                raise ExecutorError(f"{self.address} did not take the job: {_reason(error)}") from None
+                raise ExecutorError(
+                    f"the job server at {self.address} refused the job ({_reason(error)}): correct the options of "
+                    "npeff submit and submit again"
+                ) from None
             return self.job(f"{prefix}-{number}"), True
 
     def latest(self, run_dir: str) -> Job | None:
@@ -216,10 +220,13 @@ class JobServer:
             yield
         except (OSError, RuntimeError, aiohttp.ClientError) as error:
             if _UNKNOWN in str(error):
-                raise ExecutorError(f"{self.address}: {_reason(error)}") from None
+                raise ExecutorError(
+                    f"the job server at {self.address} has no such job ({_reason(error)}): give the id of another job, "
+                    "or a run file"
+                ) from None
             raise ExecutorError(
-                f"lost the job server at {self.address} ({_reason(error)}); finished results are kept: run the same "
-                "command again when the cluster is back; it follows the job, or resumes the run if the job has ended"
+                f"the connection to the job server at {self.address} was lost ({_reason(error)}); finished work is "
+                "kept: submit the run again when the cluster is available, to follow the job or to resume the run"
             ) from None
 
 

@@ -97,7 +97,7 @@ class WorkerPlacement:
                 self._withdraw()
                 raise ExecutorError(
                     f"the cluster has no room for a worker, and no node was added within {self._timeout_s:.0f} s; "
-                    "finished results are kept: run the same command again when the cluster has nodes"
+                    "finished work is kept: run the same command again when the cluster has more nodes"
                 )
             time.sleep(_LOOK_EVERY_S)
 

@@ -75,8 +75,8 @@ def run_solver(
             losses, reached = (losses + 1 if now <= reached else 1), max(now, reached)
             if losses == LOSSES:
                 raise ExecutorError(
-                    f"the solver's workers were lost {LOSSES} times in a row (the last: {error}); the checkpoints are "
-                    "kept: fix the cause and run the same command again"
+                    f"the solver's workers were lost {LOSSES} times in a row (the last: {error}); finished work is "
+                    "kept: fix the cause and run the same command again to resume"
                 ) from None
             on_event(f"{error}: restarting the workers from iteration {now}")
             time.sleep(_BACK_OFF_S * (losses - 1))
@@ -112,8 +112,8 @@ def _run_group(
         if any(other.record.accepted != step.record.accepted for other in steps):
             # the components would differ between the workers, and their sums would be wrong
             raise ExecutorError(
-                f"the solver's workers disagree on whether step {step.record.iteration} lowers the loss: their "
-                "processors round differently; the checkpoints are kept: run the same command again on nodes of one "
+                f"the solver's workers disagree on whether step {step.record.iteration} lowers the loss, because their "
+                "processors round differently; finished work is kept: run the same command again on nodes of one "
                 "type, or with executor.workers: 1"
             )
         history.append(_history_row(step, time.monotonic() - began))

@@ -161,7 +161,7 @@ def _open_fishers(run: RunDirectory, facts: TaskFacts) -> tuple[ShardRecords, Fi
         if laid_out != (len(facts.examples), facts.n_classes, facts.sketch_dim):
             raise StoreError(
                 f"{run.fishers} was created for {laid_out[0]} examples, {laid_out[1]} classes and sketch dimension "
-                f"{laid_out[2]}, and the task has {len(facts.examples)}, {facts.n_classes} and {facts.sketch_dim} now",
+                f"{laid_out[2]}, but the task now has {len(facts.examples)}, {facts.n_classes} and {facts.sketch_dim}",
                 "restore the former data and model, or choose another run_dir",
                 path=run.fishers,
             )
@@ -190,9 +190,9 @@ def _failed_shards(failed: list[FailedItem], store: FisherStore, facts: TaskFact
     if len(failed) > _MOST_NAMED:
         named.append(f"and {len(failed) - _MOST_NAMED} more")
     return ExecutorError(
-        f"{'; '.join(named)}. All other shards are finished and kept: correct these examples, or return NaN logits "
-        "for them from the task to exclude them, or give the workers more memory if it ran out; then run the same "
-        "command again, which computes only the failed shards"
+        f"{'; '.join(named)}; all other shards are finished: correct these examples, or exclude them by returning NaN "
+        "logits from the task, or give the workers more memory if their memory ran out; then run the same command "
+        "again, which computes only the failed shards"
     )
 
 

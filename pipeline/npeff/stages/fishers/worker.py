@@ -58,8 +58,9 @@ class FisherWorker:
         self._dtype = torch.float16 if self._store.store_dtype == "float16" else torch.float32
         if len(self._loaded.labels_N) != self._store.plan.n_examples:
             raise TaskError(
-                f"task {model.task!r} has {len(self._loaded.labels_N)} examples here and had "
-                f"{self._store.plan.n_examples} when the run began: return the same examples each time it is loaded"
+                f"task {model.task!r} has {len(self._loaded.labels_N)} examples on this worker, but had "
+                f"{self._store.plan.n_examples} when the run began: return the same examples each time the task is "
+                "loaded"
             )
 
     @property

@@ -36,7 +36,7 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
         chosen = list(config.lift.components or range(n_components))
         if chosen[-1] >= n_components:
             raise RunDirectoryError(
-                f"{run.path} has components 0 to {n_components - 1}, no {chosen[-1]}: correct lift.components"
+                f"{run.path} has no component {chosen[-1]}: choose lift.components from 0 to {n_components - 1}"
             )
         if stage.done and set(chosen) <= set(lifted_components(run)):
             return stage.done

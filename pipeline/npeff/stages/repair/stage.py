@@ -97,8 +97,8 @@ class _Examples:
         fit_N = np.asarray(table["split"].to_pylist()) == "fit"
         if not bool((known_N & fit_N).any()):
             raise RunDirectoryError(
-                f"the examples of {run.path} have no known labels, or several predictions each: use examples with "
-                "labels and one prediction each, which repair needs"
+                f"the examples of {run.path} have no known labels or several predictions each: use examples with known "
+                "labels and one prediction each, in a new run_dir"
             )
         return cls(
             tuning=np.flatnonzero(known_N & fit_N),

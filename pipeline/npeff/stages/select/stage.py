@@ -30,8 +30,8 @@ def select(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
     with open_stage(run, SELECT) as stage:
         if (kind := run.config.factorization.kind) != "fishers":
             raise RunDirectoryError(
-                f"stage select cannot be used in {run.path}: it compares factorizations of Fishers, not of kind "
-                f"{kind}; set factorization.kind: fishers in a new run_dir"
+                f"npeff select does not support factorization.kind: {kind}, which {run.path} has: set "
+                "factorization.kind: fishers in a new run_dir"
             )
         progress, wanted = progress or SilentProgress(), run.config.selection
         checksums_of(run)

@@ -89,7 +89,9 @@ class _Words(Examples):
             ids, self._words, _lists(self._rows, options.tags_column, options.data), strict=True
         ):
             if len(tags) != len(words):
-                raise TaskError(f"{options.data}: row {example!r} has {len(words)} words and {len(tags)} tags")
+                raise TaskError(
+                    f"{options.data}: row {example!r} has {len(words)} words and {len(tags)} tags: give one for each"
+                )
             tags = [int(tag) if isinstance(tag, str) and tag.isdecimal() else tag for tag in tags]
             numbers = class_numbers(tags, self.class_names, options.data)
             rows.append(np.array([UNKNOWN if number is None else number for number in numbers], np.int64))
