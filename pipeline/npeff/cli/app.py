@@ -5,10 +5,25 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
+
+_ORDER = (
+    *("demo", "run", "fishers", "factorize", "lift", "verify", "attribute", "report", "query"),
+    *("select", "repair", "transform", "estimate", "check", "status", "submit", "import", "export"),
+)
+"""The commands in the order of the help text."""
+
+
+class _InOrder(TyperGroup):
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        names = super().list_commands(ctx)
+        return sorted(names, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
+
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 app = typer.Typer(
+    cls=_InOrder,
     invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -14,5 +14,5 @@ QUICKSTART = Path(__file__).with_name("quickstart.yaml")
 
 @app.command("demo")
 def demo_command(run_dir: RunDir = None) -> None:
-    """Train a small network on handwritten digits and explain it; resumes what was interrupted."""
+    """Train a small network on handwritten digits and explain it. Resumes after an interruption."""
     run_command(QUICKSTART, run_dir)

@@ -28,9 +28,14 @@ def estimate_command(
     run: RunFile,
     workers: Workers = None,
     address: Address = None,
-    parameters: Annotated[bool, typer.Option(help="List every parameter, and why it is left out.")] = False,
+    parameters: Annotated[
+        bool, typer.Option(help="Also list every parameter, with the reason if it is left out.")
+    ] = False,
 ) -> None:
-    """Estimate the memory, disk space and time that the Fishers need, from a short trial. Writes no files."""
+    """Estimate the memory, disk space and time that a run needs, from a short trial. Writes no files.
+
+    The time is that of the stage fishers.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -56,12 +61,12 @@ def estimate_command(
 def check_command(
     run_dir: ExistingRun,
     recompute: Annotated[
-        bool, typer.Option("--recompute", help="Delete and recompute the damaged parts, and nothing else.")
+        bool, typer.Option("--recompute", help="Delete and recompute the damaged parts only.")
     ] = False,
     workers: Workers = None,
     address: Address = None,
 ) -> None:
-    """Read and verify everything in a run directory. The exit code is 1 if something is damaged."""
+    """Verify every file of a run directory. The exit code is 1 if something is damaged."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -82,24 +87,38 @@ def check_command(
 
 @app.command("import")
 def import_command(
-    file: Annotated[Path, typer.Argument(parser=location, metavar="FILE", help="An HDF5 file of the reference.")],
+    file: Annotated[
+        Path,
+        typer.Argument(parser=location, metavar="FILE", help="An HDF5 file of the NPEFF reference implementation."),
+    ],
     run_dir: Annotated[Path, typer.Argument(parser=location, metavar="RUN_DIR", help="A new directory for the run.")],
     fishers: Annotated[
         Path | None,
         typer.Option(parser=location, metavar="FILE", help="For a decomposition: the PEF file that was decomposed."),
     ] = None,
-    components: Annotated[int, typer.Option(min=1, help="Number of components of the factorization.")] = 32,
-    max_dim: Annotated[int, typer.Option(min=1, help="Largest number of parameters that are not hashed.")] = 65_536,
-    dim: Annotated[int, typer.Option(min=1, help="Number of coordinates after hashing.")] = 4096,
-    min_nonzero: Annotated[int, typer.Option(min=1, help="Drop parameters with fewer stored values.")] = 1,
-    held_out: Annotated[float, typer.Option(min=0, max=1, help="Fraction of the examples to hold out of the fit.")] = 1
-    / 3,
+    components: Annotated[
+        int,
+        typer.Option(min=1, help="Number of components for a later factorization. A decomposition has its own number."),
+    ] = 32,
+    max_dim: Annotated[
+        int, typer.Option(min=1, help="Hash the parameters if more than this number have values.")
+    ] = 65_536,
+    dim: Annotated[int, typer.Option(min=1, help="Number of coordinates D after hashing.")] = 4096,
+    min_nonzero: Annotated[
+        int, typer.Option(min=1, help="Drop parameters with fewer values than this in the file.")
+    ] = 1,
+    held_out: Annotated[
+        float, typer.Option(min=0, max=1, help="Fraction of the examples to hold out of the fit; below 1.")
+    ] = 1 / 3,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the hashes, the split and the factorization.")] = 0,
     class_names: Annotated[
-        list[str], typer.Option("--class-name", help="Name of a class; give one per class, in order.")
+        list[str], typer.Option("--class-name", help="Name of a class. Repeat the option for all classes, in order.")
     ] = [],  # noqa: B006
 ) -> None:
-    """Create a run from Fishers (LRM-PEF, LVRM-PEF) or a decomposition (LRM) of the NPEFF reference implementation."""
+    """Create a run from a file of the NPEFF reference implementation.
+
+    The file contains Fishers (LRM-PEF, LVRM-PEF) or a decomposition (LRM).
+    """
     from npeff.interchange.import_run import import_run
     from npeff.interchange.options import ImportOptions
     from npeff.runs.progress import default_progress
@@ -125,12 +144,18 @@ def export_command(
         Path, typer.Argument(parser=location, metavar="FILE", help="The HDF5 or safetensors file to write.")
     ],
     what: Annotated[Exported, typer.Option(help="What to export.")] = "fishers",
-    values: Annotated[int | None, typer.Option(min=1, help="Number of largest values to keep per example.")] = None,
+    values: Annotated[
+        int | None, typer.Option(min=1, help="With --what fishers: number of largest values to keep for each example.")
+    ] = None,
     component: Annotated[
-        int | None, typer.Option("--component", "-c", min=0, help="Component whose direction is exported.")
+        int | None, typer.Option("--component", "-c", min=0, help="With --what direction: the component.")
     ] = None,
 ) -> None:
-    """Write Fishers or a factorization as an HDF5 file of the NPEFF reference, or a direction as safetensors."""
+    """Write Fishers, a factorization or a direction to a file.
+
+    Fishers and factorizations are written as HDF5 files of the NPEFF reference implementation, directions as
+    safetensors files.
+    """
     if (what == "direction") != (component is not None):
         raise typer.BadParameter("--what direction needs --component, and --component needs --what direction")
     from npeff.interchange.export_run import export_run

@@ -27,12 +27,15 @@ def submit(
     run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A run file (YAML).")] = None,
     address: Address = _DEFAULT_ADDRESS,
     run_dir: Annotated[
-        str | None, typer.Option(help="Write to this directory, or URI, instead of the run file's run_dir.")
+        str | None, typer.Option(help="Directory or URI of the run; overrides run_dir of the run file.")
     ] = None,
     follow: Annotated[bool, typer.Option("--follow/--detach", help="Follow the logs until the job ends.")] = True,
     stop: Annotated[
         str | None,
-        typer.Option(metavar="JOB", help="Stop this job, or the job of this run file. Submit the run again to resume."),
+        typer.Option(
+            metavar="JOB",
+            help="Stop the job with this id, or the job of this run file. Submit the run again to resume.",
+        ),
     ] = None,
     env: Annotated[
         list[str],
@@ -43,7 +46,8 @@ def submit(
     pip: Annotated[
         list[str],
         typer.Option(
-            metavar="REQUIREMENT", help="Packages to install for the job: torchvision==0.26 or a requirements.txt."
+            metavar="REQUIREMENT",
+            help="Package to install for the job, such as torchvision==0.26, or a requirements.txt.",
         ),
     ] = [],  # noqa: B006
     py_modules: Annotated[
@@ -63,7 +67,10 @@ def submit(
         str | None, typer.Option(metavar="JSON", help='Custom resources to reserve for the driver: {"head": 1}.')
     ] = None,
 ) -> None:
-    """Submit `npeff run` as a Ray job to a cluster. A second submission follows the active job, or resumes the run."""
+    """Submit `npeff run` as a Ray job to a cluster.
+
+    A second submission follows the job if it is still active, and otherwise resumes the run in a new job.
+    """
     if (run is None) == (stop is None):
         raise typer.BadParameter("give a run file, or --stop JOB")
     if stop is not None:
@@ -103,10 +110,15 @@ def status(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run file (YAML), or the directory of a run.")],
     address: Annotated[
         str | None,
-        typer.Option(envvar=_ADDRESS_VARIABLE, help="Address of a cluster's job server, to show the run's job too."),
+        typer.Option(
+            envvar=_ADDRESS_VARIABLE, help="Address of a cluster's job server. The job of the run is then shown too."
+        ),
     ] = None,
 ) -> None:
-    """Show the state of each stage of a run (missing, partial or complete), and of its job on a cluster."""
+    """Show the state of each stage of a run, and of its job on a cluster.
+
+    A stage is missing (it has no results), partial or complete.
+    """
     from rich.console import Console
     from rich.table import Table
 

@@ -32,25 +32,27 @@ RunDir = Annotated[
         "--run-dir",
         parser=location,
         metavar="RUN_DIR",
-        help="Write to this directory instead of the run file's run_dir.",
+        help="Directory of the run; overrides run_dir of the run file.",
     ),
 ]
 
 
 Workers = Annotated[
     int | None,
-    typer.Option("--workers", min=1, help="Number of workers, instead of the run file's; Ray runs several."),
+    typer.Option("--workers", min=1, help="Number of workers; overrides the run file. Several workers need Ray."),
 ]
 
 
 Address = Annotated[
-    str | None, typer.Option("--address", help="Ray cluster, instead of the run file's: local, auto or host:port.")
+    str | None, typer.Option("--address", help="Ray cluster (local, auto or host:port); overrides the run file.")
 ]
 
 
 MaxIterations = Annotated[
     int | None,
-    typer.Option("--max-iterations", min=1, help="Raise the iteration limit and continue the factorization."),
+    typer.Option(
+        "--max-iterations", min=1, help="New, larger limit on the iterations. A finished factorization is continued."
+    ),
 ]
 
 

@@ -17,20 +17,22 @@ app.add_typer(query_app, name="query", context_settings=HELP)
 
 Component = Annotated[int, typer.Option("--component", "-c", help="Number of the component.")]
 Example = Annotated[str, typer.Option("--example", "-e", help="Id or number of the example.")]
-Split = Annotated[str | None, typer.Option(help="Only fit or held_out examples.")]
+Split = Annotated[str | None, typer.Option(help="Only examples of this split: fit or held_out.")]
 Where = Annotated[
     str | None,
     typer.Option(help='Only examples that meet this SQL condition on their columns: "label = 2 and not correct".'),
 ]
 Format = Annotated[
     OutputFormat | None,
-    typer.Option("--format", help="Output format. Default: by the extension of FILE, else table.", show_default=False),
+    typer.Option(
+        "--format", help="Output format. Default: given by the extension of FILE, otherwise table.", show_default=False
+    ),
 ]
 File = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="FILE", dir_okay=False, help="Write the result to this file.")
 ]
-NumberOfExamples = Annotated[int, typer.Option("-n", min=1, help="Number of examples.")]
-NumberOfComponents = Annotated[int, typer.Option("-n", min=1, help="Number of components.")]
+NumberOfExamples = Annotated[int, typer.Option("-n", min=1, help="Maximum number of examples.")]
+NumberOfComponents = Annotated[int, typer.Option("-n", min=1, help="Maximum number of components.")]
 
 
 @query_app.callback()
@@ -38,7 +40,11 @@ def query(
     context: typer.Context,
     run_dir: Annotated[Path, typer.Argument(parser=location, metavar="RUN_DIR", help="Directory of a run.")],
 ) -> None:
-    context.obj = npeff.ComponentStore.open(run_dir)
+    context.obj = run_dir  # opened by the command, so that --help needs no run
+
+
+def _store(context: typer.Context) -> npeff.ComponentStore:
+    return npeff.ComponentStore.open(context.obj)
 
 
 @query_app.command()
@@ -52,13 +58,13 @@ def top(
     file: File = None,
 ) -> None:
     """Show the examples with a component's largest coefficients."""
-    write_answer(context.obj.top_examples(component, n=n, split=split, where=where), output, file)
+    write_answer(_store(context).top_examples(component, n=n, split=split, where=where), output, file)
 
 
 @query_app.command()
 def example(context: typer.Context, example: Example, output: Format = None, file: File = None) -> None:
     """Show the components of an example, largest coefficient first."""
-    write_answer(context.obj.example(example), output, file)
+    write_answer(_store(context).example(example), output, file)
 
 
 @query_app.command()
@@ -72,7 +78,7 @@ def neighbours(
     file: File = None,
 ) -> None:
     """Show the examples most similar to an example, by the cosine of their coefficients."""
-    write_answer(context.obj.neighbours(example, n=n, split=split, where=where), output, file)
+    write_answer(_store(context).neighbours(example, n=n, split=split, where=where), output, file)
 
 
 @query_app.command()
@@ -82,16 +88,20 @@ def similar(
     n: NumberOfComponents = 10,
     other: Annotated[
         Path | None,
-        typer.Option(parser=location, metavar="RUN_DIR", help="Search this run, of the same model and sketch."),
+        typer.Option(
+            parser=location,
+            metavar="RUN_DIR",
+            help="Search the components of this run instead. It must have the same model, parameters, sketch and seed.",
+        ),
     ] = None,
     output: Format = None,
     file: File = None,
 ) -> None:
     """Show the components most similar to a component, in this run or another, by |cos|."""
     if other is None:
-        found = context.obj.similar_components(component, n=n)
+        found = _store(context).similar_components(component, n=n)
     else:
-        found = context.obj.similar_components_in(npeff.ComponentStore.open(other), component, n=n)
+        found = _store(context).similar_components_in(npeff.ComponentStore.open(other), component, n=n)
     write_answer(found, output, file)
 
 
@@ -103,15 +113,17 @@ def enriched(
     top: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Count an example for a component if it is one of this many top examples; default: if W > 0."
+            min=1,
+            help="An example has a component if it is one of this many top examples. Default: if its coefficient is "
+            "above 0.",
         ),
     ] = None,
     split: Split = None,
     output: Format = None,
     file: File = None,
 ) -> None:
-    """Show the components that are more frequent in some examples than in the others, by Fisher's exact test."""
-    write_answer(context.obj.enriched(where, split=split, top=top, n=n), output, file)
+    """Show the components that are over-represented in a subset of the examples, by Fisher's exact test."""
+    write_answer(_store(context).enriched(where, split=split, top=top, n=n), output, file)
 
 
 @query_app.command()
@@ -124,34 +136,34 @@ def energy(
     output: Format = None,
     file: File = None,
 ) -> None:
-    """Show the fraction of the squared norm of a component's direction in each parameter or layer."""
-    write_answer(context.obj.layer_energy(component, by=by), output, file)
+    """Show in which parameters or layers a direction lies, as fractions of its squared norm."""
+    write_answer(_store(context).layer_energy(component, by=by), output, file)
 
 
 @query_app.command()
 def verification(context: typer.Context, component: Component, output: Format = None, file: File = None) -> None:
-    """Show the effect of moving the model along a component's direction, with the controls."""
-    write_answer(context.obj.verification(component), output, file)
+    """Show the effect of steps along a component's direction, with the controls."""
+    write_answer(_store(context).verification(component), output, file)
 
 
 @query_app.command()
 def components(context: typer.Context, output: Format = None, file: File = None) -> None:
-    """Show all components, one row each."""
-    write_answer(context.obj.components_table(), output, file)
+    """Show the table of components, one row for each."""
+    write_answer(_store(context).components_table(), output, file)
 
 
 @query_app.command()
 def selection(context: typer.Context, output: Format = None, file: File = None) -> None:
-    """Show the results of `npeff select`, one row per number of components tried."""
-    write_answer(context.obj.table("selection"), output, file)
+    """Show the results of `npeff select`, one row for each number of components."""
+    write_answer(_store(context).table("selection"), output, file)
 
 
 @query_app.command()
 def sql(
     context: typer.Context,
-    query: Annotated[str, typer.Argument(help="A SELECT over the tables; SHOW TABLES lists them.")],
+    query: Annotated[str, typer.Argument(help="One SELECT statement over the tables. SHOW TABLES lists the tables.")],
     output: Format = None,
     file: File = None,
 ) -> None:
     """Run a SQL query over the tables of the run."""
-    write_answer(context.obj.sql(query), output, file)
+    write_answer(_store(context).sql(query), output, file)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @app.command("run")
 def run_command(run: Run, run_dir: RunDir = None, workers: Workers = None, address: Address = None) -> None:
-    """Run every stage in order, and resume from the results that exist."""
+    """Run the stages from fishers to report. Finished work of earlier commands is not repeated."""
     opened = open_run(run, run_dir, workers, address)
     npeff.run(opened, progress=progress_of(opened))
     _print_outcome(opened)
@@ -55,7 +55,10 @@ def factorize_command(
 def lift_command(
     run: Run,
     component: Annotated[
-        list[int] | None, typer.Option("--component", "-c", min=0, help="Lift only this component. Repeat for several.")
+        list[int] | None,
+        typer.Option(
+            "--component", "-c", min=0, help="Lift only this component. Repeat the option for several components."
+        ),
     ] = None,
     run_dir: RunDir = None,
     workers: Workers = None,
@@ -74,14 +77,15 @@ def report_command(
     workers: Workers = None,
     address: Address = None,
     serve: Annotated[
-        bool, typer.Option("--serve", help="Serve the live view, with query forms, instead of writing the report.")
+        bool,
+        typer.Option("--serve", help="Serve a live view with the report and query forms, instead of writing the file."),
     ] = False,
     port: Annotated[
         int | None,
         typer.Option(min=0, max=65535, help="Port of the live view (--serve); 0, the default, chooses a free port."),
     ] = None,
 ) -> None:
-    """Write the report of the results that exist as one HTML file, or serve it on this machine until Ctrl-C."""
+    """Write the report of the available results as one HTML file, or serve it on this machine (--serve)."""
     if port is not None and not serve:
         raise typer.BadParameter("--port needs --serve")
     from npeff.runs.progress import default_progress
@@ -103,9 +107,7 @@ def transform_command(
     ],
     run: Annotated[
         Path,
-        typer.Option(
-            "--run", parser=location, metavar="RUN", help="Run file of the new examples, or their run directory."
-        ),
+        typer.Option("--run", parser=location, metavar="RUN", help="Run file, or run directory, of the new examples."),
     ],
     workers: Workers = None,
     address: Address = None,
@@ -117,11 +119,11 @@ def transform_command(
 def select_command(
     run: Run,
     components: Annotated[
-        str | None, typer.Option(help="Numbers of components to try: 8,16,32 or 8:64:8 (from, to, step).")
+        str | None, typer.Option(help="Numbers of components to try first: 8,16,32 or 8:64:8 (from, to, step).")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds per number of components.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds for each number of components.")] = None,
     refine: Annotated[
-        bool | None, typer.Option("--refine/--no-refine", help="Also try numbers around the best of these.")
+        bool | None, typer.Option("--refine/--no-refine", help="Also try numbers near the best of these.")
     ] = None,
     run_dir: RunDir = None,
     workers: Workers = None,

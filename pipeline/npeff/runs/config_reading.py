@@ -20,7 +20,7 @@ _VARIABLE = re.compile(r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 class ConfigError(NpeffError, ValueError):
-    """A run file that cannot be used. The message names the key and the accepted values."""
+    """A run file is missing, unreadable or invalid. The message names the file or the key, and the remedy."""
 
 
 def read_run_file(path: Path) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class FactorizationConfig(Section):
     max_iterations: int = SolverOptions.max_iterations
     """Largest number of passes over the Fishers, including rejected steps."""
     tolerance: PositiveFloat = SolverOptions.tolerance
-    """Stop when three steps in a row change the objective by less than this fraction."""
+    """The solver has converged when three steps in a row each change the objective by less than this fraction of it."""
     n_starts: int = SolverOptions.n_starts
     """Number of seeded initializations to try on a subsample. The best is used. ``1`` skips the trial runs."""
     subsample: int = SolverOptions.subsample
@@ -114,14 +114,14 @@ class FactorizationConfig(Section):
     """Iterations between checkpoints. A crash costs at most this many iterations."""
     memory_limit_mb: PositiveInt = 4096
     """Memory in MiB in which a worker keeps its Fishers: GPU memory if the worker has a GPU. If the Fishers do not fit,
-    even in half precision where they are stored so, every pass reads them from the store. This does not change any
-    result."""
+    the worker keeps them in half precision, if they are stored in half precision. If they still do not fit, every pass
+    reads them from the store. This option does not change any result."""
     l1: float = SolverOptions.l1
     """Sparsity of the coefficients. The coefficient of a component is zero if the component alone explains less than
     this fraction of the Fisher's norm. The penalty is 2·l1·Σ ‖F̂_i‖·W_ij."""
     orthogonality: float = SolverOptions.orthogonality
-    """Penalty on similar components: the explained fraction that is traded for a decrease of the mean squared cosine by
-    one."""
+    """Weight of the penalty on similar components: this value times the mean squared cosine of two components, in units
+    of the explained fraction."""
     start_from: str | None = None
     """Directory of a run with the same model, parameters, sketch, seed and number of components, from whose components
     the solver starts."""
@@ -129,16 +129,16 @@ class FactorizationConfig(Section):
     """Directory of a run with the same model, parameters, sketch and seed, whose components are kept fixed as the first
     components. ``n_components`` includes them."""
     examples: Literal["all", "mispredicted"] = "all"
-    """Examples to fit and to report on. All examples get coefficients."""
+    """Examples that the components are fitted on and that the report describes. All valid examples get coefficients."""
     example_weights: str | None = None
     """Column of the table of examples, such as metadata of the task, with non-negative weights of the examples in the
     loss."""
     metrics: Literal["none", "jsonl", "tensorboard"] = "none"
-    """Where to write the history during the fit, besides its table: ``metrics/factorize.jsonl``, or TensorBoard events
-    in ``metrics/`` (``pip install tensorboard``)."""
+    """Where to write the history during the fit, in addition to the table ``history``. ``jsonl``: the file
+    ``metrics/factorize.jsonl``. ``tensorboard``: TensorBoard events in ``metrics/`` (``pip install tensorboard``)."""
     stability_examples: NonNegativeInt = 4096
-    """Largest number of examples for the stability of the components, which are fitted again to two halves of these
-    examples (column ``stability`` of the table of components). 0 leaves the column null."""
+    """Largest number of examples for the stability of the components (column ``stability`` of the table of components).
+    The components are fitted again to each half of these examples. 0 skips this and leaves the column null."""
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
@@ -160,18 +160,19 @@ class SelectionConfig(Section):
     components: tuple[PositiveInt, ...] = (8, 16, 24, 32, 48, 64)
     """Numbers of components that ``npeff select`` tries first: a list, or a string such as ``8:64:8``."""
     refine: bool = True
-    """Whether to try further numbers between the best number and its neighbours, until the neighbours are adjacent."""
+    """Whether to also try numbers between the best number and its neighbours among the numbers tried, until no number
+    is left between them."""
     seeds: PositiveInt = 3
     """Number of seeds. Each number of components and seed has three fits: of all examples, and of the two halves of a
     random split."""
     max_examples: PositiveInt = 4096
     """Largest number of examples of a fit, and of held-out examples to evaluate the fit on."""
     max_iterations: PositiveInt = 40
-    """As in ``factorization``, with a default for the many fits of a search."""
+    """As in ``factorization``. The default is lower because a search has many fits."""
     tolerance: PositiveFloat = 1e-4
-    """As in ``factorization``, with a default for the many fits of a search."""
+    """As in ``factorization``. The default is larger because a search has many fits."""
     n_starts: PositiveInt = 2
-    """As in ``factorization``, with a default for the many fits of a search."""
+    """As in ``factorization``. The default is lower because a search has many fits."""
 
     @field_validator("components", mode="before")
     @classmethod
@@ -210,10 +211,11 @@ def component_numbers(text: str) -> tuple[int, ...]:
 
 class LiftConfig(Section):
     memory_limit_mb: PositiveInt = 2048
-    """Memory in MiB for the directions that one worker accumulates at a time. Sets how many components are lifted per
-    pass."""
+    """Memory in MiB for the directions that one worker accumulates at a time. It determines how many components are
+    lifted in one pass over the examples."""
     components: tuple[NonNegativeInt, ...] | None = None
-    """Components to lift, and so to verify. The default is all components. A later lift adds further components."""
+    """Components to lift. Only lifted components are verified. The default is all components. A later lift with other
+    components adds these."""
     dtype: Literal["float32", "float16"] = "float32"
     """Precision of the stored directions. ``float16`` halves the disk space."""
     polish_steps: NonNegativeInt = 0
@@ -268,20 +270,22 @@ class VerificationConfig(Section):
 
 class RepairConfig(Section):
     top_examples: PositiveInt = 64
-    """Number of labeled top examples of a component among which wrong predictions are counted, and corrected."""
+    """Number of top examples with a label, for each component. Wrong predictions among them are counted and
+    corrected."""
     significance: Annotated[float, Field(gt=0.0, le=1.0)] = 0.05
-    """False discovery rate for components with over-represented wrong predictions. Only these components are tried."""
+    """False discovery rate of the test whether wrong predictions are over-represented in the top examples of a
+    component. Only components that pass the test are tried."""
     kl_steps: tuple[PositiveFloat, ...] = (0.03, 0.1, 0.3, 1.0)
     """Mean KL divergences in nats on the top examples for which steps of both signs are tried."""
     max_harm: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
-    """Largest fraction of the right predictions on tuning examples that all edits together may break."""
+    """Largest fraction of the right predictions on tuning examples that all edits together may turn into wrong ones."""
     max_edits: PositiveInt = 3
     """Largest number of steps along single components. Steps are added as long as they help."""
     joint_passes: NonNegativeInt = 40
-    """Number of gradients of the tuning examples in a search for steps along all lifted components at once, for each of
-    three weights of the predictions that must not break. The search starts after the steps along single components, and
-    its result is used if it corrects more predictions. 0 skips the search. There is no search if no component stands
-    for mistakes."""
+    """Number of gradient evaluations on the tuning examples in the search for joint steps along all lifted components.
+    The search is repeated for three weights of the predictions that are already right. It follows the steps along
+    single components, and its result is used if it corrects more predictions. 0 skips the search. It is also skipped if
+    wrong predictions are not over-represented for any component."""
 
     @field_validator("kl_steps")
     @classmethod
@@ -298,23 +302,25 @@ class ReportConfig(Section):
 
 class ExecutorConfig(Section):
     kind: Literal["auto", "ray", "serial"] = "auto"
-    """``auto`` runs one worker in this process, and starts Ray where it is needed: for several workers, for GPUs, for
-    an address other than ``local``, and inside a Ray job. ``ray`` always runs Ray actors. ``serial`` always runs one
-    worker in this process (debugging, notebooks)."""
+    """``auto`` uses Ray only if it is needed: for several workers, for GPUs, for an address other than ``local``, and
+    in a Ray job. Otherwise, it runs one worker in the driver's process. ``ray`` always runs Ray actors. ``serial``
+    always runs one worker in the driver's process, for debugging and notebooks."""
     address: str = "local"
-    """``local`` starts a private Ray on this machine; ``auto`` or ``host:port`` joins a running cluster. Inside a Ray
-    job the job's own cluster is always used."""
+    """``local`` starts a private Ray instance on this machine. ``auto`` or ``host:port`` connects to a running cluster.
+    A Ray job always uses the cluster that it runs on."""
     workers: PositiveInt = 1
-    """Workers that share a stage's work; more than one are Ray actors."""
+    """Number of workers that share the work of a stage. Several workers are Ray actors."""
     cpus_per_worker: PositiveInt | Literal["auto"] = "auto"
-    """CPU cores, and so computing threads, of one worker. ``auto``: one, but all cores that this process may use where
-    ``kind: auto`` runs without Ray; ``OMP_NUM_THREADS`` sets another number."""
+    """Number of CPU cores, and of threads, of one worker. ``auto``: if ``kind: auto`` runs without Ray, all cores that
+    the process may use, or ``OMP_NUM_THREADS`` if it is set; otherwise one."""
     gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
-    """GPUs of one worker; a fraction lets several workers share one. 0 computes on the CPU."""
+    """Number of GPUs of one worker. With a fraction, several workers share a GPU. With 0, workers compute on the
+    CPU."""
     timeout_s: PositiveFloat = 600.0
-    """Longest wait for one call of a Ray actor before it counts as hung: the task's preparation (training, say), two
-    shards, reading the solver's shards and starting it, a solver step, a block of directions, a component's
-    verification or attribution, a fit of ``npeff select`` or for the components' stability."""
+    """Maximum time in seconds for one call of a Ray actor. An actor that takes longer counts as hung and is replaced.
+    One call is the preparation of the task (for example training), up to two shards of Fishers, reading the Fishers and
+    initializing the solver, a solver step, a block of directions, the verification or attribution of one component, or
+    a fit of ``npeff select`` or of the stability."""
 
     @model_validator(mode="after")
     def _serial_is_one_worker(self) -> Self:

@@ -7,7 +7,7 @@ from npeff.stages.lift import LIFT
 
 ATTRIBUTE = StageDefinition(
     name="attribute",
-    help="Split the evidence of the components' top examples over their tokens, if the task provides tokens.",
+    help="Compute at which tokens of its top examples each direction acts, if the task provides tokens.",
     function="npeff.stages.attribute.stage:attribute",
     after=LIFT,
     parts="npeff.stages.attribute.parts:attribute_parts",

@@ -28,7 +28,7 @@ def _stands(run: RunDirectory, record: Summary) -> bool:
 
 FACTORIZE = StageDefinition(
     name="factorize",
-    help="Fit non-negative coefficients and components to the stored Fishers; resumes from the last checkpoint.",
+    help="Fit non-negative coefficients and components to the Fishers. Resumes from the last checkpoint.",
     function="npeff.stages.factorize.stage:factorize",
     after=FISHERS,
     stores=("factorization.zarr",),

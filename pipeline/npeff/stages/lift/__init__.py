@@ -12,7 +12,7 @@ def _details(record: Summary) -> str:
 
 LIFT = StageDefinition(
     name="lift",
-    help="Lift components from the sketch to directions in parameter space.",
+    help="Compute the direction of each component in parameter space.",
     function="npeff.stages.lift.stage:lift",
     after=FACTORIZE,
     completes=("components",),

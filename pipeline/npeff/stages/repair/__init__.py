@@ -26,7 +26,7 @@ def _details(record: Summary) -> str:
 
 REPAIR = StageDefinition(
     name="repair",
-    help="Edit the model along components with mispredicted top examples, and evaluate it on held-out examples.",
+    help="Correct wrong predictions by steps along components. The result is evaluated on held-out examples.",
     function="npeff.stages.repair.stage:repair",
     after=LIFT,
     in_every_run=False,

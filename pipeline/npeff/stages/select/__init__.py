@@ -17,7 +17,7 @@ def _units(run: RunDirectory) -> UnitProgress:
 
 SELECT = StageDefinition(
     name="select",
-    help="Recommend a number of components, from fits with several seeds and halves of the examples.",
+    help="Recommend a number of components. Fits several numbers, with several seeds and on halves of the examples.",
     function="npeff.stages.select.stage:select",
     after=FISHERS,
     in_every_run=False,

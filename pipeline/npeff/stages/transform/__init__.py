@@ -7,7 +7,7 @@ from npeff.stages.fishers import FISHERS
 
 TRANSFORM = StageDefinition(
     name="transform",
-    help="Compute coefficients of new examples for the components of another run, which are kept as they are.",
+    help="Compute coefficients of new examples for the components of another run. The components stay fixed.",
     function="npeff.stages.transform.stage:transform",
     after=FISHERS,
     in_every_run=False,

@@ -25,7 +25,7 @@ def _details(record: Summary) -> str:
 
 VERIFY = StageDefinition(
     name="verify",
-    help="Move the model along every direction and compare the changes with the controls.",
+    help="Move the model along each direction and compare the effect with controls.",
     function="npeff.stages.verify.stage:verify",
     after=LIFT,
     optional={"ablation": "verification.ablation"},
