@@ -232,7 +232,7 @@ def _reason(rows: Sequence[Evidence], best: int, saturated: int, sharp: bool) ->
         f"{chosen.n_come_back:.1f} of them are reproduced (|cos| ≥ {REPRODUCED}) with other seeds and halves"
     )
     if best == len(rows) - 1:
-        return f"{found}; this is the largest number tried, and more may be better: try larger numbers"
+        return f"{found}; this is the largest number tried: try larger numbers, which may be better"
     above = rows[best + 1]
     if sharp:
         fewer = f"{rows[best - 1].n_components} explain {rows[best - 1].explained_held_out:.3f}, " if best else ""
