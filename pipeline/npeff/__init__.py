@@ -5,7 +5,7 @@
     run = npeff.run(npeff.RunConfig.from_yaml("jobs/quickstart.yaml"))
     npeff.ComponentStore.open(run.path).top_examples(component=0)
 
-Public names are imported on first use, so ``import npeff`` imports neither torch nor ray.
+Public names are imported on first use. ``import npeff`` imports neither torch nor Ray.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The base classes of every error that a user can cause or fix, and what is shown of other packages' exceptions.
+"""The base classes of every error that a user can cause or fix, and functions that shorten the text of exceptions.
 
-What the program decides by lies in the fields of an error, never in its text, which is for people.
+Code reads the fields of an error, never its text.
 """
 
 from __future__ import annotations
@@ -17,10 +17,15 @@ class NpeffError(Exception):
     The command line prints the message and exits with code 2. Any other exception is a defect of this package.
 
     Args:
-        problem: what is wrong, without what to do about it; the field of the same name.
-        remedy: what to do; the field of the same name. It is empty where `problem` is the whole message.
-        path: the file or folder that is missing, damaged or refused; None where it is none of them.
-        separator: between the two in the message.
+        problem: what is wrong, without the remedy.
+        remedy: what the user can do. It is empty if `problem` is the whole message.
+        path: the file or folder that is missing, damaged or refused; None if there is none.
+        separator: text between problem and remedy in the message.
+
+    Attributes:
+        problem: the argument of the same name.
+        remedy: the argument of the same name.
+        path: the argument of the same name.
     """
 
     def __init__(self, problem: str, remedy: str = "", *, path: Path | None = None, separator: str = ": ") -> None:
@@ -29,7 +34,7 @@ class NpeffError(Exception):
 
     @classmethod
     def of(cls, error: NpeffError) -> Self:
-        """What another error says, as an error of this class."""
+        """Return an error of this class with the message and the fields of another error."""
         same = _new(cls, error.args)
         same.__dict__.update(error.__dict__)
         return same
@@ -48,11 +53,11 @@ class ItemError(NpeffError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, to be shown; the name of its class where it has no text."""
+    """Return the first line of an exception's text, or the name of its class if it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def as_one_line(error: BaseException, most: int = 300) -> str:
-    """An exception's text on one line, to be shown: at most so many characters, with an ellipsis where it is cut."""
+    """Return an exception's text on one line, cut to at most `most` characters with an ellipsis."""
     text = " ".join(str(error).split())
     return text if len(text) <= most else text[: most - 1] + "…"

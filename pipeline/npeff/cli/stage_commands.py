@@ -78,7 +78,7 @@ def report_command(
     address: Address = None,
     serve: Annotated[
         bool,
-        typer.Option("--serve", help="Serve a live view with the report and query forms, instead of writing the file."),
+        typer.Option("--serve", help="Serve a live view, with query forms, until Ctrl-C, instead of writing the file."),
     ] = False,
     port: Annotated[
         int | None,

@@ -1,4 +1,4 @@
-"""The executor that a run asks for. Ray is imported only where it is chosen."""
+"""Creation of the executor of a run. Ray is imported only if the executor uses it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,23 @@ def make_executor(
     gpus_per_worker: float,
     timeout_s: float,
 ) -> AbstractContextManager[Executor]:
-    """The executor of this kind, closed when the context is left.
+    """Create an executor, as a context manager that closes it on exit.
 
     Args:
-        kind: ``ray``, ``serial``, or ``auto``, which is ``ray`` where it is needed: for several workers, for GPUs, for
-            an address other than ``local``, and inside a Ray job.
-        cpus_per_worker: threads of a worker. With ``auto``: `available_cores` where ``kind: auto`` needs no Ray; else
-            one.
+        kind: ``ray``, ``serial`` or ``auto``. ``auto`` is ``ray`` if Ray is needed: for several workers, for GPUs, for
+            an address other than ``local``, and in a Ray job. Otherwise, it is ``serial``.
+        address: Address of the Ray cluster; ``local`` starts a private Ray instance.
+        workers: Number of workers.
+        cpus_per_worker: Number of CPU cores, and of threads, of a worker. ``auto`` is `available_cores` if ``kind`` is
+            ``auto`` and Ray is not needed. Otherwise, it is one.
+        gpus_per_worker: Number of GPUs of a worker, possibly a fraction.
+        timeout_s: Timeout in seconds for each call of a Ray actor.
+
+    Returns:
+        A context manager that returns the executor.
+
+    Raises:
+        ExecutorError: Ray cannot be reached, or the cluster does not have the resources.
     """
     needs_ray = workers > 1 or gpus_per_worker > 0 or address != "local" or in_job()
     if kind == "serial" or (kind == "auto" and not needs_ray):
@@ -48,9 +58,10 @@ def make_executor(
 
 
 def available_cores() -> int:
-    """Cores for this process: torch's number of threads, at most the limit of the control group.
+    """Return the number of cores for this process: torch's number of threads, at most the limit of the control group.
 
-    torch starts with ``OMP_NUM_THREADS`` where it is set, and with the physical cores of the affinity mask otherwise.
+    torch's initial number of threads is ``OMP_NUM_THREADS`` if it is set. Otherwise, it is the number of physical cores
+    in the affinity mask.
     """
     from dask.system import cpu_count  # of the affinity mask and the control group
 

@@ -14,7 +14,7 @@ from npeff.execution.executor import Failures, Group, WorkerSpec, is_item_error,
 
 @contextmanager
 def computing_threads(count: int) -> Iterator[None]:
-    """Set torch's threads to what the run asks for: the last bits of a matrix product depend on their number."""
+    """Set torch's number of threads in this context. The last bits of a matrix product depend on this number."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -48,7 +48,7 @@ class SerialExecutor:
             item, attempt = waiting.popleft()
             with computing_threads(self._threads):
                 if worker is None:
-                    self._kept = None  # there need not be room for two
+                    self._kept = None  # the memory may not hold two workers
                     worker = spec.construct()
                     self._kept = spec.key, worker
                 try:

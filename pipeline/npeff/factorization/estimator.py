@@ -178,7 +178,7 @@ class NPEFF(Factorizer):
             return torch.zeros(0, dim, dtype=torch.float64)
         checked = torch.from_numpy(check_array(components, dtype=np.float64, copy=True))
         if checked.shape[1] != dim:
-            raise ValueError(f"given components have {checked.shape[1]} features, the factors {dim}")
+            raise ValueError(f"frozen_components and start_components must have {dim} features, not {checked.shape[1]}")
         return torch.nn.functional.normalize(checked, dim=1)
 
     def _shard(self, X: ArrayLike, *, reset: bool) -> ExampleShard:

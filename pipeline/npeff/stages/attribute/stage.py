@@ -21,7 +21,19 @@ _TABLE = "position_shares"
 def attribute(
     run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None
 ) -> Summary:
-    """Split the evidence of the components' top examples over their tokens, if the task provides tokens."""
+    """Split the evidence of the components' top examples over their tokens, if the task provides tokens.
+
+    Args:
+        run: the run.
+        executor: executor for the work. A new one is created if None.
+        progress: display for the progress. No progress is shown if None.
+
+    Returns:
+        The record of the stage.
+
+    Raises:
+        NpeffError: the stage cannot be completed. The message is one line with the cause and the remedy.
+    """
     with open_stage(run, ATTRIBUTE) as stage:
         components, count = lifted_components(run), run.config.report.top_examples
         if stage.done and stage.done["top_examples"] == count and stage.done["components"] == components:

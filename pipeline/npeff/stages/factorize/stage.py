@@ -29,7 +29,19 @@ from npeff.store.coefficient_rows import StackedRows
 def factorize(
     run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None
 ) -> Summary:
-    """Fit non-negative coefficients and components to the stored Fishers."""
+    """Fit non-negative coefficients and components to the stored Fishers.
+
+    Args:
+        run: the run.
+        executor: executor for the work. A new one is created if None.
+        progress: display for the progress. No progress is shown if None.
+
+    Returns:
+        The record of the stage.
+
+    Raises:
+        NpeffError: the stage cannot be completed. The message is one line with the cause and the remedy.
+    """
     with open_stage(run, FACTORIZE) as stage:
         if stage.done:
             return stage.done

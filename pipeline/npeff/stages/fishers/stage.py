@@ -34,7 +34,19 @@ _MOST_NAMED = 5
 def compute_fishers(
     run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None
 ) -> Summary:
-    """Compute and store the low-rank Fisher of every example."""
+    """Compute and store the low-rank Fisher of every example.
+
+    Args:
+        run: the run.
+        executor: executor for the work. A new one is created if None.
+        progress: display for the progress. No progress is shown if None.
+
+    Returns:
+        The record of the stage.
+
+    Raises:
+        NpeffError: the stage cannot be completed. The message is one line with the cause and the remedy.
+    """
     with open_stage(run, FISHERS) as stage:
         if stage.done:
             return stage.done

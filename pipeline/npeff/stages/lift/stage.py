@@ -30,7 +30,19 @@ from npeff.store.tables import read_table, rows_to_columns, write_table
 
 
 def lift(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
-    """Lift the components from the sketch to directions in parameter space."""
+    """Lift the components from the sketch to directions in parameter space.
+
+    Args:
+        run: the run.
+        executor: executor for the work. A new one is created if None.
+        progress: display for the progress. No progress is shown if None.
+
+    Returns:
+        The record of the stage.
+
+    Raises:
+        NpeffError: the stage cannot be completed. The message is one line with the cause and the remedy.
+    """
     with open_stage(run, LIFT) as stage:
         config, n_components = run.config, run.config.factorization.n_components
         chosen = list(config.lift.components or range(n_components))

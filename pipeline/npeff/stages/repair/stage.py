@@ -45,7 +45,19 @@ _EXAMPLES_AT_ONCE = 1024
 
 
 def repair(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
-    """Edit the model along components with mispredicted top examples, and evaluate the result on held-out examples."""
+    """Correct wrong predictions by steps along components, and evaluate the result on held-out examples.
+
+    Args:
+        run: the run.
+        executor: executor for the work. A new one is created if None.
+        progress: display for the progress. No progress is shown if None.
+
+    Returns:
+        The record of the stage.
+
+    Raises:
+        NpeffError: the stage cannot be completed. The message is one line with the cause and the remedy.
+    """
     with open_stage(run, REPAIR) as stage:
         progress, wanted = progress or SilentProgress(), run.config.repair
         request, lifted = _request(run), lifted_components(run)

@@ -26,7 +26,19 @@ from npeff.store.tables import rows_to_columns, write_table
 
 
 def select(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
-    """Recommend a number of components, from fits of several numbers with several seeds and halves of the examples."""
+    """Recommend a number of components, from fits of several numbers with several seeds and halves of the examples.
+
+    Args:
+        run: the run.
+        executor: executor for the work. A new one is created if None.
+        progress: display for the progress. No progress is shown if None.
+
+    Returns:
+        The record of the stage.
+
+    Raises:
+        NpeffError: the stage cannot be completed. The message is one line with the cause and the remedy.
+    """
     with open_stage(run, SELECT) as stage:
         if (kind := run.config.factorization.kind) != "fishers":
             raise RunDirectoryError(

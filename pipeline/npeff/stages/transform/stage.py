@@ -37,7 +37,10 @@ def transform(
         run: the run with the new examples.
         source: path of the run with the components.
         executor: executor for the work. A new one is created if None.
-        progress: display for the progress.
+        progress: display for the progress. No progress is shown if None.
+
+    Returns:
+        The record of the stage.
 
     Raises:
         RunDirectoryError: the model, parameters, sketch or seed of the runs differ, or the run has been factorized.

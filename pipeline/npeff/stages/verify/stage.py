@@ -22,7 +22,19 @@ from npeff.store.tables import read_table, rows_to_columns, write_table
 
 
 def verify(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
-    """Move the model along every direction and compare the changes with the controls."""
+    """Move the model along each direction and compare the effect with controls.
+
+    Args:
+        run: the run.
+        executor: executor for the work. A new one is created if None.
+        progress: display for the progress. No progress is shown if None.
+
+    Returns:
+        The record of the stage.
+
+    Raises:
+        NpeffError: the stage cannot be completed. The message is one line with the cause and the remedy.
+    """
     with open_stage(run, VERIFY) as stage:
         components, results = lifted_components(run), run.partial_results("verify")
         if stage.done and set(components) <= set(stage.done.get("components", range(stage.done["n_components"]))):
