@@ -30,8 +30,8 @@ class NPEFF(Factorizer):
     Args:
         n_components: K, at most N·R.
         max_iter: maximum number of passes over the data.
-        tol: relative tolerance. The solver has converged when three steps in a row change the loss by less than this
-            fraction of it.
+        tol: relative tolerance. The solver has converged when three steps in a row change the objective by less than
+            this fraction of it.
         n_starts: number of seeded starts that are compared on the subsample.
         subsample: number of examples on which the starts are compared.
         random_state: seed or generator of the starts and the subsample.

@@ -20,8 +20,7 @@ class SolverOptions:
     max_iterations: int = 100
     """Maximum number of passes over the data, including passes of rejected steps."""
     tolerance: float = 1e-6
-    """The solver has converged when three consecutive steps each change the loss by less than this fraction of the
-    loss."""
+    """The solver has converged when three steps in a row each change the objective by less than this fraction of it."""
     n_starts: int = 4
     """Number of seeded starts that are compared by trial runs on the subsample."""
     subsample: int = 2048
