@@ -557,6 +557,7 @@ def test_a_second_run_of_a_directory_is_refused_while_the_first_goes_on(command:
         assert (first.returncode, stderr) == (0, "")
 
 
+@pytest.mark.slow  # tests/execution/test_executor.py has the exceptions of actors
 def test_an_error_inside_a_ray_actor_looks_the_same(command: Command) -> None:
     tree = configuration(command.folder / "run", "UnpicklableErrorTask", executor={"kind": "ray", "workers": 1})
     process = start("run", command.run_file(tree))

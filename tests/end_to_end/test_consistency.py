@@ -49,7 +49,9 @@ def test_a_model_that_changed_between_stages_is_refused(run: RunDirectory, stage
     shutil.rmtree(run.partial_results(stage), ignore_errors=True)
     if stage == "fishers":
         (run.shard_records / "00001.json").unlink()
-    with pytest.raises(Exception, match=r"the model of this run.s Fishers|belongs to another run") as caught:
+    with pytest.raises(
+        Exception, match=r"another model than the one of the stored Fishers|belongs to another run"
+    ) as caught:
         {each.name: each for each in STAGES}[stage](run)
     assert isinstance(caught.value, NpeffError)
 

@@ -21,7 +21,6 @@ from npeff.cli import main as cli
 from npeff.errors import NpeffError
 from npeff.execution.create import make_executor
 from npeff.execution.executor import Executor
-from npeff.execution.ray.executor import RayExecutor
 from npeff.execution.serial import SerialExecutor
 from npeff.factorization import entries_by_column
 from npeff.interchange.export_run import export_run
@@ -39,8 +38,6 @@ from npeff.store.direction_store import DirectionStore
 from npeff.store.fisher_store import FisherStore
 from npeff.store.tables import read_table
 from scipy.optimize import nnls
-
-pytestmark = pytest.mark.ray
 
 N, K, TOP = 120, 4, 60
 KINDS = ("diagonal_groups", "diagonal_entries")
@@ -164,8 +161,17 @@ def test_components_are_lifted_and_verified(finished: RunDirectory, capsys: pyte
     assert "factorization.kind: fishers" in said
 
 
+WHO = ["serial", pytest.param("three_actors", marks=[pytest.mark.ray, pytest.mark.slow])]
+
+
+def executor_of(who: str, request: pytest.FixtureRequest) -> Executor:
+    executor: Executor = SerialExecutor() if who == "serial" else request.getfixturevalue(who)
+    return executor
+
+
+@pytest.mark.parametrize("who", WHO)
 def test_blocks_and_workers_change_no_direction(
-    finished: RunDirectory, tmp_path: Path, three_actors: RayExecutor
+    finished: RunDirectory, tmp_path: Path, who: str, request: pytest.FixtureRequest
 ) -> None:
     """By another memory limit every component is a block of its own; one that is there already stays."""
     expected = [DirectionStore.open(finished.directions).read(component) for component in range(K)]
@@ -174,7 +180,7 @@ def test_blocks_and_workers_change_no_direction(
     config = finished.config.with_lift(memory_limit_mb=1)
     (path / "run.yaml").write_text(config.model_copy(update={"run_dir": str(path)}).to_yaml())
     run = RunDirectory.open(path)
-    npeff.lift(run, executor=three_actors)
+    npeff.lift(run, executor=executor_of(who, request))
     again = DirectionStore.open(run.directions)
     for component, direction in enumerate(expected):
         for name, array in again.read(component).items():
@@ -218,21 +224,20 @@ def losses_of(run: RunDirectory) -> list[float]:
     return read_table(run.table("history"), "history")["loss"].to_pylist()
 
 
-@pytest.mark.parametrize("kind", ["diagonal_groups", pytest.param("diagonal_entries", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("who", WHO)
+@pytest.mark.parametrize("kind", KINDS)
 def test_shards_and_workers_change_no_loss(
-    kind: str, fishers: dict[int, Path], tmp_path: Path, three_actors: RayExecutor
+    kind: str, who: str, fishers: dict[int, Path], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    n_shards = {"one": 1, "four": 4, "actors": 4}
-    if kind == "diagonal_entries":
-        n_shards["idle actors"] = 1
-    runs = {name: prepared(tmp_path / name, fishers, kind, n) for name, n in n_shards.items()}
-    for name, run in runs.items():
-        npeff.factorize(run, executor=three_actors if "actors" in name else SerialExecutor())
-    for name in set(n_shards) - {"one"}:
-        np.testing.assert_allclose(losses_of(runs[name]), losses_of(runs["one"]), rtol=1e-8)
-        one, other = (open_factorization(runs[n].factorization) for n in ("one", name))
-        np.testing.assert_allclose(other.read_components(), one.read_components(), atol=1e-6)
-        np.testing.assert_allclose(other.read_coefficients(), one.read_coefficients(), atol=1e-5)
+    one = prepared(tmp_path / "one", fishers, kind, 1)
+    npeff.factorize(one)
+    for n_shards in (1, 4):  # three actors and one shard leave two actors idle
+        run = prepared(tmp_path / str(n_shards), fishers, kind, n_shards)
+        npeff.factorize(run, executor=executor_of(who, request))
+        np.testing.assert_allclose(losses_of(run), losses_of(one), rtol=1e-8)
+        expected, found = (open_factorization(each.factorization) for each in (one, run))
+        np.testing.assert_allclose(found.read_components(), expected.read_components(), atol=1e-6)
+        np.testing.assert_allclose(found.read_coefficients(), expected.read_coefficients(), atol=1e-5)
 
 
 def test_large_data_are_worked_on_in_single_precision(
@@ -297,7 +302,11 @@ def test_entries_in_no_column_are_counted_and_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "key"), [("diagonal_groups", "groups: true"), ("diagonal_entries", "top_entries, such as 1024")]
+    ("kind", "key"),
+    [
+        ("diagonal_groups", "groups: true; add this key"),
+        ("diagonal_entries", "top_entries; add this key, such as 1024"),
+    ],
 )
 def test_diagonals_that_are_not_stored_are_refused(kind: str, key: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 pytestmark = pytest.mark.process
 
-N_EXAMPLES, SHARD_SIZE, KILLS = 128, 8, 20
+N_EXAMPLES, SHARD_SIZE = 128, 8
 N_SHARDS = N_EXAMPLES // SHARD_SIZE
 PAD = 0
 
@@ -133,7 +133,8 @@ def stored_bytes(run: RunDirectory) -> dict[str, bytes]:
     return {str(path.relative_to(run.fishers)): path.read_bytes() for path in files}
 
 
-def test_a_stage_killed_at_random_moments_stores_the_same_bytes(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_stage_killed_at_random_moments_stores_the_same_bytes(n_kills: int, start: Start, tmp_path: Path) -> None:
     reference, began = run_directory(tmp_path / "reference"), time.monotonic()
     process = start(reference)
     process.join()
@@ -144,7 +145,7 @@ def test_a_stage_killed_at_random_moments_stores_the_same_bytes(start: Start, tm
     kills, finished = 0, 0
     between: list[int] = []  # of these kills, those between two shards of one attempt: how many shards were recorded
     run = run_directory(tmp_path / f"run-{next(numbers)}")
-    while kills < KILLS or len(between) < KILLS // 4:
+    while kills < n_kills or len(between) < n_kills // 4:
         before = run_contents.units_done(run.path, "fishers")
         process = start(run)
         process.join(timeout=moments.uniform(0, 0.8 * whole_s))
