@@ -202,7 +202,7 @@ def test_examples_without_labels_cannot_be_repaired(
     with pytest.raises(SystemExit) as end:
         main(["repair", str(run.path)])
     assert end.value.code == 2
-    assert "use examples with labels and one prediction each" in capsys.readouterr().err
+    assert "use examples with known labels and one prediction each" in capsys.readouterr().err
     with pytest.raises(RunDirectoryError, match="have no known labels"):
         npeff.repair(run)
 
