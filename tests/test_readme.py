@@ -39,7 +39,7 @@ def test_the_example_of_an_own_task_runs_from_its_own_folder(tmp_path: Path) -> 
         [sys.executable, "-m", "npeff", "run", "run.yaml"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs/points/report/index.html").exists()
+    assert (tmp_path / "runs/points/factorizations/default/report/index.html").exists()
     answer = subprocess.run(
         [
             sys.executable,

@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from npeff.query.components import ComponentStore as ComponentStore
     from npeff.runs.config import RunConfig as RunConfig
     from npeff.runs.directory import RunDirectory as RunDirectory
+    from npeff.runs.migration import migrate as migrate
+    from npeff.runs.removal import remove_factorization as remove_factorization
     from npeff.stages.attribute.stage import attribute as attribute
     from npeff.stages.check.stage import check as check
+    from npeff.stages.compare import compare as compare
     from npeff.stages.factorize.stage import factorize as factorize
     from npeff.stages.fishers.stage import compute_fishers as compute_fishers
     from npeff.stages.lift.stage import lift as lift
@@ -43,6 +46,9 @@ _MODULES = {
     "RunDirectory": "npeff.runs.directory",
     "Task": "npeff.tasks",
     "check": "npeff.stages.check.stage",
+    "compare": "npeff.stages.compare",
+    "migrate": "npeff.runs.migration",
+    "remove_factorization": "npeff.runs.removal",
     "report": "npeff.stages.pipeline",
     "run": "npeff.stages.pipeline",
 }

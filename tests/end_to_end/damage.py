@@ -22,6 +22,7 @@ import npeff
 from end_to_end.run_contents import differences
 from npeff.runs.directory import RunDirectory
 from npeff.storage.errors import StoreError
+from places import place, plain
 
 
 def flip(path: Path) -> None:
@@ -74,7 +75,7 @@ NOT_COMPARED = re.compile(
 """Locks; and files that hold times."""
 LIFTED = re.compile(r"directions\.zarr/[^/]+/c/.*|partial/lift/.*|tables/(layer_energy|components)\.parquet")
 """What is computed from directions. A direction that is lifted again alone has other last bits than one of a block."""
-NO_CHECKSUM = re.compile(r"report/.*|provenance\.json|run\.yaml")
+NO_CHECKSUM = re.compile(r"report/.*|provenance\.json|run\.yaml|factorization\.yaml")
 """Files in which a flipped bit may be none that matters, or is not found; and what is only for people."""
 GONE_FOR_GOOD = re.compile(r"checkpoints/.*")
 """Once the factorization is complete, a damaged checkpoint is deleted, and not made again."""
@@ -114,8 +115,8 @@ def damage_and_repair(reference: Path, pattern: str, way: str, folder: Path) -> 
     """Copy a run, damage a file, check, repair, give the command again, compare with what it was."""
     run = folder / "run"
     shutil.copytree(reference, run)
-    path = sorted(run.glob(pattern))[-1]
-    outcome = Outcome(str(path.relative_to(run)), way)
+    path = sorted(run.glob(place(pattern)))[-1]
+    outcome = Outcome(plain(str(path.relative_to(run))), way)
     before = written(run)
     WAYS[way](path)
     opened = RunDirectory.open(run)
@@ -148,13 +149,13 @@ def different(run: Path, reference: Path) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """A hash of each file's bytes, those apart that hold times or locks."""
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in written(folder)}
+    """A hash of each file's bytes, those apart that hold times or locks, by the name that `places.plain` gives."""
+    return {name: hashlib.sha256((folder / place(name)).read_bytes()).hexdigest() for name in written(folder)}
 
 
 def written(folder: Path) -> dict[str, int]:
     """When each of these files was written."""
-    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    files = {plain(str(path.relative_to(folder))): path for path in folder.rglob("*") if path.is_file()}
     return {name: path.stat().st_mtime_ns for name, path in files.items() if not NOT_COMPARED.fullmatch(name)}
 
 
@@ -162,8 +163,8 @@ def main(reference: Path, folder: Path) -> int:
     """All files, all ways."""
     bad = 0
     for path in sorted(path for path in reference.rglob("*") if path.is_file()):
-        name = str(path.relative_to(reference))
-        if name in (".lock", ".workers", "run.yaml") or name.startswith("task/"):
+        name = plain(str(path.relative_to(reference)))
+        if name in (".lock", ".workers", "run.yaml", "factorization.yaml") or name.startswith("task/"):
             continue
         for way in WAYS:
             outcome = damage_and_repair(reference, name.replace("[", "[[]"), way, folder)

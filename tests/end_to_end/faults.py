@@ -19,6 +19,7 @@ from pathlib import Path
 from end_to_end import damage, kills, surroundings
 from end_to_end.commands import Command
 from end_to_end.run_contents import STAGES, before_stage
+from places import place
 
 OBJECT_STORE = ("errors", "throttling", "a torn upload")
 """Faults of an object store, which tests/store injects."""
@@ -128,12 +129,13 @@ def trials(all_points: bool) -> Iterator[Trial]:
 
 
 def _ray_reference(references: Path) -> Path:
-    return references / "reference" if (references / "reference/report").exists() else kills.reference_run(references)
+    reference = references / "reference"
+    return reference if (reference / place("report")).exists() else kills.reference_run(references)
 
 
 def _small_reference(references: Path) -> Path:
     path = references / "small"
-    return path if (path / "report").exists() else surroundings.small_run(path).path
+    return path if (path / place("report")).exists() else surroundings.small_run(path).path
 
 
 def _undisturbed_s(references: Path, stage: str) -> float:

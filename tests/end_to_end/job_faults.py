@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from end_to_end import run_contents
 from end_to_end.local_head import LocalHead
+from places import place
 
 _numbers = itertools.count(1)
 _ENDED = ("SUCCEEDED", "STOPPED", "FAILED")
@@ -178,7 +179,7 @@ def row(outcome: Outcome) -> tuple[str, ...]:
 def reference_job(head: LocalHead, folder: Path) -> Path:
     """The run of an undisturbed job, unless the folder has it from before."""
     run = folder / "reference"
-    if (run / "report").exists():
+    if (run / place("report")).exists():
         return run
     job = submit("ray", head, run_contents.write_run_file(folder / "reference.yaml"), run)
     assert wait_for_end(head, job) == "SUCCEEDED", log(head, job)

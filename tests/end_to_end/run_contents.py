@@ -14,6 +14,7 @@ from npeff.store.direction_store import DirectionStore
 from npeff.store.fisher_store import FisherStore
 from npeff.store.shard_records import ShardRecords
 from npeff.store.tables import read_table
+from places import place
 
 CONFIG = {
     "run_dir": "unused: every command names its own",
@@ -59,9 +60,9 @@ def units_done(run: Path, stage: str) -> dict[str, int]:
     """Finished units of a stage (shards, checkpoints, directions, verified components): modification time by name."""
     folder = {
         "fishers": run / "shards",
-        "factorize": run / "checkpoints",
-        "lift": run / "partial/lift",
-        "verify": run / "partial/verify",
+        "factorize": run / place("checkpoints"),
+        "lift": run / place("partial/lift"),
+        "verify": run / place("partial/verify"),
     }[stage]
     found = {}
     for path in folder.glob("*"):
@@ -80,7 +81,7 @@ def newest_checkpoint(run: Path) -> int:
 def has_come_to(run: Path, stage: str, units: int) -> bool:
     """Whether `stage` is at work and has finished this many units (steps of the solver, in checkpoints)."""
     before = STAGES[: STAGES.index(stage)]
-    if any(not (run / "stages" / f"{name}.json").exists() for name in before):
+    if any(not (run / place(f"stages/{name}.json")).exists() for name in before):
         return False
     if stage == "fishers" and not (run / "fishers.zarr" / "zarr.json").exists():
         return False
@@ -93,7 +94,7 @@ def before_stage(reference: Path, stage: str, copy: Path) -> Path:
     begun = [f"stages/{name}.json" for name in STAGES[STAGES.index(stage) :]]
     begun += [output for name in STAGES[STAGES.index(stage) :] for output in OUTPUTS[name]]
     for output in (*begun, *AFTER_ALL):
-        path = copy / output
+        path = copy / place(output)
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return copy
 
@@ -127,7 +128,7 @@ def _differing_fishers(run: Path, reference: Path) -> list[str]:
 
 
 def _differing_factorization(run: Path, reference: Path) -> list[str]:
-    mine, theirs = (open_factorization(path / "factorization.zarr") for path in (run, reference))
+    mine, theirs = (open_factorization(path / place("factorization.zarr")) for path in (run, reference))
     lines = _differing("components", mine.read_components(), theirs.read_components(), STEPS_TOLERANCE)
     lines += _differing("coefficients", mine.read_coefficients(), theirs.read_coefficients(), STEPS_TOLERANCE)
     tables = ("history", "coefficients", "top_examples")
@@ -135,7 +136,7 @@ def _differing_factorization(run: Path, reference: Path) -> list[str]:
 
 
 def _differing_directions(run: Path, reference: Path) -> list[str]:
-    mine, theirs = (DirectionStore.open(path / "directions.zarr") for path in (run, reference))
+    mine, theirs = (DirectionStore.open(path / place("directions.zarr")) for path in (run, reference))
     lines = []
     for component in range(theirs.n_components):
         a, b = mine.read(component), theirs.read(component)
@@ -155,7 +156,7 @@ def _differing_tables(
 ) -> list[str]:
     lines = []
     for name in names:
-        mine, theirs = (read_table(path / f"tables/{name}.parquet", name) for path in (run, reference))
+        mine, theirs = (read_table(path / place(f"tables/{name}.parquet"), name) for path in (run, reference))
         if len(mine) != len(theirs) or mine.schema != theirs.schema:
             lines.append(f"table {name} has {len(mine)} rows, not {len(theirs)}, or other columns")
             continue

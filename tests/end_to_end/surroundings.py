@@ -21,6 +21,7 @@ from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory
 from npeff.stages.registry import STAGES
 from npeff.storage.errors import StoreError
+from places import place
 
 YEAR_S = 365 * 86_400.0
 
@@ -67,7 +68,7 @@ def without(reference: Path, stage: str, copy: Path) -> RunDirectory:
     shutil.copytree(reference, copy)
     names = list(WRITTEN)
     for name in names[names.index(stage) :]:
-        for path in (copy / "stages" / f"{name}.json", *(copy / written for written in WRITTEN[name])):
+        for path in (copy / place(each) for each in (f"stages/{name}.json", *WRITTEN[name])):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return RunDirectory.open(copy)
 

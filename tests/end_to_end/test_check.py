@@ -19,6 +19,7 @@ from end_to_end import damage, surroundings
 from npeff.cli.main import main
 from npeff.runs.directory import RunDirectory
 from npeff.store.direction_store import DirectionStore
+from places import place
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +58,8 @@ def test_each_damage_is_a_row_and_the_repair_rewrites_nothing_that_is_intact(
     run: Path, reference: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     damage.flip(run / "fishers.zarr/factors/c/1/0/0")
-    damage.truncate(run / "partial/lift/00002.json")
-    (run / "tables/coefficients.parquet").unlink()
+    damage.truncate(run / place("partial/lift/00002.json"))
+    (run / place("tables/coefficients.parquet")).unlink()
     before = damage.written(run)
     assert command("check", run) == 1
     out = capfd.readouterr().out
@@ -78,7 +79,7 @@ def test_each_damage_is_a_row_and_the_repair_rewrites_nothing_that_is_intact(
 
 @pytest.mark.parametrize(("change", "found"), [(1e-7, False), (1e-3, True)])
 def test_directions_are_compared_to_a_tolerance(change: float, found: bool, run: Path, reference: Path) -> None:
-    directions = DirectionStore.open(run / "directions.zarr")
+    directions = DirectionStore.open(run / place("directions.zarr"))
     written = directions.read(1)
     name = next(iter(written))
     directions.write(1, {**written, name: written[name] + np.float32(change)})
@@ -101,7 +102,7 @@ def test_what_is_damaged_is_told_by_fields_and_not_by_texts(reference: Path, tmp
     """The name of the directory has all that texts were once taken apart at."""
     run = Path(shutil.copytree(reference, tmp_path / "a run: it is damaged: twice; or so"))
     metadata = run / "fishers.zarr/factors/zarr.json"
-    record = run / "partial/lift/00002.json"
+    record = run / place("partial/lift/00002.json")
     damage.truncate(metadata)
     damage.truncate(record)
     opened = RunDirectory.open(run)
@@ -128,13 +129,13 @@ def test_metadata_of_another_version_are_not_deleted(run: Path) -> None:
 
 
 def test_a_checkpoint_that_is_damaged_goes_and_the_one_before_is_kept(run: Path) -> None:
-    newest = max((run / "checkpoints").iterdir())
+    newest = max((run / place("checkpoints")).iterdir())
     damage.flip(newest / "components.npy")
     opened = RunDirectory.open(run)
     assert [each.what for each in npeff.check(opened)] == [f"checkpoint {int(newest.name)}"]
     assert npeff.check(opened, recompute=True) == []
     assert not newest.exists()
-    assert len(list((run / "checkpoints").iterdir())) == 1
+    assert len(list((run / place("checkpoints")).iterdir())) == 1
 
 
 def test_a_run_that_another_process_holds_is_left_alone(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -186,7 +187,7 @@ def test_a_shard_that_fails_three_times_is_told_with_its_examples_and_the_others
 
 
 def test_a_record_that_later_stages_rest_on_is_made_again(run: Path, reference: Path) -> None:
-    (run / "stages/factorize.json").unlink()
+    (run / place("stages/factorize.json")).unlink()
     opened = RunDirectory.open(run)
     assert [each.what for each in npeff.check(opened)] == ["record of factorize"]
     assert npeff.check(opened, recompute=True) == []

@@ -37,6 +37,7 @@ from npeff.store.component_store import open_factorization
 from npeff.store.direction_store import DirectionStore
 from npeff.store.fisher_store import FisherStore
 from npeff.store.tables import read_table
+from places import place
 from scipy.optimize import nnls
 
 N, K, TOP = 120, 4, 60
@@ -176,7 +177,7 @@ def test_blocks_and_workers_change_no_direction(
     """By another memory limit every component is a block of its own; one that is there already stays."""
     expected = [DirectionStore.open(finished.directions).read(component) for component in range(K)]
     shutil.copytree(finished.path, path := tmp_path / "run")
-    shutil.rmtree(path / "directions.zarr")
+    shutil.rmtree(path / place("directions.zarr"))
     config = finished.config.with_lift(memory_limit_mb=1)
     (path / "run.yaml").write_text(config.model_copy(update={"run_dir": str(path)}).to_yaml())
     run = RunDirectory.open(path)

@@ -50,10 +50,18 @@ def factorized(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     return run
 
 
+_OWN = shutil.ignore_patterns("run.yaml", "factorization.yaml", "checkpoints")
+
+
 def beside(run: RunDirectory, run_dir: Path, **factorization: Any) -> RunDirectory:
     """Another run with the Fishers of `run`."""
     other = RunDirectory.create(config(run_dir, **factorization))
-    shutil.copytree(run.path, run_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns("run.yaml", "checkpoints"))
+    shutil.copytree(
+        run.path,
+        run_dir,
+        dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns("run.yaml", "factorization.yaml", "checkpoints"),
+    )
     for stage in ("factorize",):
         other.reopen(stage)
     shutil.rmtree(other.factorization)
@@ -82,7 +90,7 @@ def test_a_raised_limit_continues_a_finished_run_bit_for_bit(factorized: RunDire
     assert len(histories[0]) == 9
     again = npeff.factorize(continued)
     assert again["n_iter"] == 9
-    with pytest.raises(RunDirectoryError, match=r"differs in factorization\.max_iterations"):
+    with pytest.raises(RunDirectoryError, match=r"has made 9 steps, more than factorization\.max_iterations: 5"):
         RunDirectory.create(continued.config.with_max_iterations(5))
 
 
@@ -106,7 +114,7 @@ def test_a_run_that_crashed_repeats_the_same_bits(
     npeff.factorize(whole)
     for one, other in zip(arrays(broken), arrays(whole), strict=True):
         np.testing.assert_array_equal(one, other)
-    lines = (broken.path / "metrics" / "factorize.jsonl").read_text().splitlines()
+    lines = (broken.metrics / "factorize.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == list(range(1, 9))
 
 
@@ -267,7 +275,7 @@ def test_metrics_are_events_that_tensorboard_reads(factorized: RunDirectory, tmp
     )
     run = beside(factorized, tmp_path / "run", metrics="tensorboard")
     npeff.factorize(run)
-    events = reader.EventAccumulator(str(run.path / "metrics")).Reload()
+    events = reader.EventAccumulator(str(run.metrics)).Reload()
     history = read_table(run.table("history"), "history").to_pydict()
     for tag in events.Tags()["scalars"]:
         found = [(event.step, event.value) for event in events.Scalars(tag)]

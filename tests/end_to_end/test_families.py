@@ -255,7 +255,7 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_every_stage_is_complete(finished: Finished) -> None:
     run = finished.run
     for stage in ("fishers", "factorize", "lift", "verify"):
-        assert read_json(run.path / "stages" / f"{stage}.json")["stage"] == stage
+        assert read_json(run.record_file(stage))["stage"] == stage
     recorded = read_json(run.path / "stages" / "fishers.json")
     n_examples = len(finished.family.ids())
     assert (recorded["n_examples"], recorded["n_invalid"]) == (n_examples, 0)

@@ -8,6 +8,7 @@ import pytest
 from end_to_end import commands, kills, run_contents
 from npeff.store.direction_store import DirectionStore
 from npeff.store.tables import read_table, write_table
+from places import place
 
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(900)]  # four minutes on two free cores
 
@@ -63,7 +64,7 @@ def test_a_run_goes_on_after_kills_of_the_driver_and_of_ray_and_interruptions(fo
         command.seconds_until_nothing_is_left()
     assert unchanged(run, "verify", components)
     assert run_contents.differences(run, reference) == []
-    assert (run / "report/index.html").exists()
+    assert (run / place("report/index.html")).exists()
 
 
 def interrupt(command):
@@ -94,10 +95,10 @@ def test_the_comparison_sees_what_differs(folder, reference):
     run = folder / "altered"
     shutil.copytree(reference, run)
     assert run_contents.differences(run, reference) == []
-    table = read_table(run / "tables/history.parquet", "history").to_pydict()
+    table = read_table(run / place("tables/history.parquet"), "history").to_pydict()
     table["loss"][0] *= 1 + 1e-5
-    write_table(run / "tables/history.parquet", "history", table)
-    direction = DirectionStore.open(run / "directions.zarr")
+    write_table(run / place("tables/history.parquet"), "history", table)
+    direction = DirectionStore.open(run / place("directions.zarr"))
     direction.write(1, {name: array + 1e-4 for name, array in direction.read(1).items()})
     record = run / "shards/00003.json"
     record.unlink()

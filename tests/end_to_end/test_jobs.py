@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from end_to_end import job_faults, run_contents
 from end_to_end.local_head import LocalHead, free_ports, write_run_file
+from places import place
 
 STAGES = ("fishers", "factorize", "lift", "verify")
 pytestmark = [pytest.mark.process, pytest.mark.timeout(900)]  # a minute or two on two free cores
@@ -25,7 +26,7 @@ def head() -> Iterator[LocalHead]:
 
 
 def complete_stages(run: Path) -> set[str]:
-    return {stage for stage in STAGES if (run / "stages" / f"{stage}.json").exists()}
+    return {stage for stage in STAGES if (run / place(f"stages/{stage}.json")).exists()}
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +43,18 @@ def undisturbed(head: LocalHead, tmp_path_factory: pytest.TempPathFactory) -> tu
 def test_npeff_submit_runs_everything_from_anywhere_and_follows(undisturbed: tuple[Path, str]) -> None:
     run, log = undisturbed
     assert f"fishers: {run_contents.N_SHARDS}/{run_contents.N_SHARDS} shards" in log
-    assert f"report: {run / 'report' / 'index.html'}" in log
+    assert f"report: {run / place('report/index.html')}" in log
     assert complete_stages(run) == set(STAGES)
 
 
 @pytest.mark.parametrize("submitter", ["npeff", "ray"])
 def test_a_finished_run_is_not_repeated(submitter: str, head: LocalHead, undisturbed: tuple[Path, str]) -> None:
     run, _ = undisturbed
-    before = {path: path.stat().st_mtime_ns for path in run.glob("stages/*.json")}
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("stages/*.json")}
     job = job_faults.submit(submitter, head, run.parents[1] / "run.yaml", run)
     assert job_faults.wait_for_end(head, job) == "SUCCEEDED"
-    assert f"report: {run / 'report' / 'index.html'}" in job_faults.log(head, job)
-    assert {path: path.stat().st_mtime_ns for path in run.glob("stages/*.json")} == before
+    assert f"report: {run / place('report/index.html')}" in job_faults.log(head, job)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("stages/*.json")} == before
 
 
 @pytest.mark.slow
@@ -64,7 +65,7 @@ def test_the_stages_are_jobs_of_their_own(head: LocalHead, tmp_path: Path) -> No
     done = head.command(*job, "sh", "-c", " && ".join(commands))
     assert done.returncode == 0, done.stdout + done.stderr
     assert complete_stages(tmp_path / "run") == set(STAGES)
-    assert (tmp_path / "run" / "report" / "index.html").exists()
+    assert (tmp_path / "run" / place("report/index.html")).exists()
 
 
 def test_the_exit_code_is_the_runs_and_the_line_that_says_why_is_in_the_log(head: LocalHead, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from npeff.storage import object_lock, objects
 from npeff.storage.errors import ObjectStoreError
 from npeff.storage.location import location
 from object_store import BROKEN, DENIED, SLOW_DOWN, Answer, ObjectStore, Request
+from places import place, plain
 from safetensors.numpy import load
 
 pytestmark = pytest.mark.process
@@ -81,9 +82,9 @@ def reference(local: RunDirectory) -> dict[str, bytes]:
 
 def results(files: dict[str, bytes]) -> dict[str, bytes]:
     """Files by name, without what differs between any two runs: times, places and tokens."""
-    names = {name: re.sub(r"^(checkpoints/[0-9]{6})-[0-9a-f]{8}", r"\1", name) for name in files}
+    names = {name: re.sub(r"^(checkpoints/[0-9]{6})-[0-9a-f]{8}", r"\1", plain(name)) for name in files}
     varies = re.compile(
-        r"\.lock|\.workers|run.yaml|provenance.json|report/.*|shards/.*|stages/.*|.*history.*|metrics/.*"
+        r"\.lock|\.workers|run.yaml|factorization.yaml|provenance.json|report/.*|shards/.*|stages/.*|.*history.*|metrics/.*"
     )
     return {
         names[name]: content
@@ -101,7 +102,7 @@ def kind(request: Request) -> str:
     """What a request does and, if it changes something, in which part of the run."""
     if request.kind in ("HEAD", "GET", "LIST"):
         return request.kind
-    return f"{request.kind} {request.key.removeprefix('team/digits/').split('/')[0]}"
+    return f"{request.kind} {plain(request.key.removeprefix('team/digits/')).split('/')[0]}"
 
 
 @contextmanager
@@ -156,10 +157,10 @@ def ask(s3: ObjectStore) -> None:
     assert len(store.similar_components(0)) == 1
     assert store.sql("select count(*) as n from examples")["n"].to_pylist() == [40]
     assert {len(rows) for rows in store.directions.values()} == {2}
-    assert b"npeff" in s3.contents(f"{RUN}/report")["index.html"].lower()
+    assert b"npeff" in s3.contents(f"{RUN}/{place('report')}")["index.html"].lower()
     export_direction(run, 1, "s3://runs/exports/1.safetensors")
     assert load(s3.objects()["exports/1.safetensors"].value).keys() == store.directions.keys()
-    lines = s3.contents(f"{RUN}/metrics")["factorize.jsonl"].decode().splitlines()
+    lines = s3.contents(f"{RUN}/{place('metrics')}")["factorize.jsonl"].decode().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == list(range(1, 7))
 
 
@@ -180,7 +181,7 @@ def test_a_command_that_is_killed_is_taken_up_by_the_next_one(
     with pytest.raises(SystemExit) as ended:
         main(command[3:])
     assert ended.value.code in (0, None), capfd.readouterr().err
-    assert "report: s3://runs/team/digits/report/index.html" in capfd.readouterr().out
+    assert "report: s3://runs/team/digits/factorizations/default/report/index.html" in capfd.readouterr().out
     assert "team/digits/.lock" not in s3.objects()
     assert differences(s3, reference) == []
     ask(s3)
@@ -252,7 +253,7 @@ def test_actors_share_a_run_on_an_object_store(
     assert mine.keys() == theirs.keys()
     assert [name for name in mine if mine[name] != theirs[name]] == []
     assert np.isfinite(ComponentStore.open(RUN).components.compute()).all()
-    assert [name for name in s3.contents(f"{RUN}/checkpoints") if "MANIFEST" in name]
+    assert [name for name in s3.contents(f"{RUN}/{place('checkpoints')}") if "MANIFEST" in name]
 
 
 class Told(SilentProgress):
@@ -270,7 +271,7 @@ def test_damage_is_found_and_made_again_there(
 ) -> None:
     objects.upload_files(local.path, location(RUN), [name for name in names(local) if not name.startswith(".")])
     run, told = RunDirectory.open(RUN), Told()
-    location(f"{RUN}/directions.zarr/zarr.json").unlink()
+    location(f"{RUN}/{place('directions.zarr')}/zarr.json").unlink()
     assert npeff.check(run, recompute=True, progress=told) == []
     assert told.lines == ["recomputing: directions.zarr"]
     assert differences(s3, reference) == []

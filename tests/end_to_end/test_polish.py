@@ -137,7 +137,7 @@ def test_a_lost_direction_is_made_again_with_all_others(narrow: RunDirectory, tm
     npeff.lift(run)
     expected = directions_of(run)
     (run.partial_results("lift") / "00002.json").unlink()
-    (run.path / "stages" / "lift.json").unlink()
+    run.record_file("lift").unlink()
     npeff.lift(run)
     np.testing.assert_array_equal(directions_of(run), expected)
 

@@ -555,7 +555,7 @@ def test_a_changed_bit_in_a_table_of_an_imported_run_is_found(
         assert (damage.what, damage.remedy) == (f"table {name}", "import the file again, into a new run_dir")
         run.table(name).write_bytes(whole)
     for stage in stages:
-        record = run.path / "stages" / f"{stage}.json"
+        record = run.record_file(stage)
         whole = record.read_bytes()
         record.write_bytes(whole.replace(b'"seconds": ', b'"seconds": 1'))
         assert f"record of {stage}" in [damage.what for damage in npeff.check(run)]

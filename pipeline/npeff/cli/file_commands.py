@@ -10,7 +10,16 @@ import typer
 
 import npeff
 from npeff.cli.app import app
-from npeff.cli.options import Address, ExistingRun, RunFile, Workers, progress_of, replaced
+from npeff.cli.options import (
+    Address,
+    ExistingRun,
+    Factorization,
+    RunFile,
+    Workers,
+    open_existing,
+    progress_of,
+    replaced,
+)
 from npeff.storage.location import location
 
 EXIT_DAMAGED = 1
@@ -65,18 +74,23 @@ def check_command(
     ] = False,
     workers: Workers = None,
     address: Address = None,
+    factorization: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Verify only this factorization, and the run. Default: all of them."),
+    ] = None,
 ) -> None:
     """Verify every file of a run directory. The exit code is 1 if something is damaged."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    run = npeff.RunDirectory.open(run_dir)
-    run = npeff.RunDirectory(run.path, replaced(run.config, workers, address))
+    opened = open_existing(run_dir, factorization)
+    run = opened.with_config(replaced(opened.config, workers, address))
     progress = progress_of(run)
-    damaged = npeff.check(run, recompute=recompute, progress=progress)
+    damaged = npeff.check(run, factorization=factorization, recompute=recompute, progress=progress)
     if not damaged:
-        progress.say(f"check: everything in {run.path} is intact")
+        where = f"the run and the factorization {factorization} of" if factorization else "everything in"
+        progress.say(f"check: {where} {run.path} {'are' if factorization else 'is'} intact")
         return
     table = Table("what", "where", "why", "what to do")
     for each in damaged:
@@ -150,6 +164,7 @@ def export_command(
     component: Annotated[
         int | None, typer.Option("--component", "-c", min=0, help="With --what direction: the component.")
     ] = None,
+    factorization: Factorization = None,
 ) -> None:
     """Write Fishers, a factorization or a direction to a file.
 
@@ -163,7 +178,7 @@ def export_command(
     from npeff.stages.pipeline import export_direction
 
     if component is not None:
-        export_direction(npeff.RunDirectory.open(run_dir), component, file)
+        export_direction(npeff.RunDirectory.open(run_dir, factorization), component, file)
     elif what != "direction":
-        export_run(run_dir, file, what=what, n_values=values)
+        export_run(run_dir, file, what=what, n_values=values, factorization=factorization)
     default_progress().say(f"export: {what} of {run_dir} written to {file}")

@@ -13,6 +13,7 @@ import typer
 
 import npeff
 from npeff.cli.app import app
+from npeff.cli.options import Factorization, open_existing
 from npeff.execution.ray.jobs import Job, JobServer, Submission
 
 EXIT_INTERRUPTED = 130
@@ -114,8 +115,9 @@ def status(
             envvar=_ADDRESS_VARIABLE, help="Address of a cluster's job server. The job of the run is then shown too."
         ),
     ] = None,
+    factorization: Factorization = None,
 ) -> None:
-    """Show the state of each stage of a run, and of its job on a cluster.
+    """Show the state of each stage of a run, its factorizations, and its job on a cluster.
 
     A stage is missing (it has no results), partial or complete.
     """
@@ -123,16 +125,23 @@ def status(
     from rich.table import Table
 
     from npeff.runs.errors import RunDirectoryError
+    from npeff.stages.status import factorizations
     from npeff.stages.status import status as status_of
 
     run_dir = _run_dir(run)
     console = Console(soft_wrap=True)
     try:
-        opened = npeff.RunDirectory.open(run_dir)
+        opened = open_existing(run_dir, factorization)
         table = Table("stage", "state", "done", "details")
         for row in status_of(opened):
             table.add_row(row.stage, row.state, row.done, row.details)
         Console().print(table)
+        if stored := factorizations(opened):
+            listed = Table("factorization", "components", "state", "complete", "size")
+            for each in stored:
+                name = f"{each.name} (shown above)" if each.name == opened.name and len(stored) > 1 else each.name
+                listed.add_row(name, str(each.n_components), each.state, ", ".join(each.complete), each.size)
+            Console().print(listed)
     except RunDirectoryError as error:
         if address is None:
             raise

@@ -13,12 +13,19 @@ from typing import NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from npeff.cli import demo_command, file_commands, job_commands, query_commands, stage_commands
+from npeff.cli import (
+    demo_command,
+    factorization_commands,
+    file_commands,
+    job_commands,
+    query_commands,
+    stage_commands,
+)
 from npeff.cli.app import app
 from npeff.cli.job_commands import EXIT_INTERRUPTED
 from npeff.errors import NpeffError
 
-COMMANDS = (demo_command, stage_commands, file_commands, job_commands, query_commands)
+COMMANDS = (demo_command, stage_commands, factorization_commands, file_commands, job_commands, query_commands)
 """Modules that add commands to `app`."""
 
 EXIT_USER_ERROR = 2

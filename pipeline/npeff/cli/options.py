@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -51,8 +51,25 @@ Address = Annotated[
 MaxIterations = Annotated[
     int | None,
     typer.Option(
-        "--max-iterations", min=1, help="New, larger limit on the iterations. A finished factorization is continued."
+        "--max-iterations", min=1, help="New limit on the iterations. A finished factorization is continued."
     ),
+]
+
+
+Factorization = Annotated[
+    str | None,
+    typer.Option(
+        "--factorization",
+        metavar="NAME",
+        help="Factorization of the run to use. Default: factorization.name of the run file, or the first one.",
+        show_default=False,
+    ),
+]
+
+
+Name = Annotated[
+    str | None,
+    typer.Option("--name", metavar="NAME", help="Name under which the factorization is stored, beside the others."),
 ]
 
 
@@ -62,24 +79,66 @@ def open_run(
     workers: int | None = None,
     address: str | None = None,
     max_iterations: int | None = None,
+    factorization: str | None = None,
+    name: str | None = None,
+    components: int | None = None,
+    any_factorization: bool = False,
 ) -> RunDirectory:
-    """Return the run of a run file or a run directory, with the options of the command line applied."""
+    """Return the run of a run file or a run directory, with the options of the command line applied.
+
+    Args:
+        run: A run file or a run directory.
+        run_dir: As the option ``--run-dir``.
+        workers: As the option ``--workers``.
+        address: As the option ``--address``.
+        max_iterations: As the option ``--max-iterations``.
+        factorization: The factorization of the run that is used or, with ``name``, whose settings a new one has.
+        name: The name of a factorization, which may be new.
+        components: As the option ``--components`` of ``npeff factorize``.
+        any_factorization: Whether the command uses only what all factorizations of a run share.
+    """
     from npeff.runs.config import RunConfig
     from npeff.runs.directory import RunDirectory
 
+    asked = {"name": name, "n_components": components, "max_iterations": max_iterations}
+    changes: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
     if run.is_dir():
         if run_dir is not None:
             raise typer.BadParameter("--run-dir needs a run file, not the directory of a run")
-        opened = RunDirectory.open(run)
-        if max_iterations is not None:
-            opened = RunDirectory.create(opened.config.with_max_iterations(max_iterations))
-        return RunDirectory(opened.path, replaced(opened.config, workers, address))
+        if any_factorization:
+            opened = RunDirectory.open_any(run)
+        elif name is None:
+            opened = RunDirectory.open(run, factorization)
+        else:
+            opened = _named(run, factorization, name)
+        if not changes:
+            return opened.with_config(replaced(opened.config, workers, address))
+        if components is None and not opened.is_defined():
+            raise typer.BadParameter(f"{opened.path} has no factorization yet: give --components")
+        return RunDirectory.create(replaced(opened.config.with_factorization(**changes), workers, address))
     config = RunConfig.from_yaml(run)
     if run_dir is not None:
         config = config.model_copy(update={"run_dir": str(run_dir)})
-    if max_iterations is not None:
-        config = config.with_max_iterations(max_iterations)
+    if factorization is not None:
+        changes = {"name": factorization} | changes
+    if changes:
+        config = config.with_factorization(**changes)
     return RunDirectory.create(replaced(config, workers, address))
+
+
+def open_existing(run_dir: str | Path, factorization: str | None) -> RunDirectory:
+    """Return a run with this factorization, or with the first one, for commands that concern all of them."""
+    from npeff.runs.directory import RunDirectory
+
+    return RunDirectory.open_any(run_dir) if factorization is None else RunDirectory.open(run_dir, factorization)
+
+
+def _named(run: Path, factorization: str | None, name: str) -> RunDirectory:
+    """Return the run with the factorization ``name`` or, if there is none, with the one whose settings it gets."""
+    from npeff.runs.directory import RunDirectory
+
+    opened = RunDirectory.open(run, factorization)
+    return opened.with_factorization(name) if name in opened.factorizations() else opened
 
 
 def replaced(config: RunConfig, workers: int | None, address: str | None) -> RunConfig:

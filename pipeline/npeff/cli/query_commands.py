@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 import npeff
 from npeff.cli.app import HELP, app
+from npeff.cli.options import Factorization
 from npeff.cli.output import OutputFormat, write_answer
 from npeff.storage.location import location
 
-query_app = typer.Typer(help="Query the components of a run.")
+_OPTION = "--factorization"
+
+
+class _Group(TyperGroup):
+    """The group of the queries, whose option ``--factorization`` may be given anywhere after ``query``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        moved: list[str] = []
+        rest = list(args)
+        while places := [place for place, word in enumerate(rest) if word.partition("=")[0] == _OPTION]:
+            stop = places[0] + (1 if "=" in rest[places[0]] else 2)
+            moved += rest[places[0] : stop]
+            del rest[places[0] : stop]
+        return super().parse_args(ctx, moved + rest)
+
+
+query_app = typer.Typer(cls=_Group, help="Query the components of a run.")
 app.add_typer(query_app, name="query", context_settings=HELP)
 
 Component = Annotated[int, typer.Option("--component", "-c", help="Number of the component.")]
@@ -39,12 +57,13 @@ NumberOfComponents = Annotated[int, typer.Option("-n", min=1, help="Maximum numb
 def query(
     context: typer.Context,
     run_dir: Annotated[Path, typer.Argument(parser=location, metavar="RUN_DIR", help="Directory of a run.")],
+    factorization: Factorization = None,
 ) -> None:
-    context.obj = run_dir  # opened by the command, so that --help needs no run
+    context.obj = run_dir, factorization  # opened by the command, so that --help needs no run
 
 
 def _store(context: typer.Context) -> npeff.ComponentStore:
-    return npeff.ComponentStore.open(context.obj)
+    return npeff.ComponentStore.open(*context.obj)
 
 
 @query_app.command()

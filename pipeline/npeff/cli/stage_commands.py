@@ -11,7 +11,17 @@ import typer
 
 import npeff
 from npeff.cli.app import app
-from npeff.cli.options import Address, MaxIterations, Run, RunDir, Workers, open_run, progress_of
+from npeff.cli.options import (
+    Address,
+    Factorization,
+    MaxIterations,
+    Name,
+    Run,
+    RunDir,
+    Workers,
+    open_run,
+    progress_of,
+)
 from npeff.cli.output import OutputFormat, print_table
 from npeff.stages.factorize import FACTORIZE
 from npeff.stages.lift import LIFT
@@ -27,9 +37,15 @@ if TYPE_CHECKING:
 
 
 @app.command("run")
-def run_command(run: Run, run_dir: RunDir = None, workers: Workers = None, address: Address = None) -> None:
+def run_command(
+    run: Run,
+    run_dir: RunDir = None,
+    workers: Workers = None,
+    address: Address = None,
+    factorization: Factorization = None,
+) -> None:
     """Run the stages from fishers to report. Finished work of earlier commands is not repeated."""
-    opened = open_run(run, run_dir, workers, address)
+    opened = open_run(run, run_dir, workers, address, factorization=factorization)
     npeff.run(opened, progress=progress_of(opened))
     _print_outcome(opened)
 
@@ -37,7 +53,7 @@ def run_command(run: Run, run_dir: RunDir = None, workers: Workers = None, addre
 def _complete(stage: StageDefinition, opened: RunDirectory, *arguments: Any) -> None:
     progress = progress_of(opened)
     stage(opened, *arguments, progress=progress)
-    progress.say(f"{stage.name}: complete, in {opened.path}")
+    progress.say(f"{stage.name}: complete, in {opened.path if stage.of_the_run else opened.home}")
 
 
 @app.command(FACTORIZE.name, help=FACTORIZE.help)
@@ -47,8 +63,11 @@ def factorize_command(
     workers: Workers = None,
     address: Address = None,
     max_iterations: MaxIterations = None,
+    components: Annotated[int | None, typer.Option(min=1, help="Number of components.")] = None,
+    name: Name = None,
+    factorization: Factorization = None,
 ) -> None:
-    _complete(FACTORIZE, open_run(run, run_dir, workers, address, max_iterations))
+    _complete(FACTORIZE, open_run(run, run_dir, workers, address, max_iterations, factorization, name, components))
 
 
 @app.command(LIFT.name, help=LIFT.help)
@@ -63,10 +82,11 @@ def lift_command(
     run_dir: RunDir = None,
     workers: Workers = None,
     address: Address = None,
+    factorization: Factorization = None,
 ) -> None:
-    opened = open_run(run, run_dir, workers, address)
+    opened = open_run(run, run_dir, workers, address, factorization=factorization)
     if component:
-        opened = npeff.RunDirectory(opened.path, opened.config.with_lift(components=tuple(component)))
+        opened = opened.with_config(opened.config.with_lift(components=tuple(component)))
     _complete(LIFT, opened)
 
 
@@ -84,6 +104,7 @@ def report_command(
         int | None,
         typer.Option(min=0, max=65535, help="Port of the live view (--serve); 0, the default, chooses a free port."),
     ] = None,
+    factorization: Factorization = None,
 ) -> None:
     """Write the report of the available results as one HTML file, or serve it on this machine (--serve)."""
     if port is not None and not serve:
@@ -91,13 +112,13 @@ def report_command(
     from npeff.runs.progress import default_progress
     from npeff.stages.pipeline import serve_report
 
-    opened = open_run(run, run_dir, workers, address)
+    opened = open_run(run, run_dir, workers, address, factorization=factorization)
     progress = default_progress()
     if serve:
         serve_report(opened, port or 0, progress.say)
     else:
         npeff.report(opened, progress=progress)
-        progress.say(f"report: complete, in {opened.path}")
+        progress.say(f"report: complete, in {opened.home}")
 
 
 @app.command(TRANSFORM.name, help=TRANSFORM.help)
@@ -109,10 +130,20 @@ def transform_command(
         Path,
         typer.Option("--run", parser=location, metavar="RUN", help="Run file, or run directory, of the new examples."),
     ],
+    factorization: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Take the components of this factorization. Default: the first one.",
+            show_default=False,
+        ),
+    ] = None,
+    name: Name = None,
     workers: Workers = None,
     address: Address = None,
 ) -> None:
-    _complete(TRANSFORM, open_run(run, None, workers, address), source)
+    given = npeff.RunDirectory.open(source, factorization)
+    _complete(TRANSFORM, open_run(run, None, workers, address, name=name), given)
 
 
 @app.command(SELECT.name, help=SELECT.help)
@@ -128,21 +159,28 @@ def select_command(
     run_dir: RunDir = None,
     workers: Workers = None,
     address: Address = None,
+    factorization: Factorization = None,
 ) -> None:
-    opened = open_run(run, run_dir, workers, address)
+    opened = open_run(run, run_dir, workers, address, factorization=factorization)
     asked = {"components": components, "seeds": seeds, "refine": refine}
     changes = {name: value for name, value in asked.items() if value is not None}
-    opened = npeff.RunDirectory(opened.path, opened.config.with_selection(**changes))
+    opened = opened.with_config(opened.config.with_selection(**changes))
     npeff.select(opened, progress=progress_of(opened))
-    print_table(npeff.ComponentStore.open(opened.path).table("selection"), OutputFormat.TABLE)
+    print_table(npeff.ComponentStore.open(opened.path, opened.name).table("selection"), OutputFormat.TABLE)
     print(f"plot: {npeff.report(opened)}#selection")
 
 
 @app.command(REPAIR.name, help=REPAIR.help)
-def repair_command(run: Run, run_dir: RunDir = None, workers: Workers = None, address: Address = None) -> None:
-    opened = open_run(run, run_dir, workers, address)
+def repair_command(
+    run: Run,
+    run_dir: RunDir = None,
+    workers: Workers = None,
+    address: Address = None,
+    factorization: Factorization = None,
+) -> None:
+    opened = open_run(run, run_dir, workers, address, factorization=factorization)
     summary = npeff.repair(opened, progress=progress_of(opened))
-    print_table(npeff.ComponentStore.open(opened.path).table("repair"), OutputFormat.TABLE)
+    print_table(npeff.ComponentStore.open(opened.path, opened.name).table("repair"), OutputFormat.TABLE)
     if summary["edits"]:
         print(f"edited model: {opened.repaired / 'model.safetensors'}; its edits: {opened.repaired / 'repair.json'}")
 
@@ -163,9 +201,23 @@ _WITH_OWN_OPTIONS = (FACTORIZE, LIFT, TRANSFORM, SELECT, REPAIR)
 
 
 def _stage_command(stage: StageDefinition) -> None:
-    @app.command(stage.name, help=stage.help)
-    def command(run: Run, run_dir: RunDir = None, workers: Workers = None, address: Address = None) -> None:
-        _complete(stage, open_run(run, run_dir, workers, address))
+    if stage.of_the_run:
+
+        @app.command(stage.name, help=stage.help)
+        def command(run: Run, run_dir: RunDir = None, workers: Workers = None, address: Address = None) -> None:
+            _complete(stage, open_run(run, run_dir, workers, address, any_factorization=True))
+
+    else:
+
+        @app.command(stage.name, help=stage.help)
+        def command_of_factorization(
+            run: Run,
+            run_dir: RunDir = None,
+            workers: Workers = None,
+            address: Address = None,
+            factorization: Factorization = None,
+        ) -> None:
+            _complete(stage, open_run(run, run_dir, workers, address, factorization=factorization))
 
 
 for _stage in STAGES:

@@ -28,8 +28,9 @@ def export_run(
     *,
     what: Literal["fishers", "factorization"] = "fishers",
     n_values: int | None = None,
+    factorization: str | None = None,
 ) -> None:
-    """Export the Fishers (`export_fishers`) or the factorization (`export_factorization`) of a run.
+    """Export the Fishers (`export_fishers`) or a factorization (`export_factorization`) of a run.
 
     Raises:
         ConfigError, RunDirectoryError, StoreError: As in these functions.
@@ -38,7 +39,7 @@ def export_run(
         return export_fishers(run_dir, file, n_values)
     if n_values is not None:
         raise ConfigError("a factorization is exported as a whole: give values (n_values) for fishers only")
-    export_factorization(run_dir, file)
+    export_factorization(run_dir, file, factorization)
 
 
 def export_fishers(run_dir: str | Path, file: str | Path, n_values: int | None = None) -> None:
@@ -80,8 +81,8 @@ def export_fishers(run_dir: str | Path, file: str | Path, n_values: int | None =
     write_pef(file, header, _exported_blocks(store, checksums, header.n_values, parameters_D))
 
 
-def export_factorization(run_dir: str | Path, file: str | Path) -> None:
-    """Export the factorization of a run as an LRM decomposition.
+def export_factorization(run_dir: str | Path, file: str | Path, factorization: str | None = None) -> None:
+    """Export a factorization of a run as an LRM decomposition.
 
     The components are unit rows, and the losses are those of the history. The parameters are as in `export_fishers`.
     Left-out examples have coefficients 0.
@@ -90,7 +91,7 @@ def export_factorization(run_dir: str | Path, file: str | Path) -> None:
         RunDirectoryError: The run does not exist, or factorizes diagonals.
         StoreError: The factorization is missing or damaged, or the file cannot be written.
     """
-    run = RunDirectory.open(run_dir)
+    run = RunDirectory.open(run_dir, factorization)
     if run.config.factorization.kind != "fishers":
         raise RunDirectoryError(
             f"the components of {run.path} are of kind {run.config.factorization.kind}: only kind fishers can be "

@@ -383,7 +383,7 @@ def _write_factorization(
         history = [row | {"objective": row["loss"], "n_dead": n_dead, "seconds": 0.0, "sent_bytes": 0}]
         coefficients_NK[~store.read_rows(np.arange(store.plan.n_examples), ["valid"])["valid"]] = np.nan
     else:
-        further_tables += [run.table(name) for name in ("examples", "classes", "parameters")]
+        further_tables += [run.shared_table(name) for name in ("examples", "classes", "parameters")]
     run.reopen("factorize")
     attrs = summary | {"sketch": coordinates.to_json()}
     write_factorization(run.factorization, components_KD, coefficients_NK, attrs)
@@ -443,8 +443,8 @@ def _write_unknown_examples(run: RunDirectory, n_examples: int, names: Sequence[
         "fisher_rank": np.zeros(n_examples, dtype=np.int64),
     }
     unknown = {field.name: [None] * n_examples for field in SCHEMAS["examples"] if field.nullable}
-    write_table(run.table("examples"), "examples", columns | unknown)
-    write_table(run.table("classes"), "classes", {"class": range(len(names)), "name": list(names)})
+    write_table(run.shared_table("examples"), "examples", columns | unknown)
+    write_table(run.shared_table("classes"), "classes", {"class": range(len(names)), "name": list(names)})
     write_parameter_table(run, {}, {})  # the file contains only the number of parameters
 
 

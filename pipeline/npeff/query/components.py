@@ -23,10 +23,11 @@ from npeff.query import neighbours
 from npeff.query.coefficients import n_larger, runs_of
 from npeff.query.errors import QueryError
 from npeff.query.summary import components_table, summary
-from npeff.query.tables import EXAMPLE_COLUMNS, NAMED_CLASSES, RunTables, missing
+from npeff.query.tables import EXAMPLE_COLUMNS, NAMED_CLASSES, RunTables, StoredRun, missing
 from npeff.storage.atomic import is_committed
 from npeff.storage.errors import StoreError
 from npeff.storage.location import location
+from npeff.store.run_files import chosen_factorization, refuse_unfinished_migration, run_and_name
 
 if TYPE_CHECKING:  # most queries need none of Zarr, Dask, SciPy and DuckDB, which are imported on use
     import dask.array as da
@@ -49,7 +50,8 @@ class ComponentStore:
 
     Attributes:
         run_dir: The run directory.
-        tables: The tables of the run.
+        run: The files of the run and of its factorization.
+        tables: The tables of the run and of its factorization.
 
     Examples:
         A run with 360 examples and 12 components in a sketch of 64 dimensions:
@@ -72,28 +74,34 @@ class ComponentStore:
         npeff.query.errors.QueryError: there is no component 99: this run has components 0 to 11
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
-        self.tables = RunTables(run_dir)
+    def __init__(self, run: StoredRun) -> None:
+        self.run, self.run_dir = run, run.path
+        self.tables = RunTables(run)
         self._masks: dict[str, NDArray[np.bool_]] = {}
 
     @classmethod
-    def open(cls, run_dir: str | Path) -> ComponentStore:
+    def open(cls, run_dir: str | Path, factorization: str | None = None) -> ComponentStore:
         """Open a run directory. The run need not be complete.
 
         Args:
-            run_dir: The run directory.
+            run_dir: The run directory, or the folder ``factorizations/NAME`` of a run.
+            factorization: Name of the factorization. The default is ``default``, or the only one.
 
         Raises:
-            QueryError: The directory does not exist or is not a run directory.
+            QueryError: The directory does not exist or is not a run directory, or the run has no factorization of this
+                name.
         """
-        path = location(run_dir)
+        path, named = run_and_name(location(run_dir))
         if not path.is_dir():
             wrong = "is a file" if path.exists() else "does not exist"
             raise QueryError(f"{path} {wrong}: give the directory of a run")
         if not any((path / name).exists() for name in ("run.yaml", "tables", "factorization.zarr")):
             raise QueryError(f"{path} is not a run directory: it has no run.yaml")
-        return cls(path)
+        try:
+            refuse_unfinished_migration(path)
+            return cls(StoredRun(path, chosen_factorization(path, factorization or named)))
+        except StoreError as error:
+            raise QueryError.of(error) from None
 
     @cached_property
     def coefficients(self) -> da.Array:
@@ -108,9 +116,9 @@ class ComponentStore:
     @cached_property
     def directions(self) -> Mapping[str, da.Array]:
         """The unit directions of the components in parameter space: parameter name to array (K, *shape)."""
-        path = self.run_dir / "directions.zarr"
+        path = self.run.directions
         if not is_committed(path):
-            raise missing(self.run_dir, "directions.zarr", "lift")
+            raise missing(self.run, "directions.zarr", "lift")
         from npeff.store.direction_store import DirectionStore
 
         try:
@@ -122,7 +130,7 @@ class ComponentStore:
     @cached_property
     def cosines(self) -> np.ndarray:
         """Cosines of all pairs of components in the sketch, (K, K) float64; 0 for a zero component."""
-        return self._unit_components @ self._unit_components.T
+        return self.unit_components @ self.unit_components.T
 
     def table(self, name: str) -> pa.Table:
         """Return a whole table, such as 'examples', 'coefficients' or 'verification'."""
@@ -258,21 +266,31 @@ class ComponentStore:
         Raises:
             QueryError: The runs differ in model, parameters, sketch or seed, or factorize diagonals.
         """
+        self._check_component(component)
+        self.check_comparable(other)
+        return _nearest(other.unit_components @ self.unit_components[component], n)
+
+    def check_comparable(self, other: ComponentStore) -> None:
+        """Check that the components of this run and of another run are in one space.
+
+        Raises:
+            QueryError: The runs differ in model, parameters, sketch or seed, or factorize diagonals.
+        """
         from npeff.store.same_space import differences_in_space
 
-        self._check_component(component)
         for store in (self, other):
-            if (kind := store.tables.json("stages", "factorize.json").get("factorized", "fishers")) != "fishers":
+            if (kind := store.tables.record("factorize").get("factorized", "fishers")) != "fishers":
                 raise QueryError(
                     f"the components of {store.run_dir} are of kind {kind}: only components of kind fishers can be "
                     "compared"
                 )
+        if self.run.fishers == other.run.fishers:
+            return
         if different := differences_in_space(self._fisher_attributes, other._fisher_attributes):
             raise QueryError(
                 f"the components of {other.run_dir} and {self.run_dir} are not comparable, because the runs differ in "
                 f"{', '.join(different)}: choose a run with the same model, parameters, sketch and seed"
             )
-        return _nearest(other._unit_components @ self._unit_components[component], n)
 
     def enriched(self, where: str, split: str | None = None, top: int | None = None, n: int | None = None) -> pa.Table:
         """Test which components are more frequent in a subset of the examples than in the other valid examples.
@@ -329,7 +347,7 @@ class ComponentStore:
         rows = self.tables.read("layer_energy", ["parameter", "energy"], pc.field("component") == component)
         if not len(rows):
             raise QueryError(
-                f"component {component} is not lifted: run `npeff lift {self.run_dir} -c {component}` first"
+                f"component {component} is not lifted: run `npeff lift {self.run.argument} -c {component}` first"
             )
         if by == "layer":
             layers = pc.replace_substring_regex(rows["parameter"], r"\.[^.]*$", "")
@@ -422,7 +440,7 @@ class ComponentStore:
         return row.astype(np.float64)
 
     @cached_property
-    def _unit_components(self) -> NDArray[np.float64]:
+    def unit_components(self) -> NDArray[np.float64]:
         """The normalized components (K, D); zero for a zero component."""
         rows = self._stored("components", self._factorization.components, slice(None)).astype(np.float64)
         lengths = np.linalg.norm(rows, axis=1, keepdims=True)
@@ -436,8 +454,8 @@ class ComponentStore:
             raise self._corrupt(name) from error
 
     def _corrupt(self, name: str) -> QueryError:
-        path = self.run_dir / "factorization.zarr"
-        remedy = f"delete this store and run `npeff factorize {self.run_dir}` again"
+        path = self.run.factorization
+        remedy = f"delete this store and run `npeff factorize {self.run.argument}` again"
         return QueryError(f"{name} of {path} are corrupt", remedy, path=path / name)
 
     @property
@@ -445,7 +463,7 @@ class ComponentStore:
         from npeff.store.fisher_store import FisherStore
 
         try:
-            return FisherStore.open(self.run_dir / "fishers.zarr").attrs
+            return FisherStore.open(self.run.fishers).attrs
         except StoreError as error:
             raise QueryError.of(error) from error
 
@@ -482,9 +500,9 @@ class ComponentStore:
 
     @cached_property
     def _factorization(self) -> StoredFactorization:
-        path = self.run_dir / "factorization.zarr"
+        path = self.run.factorization
         if not is_committed(path):
-            raise missing(self.run_dir, "factorization.zarr", "factorize")
+            raise missing(self.run, "factorization.zarr", "factorize")
         from npeff.store.component_store import open_factorization
 
         try:

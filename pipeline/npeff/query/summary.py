@@ -34,7 +34,11 @@ def components_table(tables: RunTables) -> pa.Table:
 
 def summary(tables: RunTables) -> dict[str, Any]:
     """Return a summary of the run for JSON: counts, explained variance, accuracy, KL ratios, existing tables."""
-    found: dict[str, Any] = {"run_dir": str(tables.run_dir), "tables": tables.names()}
+    found: dict[str, Any] = {
+        "run_dir": str(tables.run_dir),
+        "factorization": tables.run.name,
+        "tables": tables.names(),
+    }
     if tables.has("examples"):
         columns = tables.read("examples", ["split", "valid", "correct"])
         splits = np.asarray(columns["split"].to_pylist(), dtype=object)
@@ -49,7 +53,7 @@ def summary(tables: RunTables) -> dict[str, Any]:
         active = tables.read("components", ["n_active"])["n_active"].to_numpy()
         found["n_components"] = len(active)
         found["n_dead_components"] = int((active == 0).sum())
-    factorize = tables.json("stages", "factorize.json")
+    factorize = tables.record("factorize")
     found |= {key: factorize[key] for key in ("explained", "explained_held_out", "stopped") if key in factorize}
     if tables.has("verification"):
         found["verification"] = [

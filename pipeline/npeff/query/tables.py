@@ -10,6 +10,7 @@ import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,11 @@ import pyarrow.fs as pa_fs
 import pyarrow.parquet as pq
 
 from npeff.query.errors import QueryError
+from npeff.storage.commands import DEFAULT
 from npeff.storage.errors import StoreError
-from npeff.storage.location import is_remote
+from npeff.storage.location import is_remote, location
 from npeff.storage.objects import file_system, key_of
+from npeff.store.run_files import FilesOfRun
 from npeff.store.table_names import WRITTEN_BY
 from npeff.store.tables import SCHEMAS, check_version
 
@@ -47,9 +50,39 @@ def _parquet(remote: bool) -> ds.ParquetFileFormat:
     return ds.ParquetFileFormat(default_fragment_scan_options=ds.ParquetFragmentScanOptions(**options))
 
 
-def missing(run_dir: Path, what: str, command: str) -> QueryError:
+@dataclass(frozen=True)
+class StoredRun(FilesOfRun):
+    """The files of a stored run, with one of its factorizations."""
+
+    path: Path
+    factorization_name: str
+
+    @property
+    def name(self) -> str:
+        return self.factorization_name
+
+    @property
+    def fishers_home(self) -> Path:
+        """The run directory with the Fishers, according to the record of the stage ``fishers``."""
+        other = read_record(self.record_file("fishers")).get("from")
+        return self.path if other is None else location(other)
+
+
+def missing(run: FilesOfRun, what: str, command: str) -> QueryError:
     """Return the error for an output that a stage has not written yet."""
-    return QueryError(f"{what} does not exist yet", f"run `npeff {command} {run_dir}` first")
+    return QueryError(f"{what} does not exist yet", f"run `npeff {command} {run.argument}` first")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON record; an empty dictionary if the file is missing."""
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        problem = f"{path} is not valid JSON ({error})"
+        raise QueryError(problem, "delete it and run the stage that writes it again", path=path) from error
+    return record if isinstance(record, dict) else {}
 
 
 def _located(path: Path) -> tuple[str, pa_fs.FileSystem]:
@@ -60,14 +93,14 @@ def _located(path: Path) -> tuple[str, pa_fs.FileSystem]:
 
 
 class RunTables:
-    """Reader of `<run>/tables/*.parquet` and of the JSON records of the run.
+    """Reader of the tables and JSON records of a run and of one of its factorizations.
 
     A file is opened on first use and its footer is read once, so a later replacement of the file is not read.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
-        self._folder = run_dir / "tables"
+    def __init__(self, run: StoredRun | Path) -> None:
+        self.run = run if isinstance(run, StoredRun) else StoredRun(run, DEFAULT)
+        self.run_dir = self.run.path
         self._files: dict[str, pq.ParquetFile] = {}
         self._schemas: dict[str, pa.Schema] = {}
         self._datasets: dict[str, ds.Dataset] = {}
@@ -75,10 +108,16 @@ class RunTables:
 
     def names(self) -> list[str]:
         """Return the sorted names of the existing tables."""
-        return sorted(path.stem for path in self._folder.glob("*.parquet"))
+        return sorted({path.stem for path in self._all("tables", "*.parquet")})
+
+    def _all(self, folder: str, pattern: str) -> Iterator[Path]:
+        """Yield the files in a folder of the run and of the factorization."""
+        yield from (self.run.path / folder).glob(pattern)
+        if self.run.home != self.run.path:
+            yield from (self.run.home / folder).glob(pattern)
 
     def has(self, name: str) -> bool:
-        return name in self._files or (self._folder / f"{name}.parquet").is_file()
+        return name in self._files or self.run.table(name).is_file()
 
     def dataset(self, name: str) -> ds.Dataset:
         """Return the table as a lazy Arrow dataset, which reads only the requested rows and columns.
@@ -89,7 +128,7 @@ class RunTables:
         if name not in self._datasets:
             import pyarrow.dataset as ds
 
-            schema, path = self.schema(name), self._folder / f"{name}.parquet"
+            schema, path = self.schema(name), self.run.table(name)
             kind = _parquet(is_remote(path))
             where, filesystem = _located(path)
             fragment = kind.make_fragment(where, filesystem)
@@ -108,10 +147,10 @@ class RunTables:
     def file(self, name: str) -> pq.ParquetFile:
         """Return the open file of the table, to read single row groups. Raises the errors of `dataset`."""
         if name not in self._files:
-            path = self._folder / f"{name}.parquet"
+            path = self.run.table(name)
             if not path.is_file():
                 if name in WRITTEN_BY:
-                    raise missing(self.run_dir, f"table '{name}'", WRITTEN_BY[name])
+                    raise missing(self.run, f"table '{name}'", WRITTEN_BY[name])
                 raise QueryError(
                     f"there is no table '{name}': this run has {', '.join(self.names()) or 'no tables yet'}"
                 )
@@ -146,7 +185,7 @@ class RunTables:
         """Yield some columns of all rows in stored order, in batches of bounded size."""
         file, columns = self.file(name), list(columns)
         with self._damage_named(name):
-            if is_remote(self._folder):
+            if is_remote(self.run_dir):
                 for fragment in self.dataset(name).get_fragments():
                     yield from fragment.to_batches(columns=columns)
                 return
@@ -183,32 +222,28 @@ class RunTables:
     def columns(self, name: str) -> list[str]:
         return list(self.schema(name).names)
 
-    def json(self, *parts: str) -> dict[str, Any]:
+    def json(self, name: str) -> dict[str, Any]:
         """Return a JSON record of the run, such as `provenance.json`; an empty dictionary if the file is missing."""
-        path = self.run_dir.joinpath(*parts)
-        if not path.is_file():
-            return {}
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            problem = f"{path} is not valid JSON ({error})"
-            raise QueryError(problem, "delete it and run the stage that writes it again", path=path) from error
-        return record if isinstance(record, dict) else {}
+        return read_record(self.run_dir / name)
+
+    def record(self, stage: str) -> dict[str, Any]:
+        """Return the record of a stage; an empty dictionary if the stage is not complete."""
+        return read_record(self.run.record_file(stage))
 
     def stages(self) -> dict[str, dict[str, Any]]:
         """Return the existing stage records, in the order of the stages."""
         order = {name: position for position, name in enumerate(dict.fromkeys(WRITTEN_BY.values()))}
         names = sorted(
-            (path.stem for path in (self.run_dir / "stages").glob("*.json")),
+            {path.stem for path in self._all("stages", "*.json")},
             key=lambda name: (order.get(name, len(order)), name),
         )
-        return {name: self.json("stages", f"{name}.json") for name in names}
+        return {name: self.record(name) for name in names}
 
     @contextmanager
     def _damage_named(self, name: str) -> Iterator[None]:
         try:
             yield
         except (pa.ArrowInvalid, OSError) as error:
-            path = self._folder / f"{name}.parquet"
-            remedy = f"delete it and run `npeff {WRITTEN_BY.get(name, 'run')} {self.run_dir}` again"
+            path = self.run.table(name)
+            remedy = f"delete it and run `npeff {WRITTEN_BY.get(name, 'run')} {self.run.argument}` again"
             raise QueryError(f"{path} is damaged", remedy, path=path) from error

@@ -30,21 +30,22 @@ _MOST_LISTED = 16
 """Largest number of list items to show from a stage's record, such as the lifted components."""
 
 
-def write_report(run_dir: str | Path, *, top_examples: int = 24) -> Path:
-    """Write `<run>/report/index.html` atomically and return its path.
+def write_report(run_dir: str | Path, *, factorization: str | None = None, top_examples: int = 24) -> Path:
+    """Write the report of a factorization, `report/index.html` in its folder, atomically and return its path.
 
     A section whose stage has not run yet shows the command that produces it.
 
     Args:
         run_dir: The run directory.
+        factorization: Name of the factorization. The default is as in `ComponentStore.open`.
         top_examples: Largest number of held-out examples, and of fit examples, on a card. A row has up to twelve.
 
     Raises:
         QueryError: The path is not a run directory, or a table is damaged.
         StoreError: The report cannot be written.
     """
-    store = ComponentStore.open(run_dir)
-    path = store.run_dir / "report" / "index.html"
+    store = ComponentStore.open(run_dir, factorization)
+    path = store.run.report
     page = render_report(store, top_examples)
     write_file_atomically(path, lambda stream: stream.write(page.encode()))
     return path
@@ -80,20 +81,21 @@ def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
     found = verdicts(store.table("verification").to_pylist()) if tables.has("verification") else []
     factorized = all(tables.has(name) for name in ("examples", "components", "top_examples"))
     provenance = tables.json("provenance.json")
-    configuration = store.run_dir / "run.yaml"
+    files = (store.run_dir / "run.yaml", store.run.settings)
+    configuration = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
     writer = CardWriter(store, top_examples) if factorized else None
     cards = writer.cards() if writer is not None else []
     return {
         "title": str(provenance.get("task") or store.run_dir.resolve().name),
-        "run_dir": str(store.run_dir),
+        "run_dir": store.run.argument,
         "summary": store.summary(),
-        "diagonal": tables.json("stages", "factorize.json").get("factorized", "fishers") != "fishers",
+        "diagonal": tables.record("factorize").get("factorized", "fishers") != "fishers",
         "stages": [_stage(name, record) for name, record in tables.stages().items()],
         "provenance": _flat(provenance),
-        "configuration": configuration.read_text(encoding="utf-8") if configuration.is_file() else None,
+        "configuration": "".join(configuration) or None,
         "loss": loss_chart(store.table("history").to_pylist()) if tables.has("history") else None,
         "selection": selection_chart(store.table("selection").to_pylist()) if tables.has("selection") else None,
-        "selection_reason": tables.json("stages", "select.json").get("reason"),
+        "selection_reason": tables.record("select").get("reason"),
         "scores": scoreboard(found),
         "ratio_charts": _ratio_charts(found),
         "strip": log_axis(_ratios(found), 6, 194),

@@ -49,7 +49,14 @@ _REPORT_POLICY = (
 """The report also contains its own policy with the hash of its script. The browser enforces both policies."""
 
 
-def serve(run_dir: str | Path, port: int, top_examples: int, say: Callable[[str], None]) -> None:
+def serve(
+    run_dir: str | Path,
+    port: int,
+    top_examples: int,
+    say: Callable[[str], None],
+    *,
+    factorization: str | None = None,
+) -> None:
     """Serve a run until Ctrl-C.
 
     Args:
@@ -57,12 +64,13 @@ def serve(run_dir: str | Path, port: int, top_examples: int, say: Callable[[str]
         port: Port to listen on; 0 chooses a free port.
         top_examples: Number of top examples on a card of the report.
         say: Prints a line, such as the address.
+        factorization: Name of the factorization. The default is as in `ComponentStore.open`.
 
     Raises:
         QueryError: The path is not a run directory, or the port is not available.
     """
-    ComponentStore.open(run_dir)
-    with make_server(run_dir, port, top_examples) as server:
+    ComponentStore.open(run_dir, factorization)
+    with make_server(run_dir, port, top_examples, factorization) as server:
         try:
             say(f"serving {run_dir} at http://{LOOPBACK}:{server.server_port}/ until Ctrl-C")
             server.serve_forever()
@@ -75,8 +83,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, run_dir: str | Path, port: int, top_examples: int) -> None:
-        self.run_dir, self.top_examples = run_dir, top_examples
+    def __init__(self, run_dir: str | Path, port: int, top_examples: int, factorization: str | None = None) -> None:
+        self.run_dir, self.factorization, self.top_examples = run_dir, factorization, top_examples
         self.templates = environment()
         super().__init__((LOOPBACK, port), Handler)
 
@@ -86,10 +94,10 @@ class Server(http.server.ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def make_server(run_dir: str | Path, port: int, top_examples: int) -> Server:
+def make_server(run_dir: str | Path, port: int, top_examples: int, factorization: str | None = None) -> Server:
     """Return a listening server, which the caller must close. Raises `QueryError` if the port is not available."""
     try:
-        return Server(run_dir, port, top_examples)
+        return Server(run_dir, port, top_examples, factorization)
     except OSError as error:
         reason = "is in use" if not isinstance(error, PermissionError) else "needs more permissions"
         raise QueryError(f"port {port} {reason}: choose another port, or --port 0 for a free one") from error
@@ -117,7 +125,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def _answer(self, path: str, asked: dict[str, str]) -> None:
-        store = ComponentStore.open(self.server.run_dir)
+        store = ComponentStore.open(self.server.run_dir, self.server.factorization)
         if path == "/":
             self._page(HTTPStatus.OK, path, asked)
         elif path == "/report":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -36,16 +37,25 @@ from npeff.runs.config_sections import (
     TaskConfig,
     VerificationConfig,
 )
+from npeff.storage.location import location
 
-MAX_ITERATIONS = "factorization.max_iterations"
+_MAX_ITERATIONS = "factorization.max_iterations"
 
 
 _FREE: dict[str, Any] = {
     **dict.fromkeys(("run_dir", "executor", "selection", "repair", "report"), True),
     "lift": {"memory_limit_mb", "components"},
-    "factorization": {"memory_limit_mb", "checkpoint_every", "metrics"},
+    "factorization": {"name", "memory_limit_mb", "checkpoint_every", "metrics"},
 }
 """Keys that do not change any result."""
+
+_NOT_HASHED: dict[str, Any] = _FREE | {"fishers": {"from_"}}
+
+FACTORIZATION_SECTIONS = ("factorization", "lift", "verification", "repair", "report")
+"""The sections of a factorization. The others belong to the run, and all factorizations of the run share them."""
+
+FISHER_SECTIONS = ("task", "parameters", "fishers", "seed")
+"""The sections that the stored Fishers depend on."""
 
 
 class RunConfig(Section):
@@ -94,13 +104,37 @@ class RunConfig(Section):
         """
         path = Path(path) if isinstance(path, str) else path  # a path may be on an object store
         try:
-            return cls.model_validate(read_run_file(path))
+            return cls.model_validate(_with_other_fishers(read_run_file(path)))
         except ValidationError as error:
             raise ConfigError(f"{path}: {one_line(error, cls)}") from None
 
-    def to_yaml(self) -> str:
-        """Return the configuration as the text of a run file, with all defaults."""
-        return yaml.safe_dump(with_variables_escaped(self.model_dump(mode="json")), sort_keys=False)
+    @classmethod
+    def stored(cls, path: Path, settings: Path | None, name: str) -> RunConfig:
+        """Read the configuration that a run directory holds.
+
+        Args:
+            path: The file ``run.yaml`` of the run.
+            settings: The file ``factorization.yaml`` of the factorization, if there is one.
+            name: The name of the factorization.
+
+        Raises:
+            ConfigError: As in `from_yaml`.
+        """
+        document = read_run_file(path)
+        try:
+            if settings is not None:
+                document |= read_run_file(settings)
+            own = document.setdefault("factorization", {"n_components": 1})  # a run without factorizations
+            if isinstance(own, dict):
+                own["name"] = name
+            return cls.model_validate(document)
+        except ValidationError as error:
+            raise ConfigError(f"{settings or path}: {one_line(error, cls)}") from None
+
+    def to_yaml(self, sections: Collection[str] | None = None) -> str:
+        """Return the configuration, or some of its sections, as the text of a run file with all defaults."""
+        document = self.model_dump(mode="json", include=None if sections is None else set(sections))
+        return yaml.safe_dump(with_variables_escaped(document), sort_keys=False)
 
     def with_executor(self, **changes: Any) -> RunConfig:
         """Return this configuration with some values of ``executor`` replaced."""
@@ -109,6 +143,10 @@ class RunConfig(Section):
     def with_selection(self, **changes: Any) -> RunConfig:
         """Return this configuration with some values of ``selection`` replaced."""
         return self._with_section("selection", changes)
+
+    def with_factorization(self, **changes: Any) -> RunConfig:
+        """Return this configuration with some values of ``factorization`` replaced."""
+        return self._with_section("factorization", changes)
 
     def with_lift(self, **changes: Any) -> RunConfig:
         """Return this configuration with some values of ``lift`` replaced."""
@@ -125,14 +163,14 @@ class RunConfig(Section):
     def differences(self, other: RunConfig) -> list[str]:
         """Return the dotted names of the keys whose values differ from an earlier configuration.
 
-        Keys that do not change any result are ignored, and so is a larger ``factorization.max_iterations``. A run may
-        therefore be resumed on another machine, with other workers, another memory limit or more iterations.
+        Keys that do not change any result are ignored, and so is ``factorization.max_iterations``, which
+        `npeff.runs.settings` compares with the number of steps. A run may therefore be resumed on another machine, with
+        other workers, another memory limit or more iterations.
         """
         mine, theirs = (_flatten(config.model_dump(mode="json", exclude=_FREE)) for config in (self, other))
-        different = {key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)}
-        if self.factorization.max_iterations >= other.factorization.max_iterations:
-            different.discard(MAX_ITERATIONS)
-        return sorted(different)
+        return sorted(
+            key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key) and key != _MAX_ITERATIONS
+        )
 
     def with_max_iterations(self, max_iterations: int) -> RunConfig:
         """Return this configuration with another limit on the iterations of the solver."""
@@ -149,8 +187,34 @@ class RunConfig(Section):
 
     def signature(self, *sections: str) -> str:
         """Return a hash of the named top-level sections, on which the stored results of a stage depend."""
-        content = self.model_dump(mode="json", include=set(sections), exclude=_FREE)
+        content = self.model_dump(mode="json", include=set(sections), exclude=_NOT_HASHED)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _with_other_fishers(document: dict[str, Any]) -> dict[str, Any]:
+    """Return the document of a run file with the settings of the run that ``fishers.from`` names, if there is one.
+
+    Keys that are given stay, and are compared when the run directory is created.
+    """
+    fishers = document.get("fishers")
+    other = fishers.get("from") if isinstance(fishers, dict) else None
+    if not isinstance(other, str) or not other:
+        return document
+    path = location(other).expanduser().absolute()
+    theirs = read_run_file(path / "run.yaml")
+    theirs = {name: theirs[name] for name in FISHER_SECTIONS if name in theirs}
+    merged = _merged(theirs, document)
+    merged["fishers"]["from"] = theirs.get("fishers", {}).get("from") or str(path)
+    return merged
+
+
+def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Return nested mappings with the keys of both. A value of ``second`` replaces that of ``first``."""
+    both = {
+        name: _merged(first[name], value) if isinstance(value, dict) and isinstance(first.get(name), dict) else value
+        for name, value in second.items()
+    }
+    return first | both
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

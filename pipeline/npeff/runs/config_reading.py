@@ -154,4 +154,4 @@ def _known_keys(model: type[BaseModel], section: tuple[int | str, ...]) -> list[
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             return []
         model = inner
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]

@@ -23,6 +23,8 @@ from pydantic import (
 from npeff.options.labels import Labels, LabelSpec
 from npeff.options.sketch import SketchSpec
 from npeff.options.solver import SolverOptions
+from npeff.storage.errors import StoreError
+from npeff.store.run_files import check_name
 
 IMPORTED_TASK = "imported"
 """Name of the task of an imported run, which has no model."""
@@ -33,6 +35,10 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, use_attribute_docstrings=True)
+
+    def model_dump(self, **options: Any) -> dict[str, Any]:
+        """Return the values by the keys of the run file, such as ``from``. The options are those of pydantic."""
+        return super().model_dump(**{"by_alias": True} | options)
 
 
 class TaskConfig(Section):
@@ -59,6 +65,8 @@ class DiagonalConfig(Section):
 
 
 class FishersConfig(Section):
+    from_: Annotated[str | None, Field(alias="from", min_length=1)] = None
+    """Directory of a run whose Fishers this run uses. Its ``task``, ``parameters``, ``fishers`` and ``seed`` apply."""
     labels: Labels = LabelSpec.kind
     """How the expectation over labels is computed. ``exact``: C − 1 rows for C classes. ``truncated``: the largest
     eigenpairs. ``sampled``: labels drawn from the model, an unbiased estimate, for language models. ``empirical``: the
@@ -94,6 +102,8 @@ class FishersConfig(Section):
 
 
 class FactorizationConfig(Section):
+    name: str = "default"
+    """Name of the factorization. A run holds several factorizations of its Fishers side by side."""
     n_components: int
     """Number of components K."""
     kind: Literal["fishers", "diagonal_groups", "diagonal_entries"] = "fishers"
@@ -139,6 +149,15 @@ class FactorizationConfig(Section):
     stability_examples: NonNegativeInt = 4096
     """Largest number of examples for the stability of the components (column ``stability`` of the table of components).
     The components are fitted again to each half of these examples. 0 skips this and leaves the column null."""
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        try:
+            check_name(value)
+        except StoreError as error:
+            raise ValueError(str(error)) from None
+        return value
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npeff.store.table_names import WRITTEN_BY
+from npeff.store.table_names import OF_THE_RUN, WRITTEN_BY
 
 if TYPE_CHECKING:
     from npeff.runs.directory import RunDirectory
@@ -61,7 +61,7 @@ class StageDefinition:
     leaves: str | None = None
     """The name of the stage whose record this stage writes, if it replaces that stage."""
     stores: tuple[str, ...] = ()
-    """Files and folders that the stage writes besides its tables, relative to the run directory."""
+    """Files and folders that the stage writes besides its tables, relative to the run or the factorization."""
     optional: Mapping[str, str] = field(default_factory=dict)
     """Tables and stores that are written only if a key of the run file is set: name to dotted key."""
     completes: tuple[str, ...] = ()
@@ -83,6 +83,11 @@ class StageDefinition:
     def tables(self) -> tuple[str, ...]:
         """The tables that the stage writes or completes."""
         return (*(table for table, stage in WRITTEN_BY.items() if stage == self.name), *self.completes)
+
+    @property
+    def of_the_run(self) -> bool:
+        """Whether all factorizations of a run share the results of the stage."""
+        return self.name in OF_THE_RUN
 
     @property
     def record(self) -> str:

@@ -10,20 +10,27 @@ from __future__ import annotations
 import json
 import os
 import time
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from npeff.runs import settings
 from npeff.runs.config import RunConfig
-from npeff.runs.config_reading import ConfigError
 from npeff.runs.errors import RunDirectoryError, damaged_record
 from npeff.runs.lock import LEASE, run_lock
-from npeff.runs.provenance import provenance
 from npeff.storage.atomic import is_committed, write_file_atomically
 from npeff.storage.errors import StoreError
 from npeff.storage.location import is_remote, location
+from npeff.store.run_files import (
+    FilesOfRun,
+    chosen_factorization,
+    factorization_names,
+    refuse_unfinished_migration,
+    run_and_name,
+)
 
 
 class StageState(StrEnum):
@@ -33,47 +40,48 @@ class StageState(StrEnum):
 
 
 @dataclass(frozen=True)
-class RunDirectory:
-    """The directory of a run. `open` only reads; `create` creates the directory and its ``run.yaml``.
+class RunDirectory(FilesOfRun):
+    """The directory of a run, with one of its factorizations.
+
+    `open` only reads. `create` also creates the directory of a new run. Changed settings of an existing run are written
+    when the run is locked for the first time, so that a command that is refused changes nothing.
 
     Attributes:
         path: The directory.
-        config: The configuration of the run.
+        config: The configuration of the run and of the factorization.
     """
 
     path: Path
     config: RunConfig
+    unsettled: bool = field(default=False, repr=False, compare=False)
+    """Whether the configuration is to be written when the run is locked."""
 
     @classmethod
     def create(cls, config: RunConfig) -> RunDirectory:
         """Create a run directory, or open an existing one with the same configuration.
 
         Some keys may differ from the stored configuration: ``executor``, ``selection``, ``repair``, ``report``,
-        ``run_dir``, ``lift.components`` and the memory limits, because no result of another stage depends on them.
-        ``factorization.n_components`` may differ as long as nothing is factorized, for example after `npeff select`.
-        ``factorization.max_iterations`` may be larger; ``run.yaml`` is then updated. Any other difference raises an
-        error, and nothing is written.
+        ``run_dir``, ``lift.components`` and the memory limits, because no result of another stage depends on them. All
+        keys of ``factorization``, ``lift`` and ``verification`` may differ as long as nothing is factorized, for
+        example after `npeff select`, and a name in ``factorization.name`` that the run does not have adds a
+        factorization. ``factorization.max_iterations`` may be any number that is not smaller than the number of steps
+        done. Any other difference raises an error, and nothing is written.
 
         Args:
             config: The configuration of the run.
 
         Raises:
-            RunDirectoryError: The directory holds another run, is not a run directory, or cannot be written.
+            RunDirectoryError: The directory holds another run, or another factorization of this name, is not a run
+                directory, or cannot be written.
         """
         path = _absolute(config.run_dir)
-        stored = path / "run.yaml"
+        run = cls(path, config, unsettled=True)
         try:
-            if stored.exists():
-                different = config.differences(_stored_config(stored))
-                another_number = different == ["factorization.n_components"]
-                if different and not (another_number and not cls(path, config)._has_factorization()):
-                    harmless = "" if cls(path, config)._has_results() else " (it has no results yet)"
-                    raise RunDirectoryError(
-                        f"{path} holds a run with another configuration (it differs in {', '.join(different)})",
-                        f"choose another run_dir, or delete {path}{harmless} to start over",
-                        path=path,
-                    )
-            elif path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+            if (path / "run.yaml").exists():
+                refuse_unfinished_migration(path)
+                settings.refuse_other_settings(run)
+                return run
+            if path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
                 raise RunDirectoryError(
                     f"{path} is not empty and holds no run.yaml", "choose another run_dir", path=path
                 )
@@ -83,11 +91,9 @@ class RunDirectory:
                     raise RunDirectoryError(
                         f"cannot write to {path} (permission denied)", "fix this or choose another run_dir", path=path
                     )
-            run = cls(path, config)
-            if not stored.exists() or _stored_config(stored).factorization != config.factorization:
-                run._write("run.yaml", config.to_yaml())
-            if not (path / "provenance.json").exists():
-                run._write("provenance.json", json.dumps(provenance(config), indent=2))
+            settings.refuse_other_fishers(config)
+            with run.lock():
+                pass  # writes the configuration
         except OSError as error:
             raise RunDirectoryError(
                 f"cannot write to {path} ({error.strerror})", "fix this or choose another run_dir", path=path
@@ -95,70 +101,63 @@ class RunDirectory:
         return run
 
     @classmethod
-    def open(cls, path: str | Path) -> RunDirectory:
+    def open(cls, path: str | Path, factorization: str | None = None) -> RunDirectory:
         """Open an existing run with its stored configuration.
 
         Args:
-            path: The run directory.
+            path: The run directory, or the folder ``factorizations/NAME`` of a run.
+            factorization: Name of the factorization. The default is ``default``, or the only one.
+
+        Raises:
+            RunDirectoryError: The path is not a run directory, or the run has no factorization of this name.
+        """
+        path, named = run_and_name(_absolute(path))
+        if not (path / "run.yaml").exists():
+            wrong = "it is a file: give" if path.is_file() else "it has no run.yaml: give a run file, or"
+            raise RunDirectoryError(f"no run in {path} ({wrong} the directory of a run)")
+        try:
+            refuse_unfinished_migration(path)
+            name = chosen_factorization(path, factorization or named)
+        except StoreError as error:
+            raise RunDirectoryError.of(error) from None
+        config = settings.stored_config(path, name)
+        return cls(path, config.model_copy(update={"run_dir": str(path)}))
+
+    @classmethod
+    def open_any(cls, path: str | Path) -> RunDirectory:
+        """Open an existing run with the first of its factorizations, for what all of them share.
 
         Raises:
             RunDirectoryError: The path is not a run directory.
         """
-        path = _absolute(path)
-        if not (path / "run.yaml").exists():
-            wrong = "it is a file: give" if path.is_file() else "it has no run.yaml: give a run file, or"
-            raise RunDirectoryError(f"no run in {path} ({wrong} the directory of a run)")
-        config = _stored_config(path / "run.yaml")
-        return cls(path, config.model_copy(update={"run_dir": str(path)}))
+        folder, named = run_and_name(_absolute(path))
+        return cls.open(folder, named or next(iter(factorization_names(folder)), None))
 
     @property
-    def fishers(self) -> Path:
-        return self.path / "fishers.zarr"
+    def name(self) -> str:
+        return self.config.factorization.name
 
     @property
-    def diagonal_fisher(self) -> Path:
-        return self.path / "diagonal_fisher.safetensors"
+    def fishers_home(self) -> Path:
+        other = self.config.fishers.from_
+        return self.path if other is None else location(other)
 
-    @property
-    def shard_records(self) -> Path:
-        return self.path / "shards"
+    def factorizations(self) -> list[str]:
+        """Return the names of the factorizations of the run."""
+        return factorization_names(self.path)
 
-    @property
-    def factorization(self) -> Path:
-        return self.path / "factorization.zarr"
+    def with_factorization(self, name: str) -> RunDirectory:
+        """Return the run with another of its factorizations, with the same executor."""
+        other = RunDirectory.open(self.path, name)
+        return other.with_config(other.config.model_copy(update={"executor": self.config.executor}))
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+    def with_config(self, config: RunConfig) -> RunDirectory:
+        """Return the run with another configuration, for one command."""
+        return replace(self, config=config)
 
-    @property
-    def directions(self) -> Path:
-        return self.path / "directions.zarr"
-
-    @property
-    def tables(self) -> Path:
-        return self.path / "tables"
-
-    def table(self, name: str) -> Path:
-        return self.tables / f"{name}.parquet"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report" / "index.html"
-
-    @property
-    def repaired(self) -> Path:
-        """The edited model of the stage repair, and the record of the edits."""
-        return self.path / "repair"
-
-    @property
-    def task_cache(self) -> Path:
-        """The files that the task prepares once, such as a trained model or tokenized text."""
-        return self.path / "task"
-
-    def partial_results(self, stage: str) -> Path:
-        """Results of the finished units of a stage, from which it resumes. They stay after the stage is complete."""
-        return self.path / "partial" / stage
+    def is_defined(self) -> bool:
+        """Return whether the settings of the factorization are stored, or are stored when the run is locked."""
+        return self.unsettled or settings.is_defined(self)
 
     @property
     def worker_lease(self) -> Path | None:
@@ -170,18 +169,19 @@ class RunDirectory:
         """
         return None if is_remote(self.path) else self.path / LEASE
 
-    def lock(self) -> AbstractContextManager[None]:
-        """Lock the run for this process; see `npeff.runs.lock.run_lock`.
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Lock the run for this process; see `npeff.runs.lock.run_lock`. The first time, write changed settings.
 
         Raises:
             RunDirectoryError: Another process uses the run, workers of an earlier command do not end, or the directory
-                is missing or cannot be written.
+                is missing or cannot be written; or another command has changed the settings since they were compared.
         """
-        return run_lock(self.path)
-
-    def record_file(self, stage: str) -> Path:
-        """Return the path of the record of a stage, which exists if the stage is complete."""
-        return self.path / "stages" / f"{stage}.json"
+        with run_lock(self.path):
+            if self.unsettled:
+                settings.settle(self)
+                object.__setattr__(self, "unsettled", False)
+            yield
 
     def record(self, stage: str) -> dict[str, Any] | None:
         """Return the record of a complete stage; None if the stage is not complete.
@@ -197,7 +197,7 @@ class RunDirectory:
         except (OSError, ValueError):
             record = None
         if not isinstance(record, dict) or record.get("stage") != stage:
-            raise damaged_record(self.path, stage)
+            raise damaged_record(self, stage)
         return record
 
     def reopen(self, stage: str) -> None:
@@ -207,7 +207,7 @@ class RunDirectory:
     def complete(self, stage: str, summary: dict[str, Any]) -> dict[str, Any]:
         """Write the record of a stage. Call this after all results of the stage are durable."""
         summary = {"stage": stage, **summary, "completed_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        self._write(f"stages/{stage}.json", json.dumps(summary, indent=2))
+        self.write(self.record_file(stage), json.dumps(summary, indent=2))
         return summary
 
     def state(self, stage: str, outputs: tuple[Path, ...]) -> StageState:
@@ -217,15 +217,12 @@ class RunDirectory:
         begun = any(path.is_file() or (path.is_dir() and any(path.iterdir())) for path in outputs)
         return StageState.PARTIAL if begun else StageState.MISSING
 
-    def _has_results(self) -> bool:
+    def has_results(self) -> bool:
+        """Return whether the run has Fishers or a complete stage."""
         return is_committed(self.fishers) or (self.path / "stages").exists()
 
-    def _has_factorization(self) -> bool:
-        begun = self.checkpoints.exists() or is_committed(self.factorization)
-        return begun or self.record("factorize") is not None
-
-    def _write(self, name: str, text: str) -> None:
-        target = self.path / name
+    def write(self, target: Path, text: str) -> None:
+        """Create or replace a text file of the run."""
         if is_remote(target):
             write_file_atomically(target, lambda stream: stream.write(text.encode()))
             return
@@ -250,11 +247,3 @@ def _absolute(run_dir: str | Path) -> Path:
         return location(run_dir).expanduser().absolute()
     except StoreError as error:
         raise RunDirectoryError(f"run_dir: {error.problem}", error.remedy) from None
-
-
-def _stored_config(path: Path) -> RunConfig:
-    try:
-        return RunConfig.from_yaml(path)
-    except ConfigError as error:
-        problem = f"the stored configuration of the run is damaged: {error}"
-        raise RunDirectoryError(problem, "restore it from a copy", path=path, separator="; ") from None

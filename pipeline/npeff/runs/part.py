@@ -12,6 +12,7 @@ from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.stage import checked_record, unit_checksums, unit_files
 from npeff.storage.atomic import remove_directory
+from npeff.storage.checksums import file_checksum
 from npeff.storage.errors import StoreError
 from npeff.storage.zarr_groups import METADATA
 from npeff.store.tables import read_table
@@ -76,6 +77,13 @@ def finished_components(run: RunDirectory, stage: str) -> list[int]:
     """Return the components that a stage has finished, according to its result files and its record."""
     record = intact_record(run, stage) or {}
     return sorted({*finished(run.partial_results(stage)), *record.get("components", ())})
+
+
+def verify_table(path: Path, checksum: str | None) -> None:
+    """Read a table, and compare the file with its checksum if there is one."""
+    read_table(path, path.stem)
+    if checksum is not None and file_checksum(path) != checksum:
+        raise StoreError(f"{path} does not match its checksum", path=path)
 
 
 def missing(path: Path) -> None:

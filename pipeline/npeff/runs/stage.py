@@ -35,14 +35,19 @@ def recorded(run: RunDirectory, stage: StageDefinition) -> Summary | None:
 def outputs_of(run: RunDirectory, stage: StageDefinition) -> list[Path]:
     """Return the files and folders of a complete stage."""
     return [
-        *(run.path / store for store in stage.stores if _is_written(run, stage, store)),
-        *(run.table(table) for table in tables_of(run, stage)),
+        *(run.store(stage.name, store) for store in stage.stores if _is_written(run, stage, store)),
+        *(table_file(run, stage, table) for table in tables_of(run, stage)),
     ]
 
 
 def tables_of(run: RunDirectory, stage: StageDefinition) -> list[str]:
     """Return the names of the tables that a stage writes in this run."""
     return [table for table in stage.tables if _is_written(run, stage, table)]
+
+
+def table_file(run: RunDirectory, stage: StageDefinition, table: str) -> Path:
+    """Return the file of a table that a stage writes."""
+    return run.shared_table(table) if stage.of_the_run else run.table(table)
 
 
 def _is_written(run: RunDirectory, stage: StageDefinition, output: str) -> bool:
@@ -54,7 +59,8 @@ def sealed_tables(run: RunDirectory, stage: StageDefinition) -> list[Path]:
 
     The checksums inside Parquet files cover only the pages.
     """
-    return [run.table(table) for table in tables_of(run, stage) if table not in stage.completed_later]
+    tables = [table for table in tables_of(run, stage) if table not in stage.completed_later]
+    return [table_file(run, stage, table) for table in tables]
 
 
 def unit_files(run: RunDirectory, stage: StageDefinition, component: int) -> dict[str, Path]:
@@ -84,7 +90,7 @@ def checked_record(run: RunDirectory, stage: str) -> Summary | None:
         return None
     content = {key: value for key, value in record.items() if key not in ("stage", "completed_at", "checksum")}
     if record.get("checksum") not in (None, json_checksum(content)):
-        raise damaged_record(run.path, stage, "it does not match its checksum")
+        raise damaged_record(run, stage, "it does not match its checksum")
     return record
 
 
@@ -114,6 +120,10 @@ def open_stage(run: RunDirectory, definition: StageDefinition) -> Iterator[Stage
         ExecutorError: The body ran out of memory.
     """
     with run.lock():
+        if not definition.of_the_run and not run.is_defined():
+            raise RunDirectoryError(
+                f"{run.path} has no factorization", f"run `npeff factorize {run.path} --components K`"
+            )
         stage = Stage(run, definition, recorded(run, definition), time.monotonic())
         if stage.done is None and definition.after is not None:
             record_of(run, definition.after)
@@ -137,8 +147,9 @@ def record_of(run: RunDirectory, stage: StageDefinition) -> Summary:
     """
     record = recorded(run, stage)
     if record is None:
-        problem = f"stage {stage.name} of {run.path} is not complete"
-        raise RunDirectoryError(problem, f"run `npeff {stage.name} {run.path}` first")
+        where = run.fishers_home if stage.name == "fishers" else run.path if stage.of_the_run else run.argument
+        problem = f"stage {stage.name} of {where if stage.of_the_run else run.path} is not complete"
+        raise RunDirectoryError(problem, f"run `npeff {stage.name} {where}` first")
     return record
 
 

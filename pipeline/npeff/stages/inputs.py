@@ -36,14 +36,14 @@ def fingerprint_of(run: RunDirectory) -> str:
     return str(FisherStore.open(run.fishers).attrs["model_fingerprint"])
 
 
-def components_of(run: RunDirectory, other: str | Path) -> np.ndarray:
+def components_of(run: RunDirectory, other: str | Path | RunDirectory) -> np.ndarray:
     """Return the components (K, D) of another run with the same model, parameters, sketch and seed.
 
     Raises:
         RunDirectoryError: the model, parameters, sketch or seed of the runs differ, or the other run has no components
             of kind ``fishers``.
     """
-    source = RunDirectory.open(other)
+    source = other if isinstance(other, RunDirectory) else RunDirectory.open(other)
     record_of(source, FACTORIZE)
     if (kind := source.config.factorization.kind) != "fishers":
         raise RunDirectoryError(

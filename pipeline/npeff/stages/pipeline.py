@@ -54,12 +54,12 @@ def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = 
 def report(run: RunDirectory, *, progress: ProgressDisplay | None = None) -> Path:
     """Write the report, one HTML file, from the available results. Returns its path."""
     with run.lock():
-        return write_report(run.path, top_examples=run.config.report.top_examples)
+        return write_report(run.path, factorization=run.name, top_examples=run.config.report.top_examples)
 
 
 def serve_report(run: RunDirectory, port: int, say: Callable[[str], None]) -> None:
     """Serve the report and a view for queries on this machine only, until Ctrl-C. This writes no files."""
-    serve(run.path, port, run.config.report.top_examples, say)
+    serve(run.path, port, run.config.report.top_examples, say, factorization=run.name)
 
 
 def export_direction(run: RunDirectory, component: int, file: str | Path) -> None:
@@ -76,6 +76,6 @@ def export_direction(run: RunDirectory, component: int, file: str | Path) -> Non
         )
     if component not in lifted_components(run):
         raise RunDirectoryError(
-            f"component {component} is not lifted: run `npeff lift {run.path} -c {component}` first"
+            f"component {component} is not lifted: run `npeff lift {run.argument} -c {component}` first"
         )
     directions.export(component, file)

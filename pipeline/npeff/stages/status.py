@@ -9,6 +9,9 @@ from npeff.runs.stage import recorded
 from npeff.stages.registry import STAGES
 from npeff.stages.verify import VERIFY, score_line
 
+_FITS = ("factorize", "transform")
+STAGES_OF_FACTORIZATION = tuple(stage.name for stage in STAGES if not stage.of_the_run)
+
 
 @dataclass(frozen=True)
 class StageStatus:
@@ -24,7 +27,7 @@ def status(run: RunDirectory) -> list[StageStatus]:
     for stage in STAGES:
         record = recorded(run, stage)
         traces = stage.traces or (f"partial/{stage.name}",)
-        state = run.state(stage.record, tuple(run.path / trace for trace in traces))
+        state = run.state(stage.record, tuple(run.store(stage.name, trace) for trace in traces))
         if record is None and state is StageState.COMPLETE:
             state = StageState.PARTIAL if stage.leaves is None else StageState.MISSING
         if stage.in_every_run or state is not StageState.MISSING:
@@ -36,11 +39,39 @@ def status(run: RunDirectory) -> list[StageStatus]:
     return [*rows, StageStatus("report", state, "", str(run.report) if written else "")]
 
 
+@dataclass(frozen=True)
+class FactorizationStatus:
+    name: str
+    n_components: int
+    state: StageState
+    """The state of the stage `factorize`, or of `transform`."""
+    complete: tuple[str, ...]
+    """The complete stages of the factorization, and ``report``."""
+    n_bytes: int
+
+    @property
+    def size(self) -> str:
+        """The size of all files of the factorization, as text."""
+        return f"{self.n_bytes / 2**20:.1f} MiB"
+
+
+def factorizations(run: RunDirectory) -> list[FactorizationStatus]:
+    """Return the state of every factorization of a run."""
+    found = []
+    for name in run.factorizations():
+        each = run if name == run.name else run.with_factorization(name)
+        rows = [row for row in status(each) if row.stage == "report" or row.stage in STAGES_OF_FACTORIZATION]
+        complete = tuple(row.stage for row in rows if row.state is StageState.COMPLETE)
+        state = max((row.state for row in rows if row.stage in _FITS), key=list(StageState).index)
+        found.append(FactorizationStatus(name, each.config.factorization.n_components, state, complete, each.n_bytes()))
+    return found
+
+
 def outcome(run: RunDirectory, command: str) -> list[str]:
     """Return the lines printed after a finished run: the results, and a next command (``command`` is ``npeff``)."""
     scores = (recorded(run, VERIFY) or {}).get("scores", [])
     return [
         *(score_line(score) for score in scores),
         f"report: {run.report}",
-        f"query it: {command} query {run.path} top --component 0",
+        f"query it: {command} query {run.argument} top --component 0",
     ]

@@ -18,6 +18,7 @@ from zarr.storage import FsspecStore, MemoryStore, StorePath
 from npeff.storage import objects
 from npeff.storage.atomic import PARTIAL, fsync_all, is_committed, write_file_atomically
 from npeff.storage.checksums import SEAL, read_json, sealed, unsealed
+from npeff.storage.commands import run_argument
 from npeff.storage.errors import StoreError, os_errors_explained
 from npeff.storage.location import is_remote
 
@@ -54,7 +55,7 @@ def open_group(path: Path, kind: str, version: int, command: str) -> tuple[zarr.
     with os_errors_explained("read", path):
         exists = is_committed(path) if is_remote(path) else path.is_dir()
     if not exists:
-        raise StoreError(f"{path} does not exist", f"run `npeff {command} {path.parent}` first", path=path)
+        raise StoreError(f"{path} does not exist", f"run `npeff {command} {run_argument(path)}` first", path=path)
     try:
         metadata = read_json(path / METADATA)
     except StoreError as error:
@@ -119,7 +120,7 @@ def _zarr_store(path: Path) -> Path | FsspecStore:
 def damaged_metadata(path: Path, name: str, command: str) -> StoreError:
     """Return the error for the damaged ``zarr.json`` of array `name`, or of the group at `path` if `name` is empty."""
     file = path / name / METADATA
-    remedy = f"delete {path} and run `npeff {command} {path.parent}` again"
+    remedy = f"delete {path} and run `npeff {command} {run_argument(path)}` again"
     return StoreError(f"{file} is damaged", remedy, path=file)
 
 

@@ -24,6 +24,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from npeff.storage.atomic import replacing_directory
 from npeff.storage.checksums import ChecksumInBlocks, checksum
+from npeff.storage.commands import run_argument
 from npeff.storage.errors import StoreError
 from npeff.storage.location import location
 from npeff.storage.zarr_groups import create_group, open_array, open_group
@@ -62,7 +63,7 @@ class StoredFactorization:
         return None if self.columns is None else self._read("columns", self.columns)
 
     def _read(self, name: str, array: zarr.Array[Any]) -> np.ndarray:
-        remedy = f"delete this store and run `npeff factorize {self.path.parent}` again"
+        remedy = f"delete this store and run `npeff factorize {run_argument(self.path)}` again"
         damage = StoreError(f"{name} of {self.path} are corrupt", remedy, path=self.path / name)
         try:
             values = np.asarray(array[...])

@@ -19,6 +19,7 @@ from safetensors.numpy import save
 from zarr.codecs import Crc32cCodec
 
 from npeff.storage.atomic import replacing_directory, write_file_atomically
+from npeff.storage.commands import run_argument
 from npeff.storage.errors import StoreError, os_errors_explained
 from npeff.storage.location import is_remote, location
 from npeff.storage.objects import read_range
@@ -157,8 +158,8 @@ class DirectionStore:
     def _read(self, name: str, component: int) -> np.ndarray:
         damage = StoreError(
             f"{name} of direction {component} in {self.path} is corrupt",
-            f"run `npeff check --recompute {self.path.parent}` or delete {self.path} and run "
-            f"`npeff lift {self.path.parent}` again",
+            f"run `npeff check --recompute {run_argument(self.path)}` or delete {self.path} and run "
+            f"`npeff lift {run_argument(self.path)}` again",
             path=self.path / name,
         )
         try:

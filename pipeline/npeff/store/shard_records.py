@@ -115,7 +115,7 @@ class ShardRecords:
         if record.signature != self.signature:
             raise StoreError(
                 f"{path} belongs to another run (signature {record.signature}, not {self.signature})",
-                f"choose another run_dir, or delete {self.directory.parent} to recompute its Fishers",
+                "choose another run_dir",
                 path=path,
             )
         return record

@@ -21,3 +21,6 @@ WRITTEN_BY = {
     "repair_steps": "repair",
 }
 """Table name to the stage that writes the table, in the order of the stages."""
+
+OF_THE_RUN = frozenset({"fishers", "select", "diagonal"})
+"""The stages, and the part ``diagonal`` of the stage ``fishers``, whose results all factorizations of a run share."""

@@ -11,20 +11,19 @@ from npeff.runs.config_sections import IMPORTED_TASK
 from npeff.runs.definition import StageDefinition
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
-from npeff.runs.part import Part, intact_record, missing
-from npeff.runs.stage import checked_record, outputs_of, tables_of
+from npeff.runs.part import Part, intact_record, missing, verify_table
+from npeff.runs.stage import checked_record, outputs_of, table_file, tables_of
 from npeff.stages.factorize import FACTORIZE
 from npeff.stages.fishers import FISHERS
 from npeff.stages.registry import STAGES
 from npeff.storage.atomic import is_committed
-from npeff.storage.checksums import file_checksum, read_json
+from npeff.storage.checksums import read_json
 from npeff.storage.errors import StoreError
 from npeff.store.diagonal_store import read_diagonal
-from npeff.store.tables import read_table
 
 
 def complete_stages(run: RunDirectory) -> list[StageDefinition]:
-    """Return the stages that were complete, in order.
+    """Return the stages that were complete, in order, with those of the run.
 
     A stage whose record is missing counts as complete if a later stage that needs it has a record.
     """
@@ -33,11 +32,11 @@ def complete_stages(run: RunDirectory) -> list[StageDefinition]:
     return [stage for stage in STAGES if stage in complete]
 
 
-def parts_of(run: RunDirectory) -> list[Part]:
-    """Return all parts of a run, in the order of the stages."""
-    parts, imported, checksums = list(_of_the_run(run)), imported_stages(run), _table_checksums(run)
+def parts_of(run: RunDirectory, *, of_the_run: bool = True) -> list[Part]:
+    """Return all parts of a factorization, in the order of the stages, after those of the run if ``of_the_run``."""
+    parts, imported, checksums = list(_files_of(run, of_the_run)), imported_stages(run), _table_checksums(run)
     for stage in STAGES:
-        if stage.leaves is not None:
+        if stage.leaves is not None or (stage.of_the_run and not of_the_run):
             continue
         within = [] if stage.parts is None else stage.resolve(stage.parts)(run)
         of_stage = [*_stage_parts(run, stage, checksums), *within]
@@ -57,16 +56,18 @@ def _not_recomputable(part: Part) -> Part:
     return replace(part, recomputable=False, remedy="import the file again, into a new run_dir")
 
 
-def _of_the_run(run: RunDirectory) -> Iterator[Part]:
-    provenance = run.path / "provenance.json"
-    yield Part("provenance", provenance, partial(read_json, provenance), (provenance,))
-    yield Part(
-        "configuration",
-        run.path / "run.yaml",
-        partial(_verify_configuration, run),
-        recomputable=False,
-        remedy="restore it from a copy, such as the run file that the run was made from",
-    )
+def _files_of(run: RunDirectory, of_the_run: bool) -> Iterator[Part]:
+    """Yield the configuration and the report, and the provenance."""
+    if of_the_run:
+        provenance = run.path / "provenance.json"
+        yield Part("provenance", provenance, partial(read_json, provenance), (provenance,))
+        yield Part(
+            "configuration",
+            run.path / "run.yaml",
+            partial(_verify_configuration, run),
+            recomputable=False,
+            remedy="restore it from a copy, such as the run file that the run was made from",
+        )
     if run.report.exists():
         yield Part("report", run.report, partial(_verify_report, run.report), (run.report,))
 
@@ -101,13 +102,13 @@ def _stage_parts(run: RunDirectory, stage: StageDefinition, checksums: Mapping[s
     elif stage in _expected(run):
         yield Part(f"record of {stage.name}", record, partial(missing, record))
     for table in tables_of(run, stage):
-        path, later = run.table(table), stage.completed_later.get(table)
+        path, later = table_file(run, stage, table), stage.completed_later.get(table)
         verified_later = later is not None and run.record_file(later).exists()
         verified_earlier = table in stage.completes and not record.exists()
         if not verified_later and not verified_earlier and (path.exists() or record.exists()):
-            yield Part(f"table {table}", path, partial(_verify_table, path, checksums.get(table)), (path,))
+            yield Part(f"table {table}", path, partial(verify_table, path, checksums.get(table)), (path,))
     for path in outputs_of(run, stage):
-        if path.suffix == ".parquet":
+        if path.suffix == ".parquet" or (stage is FISHERS and run.fishers_home != run.path):
             continue
         if not is_committed(path) and record.exists():
             yield Part(path.name, path, partial(missing, path))
@@ -119,10 +120,3 @@ def _expected(run: RunDirectory) -> list[StageDefinition]:
     """Return the stages that were complete. A decomposition imported without Fishers never had the stage fishers."""
     without_fishers = FISHERS in imported_stages(run) and not is_committed(run.fishers)
     return [stage for stage in complete_stages(run) if not (stage is FISHERS and without_fishers)]
-
-
-def _verify_table(path: Path, checksum: str | None) -> None:
-    """Read a table, and compare the file with its checksum if a record contains one."""
-    read_table(path, path.stem)
-    if checksum is not None and file_checksum(path) != checksum:
-        raise StoreError(f"{path} does not match its checksum", path=path)

@@ -7,7 +7,7 @@ damaged parts and their records. The stages then recompute the deleted parts, as
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.part import Part, delete, finished_components
 from npeff.runs.progress import ProgressDisplay, SilentProgress
+from npeff.runs.settings import restore_provenance
 from npeff.runs.stage import recorded
 from npeff.stages.check.parts import complete_stages, imported_stages, parts_of
 from npeff.stages.factorize import FACTORIZE
@@ -48,6 +49,7 @@ class Damage:
 def check(
     run: RunDirectory,
     *,
+    factorization: str | None = None,
     recompute: bool = False,
     executor: Executor | None = None,
     progress: ProgressDisplay | None = None,
@@ -56,6 +58,7 @@ def check(
 
     Args:
         run: The run directory.
+        factorization: Verify only this factorization, and the run. The default is all factorizations.
         recompute: Delete the damaged parts, and recompute those of stages that were complete.
         executor: Distributes the recomputation; by default, the executor of the run file.
         progress: Display of the progress; by default, none.
@@ -68,21 +71,33 @@ def check(
     """
     progress = progress or SilentProgress()
     with run.lock():
-        damaged = _damaged(run, progress)
+        names = [factorization] if factorization is not None else run.factorizations()
+        runs = [run if name == run.name else run.with_factorization(name) for name in names] or [run]
+        damaged = _damaged(runs, progress)
         if recompute:
-            stages, as_lifted, reported = _recomputations(run), _as_lifted(run), run.report.exists()
+            done = [_Done(_as_lifted(each), _recomputations(each), each.report.exists()) for each in runs]
             for _ in range(_ROUNDS):
                 recomputable = [part for part, _ in damaged if part.recomputable]
                 if not recomputable:
                     break
-                _recompute(as_lifted, recomputable, stages, reported, executor, progress)
-                damaged = _damaged(run, progress)
+                _recompute(done, recomputable, executor, progress)
+                damaged = _damaged(runs, progress)
         return [Damage(part.what, part.where, why, _remedy(run, part)) for part, why in damaged]
 
 
-def _damaged(run: RunDirectory, progress: ProgressDisplay) -> list[tuple[Part, str]]:
-    """Return the damaged parts, each with a description of its damage."""
-    parts, found = parts_of(run), []
+@dataclass(frozen=True)
+class _Done:
+    """What was complete of a factorization, and of the run, before the damaged parts were deleted."""
+
+    run: RunDirectory
+    stages: Mapping[StageDefinition, Callable[..., object]]
+    reported: bool
+
+
+def _damaged(runs: Sequence[RunDirectory], progress: ProgressDisplay) -> list[tuple[Part, str]]:
+    """Return the damaged parts of a run and of its factorizations, each with a description of its damage."""
+    parts = [part for first, run in enumerate(runs) for part in parts_of(run, of_the_run=first == 0)]
+    found = []
     with (
         progress.stage("check", len(parts), "parts") as tick,
         ThreadPoolExecutor(min(_MOST_AT_ONCE, os.cpu_count() or 1), "check") as readers,
@@ -124,31 +139,29 @@ def _as_lifted(run: RunDirectory) -> RunDirectory:
     lifted = tuple(finished_components(run, "lift"))
     if not lifted or run.config.lift.polish_steps:
         return run
-    return RunDirectory(run.path, run.config.with_lift(components=lifted))
+    return run.with_config(run.config.with_lift(components=lifted))
 
 
 def _recompute(
-    run: RunDirectory,
-    parts: Iterable[Part],
-    stages: Mapping[StageDefinition, Callable[..., object]],
-    reported: bool,
-    executor: Executor | None,
-    progress: ProgressDisplay,
+    done: Sequence[_Done], parts: Iterable[Part], executor: Executor | None, progress: ProgressDisplay
 ) -> None:
     for part in parts:
         progress.say(f"recomputing: {part.what}")
         for path in part.deleted:
             delete(path)
-    RunDirectory.create(run.config)  # writes the provenance file if it is missing
-    with executor_for(run, executor) as workers:
-        for stage, recompute in stages.items():
-            if recorded(run, stage) is None:
-                recompute(run, executor=workers, progress=progress)
-    if reported:
-        try:
-            write_report(run.path, top_examples=run.config.report.top_examples)
-        except QueryError as error:  # this round could not recompute a damaged table
-            progress.say(str(error))
+    restore_provenance(done[0].run)
+    with executor_for(done[0].run, executor) as workers:
+        for each in done:
+            for stage, recompute in each.stages.items():
+                if recorded(each.run, stage) is None:
+                    recompute(each.run, executor=workers, progress=progress)
+    for each in done:
+        if each.reported:
+            run = each.run
+            try:
+                write_report(run.path, factorization=run.name, top_examples=run.config.report.top_examples)
+            except QueryError as error:  # this round could not recompute a damaged table
+                progress.say(str(error))
 
 
 def _remedy(run: RunDirectory, part: Part) -> str:

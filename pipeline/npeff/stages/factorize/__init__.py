@@ -22,7 +22,10 @@ def _details(record: Summary) -> str:
 
 
 def _stands(run: RunDirectory, record: Summary) -> bool:
-    """Return False if the factorization stopped at an iteration limit that has been raised since then."""
+    """Return False if the factorization stopped at an iteration limit that has been raised since then, or has lost its
+    own table of examples."""
+    if "own_examples" in record and not run.own_examples.is_file():
+        return False
     return bool(record["stopped"] != "max_iterations" or record["n_iter"] >= run.config.factorization.max_iterations)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from npeff.runs.directory import RunDirectory
-from npeff.runs.part import Part, intact_record
+from npeff.runs.part import Part, intact_record, verify_table
 from npeff.storage.atomic import is_committed
 from npeff.storage.errors import StoreError
 from npeff.store.checkpoint import CheckpointStore
@@ -14,6 +14,9 @@ from npeff.store.component_store import open_factorization
 
 
 def factorize_parts(run: RunDirectory) -> Iterator[Part]:
+    if run.home != run.path and (own := run.own_examples).is_file():
+        checksum = (intact_record(run, "factorize") or {}).get("own_examples")
+        yield Part("table examples", own, partial(verify_table, own, checksum), (own, run.record_file("factorize")))
     yield from _checkpoint_parts(run)
     if is_committed(run.factorization):
         yield Part("factorization", run.factorization, partial(_verify_factorization, run), (run.factorization,))

@@ -13,6 +13,7 @@ from npeff.stages.factorize import FACTORIZE
 from npeff.stages.factorize.tables import write_component_tables
 from npeff.stages.registry import stages_after
 from npeff.storage.atomic import remove_directory
+from npeff.storage.checksums import file_checksum
 from npeff.storage.errors import StoreError
 from npeff.store.coefficient_rows import Coefficients
 from npeff.store.component_store import factorization_checksums, open_factorization, write_factorization
@@ -49,6 +50,12 @@ def write_solution(
     write_component_tables(run, components_KD, coefficients_NK, stability_K)
     write_table(run.table("history"), "history", rows_to_columns(history, "history"))
     return {"checksums": checksums}
+
+
+def own_examples(run: RunDirectory) -> Summary:
+    """Return the checksum of the table of examples of a factorization that has its own, for the stage's record."""
+    has_own = run.home != run.path and run.own_examples.is_file()
+    return {"own_examples": file_checksum(run.own_examples)} if has_own else {}
 
 
 def _former_checksums(run: RunDirectory) -> dict[str, str] | None:

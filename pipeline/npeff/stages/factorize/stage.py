@@ -12,13 +12,15 @@ from npeff.factorization import InvalidProblemError, near_duplicates
 from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
 from npeff.runs.progress import ProgressDisplay, SilentProgress
+from npeff.runs.settings import refuse_fewer_iterations
 from npeff.runs.stage import open_stage, record_of
 from npeff.stages.factorize import FACTORIZE
 from npeff.stages.factorize.driver import SolverRun, run_solver
 from npeff.stages.factorize.live_history import metrics_writer
-from npeff.stages.factorize.solution import write_solution
+from npeff.stages.factorize.solution import own_examples, write_solution
 from npeff.stages.factorize.worker import Origin, SolverWorker
 from npeff.stages.fishers import FISHERS
+from npeff.stages.fishers.tables import ensure_split
 from npeff.stages.fits.stability import component_stability
 from npeff.stages.inputs import checksums_of, components_of, count_fit_examples, validate_problem
 from npeff.stages.worker_specs import device_of, executor_for, fitted_examples, worker_spec
@@ -43,12 +45,14 @@ def factorize(
         NpeffError: the stage cannot be completed. The message is one line with the cause and the remedy.
     """
     with open_stage(run, FACTORIZE) as stage:
+        refuse_fewer_iterations(run)
         if stage.done:
             return stage.done
+        ensure_split(run)
         progress, config, wanted = progress or SilentProgress(), run.config, run.config.factorization
         fishers, checksums, n_fit = record_of(run, FISHERS), checksums_of(run), count_fit_examples(run)
         validate_problem(config, n_fit, fishers["rank"])
-        origin, metrics = _origin(run), metrics_writer(run.path / "metrics", wanted.metrics)
+        origin, metrics = _origin(run), metrics_writer(run.metrics, wanted.metrics)
         n_frozen = len(origin.components_KD) if origin is not None and origin.frozen else 0
         worker = worker_spec(
             run,
@@ -88,7 +92,7 @@ def factorize(
             + (f", {summary['explained_held_out']:.4f} of the held-out ones" if summary["explained_held_out"] else "")
             + f" ({solved.stopped} after {summary['n_iter']} steps)"
         )
-        return stage.complete(summary)
+        return stage.complete(summary | own_examples(run))
 
 
 def _origin(run: RunDirectory) -> Origin | None:

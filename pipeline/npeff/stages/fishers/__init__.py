@@ -22,7 +22,8 @@ def _units(run: RunDirectory) -> UnitProgress:
 
 
 def _details(record: Summary) -> str:
-    return f"{record['n_examples']} examples, {record['n_invalid']} invalid, rank {record['rank']}"
+    whose = f", those of {record['from']}" if "from" in record else ""
+    return f"{record['n_examples']} examples, {record['n_invalid']} invalid, rank {record['rank']}{whose}"
 
 
 FISHERS = StageDefinition(

@@ -17,6 +17,11 @@ from npeff.store.shard_records import ShardRecords
 
 def fisher_parts(run: RunDirectory) -> Iterator[Part]:
     record = run.record_file("fishers")
+    if (other := run.fishers_home) != run.path:
+        remedy = f"npeff check --recompute {other}"
+        verify = partial(_verify_other_run, run)
+        yield Part(f"Fishers of {other}", run.fishers, verify, recomputable=False, remedy=remedy)
+        return
     for path in sorted(run.partial_results("diagonal").glob("*.safetensors")):
         yield Part(f"sums of diagonals {path.stem}", path, partial(read_diagonal, path), (path, record))
     if not is_committed(run.fishers):
@@ -34,6 +39,15 @@ def fisher_parts(run: RunDirectory) -> Iterator[Part]:
     for shard, path in finished(run.shard_records).items():
         if shard >= store.plan.n_shards and path.suffix == ".json":
             yield Part(f"shard {shard}", path, partial(missing, run.fishers), (path,))
+
+
+def _verify_other_run(run: RunDirectory) -> None:
+    """Check that the run with the Fishers is there. Its shards are verified with that run."""
+    store, record = FisherStore.open(run.fishers), intact_record(run, "fishers")
+    if record is not None:
+        complete = ShardRecords(run.shard_records, record["signature"]).complete()
+        if lost := sorted(set(range(store.plan.n_shards)) - set(complete)):
+            raise StoreError(f"shard {lost[0]} of {run.fishers} has no record", path=run.fishers)
 
 
 def _verify_shard(store: FisherStore, records: ShardRecords, shard: int) -> None:

@@ -14,6 +14,7 @@ from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import open_stage
 from npeff.stages.fishers import FISHERS
 from npeff.stages.fishers.inspection import TaskFacts, TaskWorker
+from npeff.stages.fishers.other_run import use_other_fishers
 from npeff.stages.fishers.tables import write_example_tables, write_parameter_table
 from npeff.stages.fishers.worker import FisherWorker
 from npeff.stages.fitted_examples import example_weights
@@ -50,6 +51,8 @@ def compute_fishers(
     with open_stage(run, FISHERS) as stage:
         if stage.done:
             return stage.done
+        if run.fishers_home != run.path:
+            return stage.complete(use_other_fishers(run))
         progress, config = progress or SilentProgress(), run.config
         with executor_for(run, executor) as workers:
             with progress.stage("prepare", 1, "task") as tick:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from npeff.runs.directory import RunDirectory
 from npeff.store.fisher_store import FisherStore
-from npeff.store.tables import write_table
+from npeff.store.tables import read_table, write_table
 
 
 def held_out(n_examples: int, fraction: float, seed: int) -> NDArray[np.bool_]:
@@ -36,14 +36,14 @@ def write_example_tables(run: RunDirectory, examples: pa.Table, class_names: Seq
     predictions = np.zeros(n_examples, np.int64) if logits is None else logits.argmax(axis=1)
     unlabelled, unpredicted = stored["labels"] < 0, ~stored["valid"] | (logits is None)
     config = run.config
-    split = held_out(n_examples, config.factorization.held_out_fraction, config.seed)
+    split = split_column(n_examples, config.factorization.held_out_fraction, config.seed)
     columns: dict[str, Any] = {
         "example": np.arange(n_examples),
         "id": examples["id"],
         "label": pa.array(stored["labels"], mask=unlabelled),
         "prediction": pa.array(predictions, mask=unpredicted),
         "correct": pa.array(predictions == stored["labels"], mask=unlabelled | unpredicted),
-        "split": np.where(split, "held_out", "fit").astype(object),
+        "split": split,
         "valid": stored["valid"],
         "fisher_norm": stored["frobenius_norms"],
         "fisher_rank": stored["ranks"],
@@ -54,8 +54,31 @@ def write_example_tables(run: RunDirectory, examples: pa.Table, class_names: Seq
         "text": [None] * n_examples,
     }
     own = {name: examples[name] for name in examples.column_names if name in ("image", "text") or name not in columns}
-    write_table(run.table("examples"), "examples", columns | own)
-    write_table(run.table("classes"), "classes", {"class": range(len(class_names)), "name": list(class_names)})
+    write_table(run.shared_table("examples"), "examples", columns | own)
+    write_table(run.shared_table("classes"), "classes", {"class": range(len(class_names)), "name": list(class_names)})
+
+
+def ensure_split(run: RunDirectory) -> None:
+    """Write a table of examples for a factorization whose held-out examples are not those of the run's table.
+
+    The run's table has the split of the factorization with which the Fishers were computed.
+    """
+    shared = run.shared_table("examples")
+    if run.home == run.path:  # the former layout, with one factorization
+        return
+    stored = read_table(shared, "examples", ["split"])["split"]
+    config = run.config
+    split = split_column(len(stored), config.factorization.held_out_fraction, config.seed)
+    if stored.to_pylist() == split.tolist():
+        run.own_examples.unlink(missing_ok=True)
+    elif not run.own_examples.is_file():
+        table = read_table(shared, "examples")
+        position = table.column_names.index("split")
+        write_table(run.own_examples, "examples", table.set_column(position, "split", pa.array(split)))
+
+
+def split_column(n_examples: int, fraction: float, seed: int) -> NDArray[np.object_]:
+    return np.where(held_out(n_examples, fraction, seed), "held_out", "fit").astype(object)
 
 
 def write_parameter_table(run: RunDirectory, shapes: Mapping[str, Sequence[int]], left_out: Mapping[str, str]) -> None:
@@ -68,4 +91,4 @@ def write_parameter_table(run: RunDirectory, shapes: Mapping[str, Sequence[int]]
         "taken": taken,
         "reason": [None] * len(shapes) + [*left_out.values()],
     }
-    write_table(run.table("parameters"), "parameters", columns)
+    write_table(run.shared_table("parameters"), "parameters", columns)

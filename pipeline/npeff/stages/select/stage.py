@@ -16,6 +16,7 @@ from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import open_stage, record_of
 from npeff.stages.fishers import FISHERS
+from npeff.stages.fishers.tables import ensure_split
 from npeff.stages.fits.stability import fitting_worker
 from npeff.stages.fits.worker import PARTS, FitRequest, FitResult
 from npeff.stages.inputs import checksums_of, count_fit_examples
@@ -43,13 +44,14 @@ def select(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         if (kind := run.config.factorization.kind) != "fishers":
             raise RunDirectoryError(
                 f"npeff select does not support factorization.kind: {kind}, which {run.path} has: set "
-                "factorization.kind: fishers in a new run_dir"
+                "factorization.kind: fishers and another factorization.name"
             )
         progress, wanted = progress or SilentProgress(), run.config.selection
         checksums_of(run)
         request = _request(run)
         if stage.done and stage.done["request"] == request:
             return stage.done
+        ensure_split(run)
         n_half = min(count_fit_examples(run), wanted.max_examples) // 2
         validate_size(n_half, record_of(run, FISHERS)["rank"], max(wanted.components))
         run.reopen("select")

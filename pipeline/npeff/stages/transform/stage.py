@@ -14,17 +14,19 @@ from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import open_stage, record_of
 from npeff.stages.factorize import FACTORIZE
-from npeff.stages.factorize.solution import write_solution
+from npeff.stages.factorize.solution import own_examples, write_solution
 from npeff.stages.fishers.stage import compute_fishers
+from npeff.stages.fishers.tables import ensure_split
 from npeff.stages.inputs import checksums_of, components_of
 from npeff.stages.transform.worker import ShardCoefficients, TransformWorker
 from npeff.stages.worker_specs import device_of, executor_for, worker_spec
+from npeff.storage.commands import DEFAULT
 from npeff.store.coefficient_rows import StackedRows
 
 
 def transform(
     run: RunDirectory,
-    source: str | Path,
+    source: str | Path | RunDirectory,
     *,
     executor: Executor | None = None,
     progress: ProgressDisplay | None = None,
@@ -35,7 +37,7 @@ def transform(
 
     Args:
         run: the run with the new examples.
-        source: path of the run with the components.
+        source: the run with the components, or its path.
         executor: executor for the work. A new one is created if None.
         progress: display for the progress. No progress is shown if None.
 
@@ -47,27 +49,31 @@ def transform(
         InvalidProblemError: ``factorization.n_components`` of the run is not the number of components.
     """
     progress, config = progress or SilentProgress(), run.config
-    given = RunDirectory.open(source)  # raises before any computation
+    given = source if isinstance(source, RunDirectory) else RunDirectory.open(source)  # raises before any computation
     record_of(given, FACTORIZE)
     if (wanted := config.factorization.n_components) != given.config.factorization.n_components:
         raise InvalidProblemError(
-            f"{source} has {given.config.factorization.n_components} components, and the new run has "
-            f"factorization.n_components: {wanted}: set it to the number of components of {source}"
+            f"{given.path} has {given.config.factorization.n_components} components, and the new run has "
+            f"factorization.n_components: {wanted}: set it to the number of components of {given.path}"
         )
     with run.lock(), executor_for(run, executor) as workers:
         compute_fishers(run, executor=workers, progress=progress)
-        components_KD = components_of(run, source)
+        components_KD = components_of(run, given)
         if len(components_KD) != config.factorization.n_components:
             raise InvalidProblemError(
-                f"{source} has {len(components_KD)} components: set factorization.n_components of the new run to "
+                f"{given.path} has {len(components_KD)} components: set factorization.n_components of the new run to "
                 f"{len(components_KD)}"
             )
-        origin = str(given.path)
+        origin = str(given.path if given.name == DEFAULT else given.home)
         with open_stage(run, FACTORIZE) as stage:
             if stage.done and stage.done.get("transformed_from") == origin:
                 return stage.done
             if stage.done or run.checkpoints.exists():
-                raise RunDirectoryError(f"{run.path} has been factorized already: choose another run_dir")
+                raise RunDirectoryError(
+                    f"{run.path} has been factorized already",
+                    "choose another name with --name NAME or factorization.name",
+                )
+            ensure_split(run)
             checksums = checksums_of(run)
             worker = worker_spec(
                 run,
@@ -100,4 +106,4 @@ def transform(
             coefficients_NK = StackedRows([part.coefficients_NK for part in in_order])
             summary |= write_solution(run, components_KD, coefficients_NK, [], summary)
             progress.say(f"explained {summary['explained']:.4f} of the Fishers")
-            return stage.complete(summary)
+            return stage.complete(summary | own_examples(run))

@@ -1,0 +1,61 @@
+"""The commands ``compare``, ``rm`` and ``migrate``, which concern the factorizations of a run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import npeff
+from npeff.cli.app import app
+from npeff.cli.options import ExistingRun
+from npeff.cli.output import write_answer
+from npeff.cli.query_commands import File, Format
+from npeff.storage.location import location
+
+
+@app.command("compare")
+def compare_command(
+    run_dir: ExistingRun,
+    other: Annotated[
+        Path | None, typer.Argument(parser=location, metavar="[RUN_DIR]", help="Directory of another run of the model.")
+    ] = None,
+    factorization: Annotated[
+        list[str],
+        typer.Option(metavar="NAME", help="A factorization. Give two: of one run, or one of each run."),
+    ] = [],  # noqa: B006
+    output: Format = None,
+    file: File = None,
+) -> None:
+    """Match the components of two factorizations of a run, or of two runs of one model."""
+    if len(factorization) > 2 or (other is None and len(factorization) != 2):
+        raise typer.BadParameter("give two runs, or one run and --factorization twice")
+    names: list[str | None] = [*factorization, None, None][:2] if len(factorization) != 1 else [*factorization] * 2
+    first = npeff.ComponentStore.open(run_dir, names[0])
+    second = npeff.ComponentStore.open(run_dir if other is None else other, names[1])
+    write_answer(npeff.compare(first, second), output, file)
+
+
+@app.command("rm")
+def rm_command(
+    run_dir: ExistingRun,
+    factorization: Annotated[str, typer.Option("--factorization", metavar="NAME", help="The factorization to delete.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
+) -> None:
+    """Delete a factorization of a run with its directions, tables and report. The Fishers stay."""
+    if not yes:
+        question = f"delete the factorization {factorization} of {run_dir}?"
+        if not sys.stdin.isatty():
+            raise typer.BadParameter(f"{question} give --yes to confirm")
+        typer.confirm(question, abort=True)
+    npeff.remove_factorization(run_dir, factorization)
+    print(f"rm: factorization {factorization} of {run_dir} is deleted")
+
+
+@app.command("migrate")
+def migrate_command(run_dir: ExistingRun) -> None:
+    """Move the files of a run of an earlier release to where this release writes them. Resumes a migration."""
+    run = npeff.migrate(run_dir)
+    print(f"migrate: complete, in {run.path}")
