@@ -18,6 +18,7 @@ from npeff.store.component_store import write_factorization
 from npeff.store.direction_store import DirectionStore
 from npeff.store.tables import write_table
 from PIL import Image
+from places import place
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
@@ -106,10 +107,10 @@ def write_run(
     }
     (path / "tables").mkdir(parents=True)
     for name, table in tables.items():
-        write_table(path / "tables" / f"{name}.parquet", name, table)
+        write_table(path / place(f"tables/{name}.parquet"), name, table)
     if shares:
         table = _position_shares(rng, tables["top_examples"], tables["examples"], hostile)
-        pq.write_table(table, path / "tables" / "position_shares.parquet")
+        pq.write_table(table, path / place("tables/position_shares.parquet"))
     _write_arrays(path, rng, coefficients, components)
     _write_records(path, hostile)
     return SyntheticRun(path, coefficients, components, split, valid)
@@ -329,15 +330,16 @@ def _verified(
 
 
 def _write_arrays(path: Path, rng: np.random.Generator, coefficients: np.ndarray, components: np.ndarray) -> None:
-    write_factorization(path / "factorization.zarr", components, coefficients, {"explained": 0.667})
+    write_factorization(path / place("factorization.zarr"), components, coefficients, {"explained": 0.667})
     count = len(components)
-    store = DirectionStore.create(path / "directions.zarr", n_components=count, shapes=PARAMETERS, attrs={})
+    store = DirectionStore.create(path / place("directions.zarr"), n_components=count, shapes=PARAMETERS, attrs={})
     for component in range(count):
         store.write(component, {name: rng.standard_normal(shape) for name, shape in PARAMETERS.items()})
 
 
 def _write_records(path: Path, hostile: str) -> None:
     (path / "run.yaml").write_text(f"run_dir: runs/digits\ntask:\n  name: digits{hostile}\n", encoding="utf-8")
+    (path / place("report")).parent.joinpath("factorization.yaml").write_text("factorization:\n  n_components: 12\n")
     provenance = {
         "task": f"digits{hostile}",
         "version": "0.1.0",
@@ -352,6 +354,6 @@ def _write_records(path: Path, hostile: str) -> None:
         "lift": {"median_cosine": 0.97, "seconds": 9.0},
         "verify": {"seconds": 74.9, "n_components": 11, "scores": [{"examples": "fit", "sign": 1}]},
     }
-    (path / "stages").mkdir()
     for name, summary in stages.items():
-        (path / "stages" / f"{name}.json").write_text(json.dumps(summary), encoding="utf-8")
+        (path / place(f"stages/{name}.json")).parent.mkdir(parents=True, exist_ok=True)
+        (path / place(f"stages/{name}.json")).write_text(json.dumps(summary), encoding="utf-8")

@@ -120,7 +120,7 @@ def model_of(dotted: list[str]) -> Any:
         if is_dataclass(found):
             found = get_type_hints(found)[name]
         elif isinstance(found, type) and issubclass(found, BaseModel):
-            found = found.model_fields[name].annotation
+            found = fields_of(found)[name].annotation
         else:
             return None  # free, as the options of a task are
     return found
@@ -168,13 +168,18 @@ def test_tables_of_keys_have_every_key_once() -> None:
 
 
 def keys_in(section: str) -> list[str]:
-    return list(SECTIONS[section].model_fields)
+    return list(fields_of(SECTIONS[section]))
+
+
+def fields_of(model: type[BaseModel]) -> dict[str, Any]:
+    """The keys of a section as a run file has them, with their fields."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 def test_tables_of_keys_have_their_defaults() -> None:
     n_checked = 0
     for section, keys, said in rows_of_keys():
-        values = [SECTIONS[section].model_fields[key].default for key in keys]
+        values = [fields_of(SECTIONS[section])[key].default for key in keys]
         if isinstance(values[0], tuple):
             values = list(values[0])
             said = said.strip("[]")

@@ -128,7 +128,7 @@ def build(folder: Path, n_examples: int, n_components: int) -> dict[str, float]:
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "mb_total": sum(sizes.values()) / 1e6,
         "mb_arrays": sum(size for name, size in sizes.items() if "zarr" in name) / 1e6,
-        "mb_coefficients": sizes["tables/coefficients.parquet"] / 1e6,
+        "mb_coefficients": sizes[str(run.table("coefficients").relative_to(folder))] / 1e6,
         "mb_examples": sizes["tables/examples.parquet"] / 1e6,
     }
 
@@ -204,7 +204,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch) / "run"
         results: dict[str, object] = {"n_examples": options.examples, "n_components": options.components}
-        if not (folder / "tables" / "components.parquet").exists():
+        if not list(folder.rglob("components.parquet")):
             results["store"] = build(folder, options.examples, options.components)
             Console().print_json(json.dumps(results["store"]))
         local = {name: ask(question, str(folder)) for name, question in QUESTIONS.items()}

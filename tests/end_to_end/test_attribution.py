@@ -258,7 +258,7 @@ def test_new_components_take_away_what_was_said_of_the_former_ones(run: RunDirec
     stored = open_factorization(other.factorization)
     components_KD, coefficients_NK = stored.read_components()[::-1], stored.read_coefficients()[:, ::-1]
     write_solution(other, components_KD, coefficients_NK, [], {})
-    assert {path.stem for path in other.tables.iterdir()} == {
+    assert {path.stem for path in other.path.rglob("tables/*.parquet")} == {
         *("examples", "classes", "parameters", "components", "top_examples", "coefficients", "history")
     }
 

@@ -37,7 +37,7 @@ from npeff.store.component_store import open_factorization
 from npeff.store.direction_store import DirectionStore
 from npeff.store.fisher_store import FisherStore
 from npeff.store.tables import read_table
-from places import place
+from places import place, write_configuration
 from scipy.optimize import nnls
 
 N, K, TOP = 120, 4, 60
@@ -81,7 +81,7 @@ def fishers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 def prepared(path: Path, fishers: dict[int, Path], kind: str, n_shards: int = 4, **factorization: Any) -> RunDirectory:
     """A run whose Fishers are there, of a configuration that differs in its factorization."""
     shutil.copytree(fishers[n_shards], path)
-    (path / "run.yaml").write_text(config_of(path, kind, -(-N // n_shards), **factorization).to_yaml())
+    write_configuration(path, config_of(path, kind, -(-N // n_shards), **factorization))
     return RunDirectory.open(path)
 
 
@@ -179,7 +179,7 @@ def test_blocks_and_workers_change_no_direction(
     shutil.copytree(finished.path, path := tmp_path / "run")
     shutil.rmtree(path / place("directions.zarr"))
     config = finished.config.with_lift(memory_limit_mb=1)
-    (path / "run.yaml").write_text(config.model_copy(update={"run_dir": str(path)}).to_yaml())
+    write_configuration(path, config)
     run = RunDirectory.open(path)
     npeff.lift(run, executor=executor_of(who, request))
     again = DirectionStore.open(run.directions)

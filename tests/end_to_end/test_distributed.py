@@ -40,6 +40,7 @@ from npeff.store.fisher_store import FisherStore
 from npeff.store.shard_records import ShardRecords
 from npeff.store.tables import read_table
 from npeff.tasks import load_task
+from places import write_configuration
 from planted import Planted, planted_fishers
 from planted_run import SIGNATURE, planted_run
 from safetensors.torch import load_file
@@ -487,7 +488,7 @@ def test_a_fixed_step_is_taken_by_every_direction(converged: RunDirectory, tmp_p
     shutil.copytree(converged.path, tmp_path / "run")
     document = converged.config.model_dump() | {"run_dir": str(tmp_path / "run")}
     document["verification"] |= {"epsilon": 0.05, "selectivity_examples": 0, "correlation_examples": 0}
-    (tmp_path / "run" / "run.yaml").write_text(RunConfig.model_validate(document).to_yaml())
+    write_configuration(tmp_path / "run", RunConfig.model_validate(document))
     run = RunDirectory.open(tmp_path / "run")
     run.reopen("verify")
     shutil.rmtree(run.partial_results("verify"))

@@ -38,6 +38,8 @@ SMALLER = {
     "8:64:8": "2:4:2",  # components to try
     "--workers 4": "--workers 1",
     "--components 32": "--components 6",
+    "--components 48": "--components 4",
+    "--components 12": "--components 3",
     "digit-0003": "digit-0514",  # which is among the first
 }
 IN_MANY_WORDS = [(old.split(), new.split()) for old, new in SMALLER.items()]

@@ -16,6 +16,7 @@ from npeff.execution.serial import SerialExecutor
 from npeff.runs.directory import RunDirectory
 from npeff.storage.checksums import read_json
 from npeff.storage.errors import StoreError
+from places import write_configuration
 
 __all__ = ["narrow"]
 
@@ -53,7 +54,7 @@ def factorized(request: pytest.FixtureRequest, narrow: RunDirectory, tmp_path_fa
 
 def copied(run: RunDirectory, path: Path) -> RunDirectory:
     shutil.copytree(run.path, path)
-    (path / "run.yaml").write_text(run.config.model_copy(update={"run_dir": str(path)}).to_yaml())
+    write_configuration(path, run.config)
     return RunDirectory.open(path)
 
 

@@ -23,6 +23,7 @@ from npeff.store.component_store import open_factorization
 from npeff.store.direction_store import DirectionStore
 from npeff.store.fisher_store import FisherStore
 from npeff.store.tables import read_table
+from places import write_configuration
 
 N, K, STEPS = 120, 3, 2
 
@@ -52,7 +53,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 
 def copy_of(run: RunDirectory, path: Path, **lift: Any) -> RunDirectory:
     shutil.copytree(run.path, path)
-    (path / "run.yaml").write_text(config_of(path, {"dim": 48}, **lift).to_yaml())
+    write_configuration(path, config_of(path, {"dim": 48}, **lift))
     return RunDirectory.open(path)
 
 

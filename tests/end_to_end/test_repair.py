@@ -25,6 +25,7 @@ from npeff.store.direction_store import DirectionStore
 from npeff.store.tables import read_table, write_table
 from npeff.tasks import load_task
 from npeff.verification import Edit, over_represented, top_examples
+from places import write_configuration
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -62,7 +63,7 @@ def repaired(lifted: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def copied(run: RunDirectory, path: Path, **repair: Any) -> RunDirectory:
     shutil.copytree(run.path, path)
-    (path / "run.yaml").write_text(config(path, **repair).to_yaml())
+    write_configuration(path, config(path, **repair))
     return RunDirectory.open(path)
 
 

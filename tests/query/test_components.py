@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from npeff.query.components import ComponentStore
 from npeff.query.errors import QueryError
+from places import place
 
 
 @pytest.fixture
@@ -123,8 +124,8 @@ def test_questions_that_make_no_sense_get_one_line(store: ComponentStore, run) -
 
 def test_arrays_that_are_not_there_yet_name_the_command_that_writes_them(make_run: Callable) -> None:
     path = make_run(n_components=3).path
-    shutil.rmtree(path / "factorization.zarr")
-    shutil.rmtree(path / "directions.zarr")
+    shutil.rmtree(path / place("factorization.zarr"))
+    shutil.rmtree(path / place("directions.zarr"))
     with pytest.raises(
         QueryError, match=f"^factorization.zarr does not exist yet: run `npeff factorize {path}` first$"
     ):
@@ -135,6 +136,6 @@ def test_arrays_that_are_not_there_yet_name_the_command_that_writes_them(make_ru
 
 def test_a_damaged_factorization_is_one_line(make_run: Callable) -> None:
     path = make_run(n_components=3).path
-    (path / "factorization.zarr" / "zarr.json").write_text("{}")
+    (path / place("factorization.zarr") / "zarr.json").write_text("{}")
     with pytest.raises(QueryError, match=r"factorization\.zarr"):
         _ = ComponentStore.open(path).coefficients

@@ -16,6 +16,7 @@ from npeff.query.components import ComponentStore
 from npeff.query.errors import QueryError
 from npeff.store import tables as stored_tables
 from npeff.store.fisher_store import FisherStore
+from places import place
 from scipy import stats
 
 CONDITIONS = {
@@ -36,9 +37,9 @@ def finely_grouped(run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stored_tables, "_GROUP_ROWS", (7, 7))
         for name in ("examples", "coefficients", "components", "layer_energy"):
-            table = pq.read_table(path / "tables" / f"{name}.parquet")
-            stored_tables.write_table(path / "tables" / f"{name}.parquet", name, table)
-    assert pq.ParquetFile(path / "tables" / "coefficients.parquet").num_row_groups > 100
+            table = pq.read_table(path / place(f"tables/{name}.parquet"))
+            stored_tables.write_table(path / place(f"tables/{name}.parquet"), name, table)
+    assert pq.ParquetFile(path / place("tables/coefficients.parquet")).num_row_groups > 100
     return path
 
 
@@ -47,10 +48,10 @@ def former(run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run as version 1 wrote it: plain Parquet without metadata, chunks of Zarr in files of their own."""
     path = tmp_path_factory.mktemp("former") / "digits"
     shutil.copytree(run.path, path)
-    for file in (path / "tables").glob("*.parquet"):
+    for file in path.rglob("*.parquet"):
         pq.write_table(pq.read_table(file).replace_schema_metadata(None), file, write_page_checksum=True)
         assert b"npeff.schema_version" not in (pq.read_metadata(file).metadata or {})
-    group = zarr.open_group(path / "factorization.zarr", mode="r+")
+    group = zarr.open_group(path / place("factorization.zarr"), mode="r+")
     checksums = dict(group.attrs["checksums"])
     del group["coefficient_norms"], group["coefficients"], checksums["coefficient_norms"]
     group.attrs["checksums"] = checksums
@@ -77,7 +78,9 @@ def rows_where(run, condition: str, weights: np.ndarray) -> np.ndarray:
     holds = CONDITIONS[condition]
     if holds is None:
         return weights[:, 4] > 0
-    return np.array([bool(holds(row)) for row in pq.read_table(run.path / "tables" / "examples.parquet").to_pylist()])
+    return np.array(
+        [bool(holds(row)) for row in pq.read_table(run.path / place("tables/examples.parquet")).to_pylist()]
+    )
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
@@ -198,7 +201,7 @@ def test_components_of_another_run_are_found_by_cosine_and_only_in_the_same_spac
             match=f"^the components of .* are not comparable, because the runs differ in {said}: choose a run",
         ):
             mine.similar_components_in(with_fishers(path, **changes), 7)
-    (path / "stages" / "factorize.json").write_text(json.dumps({"factorized": "diagonal_groups"}))
+    (path / place("stages/factorize.json")).write_text(json.dumps({"factorized": "diagonal_groups"}))
     with pytest.raises(
         QueryError, match=r"are of kind diagonal_groups: only components of kind fishers can be compared$"
     ):
@@ -245,7 +248,7 @@ def test_other_questions_that_make_no_sense_are_one_line(run) -> None:
 
 def test_a_table_of_a_later_version_is_refused_in_one_line(make_run: Callable) -> None:
     path = make_run(n_components=4).path
-    file = path / "tables" / "examples.parquet"
+    file = path / place("tables/examples.parquet")
     later = pq.read_table(file).replace_schema_metadata({"npeff.schema_version": "3"})
     pq.write_table(later, file)
     with pytest.raises(QueryError, match=r"has schema version 3, but this program .* up to 2: install the version"):
@@ -254,7 +257,7 @@ def test_a_table_of_a_later_version_is_refused_in_one_line(make_run: Callable) -
 
 def test_a_chunk_of_coefficients_that_is_damaged_is_named(make_run: Callable) -> None:
     path = make_run(n_components=4).path
-    chunk = path / "factorization.zarr" / "coefficients" / "c" / "0" / "0"
+    chunk = path / place("factorization.zarr") / "coefficients" / "c" / "0" / "0"
     content = chunk.read_bytes()
     for damage in (content[:20] + bytes([content[20] ^ 1]) + content[21:], None):
         chunk.unlink() if damage is None else chunk.write_bytes(damage)

@@ -9,6 +9,7 @@ import pytest
 from npeff.query.tables import RunTables
 from npeff.reports.in_common import in_common, words_of
 from npeff.statistics.contingency import q_values
+from places import place
 from scipy import stats
 
 N = 200
@@ -19,7 +20,7 @@ def tables_of(path: Path, **columns: list) -> RunTables:
     (path / "tables").mkdir()
     valid = [i != 19 for i in range(N)]
     table = pa.table({"example": list(range(N)), "valid": valid, **columns})
-    pq.write_table(table, path / "tables" / "examples.parquet")
+    pq.write_table(table, path / place("tables/examples.parquet"))
     return RunTables(path)
 
 

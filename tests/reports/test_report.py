@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from npeff.query.errors import QueryError
 from npeff.reports.report import duration, number, percent, ratio, write_report
+from places import place
 
 HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(2)>"""
 
 
 def test_the_report_is_one_file_that_refers_to_nothing_outside(run) -> None:
     path = write_report(run.path)
-    assert path == run.path / "report" / "index.html"
+    assert path == run.path / place("report/index.html")
     assert [item.name for item in path.parent.iterdir()] == ["index.html"]
     page = path.read_text(encoding="utf-8")
     assert re.findall(r"https?://|@import| src=", page) == []
@@ -65,7 +66,7 @@ def test_sections_of_stages_that_have_not_run_name_their_command(
 ) -> None:
     path = make_run(n_components=4).path
     for name in gone:
-        (path / "tables" / f"{name}.parquet").unlink()
+        (path / place(f"tables/{name}.parquet")).unlink()
     page = write_report(path).read_text(encoding="utf-8")
     asked_for = re.findall(r'<p class="missing">[^<]*<code>npeff (\w+) ([^<]*)</code>', page)
     assert {command for command, _ in asked_for} == commands
@@ -96,7 +97,7 @@ def test_examples_without_labels_show_predictions_only(make_run: Callable) -> No
     import pyarrow.parquet as pq
 
     path = make_run(n_components=4).path
-    table = path / "tables" / "examples.parquet"
+    table = path / place("tables/examples.parquet")
     examples = pq.read_table(table)
     for name in ("label", "correct"):
         position = examples.column_names.index(name)
@@ -112,10 +113,10 @@ def test_examples_without_labels_show_predictions_only(make_run: Callable) -> No
 def test_a_damaged_table_leaves_the_former_report_alone(make_run: Callable) -> None:
     path = make_run(n_components=4).path
     before = write_report(path).read_bytes()
-    shutil.copy(path / "run.yaml", path / "tables" / "verification.parquet")
+    shutil.copy(path / "run.yaml", path / place("tables/verification.parquet"))
     with pytest.raises(QueryError, match=r"verification\.parquet is damaged"):
         write_report(path)
-    assert (path / "report" / "index.html").read_bytes() == before
+    assert (path / place("report/index.html")).read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,15 @@ from npeff.reports.report import write_report
 from npeff.reports.token_shares import LEVELS, Piece, ShareReader, shaded_text
 from npeff.store.tables import SCHEMAS, write_table
 from PIL import Image
+from places import place
 
 
 def reader(path: Path, **columns: list) -> ShareReader:
-    (path / "tables").mkdir()
+    (path / place("tables/position_shares.parquet")).parent.mkdir(parents=True)
     n = len(columns["share"])
     defaults: dict[str, list] = {"component": [0] * n, "example": [4] * n, "position": list(range(n)),
                                  "start": [None] * n, "stop": [None] * n, "token": [None] * n}  # fmt: skip
-    pq.write_table(pa.table(defaults | columns), path / "tables" / "position_shares.parquet")
+    pq.write_table(pa.table(defaults | columns), path / place("tables/position_shares.parquet"))
     return ShareReader(RunTables(path), [4])
 
 
@@ -95,7 +96,7 @@ def test_a_table_without_rows_as_of_a_task_without_tokens_shows_nothing(tmp_path
     assert reader(tmp_path, share=[]).shares(0, 4, "a text", None) is None
     run = make_run(n_components=3)
     empty = SCHEMAS["position_shares"].empty_table()
-    write_table(run.path / "tables/position_shares.parquet", "position_shares", empty)
+    write_table(run.path / place("tables/position_shares.parquet"), "position_shares", empty)
     page = write_report(run.path).read_text("utf-8")
     assert "Show shares on the images" not in page
     assert "where</b> the coefficient comes from" not in page

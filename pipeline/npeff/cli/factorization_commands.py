@@ -56,6 +56,6 @@ def rm_command(
 
 @app.command("migrate")
 def migrate_command(run_dir: ExistingRun) -> None:
-    """Move the files of a run of an earlier release to where this release writes them. Resumes a migration."""
+    """Move the files of a run of an earlier version to where this version writes them. Resumes a migration."""
     run = npeff.migrate(run_dir)
     print(f"migrate: complete, in {run.path}")

@@ -24,7 +24,7 @@ from npeff.store.run_files import FILES, SETTINGS, home_of, unfinished_migration
 
 
 def migrate(run_dir: str | Path) -> RunDirectory:
-    """Move the files of a run of the former layout to where this release writes them. No result changes.
+    """Move the files of a run of the former layout to where this version writes them. No result changes.
 
     Args:
         run_dir: The run directory.

@@ -77,8 +77,8 @@ def refuse_other_settings(run: RunDirectory) -> None:
     if different:
         raise RunDirectoryError(
             f"{run.path} holds the factorization {run.name} with other settings (it differs in {', '.join(different)})",
-            "choose another name with --name NAME or factorization.name to keep both, or delete this one with `npeff "
-            f"rm {run.path} --factorization {run.name}`",
+            "set another factorization.name (or use `npeff factorize --name NAME`) to keep both, or delete it with "
+            f"`npeff rm {run.path} --factorization {run.name}`",
             path=run.home,
         )
     if run.config.factorization.max_iterations < stored.factorization.max_iterations:
@@ -118,7 +118,7 @@ def refuse_fewer_iterations(run: RunDirectory) -> None:
         raise RunDirectoryError(
             f"the factorization {run.name} of {run.path} has made {done} steps, more than "
             f"factorization.max_iterations: {limit}",
-            f"set it to {done} or more, or choose another name with --name NAME",
+            f"set it to {done} or more, or set another factorization.name (or use `npeff factorize --name NAME`)",
             path=run.home,
         )
 

@@ -71,7 +71,7 @@ def transform(
             if stage.done or run.checkpoints.exists():
                 raise RunDirectoryError(
                     f"{run.path} has been factorized already",
-                    "choose another name with --name NAME or factorization.name",
+                    "set another factorization.name, or use --name NAME",
                 )
             ensure_split(run)
             checksums = checksums_of(run)
