@@ -137,7 +137,7 @@ def test_keys_in_the_text_exist(page: str) -> None:
     text = prose(PAGES[page])
     sections = "|".join(SECTIONS)
     named = [key.split(".") for key in re.findall(rf"`((?:{sections})(?:\.[a-z_0-9]+)+)[:`]", text)]
-    named = [key for key in named if key[-1] not in ("zarr", "md", "png", "json", "py")]
+    named = [key for key in named if key[-1] not in ("zarr", "md", "png", "json", "py", "yaml")]
     for mapping in re.findall(rf"`((?:{sections}): \{{[^`]*\}})`", text):
         named += keys_of(yaml.safe_load(mapping))
     assert [key for key in named if not exists(key)] == []

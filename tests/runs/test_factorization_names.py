@@ -13,6 +13,8 @@ from npeff.runs.config_reading import ConfigError
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.removal import remove_factorization
+from npeff.storage import objects
+from object_store import ObjectStore
 
 MINIMAL = {"task": {"name": "digits"}, "factorization": {"n_components": 4}}
 
@@ -192,3 +194,24 @@ def test_fishers_of_another_run_bring_their_settings_and_refuse_others(tmp_path:
         f"run_dir: {tmp_path / 'c'}\nfactorization: {{n_components: 2}}\nfishers: {{from: {run.path}}}\n"
     )
     assert RunDirectory.create(RunConfig.from_yaml(chained)).fishers == source / "fishers.zarr"
+
+
+def test_a_factorization_is_deleted_on_an_object_store(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = "s3://runs/team/run"
+    for name in ("default", "k9"):
+        document = {**MINIMAL, "run_dir": uri, "factorization": {"n_components": 4, "name": name}}
+        run = RunDirectory.create(RunConfig.model_validate(document))
+        with run.lock():
+            objects.put(run.checkpoints / "000003-0123abcd" / "MANIFEST.json", b"{}")
+    assert RunDirectory.open(uri).factorizations() == ["default", "k9"]
+    with monkeypatch.context() as patch:
+        patch.setattr("npeff.runs.removal.remove_directory", lambda folder: None)
+        remove_factorization(uri, "k9")  # killed before the files are deleted
+    assert RunDirectory.open(uri).factorizations() == ["default"]
+    assert [name for name in s3.contents(uri) if "k9" in name] == [
+        "factorizations/k9/checkpoints/000003-0123abcd/MANIFEST.json"
+    ]
+    remove_factorization(uri, "k9")
+    assert [name for name in s3.contents(uri) if "k9" in name] == []
+    with pytest.raises(NpeffError, match=r"has no factorization k9 \(it has default\)"):
+        remove_factorization(uri, "k9")

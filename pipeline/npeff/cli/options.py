@@ -50,9 +50,7 @@ Address = Annotated[
 
 MaxIterations = Annotated[
     int | None,
-    typer.Option(
-        "--max-iterations", min=1, help="New limit on the iterations. A finished factorization is continued."
-    ),
+    typer.Option("--max-iterations", min=1, help="New limit on the iterations. A finished factorization is continued."),
 ]
 
 

@@ -69,7 +69,7 @@ def checksums_of(run: RunDirectory) -> dict[int, str]:
     missing = [shard for shard in range(fishers["n_shards"]) if shard not in records]
     if missing:
         problem = f"shard {missing[0]} of {run.fishers} has no record"
-        raise StoreError(problem, f"run `npeff fishers {run.path}` first", path=run.fishers)
+        raise StoreError(problem, f"run `npeff fishers {run.fishers_home}` first", path=run.fishers)
     return {shard: record.checksum for shard, record in records.items()}
 
 

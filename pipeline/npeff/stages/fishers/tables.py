@@ -69,12 +69,13 @@ def ensure_split(run: RunDirectory) -> None:
     stored = read_table(shared, "examples", ["split"])["split"]
     config = run.config
     split = split_column(len(stored), config.factorization.held_out_fraction, config.seed)
+    own = run.own_examples
     if stored.to_pylist() == split.tolist():
-        run.own_examples.unlink(missing_ok=True)
-    elif not run.own_examples.is_file():
+        own.unlink(missing_ok=True)
+    elif not own.is_file() or read_table(own, "examples", ["split"])["split"].to_pylist() != split.tolist():
         table = read_table(shared, "examples")
         position = table.column_names.index("split")
-        write_table(run.own_examples, "examples", table.set_column(position, "split", pa.array(split)))
+        write_table(own, "examples", table.set_column(position, "split", pa.array(split)))
 
 
 def split_column(n_examples: int, fraction: float, seed: int) -> NDArray[np.object_]:
