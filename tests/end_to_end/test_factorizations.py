@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from end_to_end.damage import NOT_COMPARED
 from end_to_end.surroundings import SMALL
+from in_process import command
 from npeff.query.components import ComponentStore
 from npeff.query.errors import QueryError
 from npeff.runs.config import RunConfig
@@ -143,7 +145,9 @@ def test_each_command_uses_the_factorization_that_it_is_given(run: Path, fresh: 
     assert differences(RunDirectory.open(second.home), fresh) == []
 
 
-def test_components_of_two_factorizations_are_matched(run: Path, fresh: RunDirectory) -> None:
+def test_components_of_two_factorizations_are_matched(
+    run: Path, fresh: RunDirectory, capfd: pytest.CaptureFixture[str]
+) -> None:
     npeff.run(config(run, **OTHER))
     mine, other = ComponentStore.open(run), ComponentStore.open(run, "k2")
     rows = npeff.compare(mine, other).to_pylist()
@@ -158,6 +162,8 @@ def test_components_of_two_factorizations_are_matched(run: Path, fresh: RunDirec
             for s, c in ((mine, "component"), (other, "other_component"))
         ]
         assert row["direction_cosine"] == pytest.approx(float(flat[0] @ flat[1]), abs=1e-5)
+    assert command("compare", run, "--factorization", "default", "--factorization", "k2", "--format", "json") == 0
+    assert [row["cosine"] for row in json.loads(capfd.readouterr().out)] == [row["cosine"] for row in rows]
     itself = npeff.compare(other, ComponentStore.open(fresh.path)).to_pylist()
     assert [(row["component"], row["other_component"]) for row in itself] == [(0, 0), (1, 1)]
     assert all(row["direction_cosine"] == pytest.approx(1, abs=1e-6) for row in itself)

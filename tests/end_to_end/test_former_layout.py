@@ -9,7 +9,7 @@ from typing import Any
 
 import npeff
 import pytest
-from npeff.cli.main import main
+from in_process import command
 from npeff.errors import NpeffError
 from npeff.query.components import ComponentStore
 from npeff.runs import migration
@@ -110,9 +110,7 @@ def test_other_settings_are_refused_and_another_name_is_stored_beside_it(former:
 
 def test_a_migrated_run_gives_the_same_answers(former: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before, files, config = answers(former), contents(former), RunDirectory.open(former).config
-    with pytest.raises(SystemExit) as ended:
-        main(["migrate", str(former)])
-    assert not ended.value.code
+    assert command("migrate", former) == 0
     assert capfd.readouterr().out == f"migrate: complete, in {former}\n"
     run = RunDirectory.open(former)
     assert run.home == former / "factorizations" / "default"

@@ -6,7 +6,7 @@ import fcntl
 from pathlib import Path
 
 import pytest
-from npeff.cli.main import main
+from in_process import command, refused
 from npeff.errors import NpeffError
 from npeff.runs.config import RunConfig
 from npeff.runs.config_reading import ConfigError
@@ -32,15 +32,6 @@ def begin(run: RunDirectory, steps: int = 3) -> None:
 def files(folder: Path) -> dict[str, bytes]:
     """The content of all files but the locks."""
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".workers"}
-
-
-def refused(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
-    """The line that a refused command prints."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    (line,) = capfd.readouterr().err.splitlines()
-    assert ended.value.code == 2, line
-    return line
 
 
 @pytest.mark.parametrize("name", ["k48", "K.48_a-b", "0" * 64])
@@ -148,15 +139,17 @@ def test_a_deleted_factorization_leaves_the_others_and_is_finished_after_a_kill(
     before = files(path)
     said = refused(capfd, "rm", path, "--factorization", "k9")
     assert "give --yes to confirm" in said
+    assert "give two runs, or one run and --factorization twice" in refused(capfd, "compare", path)
+    named = ("compare", path, "--factorization", "default", "--factorization")
+    assert "has no factorization k8 (it has default, k9)" in refused(capfd, *named, "k8")
+    assert "factorization.zarr does not exist yet: run `npeff factorize" in refused(capfd, *named, "k9")
     assert files(path) == before
     with monkeypatch.context() as patch:
         patch.setattr("npeff.runs.removal.remove_directory", lambda folder: None)
         remove_factorization(path, "k9")  # killed before the files are deleted
     assert RunDirectory.open(path).factorizations() == ["default"]
     assert (path / "factorizations" / ".k9.deleted" / "factorization.yaml").exists()
-    with pytest.raises(SystemExit) as ended:
-        main(["rm", str(path), "--factorization", "k9", "--yes"])
-    assert not ended.value.code
+    assert command("rm", path, "--factorization", "k9", "--yes") == 0
     capfd.readouterr()
     assert [each.name for each in (path / "factorizations").iterdir()] == ["default"]
     assert "has no factorization k9 (it has default)" in refused(capfd, "rm", path, "--factorization", "k9", "--yes")
@@ -164,9 +157,7 @@ def test_a_deleted_factorization_leaves_the_others_and_is_finished_after_a_kill(
     assert RunDirectory.open(path).factorizations() == []
     assert "has no factorization yet: give --components" in refused(capfd, "factorize", path, "--max-iterations", "9")
     assert "has no factorization: run `npeff factorize" in refused(capfd, "lift", path)
-    with pytest.raises(SystemExit) as ended:
-        main(["status", str(path)])
-    assert not ended.value.code
+    assert command("status", path) == 0
 
 
 def test_fishers_of_another_run_bring_their_settings_and_refuse_others(tmp_path: Path) -> None:

@@ -284,8 +284,6 @@ class ComponentStore:
                     f"the components of {store.run_dir} are of kind {kind}: only components of kind fishers can be "
                     "compared"
                 )
-        if self.run.fishers == other.run.fishers:
-            return
         if different := differences_in_space(self._fisher_attributes, other._fisher_attributes):
             raise QueryError(
                 f"the components of {other.run_dir} and {self.run_dir} are not comparable, because the runs differ in "

@@ -101,6 +101,7 @@ class RunTables:
     def __init__(self, run: StoredRun | Path) -> None:
         self.run = run if isinstance(run, StoredRun) else StoredRun(run, DEFAULT)
         self.run_dir = self.run.path
+        self._paths: dict[str, Path] = {}
         self._files: dict[str, pq.ParquetFile] = {}
         self._schemas: dict[str, pa.Schema] = {}
         self._datasets: dict[str, ds.Dataset] = {}
@@ -110,6 +111,11 @@ class RunTables:
         """Return the sorted names of the existing tables."""
         return sorted({path.stem for path in self._all("tables", "*.parquet")})
 
+    def _path(self, name: str) -> Path:
+        if name not in self._paths:
+            self._paths[name] = self.run.table(name)
+        return self._paths[name]
+
     def _all(self, folder: str, pattern: str) -> Iterator[Path]:
         """Yield the files in a folder of the run and of the factorization."""
         yield from (self.run.path / folder).glob(pattern)
@@ -117,7 +123,7 @@ class RunTables:
             yield from (self.run.home / folder).glob(pattern)
 
     def has(self, name: str) -> bool:
-        return name in self._files or self.run.table(name).is_file()
+        return name in self._files or self._path(name).is_file()
 
     def dataset(self, name: str) -> ds.Dataset:
         """Return the table as a lazy Arrow dataset, which reads only the requested rows and columns.
@@ -128,7 +134,7 @@ class RunTables:
         if name not in self._datasets:
             import pyarrow.dataset as ds
 
-            schema, path = self.schema(name), self.run.table(name)
+            schema, path = self.schema(name), self._path(name)
             kind = _parquet(is_remote(path))
             where, filesystem = _located(path)
             fragment = kind.make_fragment(where, filesystem)
@@ -147,7 +153,7 @@ class RunTables:
     def file(self, name: str) -> pq.ParquetFile:
         """Return the open file of the table, to read single row groups. Raises the errors of `dataset`."""
         if name not in self._files:
-            path = self.run.table(name)
+            path = self._path(name)
             if not path.is_file():
                 if name in WRITTEN_BY:
                     raise missing(self.run, f"table '{name}'", WRITTEN_BY[name])
@@ -244,6 +250,6 @@ class RunTables:
         try:
             yield
         except (pa.ArrowInvalid, OSError) as error:
-            path = self.run.table(name)
+            path = self._path(name)
             remedy = f"delete it and run `npeff {WRITTEN_BY.get(name, 'run')} {self.run.argument}` again"
             raise QueryError(f"{path} is damaged", remedy, path=path) from error

@@ -23,7 +23,7 @@ class StageStatus:
 
 def status(run: RunDirectory) -> list[StageStatus]:
     """Return the state of every stage. Stages that ``npeff run`` does not include are listed once they have begun."""
-    rows = []
+    rows, is_defined = [], run.is_defined()
     for stage in STAGES:
         record = recorded(run, stage)
         traces = stage.traces or (f"partial/{stage.name}",)
@@ -31,7 +31,7 @@ def status(run: RunDirectory) -> list[StageStatus]:
         if record is None and state is StageState.COMPLETE:
             state = StageState.PARTIAL if stage.leaves is None else StageState.MISSING
         if stage.in_every_run or state is not StageState.MISSING:
-            units = stage.units(run) if stage.of_the_run or run.is_defined() else None
+            units = stage.units(run) if stage.of_the_run or is_defined else None
             details = "" if record is None else stage.details(record)
             rows.append(StageStatus(stage.name, state, "" if units is None else str(units), details))
     written = run.report.exists()
