@@ -122,7 +122,9 @@ class ComponentStore:
         from npeff.store.direction_store import DirectionStore
 
         try:
-            arrays = DirectionStore.open(path).arrays
+            store = DirectionStore.open(path)
+            self.tables.refuse_other_results("lift", path, store.attrs.get("lineage"))
+            arrays = store.arrays
         except StoreError as error:
             raise QueryError.of(error) from error
         return {name: _as_dask(array) for name, array in arrays.items()}
@@ -504,7 +506,9 @@ class ComponentStore:
         from npeff.store.component_store import open_factorization
 
         try:
-            return open_factorization(path)
+            stored = open_factorization(path)
+            self.tables.refuse_other_results("factorize", path, stored.attrs.get("lineage"))
+            return stored
         except StoreError as error:
             raise QueryError.of(error) from error
 

@@ -24,9 +24,10 @@ from npeff.storage.commands import DEFAULT
 from npeff.storage.errors import StoreError
 from npeff.storage.location import is_remote, location
 from npeff.storage.objects import file_system, key_of
+from npeff.store.lineage import refuse_foreign, refuse_unfit
 from npeff.store.run_files import FilesOfRun
 from npeff.store.table_names import WRITTEN_BY
-from npeff.store.tables import SCHEMAS, check_version
+from npeff.store.tables import SCHEMAS, check_version, lineage_in
 
 if TYPE_CHECKING:  # pyarrow.dataset imports pandas if installed, which most queries do not need
     import pyarrow.dataset as ds
@@ -167,10 +168,29 @@ class RunTables:
                 )
             try:
                 check_version(path, file.schema_arrow)
+                self.refuse_other_results(WRITTEN_BY.get(name), path, lineage_in(file.schema_arrow))
             except StoreError as error:
                 raise QueryError.of(error) from error
             self._files[name] = file
         return self._files[name]
+
+    def refuse_other_results(self, stage: str | None, what: Path, lineage: str | None) -> None:
+        """Check that a file is that of the stage's record, and that the stage's results fit those they were made from.
+
+        Args:
+            stage: The stage that wrote the file; None if no stage writes it.
+            what: The file or store.
+            lineage: The lineage in the file; None if unknown.
+
+        Raises:
+            StoreError: The file belongs to other results, or the results do not fit.
+        """
+        remedy = f"run `npeff check --recompute {self.run.argument}`"
+        record = {} if stage is None else self.record(stage)
+        refuse_foreign(what, lineage, record, remedy)
+        for earlier, expected in record.get("made_from", {}).items():
+            if earlier in WRITTEN_BY.values():
+                refuse_unfit(str(stage), expected, earlier, self.record(earlier).get("lineage"), remedy)
 
     def schema(self, name: str) -> pa.Schema:
         """Return the columns of the table and their types. Raises the errors of `dataset`."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from npeff.store.table_names import OF_THE_RUN, WRITTEN_BY
 
 if TYPE_CHECKING:
+    from npeff.runs.config import RunConfig
     from npeff.runs.directory import RunDirectory
 
 Summary = dict[str, Any]
@@ -76,6 +77,10 @@ class StageDefinition:
     """The progress of the stage."""
     details: Callable[[Summary], str] = lambda record: ""
     """The line that `status` shows for a complete stage."""
+    settings: Callable[[RunConfig], Any] = lambda config: None
+    """The settings that the results depend on, besides those of the stages before (JSON)."""
+    recomputed: bool = True
+    """Whether results that no longer fit their inputs or settings are computed again. If not, the stage is refused."""
     stands: Callable[[RunDirectory, Summary], bool] = lambda run, record: True
     """Whether a record is still valid, given the other content of the run directory."""
 

@@ -14,22 +14,40 @@ from npeff.execution.executor import ExecutorError, out_of_memory
 from npeff.runs.definition import StageDefinition, Summary
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError, damaged_record
+from npeff.runs.lineage import MadeFrom, lineage_of, made_from, misfit, refuse_misfit
 from npeff.storage.atomic import is_committed, remove_directory
 from npeff.storage.checksums import file_checksum, json_checksum, read_json, write_json_atomically
+from npeff.storage.location import is_remote
+from npeff.storage.zarr_groups import group_lineage
+from npeff.store.lineage import refuse_foreign
+from npeff.store.tables import table_lineage
 
 
 def recorded(run: RunDirectory, stage: StageDefinition) -> Summary | None:
     """Return the record of a complete stage; None if the stage is not complete.
 
-    A stage is not complete if an output was deleted. Damaged files are recomputed in this way.
+    A stage is not complete if an output was deleted. Damaged files are recomputed in this way. It is also not complete
+    if its results no longer fit the results that they were made from, or the settings.
 
     Raises:
-        RunDirectoryError: The record is damaged.
+        RunDirectoryError: The record is damaged; or the results do not fit, and are not recomputed because they take
+            long and other results depend on them.
     """
     record = checked_record(run, stage.record)
     if record is None or not all(is_committed(path) for path in outputs_of(run, stage)):
         return None
-    return record if stage.stands(run, record) else None
+    if not stage.stands(run, record):
+        return None
+    if (reason := misfit(run, stage, record, _earlier(run, stage))) is not None:
+        if not stage.recomputed:
+            raise refuse_misfit(run, reason)
+        return None
+    return record
+
+
+def _earlier(run: RunDirectory, stage: StageDefinition) -> Summary | None:
+    """Return the record of the stage that a stage follows."""
+    return None if stage.after is None else checked_record(run, stage.after.record)
 
 
 def outputs_of(run: RunDirectory, stage: StageDefinition) -> list[Path]:
@@ -102,12 +120,23 @@ class Stage:
     definition: StageDefinition
     done: Summary | None
     began: float
+    made_from: MadeFrom | None = None
+    """What the results are made from; None if it is unknown."""
+
+    @property
+    def lineage(self) -> str | None:
+        """The lineage of the results, for stages whose lineage does not include the results themselves."""
+        return lineage_of(self.definition, self.made_from)
+
+    def sources(self) -> Summary:
+        """Return the fields of the record that tell what the results were made from."""
+        return {} if self.made_from is None else {"made_from": self.made_from, "lineage": self.lineage}
 
     def complete(self, summary: Summary, further_tables: Iterable[Path] = ()) -> Summary:
         """Record that the stage is complete, with the checksums of its tables and of ``further_tables``."""
         paths = (*sealed_tables(self.run, self.definition), *further_tables)
         tables = {path.stem: file_checksum(path) for path in paths}
-        content = {**summary, "tables": tables, "seconds": time.monotonic() - self.began}
+        content = {**self.sources(), **summary, "tables": tables, "seconds": time.monotonic() - self.began}
         return self.run.complete(self.definition.record, {**content, "checksum": json_checksum(content)})
 
 
@@ -124,9 +153,13 @@ def open_stage(run: RunDirectory, definition: StageDefinition) -> Iterator[Stage
             raise RunDirectoryError(
                 f"{run.path} has no factorization", f"run `npeff factorize {run.path} --components K`"
             )
-        stage = Stage(run, definition, recorded(run, definition), time.monotonic())
-        if stage.done is None and definition.after is not None:
-            record_of(run, definition.after)
+        done, earlier = recorded(run, definition), None
+        if definition.after is not None:
+            earlier = record_of(run, definition.after) if done is None else _earlier(run, definition)
+            for stage_before in definition.ancestors():
+                recorded(run, stage_before)  # raises if its results do not fit
+                refuse_foreign_results(run, stage_before)
+        stage = Stage(run, definition, done, time.monotonic(), made_from(run, definition, earlier))
         try:
             yield stage
         except (MemoryError, RuntimeError) as error:
@@ -137,6 +170,24 @@ def open_stage(run: RunDirectory, definition: StageDefinition) -> Iterator[Stage
                 "lower fishers.batch_size, fishers.sketch.dim (in a new run_dir) or lift.memory_limit_mb, or give the "
                 "workers more memory",
             ) from error
+
+
+def refuse_foreign_results(run: RunDirectory, stage: StageDefinition) -> None:
+    """Check that the tables and stores of a complete stage are those of its record.
+
+    On an object store, only the stores are checked, because the metadata of a table are not read without the table.
+
+    Raises:
+        StoreError: A table or store belongs to other results.
+    """
+    record = checked_record(run, stage.record)
+    remedy = f"run `npeff check --recompute {run.argument}`"
+    for path in outputs_of(run, stage):
+        if path.suffix == ".parquet" and path.is_file() and not is_remote(path):
+            owner = record if path.stem not in stage.completes else _earlier(run, stage)
+            refuse_foreign(path, table_lineage(path), owner, remedy)
+        elif path.suffix == ".zarr" and is_committed(path):
+            refuse_foreign(path, group_lineage(path), record, remedy)
 
 
 def record_of(run: RunDirectory, stage: StageDefinition) -> Summary:

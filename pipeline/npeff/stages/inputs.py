@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from npeff.stages.factorize import FACTORIZE
 from npeff.stages.fishers import FISHERS
 from npeff.stages.lift import LIFT
 from npeff.stages.worker_specs import fitted_examples
+from npeff.storage.checksums import json_checksum
 from npeff.storage.errors import StoreError
 from npeff.store.component_store import open_factorization
 from npeff.store.fisher_store import FisherStore
@@ -70,7 +72,25 @@ def checksums_of(run: RunDirectory) -> dict[int, str]:
     if missing:
         problem = f"shard {missing[0]} of {run.fishers} has no record"
         raise StoreError(problem, f"run `npeff fishers {run.fishers_home}` first", path=run.fishers)
-    return {shard: record.checksum for shard, record in records.items()}
+    checksums = {shard: record.checksum for shard, record in records.items()}
+    if fishers.get("shards") not in (None, shards_checksum(checksums)):
+        raise StoreError(
+            f"the shards in {run.shard_records} are not those of the stage's record: they belong to another run, or "
+            "were computed again with other results",
+            f"restore them, or delete {run.record_file('fishers')} and run `npeff fishers {run.path}`",
+            path=run.shard_records,
+        )
+    return checksums
+
+
+def shards_checksum(checksums: Mapping[int, str]) -> str:
+    """Return a checksum of all shards, for the record of the stage ``fishers``."""
+    return json_checksum({f"{shard:05d}": checksum for shard, checksum in checksums.items()})
+
+
+def direction_checksums(run: RunDirectory) -> dict[int, str]:
+    """Return the checksums of the lifted directions; none for runs of an earlier version."""
+    return {int(component): checksum for component, checksum in record_of(run, LIFT).get("units", {}).items()}
 
 
 def validate_problem(config: RunConfig, n_fit: int, rank: int) -> None:

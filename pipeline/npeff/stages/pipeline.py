@@ -16,8 +16,8 @@ from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import ProgressDisplay
-from npeff.runs.stage import record_of, recorded
-from npeff.stages.inputs import lifted_components
+from npeff.runs.stage import record_of, recorded, refuse_foreign_results
+from npeff.stages.inputs import direction_checksums, lifted_components
 from npeff.stages.lift import LIFT
 from npeff.stages.registry import STAGES
 from npeff.stages.worker_specs import executor_for
@@ -69,7 +69,8 @@ def export_direction(run: RunDirectory, component: int, file: str | Path) -> Non
         RunDirectoryError: the component does not exist or is not lifted.
     """
     record_of(run, LIFT)
-    directions = DirectionStore.open(run.directions)
+    refuse_foreign_results(run, LIFT)
+    directions = DirectionStore.open(run.directions, direction_checksums(run))
     if component >= directions.n_components:
         raise RunDirectoryError(
             f"{run.path} has no component {component}: choose one of 0 to {directions.n_components - 1}"

@@ -75,6 +75,16 @@ def open_group(path: Path, kind: str, version: int, command: str) -> tuple[zarr.
         raise damaged_metadata(path, "", command) from error
 
 
+def group_lineage(path: Path) -> str | None:
+    """Return the attribute ``lineage`` of the group at `path`; None if it is unknown.
+
+    Raises:
+        StoreError: The metadata of the group are damaged.
+    """
+    found: str | None = read_json(path / METADATA).get("attributes", {}).get("lineage")
+    return found
+
+
 def restore_metadata(path: Path, create: Callable[[Path], object]) -> None:
     """Write the missing ``zarr.json`` files of a group. Its content stays.
 

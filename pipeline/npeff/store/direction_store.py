@@ -19,6 +19,7 @@ from safetensors.numpy import save
 from zarr.codecs import Crc32cCodec
 
 from npeff.storage.atomic import replacing_directory, write_file_atomically
+from npeff.storage.checksums import checksum
 from npeff.storage.commands import run_argument
 from npeff.storage.errors import StoreError, os_errors_explained
 from npeff.storage.location import is_remote, location
@@ -32,10 +33,17 @@ _KIND = "a store of directions"
 class DirectionStore:
     """The Zarr group ``<run>/directions.zarr``. Use `create` or `open`."""
 
-    def __init__(self, path: Path, arrays: Mapping[str, zarr.Array[Any]], attrs: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        arrays: Mapping[str, zarr.Array[Any]],
+        attrs: Mapping[str, Any],
+        checksums: Mapping[int, str] | None = None,
+    ) -> None:
         self.path = path
         self.arrays = dict(arrays)
         self.attrs = dict(attrs)
+        self._checksums = dict(checksums or {})
         self.n_components: int = attrs["n_components"]
         self.dtype = str(next(iter(self.arrays.values())).dtype)
 
@@ -93,22 +101,31 @@ class DirectionStore:
         return cls.open(path)
 
     @classmethod
-    def open(cls, path: str | Path) -> DirectionStore:
+    def open(cls, path: str | Path, checksums: Mapping[int, str] | None = None) -> DirectionStore:
         """Open the store at `path`.
+
+        Args:
+            path: The store.
+            checksums: The checksums (see `write`) that the directions of some components must have when they are read.
 
         Raises:
             StoreError: The store is missing or damaged.
         """
         path = location(path)
         group, attrs = open_group(path, _KIND, SCHEMA_VERSION, "lift")
-        return cls(path, {name: open_array(group, path, name, "lift") for name in attrs["parameters"]}, attrs)
+        return cls(
+            path, {name: open_array(group, path, name, "lift") for name in attrs["parameters"]}, attrs, checksums
+        )
 
-    def write(self, component: int, direction: Mapping[str, np.ndarray]) -> None:
+    def write(self, component: int, direction: Mapping[str, np.ndarray]) -> str:
         """Write the direction of a component durably.
 
         Args:
             component: Number of the component.
             direction: The arrays of all parameters, by name.
+
+        Returns:
+            The checksum of the stored arrays.
 
         Raises:
             ValueError: A parameter is missing, is unknown, has another shape, or is not finite.
@@ -123,21 +140,27 @@ class DirectionStore:
                 raise ValueError(f"{name} must have shape {array.shape[1:]}, not {values.shape}")
             if not np.isfinite(values).all():
                 raise ValueError(f"the direction in {name} is not finite")
-        parts = (
-            Part(name, self.arrays[name], component, component, values.astype(self.dtype))
-            for name, values in direction.items()
-        )
+        stored = {name: values.astype(self.dtype) for name, values in direction.items()}
+        parts = (Part(name, self.arrays[name], component, component, values) for name, values in stored.items())
         write_durably(self.path, parts)
+        return checksum(stored)
 
     def read(self, component: int) -> dict[str, np.ndarray]:
         """Return the direction of a component by parameter name, in float32.
 
         Raises:
             IndexError: There is no such component.
-            StoreError: A chunk is missing or corrupt.
+            StoreError: A chunk is missing or corrupt, or the direction does not have its checksum.
         """
         self._check(component)
-        return {name: self._read(name, component) for name in self.arrays}
+        stored = {name: self._read(name, component) for name in self.arrays}
+        if self._checksums.get(component) not in (None, checksum(stored)):
+            raise StoreError(
+                f"direction {component} in {self.path} does not match its checksum",
+                f"run `npeff check --recompute {run_argument(self.path)}`",
+                path=self.path,
+            )
+        return {name: values.astype(np.float32, copy=False) for name, values in stored.items()}
 
     def export(self, component: int, file: str | Path) -> None:
         """Write the unit direction of a component as a safetensors file with one tensor per parameter.
@@ -163,7 +186,7 @@ class DirectionStore:
             path=self.path / name,
         )
         try:
-            values = np.asarray(self.arrays[name][component], np.float32)
+            values = np.asarray(self.arrays[name][component])
         except (ValueError, OSError) as error:
             raise damage from error
         if not np.isfinite(values).all():  # a missing chunk reads as NaN

@@ -142,7 +142,7 @@ repair_steps: one row per step tried. `mended_target` is the number of wrong top
 _MAY_HAVE_MORE_COLUMNS = ("examples",)
 
 TABLES_VERSION = 2
-_VERSION_KEY, _NAME_KEY = b"npeff.schema_version", b"npeff.table"
+_VERSION_KEY, _NAME_KEY, _LINEAGE_KEY = b"npeff.schema_version", b"npeff.table", b"npeff.lineage"
 
 _GROUP_BYTES = {"examples": 2**18}
 """Approximate size of a row group in bytes; 1 MiB in other tables. Queries read single examples all over the table."""
@@ -159,7 +159,7 @@ _ENCODINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_table(path: str | Path, name: str, columns: Mapping[str, Any] | pa.Table) -> None:
+def write_table(path: str | Path, name: str, columns: Mapping[str, Any] | pa.Table, lineage: str | None = None) -> None:
     """Create or replace the Parquet file `path` with table `name`.
 
     Args:
@@ -167,15 +167,18 @@ def write_table(path: str | Path, name: str, columns: Mapping[str, Any] | pa.Tab
         name: Name of the table in `SCHEMAS`.
         columns: A sequence, numpy array or pyarrow array for each column of the schema; an (n, m) array for a list
             column. None is null.
+        lineage: What the table was made from; see `npeff.runs.lineage`.
 
     Raises:
         StoreError: A column is missing or unknown, has another type or length, or is null but not nullable; or the file
             cannot be written. The previous content of `path` is unchanged.
     """
-    write_table_in_parts(path, name, [columns])
+    write_table_in_parts(path, name, [columns], lineage)
 
 
-def write_table_in_parts(path: str | Path, name: str, parts: Iterable[Mapping[str, Any] | pa.Table]) -> None:
+def write_table_in_parts(
+    path: str | Path, name: str, parts: Iterable[Mapping[str, Any] | pa.Table], lineage: str | None = None
+) -> None:
     """Create or replace a Parquet file with a table that is given in parts, each as in `write_table`.
 
     All parts must have the same columns.
@@ -183,6 +186,8 @@ def write_table_in_parts(path: str | Path, name: str, parts: Iterable[Mapping[st
     tables = (_checked(name, _columns(part)) for part in parts)
     first = next(tables, SCHEMAS[name].empty_table())
     metadata = {_NAME_KEY: name.encode(), _VERSION_KEY: str(TABLES_VERSION).encode()}
+    if lineage is not None:
+        metadata[_LINEAGE_KEY] = lineage.encode()
     options = {
         "write_statistics": [column for column in first.column_names if column not in _WITHOUT_STATISTICS],
         "write_page_checksum": True,
@@ -230,6 +235,25 @@ def check_version(path: str | Path, schema: pa.Schema) -> None:
             "install the version of npeff-pipeline that wrote it, or a later one",
             path=location(path),
         )
+
+
+def lineage_in(schema: pa.Schema) -> str | None:
+    """Return what a table was made from, according to the metadata of its file; None if it is unknown."""
+    found = (schema.metadata or {}).get(_LINEAGE_KEY)
+    return None if found is None else found.decode(errors="replace")
+
+
+def table_lineage(path: Path) -> str | None:
+    """Return the lineage in the metadata of the Parquet file `path`; None if it is unknown.
+
+    Raises:
+        StoreError: The file is missing or damaged.
+    """
+    try:
+        with os_errors_explained("read", path), path.open("rb") as stream:
+            return lineage_in(pq.read_schema(stream))
+    except pa.ArrowException as error:
+        raise damaged_file(path) from error
 
 
 def read_table(path: str | Path, name: str, columns: Sequence[str] | None = None) -> pa.Table:

@@ -7,11 +7,12 @@ import pyarrow as pa
 from npeff.execution.executor import Executor
 from npeff.runs.definition import Summary, finished
 from npeff.runs.directory import RunDirectory
+from npeff.runs.lineage import discard_foreign
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import forget_other_requests, open_stage, unit_checksums
 from npeff.stages.attribute import ATTRIBUTE
 from npeff.stages.attribute.worker import AttributionPaths, AttributionWorker
-from npeff.stages.inputs import fingerprint_of, lifted_components
+from npeff.stages.inputs import direction_checksums, fingerprint_of, lifted_components
 from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
 from npeff.store.tables import SCHEMAS, read_table, write_table
 
@@ -40,6 +41,8 @@ def attribute(
             return stage.done
         progress, results = progress or SilentProgress(), run.partial_results("attribute")
         forget_other_requests(results, f"{count} top examples")
+        if (message := discard_foreign(run, ATTRIBUTE, stage.lineage)) is not None:
+            progress.say(message)
         top = read_table(run.table("top_examples"), "top_examples").select(["component", "rank", "example"])
         examples: dict[int, list[int]] = {component: [] for component in components}
         for row in top.to_pylist():
@@ -50,7 +53,7 @@ def attribute(
             AttributionWorker,
             model=model_spec(run, fingerprint_of(run)),
             labels=run.config.fishers.label_spec(run.config.seed),
-            paths=AttributionPaths(run.directions, results),
+            paths=AttributionPaths(run.directions, results, direction_checksums(run), stage.lineage),
             examples=examples,
         )
         done = finished(results)
@@ -67,6 +70,6 @@ def attribute(
         table = pa.concat_tables(
             [SCHEMAS[_TABLE].empty_table(), *(read_table(files[component], _TABLE) for component in components)]
         )
-        write_table(run.table(_TABLE), _TABLE, table)
+        write_table(run.table(_TABLE), _TABLE, table, stage.lineage)
         units = unit_checksums(run, ATTRIBUTE, components)
         return stage.complete({"top_examples": count, "components": components, "n_rows": len(table), "units": units})

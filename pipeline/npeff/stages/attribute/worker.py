@@ -6,7 +6,7 @@ An item is a component. Each example is a separate batch, so that positions of t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,10 @@ class AttributionPaths:
     directions: Path
     results: Path
     """Folder of one Parquet file per finished component."""
+    checksums: Mapping[int, str] = field(default_factory=dict)
+    """Checksums of the directions."""
+    lineage: str | None = None
+    """What the results are made from, see `npeff.runs.lineage`."""
 
 
 class AttributionWorker:
@@ -44,7 +48,11 @@ class AttributionWorker:
     ) -> None:
         self._loaded = model.load()
         self._collector = GradientCollector(self._loaded.model, self._loaded.logits, self._loaded.layout, labels)
-        self._directions, self._paths, self._examples = DirectionStore.open(paths.directions), paths, examples
+        self._directions, self._paths, self._examples = (
+            DirectionStore.open(paths.directions, paths.checksums),
+            paths,
+            examples,
+        )
 
     def attribute(self, component: int) -> int:
         """Write the component's rows of the table `position_shares` to a file. Returns the number of rows."""
@@ -58,7 +66,7 @@ class AttributionWorker:
             for example, row in zip(examples, tokens, strict=True):
                 rows += self._rows(component, example, row, directions)
         columns = {name: [row[name] for row in rows] for name in SCHEMAS[_TABLE].names}
-        write_table(self._paths.results / f"{component:05d}.parquet", _TABLE, columns)
+        write_table(self._paths.results / f"{component:05d}.parquet", _TABLE, columns, self._paths.lineage)
         return len(rows)
 
     def _rows(

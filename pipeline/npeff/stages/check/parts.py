@@ -11,6 +11,7 @@ from npeff.runs.config_sections import IMPORTED_TASK
 from npeff.runs.definition import StageDefinition
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
+from npeff.runs.lineage import REMEDY_OF_MISFIT, misfit
 from npeff.runs.part import Part, intact_record, missing, verify_table
 from npeff.runs.stage import checked_record, outputs_of, table_file, tables_of
 from npeff.stages.factorize import FACTORIZE
@@ -98,7 +99,15 @@ def _stage_parts(run: RunDirectory, stage: StageDefinition, checksums: Mapping[s
     """Yield the record of a stage and the outputs that a complete stage must have written."""
     record = run.record_file(stage.name)
     if record.exists():
-        yield Part(f"record of {stage.name}", record, partial(checked_record, run, stage.name), (record,))
+        yield Part(f"record of {stage.name}", record, partial(_verify_record, run, stage), (record,))
+        yield Part(
+            f"results of {stage.name}",
+            record,
+            partial(_verify_fit, run, stage),
+            (record,),
+            recomputable=stage.recomputed,
+            remedy=REMEDY_OF_MISFIT,
+        )
     elif stage in _expected(run):
         yield Part(f"record of {stage.name}", record, partial(missing, record))
     for table in tables_of(run, stage):
@@ -114,6 +123,18 @@ def _stage_parts(run: RunDirectory, stage: StageDefinition, checksums: Mapping[s
             yield Part(path.name, path, partial(missing, path))
         elif path.suffix == ".safetensors" and path.exists():
             yield Part("diagonal Fisher", path, partial(read_diagonal, path), (path, record))
+
+
+def _verify_record(run: RunDirectory, stage: StageDefinition) -> None:
+    checked_record(run, stage.name)
+
+
+def _verify_fit(run: RunDirectory, stage: StageDefinition) -> None:
+    """Check that the results of a stage fit those that they were made from, and the settings."""
+    record = intact_record(run, stage.name)
+    earlier = None if stage.after is None else intact_record(run, stage.after.name)
+    if record is not None and (reason := misfit(run, stage, record, earlier)) is not None:
+        raise StoreError(reason, path=run.record_file(stage.name))
 
 
 def _expected(run: RunDirectory) -> list[StageDefinition]:

@@ -19,7 +19,7 @@ from npeff.reports.report import write_report
 from npeff.runs.definition import StageDefinition
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
-from npeff.runs.part import Part, delete, finished_components
+from npeff.runs.part import Part, delete, finished_components, intact_record
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.settings import restore_provenance
 from npeff.runs.stage import recorded
@@ -82,7 +82,17 @@ def check(
                     break
                 _recompute(done, recomputable, executor, progress)
                 damaged = _damaged(runs, progress)
+        for each in runs:
+            if unknown := [stage.name for stage in complete_stages(each) if _is_unknown(each, stage)]:
+                progress.say(
+                    f"{each.home}: what the results of {', '.join(unknown)} were made from is unknown; an earlier "
+                    "version or an import wrote them"
+                )
         return [Damage(part.what, part.where, why, _remedy(run, part)) for part, why in damaged]
+
+
+def _is_unknown(run: RunDirectory, stage: StageDefinition) -> bool:
+    return "lineage" not in (intact_record(run, stage.name) or {"lineage": None})
 
 
 @dataclass(frozen=True)
@@ -153,7 +163,12 @@ def _recompute(
     with executor_for(done[0].run, executor) as workers:
         for each in done:
             for stage, recompute in each.stages.items():
-                if recorded(each.run, stage) is None:
+                try:
+                    complete = recorded(each.run, stage) is not None
+                except RunDirectoryError as error:  # results that do not fit, which no stage may replace
+                    progress.say(str(error))
+                    break
+                if not complete:
                     recompute(each.run, executor=workers, progress=progress)
     for each in done:
         if each.reported:

@@ -40,5 +40,7 @@ FACTORIZE = StageDefinition(
     parts="npeff.stages.factorize.parts:factorize_parts",
     units=_units,
     details=_details,
+    settings=lambda config: config.factorization_signature(),
+    recomputed=False,
     stands=_stands,
 )

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
+from npeff.runs.lineage import MadeFrom, lineage_of
 from npeff.stages.factorize import FACTORIZE
 from npeff.stages.factorize.tables import write_component_tables
 from npeff.stages.registry import stages_after
@@ -28,8 +29,12 @@ def write_solution(
     summary: Summary,
     stability_K: np.ndarray | None = None,
     columns_D: np.ndarray | None = None,
+    *,
+    sources: MadeFrom | None,
 ) -> Summary:
     """Write components, coefficients and their tables. Returns fields for the stage's record.
+
+    ``sources`` is what the factorization was made from, see `npeff.runs.lineage`.
 
     Results of later stages for former components are deleted. They are kept if the components are the same, which is
     the case when a damaged factorization is recomputed.
@@ -46,10 +51,13 @@ def write_solution(
                 run.table(table).unlink(missing_ok=True)  # else the report would show it with the new components
         for folder in (run.directions, run.repaired):
             remove_directory(folder)
-    write_factorization(run.factorization, components_KD, coefficients_NK, summary, columns_D)
-    write_component_tables(run, components_KD, coefficients_NK, stability_K)
-    write_table(run.table("history"), "history", rows_to_columns(history, "history"))
-    return {"checksums": checksums}
+    lineage = lineage_of(FACTORIZE, sources, checksums)
+    attrs = summary if lineage is None else summary | {"lineage": lineage}
+    write_factorization(run.factorization, components_KD, coefficients_NK, attrs, columns_D)
+    write_component_tables(run, components_KD, coefficients_NK, stability_K, lineage)
+    write_table(run.table("history"), "history", rows_to_columns(history, "history"), lineage)
+    known = {} if lineage is None else {"made_from": sources, "lineage": lineage}
+    return {"checksums": checksums} | known
 
 
 def own_examples(run: RunDirectory) -> Summary:

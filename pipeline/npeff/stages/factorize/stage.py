@@ -11,6 +11,7 @@ from npeff.execution.executor import Executor
 from npeff.factorization import InvalidProblemError, near_duplicates
 from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
+from npeff.runs.lineage import MadeFrom
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.settings import refuse_fewer_iterations
 from npeff.runs.stage import open_stage, record_of
@@ -85,7 +86,7 @@ def factorize(
                 )
                 tick(solved.history[-1]["iteration"], solved.stopped, last=True)
             stability_K = component_stability(run, workers, solved.results[0].components_KD, progress)
-        summary = _write_solution(run, solved, n_fit, stability_K)
+        summary = _write_solution(run, solved, n_fit, stability_K, stage.made_from)
         kind = "" if wanted.kind == "fishers" else "diagonal "
         progress.say(
             f"explained {summary['explained']:.4f} of the fitted {kind}Fishers"
@@ -114,7 +115,9 @@ def _origin(run: RunDirectory) -> Origin | None:
     return Origin(components_KD, frozen=wanted.expand is not None)
 
 
-def _write_solution(run: RunDirectory, solved: SolverRun, n_fit: int, stability_K: np.ndarray | None) -> Summary:
+def _write_solution(
+    run: RunDirectory, solved: SolverRun, n_fit: int, stability_K: np.ndarray | None, sources: MadeFrom | None
+) -> Summary:
     """Write the results of the solver's workers. Returns the summary for the stage's record."""
     result = solved.results[0]
     coefficients = {shard: rows for part in solved.results for shard, rows in part.coefficients.items()}
@@ -133,5 +136,12 @@ def _write_solution(run: RunDirectory, solved: SolverRun, n_fit: int, stability_
         "near_duplicates": near_duplicates(torch.tensor(result.components_KD)),
     }
     return summary | write_solution(
-        run, result.components_KD, coefficients_NK, solved.history, summary, stability_K, result.columns_D
+        run,
+        result.components_KD,
+        coefficients_NK,
+        solved.history,
+        summary,
+        stability_K,
+        result.columns_D,
+        sources=sources,
     )

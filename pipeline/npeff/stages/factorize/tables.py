@@ -19,6 +19,7 @@ def write_component_tables(
     components_KD: NDArray[np.float64],
     coefficients_NK: Coefficients,
     stability_K: NDArray[np.float64] | None = None,
+    lineage: str | None = None,
 ) -> None:
     """Write the tables ``components``, ``top_examples`` and ``coefficients``, with the coefficients of one component in
     memory at a time."""
@@ -44,8 +45,8 @@ def write_component_tables(
             active = active[np.argsort(-w_N[active], kind="stable")]
             yield {"example": active, "component": np.full(len(active), component), "coefficient": w_N[active]}
 
-    write_table_in_parts(run.table("coefficients"), "coefficients", parts())
-    write_table(run.table("top_examples"), "top_examples", rows_to_columns(top, "top_examples"))
+    write_table_in_parts(run.table("coefficients"), "coefficients", parts(), lineage)
+    write_table(run.table("top_examples"), "top_examples", rows_to_columns(top, "top_examples"), lineage)
     n_components = len(components_KD)
     cosines_KK = np.abs(components_KD @ components_KD.T)
     np.fill_diagonal(cosines_KK, -1)
@@ -61,4 +62,5 @@ def write_component_tables(
             "lift_cosine": [None] * n_components,
             "stability": [None] * n_components if stability_K is None else stability_K,
         },
+        lineage,
     )

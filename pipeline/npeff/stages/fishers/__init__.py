@@ -36,5 +36,7 @@ FISHERS = StageDefinition(
     parts="npeff.stages.fishers.parts:fisher_parts",
     units=_units,
     details=_details,
+    settings=lambda config: config.signature("task", "parameters", "fishers", "seed"),
+    recomputed=False,
     stands=lambda run, record: len(finished(run.shard_records)) >= record["n_shards"],
 )

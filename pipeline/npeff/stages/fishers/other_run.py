@@ -12,7 +12,7 @@ from npeff.stages.fishers import FISHERS
 from npeff.stages.fishers.tables import split_column
 from npeff.store.tables import read_table, write_table
 
-_OWN = ("stage", "completed_at", "checksum", "tables", "seconds", "worker_seconds")
+_OWN = ("stage", "completed_at", "checksum", "tables", "seconds", "worker_seconds", "made_from")
 """Fields of the other run's record that describe the work of that run."""
 
 
@@ -32,6 +32,6 @@ def use_other_fishers(run: RunDirectory) -> Summary:
         if name == "examples":
             split = split_column(len(table), run.config.factorization.held_out_fraction, run.config.seed)
             table = table.set_column(table.column_names.index("split"), "split", pa.array(split))
-        write_table(run.shared_table(name), name, table)
+        write_table(run.shared_table(name), name, table, record.get("lineage"))
     facts = {key: value for key, value in record.items() if key not in _OWN}
     return {**facts, "worker_seconds": 0.0, "from": str(run.fishers_home)}

@@ -10,6 +10,7 @@ from npeff.execution.executor import ATTEMPTS, Executor, ExecutorError, FailedIt
 from npeff.runs.config_reading import ConfigError
 from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
+from npeff.runs.lineage import lineage_of
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import open_stage
 from npeff.stages.fishers import FISHERS
@@ -18,7 +19,7 @@ from npeff.stages.fishers.other_run import use_other_fishers
 from npeff.stages.fishers.tables import write_example_tables, write_parameter_table
 from npeff.stages.fishers.worker import FisherWorker
 from npeff.stages.fitted_examples import example_weights
-from npeff.stages.inputs import validate_problem
+from npeff.stages.inputs import shards_checksum, validate_problem
 from npeff.stages.worker_specs import executor_for, inspection_of, model_spec, worker_spec
 from npeff.storage.atomic import is_committed, remove_directory
 from npeff.storage.errors import StoreError
@@ -105,11 +106,15 @@ def compute_fishers(
             metadata = {"labels": config.fishers.labels, "model_fingerprint": facts.model_fingerprint}
             sums.write_mean(run.diagonal_fisher, n_examples - n_invalid, metadata)
         remove_directory(sums.folder)
-        write_example_tables(run, facts.examples, facts.class_names)
+        content = shards_checksum({shard: record.checksum for shard, record in complete.items()})
+        lineage = lineage_of(FISHERS, stage.made_from, content)
+        write_example_tables(run, facts.examples, facts.class_names, lineage)
         shapes = dict(zip(facts.layout.names, facts.layout.shapes, strict=True))
-        write_parameter_table(run, shapes, facts.left_out)
+        write_parameter_table(run, shapes, facts.left_out, lineage)
         return stage.complete(
             {
+                "lineage": lineage,
+                "shards": content,
                 "n_examples": n_examples,
                 "n_invalid": n_invalid,
                 "n_classes": facts.n_classes,

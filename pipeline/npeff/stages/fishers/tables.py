@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from npeff.runs.directory import RunDirectory
 from npeff.store.fisher_store import FisherStore
-from npeff.store.tables import read_table, write_table
+from npeff.store.tables import read_table, table_lineage, write_table
 
 
 def held_out(n_examples: int, fraction: float, seed: int) -> NDArray[np.bool_]:
@@ -27,7 +27,9 @@ _OF_EXAMPLES = ("labels", "valid", "frobenius_norms", "ranks", "kept_trace", "lo
 """Arrays of the Fisher store that are read for the table of examples."""
 
 
-def write_example_tables(run: RunDirectory, examples: pa.Table, class_names: Sequence[str]) -> None:
+def write_example_tables(
+    run: RunDirectory, examples: pa.Table, class_names: Sequence[str], lineage: str | None = None
+) -> None:
     """Write the tables ``examples`` and ``classes`` from the task's table and the stored logits and norms."""
     store = FisherStore.open(run.fishers)
     n_examples = store.plan.n_examples
@@ -54,8 +56,9 @@ def write_example_tables(run: RunDirectory, examples: pa.Table, class_names: Seq
         "text": [None] * n_examples,
     }
     own = {name: examples[name] for name in examples.column_names if name in ("image", "text") or name not in columns}
-    write_table(run.shared_table("examples"), "examples", columns | own)
-    write_table(run.shared_table("classes"), "classes", {"class": range(len(class_names)), "name": list(class_names)})
+    write_table(run.shared_table("examples"), "examples", columns | own, lineage)
+    classes = {"class": range(len(class_names)), "name": list(class_names)}
+    write_table(run.shared_table("classes"), "classes", classes, lineage)
 
 
 def ensure_split(run: RunDirectory) -> None:
@@ -75,14 +78,17 @@ def ensure_split(run: RunDirectory) -> None:
     elif not own.is_file() or read_table(own, "examples", ["split"])["split"].to_pylist() != split.tolist():
         table = read_table(shared, "examples")
         position = table.column_names.index("split")
-        write_table(own, "examples", table.set_column(position, "split", pa.array(split)))
+        columns = table.set_column(position, "split", pa.array(split))
+        write_table(own, "examples", columns, table_lineage(shared))
 
 
 def split_column(n_examples: int, fraction: float, seed: int) -> NDArray[np.object_]:
     return np.where(held_out(n_examples, fraction, seed), "held_out", "fit").astype(object)
 
 
-def write_parameter_table(run: RunDirectory, shapes: Mapping[str, Sequence[int]], left_out: Mapping[str, str]) -> None:
+def write_parameter_table(
+    run: RunDirectory, shapes: Mapping[str, Sequence[int]], left_out: Mapping[str, str], lineage: str | None = None
+) -> None:
     """Write the table ``parameters``: shapes of the included parameters, and the reasons why others are excluded."""
     taken = [True] * len(shapes) + [False] * len(left_out)
     columns = {
@@ -92,4 +98,4 @@ def write_parameter_table(run: RunDirectory, shapes: Mapping[str, Sequence[int]]
         "taken": taken,
         "reason": [None] * len(shapes) + [*left_out.values()],
     }
-    write_table(run.shared_table("parameters"), "parameters", columns)
+    write_table(run.shared_table("parameters"), "parameters", columns, lineage)

@@ -21,4 +21,5 @@ LIFT = StageDefinition(
     parts="npeff.stages.lift.parts:lift_parts",
     units=lambda run: units_by_component(run, "lift", "directions"),
     details=_details,
+    settings=lambda config: config.lift.model_dump(mode="json", exclude={"memory_limit_mb", "components"}),
 )

@@ -15,6 +15,7 @@ from npeff.runs.config import RunConfig
 from npeff.runs.definition import Summary, finished
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
+from npeff.runs.lineage import discard_foreign
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import open_stage
 from npeff.stages.inputs import checksums_of, fingerprint_of, lifted_components
@@ -24,9 +25,10 @@ from npeff.stages.worker_specs import executor_for, fitted_examples, model_spec,
 from npeff.storage.atomic import is_committed, remove_directory
 from npeff.storage.checksums import read_json
 from npeff.storage.errors import StoreError
+from npeff.storage.zarr_groups import group_lineage
 from npeff.store.direction_store import DirectionStore
 from npeff.store.fisher_store import FisherStore
-from npeff.store.tables import read_table, rows_to_columns, write_table
+from npeff.store.tables import read_table, rows_to_columns, table_lineage, write_table
 
 
 def lift(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
@@ -56,8 +58,10 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
         layout = fishers.attrs["parameter_layout"]
         shapes = {name: tuple(shape) for name, shape in zip(layout["names"], layout["shapes"], strict=True)}
         model = model_spec(run, fingerprint_of(run))  # raises before anything is written if there is no model
-        results = run.partial_results("lift")
-        _prepare_store(run, shapes)
+        results, progress = run.partial_results("lift"), progress or SilentProgress()
+        _prepare_store(run, shapes, stage.lineage, progress)
+        if (message := discard_foreign(run, LIFT, stage.lineage)) is not None:
+            progress.say(message)
         lifted = {component: read_json(path) for component, path in finished(results).items()}
         if any(fact.get("polished") for fact in lifted.values()) and not set(chosen) <= set(lifted):
             lifted = {}  # a polished direction depends on the former directions of all components
@@ -67,6 +71,7 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
             run,
             LiftWorker,
             kind=config.factorization.kind,
+            lineage=stage.lineage,
             model=model,
             labels=config.fishers.label_spec(config.seed),
             sketch=config.fishers.sketch,
@@ -84,24 +89,32 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
                 fitting=_fitting(config, sum(math.prod(shape) for shape in shapes.values())),
                 paths=paths,
                 lifted=lifted,
-                progress=progress or SilentProgress(),
+                progress=progress,
             )
             work.lift(chosen)
             work.polish(config.lift.polish_steps)
         for folder in (paths.sums, paths.scores):
             remove_directory(folder)
-        median = _write_tables(run, lifted)
-        return stage.complete({"n_components": len(lifted), "components": sorted(lifted), "median_cosine": median})
+        median = _write_tables(run, lifted, stage.lineage)
+        summary = {"n_components": len(lifted), "components": sorted(lifted), "median_cosine": median}
+        checksums = {f"{component:05d}": fact.get("checksum") for component, fact in sorted(lifted.items())}
+        return stage.complete(summary | {"units": {name: found for name, found in checksums.items() if found}})
 
 
-def _prepare_store(run: RunDirectory, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Create the store of directions, or restore its metadata. Directions that are already lifted are kept."""
+def _prepare_store(
+    run: RunDirectory, shapes: dict[str, tuple[int, ...]], lineage: str | None, progress: ProgressDisplay
+) -> None:
+    """Create the store of directions, or restore its metadata. Directions that are already lifted are kept, unless they
+    were made from other components or with other settings."""
     layout: dict[str, Any] = {
         "n_components": run.config.factorization.n_components,
         "shapes": shapes,
-        "attrs": {},
+        "attrs": {} if lineage is None else {"lineage": lineage},
         "dtype": run.config.lift.dtype,
     }
+    if _is_foreign(run, lineage):
+        progress.say("the directions were made from other components or with other settings; computing them again")
+        remove_directory(run.directions)
     if not is_committed(run.directions):
         run.reopen("lift")  # or a crash would leave a complete stage with an empty store
         remove_directory(run.partial_results("lift"))  # remains of a deleted store
@@ -112,7 +125,18 @@ def _prepare_store(run: RunDirectory, shapes: dict[str, tuple[int, ...]]) -> Non
         DirectionStore.restore(run.directions, **layout)
 
 
-def _write_tables(run: RunDirectory, lifted: dict[int, dict[str, Any]]) -> float:
+def _is_foreign(run: RunDirectory, lineage: str | None) -> bool:
+    try:
+        return (
+            is_committed(run.directions)
+            and lineage is not None
+            and group_lineage(run.directions) not in (None, lineage)
+        )
+    except StoreError:  # the metadata are damaged or were deleted
+        return False
+
+
+def _write_tables(run: RunDirectory, lifted: dict[int, dict[str, Any]], lineage: str | None) -> float:
     """Write the energies of the directions and their cosines to the components. Returns the median cosine."""
     energy = [
         {"component": component, "parameter": name, "energy": fraction}
@@ -121,9 +145,10 @@ def _write_tables(run: RunDirectory, lifted: dict[int, dict[str, Any]]) -> float
     ]
     cosines = {component: fact["cosine"] for component, fact in lifted.items()}
     column = [cosines.get(component) for component in range(run.config.factorization.n_components)]
-    components = read_table(run.table("components"), "components").to_pydict() | {"lift_cosine": column}
-    write_table(run.table("layer_energy"), "layer_energy", rows_to_columns(energy, "layer_energy"))
-    write_table(run.table("components"), "components", components)
+    table = run.table("components")
+    components = read_table(table, "components").to_pydict() | {"lift_cosine": column}
+    write_table(run.table("layer_energy"), "layer_energy", rows_to_columns(energy, "layer_energy"), lineage)
+    write_table(table, "components", components, table_lineage(table))
     return float(np.median(list(cosines.values())))
 
 

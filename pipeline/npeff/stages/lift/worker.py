@@ -88,6 +88,7 @@ class LiftWorker:
         checksums: checksum of every stored shard.
         batch_size: number of examples in a batch.
         kind: kind of the factorized Fishers.
+        lineage: what the directions are made from, see `npeff.runs.lineage`.
     """
 
     def __init__(
@@ -101,12 +102,13 @@ class LiftWorker:
         checksums: dict[int, str],
         batch_size: int,
         kind: Literal["fishers"] | DiagonalKind = "fishers",
+        lineage: str | None = None,
     ) -> None:
         self._loaded = model.load()
         self._collector = GradientCollector(self._loaded.model, self._loaded.logits, self._loaded.layout, labels)
         self._fishers = FisherStore.open(examples.fishers)
         self._directions = DirectionStore.open(paths.directions)
-        self._paths, self._checksums, self._batch_size = paths, checksums, batch_size
+        self._paths, self._checksums, self._batch_size, self._lineage = paths, checksums, batch_size, lineage
         factorization = open_factorization(paths.factorization)
         components_KD, coefficients_NK = factorization.read_components(), factorization.read_coefficients()
         self._solution = _solution(torch.from_numpy(components_KD), torch.from_numpy(coefficients_NK), examples)
@@ -270,12 +272,15 @@ class LiftWorker:
         total = sum(squares.values())
         unit = {name: tensor / total**0.5 if total > 0 else tensor for name, tensor in direction.items()}
         dtype: torch.dtype = getattr(torch, self._directions.dtype)  # torch rounds much faster than numpy does
-        self._directions.write(component, {name: tensor.to(dtype).cpu().numpy() for name, tensor in unit.items()})
+        arrays = {name: tensor.to(dtype).cpu().numpy() for name, tensor in unit.items()}
+        checksum = self._directions.write(component, arrays)
         facts = {
             "component": component,
             "cosine": cosine,
             "polished": step,
             "energy": {name: square / total if total > 0 else 0.0 for name, square in squares.items()},
+            "checksum": checksum,
+            **({} if self._lineage is None else {"lineage": self._lineage}),
         }
         write_json_atomically(self._result(component), facts)
         return facts

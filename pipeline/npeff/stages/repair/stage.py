@@ -18,7 +18,7 @@ from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import forget_other_requests, open_stage, record_of
-from npeff.stages.inputs import fingerprint_of, lifted_components
+from npeff.stages.inputs import direction_checksums, fingerprint_of, lifted_components
 from npeff.stages.lift import LIFT
 from npeff.stages.repair import REPAIR
 from npeff.stages.repair.worker import Attempt, Batch, RepairWorker
@@ -69,7 +69,7 @@ def repair(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
             remove_directory(run.repaired)
         examples = _Examples.of(run)
         with executor_for(run, executor) as workers:
-            search = _Search(run, workers, progress, examples)
+            search = _Search(run, workers, progress, examples, stage.lineage)
             rows = search.over_represented()
             likely = [row["component"] for row in rows if row["q_value"] <= wanted.significance]
             edits, steps = search.edits([component for component in likely if component in lifted], lifted)
@@ -86,8 +86,8 @@ def repair(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
             if edits:
                 argument = (tuple(edits), run.repaired, {"run": run.path.name, **summary})
                 summary["model_checksum"] = search.call("save", argument)
-        write_table(run.table("repair"), "repair", rows_to_columns(rows, "repair"))
-        write_table(run.table("repair_steps"), "repair_steps", rows_to_columns(steps, "repair_steps"))
+        write_table(run.table("repair"), "repair", rows_to_columns(rows, "repair"), stage.lineage)
+        write_table(run.table("repair_steps"), "repair_steps", rows_to_columns(steps, "repair_steps"), stage.lineage)
         progress.say(_outcome(summary))
         return stage.complete(summary)
 
@@ -123,8 +123,16 @@ class _Examples:
 class _Search:
     """Search for the edits, on workers."""
 
-    def __init__(self, run: RunDirectory, workers: Executor, progress: ProgressDisplay, examples: _Examples) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        workers: Executor,
+        progress: ProgressDisplay,
+        examples: _Examples,
+        lineage: str | None,
+    ) -> None:
         self._run, self._workers, self._progress, self._examples = run, workers, progress, examples
+        self._lineage = lineage
         among_N = np.zeros(len(examples.wrong_N), dtype=bool)
         among_N[examples.tuning] = True
         self._among_N = among_N
@@ -247,7 +255,8 @@ class _Search:
     def _attempts(self, edits: tuple[Edit, ...], components: list[int]) -> dict[int, list[dict[str, Any]]]:
         attempts = [Attempt(edits, component, self._tops[component]) for component in components]
         files = {attempt.component: self._run.partial_results("repair") / attempt.file for attempt in attempts}
-        found = {j: read_json(file)["trials"] for j, file in files.items() if file.exists()}
+        stored = {j: read_json(file) for j, file in files.items() if file.exists()}
+        found = {j: each["trials"] for j, each in stored.items() if each.get("lineage") in (None, self._lineage)}
         missing = [attempt for attempt in attempts if attempt.component not in found]
         with self._progress.stage("repair", len(attempts), "components", done=len(found)) as tick:
             tried = self._workers.map(self._worker, "attempt", missing, keep_going=True) if missing else ()
@@ -267,6 +276,8 @@ class _Search:
             tuning=self._examples.tuning,
             kl_steps=self._run.config.repair.kl_steps,
             batch_size=FisherStore.open(self._run.fishers).attrs["batch_size"],
+            checksums=direction_checksums(self._run),
+            lineage=self._lineage,
         )
 
 
@@ -295,10 +306,10 @@ def _step_row(
 
 def _request(run: RunDirectory) -> str:
     """Return a hash of the settings and results that the repair depends on."""
-    record_of(run, LIFT)
-    # the components determine the directions, so the hash does not include the directions
+    lift = record_of(run, LIFT)
+    # the components and the settings of the lift determine the directions
     components = open_factorization(run.factorization).attrs["checksums"]
-    facts = [run.config.repair.model_dump(mode="json"), components]
+    facts = [run.config.repair.model_dump(mode="json"), components, *([lift["lineage"]] if "lineage" in lift else [])]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

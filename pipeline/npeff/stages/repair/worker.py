@@ -8,7 +8,7 @@ item is a batch of examples: the worker computes the loss at given steps and the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,6 +76,8 @@ class RepairWorker:
         tuning: numbers of the tuning examples, on which steps are chosen.
         kl_steps: mean KL divergences on the top examples that the steps should reach.
         batch_size: batch size of the predictions.
+        checksums: checksums of the directions.
+        lineage: what the results are made from, see `npeff.runs.lineage`.
     """
 
     def __init__(
@@ -86,9 +88,12 @@ class RepairWorker:
         tuning: NDArray[np.int64],
         kl_steps: Sequence[float],
         batch_size: int,
+        checksums: Mapping[int, str],
+        lineage: str | None,
     ) -> None:
         self._loaded = model.load()
-        self._directions, self._results = DirectionStore.open(directions), results
+        self._directions, self._results = DirectionStore.open(directions, checksums), results
+        self._lineage = lineage
         self._kept: dict[int, dict[str, torch.Tensor]] = {}
         self._tuning, self._kl_steps, self._batch_size = tuning, kl_steps, batch_size
 
@@ -112,7 +117,7 @@ class RepairWorker:
                     with moved(self._loaded.model, direction, sign * step.epsilon):
                         correct = np.flatnonzero(self._predict(self._tuning).correct()).tolist()
                     trials.append(asdict(Trial(sign, step.epsilon, step.kl, correct)))
-        write_json_atomically(self._results / wanted.file, {"trials": trials})
+        write_json_atomically(self._results / wanted.file, {"trials": trials, "lineage": self._lineage})
         return trials
 
     def loss_and_derivatives(self, wanted: Batch) -> tuple[float, list[float]]:

@@ -63,7 +63,7 @@ def select(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
             else:
                 rows = fits.gather(tried)
                 recommended = recommend(rows)
-        _write_tables(run, rows, recommended.n_components, fits)
+        _write_tables(run, rows, recommended.n_components, fits, stage.lineage)
         progress.say(f"recommended: factorization.n_components: {recommended.n_components}")
         progress.say(recommended.reason)
         return stage.complete({"request": request, **asdict(recommended), "n_fits": sum(row.n_fits for row in rows)})
@@ -140,8 +140,9 @@ class _Fits:
 def _request(run: RunDirectory) -> dict[str, Any]:
     """Return the request, with a hash of the settings that a fit depends on in addition to its name."""
     config, wanted = run.config, run.config.selection
+    fishers = record_of(run, FISHERS)
     fits = {
-        "fishers": record_of(run, FISHERS)["signature"],
+        "fishers": fishers.get("lineage", fishers["signature"]),
         "seed": config.seed,
         "subsample": config.factorization.subsample,
         "held_out_fraction": config.factorization.held_out_fraction,
@@ -155,9 +156,11 @@ def _request(run: RunDirectory) -> dict[str, Any]:
     }
 
 
-def _write_tables(run: RunDirectory, rows: Sequence[Evidence], recommended: int, fits: _Fits) -> None:
+def _write_tables(
+    run: RunDirectory, rows: Sequence[Evidence], recommended: int, fits: _Fits, lineage: str | None
+) -> None:
     described = [{**asdict(row), "recommended": row.n_components == recommended} for row in rows]
-    write_table(run.table("selection"), "selection", rows_to_columns(described, "selection"))
+    write_table(run.table("selection"), "selection", rows_to_columns(described, "selection"), lineage)
     requests = [request for row in rows for request in fits.requests(row.n_components)]
     singly = [{**asdict(request), **fits.store.read(request.name).facts} for request in requests]
-    write_table(run.table("selection_fits"), "selection_fits", rows_to_columns(singly, "selection_fits"))
+    write_table(run.table("selection_fits"), "selection_fits", rows_to_columns(singly, "selection_fits"), lineage)

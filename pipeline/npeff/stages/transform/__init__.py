@@ -13,5 +13,7 @@ TRANSFORM = StageDefinition(
     in_every_run=False,
     leaves="factorize",
     details=lambda record: f"components of {record['transformed_from']}",
+    settings=lambda config: config.factorization_signature(),
+    recomputed=False,
     stands=lambda run, record: "transformed_from" in record,
 )

@@ -66,9 +66,14 @@ def transform(
             )
         origin = str(given.path if given.name == DEFAULT else given.home)
         with open_stage(run, FACTORIZE) as stage:
-            if stage.done and stage.done.get("transformed_from") == origin:
-                return stage.done
-            if stage.done or run.checkpoints.exists():
+            there = record_of(given, FACTORIZE).get("lineage")
+            sources = None if stage.made_from is None or there is None else stage.made_from | {"source": there}
+            same_source = stage.done is not None and stage.done.get("transformed_from") == origin
+            if stage.done and same_source:
+                if sources is None or stage.done.get("made_from", sources) == sources:
+                    return stage.done
+                progress.say(f"the components of {given.path} have changed; computing the coefficients again")
+            elif stage.done or run.checkpoints.exists():
                 raise RunDirectoryError(
                     f"{run.path} has been factorized already",
                     "set another factorization.name, or use --name NAME",
@@ -104,6 +109,6 @@ def transform(
                 "near_duplicates": near_duplicates(torch.from_numpy(components_KD)),
             }
             coefficients_NK = StackedRows([part.coefficients_NK for part in in_order])
-            summary |= write_solution(run, components_KD, coefficients_NK, [], summary)
+            summary |= write_solution(run, components_KD, coefficients_NK, [], summary, sources=sources)
             progress.say(f"explained {summary['explained']:.4f} of the Fishers")
             return stage.complete(summary | own_examples(run))

@@ -32,4 +32,5 @@ VERIFY = StageDefinition(
     parts="npeff.stages.verify.parts:verify_parts",
     units=lambda run: units_by_component(run, "verify", "components"),
     details=_details,
+    settings=lambda config: config.verification.model_dump(mode="json"),
 )

@@ -10,9 +10,10 @@ import pyarrow as pa
 from npeff.execution.executor import Executor
 from npeff.runs.definition import Summary, finished
 from npeff.runs.directory import RunDirectory
+from npeff.runs.lineage import discard_foreign
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import open_stage, unit_checksums
-from npeff.stages.inputs import fingerprint_of, lifted_components
+from npeff.stages.inputs import direction_checksums, fingerprint_of, lifted_components
 from npeff.stages.verify import VERIFY
 from npeff.stages.verify.worker import VerificationOptions, VerificationPaths, VerificationWorker
 from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
@@ -40,10 +41,14 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         if stage.done and set(components) <= set(stage.done.get("components", range(stage.done["n_components"]))):
             return stage.done
         progress, config, wanted = progress or SilentProgress(), run.config, run.config.verification
+        if (message := discard_foreign(run, VERIFY, stage.lineage)) is not None:
+            progress.say(message)
         verified = {
             component: read_table(path, "verification").to_pylist() for component, path in finished(results).items()
         }
-        paths = VerificationPaths(run.factorization, run.directions, run.table("examples"), results)
+        paths = VerificationPaths(
+            run.factorization, run.directions, run.table("examples"), results, direction_checksums(run), stage.lineage
+        )
         worker = worker_spec(
             run,
             VerificationWorker,
@@ -73,12 +78,12 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
                 verified[component] = rows
                 tick(len(verified))
         rows = [row for component in sorted(verified) for row in verified[component]]
-        write_table(run.table("verification"), "verification", rows_to_columns(rows, "verification"))
+        write_table(run.table("verification"), "verification", rows_to_columns(rows, "verification"), stage.lineage)
         parts = [read_table(paths.selectivity_file(component), "selectivity") for component in sorted(verified)]
-        write_table(run.table("selectivity"), "selectivity", pa.concat_tables(parts))
+        write_table(run.table("selectivity"), "selectivity", pa.concat_tables(parts), stage.lineage)
         if wanted.ablation:
             parts = [read_table(paths.ablation_file(component), "ablation") for component in sorted(verified)]
-            write_table(run.table("ablation"), "ablation", pa.concat_tables(parts))
+            write_table(run.table("ablation"), "ablation", pa.concat_tables(parts), stage.lineage)
         scores = [asdict(score) for score in scoreboard(verdicts(rows))]
         summary = {"n_components": len(verified), "components": sorted(verified), "scores": scores}
         return stage.complete(summary | {"units": unit_checksums(run, VERIFY, sorted(verified))})

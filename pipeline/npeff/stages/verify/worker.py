@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,10 @@ class VerificationPaths:
     examples: Path
     results: Path
     """Folder of one Parquet file per finished component, and of the files of the methods below."""
+    checksums: Mapping[int, str] = field(default_factory=dict)
+    """Checksums of the directions."""
+    lineage: str | None = None
+    """What the results are made from, see `npeff.runs.lineage`."""
 
     def selectivity_file(self, component: int) -> Path:
         return self.results / "selectivity" / f"{component:05d}.parquet"
@@ -130,7 +134,7 @@ class VerificationWorker:
         self._members = {split: valid_N & (split_N == split) for split in SPLITS}
         factorization = open_factorization(paths.factorization)
         self._coefficients_NK, self._components_KD = factorization.read_coefficients(), factorization.read_components()
-        self._directions = DirectionStore.open(paths.directions)
+        self._directions = DirectionStore.open(paths.directions, paths.checksums)
         self._lifted = list(range(len(self._components_KD)) if options.lifted is None else options.lifted)
         self._origin = None if options.origin is None else self._read_origin(options.origin)
 
@@ -145,10 +149,12 @@ class VerificationWorker:
         """
         direction = self._tested_direction(component)
         rows, selectivity, ablation = ([], [], []) if direction is None else self._rows(component, direction)
-        write_table(self._paths.selectivity_file(component), "selectivity", _columns(selectivity, "selectivity"))
+        paths, lineage = self._paths, self._paths.lineage
+        write_table(paths.selectivity_file(component), "selectivity", _columns(selectivity, "selectivity"), lineage)
         if self._options.ablation:
-            write_table(self._paths.ablation_file(component), "ablation", _columns(ablation, "ablation"))
-        write_table(self._paths.results / f"{component:05d}.parquet", "verification", _columns(rows, "verification"))
+            write_table(paths.ablation_file(component), "ablation", _columns(ablation, "ablation"), lineage)
+        # written last: the file of a finished component
+        write_table(paths.results / f"{component:05d}.parquet", "verification", _columns(rows, "verification"), lineage)
         return rows
 
     def _rows(self, component: int, direction: Direction) -> tuple[list[Row], list[Row], list[Row]]:

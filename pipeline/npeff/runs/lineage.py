@@ -1,0 +1,116 @@
+"""What the results of a stage were made from.
+
+The record of a stage contains a hash, the *lineage* of its results: of the lineage of the results that the stage reads,
+of the settings that matter to it, and, for the Fishers and the factorization, of the checksums of the results
+themselves. Tables, stores and partial results contain the lineage of their stage. Results that belong to another run,
+to another factorization or to other settings therefore differ from their record in this hash.
+
+Runs of earlier versions have no lineages. An unknown lineage fits everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from npeff.runs.definition import StageDefinition, Summary, finished
+from npeff.runs.errors import RunDirectoryError
+from npeff.storage.checksums import json_checksum, read_json
+from npeff.store.tables import table_lineage
+
+if TYPE_CHECKING:
+    from npeff.runs.directory import RunDirectory
+
+REMEDY_OF_MISFIT = (
+    "restore the former settings and Fishers from a copy, or make another factorization with `npeff factorize RUN "
+    "--name NAME`, or delete this one with `npeff rm RUN --factorization NAME`"
+)
+
+MadeFrom = dict[str, str]
+"""Lineage of each result that a stage reads, by the name of its stage, and the hash of the settings."""
+
+
+def made_from(run: RunDirectory, stage: StageDefinition, record: Summary | None) -> MadeFrom | None:
+    """Return what the results of a stage are made from now; None if the lineage of its inputs is unknown.
+
+    Args:
+        run: The run.
+        stage: The stage.
+        record: The record of the stage that it follows; None if it follows none.
+    """
+    inputs: MadeFrom = {}
+    if stage.after is not None:
+        if record is None or "lineage" not in record:
+            return None
+        inputs[stage.after.name] = record["lineage"]
+    return inputs | {"settings": json_checksum({"settings": stage.settings(run.config)})}
+
+
+def lineage_of(stage: StageDefinition, sources: Mapping[str, str] | None, content: Any = None) -> str | None:
+    """Return the lineage of results that are made from ``sources``; None if the sources are unknown.
+
+    Args:
+        stage: The stage.
+        sources: See `made_from`.
+        content: Checksums of the results, for stages whose results are part of the lineage.
+    """
+    if sources is None:
+        return None
+    return json_checksum({"stage": stage.record, "made_from": dict(sources), "content": content})
+
+
+def misfit(run: RunDirectory, stage: StageDefinition, record: Summary, earlier: Summary | None) -> str | None:
+    """Return why complete results no longer fit what the run directory contains; None if they fit or it is unknown.
+
+    Args:
+        run: The run.
+        stage: The stage.
+        record: The record of the stage.
+        earlier: The record of the stage that it follows.
+    """
+    was, now = record.get("made_from"), made_from(run, stage, earlier)
+    if was is None or now is None:
+        return None
+    reasons = [
+        "they were made with other settings" if name == "settings" else f"they were made from other results of {name}"
+        for name in sorted(now.keys() & was.keys(), reverse=True)
+        if now[name] != was[name]
+    ]
+    return f"the results of {stage.name} do not fit: {', and '.join(reasons)}" if reasons else None
+
+
+def discard_foreign_units(files: Iterable[Path], lineage: str | None) -> int:
+    """Delete the partial results that have another lineage, and return how many were deleted.
+
+    Args:
+        files: JSON files and Parquet files of finished units.
+        lineage: The lineage of the results to keep; None keeps all of them.
+    """
+    foreign = [path for path in files if lineage is not None and unit_lineage(path) not in (None, lineage)]
+    for path in foreign:
+        path.unlink()
+    return len(foreign)
+
+
+def unit_lineage(path: Path) -> str | None:
+    """Return the lineage of a partial result; None if it is unknown."""
+    if path.suffix == ".parquet":
+        return table_lineage(path)
+    found: str | None = read_json(path).get("lineage")
+    return found
+
+
+def discard_foreign(run: RunDirectory, stage: StageDefinition, lineage: str | None) -> str | None:
+    """Delete the finished units of a stage that have another lineage. Returns a message, or None if there are none."""
+    n_deleted = discard_foreign_units(finished(run.partial_results(stage.name)).values(), lineage)
+    if not n_deleted:
+        return None
+    return (
+        f"{n_deleted} results of {stage.name} were made from other results or with other settings; computing them again"
+    )
+
+
+def refuse_misfit(run: RunDirectory, reason: str) -> RunDirectoryError:
+    """Return the error for results that are not recomputed because other results would be lost."""
+    return RunDirectoryError(f"{run.argument}: {reason}", REMEDY_OF_MISFIT, path=run.home)
