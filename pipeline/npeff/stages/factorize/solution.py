@@ -30,7 +30,7 @@ def write_solution(
     stability_K: np.ndarray | None = None,
     columns_D: np.ndarray | None = None,
     *,
-    sources: MadeFrom | None,
+    sources: MadeFrom | None = None,
 ) -> Summary:
     """Write components, coefficients and their tables. Returns fields for the stage's record.
 

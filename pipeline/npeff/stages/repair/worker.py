@@ -88,8 +88,8 @@ class RepairWorker:
         tuning: NDArray[np.int64],
         kl_steps: Sequence[float],
         batch_size: int,
-        checksums: Mapping[int, str],
-        lineage: str | None,
+        checksums: Mapping[int, str] | None = None,
+        lineage: str | None = None,
     ) -> None:
         self._loaded = model.load()
         self._directions, self._results = DirectionStore.open(directions, checksums), results
