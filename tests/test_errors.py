@@ -113,7 +113,7 @@ TEXTS = {"str", "repr", "first_line", "as_one_line"}
 REGEX = {"search", "match", "fullmatch", "findall", "finditer", "split", "sub"}
 ALLOWED = {
     "errors.py first_line": "what is shown of it, one line",
-    "errors.py as_one_line": "what is shown of it, on one line",
+    "errors.py hide_values": "replaces values of environment variables in it",
     "errors.py of": "hands all arguments over",
     "execution/executor.py out_of_memory": "torch's RuntimeError has no field for it",
     "execution/ray/jobs.py submit": "Ray's RuntimeError has neither the server's status nor its reason",

@@ -18,6 +18,7 @@ TENSORS = {"torch", "numpy"}
 ARRAYS = {"numpy", "scipy"}
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
+    "variables": (set(), {"errors"}),
     "options": (set(), {"errors"}),
     "statistics": (ARRAYS, set()),
     "gradients": (TENSORS, {"errors", "options"}),
@@ -33,16 +34,25 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "storage": ({"numpy", "zarr", "upath", "fsspec", "s3fs", "botocore", "aiohttp"}, {"errors"}),
     "store": ({"zarr", "pyarrow", "numpy", "safetensors"}, {"errors", "storage"}),
     "execution": (TENSORS | {"ray", "aiohttp", "dask"}, {"errors"}),  # Ray's job client raises aiohttp's errors
-    "runs": ({"pydantic", "yaml", "rich"}, {"errors", "options", "storage", "store", "execution"}),
-    "models": (TENSORS | {"pyarrow"}, {"tasks", "gradients", "fisher", "execution", "store"}),
+    "runs": ({"pydantic", "yaml", "rich"}, {"errors", "variables", "options", "storage", "store", "execution"}),
+    "models": (
+        TENSORS | {"pyarrow"},
+        {"errors", "variables", "tasks", "gradients", "fisher", "execution", "store"},
+    ),
     "query": ({"numpy", "scipy", "zarr", "dask", "pyarrow", "duckdb"}, {"errors", "store", "storage", "statistics"}),
-    "reports": (ARRAYS | {"pyarrow", "jinja2", "markupsafe", "PIL"}, {"query", "store", "storage", "statistics"}),
+    "reports": (
+        ARRAYS | {"pyarrow", "jinja2", "markupsafe", "PIL"},
+        {"errors", "query", "store", "storage", "statistics"},
+    ),
     "stages": (TENSORS | {"scipy", "pyarrow", "safetensors"}, {"*"}),
     "interchange": (
         {"h5py", "pyarrow", "torch", "numpy"},
-        {"errors", "stages", "runs", "store", "storage", "factorization"},
+        {"errors", "variables", "stages", "runs", "store", "storage", "factorization"},
     ),
-    "cli": ({"typer", "rich", "pyarrow"}, {"errors", "stages", "interchange", "runs", "execution", "query", "storage"}),
+    "cli": (
+        {"typer", "rich", "pyarrow"},
+        {"errors", "variables", "stages", "interchange", "runs", "execution", "query", "storage"},
+    ),
 }
 """For each room (a package or a module of this project), floor by floor: the third-party packages and the rooms that it
 may import, besides itself and the standard library. "*" is every room above it in this table."""

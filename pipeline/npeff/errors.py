@@ -1,14 +1,25 @@
 """The base classes of every error that a user can cause or fix, and functions that shorten the text of exceptions.
 
-Code reads the fields of an error, never its text.
+Code reads the fields of an error, never its text. The text shows no value of an environment variable to which the run
+file refers (see `npeff.variables`): `without_values` replaces the values of the variables that `hide_value_of` named.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import traceback
 from pathlib import Path
 from typing import Any, Self, TypeVar
+from urllib.parse import quote
 
 _Error = TypeVar("_Error", bound="NpeffError")
+
+_SHORTEST_HIDDEN = 4
+"""Length of the shortest value that is replaced. A shorter value may be part of any word."""
+
+_hidden_names: set[str] = set()
 
 
 class NpeffError(Exception):
@@ -52,12 +63,50 @@ class ItemError(NpeffError):
     """A user error that may affect one item of work only, so that the other items can still be processed."""
 
 
+def hide_value_of(name: str) -> None:
+    """Replace the value of this environment variable in every text that the process shows from now on."""
+    _hidden_names.add(name)
+
+
+def without_values(text: str) -> str:
+    """Return a text with ``${NAME}`` in place of the values of the hidden variables of at least 4 characters."""
+    names = {form: name for name in sorted(_hidden_names) for form in _forms(os.environ.get(name, ""))}
+    if not names:
+        return text
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, longest_first)), lambda found: f"${{{names[found[0]]}}}", text)
+
+
+def _forms(value: str) -> set[str]:
+    """Return a value as it may appear in a text: plain, quoted, on one line, in a URL, or in a normalized path."""
+    escaped = (repr(value)[1:-1], json.dumps(value)[1:-1], quote(value), quote(value, safe=""))
+    forms = {value, value.strip(), value.rstrip("/"), " ".join(value.split()), *escaped}
+    return {form for form in forms if len(form) >= _SHORTEST_HIDDEN}
+
+
+def hide_values(error: BaseException) -> None:
+    """Replace the values of hidden variables in the texts of an error, and forget the causes if they show a value."""
+    if isinstance(error, NpeffError):
+        error.args = tuple(without_values(text) if isinstance(text, str) else text for text in error.args)
+        error.problem, error.remedy = without_values(error.problem), without_values(error.remedy)
+    if shows_values(error):
+        error.__cause__ = None  # the context is not shown either
+
+
+def shows_values(error: BaseException) -> bool:
+    """Return whether the traceback of an error, with its causes, shows the value of a hidden variable."""
+    if not _hidden_names:
+        return False
+    shown = "".join(traceback.format_exception(error))
+    return without_values(shown) != shown
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's text, or the name of its class if it has no text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return without_values(str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def as_one_line(error: BaseException, most: int = 300) -> str:
     """Return an exception's text on one line, cut to at most `most` characters with an ellipsis."""
-    text = " ".join(str(error).split())
+    text = " ".join(without_values(str(error)).split())
     return text if len(text) <= most else text[: most - 1] + "…"

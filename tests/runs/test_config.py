@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
+from npeff.errors import without_values
 from npeff.runs.config import RunConfig
 from npeff.runs.config_reading import ConfigError
+from npeff.variables import VariableError
 
 MINIMAL = "run_dir: runs/x\ntask: {name: digits}\nfactorization: {n_components: 4}\n"
 
@@ -115,25 +119,134 @@ def test_signatures_are_those_that_runs_have_stored(
     assert config.signature("task", "parameters", "fishers", "seed") == fishers
 
 
-def test_environment_variables_are_put_in_wherever_a_text_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DATA", "/data/of ${DATA}: 'mine'")
-    text = (
+def with_variables(tmp_path: Path) -> RunConfig:
+    return read(
+        tmp_path,
         "run_dir: runs/${DATA}\nfactorization: {n_components: 4}\nparameters: {include: ['${DATA}*']}\n"
-        "task: {name: digits, options: {a: [{b: '${DATA}/x'}], c: '$${DATA}', d: '$DATA ${}', e: 3}}\n"
+        "task: {name: digits, options: {a: [{b: '${DATA}/x'}], c: '$${DATA}', d: '$DATA ${}', e: 3}}\n",
     )
-    config = read(tmp_path, text)
+
+
+def test_texts_keep_the_names_of_variables_and_give_the_values_where_they_are_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     value = "/data/of ${DATA}: 'mine'"
-    assert config.run_dir == f"runs/{value}"
-    assert config.parameters.include == (f"{value}*",)
-    assert config.task.options == {"a": [{"b": f"{value}/x"}], "c": "${DATA}", "d": "$DATA ${}", "e": 3}
-    monkeypatch.delenv("DATA")
-    assert read(tmp_path, config.to_yaml()) == config, "what is stored has the values, and needs the variable no more"
+    monkeypatch.delenv("DATA", raising=False)
+    config = with_variables(tmp_path)
+    assert config.task.options["a"] == [{"b": "${DATA}/x"}]
+    assert read(tmp_path, config.to_yaml()) == config
+    monkeypatch.setenv("DATA", value)
+    assert without_values(f"no {value}") == "no ${DATA}", "messages have the name from now on"
+    assert value not in config.to_yaml()
+    assert config.resolved("run_dir") == f"runs/{value}"
+    assert config.resolved("parameters.include") == (f"{value}*",)
+    assert config.resolved("task.options") == {"a": [{"b": f"{value}/x"}], "c": "${DATA}", "d": "$DATA ${}", "e": 3}
+    assert config.resolved("seed") == 0
 
 
-def test_an_environment_variable_that_is_not_set_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NO_SUCH_FOLDER", raising=False)
-    text = MINIMAL.replace("digits", "digits, options: {data: '${NO_SUCH_FOLDER}/x'}")
+def test_a_variable_that_is_not_set_is_one_line_where_its_value_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DATA", raising=False)
+    config = with_variables(tmp_path)
     with pytest.raises(
-        ConfigError, match=r"task\.options\.data needs the environment variable NO_SUCH_FOLDER, which is not set"
+        VariableError, match=r"^task\.options\.a\.b needs the environment variable DATA, which is not set"
     ):
+        config.resolved("task.options")
+    with pytest.raises(VariableError, match=r"^run_dir needs the environment variable DATA"):
+        config.resolved("run_dir")
+
+
+def test_a_run_dir_without_a_value_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTHING", "")
+    config = read(tmp_path, MINIMAL.replace("runs/x", "${NOTHING}"))
+    with pytest.raises(ConfigError, match=r"^run_dir must be given: \$\{NOTHING\} is empty$"):
+        config.resolved("run_dir")
+
+
+def test_settings_have_the_value_of_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SEED": "7", "DIM": "64", "KIND": "serial", "MANY": "8:16:8", "YES": "true"}.items():
+        monkeypatch.setenv(name, value)
+    config = read(
+        tmp_path,
+        MINIMAL + "seed: ${SEED}\nfishers: {sketch: {dim: '${DIM}'}, diagonal: {mean: '${YES}'}}\n"
+        "executor: {kind: '${KIND}'}\nselection: {components: '${MANY}'}\n",
+    )
+    assert (config.seed, config.fishers.sketch.dim, config.fishers.diagonal.mean) == (7, 64, True)
+    assert (config.executor.kind, config.selection.components) == ("serial", (8, 16))
+    assert "${" not in config.to_yaml()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (MINIMAL + "seed: ${NO_SUCH}\n", "seed needs the environment variable NO_SUCH, which is not set"),
+        (
+            MINIMAL + "fishers: {sketch: {dim: '${NO_SUCH}'}}\n",
+            "fishers.sketch.dim needs the environment variable NO_SUCH, which is not set",
+        ),
+        (MINIMAL + "seed: ${WORD}\n", "seed must be a whole number, not '${WORD}'"),
+        (MINIMAL + "executor: {kind: '${WORD}'}\n", "executor.kind must be 'auto', 'ray' or 'serial', not '${WORD}'"),
+        (MINIMAL + "executor: {workers: '${NUMBER}'}\n", "executor.workers must be greater than 0, not '${NUMBER}'"),
+        (MINIMAL + "fishers: {sketch: {kind: '${WORD}'}}\n", "not '${WORD}'"),
+        (MINIMAL + "fishers: {rank: '${NUMBER}'}\n", "fishers.rank must be greater than 0, not '${NUMBER}'"),
+        (MINIMAL.replace("4}", "'${NUMBER}'}"), "n_components must be greater than 0, not '${NUMBER}'"),
+        (MINIMAL + "selection: {components: '${WORD}'}\n", "'${WORD}' is not a list of numbers of components"),
+        (MINIMAL + "lift: {components: ['${WORD}']}\n", "must be a whole number, not '${WORD}'"),
+        (MINIMAL + "executor: {cpus_per_worker: '${WORD}'}\n", "not '${WORD}'"),
+        (MINIMAL + "executor: {workers: ['${WORD}']}\n", "must be a whole number, not ['${WORD}']"),
+        (MINIMAL.replace("{name: digits}", "'${WORD}'"), "task must be a mapping, such as {key: value}, not '${WORD}'"),
+    ],
+)
+def test_a_mistake_shows_the_name_of_a_variable_and_not_its_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str
+) -> None:
+    monkeypatch.setenv("WORD", "a-secret-" * 20)
+    monkeypatch.setenv("NUMBER", "-73211")
+    monkeypatch.delenv("NO_SUCH", raising=False)
+    with pytest.raises(ConfigError) as caught:
         read(tmp_path, text)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not any(value in str(caught.value) for value in ("a-secret-", "73211"))
+
+
+def test_another_value_of_a_variable_is_not_another_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = []
+    for value in ("one", "two"):
+        monkeypatch.setenv("DATA", value)
+        configs.append(with_variables(tmp_path))
+    assert configs[0].signature("task", "parameters") == configs[1].signature("task", "parameters")
+    assert configs[0].differences(configs[1]) == []
+    literal = read(tmp_path, configs[0].to_yaml().replace("${DATA}/x", "$${DATA}/x"))
+    assert literal.signature("task") != configs[0].signature("task")
+    assert literal.differences(configs[0]) == ["task.options.a"]
+
+
+def test_a_literal_text_has_the_signature_of_its_value(tmp_path: Path) -> None:
+    escaped = read(tmp_path, MINIMAL.replace("digits", "digits, options: {a: '$${DATA}', b: ['x$${Y}']}"))
+    content = {"task": {"name": "digits", "options": {"a": "${DATA}", "b": ["x${Y}"]}}}
+    stored = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    assert escaped.signature("task") == stored
+
+
+def test_texts_with_the_same_value_are_those_of_the_stored_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of(options: str) -> RunConfig:
+        return read(tmp_path, MINIMAL.replace("digits", f"digits, options: {options}") + "seed: 3\n")
+
+    monkeypatch.setenv("DATA", "/data")
+    monkeypatch.setenv("OTHER", "/data")
+    named, stored = of("{a: ['${DATA}/x', 1], b: '${DATA}/y'}"), of("{a: ['/data/x', 1], b: '/data/z'}")
+    assert named.with_texts_of(stored) == of("{a: ['/data/x', 1], b: '${DATA}/y'}")
+    assert stored.with_texts_of(named) == of("{a: ['${DATA}/x', 1], b: '/data/z'}")
+    assert named.with_texts_of(named) is named
+    assert of("{a: '${OTHER}'}").with_texts_of(of("{a: '${DATA}'}")) == of("{a: '${DATA}'}")
+    monkeypatch.delenv("OTHER")
+    renamed = of("{a: '${OTHER}'}")
+    assert renamed.with_texts_of(of("{a: '${DATA}'}")) == renamed
+    with pytest.raises(VariableError, match=r"^task\.options\.a needs the environment variable OTHER"):
+        renamed.with_texts_of(of("{a: /data}"))

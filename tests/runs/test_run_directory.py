@@ -14,6 +14,7 @@ import pytest
 from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory, StageState
 from npeff.runs.errors import RunDirectoryError
+from npeff.variables import VariableError
 
 
 def config(run_dir: Path, **changes: object) -> RunConfig:
@@ -69,6 +70,59 @@ def test_a_moved_run_opens_where_it_is_now(tmp_path: Path) -> None:
     RunDirectory.create(config(tmp_path / "old"))
     (tmp_path / "old").rename(tmp_path / "new")
     assert RunDirectory.open(tmp_path / "new").config.run_dir == str(tmp_path / "new")
+
+
+TOKEN = "hf_between-us"
+
+
+def with_token(run_dir: Path | str, token: str = "${TOKEN}", **changes: object) -> RunConfig:
+    return config(run_dir, task={"name": "digits", "options": {"token": token}}, **changes)  # type: ignore[arg-type]
+
+
+def test_a_run_stores_names_of_variables_and_opens_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PLACE", str(tmp_path / "a-place"))
+    run = RunDirectory.create(with_token("${PLACE}/run"))
+    assert run.path == tmp_path / "a-place" / "run"
+    stored = "".join(path.read_text() for path in run.path.iterdir())
+    assert "run_dir: ${PLACE}/run\n" in stored
+    assert "a-place" not in stored
+    monkeypatch.delenv("PLACE")
+    opened = RunDirectory.open(run.path)
+    assert opened.config.run_dir == str(run.path)
+    RunDirectory.create(opened.config.with_max_iterations(200))
+    assert "a-place" not in (run.path / "run.yaml").read_text(), "the text stays when the file is written again"
+    assert RunDirectory.open(run.path).config.factorization.max_iterations == 200
+
+
+def test_a_run_that_has_stored_a_value_goes_on_with_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    earlier = RunDirectory.create(with_token(tmp_path / "run", TOKEN))
+    monkeypatch.setenv("TOKEN", TOKEN)
+    again = RunDirectory.create(with_token(tmp_path / "run"))
+    assert again.config.signature("task") == earlier.config.signature("task")
+    monkeypatch.setenv("TOKEN", "another")
+    with pytest.raises(RunDirectoryError, match=r"differs in task\.options\.token"):
+        RunDirectory.create(with_token(tmp_path / "run"))
+    monkeypatch.delenv("TOKEN")
+    with pytest.raises(VariableError, match=r"task\.options\.token needs the environment variable TOKEN"):
+        RunDirectory.create(with_token(tmp_path / "run"))
+
+
+def test_a_run_that_has_stored_a_name_takes_any_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for token in (TOKEN, "another"):
+        monkeypatch.setenv("TOKEN", token)
+        assert RunDirectory.create(with_token(tmp_path / "run")).config.task.options == {"token": "${TOKEN}"}
+    with pytest.raises(RunDirectoryError, match=r"differs in task\.options\.token"):
+        RunDirectory.create(with_token(tmp_path / "run", TOKEN))
+
+
+def test_a_path_with_the_syntax_of_a_variable_is_a_path(tmp_path: Path) -> None:
+    odd = tmp_path / "${NOT_A_VARIABLE}"
+    RunDirectory.create(config(tmp_path / "run"))
+    (tmp_path / "run").rename(odd)
+    opened = RunDirectory.open(odd)
+    assert RunDirectory.create(opened.config.with_max_iterations(200)).path == odd
 
 
 def test_a_stage_is_missing_then_partial_then_complete(tmp_path: Path) -> None:

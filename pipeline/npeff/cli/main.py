@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+import traceback
 import warnings
 from importlib.abc import MetaPathFinder
 from typing import NoReturn
@@ -23,7 +24,7 @@ from npeff.cli import (
 )
 from npeff.cli.app import app
 from npeff.cli.job_commands import EXIT_INTERRUPTED
-from npeff.errors import NpeffError
+from npeff.errors import NpeffError, without_values
 
 COMMANDS = (demo_command, stage_commands, factorization_commands, file_commands, job_commands, query_commands)
 """Modules that add commands to `app`."""
@@ -56,6 +57,7 @@ def command() -> NoReturn:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if sys.argv[1:2] == ["query"]:
         sys.meta_path.insert(0, _WithoutPandas())
+    sys.excepthook = _show_defect
     main()
 
 
@@ -94,6 +96,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _fail(f"{error.filename or 'writing'}: {_DISK_ERRORS[error.errno]}")
 
 
+def _show_defect(_kind: object, error: BaseException, _trace: object) -> None:
+    """Print the traceback of a defect of this package, without values of environment variables of the run file."""
+    print(without_values("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+
+
 def _usage(error: TyperException) -> str:
     """Return a description of a usage error with the help command to run."""
     message = error.format_message().replace("Value error, ", "")
@@ -105,5 +112,5 @@ def _usage(error: TyperException) -> str:
 
 
 def _fail(message: str) -> NoReturn:
-    print("npeff: error: " + " ".join(message.split()), file=sys.stderr)
+    print("npeff: error: " + " ".join(without_values(message).split()), file=sys.stderr)
     raise SystemExit(EXIT_USER_ERROR)

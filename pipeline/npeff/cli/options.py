@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from npeff.storage.location import location
+from npeff.variables import literal
 
 if TYPE_CHECKING:
     from npeff.runs.config import RunConfig
@@ -116,7 +117,7 @@ def open_run(
         return RunDirectory.create(replaced(opened.config.with_factorization(**changes), workers, address))
     config = RunConfig.from_yaml(run)
     if run_dir is not None:
-        config = config.model_copy(update={"run_dir": str(run_dir)})
+        config = config.model_copy(update={"run_dir": literal(str(run_dir))})
     if factorization is not None:
         changes = {"name": factorization} | changes
     if changes:

@@ -54,6 +54,7 @@ from npeff.store.component_store import write_factorization
 from npeff.store.fisher_store import FisherStore
 from npeff.store.shard_records import CompletionRecord, ShardRecords
 from npeff.store.tables import SCHEMAS, rows_to_columns, write_table
+from npeff.variables import literal
 
 _IMPORTED = "imported"
 """Value of ``stopped`` for an imported decomposition."""
@@ -469,7 +470,7 @@ def _config(
             "held_out_fraction": options.held_out_fraction,
         },
     }
-    return RunConfig.model_validate(document)
+    return RunConfig.model_validate(literal(document))
 
 
 def _class_names(n_classes: int, options: ImportOptions, file: Path) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from npeff.errors import hide_values
 from npeff.execution.executor import ExecutorError
 from npeff.execution.serial import computing_threads
 from npeff.gradients import ParameterLayout, UnsupportedModelError, left_out, model_fingerprint, select_parameters
@@ -22,6 +23,7 @@ from npeff.models.heap import keep_freed_memory
 from npeff.models.predictions import Predictions
 from npeff.store.task_files import preparing, task_files
 from npeff.tasks import IGNORED, UNKNOWN, Examples, Task, TaskError, Token, load_task, to_device, user_code
+from npeff.variables import resolved
 
 _REQUIRED = ("id", "label")
 _COLUMNS: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
@@ -40,7 +42,11 @@ several times as long on two threads as on one."""
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The specification with which a worker loads the model and the examples."""
+    """The specification with which a worker loads the model and the examples.
+
+    ``task`` and ``options`` are texts of the run file. They contain names of environment variables, and the values come
+    from the environment of the worker.
+    """
 
     task: str
     options: dict[str, Any]
@@ -54,7 +60,7 @@ class ModelSpec:
 
     def prepare(self) -> None:
         """Run the task's preparation, once for all workers."""
-        task = load_task(self.task, self.options)
+        task = self._load_task()
         with preparing(self.cache) as cache, self.user_code(task, "prepare"):
             task.prepare(cache)
 
@@ -68,12 +74,13 @@ class ModelSpec:
             TaskError: The task's code raised an exception or returned an object of the wrong type, or the model does
                 not match the fingerprint.
             ExecutorError: The device is a GPU and no GPU is available.
+            VariableError: The task's options refer to an environment variable that is not set on this machine.
         """
         device = torch.device(self.device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ExecutorError("torch finds no GPU on the machine of this worker: set executor.gpus_per_worker to 0")
         keep_freed_memory()
-        task = load_task(self.task, self.options)
+        task = self._load_task()
         cache = task_files(self.cache)
         with self.user_code(task, "model"):
             model = task.model(cache)
@@ -90,6 +97,13 @@ class ModelSpec:
                 "former weights, seed the random initialization, or choose another run_dir"
             )
         return loaded
+
+    def _load_task(self) -> Task:
+        try:
+            return load_task(resolved(self.task, "task.name"), resolved(self.options, "task.options"))
+        except TaskError as error:
+            hide_values(error)
+            raise
 
     def user_code(self, task: Task, method: str) -> AbstractContextManager[None]:
         """Return the context in which to call a method of the task. It converts exceptions to errors of the task."""

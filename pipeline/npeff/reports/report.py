@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 
+from npeff.errors import without_values
 from npeff.query.components import ComponentStore
 from npeff.reports.cards import Card, CardWriter
 from npeff.reports.charts import log_axis, loss_chart, ratio_chart
@@ -86,8 +87,8 @@ def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
     writer = CardWriter(store, top_examples) if factorized else None
     cards = writer.cards() if writer is not None else []
     return {
-        "title": str(provenance.get("task") or store.run_dir.resolve().name),
-        "run_dir": store.run.argument,
+        "title": str(provenance.get("task") or without_values(store.run_dir.resolve().name)),
+        "run_dir": without_values(store.run.argument),
         "summary": store.summary(),
         "diagonal": tables.record("factorize").get("factorized", "fishers") != "fishers",
         "stages": [_stage(name, record) for name, record in tables.stages().items()],

@@ -1,11 +1,20 @@
 """The configuration of a run: frozen pydantic models that are read from YAML and refuse unknown keys.
 
 A run file is a mapping. Every key has a default except ``run_dir``, ``task`` and ``factorization.n_components``.
-`RunConfig.from_yaml` reads a run file. `RunConfig.to_yaml` writes the resolved configuration with all defaults.
+`RunConfig.from_yaml` reads a run file. `RunConfig.to_yaml` writes the configuration with all defaults.
 
-``${NAME}`` in any value of a run file is replaced by the environment variable NAME, which must be set; for example,
-``data: ${DATA}/pairs.parquet``. ``$${NAME}`` is the text ``${NAME}``. Variables are resolved when the run file is read,
-on the machine that reads it. The run directory stores the resolved values.
+``${NAME}`` in a value of a run file stands for the value of the environment variable NAME; for example,
+``data: ${DATA}/pairs.parquet``. ``$${NAME}`` is the text ``${NAME}``. The value may be a secret or differ between
+machines. Therefore:
+
+- A configuration contains the text with the name, and so does everything that is written: ``run.yaml``, the report,
+  a job's command. Error messages show the name too.
+- The value is read from the environment where it is used: that of ``task.name`` and ``task.options`` by every worker
+  (`npeff.models.loaded`), that of all other keys by the command (`RunConfig.resolved`). A command does not need the
+  variables of values that it does not use.
+- Hashes of settings contain the name. Another value of the variable is not another configuration.
+- Numbers, switches and words of a fixed list, such as ``seed`` and ``fishers.labels``, are not texts. The results
+  contain these settings. Variables in them are replaced when the run file is read, and ``run.yaml`` contains the value.
 """
 
 from __future__ import annotations
@@ -13,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -23,7 +33,8 @@ from pydantic import (
     model_validator,
 )
 
-from npeff.runs.config_reading import ConfigError, one_line, read_run_file, with_variables_escaped
+from npeff import variables
+from npeff.runs.config_reading import ConfigError, one_line, read_run_file, with_settings_resolved
 from npeff.runs.config_sections import (
     ExecutorConfig,
     FactorizationConfig,
@@ -59,7 +70,10 @@ FISHER_SECTIONS = ("task", "parameters", "fishers", "seed")
 
 
 class RunConfig(Section):
-    """The configuration of a run: one model, one data set, and the settings of every stage."""
+    """The configuration of a run: one model, one data set, and the settings of every stage.
+
+    Texts may contain references to environment variables. `resolved` returns the value of a key.
+    """
 
     run_dir: Annotated[str, Field(min_length=1, pattern="^[^\\x00]*$")]
     """Directory, or URI ``s3://bucket/prefix``, of all results."""
@@ -99,14 +113,18 @@ class RunConfig(Section):
             path: The run file.
 
         Raises:
-            ConfigError: The file is missing, is not YAML, or refers to an environment variable that is not set; or a
-                key is missing, is unknown or has an invalid value.
+            ConfigError: The file is missing or is not YAML; a key is missing, is unknown or has an invalid value; or
+                a number, a switch or a word refers to an environment variable that is not set.
         """
         path = Path(path) if isinstance(path, str) else path  # a path may be on an object store
+        document = read_run_file(path)
+        variables.hide_values_of(document)
         try:
-            return cls.model_validate(_with_other_fishers(read_run_file(path)))
+            return cls.model_validate(with_settings_resolved(_with_other_fishers(document), cls))
+        except variables.VariableError as error:
+            raise ConfigError(f"{path}: {error}") from None
         except ValidationError as error:
-            raise ConfigError(f"{path}: {one_line(error, cls)}") from None
+            raise ConfigError(f"{path}: {one_line(error, cls, document)}") from None
 
     @classmethod
     def stored(cls, path: Path, settings: Path | None, name: str) -> RunConfig:
@@ -127,14 +145,29 @@ class RunConfig(Section):
             own = document.setdefault("factorization", {"n_components": 1})  # a run without factorizations
             if isinstance(own, dict):
                 own["name"] = name
-            return cls.model_validate(document)
+            variables.hide_values_of(document)
+            return cls.model_validate(with_settings_resolved(document, cls))
+        except variables.VariableError as error:
+            raise ConfigError(f"{settings or path}: {error}") from None
         except ValidationError as error:
-            raise ConfigError(f"{settings or path}: {one_line(error, cls)}") from None
+            raise ConfigError(f"{settings or path}: {one_line(error, cls, document)}") from None
 
     def to_yaml(self, sections: Collection[str] | None = None) -> str:
         """Return the configuration, or some of its sections, as the text of a run file with all defaults."""
         document = self.model_dump(mode="json", include=None if sections is None else set(sections))
-        return yaml.safe_dump(with_variables_escaped(document), sort_keys=False)
+        return yaml.safe_dump(document, sort_keys=False)
+
+    def resolved(self, key: str) -> Any:
+        """Return the value of a dotted key with environment variables in place of ``${NAME}``.
+
+        Raises:
+            VariableError: A variable is not set in this process.
+            ConfigError: The value of ``run_dir`` is empty.
+        """
+        value = variables.resolved(attrgetter(key)(self), key)
+        if key == "run_dir" and not value:
+            raise ConfigError(f"run_dir must be given: {self.run_dir} is empty")
+        return value
 
     def with_executor(self, **changes: Any) -> RunConfig:
         """Return this configuration with some values of ``executor`` replaced."""
@@ -163,6 +196,8 @@ class RunConfig(Section):
     def differences(self, other: RunConfig) -> list[str]:
         """Return the dotted names of the keys whose values differ from an earlier configuration.
 
+        Texts are compared as they are written, with names of variables (see `with_texts_of`).
+
         Keys that do not change any result are ignored, and so is ``factorization.max_iterations``, which
         `npeff.runs.settings` compares with the number of steps. A run may therefore be resumed on another machine, with
         other workers, another memory limit or more iterations.
@@ -171,6 +206,21 @@ class RunConfig(Section):
         return sorted(
             key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key) and key != _MAX_ITERATIONS
         )
+
+    def with_texts_of(self, stored: RunConfig) -> RunConfig:
+        """Return this configuration with the texts of an earlier one for which both have the same value.
+
+        The values of variables are compared only for keys whose texts differ and on which results depend. The hashes
+        are then those of the stored results, for example if an earlier release has stored values instead of names.
+
+        Raises:
+            VariableError: A variable of such a key is not set in this process.
+        """
+        mine, theirs = (config.model_dump(mode="json", exclude=_FREE) for config in (self, stored))
+        shared = _with_texts_of(mine, theirs, "")
+        if shared == mine:
+            return self
+        return type(self).model_validate(_merged(self.model_dump(mode="json"), shared))
 
     def with_max_iterations(self, max_iterations: int) -> RunConfig:
         """Return this configuration with another limit on the iterations of the solver."""
@@ -183,12 +233,40 @@ class RunConfig(Section):
         The iteration limit is not among these settings.
         """
         wanted = self.factorization.model_dump(mode="json", exclude=_FREE["factorization"] | {"max_iterations"})
-        return hashlib.sha256(json.dumps([wanted, self.seed], sort_keys=True).encode()).hexdigest()[:16]
+        return _hash([wanted, self.seed])
 
     def signature(self, *sections: str) -> str:
         """Return a hash of the named top-level sections, on which the stored results of a stage depend."""
         content = self.model_dump(mode="json", include=set(sections), exclude=_NOT_HASHED)
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return _hash(content)
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(variables.for_hash(content), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _with_texts_of(mine: Any, theirs: Any, key: str) -> Any:
+    """Return ``mine`` with those texts of ``theirs`` that have the same value."""
+    match mine, theirs:
+        case dict(), dict():
+            return {
+                name: _with_texts_of(value, theirs[name], f"{key}.{name}".lstrip(".")) if name in theirs else value
+                for name, value in mine.items()
+            }
+        case list(), list() if len(mine) == len(theirs):
+            return [_with_texts_of(*pair, key) for pair in zip(mine, theirs, strict=True)]
+        case str(), str() if mine != theirs and _same_value(mine, theirs, key):
+            return theirs
+    return mine
+
+
+def _same_value(mine: str, theirs: str, key: str) -> bool:
+    try:
+        return bool(variables.resolved(mine, key) == variables.resolved(theirs, key))
+    except variables.VariableError:
+        if variables.has_references(mine) and variables.has_references(theirs):
+            return False  # the text was edited, or the variable has another name
+        raise
 
 
 def _with_other_fishers(document: dict[str, Any]) -> dict[str, Any]:
@@ -200,11 +278,13 @@ def _with_other_fishers(document: dict[str, Any]) -> dict[str, Any]:
     other = fishers.get("from") if isinstance(fishers, dict) else None
     if not isinstance(other, str) or not other:
         return document
-    path = location(other).expanduser().absolute()
+    path = location(variables.resolved(other, "fishers.from")).expanduser().absolute()
     theirs = read_run_file(path / "run.yaml")
     theirs = {name: theirs[name] for name in FISHER_SECTIONS if name in theirs}
     merged = _merged(theirs, document)
-    merged["fishers"]["from"] = theirs.get("fishers", {}).get("from") or str(path)
+    merged["fishers"]["from"] = theirs.get("fishers", {}).get("from") or (
+        other if variables.has_references(other) else variables.literal(str(path))
+    )
     return merged
 
 

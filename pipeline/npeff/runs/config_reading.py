@@ -1,22 +1,18 @@
-"""Reading of run files: YAML, environment variables, and one-line error messages."""
+"""Reading of run files: YAML, environment variables in settings, and one-line error messages."""
 
 from __future__ import annotations
 
 import difflib
-import os
-import re
-from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from npeff.errors import NpeffError, as_one_line
+from npeff.errors import NpeffError, as_one_line, without_values
 from npeff.options.bounds import OutOfBoundsError
-
-_VARIABLE = re.compile(r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+from npeff.variables import resolved
 
 
 class ConfigError(NpeffError, ValueError):
@@ -24,11 +20,10 @@ class ConfigError(NpeffError, ValueError):
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
-    """Return the mapping of a run file, with ``${NAME}`` replaced by environment variables.
+    """Return the mapping of a run file as it is written, with the names of environment variables.
 
     Raises:
-        ConfigError: The file is missing, is not YAML, is not a mapping, or refers to an environment variable that is
-            not set.
+        ConfigError: The file is missing, is not YAML, or is not a mapping.
     """
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
@@ -42,43 +37,33 @@ def read_run_file(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} is not a run file: it must contain the keys run_dir, task and factorization.n_components"
         )
-    try:
-        resolved: dict[str, Any] = _map_texts(document, _with_variables)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    return resolved
+    return document
 
 
-def with_variables_escaped(document: dict[str, Any]) -> dict[str, Any]:
-    """Return ``document`` with ``${NAME}`` escaped as ``$${NAME}``, so that it is read back unchanged."""
-    escaped: dict[str, Any] = _map_texts(document, lambda text, _: _VARIABLE.sub(r"$\g<0>", text))
-    return escaped
+def with_settings_resolved(document: dict[str, Any], model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """Return the mapping of a run file with environment variables replaced in the values that are not texts.
+
+    These values are numbers, switches and words of a fixed list, by the types of the keys of ``model``. All other
+    values are returned unchanged.
+
+    Raises:
+        VariableError: A variable is not set.
+    """
+    found = {}
+    for name, value in document.items():
+        field = model.model_fields.get(name)
+        kind = None if field is None else field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            section = isinstance(value, dict)
+            found[name] = with_settings_resolved(value, kind, f"{prefix}{name}.") if section else value
+        else:
+            found[name] = value if kind is None or _holds_texts(kind) else resolved(value, f"{prefix}{name}")
+    return found
 
 
-def _map_texts(tree: Any, change: Callable[[str, str], str], key: str = "") -> Any:
-    """Return ``tree`` with every string replaced by ``change(string, dotted key)``."""
-    match tree:
-        case str():
-            return change(tree, key)
-        case dict():
-            return {name: _map_texts(value, change, f"{key}.{name}".removeprefix(".")) for name, value in tree.items()}
-        case list():
-            return [_map_texts(value, change, key) for value in tree]
-    return tree
-
-
-def _with_variables(text: str, key: str) -> str:
-    """Return ``text`` with ``${NAME}`` replaced by environment variables."""
-
-    def value(found: re.Match[str]) -> str:
-        escaped, name = found.groups()
-        if escaped:
-            return found[0][1:]
-        if name not in os.environ:
-            raise ConfigError(f"{key} needs the environment variable {name}, which is not set: export {name}=…")
-        return os.environ[name]
-
-    return _VARIABLE.sub(value, text)
+def _holds_texts(kind: Any) -> bool:
+    """Return whether a value of this type, or a part of it, is any text."""
+    return kind in (str, Any) or (get_origin(kind) is not Literal and any(map(_holds_texts, get_args(kind))))
 
 
 class _Loader(yaml.SafeLoader):
@@ -120,22 +105,43 @@ _PLAIN = {
 """Messages for pydantic's error types in terms of YAML, instead of pydantic's messages in terms of Python."""
 
 
-def one_line(error: ValidationError, model: type[BaseModel]) -> str:
-    """Return pydantic's errors on a ``model`` as one line, with the nearest known key for an unknown key."""
+def one_line(error: ValidationError, model: type[BaseModel], document: dict[str, Any] | None = None) -> str:
+    """Return pydantic's errors on a ``model`` as one line, with the nearest known key for an unknown key.
+
+    Args:
+        error: The errors.
+        model: The type of the validated values.
+        document: The mapping of the run file. Values are shown as they are written there.
+    """
     parts = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
+        given = _written_at(document, problem["loc"], problem["input"])
         if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             near = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(model, problem["loc"][:-1]), n=1)
             parts.append(f"unknown key {key!r}" + (f" (did you mean {near[0]!r}?)" if near else " (remove it)"))
         elif problem["type"] == "missing":
             parts.append(f"missing key {key!r}")
         elif problem["type"] == "value_error":
-            parts += _refused_values(key, problem["ctx"]["error"], problem["input"])
+            parts += _refused_values(key, problem["ctx"]["error"], given)
         else:
             message = _PLAIN.get(problem["type"], problem["msg"].replace("Input should", "must", 1))
-            parts.append(f"{key or 'run file'} {message}, not {problem['input']!r:.80}")
-    return "; ".join(parts)
+            parts.append(f"{key or 'run file'} {message}, not {given!r:.80}")
+    return without_values("; ".join(parts))
+
+
+def _written_at(document: Any, keys: tuple[int | str, ...], found: Any) -> Any:
+    """Return the value at ``keys`` of a run file, with the names of variables; ``found`` if there is no such key."""
+    if document is None:
+        return found
+    for key in keys:
+        if isinstance(document, str):  # the other keys name a type of the value
+            return document
+        try:
+            document = document[key]
+        except (KeyError, IndexError, TypeError):
+            return found
+    return document
 
 
 def _refused_values(section: str, error: ValueError, given: Any) -> list[str]:

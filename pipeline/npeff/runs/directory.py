@@ -31,6 +31,7 @@ from npeff.store.run_files import (
     refuse_unfinished_migration,
     run_and_name,
 )
+from npeff.variables import literal, resolved
 
 
 class StageState(StrEnum):
@@ -74,11 +75,12 @@ class RunDirectory(FilesOfRun):
             RunDirectoryError: The directory holds another run, or another factorization of this name, is not a run
                 directory, or cannot be written.
         """
-        path = _absolute(config.run_dir)
-        run = cls(path, config, unsettled=True)
+        path = _absolute(config.resolved("run_dir"))
         try:
             if (path / "run.yaml").exists():
                 refuse_unfinished_migration(path)
+                config = config.with_texts_of(settings.stored_config(path, config.factorization.name))
+                run = cls(path, config, unsettled=True)
                 settings.refuse_other_settings(run)
                 return run
             if path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
@@ -92,6 +94,7 @@ class RunDirectory(FilesOfRun):
                         f"cannot write to {path} (permission denied)", "fix this or choose another run_dir", path=path
                     )
             settings.refuse_other_fishers(config)
+            run = cls(path, config, unsettled=True)
             with run.lock():
                 pass  # writes the configuration
         except OSError as error:
@@ -121,7 +124,7 @@ class RunDirectory(FilesOfRun):
         except StoreError as error:
             raise RunDirectoryError.of(error) from None
         config = settings.stored_config(path, name)
-        return cls(path, config.model_copy(update={"run_dir": str(path)}))
+        return cls(path, config.model_copy(update={"run_dir": literal(str(path))}))
 
     @classmethod
     def open_any(cls, path: str | Path) -> RunDirectory:
@@ -140,7 +143,7 @@ class RunDirectory(FilesOfRun):
     @property
     def fishers_home(self) -> Path:
         other = self.config.fishers.from_
-        return self.path if other is None else location(other)
+        return self.path if other is None else location(resolved(other, "fishers.from"))
 
     def factorizations(self) -> list[str]:
         """Return the names of the factorizations of the run."""

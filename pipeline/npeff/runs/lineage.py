@@ -18,6 +18,7 @@ from npeff.runs.definition import StageDefinition, Summary, finished
 from npeff.runs.errors import RunDirectoryError
 from npeff.storage.checksums import json_checksum, read_json
 from npeff.store.tables import table_lineage
+from npeff.variables import for_hash
 
 if TYPE_CHECKING:
     from npeff.runs.directory import RunDirectory
@@ -44,7 +45,7 @@ def made_from(run: RunDirectory, stage: StageDefinition, record: Summary | None)
         if record is None or "lineage" not in record:
             return None
         inputs[stage.after.name] = record["lineage"]
-    return inputs | {"settings": json_checksum({"settings": stage.settings(run.config)})}
+    return inputs | {"settings": json_checksum({"settings": for_hash(stage.settings(run.config))})}
 
 
 def lineage_of(stage: StageDefinition, sources: Mapping[str, str] | None, content: Any = None) -> str | None:

@@ -20,6 +20,7 @@ from npeff.storage.atomic import remove_directory
 from npeff.storage.commands import DEFAULT
 from npeff.storage.location import is_remote
 from npeff.store.run_files import SETTINGS, home_of
+from npeff.variables import resolved
 
 if TYPE_CHECKING:
     from npeff.runs.directory import RunDirectory
@@ -95,7 +96,7 @@ def refuse_other_fishers(config: RunConfig) -> None:
 
     if config.fishers.from_ is None:
         return
-    other = RunDirectory.open_any(config.fishers.from_)
+    other = RunDirectory.open_any(resolved(config.fishers.from_, "fishers.from"))
     different = [
         key for key in config.differences(other.config) if _section(key) in FISHER_SECTIONS and key != "fishers.from"
     ]
@@ -144,7 +145,7 @@ def settle(run: RunDirectory) -> None:
         refuse_other_settings(run)
     if new or not is_defined(run) or _is_changed(run):
         if run.home == run.path:  # the former layout
-            run.write(run.path / "run.yaml", run.config.to_yaml())
+            run.write(run.path / "run.yaml", _with_stored_run_dir(run).to_yaml())
         else:
             if not run.settings.exists() and is_remote(run.home) and not run.has_factorization():
                 remove_directory(run.home)  # remains of a deleted factorization
@@ -166,7 +167,12 @@ def restore_provenance(run: RunDirectory) -> None:
 
 def write_without_former_sections(run: RunDirectory) -> None:
     """Write ``run.yaml`` with the sections of the run only."""
-    run.write(run.path / "run.yaml", _of_the_run(run.config))
+    run.write(run.path / "run.yaml", _of_the_run(_with_stored_run_dir(run)))
+
+
+def _with_stored_run_dir(run: RunDirectory) -> RunConfig:
+    """Return the configuration with the stored text of ``run_dir``, in which variables are names."""
+    return run.config.model_copy(update={"run_dir": stored_config(run.path, run.name).run_dir})
 
 
 def _of_the_run(config: RunConfig) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from npeff.execution.create import make_executor
 from npeff.execution.executor import Executor, WorkerSpec
+from npeff.execution.ray.jobs import in_job
 from npeff.models.loaded import ModelSpec
 from npeff.options.sketch import SketchSpec
 from npeff.runs.config import RunConfig
@@ -19,7 +20,13 @@ from npeff.stages.fitted_examples import FittedExamples
 
 def executor_for(run: RunDirectory, given: Executor | None) -> AbstractContextManager[Executor]:
     """Return a context with the executor ``given``, which stays open, or with a new one as set in the run file."""
-    return nullcontext(given) if given is not None else make_executor(**run.config.executor.model_dump())
+    return nullcontext(given) if given is not None else new_executor(run.config)
+
+
+def new_executor(config: RunConfig) -> AbstractContextManager[Executor]:
+    """Return a context with a new executor, as set in the run file."""
+    address = "auto" if in_job() else config.resolved("executor.address")  # a job has its own cluster
+    return make_executor(**config.executor.model_dump() | {"address": address})
 
 
 def worker_spec(run: RunDirectory, worker_class: type, **arguments: Any) -> WorkerSpec:
@@ -37,8 +44,8 @@ def model_of(config: RunConfig, cache: Path, fingerprint: str | None) -> ModelSp
         task=config.task.name,
         options=config.task.options,
         cache=cache,
-        include=config.parameters.include,
-        exclude=config.parameters.exclude,
+        include=config.resolved("parameters.include"),
+        exclude=config.resolved("parameters.exclude"),
         device=device_of(config),
         fingerprint=fingerprint,
     )
@@ -60,8 +67,9 @@ def model_spec(run: RunDirectory, fingerprint: str | None) -> ModelSpec:
 
 def fitted_examples(run: RunDirectory) -> FittedExamples:
     """Return the selection of the fitted examples from the run file."""
-    wanted = run.config.factorization
-    return FittedExamples(run.fishers, run.table("examples"), wanted.examples == "mispredicted", wanted.example_weights)
+    mispredicted_only = run.config.factorization.examples == "mispredicted"
+    weights = run.config.resolved("factorization.example_weights")
+    return FittedExamples(run.fishers, run.table("examples"), mispredicted_only, weights)
 
 
 def inspection_of(config: RunConfig) -> tuple[SketchSpec, int | Literal["auto"], int]:

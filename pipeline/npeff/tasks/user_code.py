@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from npeff.errors import as_one_line
+from npeff.errors import as_one_line, hide_values, shows_values
 from npeff.tasks.base import TaskError
 
 _PASSED_ON: tuple[type[Exception], ...] = (TaskError, MemoryError, torch.OutOfMemoryError)
@@ -22,6 +22,8 @@ _LONGEST_REASON = 400
 def user_code(what: str, module: str, passed_on: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Convert an exception of the body, including `SystemExit`, to a `TaskError` with the exception as its cause.
 
+    The error shows no value of an environment variable of the run file. An exception that shows one is not its cause.
+
     Args:
         what: Description of the body, such as "task 'my_task:MyTask': logits()".
         module: The module of the user. The message contains the innermost line of this module in the traceback.
@@ -29,11 +31,13 @@ def user_code(what: str, module: str, passed_on: tuple[type[Exception], ...] = (
     """
     try:
         yield
-    except (*_PASSED_ON, *passed_on):
+    except (*_PASSED_ON, *passed_on) as error:
+        hide_values(error)
         raise
     except (Exception, SystemExit) as error:
         shown = as_one_line(error, _LONGEST_REASON)
-        raise TaskError(f"{what} raised {type(error).__name__}: {shown}{_place(error, module)}") from error
+        problem = f"{what} raised {type(error).__name__}: {shown}{_place(error, module)}"
+        raise TaskError(problem) from (None if shows_values(error) else error)
 
 
 def _place(error: BaseException, module: str) -> str:

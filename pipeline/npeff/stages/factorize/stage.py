@@ -104,8 +104,9 @@ def _origin(run: RunDirectory) -> Origin | None:
         InvalidProblemError: the number of components differs from ``factorization.n_components``.
     """
     wanted = run.config.factorization
-    if (other := wanted.start_from or wanted.expand) is None:
+    if wanted.start_from is None and wanted.expand is None:
         return None
+    other = run.config.resolved("factorization.expand" if wanted.start_from is None else "factorization.start_from")
     components_KD = components_of(run, other)
     if wanted.start_from is not None and len(components_KD) != wanted.n_components:
         raise InvalidProblemError(

@@ -7,12 +7,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from npeff.execution.create import make_executor
 from npeff.execution.executor import WorkerSpec
 from npeff.runs.config import RunConfig
 from npeff.stages.factorize.stored_factors import kept_precision
 from npeff.stages.fishers.trial import Trial, TrialWorker
-from npeff.stages.worker_specs import device_of, inspection_of, model_of
+from npeff.stages.worker_specs import device_of, inspection_of, model_of, new_executor
 from npeff.store.fisher_store import fisher_store_bytes
 
 
@@ -48,7 +47,7 @@ def estimate(config: RunConfig) -> Estimate:
         "groups": wanted.diagonal.groups,
     }
     item = (*inspection_of(config), store)
-    with make_executor(**config.executor.model_dump()) as executor:
+    with new_executor(config) as executor:
         trial: Trial = next(iter(executor.map(spec, "try_out", [item])))[1]
         start_up = time.monotonic() - began - trial.trial_seconds
     facts = trial.facts

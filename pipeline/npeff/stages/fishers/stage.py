@@ -137,7 +137,7 @@ def _inspect(run: RunDirectory, workers: Executor) -> TaskFacts:
     n_examples = len(facts.examples)
     n_fit = n_examples - int(run.config.factorization.held_out_fraction * n_examples)
     validate_problem(run.config, n_fit, facts.rank)
-    weights = run.config.factorization.example_weights
+    weights = run.config.resolved("factorization.example_weights")
     if weights is not None and weights not in SCHEMAS["examples"].names:
         example_weights(facts.examples, weights)  # raises before any computation
     if (wanted.diagonal.top_entries or 0) > facts.layout.size:

@@ -46,6 +46,7 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         verified = {
             component: read_table(path, "verification").to_pylist() for component, path in finished(results).items()
         }
+        origin = config.resolved("verification.ablation_origin")
         paths = VerificationPaths(
             run.factorization, run.directions, run.table("examples"), results, direction_checksums(run), stage.lineage
         )
@@ -66,7 +67,7 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
                 lifted=components,
                 semi_orthogonal=wanted.orthogonalize == "semi",
                 ablation=wanted.ablation,
-                origin=None if wanted.ablation_origin is None else Path(wanted.ablation_origin).expanduser().absolute(),
+                origin=None if origin is None else Path(origin).expanduser().absolute(),
             ),
         )
         missing = [component for component in components if component not in verified]
