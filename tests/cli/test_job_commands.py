@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from end_to_end.local_head import write_run_file
 from npeff.cli import job_commands
 from npeff.cli import main as cli
-from npeff.execution.ray.jobs import job_prefix
+from npeff.execution.ray.jobs import Job, Submission, job_prefix
+from npeff.variables import resolved
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -63,3 +65,71 @@ def test_a_runs_jobs_have_one_name_and_other_runs_have_others() -> None:
     assert job_prefix("s3://bucket/runs/sst2").startswith("npeff-sst2-")
     assert len({job_prefix(path) for path in ("/a/run", "/b/run", "s3://a/run")}) == 3
     assert job_prefix("/data/my run.v2").startswith("npeff-my-run-v2-")
+
+
+class _Server:
+    """Keeps what would be sent."""
+
+    sent: ClassVar[list[Submission]] = []
+
+    def __init__(self, address: str) -> None:
+        pass
+
+    def submit(self, submission: Submission) -> tuple[Job, bool]:
+        self.sent.append(submission)
+        return Job("npeff-run-1", "PENDING", 0.0, None, "", submission.digest), True
+
+
+def test_what_is_submitted_has_names_of_variables_and_no_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(job_commands, "JobServer", _Server)
+    monkeypatch.setattr(_Server, "sent", [])
+    monkeypatch.setenv("PLACE", "a-place")
+    monkeypatch.setenv("TOKEN", "hf_between-us")
+    monkeypatch.chdir(tmp_path)
+    task = {"name": "digits", "options": {"token": "${TOKEN}", "absent": "${NOT_SET_HERE}"}}
+    path = write_run_file(tmp_path, run_dir="runs/${PLACE}", task=task)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["submit", str(path), "--detach"])
+    assert not ended.value.code, capsys.readouterr().err
+    (sent,) = _Server.sent
+    assert sent.environment == {}
+    assert (sent.run_dir, sent.written_run_dir) == (f"{tmp_path}/runs/a-place", f"{tmp_path}/runs/${{PLACE}}")
+    assert "token: ${TOKEN}" in sent.run_yaml
+    assert not any(value in sent.run_yaml + sent.written_run_dir for value in ("a-place", "hf_between-us"))
+    prefix = job_prefix(sent.run_dir, sent.written_run_dir)
+    assert prefix.startswith("npeff-PLACE-")
+    assert prefix.rpartition("-")[2] == job_prefix(sent.run_dir).rpartition("-")[2], "the directory finds the job"
+
+
+@pytest.mark.parametrize(
+    ("run_dir", "value", "written"),
+    [
+        ("s3://${PLACE}/run/", "a-bucket", "s3://${PLACE}/run"),
+        ("${PLACE}/run", "s3://a-bucket", "${PLACE}/run"),
+        ("${PLACE}/run", "/data", "${PLACE}/run"),
+        ("${PLACE}/run", "~/data", "${PLACE}/run"),
+        ("${PLACE}/run", "data", "{here}/${PLACE}/run"),
+        ("~/${PLACE}", "data", "{home}/${PLACE}"),
+        ("/data/${PLACE}", "x", "/data/${PLACE}"),
+    ],
+)
+def test_the_text_of_a_submitted_run_dir_leads_to_the_same_place(
+    run_dir: str, value: str, written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PLACE", value)
+    place = resolved(run_dir, "run_dir")
+    found = job_commands._written_there(run_dir, place)
+    assert found == written.replace("{here}", str(tmp_path)).replace("{home}", str(Path.home()))
+    assert job_commands._there(resolved(found, "run_dir")) == job_commands._there(place)
+
+
+def test_a_run_dir_whose_variable_is_not_set_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("PLACE", raising=False)
+    path = write_run_file(tmp_path, run_dir="s3://${PLACE}/run")
+    for command in ("submit", "status"):
+        assert "run_dir needs the environment variable PLACE, which is not set" in fails(capsys, command, path)

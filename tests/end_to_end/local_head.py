@@ -55,9 +55,14 @@ def _is_driver(title: str) -> bool:
 
 
 class LocalHead:
-    """``ray start --head --block`` with two CPUs, ready for jobs as soon as it is constructed."""
+    """``ray start --head --block`` with two CPUs, ready for jobs as soon as it is constructed.
 
-    def __init__(self) -> None:
+    Args:
+        variables: environment variables of the cluster's machine, which commands that submit do not have.
+    """
+
+    def __init__(self, **variables: str) -> None:
+        self._variables = variables
         self.folder = Path(tempfile.mkdtemp(prefix="npeff-ray-"))  # a test's own folder has too long a name for sockets
         self.token = secrets.token_hex(32)
         token_file = self.folder / "token"
@@ -86,7 +91,12 @@ class LocalHead:
         log = self.folder / "head.log"
         with log.open("ab") as stream:
             self._process = subprocess.Popen(
-                start.split(), env=self.environment, cwd=ROOT, stdout=stream, stderr=stream, start_new_session=True
+                start.split(),
+                env=self.environment | self._variables,
+                cwd=ROOT,
+                stdout=stream,
+                stderr=stream,
+                start_new_session=True,
             )
         deadline = time.monotonic() + 90
         while not self._takes_jobs():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import urllib.request
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 from end_to_end import job_faults, run_contents
 from end_to_end.local_head import LocalHead, free_ports, write_run_file
+from end_to_end.test_secrets import TOKEN, files_with
 from places import place
 
 STAGES = ("fishers", "factorize", "lift", "verify")
@@ -21,7 +24,7 @@ pytestmark = [pytest.mark.process, pytest.mark.timeout(900)]  # a minute or two 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[LocalHead]:
-    with LocalHead() as head:
+    with LocalHead(NPEFF_TEST_TOKEN=TOKEN) as head:
         yield head
 
 
@@ -83,6 +86,53 @@ def test_the_exit_code_is_the_runs_and_the_line_that_says_why_is_in_the_log(head
     assert job["runtime_env"]["env_vars"]["NPEFF_GIVEN"] == "a value"
     assert job["runtime_env"]["env_vars"]["PATH"] == head.environment["PATH"]
     assert job["metadata"]["npeff_run_dir"] == str(tmp_path / "run.yaml" / "below-a-file")
+
+
+def submitted_with_token(
+    head: LocalHead, folder: Path, name: str, value: str, *options: str
+) -> subprocess.CompletedProcess[str]:
+    """Submit a run whose task needs the value of a variable, from a machine that does not have this variable."""
+    working = folder / "working"
+    working.mkdir(exist_ok=True)
+    for module in ("token_task.py", "defective_tasks.py"):
+        shutil.copy(Path(__file__).parents[1] / module, working)
+    digest = hashlib.sha256(value.encode()).hexdigest()
+    task = {"name": "token_task:TokenTask", "options": {"token": f"${{{name}}}", "digest": digest}}
+    config = write_run_file(folder, task=task, fishers={"sketch": {"kind": "identity"}, "shard_size": 20})
+    return head.command("npeff", "submit", config, "--address", head.address, "--working-dir", working, *options)
+
+
+def test_a_secret_of_the_cluster_reaches_the_task_and_nothing_that_is_written(head: LocalHead, tmp_path: Path) -> None:
+    done = submitted_with_token(head, tmp_path, "NPEFF_TEST_TOKEN", TOKEN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert complete_stages(tmp_path / "run") == set(STAGES)
+    job = done.stdout.split()[1]
+    details = job_faults.details(head, job)
+    assert "token: ${NPEFF_TEST_TOKEN}" in details["entrypoint"]
+    assert set(details["runtime_env"]["env_vars"]) <= {"RAY_JOB_STOP_WAIT_TIME_S"}, "no variable is forwarded unasked"
+    for folder in (tmp_path / "run", head.folder):
+        assert files_with(TOKEN, folder) == []
+    tasks = head.get("/api/v0/tasks?detail=true&limit=10000").decode()
+    assert "_Worker.call" in tasks
+    shown = (json.dumps(details), job_faults.log(head, job), done.stdout + done.stderr, tasks)
+    assert not any(TOKEN in text for text in shown)
+
+
+@pytest.mark.slow
+def test_a_variable_that_the_cluster_lacks_is_named_by_the_job(head: LocalHead, tmp_path: Path) -> None:
+    value = f"forwarded-{TOKEN[::-1]}"
+    refused = submitted_with_token(head, tmp_path, "NPEFF_TEST_ABSENT", value)
+    assert refused.returncode == 2
+    (line,) = [line for line in refused.stdout.splitlines() if "npeff: error: " in line]
+    assert "task.options.token needs the environment variable NPEFF_TEST_ABSENT, which is not set on " in line
+    assert "Traceback" not in refused.stdout + refused.stderr
+    given = ("--env", f"NPEFF_TEST_ABSENT={value}")
+    forwarded = submitted_with_token(head, tmp_path, "NPEFF_TEST_ABSENT", value, *given)
+    assert forwarded.returncode == 0, forwarded.stdout + forwarded.stderr
+    assert files_with(value, tmp_path / "run") == []
+    environment = job_faults.details(head, forwarded.stdout.split()[1])["runtime_env"]["env_vars"]
+    assert environment["NPEFF_TEST_ABSENT"] == value, "the runtime environment shows what was forwarded"
+    assert any("runtime_env_agent" in name for name in files_with(value, head.folder)), "and Ray's logs do"
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import npeff
 from npeff.cli.app import app
 from npeff.cli.options import Factorization, open_existing
 from npeff.execution.ray.jobs import Job, JobServer, Submission
+from npeff.variables import literal
 
 EXIT_INTERRUPTED = 130
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -41,7 +42,8 @@ def submit(
     env: Annotated[
         list[str],
         typer.Option(
-            metavar="NAME[=VALUE]", help="Environment variable of the job; NAME alone copies the local value."
+            metavar="NAME[=VALUE]",
+            help="Environment variable of the job, readable on the cluster; NAME alone copies the local value.",
         ),
     ] = [],  # noqa: B006
     pip: Annotated[
@@ -86,10 +88,14 @@ def submit(
         raise typer.BadParameter(f"--working-dir {working_dir}: the folder does not exist")
     assert run is not None
     config = npeff.RunConfig.from_yaml(run)
-    config = config.model_copy(update={"run_dir": _there(run_dir or config.run_dir)})
+    if run_dir:
+        config = config.model_copy(update={"run_dir": literal(run_dir)})
+    place = config.resolved("run_dir")
+    config = config.model_copy(update={"run_dir": _written_there(config.run_dir, place)})
     submission = Submission(
-        run_dir=config.run_dir,
+        run_dir=_there(place),
         run_yaml=config.to_yaml(),
+        written_run_dir=config.run_dir,
         environment=dict(_variable(text) for text in env),
         pip=tuple(line for text in pip for line in _requirements(text)),
         py_modules=tuple(py_modules),
@@ -197,11 +203,19 @@ def _stop(named: str, address: str) -> None:
 
 def _run_dir(run: str) -> str:
     """Return the absolute path or URI of the run directory that a run file or a directory names."""
-    return _there(npeff.RunConfig.from_yaml(run).run_dir if Path(run).is_file() else run)
+    return _there(npeff.RunConfig.from_yaml(run).resolved("run_dir") if Path(run).is_file() else run)
 
 
 def _there(run_dir: str) -> str:
     return run_dir.rstrip("/") if "://" in run_dir else str(Path(run_dir).expanduser().absolute())
+
+
+def _written_there(run_dir: str, value: str) -> str:
+    """Return the text ``run_dir`` of a run file, made absolute if its value is a relative path."""
+    if "://" in value:
+        return run_dir.rstrip("/")
+    path = Path(run_dir).expanduser()
+    return str(path if Path(value).expanduser().is_absolute() else Path(literal(os.getcwd())) / path)
 
 
 def _job_line(job: Job, last_line: str) -> str:

@@ -28,6 +28,7 @@ from npeff.store.lineage import refuse_foreign, refuse_unfit
 from npeff.store.run_files import FilesOfRun
 from npeff.store.table_names import WRITTEN_BY
 from npeff.store.tables import SCHEMAS, check_version, lineage_in
+from npeff.variables import resolved
 
 if TYPE_CHECKING:  # pyarrow.dataset imports pandas if installed, which most queries do not need
     import pyarrow.dataset as ds
@@ -66,7 +67,7 @@ class StoredRun(FilesOfRun):
     def fishers_home(self) -> Path:
         """The run directory with the Fishers, according to the record of the stage ``fishers``."""
         other = read_record(self.record_file("fishers")).get("from")
-        return self.path if other is None else location(other)
+        return self.path if other is None else location(resolved(other, "fishers.from"))
 
 
 def missing(run: FilesOfRun, what: str, command: str) -> QueryError:

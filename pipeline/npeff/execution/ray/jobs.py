@@ -1,8 +1,12 @@
 """Runs as jobs of a Ray cluster: submit, follow and stop a job, and read its state.
 
-The jobs of a run have the ids ``npeff-NAME-HASH-NUMBER``. Name and hash are those of the run directory, so that every
-machine can find the job of a run. The number counts the jobs of the run. Ray accepts an id only once: if two processes
-submit a run at the same time, one creates the job and the other finds it.
+The jobs of a run have the ids ``npeff-NAME-HASH-NUMBER``. The name is that in the text ``run_dir`` of the run file.
+The hash is that of the run directory, so that every machine can find the job of a run. The number counts the jobs of
+the run. Ray accepts an id only once: if two processes submit a run at the same time, one creates the job and the other
+finds it.
+
+The command of a job contains the run file with the names of environment variables. No value is sent, except those of
+`Submission.environment`.
 """
 
 from __future__ import annotations
@@ -45,8 +49,11 @@ class Submission:
     run_dir: str
     """The run directory on the cluster: an absolute path or a URI."""
     run_yaml: str
-    """The resolved run file."""
+    """The run file with all defaults, and with the names of environment variables."""
+    written_run_dir: str = ""
+    """The text ``run_dir`` of the run file, where it may differ from the directory: with names of variables."""
     environment: dict[str, str] = field(default_factory=dict)
+    """Environment variables of the job. Ray shows them in the job's runtime environment and writes them to its logs."""
     pip: tuple[str, ...] = ()
     py_modules: tuple[Path, ...] = ()
     """Packages to upload, such as the one that defines the task."""
@@ -84,10 +91,19 @@ def in_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def job_prefix(run_dir: str) -> str:
-    """Return the common prefix of the ids of a run's jobs."""
-    name = re.sub(r"[^A-Za-z0-9]+", "-", PurePosixPath(run_dir).name).strip("-")[:40] or "run"
-    return f"npeff-{name}-{hashlib.sha256(run_dir.rstrip('/').encode()).hexdigest()[:8]}"
+def job_prefix(run_dir: str, written: str = "") -> str:
+    """Return the prefix of the id of a run's job.
+
+    Args:
+        run_dir: The run directory.
+        written: `Submission.written_run_dir`.
+    """
+    name = re.sub(r"[^A-Za-z0-9]+", "-", PurePosixPath(written or run_dir).name).strip("-")[:40] or "run"
+    return f"npeff-{name}-{_directory_hash(run_dir)}"
+
+
+def _directory_hash(run_dir: str) -> str:
+    return hashlib.sha256(run_dir.rstrip("/").encode()).hexdigest()[:8]
 
 
 class JobServer:
@@ -125,7 +141,8 @@ class JobServer:
         Raises:
             ExecutorError: the cluster refuses the job, or the current job of the run uses another run file.
         """
-        prefix, until = job_prefix(submission.run_dir), time.monotonic() + _START_WAIT_S
+        prefix = job_prefix(submission.run_dir, submission.written_run_dir)
+        until = time.monotonic() + _START_WAIT_S
         while True:
             last = self.latest(submission.run_dir)
             if last is not None and not last.has_ended:
@@ -136,7 +153,7 @@ class JobServer:
                         "again"
                     )
                 return last, False
-            number = 1 if last is None else _number(last.id, prefix) + 1
+            number = 1 if last is None else _number(last.id, submission.run_dir) + 1
             try:
                 self._send(submission, f"{prefix}-{number}")
             except (OSError, RuntimeError, ValueError) as error:
@@ -153,10 +170,9 @@ class JobServer:
 
     def latest(self, run_dir: str) -> Job | None:
         """Return the last job of a run on this cluster, or None."""
-        prefix = job_prefix(run_dir)
         with self._asking():
-            found = [details for details in self._client.list_jobs() if _number(details.submission_id, prefix)]
-        return _job(max(found, key=lambda details: _number(details.submission_id, prefix))) if found else None
+            found = [details for details in self._client.list_jobs() if _number(details.submission_id, run_dir)]
+        return _job(max(found, key=lambda details: _number(details.submission_id, run_dir))) if found else None
 
     def job(self, job_id: str) -> Job:
         """Return the state of a job."""
@@ -202,7 +218,10 @@ class JobServer:
                 entrypoint=_ENTRYPOINT.format(run_yaml=submission.run_yaml.rstrip("\n")),
                 submission_id=job_id,
                 runtime_env=environment,
-                metadata={"npeff_run_dir": submission.run_dir, "npeff_run_file": submission.digest},
+                metadata={
+                    "npeff_run_dir": submission.written_run_dir or submission.run_dir,
+                    "npeff_run_file": submission.digest,
+                },
                 **submission.resources,
             )
 
@@ -243,9 +262,9 @@ def _job(details: Any) -> Job:
     )
 
 
-def _number(job_id: str | None, prefix: str) -> int:
+def _number(job_id: str | None, run_dir: str) -> int:
     """Return the number of a job of the run, or 0 for a job of another run."""
-    found = re.fullmatch(re.escape(prefix) + r"-(\d+)", job_id or "")
+    found = re.fullmatch(rf"npeff-.+-{_directory_hash(run_dir)}-(\d+)", job_id or "")
     return int(found[1]) if found else 0
 
 

@@ -34,4 +34,4 @@ def use_other_fishers(run: RunDirectory) -> Summary:
             table = table.set_column(table.column_names.index("split"), "split", pa.array(split))
         write_table(run.shared_table(name), name, table, record.get("lineage"))
     facts = {key: value for key, value in record.items() if key not in _OWN}
-    return {**facts, "worker_seconds": 0.0, "from": str(run.fishers_home)}
+    return {**facts, "worker_seconds": 0.0, "from": run.config.fishers.from_}
