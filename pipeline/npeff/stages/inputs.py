@@ -35,7 +35,7 @@ def lifted_components(run: RunDirectory) -> list[int]:
 
 def fingerprint_of(run: RunDirectory) -> str:
     """Return the fingerprint of the model that the stored Fishers were computed for."""
-    return str(FisherStore.open(run.fishers).attrs["model_fingerprint"])
+    return str(FisherStore.read_attributes(run.fishers)["model_fingerprint"])
 
 
 def components_of(run: RunDirectory, other: str | Path | RunDirectory) -> np.ndarray:
@@ -51,7 +51,7 @@ def components_of(run: RunDirectory, other: str | Path | RunDirectory) -> np.nda
         raise RunDirectoryError(
             f"the components of {source.path} are of kind {kind}: give a run with factorization.kind: fishers"
         )
-    mine, theirs = (FisherStore.open(each.fishers).attrs for each in (run, source))
+    mine, theirs = (FisherStore.read_attributes(each.fishers) for each in (run, source))
     if different := differences_in_space(mine, theirs):
         raise RunDirectoryError(
             f"the components of {source.path} are not valid in {run.path}: the runs differ in {', '.join(different)}; "

@@ -10,7 +10,7 @@ the files that it describes.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -55,6 +55,18 @@ def create(path: Path, content: bytes) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def read_all(paths: Sequence[Path]) -> list[bytes | None]:
+    """Return the content of several objects, in parallel and with one request each; None for a missing object."""
+    if not paths:
+        return []
+    found = file_system(paths[0]).cat([key_of(path) for path in paths], on_error="return")
+    contents = [found[key_of(path)] for path in paths] if isinstance(found, dict) else [found]
+    for content in contents:
+        if isinstance(content, BaseException) and not isinstance(content, FileNotFoundError):
+            raise content
+    return [None if isinstance(content, BaseException) else content for content in contents]
 
 
 def read_range(path: Path, start: int, stop: int) -> bytes:

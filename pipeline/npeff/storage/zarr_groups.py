@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import zarr
 from zarr.abc.buffer import Buffer
+from zarr.buffer import default_buffer_prototype
 from zarr.storage import FsspecStore, MemoryStore, StorePath
 
 from npeff.storage import objects
@@ -70,7 +71,7 @@ def open_group(path: Path, kind: str, version: int, command: str) -> tuple[zarr.
             path=path,
         )
     try:
-        return zarr.open_group(_zarr_store(path), mode="r+"), unsealed(attrs)
+        return _group(path, metadata), unsealed(attrs)
     except (KeyError, ValueError, TypeError) as error:
         raise damaged_metadata(path, "", command) from error
 
@@ -119,12 +120,14 @@ def open_array(group: zarr.Group, path: Path, name: str, command: str) -> zarr.A
     return array
 
 
-def _zarr_store(path: Path) -> Path | FsspecStore:
+def _group(path: Path, metadata: Mapping[str, Any]) -> zarr.Group:
+    """Return the group at `path` with this metadata, which on an object store are not requested again."""
     if not is_remote(path):
-        return path
+        return zarr.open_group(path, mode="r+")
     from npeff.storage.s3 import S3
 
-    return FsspecStore(S3(asynchronous=True), path=objects.key_of(path))
+    store = StorePath(FsspecStore(S3(asynchronous=True), path=objects.key_of(path)))
+    return zarr.Group(zarr.AsyncGroup.from_dict(store, dict(metadata)))
 
 
 def damaged_metadata(path: Path, name: str, command: str) -> StoreError:
@@ -139,7 +142,31 @@ def stored_path(group_path: Path, name: str, array: zarr.Array[Any], index: int)
 
     For an array without shards, it is the file of the `index`-th chunk.
     """
-    return group_path / name / array.metadata.encode_chunk_key((index, *[0] * (array.ndim - 1)))
+    return group_path / name / _chunk_key(array, index)
+
+
+def _chunk_key(array: zarr.Array[Any], index: int) -> str:
+    return array.metadata.encode_chunk_key((index, *[0] * (array.ndim - 1)))
+
+
+def read_objects(group_path: Path, arrays: Mapping[str, zarr.Array[Any]], index: int) -> dict[str, bytes | None]:
+    """Return the content of the object with the `index`-th shard, or chunk, of each array; None if it is missing.
+
+    The group is on an object store. Every object is read with one request, and all objects in parallel.
+    """
+    paths = [stored_path(group_path, name, array, index) for name, array in arrays.items()]
+    return dict(zip(arrays, objects.read_all(paths), strict=True))
+
+
+def decoded(array: zarr.Array[Any], index: int, content: bytes, rows: slice) -> np.ndarray:
+    """Return consecutive rows of an array, all in its `index`-th shard, or chunk, from the content of that object.
+
+    Raises:
+        ValueError: The content is corrupt.
+    """
+    stored = {_chunk_key(array, index): default_buffer_prototype().buffer.from_bytes(content)}
+    in_memory = dataclasses.replace(array.async_array, store_path=StorePath(MemoryStore(stored)))
+    return np.asarray(zarr.Array(in_memory)[rows])
 
 
 def stored_bytes(path: Path) -> int:

@@ -1,8 +1,8 @@
 """Checkpoints of the solver: folders ``<directory>/000120/`` with .npy files and a MANIFEST.json of their checksums.
 
-The driver and its workers write a checkpoint to ``000120.partial``; a worker writes one file per shard. The checkpoint
-exists after every byte is durable and the folder is renamed. The newest few checkpoints are kept. If a checkpoint does
-not match its manifest, the previous one is used.
+The driver and its workers write a checkpoint to ``000120.partial``; a worker writes one file. The checkpoint exists
+after every byte is durable and the folder is renamed. The newest few checkpoints are kept. If a checkpoint does not
+match its manifest, the previous one is used.
 
 An object store cannot rename a folder. There, a checkpoint is written to ``000120-3f9ac21b/``, with a random token in
 the name, and exists after its manifest is written, which is the last file. A worker of a killed command, or of an
@@ -28,7 +28,9 @@ from npeff.storage.errors import StoreError, os_errors_explained
 from npeff.storage.location import is_remote, location
 
 _MANIFEST = "MANIFEST.json"
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
+_READABLE = (1, 2)
+"""In version 1, a worker wrote one file per shard, which an earlier release expects."""
 _FOLDER = re.compile(r"([0-9]{6,})(-[0-9a-f]{8})?")
 _ARRAY_NAME = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)?")
 
@@ -46,7 +48,7 @@ class Checkpoint:
     arrays: dict[str, np.ndarray]
     """The arrays that were given to `CheckpointStore.commit`."""
     names: tuple[str, ...]
-    """Names of all arrays, including those that workers wrote, such as "coefficients/00007"."""
+    """Names of all arrays, including those that workers wrote, such as "coefficients/00001-of-00004"."""
     warnings: tuple[str, ...]
     """One line for each newer checkpoint that was skipped because it is damaged."""
 
@@ -99,8 +101,7 @@ class CheckpointStore:
         """
         path = self._path(iteration)
         partial = path if is_remote(path) else path.with_name(path.name + PARTIAL)
-        for name, array in arrays.items():
-            write_checkpoint_array(partial, name, array)
+        _write(partial, {name: _npy(name, array) for name, array in arrays.items()})
         with os_errors_explained("read", partial):
             names = sorted(name.removesuffix(".npy") for name in _files(partial) if name.endswith(".npy"))
             checksums = {name: file_checksum(_file(partial, name)) for name in names}
@@ -165,7 +166,7 @@ class CheckpointStore:
             checksums, state_names = dict(manifest["checksums"]), list(manifest["arrays"])
         except (StoreError, KeyError, TypeError, ValueError) as error:
             raise _DamagedError(f"{_MANIFEST} is missing or unreadable") from error
-        if version != _SCHEMA_VERSION or config_hash != self.config_hash:
+        if version not in _READABLE or config_hash != self.config_hash:
             raise StoreError(
                 f"checkpoint {path} has another configuration (hash {config_hash}, not {self.config_hash})",
                 f"choose another run_dir, or delete {self.directory} to start the stage again",
@@ -218,25 +219,35 @@ def write_checkpoint_array(folder: Path, name: str, array: np.ndarray) -> None:
 
     Args:
         folder: The folder of the checkpoint.
-        name: Name of the array, with at most one folder: workers write "coefficients/00007" for shard 7.
+        name: Name of the array, with at most one folder: worker 1 of 4 writes "coefficients/00001-of-00004".
         array: The array.
 
     Raises:
         ValueError: The name has characters other than letters, digits, _ and -, or the array holds objects.
         StoreError: The array cannot be written, or the folder is missing.
     """
+    _write(folder, {name: _npy(name, array)})
+
+
+def _npy(name: str, array: np.ndarray) -> bytes:
     if not _ARRAY_NAME.fullmatch(name):
         raise ValueError(f"{name!r} is not a valid array name: letters, digits, _, - and one / are allowed")
     buffer = io.BytesIO()  # np.save to a file would lose the reason for a failed write
     np.save(buffer, array, allow_pickle=False)
-    path = _file(folder, name)
-    with os_errors_explained("write", path):
-        if is_remote(path):
-            objects.put(path, buffer.getvalue())
-            return
-        if path.parent != folder:
-            path.parent.mkdir(exist_ok=True)
-        path.write_bytes(buffer.getvalue())
+    return buffer.getvalue()
+
+
+def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write the files of arrays, on an object store in parallel."""
+    if is_remote(folder):
+        objects.put_all({_file(folder, name): content for name, content in contents.items()})
+        return
+    for name, content in contents.items():
+        path = _file(folder, name)
+        with os_errors_explained("write", path):
+            if path.parent != folder:
+                path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
 
 
 def _files(folder: Path) -> list[str]:

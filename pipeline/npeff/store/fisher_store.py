@@ -27,7 +27,9 @@ not compressed, because gradients compress badly.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -39,13 +41,15 @@ from npeff.storage.atomic import is_committed, replacing_directory
 from npeff.storage.bfloat16 import NAN_BITS, decode_bfloat16, encode_bfloat16
 from npeff.storage.checksums import checksum as checksum_of
 from npeff.storage.errors import StoreError, os_errors_explained
-from npeff.storage.location import location
+from npeff.storage.location import is_remote, location
 from npeff.storage.zarr_groups import (
     Part,
     create_group,
     damaged_metadata,
+    decoded,
     open_array,
     open_group,
+    read_objects,
     restore_metadata,
     stored_bytes,
     stored_path,
@@ -60,6 +64,12 @@ _KIND = "a Fisher store"
 
 _DENSE = 4
 """All rows between the first and the last are read where at least one of so many is wanted."""
+
+_SMALL_OBJECT = 2**20
+"""Size in bytes up to which an object is read as a whole for some of its rows: a second request would take longer."""
+
+_SHARDS_AT_ONCE = 8
+"""Number of shards that are read at a time from an object store."""
 
 
 @dataclass(frozen=True)
@@ -258,6 +268,15 @@ class FisherStore:
             arrays[name] = arrays[name].with_config({"write_empty_chunks": True})
         return cls(path, attrs, arrays)
 
+    @staticmethod
+    def read_attributes(path: str | Path) -> dict[str, Any]:
+        """Return the attributes of the store at `path`, without opening its arrays.
+
+        Raises:
+            StoreError: The store is missing or damaged, or has another schema version.
+        """
+        return open_group(location(path), _KIND, SCHEMA_VERSION, "fishers")[1]
+
     def write_shard(self, shard: int, arrays: Mapping[str, np.ndarray]) -> str:
         """Write every array of a shard durably.
 
@@ -282,17 +301,21 @@ class FisherStore:
         write_durably(self.path, parts)
         return checksum_of(stored)
 
-    def read_shard(self, shard: int, checksum: str | None = None) -> dict[str, np.ndarray]:
-        """Read every array of a shard, with `factors` in float32.
+    def read_shard(
+        self, shard: int, checksum: str | None = None, names: Iterable[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Read arrays of a shard, with `factors` in float32.
 
         Args:
             shard: Number of the shard.
-            checksum: Checksum to verify; if None, only the crc32c of Zarr are verified.
+            checksum: Checksum to verify, for which all arrays are read; if None, only the crc32c of Zarr are verified.
+            names: Names of the arrays; all arrays by default.
 
         Raises:
             StoreError: The shard is missing, truncated or corrupt, or does not match the checksum.
         """
-        return {name: self._decode(name, values) for name, values in self._read_stored(shard, checksum).items()}
+        stored = self._read_stored(shard, checksum, names)
+        return {name: self._decode(name, values) for name, values in stored.items()}
 
     def read_factors(self, shard: int, checksum: str | None = None) -> np.ndarray:
         """Read the factors of a shard in the stored precision, bfloat16 as uint16.
@@ -302,9 +325,11 @@ class FisherStore:
         Raises:
             StoreError: As in `read_shard`.
         """
-        if checksum is not None:
-            return self._read_stored(shard, checksum)["factors"]
-        return self._read("factors", shard, slice(*self.plan.bounds(shard)))
+        return self._read_stored(shard, checksum, ["factors"])["factors"]
+
+    def decoded_factors(self, stored: np.ndarray) -> np.ndarray:
+        """Convert factors from the stored precision, as `read_factors` returns them, to float32."""
+        return self._decode("factors", stored)
 
     def read_rows(
         self, indices: Sequence[int] | np.ndarray, names: Iterable[str] | None = None
@@ -324,19 +349,53 @@ class FisherStore:
             raise IndexError(f"examples {rows[0]}..{rows[-1]} are not all in 0..{self.plan.n_examples - 1}")
         shards, firsts = np.unique(rows // self.plan.shard_size, return_index=True)
         rows_by_shard = np.split(rows, firsts[1:])
+        wanted = list(self.array_names if names is None else names)
+        read = partial(self._read_some, wanted)
+        if is_remote(self.path):
+            with ThreadPoolExecutor(_SHARDS_AT_ONCE, "shards") as threads:
+                parts = list(threads.map(read, shards.tolist(), rows_by_shard))
+        else:
+            parts = list(map(read, shards.tolist(), rows_by_shard))
         result = {}
-        for name in self.array_names if names is None else names:
+        for name in wanted:
             spec = self._specs[name]
-            parts = [self._read(name, int(i), some) for i, some in zip(shards, rows_by_shard, strict=False)]
-            stored = np.concatenate([np.empty((0, *spec.tail), spec.dtype), *parts])
+            stored = np.concatenate([np.empty((0, *spec.tail), spec.dtype), *(part[name] for part in parts)])
             result[name] = self._decode(name, stored[inverse])
         return result
 
-    def _read_stored(self, shard: int, checksum: str | None) -> dict[str, np.ndarray]:
-        stored = {name: self._read(name, shard, slice(*self.plan.bounds(shard))) for name in self.array_names}
+    def _read_stored(self, shard: int, checksum: str | None, names: Iterable[str] | None) -> dict[str, np.ndarray]:
+        wanted = list(self.array_names if names is None else names)
+        stored = self._read_whole(shard, self.array_names if checksum is not None else wanted)
         if checksum is not None and checksum_of(stored) != checksum:
             raise self._shard_error(shard, "does not match its checksum", self.path)
-        return stored
+        return {name: stored[name] for name in wanted}
+
+    def _read_whole(self, shard: int, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Read all rows of stored arrays. On an object store, this takes one request for each array."""
+        rows = slice(*self.plan.bounds(shard))
+        if not is_remote(self.path):
+            return {name: self._read(name, shard, rows) for name in names}
+        contents = read_objects(self.path, {name: self._arrays[name] for name in names}, shard)
+        found = {}
+        for name, content in contents.items():
+            path = stored_path(self.path, name, self._arrays[name], shard)
+            if not content:
+                raise self._shard_error(shard, f"has no {name}", path)
+            try:
+                found[name] = decoded(self._arrays[name], shard, content, rows)
+            except ValueError as error:
+                raise self._shard_error(shard, f"is corrupt in {name}", path) from error
+        return found
+
+    def _read_some(self, names: Sequence[str], shard: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Read rows of stored arrays, ascending and all in `shard`."""
+        start, stop = self.plan.bounds(shard)
+        whole: dict[str, np.ndarray] = {}
+        if is_remote(self.path):
+            dense = _DENSE * len(rows) >= stop - start
+            sizes = {name: self._specs[name].example_bytes * (stop - start) for name in names}
+            whole = self._read_whole(shard, [name for name in names if dense or sizes[name] <= _SMALL_OBJECT])
+        return {name: whole[name][rows - start] if name in whole else self._read(name, shard, rows) for name in names}
 
     def _encode(self, shard: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Check the arrays and convert them to the stored types. Raises StoreError."""

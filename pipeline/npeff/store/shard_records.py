@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from npeff.storage.checksums import json_bytes, read_json, write_json_atomically
 from npeff.storage.errors import StoreError, os_errors_explained
 from npeff.storage.location import is_remote, location
-from npeff.storage.objects import create
+from npeff.storage.objects import create, files
+
+_RECORDS_AT_ONCE = 16
+"""Number of records that are read at a time from an object store."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,15 @@ class ShardRecords:
             StoreError: A record is damaged or has another signature.
         """
         with os_errors_explained("read", self.directory):
-            entries = list(self.directory.iterdir()) if self.directory.is_dir() else []
+            if is_remote(self.directory):
+                entries = [self.directory / name for name in files(self.directory)]
+            else:
+                entries = list(self.directory.iterdir()) if self.directory.is_dir() else []
         paths = [path for path in entries if re.fullmatch(r"[0-9]{5,}\.json", path.name)]
-        return {int(path.stem): self._read(path) for path in sorted(paths, key=lambda path: int(path.stem))}
+        paths.sort(key=lambda path: int(path.stem))
+        with ThreadPoolExecutor(_RECORDS_AT_ONCE if is_remote(self.directory) else 1, "records") as threads:
+            records = list(threads.map(self._read, paths))
+        return {int(path.stem): record for path, record in zip(paths, records, strict=True)}
 
     def read(self, shard: int) -> CompletionRecord:
         """Return the record of one shard.

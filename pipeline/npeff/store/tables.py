@@ -269,11 +269,11 @@ def read_table(path: str | Path, name: str, columns: Sequence[str] | None = None
     """
     path = location(path)
     with os_errors_explained("read", path):
-        exists = path.is_file()
-    if not exists:
-        raise StoreError(f"there is no table at {path}", f"run the stage that writes {name} first", path=path)
-    with os_errors_explained("read", path):
-        content = path.read_bytes()
+        try:
+            content = path.read_bytes()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            remedy = f"run the stage that writes {name} first"
+            raise StoreError(f"there is no table at {path}", remedy, path=path) from None
     try:
         file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
         table = file.read(columns if columns is None else list(columns))

@@ -12,6 +12,7 @@ Shapes: N examples, D dimension of a Fisher (sketch, groups or entries), K compo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,10 +194,10 @@ class SolverWorker(ProcessGroupMember):
     def resume(self, checkpoint: Checkpoint) -> str | None:
         """Resume from a checkpoint of any number of workers. Returns the reason to stop, or None."""
         self._state = self._kind.restore(checkpoint.arrays).to(self._stored.device)
-        stored = [torch.from_numpy(checkpoint.read(coefficients_name(shard.shard))) for shard in self._fit]
-        if stored:
-            fit = self._fitted()
-            fit.coefficients_NK = torch.cat(stored).to(fit.coefficients_NK)
+        if self._fit:
+            fit, stored = self._fitted(), self._checkpointed(checkpoint)
+            own = [torch.from_numpy(stored[shard.shard]) for shard in self._fit]
+            fit.coefficients_NK = torch.cat(own).to(fit.coefficients_NK)
         return self._kind.stopping_reason(self._state)
 
     def step(self) -> Step:
@@ -209,9 +210,9 @@ class SolverWorker(ProcessGroupMember):
         return Step(record, kind.stopping_reason(self._state), self._peers.sent_bytes - sent_before)
 
     def save(self, folder: Path) -> dict[str, np.ndarray]:
-        """Write this worker's coefficients to a checkpoint's folder, one file per shard. Returns the solver state."""
-        for shard, coefficients_NK in _by_shard(self._fit, self._fitted()):
-            write_checkpoint_array(folder, coefficients_name(shard.shard), coefficients_NK.cpu().numpy())
+        """Write this worker's coefficients to a file of a checkpoint's folder. Returns the solver state."""
+        name = coefficients_name(self._peers.rank, self._peers.size)
+        write_checkpoint_array(folder, name, self._fitted().coefficients_NK.cpu().numpy())
         arrays: dict[str, np.ndarray] = self._current_state().to_arrays()
         return arrays
 
@@ -240,6 +241,24 @@ class SolverWorker(ProcessGroupMember):
             ),
             columns_D=self._stored.columns_D,
         )
+
+    def _checkpointed(self, checkpoint: Checkpoint) -> dict[int, NDArray[np.float32]]:
+        """Return the stored coefficients of at least this worker's shards, whatever number of workers wrote them."""
+        found: dict[int, NDArray[np.float32]] = {}
+        own = {part.shard for part in self._fit}
+        for name in checkpoint.names:
+            if (match := _COEFFICIENTS.fullmatch(name)) is None:
+                continue
+            rank, size = int(match[1]), int(match[2] or 0)
+            shards = range(rank, self._store.plan.n_shards, size) if size else [rank]  # a file of one shard: version 1
+            if own.isdisjoint(shards):
+                continue
+            rows_NK, start = checkpoint.read(name), 0
+            for shard in shards:
+                stop = start + int(self._splits.fit_N[slice(*self._store.plan.bounds(shard))].sum())
+                found[shard] = rows_NK[start:stop]
+                start = stop
+        return found
 
     def _current_state(self) -> Any:
         assert self._state is not None, "start or resume comes first"
@@ -271,9 +290,12 @@ class SolverWorker(ProcessGroupMember):
         return merge_candidates([Candidates.unpack(packed) for packed in self._peers.gathered(own.pack())])
 
 
-def coefficients_name(shard: int) -> str:
-    """Return the name of a shard's coefficients in a checkpoint."""
-    return f"coefficients/{shard:05d}"
+_COEFFICIENTS = re.compile(r"coefficients/([0-9]+)(?:-of-([0-9]+))?")
+
+
+def coefficients_name(rank: int, size: int) -> str:
+    """Return the name of a worker's coefficients in a checkpoint."""
+    return f"coefficients/{rank:05d}-of-{size:05d}"
 
 
 def _by_shard(chosen: list[ShardRows], examples: Any) -> Iterator[tuple[ShardRows, Tensor]]:

@@ -76,13 +76,16 @@ class SelectionWorker:
         weights_N = torch.from_numpy(weights)
         self._options, self._seed = options, seed
 
-        def shard(chosen_N: NDArray[np.bool_]) -> ExampleShard:
+        def sample(chosen_N: NDArray[np.bool_]) -> NDArray[np.int64]:
             rows = np.flatnonzero(chosen_N)
-            rows = rows[subsample_indices(len(rows), max_examples, seed)]
-            factors_NRD = torch.from_numpy(store.read_rows(rows, ["factors"])["factors"]).to(device)
-            return ExampleShard(factors_NRD, weights_N=weights_N[rows])
+            return rows[subsample_indices(len(rows), max_examples, seed)]
 
-        self._fit, self._held_out = shard(splits.fit_N), shard(splits.held_out_N)
+        parts = sample(splits.fit_N), sample(splits.held_out_N)  # which are in the same shards, and are read together
+        factors_NRD = torch.from_numpy(store.read_rows(np.concatenate(parts), ["factors"])["factors"])
+        self._fit, self._held_out = (
+            ExampleShard(own_NRD.to(device), weights_N=weights_N[rows])
+            for own_NRD, rows in zip(factors_NRD.split([len(rows) for rows in parts]), parts, strict=True)
+        )
 
     def fit(self, request: FitRequest) -> FitResult:
         """Compute the requested fit.

@@ -54,8 +54,8 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
             )
         if stage.done and set(chosen) <= set(lifted_components(run)):
             return stage.done
-        fishers = FisherStore.open(run.fishers)
-        layout = fishers.attrs["parameter_layout"]
+        fishers, checksums = FisherStore.read_attributes(run.fishers), checksums_of(run)
+        layout = fishers["parameter_layout"]
         shapes = {name: tuple(shape) for name, shape in zip(layout["names"], layout["shapes"], strict=True)}
         model = model_spec(run, fingerprint_of(run))  # raises before anything is written if there is no model
         results, progress = run.partial_results("lift"), progress or SilentProgress()
@@ -78,14 +78,14 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
             seed=config.seed,
             examples=fitted_examples(run),
             paths=paths,
-            checksums=checksums_of(run),
-            batch_size=fishers.attrs["batch_size"],
+            checksums=checksums,
+            batch_size=fishers["batch_size"],
         )
         with executor_for(run, executor) as workers:
             work = _Work(
                 map=partial(workers.map, worker, keep_going=True),
                 workers=workers.workers,
-                n_shards=len(checksums_of(run)),
+                n_shards=len(checksums),
                 fitting=_fitting(config, sum(math.prod(shape) for shape in shapes.values())),
                 paths=paths,
                 lifted=lifted,

@@ -33,7 +33,7 @@ from npeff.stages.factorize.stored_diagonals import DiagonalKind
 from npeff.stages.fitted_examples import FittedExamples
 from npeff.stages.lift.diagonals import DiagonalLift
 from npeff.stages.lift.factors import Direction, FactorLift, LiftRule, RowWeights, Solution, WeightsOf
-from npeff.storage.atomic import write_file_atomically
+from npeff.storage.atomic import is_committed, write_file_atomically
 from npeff.storage.checksums import json_checksum, read_json, write_json_atomically
 from npeff.storage.errors import StoreError
 from npeff.store.component_store import open_factorization
@@ -75,6 +75,10 @@ class LiftPaths:
         return self.sums / f"{json_checksum({'components': block.components})[:16]}-{block.part}-of-{block.parts}.f32"
 
 
+_ARRAYS = ("factors", "frobenius_norms", "diagonal_norms", "grouped_diagonal")
+"""Arrays of the Fisher store that the lift uses."""
+
+
 class LiftWorker:
     """Lifts blocks of components, one block per call.
 
@@ -109,6 +113,7 @@ class LiftWorker:
         self._fishers = FisherStore.open(examples.fishers)
         self._directions = DirectionStore.open(paths.directions)
         self._paths, self._checksums, self._batch_size, self._lineage = paths, checksums, batch_size, lineage
+        self._verified: set[int] = set()
         factorization = open_factorization(paths.factorization)
         components_KD, coefficients_NK = factorization.read_components(), factorization.read_coefficients()
         self._solution = _solution(torch.from_numpy(components_KD), torch.from_numpy(coefficients_NK), examples)
@@ -126,7 +131,7 @@ class LiftWorker:
         Directions that a lost worker has already written are kept.
         """
         files = {component: self._result(component) for component in block.components}
-        facts = {component: read_json(file) for component, file in files.items() if file.exists()}
+        facts = {component: read_json(file) for component, file in files.items() if is_committed(file)}
         missing = tuple(component for component in block.components if component not in facts)
         if missing:
             sums = self._sums(missing, sorted(self._checksums))
@@ -139,7 +144,7 @@ class LiftWorker:
     def add_up(self, block: LiftBlock) -> None:
         """Write the sums of a block over one part of the shards to a file, unless the file exists."""
         path, names = self._paths.sums_file(block), self._loaded.layout.names
-        if not path.exists():
+        if not is_committed(path):
             sums = self._sums(block.components, sorted(self._checksums)[block.part :: block.parts])
             n_rows = len(sums[names[0]])
             write_sums(path, ((sums[name][row].cpu().numpy() for name in names) for row in range(n_rows)))
@@ -147,7 +152,7 @@ class LiftWorker:
     def finish(self, request: tuple[LiftBlock, int]) -> dict[str, Any]:
         """Write the direction of one component from the sums of all parts of its block. Returns its facts as `lift`."""
         block, component = request
-        if self._result(component).exists():
+        if is_committed(self._result(component)):
             result: dict[str, Any] = read_json(self._result(component))
             return result
         layout, vectors = self._loaded.layout, []
@@ -253,7 +258,10 @@ class LiftWorker:
         return sums
 
     def _arrays(self, shard: int) -> dict[str, Tensor]:
-        stored = self._fishers.read_shard(shard, self._checksums[shard])
+        names = [name for name in _ARRAYS if name in self._fishers.array_names]
+        checksum = None if shard in self._verified else self._checksums[shard]
+        stored = self._fishers.read_shard(shard, checksum, names)
+        self._verified.add(shard)
         return {name: torch.from_numpy(array) for name, array in stored.items()}
 
     def _batches(self, shard: range, used: list[int]) -> list[list[int]]:

@@ -63,7 +63,7 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
                 n_selectivity=wanted.selectivity_examples,
                 n_correlation=wanted.correlation_examples,
                 seed=config.seed,
-                batch_size=FisherStore.open(run.fishers).attrs["batch_size"],
+                batch_size=FisherStore.read_attributes(run.fishers)["batch_size"],
                 lifted=components,
                 semi_orthogonal=wanted.orthogonalize == "semi",
                 ablation=wanted.ablation,
