@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -20,8 +19,7 @@ import pytest
 from moto.backends import get_backend
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
-from npeff.storage.location import location
-from npeff.storage.s3 import S3
+from npeff.storage.buckets import forget_clients
 from werkzeug.serving import make_server
 
 BUCKET = "runs"
@@ -57,8 +55,6 @@ class ObjectStore:
     endpoint: str = ""
     faults: list[Callable[[Request], Answer | None]] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
-    behind: timedelta = timedelta(0)
-    """How much the server's clock is behind."""
 
     def __call__(self, application: Any, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "").lstrip("/").partition("/")[2]
@@ -73,12 +69,7 @@ class ObjectStore:
                 start_response(answer[0], [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
                 return [body]
 
-        def respond(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
-            there = [(name, value) for name, value in headers if name.lower() != "date"]
-            there.append(("Date", format_datetime(datetime.now(UTC) - self.behind, usegmt=True)))
-            return start_response(status, there, *more)
-
-        return application(environ, respond)
+        return application(environ, start_response)
 
     def objects(self) -> dict[str, Any]:
         """moto's own, by key."""
@@ -88,6 +79,10 @@ class ObjectStore:
         """Of all objects below a URI, by their path there."""
         prefix = uri.removeprefix(f"s3://{BUCKET}/").rstrip("/") + "/"
         return {k.removeprefix(prefix): v.value for k, v in self.objects().items() if k.startswith(prefix)}
+
+    def released(self, lock: str) -> bool:
+        """Whether nobody holds the lock with this key."""
+        return lock not in self.objects() or json.loads(self.objects()[lock].value)["token"] == ""
 
     def uploads(self) -> list[Any]:
         """Multipart uploads in progress."""
@@ -163,11 +158,10 @@ def emptied(store: ObjectStore, cache: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv(name, value)
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "HTTP_PROXY", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(S3, "retries", 1)
+    forget_clients()
     get_backend("s3")[DEFAULT_ACCOUNT_ID]["aws"].reset()
     store.faults.clear()
-    store.behind = timedelta(0)
-    location(f"s3://{BUCKET}/x").fs.call_s3("create_bucket", Bucket=BUCKET)
+    get_backend("s3")[DEFAULT_ACCOUNT_ID]["aws"].create_bucket(BUCKET, "us-east-1")
     store.requests.clear()
     yield store
     store.faults.clear()
@@ -179,6 +173,6 @@ def other_environment(monkeypatch: pytest.MonkeyPatch, **variables: str | None) 
     with monkeypatch.context() as changed:
         for name, value in variables.items():
             changed.delenv(name) if value is None else changed.setenv(name, value)
-        S3.clear_instance_cache()
+        forget_clients()
         yield
-    S3.clear_instance_cache()
+    forget_clients()

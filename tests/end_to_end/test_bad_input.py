@@ -156,7 +156,7 @@ def truncate(path: Path) -> None:
         ({"fishers": [1]}, "fishers must be a mapping"),
         ({"parameters": {"include": "*"}}, "parameters.include must be a list"),
         ({"executor__workers": 2}, "the serial executor has one worker, not 2"),
-        ({"run_dir": "gs://bucket/run"}, "give a local path or a URI s3://bucket/prefix"),
+        ({"run_dir": "ftp://bucket/run"}, "give a local path or a URI s3://bucket/prefix"),
         ({"run_dir": "/proc/run"}, "cannot write to /proc/run"),
         ({"run_dir": __file__}, "Not a directory"),
     ],

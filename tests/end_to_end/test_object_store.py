@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -84,7 +85,7 @@ def results(files: dict[str, bytes]) -> dict[str, bytes]:
     """Files by name, without what differs between any two runs: times, places and tokens."""
     names = {name: re.sub(r"^(checkpoints/[0-9]{6})-[0-9a-f]{8}", r"\1", plain(name)) for name in files}
     varies = re.compile(
-        r"\.lock|\.workers|run.yaml|factorization.yaml|provenance.json|report/.*|shards/.*|stages/.*|.*history.*|metrics/.*"
+        r"\.lock|\.clock|\.workers|run.yaml|factorization.yaml|provenance.json|report/.*|shards/.*|stages/.*|.*history.*|metrics/.*"
     )
     return {
         names[name]: content
@@ -134,7 +135,7 @@ def test_whatever_request_fails_the_same_command_goes_on_to_the_same_result(
                 break
             except ObjectStoreError:
                 assert len(failed) > n_failed
-                assert "team/digits/.lock" not in s3.objects()
+                assert s3.released("team/digits/.lock")
                 assert before <= set(s3.contents(f"{RUN}/shards")), "what is finished is kept"
     assert {"GET", "HEAD", "LIST", "PUT run.yaml", "PUT task", "PUT fishers.zarr", "PUT shards", "PUT stages"} <= set(
         failed
@@ -182,9 +183,28 @@ def test_a_command_that_is_killed_is_taken_up_by_the_next_one(
         main(command[3:])
     assert ended.value.code in (0, None), capfd.readouterr().err
     assert "report: s3://runs/team/digits/factorizations/default/report/index.html" in capfd.readouterr().out
-    assert "team/digits/.lock" not in s3.objects()
+    assert s3.released("team/digits/.lock")
     assert differences(s3, reference) == []
     ask(s3)
+
+
+def test_a_complete_run_makes_few_requests_for_each_shard(s3: ObjectStore) -> None:
+    n_shards = 24
+    npeff.run(
+        config(
+            RUN,
+            task={"name": "digits", "options": {"limit": 5 * n_shards, "epochs": 1}},
+            fishers={"sketch": {"kind": "tensorsketch", "dim": 64}, "shard_size": 5},
+            factorization={"n_components": 4, "n_starts": 1, "max_iterations": 20},
+        )
+    )
+    assert len(s3.requests) <= 50 * n_shards
+    chunks = [request for request in s3.requests if re.search(r"fishers\.zarr/\w+/c/", request.key)]
+    assert not [request for request in chunks if request.kind == "HEAD"]
+    reads = Counter(request.key for request in chunks if request.kind == "GET")
+    assert max(reads.values()) == 3, "the factorization, the stability of its components, the lift"
+    records = Counter(request.key for request in s3.requests if "/shards/" in request.key and request.kind == "GET")
+    assert max(records.values()) == 2, "the factorization, the lift"
 
 
 def test_two_commands_do_not_work_on_one_run(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from npeff.query.errors import QueryError
 from npeff.query.sql import run_sql
 from npeff.query.tables import RunTables
 from npeff.storage.location import location
+from npeff.storage.objects import put
 from npeff.store.table_names import WRITTEN_BY
 from npeff.store.tables import write_table
 from object_store import ObjectStore
@@ -71,8 +72,7 @@ def test_whole_tables_on_an_object_store_are_read_in_few_requests(s3: ObjectStor
     write_table(file, "coefficients", rows)
     pq.write_table(RunTables(tmp_path).file("coefficients").read(), file, row_group_size=500)
     remote = location(f"s3://runs/run/{place('tables/coefficients.parquet')}")
-    remote.parent.mkdir(parents=True, exist_ok=True)
-    remote.write_bytes(file.read_bytes())
+    put(remote, file.read_bytes())
     here, there = RunTables(tmp_path), RunTables(location("s3://runs/run"))
     assert there.file("coefficients").num_row_groups == 300
     s3.requests.clear()

@@ -58,7 +58,7 @@ def test_a_file_in_the_way_and_a_uri_of_another_kind_are_refused(tmp_path: Path)
     with pytest.raises(RunDirectoryError, match="cannot write to"):
         RunDirectory.create(config(tmp_path / "file" / "run"))
     with pytest.raises(RunDirectoryError, match="give a local path or a URI s3://bucket/prefix"):
-        RunDirectory.create(config(tmp_path).model_copy(update={"run_dir": "gs://bucket/run"}))
+        RunDirectory.create(config(tmp_path).model_copy(update={"run_dir": "ftp://bucket/run"}))
 
 
 def test_opening_what_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from moto.s3 import models
 from npeff.storage import object_lock
 from npeff.storage.errors import ObjectStoreError
 from npeff.storage.location import location
@@ -34,7 +35,7 @@ def age(s3: ObjectStore, seconds: float) -> None:
 
 
 def guard() -> object_lock._ObjectLock:
-    from npeff.storage.s3 import guards
+    from npeff.storage.buckets import guards
 
     (found,) = guards.values()
     assert isinstance(found, object_lock._ObjectLock)
@@ -50,9 +51,10 @@ def test_it_is_held_while_the_body_runs_and_let_go_however_that_ends(s3: ObjectS
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert KEY not in s3.objects()
+    assert s3.released(KEY)
     with hold(location(LOCK), "process 2 on here"):
-        pass
+        assert not s3.released(KEY)
+    assert s3.released(KEY)
 
 
 def test_a_renewed_lock_refuses_another_holder_by_name(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +83,7 @@ def test_a_lock_that_nobody_renews_is_taken_over_and_its_holder_writes_no_more(s
     assert s3.objects()["run/a"].value == b"first"
     assert b"process 2" in s3.objects()[KEY].value, "the loser leaves the lock to its holder"
     second.release()
-    assert KEY not in s3.objects()
+    assert s3.released(KEY)
 
 
 def test_of_two_that_take_it_over_one_succeeds(s3: ObjectStore) -> None:
@@ -92,7 +94,24 @@ def test_of_two_that_take_it_over_one_succeeds(s3: ObjectStore) -> None:
     found = other._look()
     assert found is not None
     one.acquire()
-    assert not other._put(IfMatch=found.etag)
+    assert not other._put(found.version)
+
+
+def test_of_two_that_take_what_was_released_one_succeeds(s3: ObjectStore) -> None:
+    with hold(location(LOCK), "process 1 on here"):
+        pass
+    one, other = (object_lock._ObjectLock(location(LOCK), name) for name in ("one", "other"))
+    found = other._look()
+    assert found is not None
+    assert found.token == ""
+    one.acquire()
+    assert not other._put(found.version)
+    one.release()
+    other._lost_to = None
+    other.acquire()
+    one.release()
+    assert not s3.released(KEY), "who has released it does not release that of the next"
+    other.release()
 
 
 def test_a_younger_lock_is_waited_for_until_it_is_old(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,32 +125,31 @@ def test_a_younger_lock_is_waited_for_until_it_is_old(s3: ObjectStore, monkeypat
 def test_the_clock_of_this_machine_plays_no_part(
     s3: ObjectStore, monkeypatch: pytest.MonkeyPatch, behind_s: float
 ) -> None:
-    s3.behind = timedelta(seconds=behind_s)
+    now = models.utcnow
+    monkeypatch.setattr(models, "utcnow", lambda: now() - timedelta(seconds=behind_s))  # the server's clock
     lock = object_lock._ObjectLock(location(LOCK), "process 1 on here")
     lock.acquire()
-    age(s3, behind_s)  # the server's LastModified, by its own clock
     found = lock._look()
     assert found is not None
-    assert abs(found.age_s) <= 2
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + 10**6)
+    assert abs(lock._age_s(found)) <= 2
+    age(s3, 30)
     found = lock._look()
     assert found is not None
-    assert abs(found.age_s) <= 2
+    assert 28 <= lock._age_s(found) <= 32
 
 
 def test_an_answer_that_was_lost_is_recognised(s3: ObjectStore) -> None:
     lock = object_lock._ObjectLock(location(LOCK), "process 1 on here")
     lock.acquire()
-    etag = lock._etag
+    version = lock._version
     lock._renew()
-    lock._etag = etag  # as if the answer had not come, and botocore had asked again
+    lock._version = version  # as if the answer had not come, and obstore had asked again
     lock._renew()
     lock._renew()
     assert lock._lost_to is None
     lock.acquire()
     lock.release()
-    assert KEY not in s3.objects()
+    assert s3.released(KEY)
 
 
 def test_a_holder_that_cannot_renew_waits_and_then_stops(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from npeff.query.errors import QueryError
 from npeff.storage.commands import DEFAULT
 from npeff.storage.errors import StoreError
 from npeff.storage.location import is_remote, location
-from npeff.storage.objects import file_system, key_of
+from npeff.storage.objects import ObjectFile, size
 from npeff.store.lineage import refuse_foreign, refuse_unfit
 from npeff.store.run_files import FilesOfRun
 from npeff.store.table_names import WRITTEN_BY
@@ -77,10 +77,10 @@ def missing(run: FilesOfRun, what: str, command: str) -> QueryError:
 
 def read_record(path: Path) -> dict[str, Any]:
     """Return the content of a JSON record; an empty dictionary if the file is missing."""
-    if not path.is_file():
-        return {}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return {}
     except ValueError as error:
         problem = f"{path} is not valid JSON ({error})"
         raise QueryError(problem, "delete it and run the stage that writes it again", path=path) from error
@@ -89,9 +89,38 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def _located(path: Path) -> tuple[str, pa_fs.FileSystem]:
     """Return the path and the Arrow file system of a file."""
-    if is_remote(path):
-        return key_of(path), pa_fs.PyFileSystem(pa_fs.FSSpecHandler(file_system(path)))
-    return str(path), pa_fs.LocalFileSystem()
+    return str(path), pa_fs.PyFileSystem(_Buckets()) if is_remote(path) else pa_fs.LocalFileSystem()
+
+
+class _Buckets(pa_fs.FileSystemHandler):  # type: ignore[misc]  # it has no types
+    """The objects of all buckets for Arrow, read-only, by their URIs."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Buckets)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def get_type_name(self) -> str:
+        return "bucket"
+
+    def normalize_path(self, path: str) -> str:
+        return path
+
+    def get_file_info(self, paths: Sequence[str]) -> list[pa_fs.FileInfo]:
+        found = {path: size(location(path)) for path in paths}
+        kinds = {path: pa_fs.FileType.NotFound if n is None else pa_fs.FileType.File for path, n in found.items()}
+        return [pa_fs.FileInfo(path, kinds[path], size=found[path]) for path in paths]
+
+    def open_input_file(self, path: str) -> pa.PythonFile:
+        return pa.PythonFile(ObjectFile(location(path)), mode="r")
+
+    open_input_stream = open_input_file
+
+    def _refused(self, *_: Any) -> Any:
+        raise NotImplementedError("tables are only read")
+
+    get_file_info_selector = create_dir = delete_dir = delete_dir_contents = delete_root_dir_contents = _refused
+    delete_file = move = copy_file = open_output_stream = open_append_stream = _refused
 
 
 class RunTables:
@@ -105,6 +134,8 @@ class RunTables:
         self.run_dir = self.run.path
         self._paths: dict[str, Path] = {}
         self._files: dict[str, pq.ParquetFile] = {}
+        self._listed: set[str] = set()
+        """Tables that were found by a list of the folder."""
         self._schemas: dict[str, pa.Schema] = {}
         self._datasets: dict[str, ds.Dataset] = {}
         self._bounds: dict[tuple[str, str], tuple[list[Any], list[Any]]] = {}
@@ -125,7 +156,13 @@ class RunTables:
             yield from (self.run.home / folder).glob(pattern)
 
     def has(self, name: str) -> bool:
-        return name in self._files or self._path(name).is_file()
+        if name in self._files or name in self._listed:
+            return True
+        if is_remote(self.run_dir) and not self._listed:  # one request instead of one for each table
+            self._listed = set(self.names())
+            if name in self._listed:
+                return True
+        return self._path(name).is_file()
 
     def dataset(self, name: str) -> ds.Dataset:
         """Return the table as a lazy Arrow dataset, which reads only the requested rows and columns.
@@ -156,7 +193,7 @@ class RunTables:
         """Return the open file of the table, to read single row groups. Raises the errors of `dataset`."""
         if name not in self._files:
             path = self._path(name)
-            if not path.is_file():
+            if not self.has(name):
                 if name in WRITTEN_BY:
                     raise missing(self.run, f"table '{name}'", WRITTEN_BY[name])
                 raise QueryError(

@@ -49,13 +49,10 @@ def run_lock(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _remote_lock(path: Path) -> Iterator[None]:
-    from npeff.storage.object_lock import HeldError, object_lock
-    from npeff.storage.objects import abort_uploads
-    from npeff.storage.s3 import LOCK
+    from npeff.storage.object_lock import LOCK, HeldError, object_lock
 
     try:
         with object_lock(path / LOCK, _owner()):
-            abort_uploads(path)
             yield
     except HeldError as error:
         raise _in_use(path, error.owner) from None

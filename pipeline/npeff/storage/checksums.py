@@ -117,6 +117,11 @@ def _bytes_of(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
+def bytes_checksum(content: bytes) -> str:
+    """Return the `file_checksum` of a file with this content."""
+    return hashlib.blake2b(content, digest_size=_CHECKSUM_BYTES).hexdigest()
+
+
 def file_checksum(path: Path) -> str:
     """Return the BLAKE2b hash of a file's bytes, in hex. Raises OSError."""
     with path.open("rb") as stream:

@@ -1,43 +1,47 @@
 """Conversion of text to paths.
 
-A local path is a `pathlib.Path`. A URI ``s3://bucket/prefix`` is a `UPath`, which has the same interface, can be
-pickled, and can be read. All writes use `npeff.storage.atomic`, which supports both.
+A local path is a `pathlib.Path`. A URI ``s3://bucket/prefix``, ``gs://bucket/prefix`` or ``az://container/prefix`` is a
+`BucketPath`, which has the same interface for reading and can be pickled. All writes use `npeff.storage.atomic`, which
+supports both.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import cast
 
+from npeff.storage.bucket_path import BucketPath
 from npeff.storage.errors import StoreError
+
+SCHEMES = ("s3", "gs", "az")
+"""Schemes of the URIs of Amazon S3 and compatible stores, of Google Cloud Storage, and of Azure Blob Storage."""
+_GIVE = "give a local path or a URI s3://bucket/prefix, gs://bucket/prefix or az://container/prefix"
 
 
 def location(text: str | os.PathLike[str]) -> Path:
-    """Return the path of a local file name or a URI ``s3://bucket/prefix``.
+    """Return the path of a local file name or a URI such as ``s3://bucket/prefix``.
 
     ``Path("s3://bucket")`` would be ``s3:/bucket``, so text from a user must be converted by this function. A path is
     returned unchanged.
 
     Raises:
-        StoreError: The URI has another scheme or no prefix in a bucket, or s3fs is not installed.
+        StoreError: The URI has another scheme or no prefix in a bucket, or obstore is not installed.
     """
     if not isinstance(text, str):
         return cast(Path, text)
     scheme, separator, rest = text.partition("://")
     if not separator:
         return Path(text)
-    if scheme != "s3":
-        raise StoreError(f"{text} has an unsupported scheme", "give a local path or a URI s3://bucket/prefix")
+    if scheme not in SCHEMES:
+        raise StoreError(f"{text} has an unsupported scheme", _GIVE)
     bucket, *prefix = [part for part in rest.split("/") if part not in ("", ".")] or [""]
     if not bucket or not prefix or ".." in prefix:
-        raise StoreError(f"{text} is not a folder in a bucket", "give a URI s3://bucket/prefix")
-    if importlib.util.find_spec("s3fs") is None:
-        raise StoreError(f"{text} needs s3fs, which is not installed", "pip install 'npeff-pipeline[s3]'")
-    from npeff.storage.s3 import S3Path
-
-    return cast(Path, S3Path(f"s3://{'/'.join([bucket, *prefix])}"))
+        raise StoreError(f"{text} is not a folder in a bucket", _GIVE)
+    if importlib.util.find_spec("obstore") is None:
+        raise StoreError(f"{text} needs obstore, which is not installed", "pip install 'npeff-pipeline[cloud]'")
+    return cast(Path, BucketPath(f"{scheme}://{bucket}", PurePosixPath(*prefix)))
 
 
 def is_remote(path: Path) -> bool:

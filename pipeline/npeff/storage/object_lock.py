@@ -1,18 +1,21 @@
 """The lock of a run on an object store: an object that names its holder, created and renewed by conditional requests.
 
 A killed process cannot release the lock, which the kernel does on a local disk. The holder therefore renews the lock,
-and a lock that was not renewed for a minute may be taken over. The minute is measured by the server's clock (the Date
-of its response minus the object's LastModified); the clocks of the machines do not matter. Every renewal changes the
-object and its ETag, which the next conditional request contains. If two processes take over a lock, one of them
-succeeds. A former holder detects the loss before it writes anything (`npeff.storage.s3.guards`).
+and a lock that was not renewed for a minute may be taken over. The minute is measured by the server's clock: a process
+that finds a lock writes the object ``.clock`` beside it and compares the times of the last change of both objects. The
+clocks of the machines do not matter. Every renewal changes the object and its version, which the next conditional
+request contains. If two processes take over a lock, one of them succeeds. A former holder detects the loss before it
+writes anything (`npeff.storage.buckets.guards`).
 
-The holder draws a random *token*. botocore repeats a request whose response was lost, and the repetition fails if the
-first request succeeded. The process detects this case by its own token in the object.
+No provider deletes an object on a condition of its version. The holder therefore releases the lock by a conditional
+write of a *tombstone*, a lock without an owner, which stays and which the next holder replaces.
+
+The holder draws a random *token*. A request whose response was lost is repeated, and the repetition fails if the first
+request succeeded. The process detects this case by its own token in the object.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import secrets
 import threading
@@ -20,16 +23,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
+from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-from fsspec.asyn import sync
-
+from npeff.storage import objects
+from npeff.storage.buckets import guards
 from npeff.storage.errors import ObjectStoreError
-from npeff.storage.objects import file_system, key_of
-from npeff.storage.s3 import guards
 
+LOCK = ".lock"
+"""Name of the lock object of a run."""
+CLOCK = ".clock"
+"""Name of the object that is written to read the server's clock."""
 RENEW_S = 10.0
 STALE_S = 60.0
 _POLL_S = 2.0
@@ -59,7 +63,7 @@ def object_lock(path: Path, owner: str) -> Iterator[None]:
     """
     lock = _ObjectLock(path, owner)
     lock.acquire()
-    folder = key_of(path.parent) + "/"
+    folder = f"{path.parent}/"
     guards[folder] = lock
     keeper = threading.Thread(target=lock.keep, name="lock", daemon=True)
     keeper.start()
@@ -76,32 +80,32 @@ def object_lock(path: Path, owner: str) -> Iterator[None]:
 class _Seen:
     owner: str
     token: str
-    etag: str
-    age_s: float
-    """Seconds since the lock was renewed."""
+    """Empty in a tombstone."""
+    version: objects.Version
+    last_modified: datetime
 
 
 class _ObjectLock:
     def __init__(self, path: Path, owner: str) -> None:
         self.ended = threading.Event()
-        self._path, self._fs, self._owner, self._token = path, file_system(path), owner, secrets.token_hex(16)
-        self._bucket, _, self._key = key_of(path).partition("/")
-        self._etag, self._renewals, self._renewed_at = "", 0, 0.0
+        self._path, self._owner, self._token = path, owner, secrets.token_hex(16)
+        self._version: objects.Version | None = None
+        self._renewals, self._renewed_at = 0, 0.0
         self._lost_to: str | None = None
 
     def acquire(self) -> None:
         before: _Seen | None = None
-        while not self._put(IfNoneMatch="*"):
+        while True:
             found = self._look()
-            if found is None:
-                continue  # the lock was released in the meantime
-            if found.token == self._token:
+            if found is not None and found.token == self._token:
                 self._adopt(found, _now())
                 return
-            if before is not None and before.etag != found.etag:
+            if found is None or not found.token or self._age_s(found) > STALE_S:
+                if self._put(None if found is None else found.version):
+                    return
+                continue  # another process was faster, or the response was lost
+            if before is not None and before.version != found.version:
                 raise HeldError(found.owner)
-            if found.age_s > STALE_S and self._put(IfMatch=found.etag):
-                return
             before = found
             time.sleep(_POLL_S)
 
@@ -111,7 +115,7 @@ class _ObjectLock:
             with suppress(ObjectStoreError):  # the next renewal may succeed; `confirm` raises if none does
                 self._renew()
 
-    async def confirm(self) -> None:
+    def confirm(self) -> None:
         began = _now()
         while self._lost_to is None and _now() - self._renewed_at > STALE_S / 2:
             if _now() - began > STALE_S:
@@ -119,7 +123,7 @@ class _ObjectLock:
                     f"the lock {self._path} could not be renewed for {_now() - self._renewed_at:.0f} s; finished work "
                     "is kept: check the network and run the same command again to resume"
                 )
-            await asyncio.sleep(_POLL_S / 4)
+            time.sleep(_POLL_S / 4)
         if self._lost_to is not None:
             raise ObjectStoreError(
                 f"another process ({self._lost_to}) took over {self._path.parent}, because this process did not renew "
@@ -128,51 +132,50 @@ class _ObjectLock:
 
     def release(self) -> None:
         if self._lost_to is None:
-            with suppress(ObjectStoreError, FileExistsError, FileNotFoundError):  # the lock then expires
-                self._fs.call_s3("delete_object", Bucket=self._bucket, Key=self._key, IfMatch=self._etag)
+            with suppress(ObjectStoreError):  # the lock then expires
+                objects.put_if(self._path, json.dumps({"owner": "", "token": ""}).encode(), self._version)
 
     def _renew(self) -> None:
         began = _now()
-        if self._put(IfMatch=self._etag):
+        if self._put(self._version):
             return
         found = self._look()
         if found is not None and found.token == self._token:
             self._adopt(found, began)
         else:
-            self._lost_to = found.owner if found is not None else "which has ended"
+            self._lost_to = (found.owner if found is not None else "") or "which has ended"
 
-    def _put(self, **condition: str) -> bool:
-        """Write the lock if the condition holds, and return whether it holds."""
+    def _put(self, replaced: objects.Version | None) -> bool:
+        """Write the lock if its version is `replaced`, or if there is none, and return whether it was written."""
         began, self._renewals = _now(), self._renewals + 1
         content = {"owner": self._owner, "token": self._token, "renewals": self._renewals}
-        body = json.dumps(content).encode()
-        try:
-            answer = self._fs.call_s3("put_object", Bucket=self._bucket, Key=self._key, Body=body, **condition)
-        except (FileExistsError, FileNotFoundError):
+        version = objects.put_if(self._path, json.dumps(content).encode(), replaced)
+        if version is None:
             return False
-        self._etag, self._renewed_at = answer["ETag"], began
+        self._version, self._renewed_at = version, began
         return True
 
     def _adopt(self, found: _Seen, began: float) -> None:
-        self._etag, self._renewed_at = found.etag, began
+        self._version, self._renewed_at = found.version, began
 
     def _look(self) -> _Seen | None:
-        async def read() -> tuple[Any, bytes]:
-            answer = await self._fs._call_s3("get_object", Bucket=self._bucket, Key=self._key)
-            async with answer["Body"] as body:
-                return answer, await body.read()
-
-        try:
-            answer, body = sync(self._fs.loop, read)
-        except FileNotFoundError:
+        found = objects.find(self._path)
+        if found is None:
             return None
         try:
-            content = json.loads(body)
+            content = json.loads(found.content)
             owner, token = str(content["owner"]), str(content["token"])
         except (ValueError, KeyError, TypeError):
-            owner, token = "unknown", ""
-        now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
-        return _Seen(owner, token, answer["ETag"], (now - answer["LastModified"]).total_seconds())
+            owner, token = "unknown", "unknown"
+        return _Seen(owner, token, found.version, found.last_modified)
+
+    def _age_s(self, found: _Seen) -> float:
+        """Return the seconds since a lock was renewed, by the server's clock."""
+        clock = self._path.with_name(CLOCK)
+        while True:
+            objects.put_unguarded(clock, self._token.encode())
+            if (now := objects.last_modified(clock)) is not None:
+                return (now - found.last_modified).total_seconds()
 
 
 def _now() -> float:

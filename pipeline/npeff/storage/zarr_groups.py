@@ -8,16 +8,18 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import zarr
-from zarr.abc.buffer import Buffer
+from zarr.abc.buffer import Buffer, BufferPrototype
+from zarr.abc.store import ByteRequest
 from zarr.buffer import default_buffer_prototype
-from zarr.storage import FsspecStore, MemoryStore, StorePath
+from zarr.storage import MemoryStore, ObjectStore, StorePath
 
 from npeff.storage import objects
 from npeff.storage.atomic import PARTIAL, fsync_all, is_committed, write_file_atomically
+from npeff.storage.bucket_path import BucketPath
 from npeff.storage.checksums import SEAL, read_json, sealed, unsealed
 from npeff.storage.commands import run_argument
 from npeff.storage.errors import StoreError, os_errors_explained
@@ -53,13 +55,16 @@ def open_group(path: Path, kind: str, version: int, command: str) -> tuple[zarr.
     Raises:
         StoreError: The group is missing or damaged, or has another kind or schema version.
     """
+    absent = StoreError(f"{path} does not exist", f"run `npeff {command} {run_argument(path)}` first", path=path)
     with os_errors_explained("read", path):
-        exists = is_committed(path) if is_remote(path) else path.is_dir()
+        exists = is_remote(path) or path.is_dir()
     if not exists:
-        raise StoreError(f"{path} does not exist", f"run `npeff {command} {run_argument(path)}` first", path=path)
+        raise absent
     try:
         metadata = read_json(path / METADATA)
     except StoreError as error:
+        if is_remote(path) and isinstance(error.__cause__, FileNotFoundError):
+            raise absent from None
         raise damaged_metadata(path, "", command) from error
     attrs = metadata.get("attributes") if isinstance(metadata, dict) else None
     if not isinstance(attrs, dict) or attrs.get("kind") != kind:
@@ -124,10 +129,22 @@ def _group(path: Path, metadata: Mapping[str, Any]) -> zarr.Group:
     """Return the group at `path` with this metadata, which on an object store are not requested again."""
     if not is_remote(path):
         return zarr.open_group(path, mode="r+")
-    from npeff.storage.s3 import S3
-
-    store = StorePath(FsspecStore(S3(asynchronous=True), path=objects.key_of(path)))
+    store = StorePath(_Bucket(cast(BucketPath, path)), objects.key_of(path))
     return zarr.Group(zarr.AsyncGroup.from_dict(store, dict(metadata)))
+
+
+class _Bucket(ObjectStore[Any]):
+    """The objects of a bucket for Zarr, read-only, with one-line error messages."""
+
+    def __init__(self, path: BucketPath) -> None:
+        super().__init__(objects.client_of(path), read_only=True)
+        self._root = path.root
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        from npeff.storage.buckets import explained
+
+        with explained(f"{self._root}/{key}"):
+            return await super().get(key, prototype, byte_range)
 
 
 def damaged_metadata(path: Path, name: str, command: str) -> StoreError:

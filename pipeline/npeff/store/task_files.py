@@ -60,7 +60,7 @@ def preparing(folder: Path) -> Iterator[Path]:
 def _local_copy(folder: Path, made: Path | None) -> Path:
     """Return a local copy of the stored files. If ``made`` is given, it contains these files and becomes the copy."""
     stored = objects.files(folder)
-    facts = json.dumps(sorted((name, fact.get("ETag"), fact["size"]) for name, fact in stored.items()))
+    facts = json.dumps(sorted((name, fact["e_tag"], fact["size"]) for name, fact in stored.items()))
     copy = _cache(folder) / hashlib.sha256(facts.encode()).hexdigest()[:16]
     with os_errors_explained("write", copy):
         copy.parent.mkdir(parents=True, exist_ok=True)

@@ -78,7 +78,8 @@ class SelectionWorker:
 
         def sample(chosen_N: NDArray[np.bool_]) -> NDArray[np.int64]:
             rows = np.flatnonzero(chosen_N)
-            return rows[subsample_indices(len(rows), max_examples, seed)]
+            chosen: NDArray[np.int64] = rows[subsample_indices(len(rows), max_examples, seed)]
+            return chosen
 
         parts = sample(splits.fit_N), sample(splits.held_out_N)  # which are in the same shards, and are read together
         factors_NRD = torch.from_numpy(store.read_rows(np.concatenate(parts), ["factors"])["factors"])
