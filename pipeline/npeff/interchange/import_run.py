@@ -266,14 +266,16 @@ def _import_shard(
     arrays = _example_arrays(pef, blocks, grams_NRR)
     scale_N = np.where(arrays["frobenius_norms"] > 0, arrays["frobenius_norms"], 1.0) ** -0.5
     arrays["factors"] = factors_NRD * (scale_N * arrays["valid"]).astype(np.float32)[:, None, None]
+    checksum, array_checksums = store.write(shard, {name: arrays[name] for name in store.array_names})
     record = CompletionRecord(
         shard=shard,
         start=start,
         stop=stop,
-        checksum=store.write_shard(shard, {name: arrays[name] for name in store.array_names}),
+        checksum=checksum,
         n_invalid=int((~arrays["valid"]).sum()),
         seconds=time.monotonic() - began,
         signature=records.signature,
+        array_checksums=array_checksums,
     )
     records.write(record)
     return record

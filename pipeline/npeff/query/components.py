@@ -463,7 +463,7 @@ class ComponentStore:
         from npeff.store.fisher_store import FisherStore
 
         try:
-            return FisherStore.open(self.run.fishers).attrs
+            return FisherStore.read_attributes(self.run.fishers)
         except StoreError as error:
             raise QueryError.of(error) from error
 

@@ -22,7 +22,7 @@ from npeff.storage.errors import StoreError
 from npeff.store.component_store import open_factorization
 from npeff.store.fisher_store import FisherStore
 from npeff.store.same_space import differences_in_space
-from npeff.store.shard_records import ShardRecords
+from npeff.store.shard_records import CompletionRecord, ShardChecksums, ShardRecords
 from npeff.store.splits import Splits
 from npeff.store.tables import read_table
 
@@ -60,8 +60,8 @@ def components_of(run: RunDirectory, other: str | Path | RunDirectory) -> np.nda
     return open_factorization(source.factorization).read_components()
 
 
-def checksums_of(run: RunDirectory) -> dict[int, str]:
-    """Return the checksum of every stored shard.
+def checksums_of(run: RunDirectory) -> dict[int, ShardChecksums]:
+    """Return the checksums of every stored shard.
 
     Raises:
         StoreError: a shard of the complete stage has no record, because it was deleted to be recomputed.
@@ -72,20 +72,19 @@ def checksums_of(run: RunDirectory) -> dict[int, str]:
     if missing:
         problem = f"shard {missing[0]} of {run.fishers} has no record"
         raise StoreError(problem, f"run `npeff fishers {run.fishers_home}` first", path=run.fishers)
-    checksums = {shard: record.checksum for shard, record in records.items()}
-    if fishers.get("shards") not in (None, shards_checksum(checksums)):
+    if fishers.get("shards") not in (None, shards_checksum(records)):
         raise StoreError(
             f"the shards in {run.shard_records} are not those of the stage's record: they belong to another run, or "
             "were computed again with other results",
             f"restore them, or delete {run.record_file('fishers')} and run `npeff fishers {run.path}`",
             path=run.shard_records,
         )
-    return checksums
+    return {shard: record.checksums for shard, record in records.items()}
 
 
-def shards_checksum(checksums: Mapping[int, str]) -> str:
+def shards_checksum(records: Mapping[int, CompletionRecord]) -> str:
     """Return a checksum of all shards, for the record of the stage ``fishers``."""
-    return json_checksum({f"{shard:05d}": checksum for shard, checksum in checksums.items()})
+    return json_checksum({f"{shard:05d}": record.checksum for shard, record in records.items()})
 
 
 def direction_checksums(run: RunDirectory) -> dict[int, str]:

@@ -23,7 +23,7 @@ import numpy as np
 
 from npeff.storage import objects
 from npeff.storage.atomic import OLD, PARTIAL, begin_directory, commit_directory
-from npeff.storage.checksums import file_checksum, read_json, write_json_atomically
+from npeff.storage.checksums import bytes_checksum, file_checksum, read_json, write_json_atomically
 from npeff.storage.errors import StoreError, os_errors_explained
 from npeff.storage.location import is_remote, location
 
@@ -48,7 +48,7 @@ class Checkpoint:
     arrays: dict[str, np.ndarray]
     """The arrays that were given to `CheckpointStore.commit`."""
     names: tuple[str, ...]
-    """Names of all arrays, including those that workers wrote, such as "coefficients/00001-of-00004"."""
+    """Names of all arrays, including those that workers wrote, such as "coefficients-00001-of-00004"."""
     warnings: tuple[str, ...]
     """One line for each newer checkpoint that was skipped because it is damaged."""
 
@@ -101,10 +101,14 @@ class CheckpointStore:
         """
         path = self._path(iteration)
         partial = path if is_remote(path) else path.with_name(path.name + PARTIAL)
-        _write(partial, {name: _npy(name, array) for name, array in arrays.items()})
+        own = {name: _npy(name, array) for name, array in arrays.items()}
+        _write(partial, own)
         with os_errors_explained("read", partial):
             names = sorted(name.removesuffix(".npy") for name in _files(partial) if name.endswith(".npy"))
-            checksums = {name: file_checksum(_file(partial, name)) for name in names}
+            checksums = {
+                name: bytes_checksum(own[name]) if name in own else file_checksum(_file(partial, name))
+                for name in names
+            }
         manifest = {
             "schema_version": _SCHEMA_VERSION,
             "iteration": iteration,
@@ -219,7 +223,7 @@ def write_checkpoint_array(folder: Path, name: str, array: np.ndarray) -> None:
 
     Args:
         folder: The folder of the checkpoint.
-        name: Name of the array, with at most one folder: worker 1 of 4 writes "coefficients/00001-of-00004".
+        name: Name of the array, with at most one folder: worker 1 of 4 writes "coefficients-00001-of-00004".
         array: The array.
 
     Raises:

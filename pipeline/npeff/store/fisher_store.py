@@ -56,7 +56,7 @@ from npeff.storage.zarr_groups import (
     write_durably,
 )
 from npeff.store.layout import ShardPlan, inner_chunk_examples
-from npeff.store.shard_records import record_path
+from npeff.store.shard_records import ShardChecksums, record_path
 
 StoreDtype = Literal["float16", "bfloat16", "float32"]
 SCHEMA_VERSION = 3
@@ -278,9 +278,13 @@ class FisherStore:
         return open_group(location(path), _KIND, SCHEMA_VERSION, "fishers")[1]
 
     def write_shard(self, shard: int, arrays: Mapping[str, np.ndarray]) -> str:
+        """Write every array of a shard as `write`, and return the checksum of all arrays together."""
+        return self.write(shard, arrays)[0]
+
+    def write(self, shard: int, arrays: Mapping[str, np.ndarray]) -> tuple[str, dict[str, str]]:
         """Write every array of a shard durably.
 
-        The shard is not complete until the caller writes the completion record with the checksum.
+        The shard is not complete until the caller writes the completion record with the checksums.
 
         Args:
             shard: Number of the shard.
@@ -288,7 +292,7 @@ class FisherStore:
                 in floating point.
 
         Returns:
-            The checksum of the stored arrays.
+            The checksum of all stored arrays together, and the checksum of each array.
 
         Raises:
             StoreError: A name, shape or type is wrong, a number is not finite or overflows, or the shard cannot be
@@ -299,16 +303,17 @@ class FisherStore:
         rows = slice(start, stop)
         parts = (Part(name, self._arrays[name], shard, rows, values) for name, values in stored.items())
         write_durably(self.path, parts)
-        return checksum_of(stored)
+        return checksum_of(stored), {name: checksum_of({name: values}) for name, values in stored.items()}
 
     def read_shard(
-        self, shard: int, checksum: str | None = None, names: Iterable[str] | None = None
+        self, shard: int, checksum: ShardChecksums | None = None, names: Iterable[str] | None = None
     ) -> dict[str, np.ndarray]:
         """Read arrays of a shard, with `factors` in float32.
 
         Args:
             shard: Number of the shard.
-            checksum: Checksum to verify, for which all arrays are read; if None, only the crc32c of Zarr are verified.
+            checksum: Checksums to verify; if None, only the crc32c of Zarr are verified. A checksum of all arrays
+                together requires that all arrays are read.
             names: Names of the arrays; all arrays by default.
 
         Raises:
@@ -317,10 +322,8 @@ class FisherStore:
         stored = self._read_stored(shard, checksum, names)
         return {name: self._decode(name, values) for name, values in stored.items()}
 
-    def read_factors(self, shard: int, checksum: str | None = None) -> np.ndarray:
-        """Read the factors of a shard in the stored precision, bfloat16 as uint16.
-
-        The verification of a `checksum` reads all arrays of the shard.
+    def read_factors(self, shard: int, checksum: ShardChecksums | None = None) -> np.ndarray:
+        """Read the factors of a shard in the stored precision, bfloat16 as uint16, and verify them as `read_shard`.
 
         Raises:
             StoreError: As in `read_shard`.
@@ -363,10 +366,16 @@ class FisherStore:
             result[name] = self._decode(name, stored[inverse])
         return result
 
-    def _read_stored(self, shard: int, checksum: str | None, names: Iterable[str] | None) -> dict[str, np.ndarray]:
+    def _read_stored(
+        self, shard: int, checksum: ShardChecksums | None, names: Iterable[str] | None
+    ) -> dict[str, np.ndarray]:
         wanted = list(self.array_names if names is None else names)
-        stored = self._read_whole(shard, self.array_names if checksum is not None else wanted)
-        if checksum is not None and checksum_of(stored) != checksum:
+        stored = self._read_whole(shard, self.array_names if isinstance(checksum, str) else wanted)
+        if isinstance(checksum, str):
+            intact = checksum_of(stored) == checksum
+        else:
+            intact = checksum is None or all(checksum_of({name: stored[name]}) == checksum.get(name) for name in wanted)
+        if not intact:
             raise self._shard_error(shard, "does not match its checksum", self.path)
         return {name: stored[name] for name in wanted}
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import NoneType
 
 from npeff.storage.checksums import json_bytes, read_json, write_json_atomically
 from npeff.storage.errors import StoreError, os_errors_explained
@@ -15,6 +16,10 @@ from npeff.storage.objects import create, files
 
 _RECORDS_AT_ONCE = 16
 """Number of records that are read at a time from an object store."""
+
+
+ShardChecksums = str | Mapping[str, str]
+"""The checksum of all arrays of a shard together, or of each array by name."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +39,18 @@ class CompletionRecord:
     """Wall-clock time of the computation of the shard, in seconds."""
     signature: str
     """Signature of the settings that the content of the shard depends on."""
+    array_checksums: dict[str, str] | None = None
+    """Checksum of each array, so that some arrays can be verified without the others; None in earlier records."""
+
+    @property
+    def checksums(self) -> ShardChecksums:
+        """The checksums with which the shard is read."""
+        return self.array_checksums or self.checksum
 
 
 _FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "shard": (int,), "start": (int,), "stop": (int,), "checksum": (str,),
-    "n_invalid": (int,), "seconds": (int, float), "signature": (str,),
+    "n_invalid": (int,), "seconds": (int, float), "signature": (str,), "array_checksums": (dict, NoneType),
 }  # fmt: skip
 
 
@@ -114,8 +126,8 @@ class ShardRecords:
         content = read_json(path)
         well_formed = (
             isinstance(content, dict)
-            and set(content) == {field.name for field in fields(CompletionRecord)}
-            and all(isinstance(content[name], types) for name, types in _FIELD_TYPES.items())
+            and set(content) | {"array_checksums"} == {field.name for field in fields(CompletionRecord)}
+            and all(isinstance(content.get(name), types) for name, types in _FIELD_TYPES.items())
             and record_path(self.directory, content["shard"]) == path
         )
         if not well_formed:

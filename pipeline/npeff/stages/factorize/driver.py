@@ -13,6 +13,7 @@ import pyarrow as pa
 from npeff.execution.executor import Executor, ExecutorError, Group, WorkerLostError, WorkerSpec
 from npeff.stages.factorize.worker import SolverResult, Step
 from npeff.store.checkpoint import CheckpointStore
+from npeff.store.shard_records import ShardChecksums
 from npeff.store.tables import SCHEMAS
 
 LOSSES = 3
@@ -38,7 +39,7 @@ def run_solver(
     executor: Executor,
     spec: WorkerSpec,
     checkpoints: CheckpointStore,
-    checksums: dict[int, str],
+    checksums: dict[int, ShardChecksums],
     *,
     checkpoint_every: int,
     on_iteration: Callable[[dict[str, Any]], None],
@@ -85,7 +86,7 @@ def run_solver(
 def _run_group(
     group: Group,
     checkpoints: CheckpointStore,
-    checksums: dict[int, str],
+    checksums: dict[int, ShardChecksums],
     checkpoint_every: int,
     on_iteration: Callable[[dict[str, Any]], None],
     on_event: Callable[[str], None],

@@ -61,7 +61,7 @@ class StoredDiagonals:
         """Read the fitted examples, which every pass needs, and determine the columns together with all workers."""
         arrays = {name: [array] for name, array in self._read([]).items()}  # gives widths if there are no shards
         for part in chosen:
-            stored = self._store.read_shard(part.shard, part.checksum)
+            stored = self._store.read_shard(part.shard, part.checksum, _ARRAYS[self._kind])
             for name, parts in arrays.items():
                 parts.append(stored[name][part.rows])
         joined = {name: np.concatenate(parts) for name, parts in arrays.items()}

@@ -19,6 +19,7 @@ from npeff.execution.process_group import ProcessGroup
 from npeff.factorization import BLOCK_ROWS, ExampleShard, FactorsInMemory, FactorSource, StreamedFactors
 from npeff.storage.location import is_remote
 from npeff.store.fisher_store import FisherStore, StoreDtype
+from npeff.store.shard_records import ShardChecksums
 
 _PRECISIONS: dict[StoreDtype, torch.dtype] = {
     "float16": torch.float16,
@@ -32,7 +33,7 @@ class ShardRows:
     """Some of the examples of a stored shard."""
 
     shard: int
-    checksum: str
+    checksum: ShardChecksums
     rows: NDArray[np.int64]
     """Positions in the shard, ascending."""
 

@@ -41,6 +41,7 @@ from npeff.stages.factorize.stored_factors import ShardRows, StoredFactors
 from npeff.stages.fitted_examples import FittedExamples
 from npeff.store.checkpoint import Checkpoint, write_checkpoint_array
 from npeff.store.fisher_store import FisherStore
+from npeff.store.shard_records import ShardChecksums
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class SolverWorker(ProcessGroupMember):
         """The fitted examples, as a shard of the kind."""
         self._state: Any = None
 
-    def load(self, checksums: dict[int, str]) -> None:
+    def load(self, checksums: dict[int, ShardChecksums]) -> None:
         """Read and verify this worker's shards.
 
         Raises:
@@ -290,12 +291,12 @@ class SolverWorker(ProcessGroupMember):
         return merge_candidates([Candidates.unpack(packed) for packed in self._peers.gathered(own.pack())])
 
 
-_COEFFICIENTS = re.compile(r"coefficients/([0-9]+)(?:-of-([0-9]+))?")
+_COEFFICIENTS = re.compile(r"coefficients(?:/|-)([0-9]+)(?:-of-([0-9]+))?")
 
 
 def coefficients_name(rank: int, size: int) -> str:
     """Return the name of a worker's coefficients in a checkpoint."""
-    return f"coefficients/{rank:05d}-of-{size:05d}"
+    return f"coefficients-{rank:05d}-of-{size:05d}"
 
 
 def _by_shard(chosen: list[ShardRows], examples: Any) -> Iterator[tuple[ShardRows, Tensor]]:

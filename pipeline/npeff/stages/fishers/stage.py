@@ -106,7 +106,7 @@ def compute_fishers(
             metadata = {"labels": config.fishers.labels, "model_fingerprint": facts.model_fingerprint}
             sums.write_mean(run.diagonal_fisher, n_examples - n_invalid, metadata)
         remove_directory(sums.folder)
-        content = shards_checksum({shard: record.checksum for shard, record in complete.items()})
+        content = shards_checksum(complete)
         lineage = lineage_of(FISHERS, stage.made_from, content)
         write_example_tables(run, facts.examples, facts.class_names, lineage)
         shapes = dict(zip(facts.layout.names, facts.layout.shapes, strict=True))

@@ -150,14 +150,16 @@ class FisherWorker:
 
     def _write(self, shard: int, arrays: dict[str, np.ndarray], began: float) -> CompletionRecord:
         start, stop = self._store.plan.bounds(shard)
+        checksum, array_checksums = self._store.write(shard, arrays)
         record = CompletionRecord(
             shard=shard,
             start=start,
             stop=stop,
-            checksum=self._store.write_shard(shard, arrays),
+            checksum=checksum,
             n_invalid=int((~arrays["valid"]).sum()),
             seconds=time.monotonic() - began,
             signature=self._records.signature,
+            array_checksums=array_checksums,
         )
         self._records.write(record)
         return record

@@ -119,6 +119,7 @@ def _prepare_store(
         run.reopen("lift")  # or a crash would leave a complete stage with an empty store
         remove_directory(run.partial_results("lift"))  # remains of a deleted store
         DirectionStore.create(run.directions, **layout)
+        return
     try:
         DirectionStore.open(run.directions)
     except StoreError:  # the user deleted damaged files of the store

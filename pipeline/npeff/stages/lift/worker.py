@@ -13,7 +13,7 @@ all directions in files. When the files of all components exist, `polish` recomp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from npeff.storage.errors import StoreError
 from npeff.store.component_store import open_factorization
 from npeff.store.direction_store import DirectionStore, read_sums, write_sums
 from npeff.store.fisher_store import FisherStore
+from npeff.store.shard_records import ShardChecksums
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,12 @@ class LiftPaths:
         return self.sums / f"{json_checksum({'components': block.components})[:16]}-{block.part}-of-{block.parts}.f32"
 
 
-_ARRAYS = ("factors", "frobenius_norms", "diagonal_norms", "grouped_diagonal")
-"""Arrays of the Fisher store that the lift uses."""
+_ARRAYS = {
+    "fishers": ("factors", "frobenius_norms"),
+    "diagonal_entries": ("factors", "frobenius_norms", "diagonal_norms"),
+    "diagonal_groups": ("factors", "frobenius_norms", "diagonal_norms", "grouped_diagonal"),
+}
+"""Arrays of the Fisher store that the lift of each kind uses."""
 
 
 class LiftWorker:
@@ -103,7 +108,7 @@ class LiftWorker:
         seed: int,
         examples: FittedExamples,
         paths: LiftPaths,
-        checksums: dict[int, str],
+        checksums: dict[int, ShardChecksums],
         batch_size: int,
         kind: Literal["fishers"] | DiagonalKind = "fishers",
         lineage: str | None = None,
@@ -113,7 +118,7 @@ class LiftWorker:
         self._fishers = FisherStore.open(examples.fishers)
         self._directions = DirectionStore.open(paths.directions)
         self._paths, self._checksums, self._batch_size, self._lineage = paths, checksums, batch_size, lineage
-        self._verified: set[int] = set()
+        self._names, self._verified = _ARRAYS[kind], set[int]()
         factorization = open_factorization(paths.factorization)
         components_KD, coefficients_NK = factorization.read_components(), factorization.read_coefficients()
         self._solution = _solution(torch.from_numpy(components_KD), torch.from_numpy(coefficients_NK), examples)
@@ -217,7 +222,7 @@ class LiftWorker:
                 found = products_NRK[examples], solution.weighted_NK[examples], cosines_KK, solution.gram_KK
                 return RowWeights(polish_weights(*found, missing, arrays["frobenius_norms"]))
 
-            directions = self._added_up(len(missing), sorted(self._checksums), weights)
+            directions = self._added_up(len(missing), sorted(self._checksums), weights, ("frobenius_norms",))
             for position, component in enumerate(missing):
                 polished = [{name: tensor[position] for name, tensor in directions.items()}]
                 facts[component] = self._write(component, *self._rule.direction(component, polished), step)
@@ -242,14 +247,15 @@ class LiftWorker:
 
     def _sums(self, block: tuple[int, ...], shards: list[int]) -> Direction:
         """Return the sums of a block over the examples of some shards, (rows, *shape) for each parameter."""
-        return self._added_up(self._rule.n_rows(block), shards, self._rule.weights_of(block))
+        return self._added_up(self._rule.n_rows(block), shards, self._rule.weights_of(block), self._names)
 
-    def _added_up(self, n_rows: int, shards: list[int], weights_of: WeightsOf) -> Direction:
-        """Return sums over the examples of some shards, with the weights that ``weights_of`` gives for each shard."""
+    def _added_up(self, n_rows: int, shards: list[int], weights_of: WeightsOf, names: Sequence[str]) -> Direction:
+        """Return sums over the examples of some shards, with the weights that ``weights_of`` computes for each shard
+        from its arrays ``names``."""
         sums = zero_directions(self._loaded.layout, n_rows, self._loaded.device)
         for shard in shards:
             start, stop = self._fishers.plan.bounds(shard)
-            weights = weights_of(slice(start, stop), self._arrays(shard))
+            weights = weights_of(slice(start, stop), self._arrays(shard, names))
             used = (start + weights.used_N.nonzero()[:, 0]).tolist()
             for examples in self._batches(range(start, stop), used):
                 batch, places_B = self._loaded.batch(examples), torch.tensor(examples) - start
@@ -257,9 +263,10 @@ class LiftWorker:
                 weights.add(self._collector, batch, places_B, sums, examples, targets)
         return sums
 
-    def _arrays(self, shard: int) -> dict[str, Tensor]:
-        names = [name for name in _ARRAYS if name in self._fishers.array_names]
-        checksum = None if shard in self._verified else self._checksums[shard]
+    def _arrays(self, shard: int, names: Sequence[str]) -> dict[str, Tensor]:
+        checksum: ShardChecksums | None = self._checksums[shard]
+        if shard in self._verified and isinstance(checksum, str):
+            checksum = None  # its verification reads all arrays
         stored = self._fishers.read_shard(shard, checksum, names)
         self._verified.add(shard)
         return {name: torch.from_numpy(array) for name, array in stored.items()}

@@ -275,7 +275,7 @@ class _Search:
             results=self._run.partial_results("repair"),
             tuning=self._examples.tuning,
             kl_steps=self._run.config.repair.kl_steps,
-            batch_size=FisherStore.open(self._run.fishers).attrs["batch_size"],
+            batch_size=FisherStore.read_attributes(self._run.fishers)["batch_size"],
             checksums=direction_checksums(self._run),
             lineage=self._lineage,
         )

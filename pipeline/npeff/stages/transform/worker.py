@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from npeff.factorization import ExampleShard
 from npeff.store.fisher_store import FisherStore
+from npeff.store.shard_records import ShardChecksums
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,12 @@ class TransformWorker:
     """Computes the coefficients of shards for fixed components."""
 
     def __init__(
-        self, fishers: Path, checksums: dict[int, str], components_KD: NDArray[np.float64], l1: float, device: str
+        self,
+        fishers: Path,
+        checksums: dict[int, ShardChecksums],
+        components_KD: NDArray[np.float64],
+        l1: float,
+        device: str,
     ) -> None:
         self._store, self._checksums, self._l1 = FisherStore.open(fishers), checksums, l1
         self._device = torch.device(device)
@@ -42,7 +48,7 @@ class TransformWorker:
         Raises:
             StoreError: the shard is missing or damaged.
         """
-        arrays = self._store.read_shard(shard, self._checksums[shard])
+        arrays = self._store.read_shard(shard, self._checksums[shard], ("factors", "valid"))
         valid = np.flatnonzero(arrays["valid"])
         examples = ExampleShard(torch.from_numpy(arrays["factors"][valid]).to(self._device))
         statistics = examples.finish(self._components_KD, l1=self._l1)

@@ -39,6 +39,9 @@ LEAST_OVERLAP = 0.05
 """Smallest |cos| of two components in the sketch for which semi-orthogonalization makes the direction of the component
 with the smaller mass orthogonal to the other. For random components in 4,096 coordinates, |cos| is 0.016."""
 
+_KEPT_BYTES = 64 * 2**20
+"""Size in bytes of the directions that a worker keeps in memory."""
+
 Direction = Mapping[str, Tensor]
 Row = dict[str, Any]
 
@@ -134,7 +137,7 @@ class VerificationWorker:
         self._members = {split: valid_N & (split_N == split) for split in SPLITS}
         factorization = open_factorization(paths.factorization)
         self._coefficients_NK, self._components_KD = factorization.read_coefficients(), factorization.read_components()
-        self._directions = DirectionStore.open(paths.directions, paths.checksums)
+        self._directions, self._kept = DirectionStore.open(paths.directions, paths.checksums), dict[int, Direction]()
         self._lifted = list(range(len(self._components_KD)) if options.lifted is None else options.lifted)
         self._origin = None if options.origin is None else self._read_origin(options.origin)
 
@@ -266,7 +269,12 @@ class VerificationWorker:
         return rank_correlation(self._coefficients_NK[drawn, component], kl_n[n_top:])
 
     def _direction(self, component: int) -> Direction:
-        return {name: torch.from_numpy(array) for name, array in self._directions.read(component).items()}
+        if (kept := self._kept.get(component)) is not None:
+            return kept
+        read = {name: torch.from_numpy(array) for name, array in self._directions.read(component).items()}
+        if len(self._kept) * sum(tensor.nbytes for tensor in read.values()) < _KEPT_BYTES:
+            self._kept[component] = read  # another component needs it as a control
+        return read
 
     def _tested_direction(self, component: int) -> Direction | None:
         """Return the component's direction. With semi-orthogonalization, remove its projection on the directions of
