@@ -9,10 +9,8 @@ import shutil
 import socket
 import subprocess
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -61,6 +59,7 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 lines = (folder / "log").read_text(errors="replace").splitlines()
                 pytest.skip(f"Azurite cannot be installed or started: {lines[-1] if lines else 'no answer in time'}")
             time.sleep(0.2)
+        create_container(f"http://127.0.0.1:{port}", "runs")
         yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
@@ -70,9 +69,10 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def create_container(endpoint: str, name: str) -> None:
     """The one request that obstore does not make, with the account's key."""
     now = datetime.now(UTC).strftime("%a, %d %b %Y %H:%M:%S GMT")
-    headers = {"x-ms-date": now, "x-ms-version": "2021-12-02", "Content-Length": "0"}
+    kind = "application/octet-stream"
+    headers = {"x-ms-date": now, "x-ms-version": "2021-12-02", "Content-Length": "0", "Content-Type": kind}
     resource = f"/{ACCOUNT}/{ACCOUNT}/{name}\nrestype:container"
-    signed = "\n".join(["PUT", *[""] * 11, f"x-ms-date:{now}", "x-ms-version:2021-12-02", resource])
+    signed = "\n".join(["PUT", *[""] * 4, kind, *[""] * 6, f"x-ms-date:{now}", "x-ms-version:2021-12-02", resource])
     digest = hmac.new(base64.b64decode(KEY), signed.encode(), hashlib.sha256).digest()
     headers["Authorization"] = f"SharedKey {ACCOUNT}:{base64.b64encode(digest).decode()}"
     url = f"{endpoint}/{ACCOUNT}/{name}?restype=container"
@@ -89,8 +89,6 @@ def azure(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(object_lock, "_POLL_S", 0.02)
     forget_clients()
-    with suppress(urllib.error.HTTPError):  # it is there already
-        create_container(endpoint, "runs")
     remove_directory(location("az://runs/some"))
     yield
     forget_clients()
