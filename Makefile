@@ -19,7 +19,7 @@ define WITHOUT_TORCH
 import tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 extras = project["optional-dependencies"]
-for line in project["dependencies"] + extras["cloud"] + extras["s3"] + extras["test"]:
+for line in project["dependencies"] + extras["cloud"] + extras["s3"] + extras["fast"] + extras["test"]:
     if not line.startswith(("torch", "ray[", "tensorboard", project["name"])):
         print(line)
 endef

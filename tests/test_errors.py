@@ -120,6 +120,7 @@ ALLOWED = {
     "execution/ray/jobs.py _asking": "likewise",
     "execution/ray/jobs.py _reason": "what is shown of a traceback from Ray's server",
     "interchange/reference_writing.py _errno_of": "h5py's RuntimeError has no errno",
+    "storage/fast_codecs.py _os_error": "the RuntimeError of zarrs has no errno",
     "storage/buckets.py converted": "obstore's exceptions have no fields for the provider's code and explanation",
     "query/filters.py _explained": "DuckDB's BinderException has no field for the column",
 }

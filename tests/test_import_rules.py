@@ -31,7 +31,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         TENSORS | {"transformers", "sklearn", "pyarrow", "safetensors", "PIL", "datasets", "peft"},
         {"errors"},
     ),
-    "storage": ({"numpy", "zarr", "obstore"}, {"errors"}),
+    "storage": ({"numpy", "zarr", "zarrs", "obstore"}, {"errors"}),
     "store": ({"zarr", "pyarrow", "numpy", "safetensors"}, {"errors", "storage"}),
     "execution": (TENSORS | {"ray", "aiohttp", "dask"}, {"errors"}),  # Ray's job client raises aiohttp's errors
     "runs": ({"pydantic", "yaml", "rich"}, {"errors", "variables", "options", "storage", "store", "execution"}),

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, PreconditionError
 from obstore.store import AzureStore, GCSStore, S3Store
@@ -104,10 +104,11 @@ def client(root: str) -> ObjectStore:
             "retry_timeout": timedelta(seconds=_RETRY_S),
         },
     }
-    with explained(root):
-        if scheme == "s3":
-            return S3Store(bucket, **options, **_aws(root))
-        return GCSStore(bucket, **options) if scheme == "gs" else AzureStore(bucket, **options)
+    make: Any = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}[scheme]
+    try:
+        return cast("ObjectStore", make(bucket, **options, **(_aws(root) if scheme == "s3" else {})))
+    except (BaseError, OSError, ValueError) as error:
+        raise _without_credentials(root, _details(str(error))) from error
 
 
 def _aws(root: str) -> dict[str, Any]:
@@ -140,9 +141,7 @@ def _aws(root: str) -> dict[str, Any]:
 
 def _without_credentials(place: str, details: str) -> ObjectStoreError:
     scheme = place.partition("://")[0]
-    return ObjectStoreError(
-        f"cannot use {place}: there are no credentials ({details}): set them ({_CREDENTIALS[scheme]})"
-    )
+    return ObjectStoreError(f"cannot use {place}: there are no credentials ({details}): set {_CREDENTIALS[scheme]}")
 
 
 @contextmanager

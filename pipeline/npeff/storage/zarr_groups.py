@@ -6,6 +6,7 @@ import dataclasses
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -23,6 +24,7 @@ from npeff.storage.bucket_path import BucketPath
 from npeff.storage.checksums import SEAL, read_json, sealed, unsealed
 from npeff.storage.commands import run_argument
 from npeff.storage.errors import StoreError, os_errors_explained
+from npeff.storage.fast_codecs import accelerated
 from npeff.storage.location import is_remote
 
 METADATA = "zarr.json"
@@ -114,15 +116,30 @@ def _copy(source: Path, stream: BinaryIO) -> None:
     stream.write(source.read_bytes())
 
 
-def open_array(group: zarr.Group, path: Path, name: str, command: str) -> zarr.Array[Any]:
-    """Return one array of the group at `path`. Raises StoreError if it is missing or its metadata are damaged."""
+def open_array(
+    group: zarr.Group, path: Path, name: str, command: str, *, empty_chunks: bool = False
+) -> zarr.Array[Any]:
+    """Return one array of the group at `path`.
+
+    Args:
+        group: The group.
+        path: Its path.
+        name: Name of the array.
+        command: The command that writes the group.
+        empty_chunks: Whether to write chunks that equal the fill value.
+
+    Raises:
+        StoreError: The array is missing or its metadata are damaged.
+    """
     try:
         array = group[name]
     except (KeyError, ValueError, TypeError, OSError) as error:
         raise damaged_metadata(path, name, command) from error
     if not isinstance(array, zarr.Array):  # its node_type is damaged
         raise damaged_metadata(path, name, command)
-    return array
+    if empty_chunks:
+        array = array.with_config({"write_empty_chunks": True})
+    return array if is_remote(path) else accelerated(array)
 
 
 def _group(path: Path, metadata: Mapping[str, Any]) -> zarr.Group:
@@ -221,7 +238,12 @@ def write_durably(group_path: Path, parts: Iterator[Part]) -> None:
             for litter in path.parent.glob(f"{path.name}.*{PARTIAL}"):  # from a writer that was killed inside Zarr
                 litter.unlink()
             path.unlink(missing_ok=True)  # Zarr would read an existing shard first, and fail if it is corrupt
-            part.array[part.rows] = part.values
+            try:
+                part.array[part.rows] = part.values
+            except BaseException:
+                with suppress(OSError):  # the first error is the one to report
+                    path.unlink(missing_ok=True)
+                raise
             files.append(path)
             folders |= dict.fromkeys(each for each in path.parents if each.is_relative_to(group_path))
     with os_errors_explained("write", group_path):

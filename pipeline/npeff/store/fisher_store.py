@@ -257,15 +257,13 @@ class FisherStore:
         path = location(path)
         group, attrs = open_group(path, _KIND, SCHEMA_VERSION, "fishers")
         specs = _specs_of(attrs)
-        arrays = {name: open_array(group, path, name, "fishers") for name in specs}
+        # By default, Zarr does not write chunks that equal the fill value, which a shard without valid examples may.
+        # They are written, so that a missing file always means damage. Factors never equal their fill value, and
+        # skipping their padding saves space.
+        arrays = {name: open_array(group, path, name, "fishers", empty_chunks=name != "factors") for name in specs}
         for name, spec in specs.items():
             if (arrays[name].shape, str(arrays[name].dtype)) != ((attrs["n_examples"], *spec.tail), spec.dtype):
                 raise damaged_metadata(path, name, "fishers")
-        for name in set(arrays) - {"factors"}:
-            # By default, Zarr does not write chunks that equal the fill value, which a shard without valid examples
-            # may. They are written, so that a missing file always means damage. Factors never equal their fill value,
-            # and skipping their padding saves space.
-            arrays[name] = arrays[name].with_config({"write_empty_chunks": True})
         return cls(path, attrs, arrays)
 
     @staticmethod
