@@ -21,6 +21,7 @@ from npeff.stages.factorize.driver import SolverRun, run_solver
 from npeff.stages.factorize.stored_factors import ShardRows, stored_factors
 from npeff.stages.factorize.worker import SolverWorker
 from npeff.stages.fitted_examples import FittedExamples
+from npeff.storage.checksums import file_checksum, read_json, write_json_atomically
 from npeff.storage.errors import StoreError
 from npeff.store.checkpoint import CheckpointStore
 from npeff.store.fisher_store import FisherStore
@@ -193,3 +194,36 @@ def test_workers_that_judge_a_step_differently_do_not_go_on(tmp_path: Path, undi
     assert "\n" not in str(caught.value)
     solved = solve(run, 2)
     np.testing.assert_array_equal(losses(solved), losses(undisturbed), "it went on from its checkpoint")
+
+
+def as_version_1(folder: Path, run: RunDirectory) -> None:
+    """Rewrite a checkpoint as earlier releases wrote it: one file of coefficients per shard."""
+    fit_N = FittedExamples(run.fishers, run.table("examples")).read()[0].fit_N
+    plan, manifest = FisherStore.open(run.fishers).plan, read_json(folder / "MANIFEST.json")
+    (folder / "coefficients").mkdir()
+    files = sorted(folder.glob("coefficients-*.npy"))
+    for rank, file in enumerate(files):
+        rows, start = np.load(file), 0
+        for shard in range(rank, plan.n_shards, len(files)):
+            stop = start + int(fit_N[slice(*plan.bounds(shard))].sum())
+            name = f"coefficients/{shard:05d}"
+            np.save(folder / f"{name}.npy", rows[start:stop])
+            manifest["checksums"][name] = file_checksum(folder / f"{name}.npy")
+            start = stop
+        assert start == len(rows)
+        del manifest["checksums"][file.stem]
+        file.unlink()
+    write_json_atomically(folder / "MANIFEST.json", manifest | {"schema_version": 1})
+
+
+def test_a_checkpoint_of_an_earlier_release_is_resumed(tmp_path: Path, undisturbed: SolverRun) -> None:
+    run = prepared(tmp_path / "run", 2000)
+    with pytest.raises(ExecutorError, match="disagree"):
+        solve(run, 2, executor=Disagreeing(2))
+    (folder,) = run.path.glob("checkpoints-*/*")
+    as_version_1(folder, run)
+    events: list[str] = []
+    solved = solve(run, 2, events=events)
+    assert events == ["resuming from iteration 2"]
+    np.testing.assert_array_equal(losses(solved), losses(undisturbed))
+    np.testing.assert_array_equal(coefficients(solved), coefficients(undisturbed))
