@@ -97,8 +97,8 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
             remove_directory(folder)
         median = _write_tables(run, lifted, stage.lineage)
         summary = {"n_components": len(lifted), "components": sorted(lifted), "median_cosine": median}
-        checksums = {f"{component:05d}": fact.get("checksum") for component, fact in sorted(lifted.items())}
-        return stage.complete(summary | {"units": {name: found for name, found in checksums.items() if found}})
+        units = {f"{component:05d}": fact["checksum"] for component, fact in lifted.items() if "checksum" in fact}
+        return stage.complete(summary | {"units": units})
 
 
 def _prepare_store(
