@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from npeff.query.components import ComponentStore
 from npeff.store.component_store import StoredFactorization
-from npeff.store.fisher_store import _array_specs
+from npeff.store.fisher_arrays import array_specs
 from npeff.store.tables import SCHEMAS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "store.md").read_text(encoding="utf-8")
@@ -57,7 +57,7 @@ def test_every_tables_columns_are_described() -> None:
 
 
 def test_every_array_is_described() -> None:
-    in_fishers = _array_specs(
+    in_fishers = array_specs(
         rank=2, dim=4, n_classes=3, store_dtype="float16", with_logits=True, top_entries=5, n_groups=6
     )
     in_factorization = {field.name for field in fields(StoredFactorization)} - {"path", "attrs"}

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from npeff.storage.errors import StoreError
 from npeff.store.checkpoint import Checkpoint, CheckpointStore
-from npeff.store.fisher_store import ARRAY_NAMES, FisherStore
+from npeff.store.fisher_arrays import ARRAY_NAMES
+from npeff.store.fisher_store import FisherStore
 from npeff.store.shard_records import ShardRecords
 from npeff.store.tables import read_table
 

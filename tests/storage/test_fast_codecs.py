@@ -12,7 +12,8 @@ from npeff.storage import fast_codecs
 from npeff.storage.errors import StoreError
 from npeff.storage.location import location
 from npeff.store.component_store import open_factorization, write_factorization
-from npeff.store.fisher_store import FisherStore, StoreDtype
+from npeff.store.fisher_arrays import StoreDtype
+from npeff.store.fisher_store import FisherStore
 from object_store import ObjectStore
 
 pytest.importorskip("zarrs", reason="the extra `fast` is not installed")

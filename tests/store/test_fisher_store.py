@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from npeff.storage.bfloat16 import decode_bfloat16, encode_bfloat16
 from npeff.storage.errors import StoreError
-from npeff.store.fisher_store import ARRAY_NAMES, FisherStore, StoreDtype
+from npeff.store.fisher_arrays import ARRAY_NAMES, StoreDtype
+from npeff.store.fisher_store import FisherStore
 from npeff.store.layout import MIN_CHUNK_BYTES
 
 N, SHARD_SIZE, RANK, DIM, N_CLASSES = 23, 10, 2, 48, 3

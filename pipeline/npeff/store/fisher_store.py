@@ -1,23 +1,6 @@
 """Normalized Fisher factors of N examples in a Zarr group, which is written and read by whole shards.
 
-    factors          (N, R, D)  float16, float32, or bfloat16 as a uint16 view   Â_i = A_i / sqrt(‖F_i‖_F), sketched
-    frobenius_norms  (N,)       float64                                         ‖F_i‖_F, exact
-    grams            (N, R, R)  float64                                         A_i A_iᵀ, exact
-    ranks            (N,)       int32                                           rows of A_i in use
-    kept_trace       (N,)       float64                                         fraction of trace(S) they cover, or NaN
-    losses           (N,)       float32                                         mean of -log p(label), NaN if unknown
-    logits           (N, C)     float32                                         if an example is one prediction
-    labels           (N,)       int64
-    valid            (N,)       bool                                            False: not finite, left out
-
-and, if requested, these arrays of the diagonals f_i of the F_i, which are exact for every sketch:
-
-    diagonal_norms    (N,)    float64  ‖f_i‖₂
-    diagonal_values   (N, k)  float32  the largest entries of f_i / ‖f_i‖₂, descending, then zeros
-    diagonal_indices  (N, k)  int64    their positions in the flat parameter vector
-    grouped_diagonal  (N, Q)  float32  sums of f_i / ‖f_i‖₂ over groups of entries
-
-Legend: N examples, R rank, C classes, D sketch dimension, k largest entries, Q groups.
+`npeff.store.fisher_arrays` describes the arrays.
 
 The fill values (NaN, -1, not valid) do not occur in a written shard, so that a shard that was not written cannot be
 mistaken for data, even if the completion records are ignored. Every chunk and shard index has a crc32c. The arrays are
@@ -28,17 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
 
 from npeff.storage.atomic import is_committed, replacing_directory
-from npeff.storage.bfloat16 import NAN_BITS, decode_bfloat16, encode_bfloat16
+from npeff.storage.bfloat16 import decode_bfloat16, encode_bfloat16
 from npeff.storage.checksums import checksum as checksum_of
 from npeff.storage.errors import StoreError, os_errors_explained
 from npeff.storage.location import is_remote, location
@@ -55,10 +37,10 @@ from npeff.storage.zarr_groups import (
     stored_path,
     write_durably,
 )
+from npeff.store.fisher_arrays import StoreDtype, specs_of
 from npeff.store.layout import ShardPlan, inner_chunk_examples
 from npeff.store.shard_records import ShardChecksums, record_path
 
-StoreDtype = Literal["float16", "bfloat16", "float32"]
 SCHEMA_VERSION = 3
 _KIND = "a Fisher store"
 
@@ -70,79 +52,6 @@ _SMALL_OBJECT = 2**20
 
 _SHARDS_AT_ONCE = 8
 """Number of shards that are read at a time from an object store."""
-
-
-@dataclass(frozen=True)
-class _ArraySpec:
-    tail: tuple[int, ...]
-    """Shape of one example's entry."""
-    dtype: str
-    fill: float | int | bool
-
-    @property
-    def example_bytes(self) -> int:
-        return int(np.prod(self.tail, dtype=np.int64)) * np.dtype(self.dtype).itemsize
-
-
-def _array_specs(
-    rank: int,
-    dim: int,
-    n_classes: int,
-    store_dtype: StoreDtype,
-    with_logits: bool,
-    top_entries: int | None = None,
-    n_groups: int | None = None,
-) -> dict[str, _ArraySpec]:
-    bits = _ArraySpec((rank, dim), "uint16", NAN_BITS)
-    specs = {
-        "factors": bits if store_dtype == "bfloat16" else _ArraySpec((rank, dim), store_dtype, np.nan),
-        "frobenius_norms": _ArraySpec((), "float64", np.nan),
-        "grams": _ArraySpec((rank, rank), "float64", np.nan),
-        "ranks": _ArraySpec((), "int32", -1),
-        "kept_trace": _ArraySpec((), "float64", np.nan),
-        "losses": _ArraySpec((), "float32", np.nan),
-        "logits": _ArraySpec((n_classes,), "float32", np.nan),
-        "labels": _ArraySpec((), "int64", np.iinfo(np.int64).min),
-        "valid": _ArraySpec((), "bool", False),
-    }
-    if not with_logits:
-        del specs["logits"]
-    if top_entries is not None or n_groups is not None:
-        specs["diagonal_norms"] = _ArraySpec((), "float64", np.nan)
-    if top_entries is not None:
-        specs["diagonal_values"] = _ArraySpec((top_entries,), "float32", np.nan)
-        specs["diagonal_indices"] = _ArraySpec((top_entries,), "int64", -1)
-    if n_groups is not None:
-        specs["grouped_diagonal"] = _ArraySpec((n_groups,), "float32", np.nan)
-    return specs
-
-
-def _specs_of(attrs: Mapping[str, Any]) -> dict[str, _ArraySpec]:
-    """Return the array specifications of the store with these attributes."""
-    return _array_specs(
-        attrs["rank"],
-        attrs["dim"],
-        attrs["n_classes"],
-        attrs["store_dtype"],
-        attrs["with_logits"],
-        attrs.get("top_entries"),
-        attrs.get("n_groups"),
-    )
-
-
-ARRAY_NAMES = tuple(_array_specs(1, 1, 1, "float32", with_logits=True))
-"""Arrays of a store with logits and without diagonals. `FisherStore.array_names` are the arrays of a given store."""
-
-
-def fisher_store_bytes(*, n_examples: int, shard_size: int, **sizes: Any) -> int:
-    """Return the size in bytes of a store on disk, without indexes. The sizes are those of `FisherStore.create`."""
-    rows = min(shard_size, n_examples)
-    full, rest = divmod(n_examples, rows)
-    total = 0
-    for spec in _array_specs(**sizes).values():
-        chunk = inner_chunk_examples(rows, spec.example_bytes)
-        total += (full * rows + -(-rest // chunk) * chunk) * spec.example_bytes  # the last chunk has full size
-    return total
 
 
 class FisherStore:
@@ -162,7 +71,7 @@ class FisherStore:
         self.store_dtype: StoreDtype = attrs["store_dtype"]
         self.top_entries: int | None = attrs.get("top_entries")
         self.n_groups: int | None = attrs.get("n_groups")
-        self._specs = _specs_of(attrs)
+        self._specs = specs_of(attrs)
         self.array_names = tuple(self._specs)
         self._arrays = dict(arrays)
 
@@ -220,7 +129,7 @@ class FisherStore:
         with replacing_directory(path) as partial:
             group = create_group(partial, _KIND, SCHEMA_VERSION, own, attrs)
             rows = min(shard_size, n_examples)
-            for name, spec in _specs_of(own).items():
+            for name, spec in specs_of(own).items():
                 group.create_array(
                     name,
                     shape=(n_examples, *spec.tail),
@@ -256,7 +165,7 @@ class FisherStore:
         """
         path = location(path)
         group, attrs = open_group(path, _KIND, SCHEMA_VERSION, "fishers")
-        specs = _specs_of(attrs)
+        specs = specs_of(attrs)
         # By default, Zarr does not write chunks that equal the fill value, which a shard without valid examples may.
         # They are written, so that a missing file always means damage. Factors never equal their fill value, and
         # skipping their padding saves space.

@@ -18,7 +18,8 @@ from torch import Tensor
 from npeff.execution.process_group import ProcessGroup
 from npeff.factorization import BLOCK_ROWS, ExampleShard, FactorsInMemory, FactorSource, StreamedFactors
 from npeff.storage.location import is_remote
-from npeff.store.fisher_store import FisherStore, StoreDtype
+from npeff.store.fisher_arrays import StoreDtype
+from npeff.store.fisher_store import FisherStore
 from npeff.store.shard_records import ShardChecksums
 
 _PRECISIONS: dict[StoreDtype, torch.dtype] = {

@@ -12,7 +12,7 @@ from npeff.runs.config import RunConfig
 from npeff.stages.factorize.stored_factors import kept_precision
 from npeff.stages.fishers.trial import Trial, TrialWorker
 from npeff.stages.worker_specs import device_of, inspection_of, model_of, new_executor
-from npeff.store.fisher_store import fisher_store_bytes
+from npeff.store.fisher_arrays import fisher_store_bytes
 
 
 @dataclass(frozen=True)
