@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import in_process
 import npeff
 import numpy as np
 import pytest
+from end_to_end.commands import Command
 from end_to_end.damage import NOT_COMPARED
 from end_to_end.surroundings import SMALL
-from in_process import command
 from npeff.query.components import ComponentStore
 from npeff.query.errors import QueryError
 from npeff.runs.config import RunConfig
@@ -130,6 +133,24 @@ def test_a_factorization_that_is_interrupted_is_resumed(run: Path, fresh: RunDir
     assert differences(npeff.run(RunDirectory.open(run, "k2")), fresh) == []
 
 
+@pytest.mark.process
+def test_a_factorization_whose_command_is_killed_is_resumed(
+    run: Path, fresh: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tests = str(Path(__file__).parents[1])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([tests, *filter(None, sys.path)]))
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(config(run, **OTHER).to_yaml())
+    before = contents(RunDirectory.open(run).home)
+    with Command("run", run_file, log=tmp_path / "log") as command:
+        checkpoints = run / "factorizations" / "k2" / "checkpoints"
+        command.wait_for(lambda: (checkpoints / "000005").exists(), "the first checkpoint was there")
+        command.driver.kill()
+    assert not (run / "factorizations" / "k2" / "stages" / "verify.json").exists()
+    assert differences(npeff.run(RunDirectory.open(run, "k2")), fresh) == []
+    assert contents(RunDirectory.open(run).home) == before
+
+
 def test_each_command_uses_the_factorization_that_it_is_given(run: Path, fresh: RunDirectory) -> None:
     second = RunDirectory.create(config(run, **OTHER))
     for stage in (npeff.factorize, npeff.lift, npeff.verify, npeff.attribute, npeff.report):
@@ -162,7 +183,10 @@ def test_components_of_two_factorizations_are_matched(
             for s, c in ((mine, "component"), (other, "other_component"))
         ]
         assert row["direction_cosine"] == pytest.approx(float(flat[0] @ flat[1]), abs=1e-5)
-    assert command("compare", run, "--factorization", "default", "--factorization", "k2", "--format", "json") == 0
+    assert (
+        in_process.command("compare", run, "--factorization", "default", "--factorization", "k2", "--format", "json")
+        == 0
+    )
     assert [row["cosine"] for row in json.loads(capfd.readouterr().out)] == [row["cosine"] for row in rows]
     itself = npeff.compare(other, ComponentStore.open(fresh.path)).to_pylist()
     assert [(row["component"], row["other_component"]) for row in itself] == [(0, 0), (1, 1)]

@@ -123,7 +123,7 @@ def test_a_command_on_a_run_in_use_leaves_its_configuration(tmp_path: Path, capf
             ("rm", run.path, "--factorization", "default", "--yes"),
             ("migrate", run.path),
         ):
-            assert "is in use by another run" in refused(capfd, *arguments)
+            assert "is in use by another command" in refused(capfd, *arguments)
             assert files(tmp_path) == before
     assert RunDirectory.create(run.config).config == run.config
 

@@ -54,7 +54,7 @@ def migrate(run_dir: str | Path) -> RunDirectory:
                 raise StoreError(f"cannot move the files of {path}: {reason}", "run the same command again") from error
             if is_remote(path):
                 unfinished_migration(path).unlink(missing_ok=True)
-    return RunDirectory.open(path, DEFAULT)
+    return RunDirectory.open_any(path)
 
 
 def _move(run: RunDirectory) -> None:

@@ -36,8 +36,8 @@ def compare(first: ComponentStore, second: ComponentStore) -> pa.Table:
         QueryError: The components are not comparable: the runs differ in model, parameters, sketch or seed, or
             factorize diagonals.
     """
-    first.check_comparable(second)
     a_KD, b_LD = first.unit_components, second.unit_components
+    first.check_comparable(second)
     pairs, _ = match_components(a_KD, b_LD)
     other_of = dict(pairs.tolist())
     shared = _shared_top_examples(first, second)
