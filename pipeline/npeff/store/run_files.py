@@ -12,6 +12,7 @@ In the former layout, the files of the factorization ``default`` lie in RUN itse
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -169,7 +170,11 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     if is_remote(path):
         return sum(int(facts["size"]) for facts in objects.files(path).values())
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    total = 0
+    for file in path.rglob("*"):
+        with suppress(FileNotFoundError):  # a running command has replaced it
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 def home_of(path: Path, name: str) -> Path:
@@ -215,8 +220,8 @@ def chosen_factorization(path: Path, wanted: str | None) -> str:
     if not (path / FACTORIZATIONS / wanted / SETTINGS).exists():
         names = factorization_names(path)
         if wanted not in names and (wanted != DEFAULT or names):
-            there = f"it has {', '.join(names)}" if names else "it has none"
-            remedy = f"`npeff factorize {path} --name {wanted}` makes one"
+            there = f"it has {', '.join(names)}" if names else "it has no factorization"
+            remedy = f"choose one of these, or create it with `npeff factorize {path} --name {wanted}`"
             raise StoreError(f"{path} has no factorization {wanted} ({there})", remedy, path=path)
     return wanted
 
