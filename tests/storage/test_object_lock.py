@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from moto.s3 import models
-from npeff.storage import object_lock
+from npeff.storage import object_lock, objects
+from npeff.storage.buckets import guards
 from npeff.storage.errors import ObjectStoreError
 from npeff.storage.location import location
 from npeff.storage.object_lock import HeldError
@@ -35,8 +36,6 @@ def age(s3: ObjectStore, seconds: float) -> None:
 
 
 def guard() -> object_lock._ObjectLock:
-    from npeff.storage.buckets import guards
-
     (found,) = guards.values()
     assert isinstance(found, object_lock._ObjectLock)
     return found
@@ -164,6 +163,24 @@ def test_a_holder_that_cannot_renew_waits_and_then_stops(s3: ObjectStore, monkey
             put(location(FILE), b"")
         guard()._renew()
         put(location(FILE), b"")
+
+
+def test_an_upload_in_parts_is_not_completed_after_the_lock_is_lost(
+    s3: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class LostAfterTwoParts:
+        def confirm(self) -> None:
+            asked.append(len(asked))
+            if len(asked) > 2:
+                raise ObjectStoreError("another process took over")
+
+    monkeypatch.setattr(objects, "PART_BYTES", 5 * 2**20)
+    monkeypatch.setitem(guards, "s3://runs/run/", LostAfterTwoParts())
+    with pytest.raises(ObjectStoreError, match="took over"):
+        put(location(FILE), bytes(21 * 2**20))
+    assert "run/a" not in s3.objects()
 
 
 @pytest.mark.process

@@ -60,7 +60,7 @@ class Found:
 
 def client_of(path: Path | BucketPath) -> ObjectStore:
     """Return obstore's client for the bucket of a path."""
-    from npeff.storage.buckets import client
+    from npeff.storage.buckets import client  # which imports obstore, an extra
 
     return client(cast(Any, path).root)
 
@@ -70,28 +70,29 @@ def key_of(path: Path | BucketPath) -> str:
     return str(cast(Any, path).key)
 
 
+@contextmanager
+def _request(path: Path | BucketPath) -> Iterator[tuple[ObjectStore, str]]:
+    """Yield obstore's client and the key of a path, for a request whose errors are explained."""
+    from npeff.storage.buckets import explained
+
+    with explained(str(path)):
+        yield client_of(path), key_of(path)
+
+
 # Single objects
 
 
 def read(path: Path | BucketPath) -> bytes:
     """Return the content of an object. Raises FileNotFoundError."""
-    import obstore
-
-    from npeff.storage.buckets import explained
-
-    with explained(str(path)):
-        return obstore.get(client_of(path), key_of(path)).bytes().to_bytes()
+    with _request(path) as (store, key):
+        return store.get(key).bytes().to_bytes()
 
 
 def find(path: Path | BucketPath) -> Found | None:
     """Return the content of an object with its version; None if it does not exist."""
-    import obstore
-
-    from npeff.storage.buckets import explained
-
     try:
-        with explained(str(path)):
-            answer = obstore.get(client_of(path), key_of(path))
+        with _request(path) as (store, key):
+            answer = store.get(key)
             meta = answer.meta
             content = answer.bytes().to_bytes()
     except FileNotFoundError:
@@ -113,14 +114,10 @@ def read_all(paths: Sequence[Path]) -> list[bytes | None]:
 
 def read_range(path: Path | BucketPath, start: int, stop: int) -> bytes:
     """Return the bytes of an object from `start` up to, not including, `stop`; fewer if the object ends before."""
-    import obstore
-
-    from npeff.storage.buckets import explained
-
     if stop <= start:
         return b""
-    with explained(str(path)):
-        return obstore.get_range(client_of(path), key_of(path), start=start, end=stop).to_bytes()
+    with _request(path) as (store, key):
+        return store.get_range(key, start=start, end=stop).to_bytes()
 
 
 def size(path: Path | BucketPath) -> int | None:
@@ -136,13 +133,9 @@ def last_modified(path: Path | BucketPath) -> datetime | None:
 
 
 def _head(path: Path | BucketPath) -> Any:
-    import obstore
-
-    from npeff.storage.buckets import explained
-
     try:
-        with explained(str(path)):
-            return obstore.head(client_of(path), key_of(path))
+        with _request(path) as (store, key):
+            return store.head(key)
     except FileNotFoundError:
         return None
     except ObjectStoreError:
@@ -163,17 +156,17 @@ def put(path: Path, content: bytes) -> None:
 
 def _put(path: Path, n_bytes: int, parts: Iterator[bytes | memoryview]) -> None:
     """Create or replace an object with consecutive parts of `PART_BYTES` bytes, the last of which may be smaller."""
-    import obstore
+    from npeff.storage.buckets import confirm
 
-    from npeff.storage.buckets import confirm, explained
-
-    store, key, place = client_of(path), key_of(path), str(path)
-    with explained(place):
+    place = str(path)
+    with _request(path) as (store, key):
         if n_bytes < 2 * PART_BYTES:
             content = b"".join(parts)
             confirm(place)
-            obstore.put(store, key, content, use_multipart=False)
+            store.put(key, content, use_multipart=False)
             return
+        import obstore
+
         # Without `with`, which would complete the upload after an error. The lock is confirmed before each part.
         writer = obstore.open_writer(store, key, buffer_size=PART_BYTES, max_concurrency=4)
         for part in parts:
@@ -185,12 +178,8 @@ def _put(path: Path, n_bytes: int, parts: Iterator[bytes | memoryview]) -> None:
 
 def put_unguarded(path: Path | BucketPath, content: bytes) -> None:
     """Create or replace a small object without a confirmation of the lock."""
-    import obstore
-
-    from npeff.storage.buckets import explained
-
-    with explained(str(path)):
-        obstore.put(client_of(path), key_of(path), content, use_multipart=False)
+    with _request(path) as (store, key):
+        store.put(key, content, use_multipart=False)
 
 
 def put_all(contents: Mapping[Path, bytes]) -> None:
@@ -211,15 +200,11 @@ def put_if(path: Path | BucketPath, content: bytes, replaced: Version | None) ->
 
     Returns the new version; None if the condition does not hold. The lock is not confirmed.
     """
-    import obstore
-
-    from npeff.storage.buckets import explained
-
     known = {} if replaced is None else {"e_tag": replaced.e_tag, "version": replaced.version}
     mode: Any = {name: value for name, value in known.items() if value is not None} or "create"
     try:
-        with explained(str(path)):
-            answer = obstore.put(client_of(path), key_of(path), content, mode=mode)
+        with _request(path) as (store, key):
+            answer = store.put(key, content, mode=mode)
     except (FileExistsError, FileNotFoundError):
         return None
     return Version(answer["e_tag"], answer["version"])
@@ -227,9 +212,7 @@ def put_if(path: Path | BucketPath, content: bytes, replaced: Version | None) ->
 
 def delete(paths: Iterable[Path | BucketPath]) -> None:
     """Delete objects of one bucket, in any order. Missing objects are ignored."""
-    import obstore
-
-    from npeff.storage.buckets import confirm, explained
+    from npeff.storage.buckets import confirm
 
     listed = list(paths)
     for path in listed:
@@ -240,16 +223,16 @@ def delete(paths: Iterable[Path | BucketPath]) -> None:
 
     def delete_one(path: Path | BucketPath) -> None:
         try:
-            with explained(str(path)):
-                obstore.delete(client_of(path), key_of(path))
+            with _request(path) as (store, key):
+                store.delete(key)
         except FileNotFoundError:
             pass
 
     if one_by_one:
         _in_parallel(delete_one, listed)
         return
-    with explained(str(listed[0])):
-        obstore.delete(client_of(listed[0]), [key_of(path) for path in listed])
+    with _request(listed[0]) as (store, _):
+        store.delete([key_of(path) for path in listed])
 
 
 class ObjectFile:
@@ -296,24 +279,16 @@ def files(folder: Path | BucketPath) -> dict[str, dict[str, Any]]:
 
     The metadata have the keys ``size``, ``e_tag`` and ``last_modified``.
     """
-    import obstore
-
-    from npeff.storage.buckets import explained
-
     prefix = key_of(folder) + "/"
-    with explained(str(folder)):
-        found = [meta for batch in obstore.list(client_of(folder), key_of(folder), chunk_size=1000) for meta in batch]
+    with _request(folder) as (store, key):
+        found = [meta for batch in store.list(key, chunk_size=1000) for meta in batch]
     return {meta["path"].removeprefix(prefix): dict(meta) for meta in found if meta["path"].startswith(prefix)}
 
 
 def entries(folder: Path | BucketPath) -> list[str]:
     """Return the sorted names of the objects and folders directly in a folder."""
-    import obstore
-
-    from npeff.storage.buckets import explained
-
-    with explained(str(folder)):
-        found = obstore.list_with_delimiter(client_of(folder), key_of(folder))
+    with _request(folder) as (store, key):
+        found = store.list_with_delimiter(key)
     paths = [*found["common_prefixes"], *(meta["path"] for meta in found["objects"])]
     prefix = key_of(folder) + "/"
     return sorted(path.rstrip("/").removeprefix(prefix) for path in paths)
@@ -321,24 +296,17 @@ def entries(folder: Path | BucketPath) -> list[str]:
 
 def has_objects(folder: Path | BucketPath) -> bool:
     """Return whether there is an object in a folder, at any depth."""
-    import obstore
-
-    from npeff.storage.buckets import explained
-
-    with explained(str(folder)):
-        return next(iter(obstore.list(client_of(folder), key_of(folder), chunk_size=1)), None) is not None
+    with _request(folder) as (store, key):
+        return next(iter(store.list(key, chunk_size=1)), None) is not None
 
 
 def download_files(folder: Path, local: Path, names: list[str]) -> None:
     """Copy the named objects of a folder to a local folder in parallel."""
-    import obstore
-
-    from npeff.storage.buckets import explained
 
     def download(name: str) -> None:
         path = folder / name
-        with explained(str(path)), open(local / name, "wb") as file:
-            for chunk in obstore.get(client_of(path), key_of(path)).stream(min_chunk_size=PART_BYTES):
+        with _request(path) as (store, key), open(local / name, "wb") as file:
+            for chunk in store.get(key).stream(min_chunk_size=PART_BYTES):
                 file.write(chunk)
 
     _in_parallel(download, names)
