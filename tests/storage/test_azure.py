@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -48,7 +50,8 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("azurite")
     options = ["--blobPort", str(port), "--location", str(folder), "--silent", "--skipApiVersionCheck"]
     with (folder / "log").open("wb") as log:
-        server = subprocess.Popen([npx, "--yes", "-p", "azurite", "azurite-blob", *options], stdout=log, stderr=log)
+        command = [npx, "--yes", "-p", "azurite", "azurite-blob", *options]
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
         deadline = time.monotonic() + STARTS_WITHIN_S
         while True:
@@ -62,7 +65,7 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         create_container(f"http://127.0.0.1:{port}", "runs")
         yield f"http://127.0.0.1:{port}"
     finally:
-        server.terminate()
+        os.killpg(server.pid, signal.SIGTERM)  # npx starts the server as a process of its own
         server.wait()
 
 
