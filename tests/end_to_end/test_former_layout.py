@@ -9,6 +9,7 @@ from typing import Any
 
 import npeff
 import pytest
+from former_run import unpack
 from in_process import command
 from npeff.errors import NpeffError
 from npeff.query.components import ComponentStore
@@ -20,7 +21,6 @@ from npeff.storage import objects
 from npeff.storage.location import location
 from npeff.store.run_files import FILES
 from object_store import ObjectStore
-from runs.former_run import unpack
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tarfile
 from pathlib import Path
 
-ARCHIVE = Path(__file__).parents[1] / "data" / "former-layout.tar.xz"
+ARCHIVE = Path(__file__).parent / "data" / "former-layout.tar.xz"
 
 
 def unpack(folder: Path) -> Path:
