@@ -294,6 +294,9 @@ def test_every_machine_has_the_files_that_one_has_prepared(
         (DENIED, "access is denied: allow these credentials"),
         (BROKEN, "internal error: finished work is kept"),
         (("403 Forbidden", "InvalidAccessKeyId"), "credentials are not valid: set valid ones"),
+        (("400 Bad Request", "ExpiredToken"), "credentials are not valid: set valid ones"),
+        (("301 Moved Permanently", "PermanentRedirect"), "another region: set AWS_DEFAULT_REGION"),
+        (("403 Forbidden", "RequestTimeTooSkewed"), "the clock of this machine is wrong"),
         (("404 Not Found", "NoSuchBucket"), "the bucket does not exist: create it"),
         (("501 Not Implemented", "NotImplemented"), "choose another run_dir"),
         (("418 I'm a teapot", "Teapot"), "says the test"),
@@ -321,6 +324,24 @@ def test_without_credentials_one_line_says_what_to_set(s3: ObjectStore, monkeypa
     with (
         other_environment(monkeypatch, AWS_ACCESS_KEY_ID=None),
         pytest.raises(ObjectStoreError, match=r"there are no credentials.*AWS_ACCESS_KEY_ID"),
+    ):
+        write(location(f"{RUN}/a"), b"")
+
+
+def test_the_credentials_of_a_profile_are_used(
+    s3: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("boto3")
+    file = tmp_path / "credentials"
+    file.write_text("[work]\naws_access_key_id = testing\naws_secret_access_key = testing\n")
+    profile = {"AWS_PROFILE": "work", "AWS_SHARED_CREDENTIALS_FILE": str(file)}
+    keys = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}
+    with other_environment(monkeypatch, **keys, **profile):
+        write(location(f"{RUN}/a"), b"a")
+    assert s3.contents(RUN) == {"a": b"a"}
+    with (
+        other_environment(monkeypatch, **keys, **profile | {"AWS_PROFILE": "play"}),
+        pytest.raises(ObjectStoreError, match=r"there are no credentials .*play.*AWS_PROFILE"),
     ):
         write(location(f"{RUN}/a"), b"")
 
