@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -264,3 +265,18 @@ def test_components_that_changed_at_their_source_are_transformed_again(run: RunD
     assert (after == source).all()
     assert not (after == before).all()
     assert npeff.check(new) == []
+
+
+def test_fishers_that_another_run_has_computed_again_are_refused(run: RunDirectory, tmp_path: Path) -> None:
+    document = yaml.safe_load(
+        config(tmp_path / "user").to_yaml(["run_dir", "factorization", "verification", "executor"])
+    )
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(document | {"fishers": {"from": str(run.path)}}))
+    user = npeff.run(RunConfig.from_yaml(tmp_path / "run.yaml"))
+    assert npeff.check(user) == []
+    record = run.record_file("fishers")
+    content = json.loads(record.read_text()) | {"lineage": "0" * 32}
+    record.write_text(json.dumps({name: value for name, value in content.items() if name != "checksum"}))
+    with pytest.raises(NpeffError, match=r"the Fishers of .* have been computed again"):
+        npeff.verify(user)
+    assert any("have been computed again" in damage.why for damage in npeff.check(user))

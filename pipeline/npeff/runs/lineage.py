@@ -10,12 +10,14 @@ Runs of earlier versions have no lineages. An unknown lineage fits everything.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npeff.runs.definition import StageDefinition, Summary, finished
 from npeff.runs.errors import RunDirectoryError
+from npeff.storage.atomic import is_committed
 from npeff.storage.checksums import json_checksum, read_json
 from npeff.store.tables import table_lineage
 from npeff.variables import for_hash
@@ -70,6 +72,8 @@ def misfit(run: RunDirectory, stage: StageDefinition, record: Summary, earlier: 
         record: The record of the stage.
         earlier: The record of the stage that it follows.
     """
+    if stage.after is None and run.fishers_home != run.path:
+        return _misfit_of_other_fishers(run, record)
     was, now = record.get("made_from"), made_from(run, stage, earlier)
     if was is None or now is None:
         return None
@@ -79,6 +83,17 @@ def misfit(run: RunDirectory, stage: StageDefinition, record: Summary, earlier: 
         if now[name] != was[name]
     ]
     return f"the results of {stage.name} do not fit: {', and '.join(reasons)}" if reasons else None
+
+
+def _misfit_of_other_fishers(run: RunDirectory, record: Summary) -> str | None:
+    """Return why the Fishers of the other run (``fishers.from``) are not those that this run has used."""
+    path = run.fishers_home / "stages" / "fishers.json"
+    if not is_committed(path):
+        return None  # the stage that reads the Fishers reports it
+    there = json.loads(path.read_text(encoding="utf-8")).get("lineage")
+    if there is None or record.get("lineage") in (None, there):
+        return None
+    return f"the Fishers of {run.fishers_home} have been computed again since this run used them"
 
 
 def discard_foreign_units(files: Iterable[Path], lineage: str | None) -> int:
