@@ -12,6 +12,7 @@ import npeff
 import pytest
 import yaml
 from end_to_end.run_contents import differences
+from former_run import unpack
 from npeff.errors import NpeffError
 from npeff.query.components import ComponentStore
 from npeff.runs.config import RunConfig
@@ -280,3 +281,14 @@ def test_fishers_that_another_run_has_computed_again_are_refused(run: RunDirecto
     with pytest.raises(NpeffError, match=r"the Fishers of .* have been computed again"):
         npeff.verify(user)
     assert any("have been computed again" in damage.why for damage in npeff.check(user))
+
+
+def test_what_results_of_an_earlier_version_were_made_from_is_unknown_and_refused_nowhere(tmp_path: Path) -> None:
+    former, told = RunDirectory.open(unpack(tmp_path)), Told()
+    assert npeff.check(former, progress=told) == []
+    (line,) = told.lines
+    assert "what the results of fishers, select, factorize, lift, verify, attribute, repair were made from" in line
+    assert "is unknown" in line
+    lift_again(former)
+    verify_again(former)
+    assert npeff.check(former) == []
