@@ -423,7 +423,7 @@ def test_a_direction_is_exported_under_the_parameters_names(
         np.testing.assert_array_equal(found[name].numpy(), values)
     for mistake in (["--what", "direction"], ["--component", "2"], ["--what", "direction", "--component", "4"]):
         assert export(*mistake) == 2
-    assert "has no component 4: choose lift.components from 0 to 3" in capsys.readouterr().err
+    assert "has no component 4: choose one of 0 to 3" in capsys.readouterr().err
 
 
 def test_every_component_is_verified_in_both_signs_on_both_splits_with_controls(converged: RunDirectory) -> None:

@@ -19,6 +19,7 @@ import pytest
 import yaml
 from npeff.cli.main import main
 from npeff.tasks import TaskError
+from places import place
 
 pytestmark = pytest.mark.process
 
@@ -95,7 +96,7 @@ def test_a_run_holds_names_and_only_what_needs_a_value_asks_for_it(
     for value in (TOKEN, FOLDER, "a-place-of-mine"):
         assert files_with(value, run_dir) == []
     assert "token: ${NPEFF_TEST_TOKEN}" in (run_dir / "run.yaml").read_text()
-    assert "token: ${NPEFF_TEST_TOKEN}" in (run_dir / "report" / "index.html").read_text()
+    assert "token: ${NPEFF_TEST_TOKEN}" in (run_dir / place("report/index.html")).read_text()
 
     monkeypatch.delenv("NPEFF_TEST_TOKEN")
     monkeypatch.delenv("NPEFF_TEST_FOLDER")
@@ -110,8 +111,8 @@ def test_a_run_holds_names_and_only_what_needs_a_value_asks_for_it(
     ):
         code, shown = command(*words)
         assert code == 0, shown
-    (run_dir / "stages" / "verify.json").unlink()
-    shutil.rmtree(run_dir / "partial" / "verify")
+    (run_dir / place("stages/verify.json")).unlink()
+    shutil.rmtree(run_dir / place("partial/verify"))
     said = "task.options.token needs the environment variable NPEFF_TEST_TOKEN, which is not set on "
     for target in (run_dir, path):
         assert refused(command, "verify", target).startswith(said)

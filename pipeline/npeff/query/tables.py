@@ -11,6 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ class StoredRun(FilesOfRun):
     def name(self) -> str:
         return self.factorization_name
 
-    @property
+    @cached_property
     def fishers_home(self) -> Path:
         """The run directory with the Fishers, according to the record of the stage ``fishers``."""
         other = read_record(self.record_file("fishers")).get("from")
@@ -136,6 +137,7 @@ class RunTables:
         self._files: dict[str, pq.ParquetFile] = {}
         self._listed: set[str] = set()
         """Tables that were found by a list of the folder."""
+        self._records: dict[str, dict[str, Any]] = {}
         self._schemas: dict[str, pa.Schema] = {}
         self._datasets: dict[str, ds.Dataset] = {}
         self._bounds: dict[tuple[str, str], tuple[list[Any], list[Any]]] = {}
@@ -292,7 +294,9 @@ class RunTables:
 
     def record(self, stage: str) -> dict[str, Any]:
         """Return the record of a stage; an empty dictionary if the stage is not complete."""
-        return read_record(self.run.record_file(stage))
+        if stage not in self._records:
+            self._records[stage] = read_record(self.run.record_file(stage))
+        return self._records[stage]
 
     def stages(self) -> dict[str, dict[str, Any]]:
         """Return the existing stage records, in the order of the stages."""

@@ -38,11 +38,19 @@ def recorded(run: RunDirectory, stage: StageDefinition) -> Summary | None:
         return None
     if not stage.stands(run, record):
         return None
-    if (reason := misfit(run, stage, record, _earlier(run, stage))) is not None:
-        if not stage.recomputed:
-            raise refuse_misfit(run, reason)
-        return None
-    return record
+    return None if _is_misfit(run, stage, record, _earlier(run, stage)) else record
+
+
+def _is_misfit(run: RunDirectory, stage: StageDefinition, record: Summary | None, earlier: Summary | None) -> bool:
+    """Return whether the results of a stage do not fit, and are to be computed again.
+
+    Raises:
+        RunDirectoryError: They do not fit, and are not computed again.
+    """
+    reason = None if record is None else misfit(run, stage, record, earlier)
+    if reason is not None and not stage.recomputed:
+        raise refuse_misfit(run, reason)
+    return reason is not None
 
 
 def _earlier(run: RunDirectory, stage: StageDefinition) -> Summary | None:
@@ -153,13 +161,16 @@ def open_stage(run: RunDirectory, definition: StageDefinition) -> Iterator[Stage
             raise RunDirectoryError(
                 f"{run.path} has no factorization", f"run `npeff factorize {run.path} --components K`"
             )
-        done, earlier = recorded(run, definition), None
-        if definition.after is not None:
-            earlier = record_of(run, definition.after) if done is None else _earlier(run, definition)
-            for stage_before in definition.ancestors():
-                recorded(run, stage_before)  # raises if its results do not fit
-                refuse_foreign_results(run, stage_before)
-        stage = Stage(run, definition, done, time.monotonic(), made_from(run, definition, earlier))
+        done = recorded(run, definition)
+        if done is None and definition.after is not None:
+            record_of(run, definition.after)
+        before = list(definition.ancestors())
+        records = [checked_record(run, each.record) for each in before]
+        for each, record, earlier in zip(before, records, [*records, None][1:], strict=True):
+            _is_misfit(run, each, record, earlier)
+            _refuse_foreign_results(run, each, record, earlier)
+        sources = made_from(run, definition, records[0] if records else None)
+        stage = Stage(run, definition, done, time.monotonic(), sources)
         try:
             yield stage
         except (MemoryError, RuntimeError) as error:
@@ -180,13 +191,20 @@ def refuse_foreign_results(run: RunDirectory, stage: StageDefinition) -> None:
     Raises:
         StoreError: A table or store belongs to other results.
     """
-    record = checked_record(run, stage.record)
+    _refuse_foreign_results(run, stage, checked_record(run, stage.record), _earlier(run, stage))
+
+
+def _refuse_foreign_results(
+    run: RunDirectory, stage: StageDefinition, record: Summary | None, earlier: Summary | None
+) -> None:
+    if record is None or "lineage" not in record:
+        return
     remedy = f"run `npeff check --recompute {run.argument}`"
     for path in outputs_of(run, stage):
-        if path.suffix == ".parquet" and path.is_file() and not is_remote(path):
-            owner = record if path.stem not in stage.completes else _earlier(run, stage)
+        if path.suffix == ".parquet" and not is_remote(path) and path.is_file():
+            owner = record if path.stem not in stage.completes else earlier
             refuse_foreign(path, table_lineage(path), owner, remedy)
-        elif path.suffix == ".zarr" and is_committed(path):
+        elif path.suffix == ".zarr" and not stage.of_the_run:  # a Fisher store has records of its shards instead
             refuse_foreign(path, group_lineage(path), record, remedy)
 
 

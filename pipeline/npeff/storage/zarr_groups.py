@@ -84,12 +84,17 @@ def open_group(path: Path, kind: str, version: int, command: str) -> tuple[zarr.
 
 
 def group_lineage(path: Path) -> str | None:
-    """Return the attribute ``lineage`` of the group at `path`; None if it is unknown.
+    """Return the attribute ``lineage`` of the group at `path`; None if it is unknown or there is no group.
 
     Raises:
         StoreError: The metadata of the group are damaged.
     """
-    found: str | None = read_json(path / METADATA).get("attributes", {}).get("lineage")
+    try:
+        found: str | None = read_json(path / METADATA).get("attributes", {}).get("lineage")
+    except StoreError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
     return found
 
 
