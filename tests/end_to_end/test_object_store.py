@@ -301,3 +301,19 @@ def test_components_of_a_run_there_are_used_here(s3: ObjectStore, local: RunDire
     objects.upload_files(local.path, location(RUN), [name for name in names(local) if not name.startswith(".")])
     new = RunDirectory.create(config(str(tmp_path / "new")))
     assert npeff.transform(new, location(RUN))["transformed_from"] == RUN
+
+
+def test_fishers_of_a_run_there_are_used_here(
+    s3: ObjectStore, local: RunDirectory, reference: dict[str, bytes], tmp_path: Path
+) -> None:
+    objects.upload_files(local.path, location(RUN), [name for name in names(local) if not name.startswith(".")])
+    sections = {name: CONFIG[name] for name in ("factorization", "verification", "executor")}
+    document = {"run_dir": str(tmp_path / "new"), "fishers": {"from": RUN}, **sections}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+    new = npeff.run(RunConfig.from_yaml(tmp_path / "run.yaml"))
+    assert (new.record("fishers") or {})["from"] == RUN
+    assert not (new.path / "fishers.zarr").exists()
+    found = results({name: (new.path / name).read_bytes() for name in names(new)})
+    expected = {name: content for name, content in reference.items() if not name.startswith(("fishers", "task", "dia"))}
+    assert found.keys() == expected.keys()
+    assert [name for name in found if found[name] != expected[name]] == []
