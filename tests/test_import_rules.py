@@ -39,7 +39,10 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         TENSORS | {"pyarrow"},
         {"errors", "variables", "tasks", "gradients", "fisher", "execution", "store"},
     ),
-    "query": ({"numpy", "scipy", "zarr", "dask", "pyarrow", "duckdb"}, {"errors", "store", "storage", "statistics"}),
+    "query": (
+        {"numpy", "scipy", "zarr", "dask", "pyarrow", "duckdb"},
+        {"errors", "variables", "store", "storage", "statistics"},
+    ),
     "reports": (
         ARRAYS | {"pyarrow", "jinja2", "markupsafe", "PIL"},
         {"errors", "query", "store", "storage", "statistics"},

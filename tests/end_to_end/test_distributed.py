@@ -204,6 +204,7 @@ def test_more_workers_than_shards_do_no_harm(reference: RunDirectory, three_acto
     assert_same_solution(run, reference)
 
 
+@pytest.mark.slow  # tests/stages/test_solver_workers.py has the same without Ray
 def test_an_interrupted_run_goes_on_from_its_checkpoint(
     undisturbed: RunDirectory, three_actors: Executor, tmp_path: Path
 ) -> None:

@@ -50,7 +50,7 @@ def test_npeff_submit_runs_everything_from_anywhere_and_follows(undisturbed: tup
     assert complete_stages(run) == set(STAGES)
 
 
-@pytest.mark.parametrize("submitter", ["npeff", "ray"])
+@pytest.mark.parametrize("submitter", ["npeff", pytest.param("ray", marks=pytest.mark.slow)])
 def test_a_finished_run_is_not_repeated(submitter: str, head: LocalHead, undisturbed: tuple[Path, str]) -> None:
     run, _ = undisturbed
     before = {path: path.stat().st_mtime_ns for path in run.rglob("stages/*.json")}

@@ -190,6 +190,7 @@ def ray_command(tmp_path: Path) -> Iterator[RayCommand]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow  # test_jobs.py has the same for the workers of a job
 def test_ray_actors_receive_the_value_and_ray_writes_it_nowhere(ray_command: RayCommand) -> None:
     done = ray_command(NPEFF_TEST_TOKEN=TOKEN)
     assert done.returncode == 0, done.stderr

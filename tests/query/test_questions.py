@@ -205,7 +205,7 @@ def test_components_of_another_run_are_found_by_cosine_and_only_in_the_same_spac
     with pytest.raises(
         QueryError, match=r"are of kind diagonal_groups: only components of kind fishers can be compared$"
     ):
-        mine.similar_components_in(other, 7)
+        mine.similar_components_in(with_fishers(path), 7)
 
 
 @pytest.mark.parametrize(

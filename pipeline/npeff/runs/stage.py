@@ -18,8 +18,7 @@ from npeff.runs.lineage import MadeFrom, lineage_of, made_from, misfit, refuse_m
 from npeff.storage.atomic import is_committed, remove_directory
 from npeff.storage.checksums import file_checksum, json_checksum, read_json, write_json_atomically
 from npeff.storage.location import is_remote
-from npeff.storage.zarr_groups import group_lineage
-from npeff.store.lineage import refuse_foreign
+from npeff.store.lineage import group_lineage, refuse_foreign
 from npeff.store.tables import table_lineage
 
 

@@ -83,21 +83,6 @@ def open_group(path: Path, kind: str, version: int, command: str) -> tuple[zarr.
         raise damaged_metadata(path, "", command) from error
 
 
-def group_lineage(path: Path) -> str | None:
-    """Return the attribute ``lineage`` of the group at `path`; None if it is unknown or there is no group.
-
-    Raises:
-        StoreError: The metadata of the group are damaged.
-    """
-    try:
-        found: str | None = read_json(path / METADATA).get("attributes", {}).get("lineage")
-    except StoreError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            return None
-        raise
-    return found
-
-
 def restore_metadata(path: Path, create: Callable[[Path], object]) -> None:
     """Write the missing ``zarr.json`` files of a group. Its content stays.
 

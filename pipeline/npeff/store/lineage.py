@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from npeff.storage.checksums import read_json
 from npeff.storage.errors import StoreError
 
 
@@ -43,3 +44,18 @@ def refuse_unfit(stage: str, made_from: str, earlier: str, lineage: str | None, 
     """
     if lineage is not None and lineage != made_from:
         raise StoreError(f"the results of {stage} do not fit: they were made from other results of {earlier}", remedy)
+
+
+def group_lineage(path: Path) -> str | None:
+    """Return the attribute ``lineage`` of the group at `path`; None if it is unknown or there is no group.
+
+    Raises:
+        StoreError: The metadata of the group are damaged.
+    """
+    try:
+        found: str | None = read_json(path / "zarr.json").get("attributes", {}).get("lineage")
+    except StoreError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+    return found

@@ -15,9 +15,8 @@ from npeff.stages.lift import LIFT
 from npeff.storage.atomic import is_committed
 from npeff.storage.checksums import read_json
 from npeff.storage.errors import StoreError
-from npeff.storage.zarr_groups import group_lineage
 from npeff.store.direction_store import DirectionStore
-from npeff.store.lineage import refuse_foreign
+from npeff.store.lineage import group_lineage, refuse_foreign
 
 
 def lift_parts(run: RunDirectory) -> Iterator[Part]:

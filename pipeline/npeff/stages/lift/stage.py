@@ -25,9 +25,9 @@ from npeff.stages.worker_specs import executor_for, fitted_examples, model_spec,
 from npeff.storage.atomic import is_committed, remove_directory
 from npeff.storage.checksums import read_json
 from npeff.storage.errors import StoreError
-from npeff.storage.zarr_groups import group_lineage
 from npeff.store.direction_store import DirectionStore
 from npeff.store.fisher_store import FisherStore
+from npeff.store.lineage import group_lineage
 from npeff.store.tables import read_table, rows_to_columns, table_lineage, write_table
 
 
