@@ -32,6 +32,13 @@ def test_a_new_run_writes_its_configuration_and_what_made_it(tmp_path: Path) -> 
     assert provenance["packages"]["numpy"] != "not installed"
 
 
+def test_the_stored_run_file_is_a_run_file(tmp_path: Path) -> None:
+    run = RunDirectory.create(config(tmp_path / "run", lift={"dtype": "float16"}))
+    read = RunConfig.from_yaml(run.path / "run.yaml")
+    assert read == run.config
+    assert RunDirectory.create(read).path == run.path
+
+
 def test_the_same_configuration_is_taken_up_with_other_workers_too(tmp_path: Path) -> None:
     RunDirectory.create(config(tmp_path / "run"))
     again = RunDirectory.create(config(tmp_path / "run", executor={"workers": 2}))

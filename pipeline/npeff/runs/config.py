@@ -48,7 +48,10 @@ from npeff.runs.config_sections import (
     TaskConfig,
     VerificationConfig,
 )
+from npeff.storage.atomic import is_committed
+from npeff.storage.commands import DEFAULT
 from npeff.storage.location import location
+from npeff.store.run_files import SETTINGS, home_of
 
 _MAX_ITERATIONS = "factorization.max_iterations"
 
@@ -109,6 +112,8 @@ class RunConfig(Section):
     def from_yaml(cls, path: str | Path) -> RunConfig:
         """Read a run file.
 
+        The ``run.yaml`` of a run directory is read with the settings of the factorization ``default``.
+
         Args:
             path: The run file.
 
@@ -118,6 +123,9 @@ class RunConfig(Section):
         """
         path = Path(path) if isinstance(path, str) else path  # a path may be on an object store
         document = read_run_file(path)
+        settings = home_of(path.parent, DEFAULT) / SETTINGS
+        if path.name == "run.yaml" and "factorization" not in document and is_committed(settings):
+            document |= read_run_file(settings)
         variables.hide_values_of(document)
         try:
             return cls.model_validate(with_settings_resolved(_with_other_fishers(document), cls))
