@@ -214,7 +214,17 @@ def offline() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=FAMILIES.values(), ids=list(FAMILIES))
+SLOW = ("token classification, sequences", "causal LM, empirical")
+"""Families that differ from another one in few lines."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(family, id=name, marks=pytest.mark.slow if name in SLOW else ())
+        for name, family in FAMILIES.items()
+    ],
+)
 def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """A run of one family, done."""
     family, folder = request.param, tmp_path_factory.mktemp("family")
