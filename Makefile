@@ -31,7 +31,7 @@ TORCH_FREE := tests/query tests/reports tests/runs tests/statistics tests/storag
 demo: $(VENV)/installed
 	$(BIN)/npeff demo
 
-# Style, types, import rules, and the tests that start no process: under three minutes on two cores.
+# Style, types, import rules, and the tests that start no process.
 check: $(VENV)/installed-dev lint
 	$(PYTEST) -m "not process and not ray and not slow"
 
