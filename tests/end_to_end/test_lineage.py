@@ -163,6 +163,19 @@ def test_check_finds_a_file_of_another_run_and_recomputes_what_does_not_fit(
     query(run)
 
 
+def test_results_of_a_later_stage_are_refused_after_an_exchange_of_the_whole_factorization(
+    run: RunDirectory, other: RunDirectory
+) -> None:
+    for name in ("factorization.zarr", "stages/factorize.json", "stages/lift.json", "tables/layer_energy.parquet"):
+        put(run, other, name)
+    with pytest.raises(NpeffError, match=r"the results of \w+ do not fit"):
+        ComponentStore.open(run.path).table("verification")
+    put(run, other, "stages/verify.json")
+    put(run, other, "tables/verification.parquet")
+    with pytest.raises(NpeffError, match="the results of factorize do not fit: they were made from other results of"):
+        ComponentStore.open(run.path).table("verification")
+
+
 def test_a_single_direction_of_another_run_is_found(
     run: RunDirectory, other: RunDirectory, finished: tuple[Path, Path]
 ) -> None:
@@ -180,7 +193,11 @@ def test_units_of_another_run_are_computed_again(
     run: RunDirectory, other: RunDirectory, finished: tuple[Path, Path]
 ) -> None:
     told = Told()
-    for stage, unit in (("lift", "partial/lift/00001.json"), ("verify", "partial/verify/00002.parquet")):
+    for stage, unit in (
+        ("lift", "partial/lift/00001.json"),
+        ("verify", "partial/verify/00002.parquet"),
+        ("verify", "partial/verify/selectivity/00001.parquet"),
+    ):
         put(run, other, unit)
         run.reopen(stage)
         {"lift": npeff.lift, "verify": npeff.verify}[stage](run, progress=told)

@@ -226,11 +226,16 @@ class RunTables:
             StoreError: The file belongs to other results, or the results do not fit.
         """
         remedy = f"run `npeff check --recompute {self.run.argument}`"
-        record = {} if stage is None else self.record(stage)
-        refuse_foreign(what, lineage, record, remedy)
-        for earlier, expected in record.get("made_from", {}).items():
+        refuse_foreign(what, lineage, {} if stage is None else self.record(stage), remedy)
+        if stage is not None:
+            self._refuse_unfit(stage, remedy)
+
+    def _refuse_unfit(self, stage: str, remedy: str) -> None:
+        """Check that the results of a stage, and those that it depends on, were made from the present results."""
+        for earlier, expected in self.record(stage).get("made_from", {}).items():
             if earlier in WRITTEN_BY.values():
-                refuse_unfit(str(stage), expected, earlier, self.record(earlier).get("lineage"), remedy)
+                refuse_unfit(stage, expected, earlier, self.record(earlier).get("lineage"), remedy)
+                self._refuse_unfit(earlier, remedy)
 
     def schema(self, name: str) -> pa.Schema:
         """Return the columns of the table and their types. Raises the errors of `dataset`."""

@@ -10,20 +10,17 @@ Runs of earlier versions have no lineages. An unknown lineage fits everything.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from npeff.runs.definition import StageDefinition, Summary, finished
+from npeff.runs.definition import StageDefinition, Summary
+from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.storage.atomic import is_committed
 from npeff.storage.checksums import json_checksum, read_json
 from npeff.store.tables import table_lineage
 from npeff.variables import for_hash
-
-if TYPE_CHECKING:
-    from npeff.runs.directory import RunDirectory
 
 REMEDY_OF_MISFIT = (
     "restore the former settings and Fishers from a copy, or make another factorization with `npeff factorize RUN "
@@ -43,6 +40,8 @@ def made_from(run: RunDirectory, stage: StageDefinition, record: Summary | None)
         record: The record of the stage that it follows; None if it follows none.
     """
     inputs: MadeFrom = {}
+    if stage.after is None and run.fishers_home != run.path:
+        return None  # the lineage of the Fishers of another run is in the record of that run
     if stage.after is not None:
         if record is None or "lineage" not in record:
             return None
@@ -87,26 +86,12 @@ def misfit(run: RunDirectory, stage: StageDefinition, record: Summary, earlier: 
 
 def _misfit_of_other_fishers(run: RunDirectory, record: Summary) -> str | None:
     """Return why the Fishers of the other run (``fishers.from``) are not those that this run has used."""
-    path = run.fishers_home / "stages" / "fishers.json"
-    if not is_committed(path):
+    if not is_committed(run.fishers_home / "run.yaml"):
         return None  # the stage that reads the Fishers reports it
-    there = json.loads(path.read_text(encoding="utf-8")).get("lineage")
+    there = (RunDirectory.open_any(run.fishers_home).record("fishers") or {}).get("lineage")
     if there is None or record.get("lineage") in (None, there):
         return None
     return f"the Fishers of {run.fishers_home} have been computed again since this run used them"
-
-
-def discard_foreign_units(files: Iterable[Path], lineage: str | None) -> int:
-    """Delete the partial results that have another lineage, and return how many were deleted.
-
-    Args:
-        files: JSON files and Parquet files of finished units.
-        lineage: The lineage of the results to keep; None keeps all of them.
-    """
-    foreign = [path for path in files if lineage is not None and unit_lineage(path) not in (None, lineage)]
-    for path in foreign:
-        path.unlink()
-    return len(foreign)
 
 
 def unit_lineage(path: Path) -> str | None:
@@ -115,16 +100,6 @@ def unit_lineage(path: Path) -> str | None:
         return table_lineage(path)
     found: str | None = read_json(path).get("lineage")
     return found
-
-
-def discard_foreign(run: RunDirectory, stage: StageDefinition, lineage: str | None) -> str | None:
-    """Delete the finished units of a stage that have another lineage. Returns a message, or None if there are none."""
-    n_deleted = discard_foreign_units(finished(run.partial_results(stage.name)).values(), lineage)
-    if not n_deleted:
-        return None
-    return (
-        f"{n_deleted} results of {stage.name} were made from other results or with other settings; computing them again"
-    )
 
 
 def refuse_misfit(run: RunDirectory, reason: str) -> RunDirectoryError:

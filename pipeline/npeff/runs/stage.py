@@ -11,10 +11,11 @@ from pathlib import Path
 
 from npeff.errors import first_line
 from npeff.execution.executor import ExecutorError, out_of_memory
-from npeff.runs.definition import StageDefinition, Summary
+from npeff.runs.definition import StageDefinition, Summary, finished
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError, damaged_record
-from npeff.runs.lineage import MadeFrom, lineage_of, made_from, misfit, refuse_misfit
+from npeff.runs.lineage import MadeFrom, lineage_of, made_from, misfit, refuse_misfit, unit_lineage
+from npeff.runs.progress import ProgressDisplay
 from npeff.storage.atomic import is_committed, remove_directory
 from npeff.storage.checksums import file_checksum, json_checksum, read_json, write_json_atomically
 from npeff.storage.location import is_remote
@@ -138,6 +139,23 @@ class Stage:
     def sources(self) -> Summary:
         """Return the fields of the record that tell what the results were made from."""
         return {} if self.made_from is None else {"made_from": self.made_from, "lineage": self.lineage}
+
+    def discard_foreign_units(self, progress: ProgressDisplay) -> None:
+        """Delete the finished components with a file that was made from other results or with other settings."""
+        if self.lineage is None:
+            return
+        foreign = 0
+        for component, path in finished(self.run.partial_results(self.definition.name)).items():
+            files = unit_files(self.run, self.definition, component) if path.suffix == ".parquet" else {"": path}
+            known = {unit_lineage(file) for file in files.values() if is_committed(file)} - {None}
+            if known - {self.lineage}:
+                path.unlink()
+                foreign += 1
+        if foreign:
+            progress.say(
+                f"{foreign} results of {self.definition.name} were made from other results or with other settings; "
+                "computing them again"
+            )
 
     def complete(self, summary: Summary, further_tables: Iterable[Path] = ()) -> Summary:
         """Record that the stage is complete, with the checksums of its tables and of ``further_tables``."""

@@ -25,18 +25,18 @@ from npeff.store.table_names import OF_THE_RUN, WRITTEN_BY
 SETTINGS = "factorization.yaml"
 """The sections of the run file that belong to a factorization. The file marks a folder as a factorization."""
 
-STAGES = ("factorize", "lift", "verify", "attribute", "repair")
+_STAGES = tuple(dict.fromkeys(stage for stage in WRITTEN_BY.values() if stage not in OF_THE_RUN))
 """The stages of a factorization: their records and partial results lie in its folder."""
 
 TABLES = tuple(table for table, stage in WRITTEN_BY.items() if stage not in OF_THE_RUN)
 
-RECORDS = tuple(f"stages/{stage}.json" for stage in reversed(STAGES))
+RECORDS = tuple(f"stages/{stage}.json" for stage in reversed(_STAGES))
 
 FILES = (
     *RECORDS,
     "report",
     "repair",
-    *(f"partial/{stage}" for stage in STAGES),
+    *(f"partial/{stage}" for stage in _STAGES),
     *(f"tables/{table}.parquet" for table in TABLES),
     "directions.zarr",
     "factorization.zarr",

@@ -7,7 +7,6 @@ import pyarrow as pa
 from npeff.execution.executor import Executor
 from npeff.runs.definition import Summary, finished
 from npeff.runs.directory import RunDirectory
-from npeff.runs.lineage import discard_foreign
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import forget_other_requests, open_stage, unit_checksums
 from npeff.stages.attribute import ATTRIBUTE
@@ -41,8 +40,7 @@ def attribute(
             return stage.done
         progress, results = progress or SilentProgress(), run.partial_results("attribute")
         forget_other_requests(results, f"{count} top examples")
-        if (message := discard_foreign(run, ATTRIBUTE, stage.lineage)) is not None:
-            progress.say(message)
+        stage.discard_foreign_units(progress)
         top = read_table(run.table("top_examples"), "top_examples").select(["component", "rank", "example"])
         examples: dict[int, list[int]] = {component: [] for component in components}
         for row in top.to_pylist():

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
 
 def _units(run: RunDirectory) -> UnitProgress:
-    steps = [int(path.name) for path in run.checkpoints.glob("*") if path.name.isdecimal()]
-    return UnitProgress(max(steps, default=0), None, "steps")
+    from npeff.runs.settings import steps_done
+
+    return UnitProgress(steps_done(run), None, "steps")
 
 
 def _details(record: Summary) -> str:

@@ -15,7 +15,6 @@ from npeff.runs.config import RunConfig
 from npeff.runs.definition import Summary, finished
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
-from npeff.runs.lineage import discard_foreign
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import open_stage
 from npeff.stages.inputs import checksums_of, fingerprint_of, lifted_components
@@ -60,8 +59,7 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
         model = model_spec(run, fingerprint_of(run))  # raises before anything is written if there is no model
         results, progress = run.partial_results("lift"), progress or SilentProgress()
         _prepare_store(run, shapes, stage.lineage, progress)
-        if (message := discard_foreign(run, LIFT, stage.lineage)) is not None:
-            progress.say(message)
+        stage.discard_foreign_units(progress)
         lifted = {component: read_json(path) for component, path in finished(results).items()}
         if any(fact.get("polished") for fact in lifted.values()) and not set(chosen) <= set(lifted):
             lifted = {}  # a polished direction depends on the former directions of all components

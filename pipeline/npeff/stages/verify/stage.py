@@ -10,7 +10,6 @@ import pyarrow as pa
 from npeff.execution.executor import Executor
 from npeff.runs.definition import Summary, finished
 from npeff.runs.directory import RunDirectory
-from npeff.runs.lineage import discard_foreign
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import open_stage, unit_checksums
 from npeff.stages.inputs import direction_checksums, fingerprint_of, lifted_components
@@ -41,8 +40,7 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         if stage.done and set(components) <= set(stage.done.get("components", range(stage.done["n_components"]))):
             return stage.done
         progress, config, wanted = progress or SilentProgress(), run.config, run.config.verification
-        if (message := discard_foreign(run, VERIFY, stage.lineage)) is not None:
-            progress.say(message)
+        stage.discard_foreign_units(progress)
         verified = {
             component: read_table(path, "verification").to_pylist() for component, path in finished(results).items()
         }
