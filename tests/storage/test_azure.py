@@ -19,6 +19,7 @@ from pathlib import Path
 import npeff
 import numpy as np
 import pytest
+from lock_of_providers import assert_a_lock_changes_hands
 from npeff.query.components import ComponentStore
 from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory
@@ -128,21 +129,7 @@ def test_the_first_record_of_a_shard_stands(azure: None) -> None:
 
 
 def test_a_lock_is_held_by_one_released_and_taken_over(azure: None) -> None:
-    lock = location(f"{RUN}/.lock")
-    one, other = (object_lock._ObjectLock(lock, name) for name in ("one", "other"))
-    one.acquire()
-    found = other._look()
-    assert found is not None
-    assert found.owner == "one"
-    assert abs(other._age_s(found)) <= 2
-    one._renew()
-    assert not other._put(found.version), "it was renewed since"
-    one.release()
-    other.acquire()
-    one._renew()
-    with pytest.raises(ObjectStoreError, match="another process"):
-        one.confirm()
-    other.release()
+    assert_a_lock_changes_hands(location(f"{RUN}/.lock"))
 
 
 def test_a_folder_is_replaced_and_zarr_reads_it(azure: None) -> None:

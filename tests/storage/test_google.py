@@ -18,6 +18,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
 import pytest
+from lock_of_providers import assert_a_lock_changes_hands
 from npeff.storage import object_lock, objects
 from npeff.storage.buckets import forget_clients
 from npeff.storage.errors import ObjectStoreError
@@ -143,17 +144,4 @@ def test_writes_are_conditional_on_the_generation(google: dict[str, tuple[bytes,
 
 
 def test_a_lock_is_held_by_one_released_and_taken_over(google: dict[str, tuple[bytes, int, float]]) -> None:
-    lock = location(f"{RUN}/.lock")
-    one, other = (object_lock._ObjectLock(lock, name) for name in ("one", "other"))
-    one.acquire()
-    found = other._look()
-    assert found is not None
-    assert abs(other._age_s(found)) <= 2
-    one._renew()
-    assert not other._put(found.version)
-    one.release()
-    other.acquire()
-    one._renew()
-    with pytest.raises(ObjectStoreError, match="another process"):
-        one.confirm()
-    other.release()
+    assert_a_lock_changes_hands(location(f"{RUN}/.lock"))
