@@ -97,6 +97,10 @@ def verify_again(run: RunDirectory) -> None:
     npeff.verify(run)
 
 
+def compare(run: RunDirectory) -> None:
+    npeff.compare(ComponentStore.open(run.path), ComponentStore.open(run.path))
+
+
 def export(run: RunDirectory) -> None:
     export_direction(run, 1, run.path / "direction.safetensors")
 
@@ -105,6 +109,7 @@ REFUSED: list[tuple[str, Callable[[RunDirectory], object]]] = [
     ("directions.zarr", query),
     ("directions.zarr", verify_again),
     ("directions.zarr", export),
+    ("directions.zarr", compare),
     ("factorization.zarr", query),
     ("factorization.zarr", lift_again),
     ("factorization.zarr", verify_again),

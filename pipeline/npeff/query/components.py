@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # most queries need none of Zarr, Dask, SciPy and DuckDB, whi
     import zarr
 
     from npeff.store.component_store import StoredFactorization
+    from npeff.store.direction_store import DirectionStore
 
 _TOO_WIDE_TO_LIST = ("image", "logits", "valid")
 """Columns of the examples table that lists of examples do not show."""
@@ -116,18 +117,23 @@ class ComponentStore:
     @cached_property
     def directions(self) -> Mapping[str, da.Array]:
         """The unit directions of the components in parameter space: parameter name to array (K, *shape)."""
+        return {name: _as_dask(array) for name, array in self.direction_store.arrays.items()}
+
+    @cached_property
+    def direction_store(self) -> DirectionStore:
+        """The stored directions. Their checksums are verified when they are read."""
         path = self.run.directions
         if not is_committed(path):
             raise missing(self.run, "directions.zarr", "lift")
         from npeff.store.direction_store import DirectionStore
 
+        units = self.tables.record("lift").get("units", {})
         try:
-            store = DirectionStore.open(path)
+            store = DirectionStore.open(path, {int(component): found for component, found in units.items()})
             self.tables.refuse_other_results("lift", path, store.attrs.get("lineage"))
-            arrays = store.arrays
         except StoreError as error:
             raise QueryError.of(error) from error
-        return {name: _as_dask(array) for name, array in arrays.items()}
+        return store
 
     @cached_property
     def cosines(self) -> np.ndarray:

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from npeff.factorization.matching import match_components
 from npeff.query.components import ComponentStore
 from npeff.storage.atomic import is_committed
-from npeff.store.direction_store import DirectionStore
 
 
 def compare(first: ComponentStore, second: ComponentStore) -> pa.Table:
@@ -95,7 +94,7 @@ class _Directions:
 
     def __init__(self, *stores: ComponentStore) -> None:
         committed = all(is_committed(store.run.directions) for store in stores)
-        self._stores = [DirectionStore.open(store.run.directions) for store in stores] if committed else None
+        self._stores = [store.direction_store for store in stores] if committed else None
         self._lifted = [_lifted(store) for store in stores]
 
     def cosine(self, component: int, other: int) -> float | None:

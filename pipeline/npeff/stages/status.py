@@ -10,7 +10,7 @@ from npeff.stages.registry import STAGES
 from npeff.stages.verify import VERIFY, score_line
 
 _FITS = ("factorize", "transform")
-STAGES_OF_FACTORIZATION = tuple(stage.name for stage in STAGES if not stage.of_the_run)
+_STAGES_OF_FACTORIZATION = tuple(stage.name for stage in STAGES if not stage.of_the_run)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def factorizations(run: RunDirectory) -> list[FactorizationStatus]:
     found = []
     for name in run.factorizations():
         each = run if name == run.name else run.with_factorization(name)
-        rows = [row for row in status(each) if row.stage == "report" or row.stage in STAGES_OF_FACTORIZATION]
+        rows = [row for row in status(each) if row.stage == "report" or row.stage in _STAGES_OF_FACTORIZATION]
         complete = tuple(row.stage for row in rows if row.state is StageState.COMPLETE)
         state = max((row.state for row in rows if row.stage in _FITS), key=list(StageState).index)
         found.append(FactorizationStatus(name, each.config.factorization.n_components, state, complete, each.n_bytes()))

@@ -99,7 +99,7 @@ def _stage_parts(run: RunDirectory, stage: StageDefinition, checksums: Mapping[s
     """Yield the record of a stage and the outputs that a complete stage must have written."""
     record = run.record_file(stage.name)
     if record.exists():
-        yield Part(f"record of {stage.name}", record, partial(_verify_record, run, stage), (record,))
+        yield Part(f"record of {stage.name}", record, partial(checked_record, run, stage.name), (record,))
         yield Part(
             f"results of {stage.name}",
             record,
@@ -123,10 +123,6 @@ def _stage_parts(run: RunDirectory, stage: StageDefinition, checksums: Mapping[s
             yield Part(path.name, path, partial(missing, path))
         elif path.suffix == ".safetensors" and path.exists():
             yield Part("diagonal Fisher", path, partial(read_diagonal, path), (path, record))
-
-
-def _verify_record(run: RunDirectory, stage: StageDefinition) -> None:
-    checked_record(run, stage.name)
 
 
 def _verify_fit(run: RunDirectory, stage: StageDefinition) -> None:
