@@ -123,16 +123,15 @@ class RunConfig(Section):
         """
         path = Path(path) if isinstance(path, str) else path  # a path may be on an object store
         document = read_run_file(path)
-        settings = home_of(path.parent, DEFAULT) / SETTINGS
-        if path.name == "run.yaml" and "factorization" not in document and is_committed(settings):
-            document |= read_run_file(settings)
+        if path.name == "run.yaml" and "factorization" not in document:
+            settings = home_of(path.parent, DEFAULT) / SETTINGS
+            document |= read_run_file(settings) if is_committed(settings) else {}
         variables.hide_values_of(document)
         try:
-            return cls.model_validate(with_settings_resolved(_with_other_fishers(document), cls))
+            document = _with_other_fishers(document)
         except variables.VariableError as error:
             raise ConfigError(f"{path}: {error}") from None
-        except ValidationError as error:
-            raise ConfigError(f"{path}: {one_line(error, cls, document)}") from None
+        return cls._validated(document, path)
 
     @classmethod
     def stored(cls, path: Path, settings: Path | None, name: str) -> RunConfig:
@@ -147,18 +146,23 @@ class RunConfig(Section):
             ConfigError: As in `from_yaml`.
         """
         document = read_run_file(path)
+        if settings is not None:
+            document |= read_run_file(settings)
+        own = document.setdefault("factorization", {"n_components": 1})  # a run without factorizations
+        if isinstance(own, dict):
+            own["name"] = name
+        variables.hide_values_of(document)
+        return cls._validated(document, settings or path)
+
+    @classmethod
+    def _validated(cls, document: dict[str, Any], path: Path) -> RunConfig:
+        """Return the configuration of a document that was read from ``path``. Raises ConfigError."""
         try:
-            if settings is not None:
-                document |= read_run_file(settings)
-            own = document.setdefault("factorization", {"n_components": 1})  # a run without factorizations
-            if isinstance(own, dict):
-                own["name"] = name
-            variables.hide_values_of(document)
             return cls.model_validate(with_settings_resolved(document, cls))
         except variables.VariableError as error:
-            raise ConfigError(f"{settings or path}: {error}") from None
+            raise ConfigError(f"{path}: {error}") from None
         except ValidationError as error:
-            raise ConfigError(f"{settings or path}: {one_line(error, cls, document)}") from None
+            raise ConfigError(f"{path}: {one_line(error, cls, document)}") from None
 
     def to_yaml(self, sections: Collection[str] | None = None) -> str:
         """Return the configuration, or some of its sections, as the text of a run file with all defaults."""
