@@ -66,7 +66,7 @@ test-pythons: $(VENV)/installed-dev
 	    bin=$(CURDIR)/.venv-$$version/bin; \
 	    "$$found" -m venv .venv-$$version || exit 1; \
 	    $(BIN)/python -c "$$WITHOUT_TORCH" > .venv-$$version/requirements.txt || exit 1; \
-	    $$bin/pip install --quiet --constraint constraints.txt --requirement .venv-$$version/requirements.txt || exit 1; \
+	    $$bin/pip install --quiet --no-compile --constraint constraints.txt --requirement .venv-$$version/requirements.txt || exit 1; \
 	    $$bin/pip install --quiet --no-deps --editable . || exit 1; \
 	    $$bin/python -m pytest $(TORCH_FREE) || exit 1; \
 	done
@@ -77,17 +77,18 @@ benchmarks: $(VENV)/installed-dev
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
+# Without --no-compile, pip compiles every module of every package, which takes longer than installing them.
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,hf]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev,hf]'
 	touch $(VENV)/installed $@
 
 $(OLDEST)/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/pip install --quiet --constraint constraints-oldest.txt --editable '.[test,hf]'
+	$(OLDEST)/bin/pip install --quiet --no-compile --constraint constraints-oldest.txt --editable '.[test,hf]'
 	touch $@
 
 clean:

@@ -68,6 +68,7 @@ def test_the_launcher_takes_the_cluster_file(launcher: Any) -> None:
         launcher.validate_config(wrong)
 
 
+@pytest.mark.slow
 def test_the_launcher_prepares_it_for_aws_and_the_machines_have_what_it_says(launcher: Any) -> None:
     from ray.autoscaler._private.aws.config import bootstrap_aws
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider

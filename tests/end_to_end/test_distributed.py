@@ -137,7 +137,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     return run
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 def test_planted_components_are_recovered_as_in_memory(seed: int, tmp_path: Path) -> None:
     truth = planted(seed)
     run = prepared(tmp_path / "run", truth, n_shards=2)
@@ -230,6 +230,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(
     assert_same_solution(other, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_dead_component_is_reseeded_from_the_worst_example_of_all_workers(
     three_actors: Executor, tmp_path: Path
 ) -> None:

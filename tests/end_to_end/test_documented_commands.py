@@ -141,7 +141,14 @@ def serve_and_interrupt(words: list[str]) -> int:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("page", [page for page in PAGES if commands("npeff", PAGES[page])])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow if "minilm" in page else ())
+        for page in PAGES
+        if commands("npeff", PAGES[page])
+    ],
+)
 def test_every_command_of_the_page_does_its_work(
     page: str, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

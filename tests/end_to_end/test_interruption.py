@@ -21,7 +21,9 @@ executor: {{kind: {kind}, workers: 1, cpus_per_worker: 2}}
 """
 
 
-@pytest.mark.parametrize(("asked", "kind"), [(signal.SIGTERM, "ray"), (signal.SIGINT, "auto")])
+@pytest.mark.parametrize(
+    ("asked", "kind"), [pytest.param(signal.SIGTERM, "ray", marks=pytest.mark.slow), (signal.SIGINT, "auto")]
+)
 def test_a_run_that_is_asked_to_stop_ends_with_one_line_and_keeps_what_is_finished(
     asked: signal.Signals, kind: str, tmp_path: Path
 ) -> None:

@@ -50,7 +50,8 @@ def test_npeff_submit_runs_everything_from_anywhere_and_follows(undisturbed: tup
     assert complete_stages(run) == set(STAGES)
 
 
-@pytest.mark.parametrize("submitter", ["npeff", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("submitter", ["npeff", "ray"])
 def test_a_finished_run_is_not_repeated(submitter: str, head: LocalHead, undisturbed: tuple[Path, str]) -> None:
     run, _ = undisturbed
     before = {path: path.stat().st_mtime_ns for path in run.rglob("stages/*.json")}
@@ -102,6 +103,7 @@ def submitted_with_token(
     return head.command("npeff", "submit", config, "--address", head.address, "--working-dir", working, *options)
 
 
+@pytest.mark.slow
 def test_a_secret_of_the_cluster_reaches_the_task_and_nothing_that_is_written(head: LocalHead, tmp_path: Path) -> None:
     done = submitted_with_token(head, tmp_path, "NPEFF_TEST_TOKEN", TOKEN)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -124,6 +124,7 @@ def failing_once_for_every_kind(store: ObjectStore, answers: tuple[Answer, ...])
         store.faults.remove(fault)
 
 
+@pytest.mark.slow
 def test_whatever_request_fails_the_same_command_goes_on_to_the_same_result(
     s3: ObjectStore, reference: dict[str, bytes]
 ) -> None:

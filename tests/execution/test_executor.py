@@ -156,6 +156,7 @@ def test_an_item_whose_worker_is_killed_is_given_to_another(executor, tmp_path):
     assert attempts(tmp_path, 2) == 2
 
 
+@pytest.mark.slow  # one of the items of the next test does the same
 def test_an_item_that_kills_its_workers_is_given_up_after_three_attempts(executor, tmp_path):
     with pytest.raises(ExecutorError, match=f"kill_own_process 7 failed after {ATTEMPTS} attempts") as error:
         list(executor.map(WorkerSpec(Calculator, {"scratch": tmp_path}), "kill_own_process", [7]))
@@ -222,7 +223,7 @@ def test_a_hung_worker_is_replaced_after_the_timeout(executor, tmp_path, monkeyp
     assert len(events) == 1
 
 
-@pytest.mark.parametrize("kind", ["serial", "ray"])
+@pytest.mark.parametrize("kind", ["serial", pytest.param("ray", marks=pytest.mark.slow)])
 def test_exceptions_of_the_work_come_through_as_themselves(kind, executor):
     chosen = SerialExecutor() if kind == "serial" else executor
     with pytest.raises(OSError, match="No space left") as full:
@@ -258,6 +259,7 @@ class Member:
         time.sleep(300)
 
 
+@pytest.mark.slow  # tests/stages/test_solver_workers.py has the same without Ray
 def test_a_group_knows_its_places_and_tells_of_a_loss_while_others_wait(executor):
     with executor.group(WorkerSpec(Member)) as group:
         assert group.call("place") == [(0, 2), (1, 2)]

@@ -65,4 +65,4 @@ def available_cores() -> int:
     """
     from dask.system import cpu_count  # of the affinity mask and the control group
 
-    return min(torch.get_num_threads(), cpu_count())
+    return min(torch.get_num_threads(), int(cpu_count()))

@@ -20,7 +20,7 @@ from npeff.execution.executor import ExecutorError
 from npeff.execution.serial import computing_threads
 from npeff.gradients import ParameterLayout, UnsupportedModelError, left_out, model_fingerprint, select_parameters
 from npeff.models.heap import keep_freed_memory
-from npeff.models.predictions import Predictions
+from npeff.models.predictions import Predictions, joined
 from npeff.store.task_files import preparing, task_files
 from npeff.tasks import IGNORED, UNKNOWN, Examples, Task, TaskError, Token, load_task, to_device, user_code
 from npeff.variables import resolved
@@ -232,27 +232,33 @@ class LoadedModel:
         Raises:
             TaskError: The logits do not have the shape (B, C), or (B, T, C) with targets (B, T).
         """
-        found: dict[int, tuple[Tensor, Tensor]] = {}
-        for chosen in self.batches(indices, batch_size):
-            batch = self.batch(chosen)
-            with computing_threads(self._threads(len(chosen))):
-                logits, targets = self.logits(self.model, batch), self.targets(batch, chosen)
-            if logits.shape[:-1] != targets.shape or logits.dim() < 2 or len(logits) != len(chosen):
-                found_shape = " x ".join(map(str, logits.shape)) or "a single number"
-                hint = " (logits with positions need targets())" if logits.dim() == 3 else ""
-                raise TaskError(
-                    f"task {self.spec.task!r}: logits() must return examples x classes, here {len(chosen)} x C, not "
-                    f"{found_shape}{hint}"
-                )
-            if bool((targets != IGNORED).all()):  # as views of the batch
-                logits, targets = logits[:, None] if logits.dim() == 2 else logits, targets.reshape(len(chosen), -1)
-                found |= dict(zip(chosen, zip(logits.float().cpu(), targets.cpu(), strict=True), strict=True))
-                continue
-            for index, row, classes in zip(chosen, logits, targets, strict=True):
-                made = classes != IGNORED
-                found[index] = row[made].float().reshape(-1, row.shape[-1]).cpu(), classes[made].reshape(-1).cpu()
-        rows = [found[index] for index in indices]
-        return Predictions([logits for logits, _ in rows], [classes for _, classes in rows])
+        plan = self.batches(indices, batch_size)
+        place = {example: place for place, example in enumerate(example for chosen in plan for example in chosen)}
+        return joined([self._predictions(chosen) for chosen in plan]).at(place[index] for index in indices)
+
+    def _predictions(self, chosen: list[int]) -> Predictions:
+        """Return the predictions on one batch."""
+        batch = self.batch(chosen)
+        with computing_threads(self._threads(len(chosen))):
+            logits, targets = self.logits(self.model, batch), self.targets(batch, chosen)
+        if logits.shape[:-1] != targets.shape or logits.dim() < 2 or len(logits) != len(chosen):
+            found_shape = " x ".join(map(str, logits.shape)) or "a single number"
+            hint = " (logits with positions need targets())" if logits.dim() == 3 else ""
+            raise TaskError(
+                f"task {self.spec.task!r}: logits() must return examples x classes, here {len(chosen)} x C, not "
+                f"{found_shape}{hint}"
+            )
+        if bool((targets != IGNORED).all()):
+            logits, targets = logits.float().cpu(), targets.cpu()
+            if logits.dim() == 2:
+                return Predictions(logits[:, None], targets[:, None])
+            return Predictions(list(logits), list(targets))  # views of the batch
+        made = [classes != IGNORED for classes in targets]
+        rows, classes = zip(logits, made, strict=True), zip(targets, made, strict=True)
+        return Predictions(
+            [row[which].float().reshape(-1, row.shape[-1]).cpu() for row, which in rows],
+            [row[which].reshape(-1).cpu() for row, which in classes],
+        )
 
     def _threads(self, n_examples: int) -> int:
         """Threads for a forward pass: one where its operations are too small to be divided."""

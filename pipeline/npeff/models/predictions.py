@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -29,20 +30,23 @@ def kl_divergence(moved_logits_BC: Tensor, original_logits_BC: Tensor) -> Tensor
 class Predictions:
     """The predictions on some examples. An example has one or more predictions."""
 
-    logits: list[Tensor]
-    """For each example, the logits (n, C) of its n predictions."""
-    classes: list[Tensor]
-    """For each example, the classes (n,) of its predictions, UNKNOWN where a class is not known."""
+    logits: Sequence[Tensor] | Tensor
+    """For each example, the logits (n, C) of its n predictions. One tensor (N, n, C) if n is the same for all."""
+    classes: Sequence[Tensor] | Tensor
+    """For each example, the classes (n,) of its predictions, UNKNOWN where a class is not known. One tensor (N, n) if
+    `logits` is one tensor."""
 
     def at(self, places: Iterable[int]) -> Predictions:
         """Return the predictions on the examples at `places`. Places may repeat."""
         chosen = list(places)
+        if isinstance(self.logits, Tensor) and isinstance(self.classes, Tensor):
+            return Predictions(self.logits[chosen], self.classes[chosen])
         return Predictions([self.logits[place] for place in chosen], [self.classes[place] for place in chosen])
 
     def accuracy(self) -> float | None:
         """Compute the fraction of correct predictions among those of known class; None if no class is known."""
-        classes = torch.cat(self.classes)
-        predicted, known = torch.cat([logits.argmax(-1) for logits in self.logits]), classes >= 0
+        classes, known = _flat(self.classes), _flat(self.classes) >= 0
+        predicted = torch.cat([_flat(self.logits[part]).argmax(-1) for part in _blocks(self.logits)])
         return float((predicted == classes)[known].double().mean()) if known.any() else None
 
     def correct(self) -> NDArray[np.bool_]:
@@ -57,17 +61,34 @@ class Predictions:
         """
         means_N = [torch.empty(0, dtype=torch.float64)]
         for part in _blocks(self.logits):
-            kl_n = kl_divergence(torch.cat(self.logits[part]), torch.cat(original.logits[part]))
-            sizes = [len(logits) for logits in self.logits[part]]
-            if max(sizes) == min(sizes) == 1:  # the mean of one number is the number
-                means_N.append(kl_n)
+            moved, before = self.logits[part], original.logits[part]
+            kl_n = kl_divergence(_flat(moved), _flat(before))
+            if isinstance(moved, Tensor):
+                means_N.append(kl_n.view(len(moved), -1).mean(1))
             else:
-                means_N.append(torch.stack([kl.mean() for kl in kl_n.split(sizes)]))
+                means_N.append(torch.stack([kl.mean() for kl in kl_n.split([len(logits) for logits in moved])]))
         return torch.cat(means_N).numpy()
 
 
-def _blocks(logits: Sequence[Tensor]) -> Iterator[slice]:
+def joined(parts: Sequence[Predictions]) -> Predictions:
+    """Return the predictions of all parts, in this order."""
+    logits, classes = [part.logits for part in parts], [part.classes for part in parts]
+    if parts and all(isinstance(each, Tensor) for each in logits):
+        return Predictions(torch.cat(cast(list[Tensor], logits)), torch.cat(cast(list[Tensor], classes)))
+    return Predictions([row for each in logits for row in each], [row for each in classes for row in each])
+
+
+def _flat(values: Sequence[Tensor] | Tensor) -> Tensor:
+    """The predictions of all examples on one axis."""
+    return values.flatten(0, 1) if isinstance(values, Tensor) else torch.cat(tuple(values))
+
+
+def _blocks(logits: Sequence[Tensor] | Tensor) -> Iterator[slice]:
     """Consecutive examples that have at most `_BLOCK` logits together, or one example that has more."""
+    if isinstance(logits, Tensor):
+        size = max(1, _BLOCK // max(1, logits[:1].numel()))
+        yield from (slice(start, start + size) for start in range(0, len(logits), size))
+        return
     start, total = 0, 0
     for place, each in enumerate(logits):
         if place > start and total + each.numel() > _BLOCK:

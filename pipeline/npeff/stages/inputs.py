@@ -38,6 +38,16 @@ def fingerprint_of(run: RunDirectory) -> str:
     return str(FisherStore.read_attributes(run.fishers)["model_fingerprint"])
 
 
+def prediction_batch_size(run: RunDirectory) -> int:
+    """Return the number of examples per batch for predictions.
+
+    A batch of the stage `fishers` stores, for each of the rank's rows, the gradients at the outputs of all layers. A
+    forward pass of rank times as many examples needs less memory.
+    """
+    attributes = FisherStore.read_attributes(run.fishers)
+    return int(attributes["batch_size"] * attributes["rank"])
+
+
 def components_of(run: RunDirectory, other: str | Path | RunDirectory) -> np.ndarray:
     """Return the components (K, D) of another run with the same model, parameters, sketch and seed.
 

@@ -11,6 +11,8 @@ RELATIVE_TOLERANCE = 0.01
 
 
 _MAX_EVALUATIONS = 60
+_LARGEST_FACTOR = 100.0
+"""Largest factor between a guess and the next one."""
 
 
 @dataclass(frozen=True)
@@ -22,25 +24,29 @@ class StepSize:
     reached_target: bool
 
 
-def find_step_size(kl_at: Callable[[float], float], target_kl: float, *, longest: float) -> StepSize:
+def find_step_size(
+    kl_at: Callable[[float], float], target_kl: float, *, longest: float, first: float | None = None
+) -> StepSize:
     """Find the step size ε > 0 at which ``kl_at(ε)`` equals ``target_kl`` within 1%.
 
-    The first guesses assume that KL is quadratic in ε, which holds approximately for small ε. Once two guesses bracket
-    the target, the next guess is the log-linear interpolation between them. Every third guess bisects log ε, so that
-    the search converges for any KL.
+    The first guess is corrected with the assumption that KL is quadratic in ε, which holds approximately for small ε.
+    Further guesses are on the line through the last two, in log ε and log KL. Once two guesses bracket the target, the
+    next guess is the log-linear interpolation between them. Every third guess bisects log ε, so that the search
+    converges for any KL.
 
     Args:
         kl_at: Function that returns the mean KL divergence of the top examples at a step size. It may return infinity.
         target_kl: The mean KL divergence to reach.
         longest: Maximum step size. If it yields less than the target, it is the result and ``reached_target`` is False.
+        first: The first guess, such as the step size of a similar search. By default 1e-3 times ``longest``.
 
     Returns:
-        The step size.
+        The step size. ``kl_at`` was last called with it.
     """
-    epsilon = longest * 1e-3
+    epsilon = longest * 1e-3 if first is None else min(first, longest)
     best = StepSize(epsilon, kl_at(epsilon), False)
     below, above = StepSize(0.0, 0.0, False), StepSize(math.inf, math.inf, False)
-    n_brackets = 0
+    n_brackets, exponent = 0, 2.0
     for _ in range(_MAX_EVALUATIONS):
         if abs(best.kl - target_kl) <= RELATIVE_TOLERANCE * target_kl:
             return StepSize(best.epsilon, best.kl, True)
@@ -55,10 +61,19 @@ def find_step_size(kl_at: Callable[[float], float], target_kl: float, *, longest
             fraction = 0.5 if n_brackets % 3 == 0 else _interpolation_fraction(below.kl, above.kl, target_kl)
             epsilon = below.epsilon * (above.epsilon / below.epsilon) ** fraction
         else:
-            factor = math.sqrt(target_kl / best.kl) if 0 < best.kl < math.inf else (10.0 if below.epsilon else 0.1)
-            epsilon = min(best.epsilon * min(max(factor, 0.01), 10.0), longest)
-        best = StepSize(epsilon, kl_at(epsilon), False)
+            known = 0 < best.kl < math.inf
+            factor = (target_kl / best.kl) ** (1 / exponent) if known else (10.0 if below.epsilon else 0.1)
+            epsilon = min(best.epsilon * min(max(factor, 0.01), _LARGEST_FACTOR), longest)
+        before, best = best, StepSize(epsilon, kl_at(epsilon), False)
+        exponent = _exponent(before, best)
     return best
+
+
+def _exponent(one: StepSize, other: StepSize) -> float:
+    """Return the exponent of ε in KL between two step sizes; 2 where it cannot be measured."""
+    if one.epsilon == other.epsilon or not (0 < one.kl < math.inf and 0 < other.kl < math.inf):
+        return 2.0
+    return min(max(math.log(other.kl / one.kl) / math.log(other.epsilon / one.epsilon), 1.0), 8.0)
 
 
 def _interpolation_fraction(kl_below: float, kl_above: float, target_kl: float) -> float:

@@ -265,7 +265,7 @@ class RayExecutor:
         """
         while True:
             left = _LOOK_EVERY_S if until is None else min(_LOOK_EVERY_S, until - time.monotonic())
-            finished, _ = ray.wait(refs, num_returns=count, timeout=max(0.0, left))
+            finished: list[Any] = ray.wait(refs, num_returns=count, timeout=max(0.0, left))[0]
             if (dead := self._dead_server()) is not None:
                 raise _ray_is_gone(f"its {dead} ended")
             if len(finished) == count or until is None or time.monotonic() >= until:

@@ -51,7 +51,7 @@ class WorkerPlacement:
 
     @property
     def count(self) -> int:
-        return self._group.bundle_count
+        return int(self._group.bundle_count)
 
     def of(self, slot: int) -> PlacementGroupSchedulingStrategy:
         return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=slot)

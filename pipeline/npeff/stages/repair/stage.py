@@ -18,7 +18,7 @@ from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import forget_other_requests, open_stage, record_of
-from npeff.stages.inputs import direction_checksums, fingerprint_of, lifted_components
+from npeff.stages.inputs import direction_checksums, fingerprint_of, lifted_components, prediction_batch_size
 from npeff.stages.lift import LIFT
 from npeff.stages.repair import REPAIR
 from npeff.stages.repair.worker import Attempt, Batch, RepairWorker
@@ -27,7 +27,6 @@ from npeff.statistics.mcnemar import mcnemar
 from npeff.storage.atomic import remove_directory
 from npeff.storage.checksums import read_json, write_json_atomically
 from npeff.store.component_store import open_factorization
-from npeff.store.fisher_store import FisherStore
 from npeff.store.tables import read_table, rows_to_columns, write_table
 from npeff.verification import Edit, RepairCandidate, choose_step, joint_steps, over_represented, top_examples
 
@@ -275,7 +274,7 @@ class _Search:
             results=self._run.partial_results("repair"),
             tuning=self._examples.tuning,
             kl_steps=self._run.config.repair.kl_steps,
-            batch_size=FisherStore.read_attributes(self._run.fishers)["batch_size"],
+            batch_size=prediction_batch_size(self._run),
             checksums=direction_checksums(self._run),
             lineage=self._lineage,
         )

@@ -12,12 +12,11 @@ from npeff.runs.definition import Summary, finished
 from npeff.runs.directory import RunDirectory
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import open_stage, unit_checksums
-from npeff.stages.inputs import direction_checksums, fingerprint_of, lifted_components
+from npeff.stages.inputs import direction_checksums, fingerprint_of, lifted_components, prediction_batch_size
 from npeff.stages.verify import VERIFY
 from npeff.stages.verify.worker import VerificationOptions, VerificationPaths, VerificationWorker
 from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
 from npeff.statistics.verdict import scoreboard, verdicts
-from npeff.store.fisher_store import FisherStore
 from npeff.store.tables import read_table, rows_to_columns, write_table
 
 
@@ -61,7 +60,7 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
                 n_selectivity=wanted.selectivity_examples,
                 n_correlation=wanted.correlation_examples,
                 seed=config.seed,
-                batch_size=FisherStore.read_attributes(run.fishers)["batch_size"],
+                batch_size=prediction_batch_size(run),
                 lifted=components,
                 semi_orthogonal=wanted.orthogonalize == "semi",
                 ablation=wanted.ablation,

@@ -165,6 +165,8 @@ class VerificationWorker:
         random = random_direction(direction, seed=self._seed(component, "random direction"))
         other = another_component(component, self._lifted, self._seed(component, "another component"))
         controls = {"random": random} | ({} if other is None else {"other": self._direction(other)})
+        tried = {"own": direction, **controls}
+        steps = dict[str, float]()  # of the former sign or split: the first guess for the next
         rows, selectivity, ablation = list[Row](), list[Row](), list[Row]()
         for split, members_N in self._members.items():
             top = top_examples(self._coefficients_NK[:, component], members_N, self._options.n_top)
@@ -174,10 +176,13 @@ class VerificationWorker:
                 continue
             groups = self._group(top), self._group(baseline)
             for sign in (1, -1):
-                own = self._effect(direction, sign, *groups)
-                beside = {name: self._effect(control, sign, *groups) for name, control in controls.items()}
+                effects = {
+                    name: self._effect(each, sign, *groups, first=steps.get(name)) for name, each in tried.items()
+                }
+                steps |= {name: each.step.epsilon for name, each in effects.items() if each.step.reached_target}
+                own = effects.pop("own")
                 row = {"component": component, "examples": split, "sign": sign, "other_component": other}
-                row |= self._compared(own, beside, *groups, seed) | {"kl_correlation": None}
+                row |= self._compared(own, effects, *groups, seed) | {"kl_correlation": None}
                 if split == self._monitored.split:
                     kl_n = self._monitored_kl(direction, sign * own.step.epsilon)
                     row["kl_correlation"] = self._correlation(component, kl_n)
@@ -220,22 +225,29 @@ class VerificationWorker:
             "reached_target": own.step.reached_target,
         }
 
-    def _effect(self, direction: Direction, sign: int, top: Group, baseline: Group) -> Effect:
+    def _effect(self, direction: Direction, sign: int, top: Group, baseline: Group, first: float | None) -> Effect:
         """Return the effect of the step with the target KL divergence on the top examples, or of the fixed step."""
+        after_top = top.before
 
         def kl_at(epsilon: float) -> float:
+            nonlocal after_top
             with moved(self._loaded.model, direction, sign * epsilon):
-                return float(np.nanmean(self._predict(top.examples).kl(top.before)))
+                after_top = self._predict(top.examples)
+            return float(np.nanmean(after_top.kl(top.before)))
 
         if self._options.epsilon is not None:
             return self._step(direction, sign * self._options.epsilon, top, baseline)
         longest = parameter_norm(self._loaded.model, direction)
-        found = find_step_size(kl_at, self._options.target_kl, longest=longest)
-        return replace(self._step(direction, sign * found.epsilon, top, baseline), step=found)
+        found = find_step_size(kl_at, self._options.target_kl, longest=longest, first=first)
+        return replace(self._step(direction, sign * found.epsilon, top, baseline, after_top), step=found)
 
-    def _step(self, direction: Direction, step: float, top: Group, baseline: Group) -> Effect:
+    def _step(
+        self, direction: Direction, step: float, top: Group, baseline: Group, after_top: Predictions | None = None
+    ) -> Effect:
+        """Return the effect of a step. `after_top` are the predictions after it on the top examples, if known."""
         with moved(self._loaded.model, direction, step):
-            after_top, after_baseline = self._predict(top.examples), self._predict(baseline.examples)
+            after_top = self._predict(top.examples) if after_top is None else after_top
+            after_baseline = self._predict(baseline.examples)
         kl = Measured(after_top.kl(top.before), after_baseline.kl(baseline.before))
         return Effect(StepSize(abs(step), float(np.nanmean(kl.top_n)), True), after_top, after_baseline, kl)
 
