@@ -24,6 +24,8 @@ for line in project["dependencies"] + extras["cloud"] + extras["s3"] + extras["f
         print(line)
 endef
 export WITHOUT_TORCH
+TESTS_OF_ROOMS := $(filter-out tests/end_to_end/ tests/benchmarks/ tests/data/ tests/__pycache__/,$(wildcard tests/*/)) \
+    $(wildcard tests/test_*.py)
 TORCH_FREE := tests/query tests/reports tests/runs tests/statistics tests/storage tests/store
 
 .PHONY: demo check test test-slow test-numerics test-oldest test-pythons lint benchmarks clean
@@ -51,7 +53,8 @@ lint: $(VENV)/installed-dev
 
 # The lower bounds of pyproject.toml, in an environment of their own.
 test-oldest: $(OLDEST)/installed
-	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/end_to_end
+	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+	    -m "not slow and not ray" $(TESTS_OF_ROOMS)
 
 # Types for, and the tests that need no torch on, the other Pythons of this machine (found on PATH or under pyenv).
 test-pythons: $(VENV)/installed-dev
