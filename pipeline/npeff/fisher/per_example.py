@@ -6,7 +6,8 @@ Legend: B batch, T positions, C classes, R rank, D sketch.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,10 @@ class FisherBatch:
 
     factors_BRD: Tensor
     """A Qᵀ, not normalized, in the model's precision (at least float32). If the sketch preserves inner products only on
-    average, the rows of each example are recombined so that their Gram matrix is exact (`calibration.py`)."""
+    average, the rows of each example are recombined so that their Gram matrix is exact (`calibration.py`). Rows of
+    saturated predictions are rounded to zero where they leave the range of the precision."""
+    unit_factors_BRD: Tensor
+    """`factors_BRD` divided by √‖F‖_F, without this rounding. Zero if ‖F‖_F is."""
     grams_BRR: Tensor
     """A Aᵀ in all parameters, float64."""
     frobenius_norms_B: Tensor
@@ -57,8 +61,9 @@ class PerExampleFishers:
         layout: ParameterLayout,
         sketch: Sketch,
         labels: LabelSpec | None = None,
+        one: Callable[[int], tuple[Any, Tensor | None]] | None = None,
     ) -> None:
-        self.collector = GradientCollector(model, logits_fn, layout, labels or LabelSpec())
+        self.collector = GradientCollector(model, logits_fn, layout, labels or LabelSpec(), one)
         self.sketch = sketch
 
     def replica(self) -> PerExampleFishers:
@@ -78,19 +83,22 @@ class PerExampleFishers:
         logits, labels = collected.logits, collected.labels
         with torch.no_grad():
             scale_B11 = labels.scales_B[:, None, None]
-            factors_BRD = self.sketch.apply(collected.contributions)
+            scaled_BRD = self.sketch.apply(collected.contributions)
             grams_BRR = total_gram(collected.contributions.values())
             if self.sketch.calibrated:
-                factors_BRD = calibrated(factors_BRD, grams_BRR)
-            factors_BRD = factors_BRD * scale_B11.to(factors_BRD)
-            grams_BRR = grams_BRR * scale_B11**2
+                scaled_BRD = calibrated(scaled_BRD, grams_BRR)
+            # the squares of the entries of a Gram matrix may leave the range of float64, those of the scaled one do not
+            norms_B = grams_BRR.flatten(1).norm(dim=1)
+            grams_BRR, frobenius_B = grams_BRR * scale_B11**2, norms_B * labels.scales_B**2
+            unit_B11 = torch.where(frobenius_B > 0, norms_B, math.inf).rsqrt()[:, None, None]
         finite_B = labels.ranks_B.gt(0) | logits.flatten(1).isfinite().all(1)
-        valid_B = finite_B & grams_BRR.flatten(1).isfinite().all(1) & factors_BRD.flatten(1).isfinite().all(1)
-        grams_BRR = grams_BRR.where(valid_B[:, None, None], 0)
+        valid_B = finite_B & grams_BRR.flatten(1).isfinite().all(1) & scaled_BRD.flatten(1).isfinite().all(1)
+        valid_B11 = valid_B[:, None, None]
         return FisherBatch(
-            factors_BRD=factors_BRD.where(valid_B[:, None, None], 0),
-            grams_BRR=grams_BRR,
-            frobenius_norms_B=grams_BRR.flatten(1).norm(dim=1),
+            factors_BRD=(scaled_BRD * scale_B11.to(scaled_BRD)).where(valid_B11, 0),
+            unit_factors_BRD=(scaled_BRD * unit_B11.to(scaled_BRD)).where(valid_B11, 0),
+            grams_BRR=grams_BRR.where(valid_B11, 0),
+            frobenius_norms_B=frobenius_B.where(valid_B, 0),
             ranks_B=valid_B.int() * labels.ranks_B,
             kept_trace_B=labels.kept_trace_B,
             losses_B=labels.losses_B,

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from typing import Any, cast
 
 import torch
@@ -20,8 +22,44 @@ from npeff.gradients.layer_rules import linear, rule_for
 
 LogitsFunction = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> logits (B, C)."""
-Place = tuple[str, int]
-"""An output of a module: the name of the module, and the position among the module's flattened outputs."""
+Form = tuple[int, str | int]
+"""Number of axes of an output, and its first axis relative to the batch. See `Axes.form`."""
+Place = tuple[str, int, Form]
+"""An output of a module: the name of the module, the position among the module's flattened outputs, and the form."""
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Sizes that the first axis of an output can have because of the sizes of the batch."""
+
+    n_examples: int
+    positions: frozenset[int] = frozenset()
+    """Products of the sizes of the axes that follow the axis of examples in the tensors of the batch."""
+
+    @classmethod
+    def of(cls, batch: Any, n_examples: int) -> Axes:
+        shapes = [leaf.shape for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+        sizes = {size for shape in shapes if shape[:1] == (n_examples,) for size in accumulate(shape[1:], mul)}
+        return cls(n_examples, frozenset(sizes))
+
+    def form(self, value: Tensor) -> Form:
+        """Return the number of axes of an output, and a description of its first axis.
+
+        The description does not depend on the sizes of the batch where they explain the size of the axis. Other sizes
+        are part of the description as numbers: k where the axis has B·k entries, and -n where it has n entries, which
+        are not a multiple of B. Such sizes are constants of the model, or depend on the values of the examples.
+        """
+        first = value.shape[0] if value.dim() else 1
+        if self.n_examples == 1 or first == self.n_examples:
+            return value.dim(), "examples"
+        if first == 1:
+            return value.dim(), "one"
+        k, rest = divmod(first, self.n_examples)
+        if rest == 0 and k in self.positions:
+            return value.dim(), "examples x positions"
+        if first in self.positions:
+            return value.dim(), "positions"
+        return value.dim(), k if rest == 0 else -first
 
 
 @dataclass(frozen=True)
@@ -38,8 +76,16 @@ class Use:
     places: tuple[int, ...]
     outputs: tuple[Tensor, ...]
     edges: tuple[GradientEdge, ...]
+    forms: tuple[Form, ...]
     shared: bool
     """Whether an output is repeated for each example. See `watch`."""
+    dtype: torch.dtype
+    """Precision of the first output."""
+
+    @property
+    def outputs_by_form(self) -> tuple[Place, ...]:
+        pairs = zip(self.places, self.forms, strict=True)
+        return tuple((self.module_name, place, form) for place, form in pairs)
 
     def check_inputs(self) -> None:
         """Check that no input was modified in place after the call.
@@ -102,7 +148,7 @@ def called_modules(modules: Mapping[str, nn.Module]) -> Iterator[set[str]]:
 
 @contextmanager
 def watch(
-    modules: Mapping[str, nn.Module], keep_outputs: set[str], shared: Set[Place], n_examples: int
+    modules: Mapping[str, nn.Module], keep_outputs: set[str], shared: Set[Place], axes: Axes
 ) -> Iterator[list[Use]]:
     """Record every call of `modules` inside the context.
 
@@ -113,7 +159,7 @@ def watch(
         keep_outputs: Names of the modules whose output values are stored.
         shared: Outputs that all examples share, such as a position embedding. Each is repeated once per example, so
             that every example has a separate gradient.
-        n_examples: B, the number of examples in the batch.
+        axes: Sizes of the batch.
     """
     uses: list[Use] = []
 
@@ -123,15 +169,18 @@ def watch(
                 return None
             leaves, spec = pytree.tree_flatten(output)
             places = tuple(p for p, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())
-            for place in places:
-                repeats = n_examples if (name, place) in shared else None
-                leaves[place] = _own_node(leaves[place], repeats, len(places) > 1, output_unused)
+            forms = tuple(axes.form(leaves[place]) for place in places)
+            repeated = [(name, place, form) in shared for place, form in zip(places, forms, strict=True)]
+            for place, repeats in zip(places, repeated, strict=True):
+                n_examples = axes.n_examples if repeats else None
+                leaves[place] = _own_node(leaves[place], n_examples, len(places) > 1, output_unused)
             inputs = pytree.tree_map_only(Tensor, torch.Tensor.detach, (args, kwargs))
             outputs = tuple(leaves[place] for place in places)
             kept = tuple(value.detach().clone() for value in outputs) if name in keep_outputs else ()
             edges = tuple(get_gradient_edge(value) for value in outputs)
-            repeated = any((name, place) in shared for place in places)
-            uses.append(Use(name, module, inputs, _versions(inputs), places, kept, edges, repeated))
+            dtype = outputs[0].dtype if outputs else torch.float32
+            versions = _versions(inputs)
+            uses.append(Use(name, module, inputs, versions, places, kept, edges, forms, any(repeated), dtype))
             return pytree.tree_unflatten(leaves, spec)
 
         return record

@@ -11,34 +11,34 @@ Legend: B batch, C classes, R rank.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from npeff.gradients.capture import LogitsFunction, Place, Use, called_modules, frozen, repeat, watch
-from npeff.gradients.contribution import Contribution, Dense
+from npeff.gradients.calls import CachedWidening, WatchedCall, call_rows, output_gradients
+from npeff.gradients.capture import Axes, LogitsFunction, frozen
+from npeff.gradients.contribution import Contribution
+from npeff.gradients.coverage import check_independent, made_logits, why_wrong, wrong_parameters
 from npeff.gradients.errors import UnsupportedModelError
+from npeff.gradients.joined import joined_contributions, joined_labels, padded
 from npeff.gradients.labels import LabelRows, label_rows
-from npeff.gradients.layer_rules import Rule, per_example, rule_for
-from npeff.gradients.module_rule import ModuleCall, module_rows
-from npeff.gradients.owners import Owners, find_owners, move_up, with_new_places, without_owner
+from npeff.gradients.layer_rules import rule_for
+from npeff.gradients.owners import without_owner
 from npeff.gradients.parameters import ParameterLayout
 from npeff.gradients.sums import add
+from npeff.gradients.watcher import INDEPENDENT, Pass, Watcher
 from npeff.options.labels import LabelSpec
 
-_INDEPENDENT = (
-    "the logits do not depend on the output of any module with selected parameters: do not detach them or compute them "
-    "under torch.no_grad, or select other parameters"
-)
-
-
-_Rows = tuple[Tensor, ...]
-"""The gradients at one output of a module: one tensor of the output's shape for each direction."""
+CHECKED_EVERY = 64
+"""One of so many batches is checked although the model does nothing new. A check takes less time than a batch."""
+_MAX_IRREGULAR = 3
+"""Number of batches with wrong rows after which every batch is computed one example at a time."""
 
 
 @dataclass(frozen=True)
@@ -56,41 +56,6 @@ class Collected:
 
 
 @dataclass(frozen=True)
-class WatchedCall:
-    """One call of a module that owns parameters (see `owners.py`), and the gradients at the module's outputs."""
-
-    use: Use
-    deltas: tuple[_Rows | None, ...]
-    """One entry per floating-point output; None where the logits do not depend on the output. At least one entry is
-    not None."""
-    names: Mapping[str, str]
-    """Maps the name of a parameter within the module to its name in the layout."""
-
-    @property
-    def rule(self) -> Rule | None:
-        """The rule of the layer, or None if the general rule (`module_rule.py`) applies."""
-        return rule_for(self.use.module, self.names)
-
-    @property
-    def module_call(self) -> ModuleCall:
-        """The input of the general rule: the call, restricted to the outputs that have a gradient."""
-        live = [place for place, delta in enumerate(self.deltas) if delta is not None]
-        return ModuleCall(
-            self.use.module,
-            self.use.inputs,
-            tuple(self.use.places[place] for place in live),
-            tuple(self.use.outputs[place] for place in live),
-            tuple(torch.stack(delta) for delta in self.deltas if delta is not None),
-        )
-
-    @property
-    def parameters(self) -> dict[str, Tensor]:
-        """The parameters that the module owns, by name within the module."""
-        own = dict(self.use.module.named_parameters(remove_duplicate=False))
-        return {name: own[name].detach() for name in self.names}
-
-
-@dataclass(frozen=True)
 class Watched:
     """The logits and label directions of a batch, and the module calls from which the rows are computed."""
 
@@ -99,25 +64,43 @@ class Watched:
     labels: LabelRows
     calls: list[WatchedCall]
     n_examples: int
+    run: Callable[[], Tensor]
+    """Function that computes the logits of the batch."""
+    forward: Pass
+    """The pass. Its autograd graph is freed."""
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The lowest precision of the logits and of the outputs of modules."""
+        kinds = {self.logits.dtype, *(call.use.dtype for call in self.calls)}
+        return max((kind for kind in kinds if kind.is_floating_point), key=lambda kind: torch.finfo(kind).eps)
 
 
 @dataclass
 class GradientCollector:
     """Collects the gradient rows of the parameters of `layout` for one batch after another.
 
-    The collector stores which module owns which parameter and which module outputs all examples share. It updates
-    these when a batch calls modules that no earlier batch called. Batches may differ in size and length.
+    Batches may differ in size and length. The rows of the first batch are compared with an ordinary backward pass, and
+    so are those of every later batch in which the model does something that it did in no checked batch: it calls
+    another module, an output has another form, or a parameter is used outside its module. One of `CHECKED_EVERY` other
+    batches is checked, too. A batch whose rows cannot be computed, or are wrong, is computed one example at a time.
     """
 
     model: nn.Module
     logits_fn: LogitsFunction
     layout: ParameterLayout
     labels: LabelSpec = field(default_factory=LabelSpec)
-    _owners: Owners | None = field(default=None, init=False)
-    _idle: dict[str, nn.Module] = field(default_factory=dict, init=False)
-    """Modules with parameters of the layout that no batch has called yet."""
-    _shared: frozenset[Place] = field(default=frozenset(), init=False)
-    _shared_is_current: bool = field(default=False, init=False)
+    one: Callable[[int], tuple[Any, Tensor | None]] | None = None
+    """Function that returns the batch with one example, given the number of the example, and its targets. If None,
+    batches that need it are refused."""
+    _watcher: Watcher = field(init=False)
+    _trusted: set[Hashable] = field(default_factory=set, init=False)
+    """What the model did in batches whose rows are right, see `Pass.evidence`."""
+    n_irregular: int = field(default=0, init=False)
+    """Number of batches that were computed one example at a time."""
+
+    def __post_init__(self) -> None:
+        self._watcher = Watcher(self.model, self.layout)
 
     def collect(
         self, batch: Any, examples: Sequence[int] | int | None = None, targets: Tensor | None = None
@@ -134,18 +117,75 @@ class GradientCollector:
             The logits, label directions and gradient rows.
 
         Raises:
-            UnsupportedModelError: The logits are not B×C or B×T×C, the targets do not fit the logits, or a layer is
-                not supported.
+            UnsupportedModelError: The logits are not B×C or B×T×C, the targets do not fit the logits, a layer is not
+                supported, or rows are not the gradient of their parameter.
         """
+        numbers = range(examples) if isinstance(examples, int) else examples
         with frozen(self.model):
-            watched = self.watched(batch, examples, targets)
-            widen = _CachedWidening()
-            found: dict[str, list[Contribution]] = {}
-            for call in watched.calls:
-                for name, part in _rows(call, watched.n_examples, widen).items():
-                    found.setdefault(name, []).append(part)
+            if self.one is None or numbers is None or len(numbers) < 2:
+                return self._collect(batch, numbers, targets)
+            if self.n_irregular < _MAX_IRREGULAR:
+                try:
+                    return self._collect(batch, numbers, targets)
+                except UnsupportedModelError:
+                    pass
+            collected = self._one_by_one(batch, numbers, targets)
+            self.n_irregular += 1
+            return collected
+
+    def _collect(self, batch: Any, numbers: Sequence[int] | None, targets: Tensor | None) -> Collected:
+        watched = self.watched(batch, numbers, targets)
+        widen = CachedWidening()
+        found: dict[str, list[Contribution]] = {}
+        for call in watched.calls:
+            for name, part in call_rows(call, watched.n_examples, widen).items():
+                found.setdefault(name, []).append(part)
         contributions = {name: add(found[name]) for name in self.layout.names if name in found}
-        return Collected(watched.logits, watched.labels, contributions)
+        collected = Collected(watched.logits, watched.labels, contributions)
+        self._check(watched, collected, numbers[0] if numbers else 0)
+        return collected
+
+    def _check(self, watched: Watched, collected: Collected, number: int) -> None:
+        """Compare the rows with an ordinary backward pass, if the model did something new or the batch is drawn.
+
+        Raises:
+            UnsupportedModelError: The rows of a parameter are wrong.
+        """
+        evidence, seed = watched.forward.evidence, crc32(str(number).encode())
+        if evidence <= self._trusted and seed % CHECKED_EVERY:
+            return
+        with torch.no_grad():
+            wrong = wrong_parameters(self.model, self.layout, watched.run, collected, watched.precision, seed)
+        if wrong:
+            outside = wrong[0] in watched.forward.outside
+            raise UnsupportedModelError(why_wrong(self.model, watched.run, wrong[0], outside, watched.n_examples))
+        if wrong is not None:
+            self._trusted |= evidence - watched.forward.uncertain
+
+    def _one_by_one(self, batch: Any, numbers: Sequence[int], targets: Tensor | None) -> Collected:
+        """Collect the rows of each example in a batch of its own, and join them.
+
+        Raises:
+            UnsupportedModelError: The rows of an example alone are wrong, too, or its logits differ from those in the
+                batch.
+        """
+        assert self.one is not None
+        parts, alone = [], []
+        for number in numbers:
+            single, classes = self.one(number)
+            part = self._collect(single, [number], classes)
+            parts.append(part)
+            alone.append(made_logits(part.logits, classes))
+        with torch.no_grad():
+            together = made_logits(self.logits_fn(self.model, batch), targets)
+        check_independent(torch.cat(alone), together)
+        contributions = {
+            name: joined_contributions([part.contributions.get(name) for part in parts])
+            for name in self.layout.names
+            if any(name in part.contributions for part in parts)
+        }
+        labels = joined_labels([part.labels for part in parts])
+        return Collected(padded([part.logits for part in parts]), labels, contributions)
 
     def watched(
         self, batch: Any, examples: Sequence[int] | int | None = None, targets: Tensor | None = None
@@ -155,20 +195,17 @@ class GradientCollector:
         Call this method, and use its result, inside `frozen(model)`. Arguments and exceptions are those of `collect`.
         """
         numbers = range(examples) if isinstance(examples, int) else examples
-        run, n_examples = self._run(batch, numbers, targets)
-        if self._owners is None:
-            self._update_owners(run)
-        logits, uses = self._forward(run, n_examples)
-        labels = label_rows(self.labels, logits.detach(), numbers, targets)
-        assert self._owners is not None
+        run, axes = self._run(batch, numbers, targets)
+        found = self._watcher.forward(run, axes)
+        labels = label_rows(self.labels, found.logits.detach(), numbers, targets)
         calls = []
-        for use, deltas in zip(uses, _output_gradients(logits, uses, labels.directions), strict=True):
+        for use, deltas in zip(found.uses, output_gradients(found.logits, found.uses, labels.directions), strict=True):
             if any(delta is not None for delta in deltas):
                 use.check_inputs()
-                calls.append(WatchedCall(use, deltas, self._owners[use.module_name]))
+                calls.append(WatchedCall(use, deltas, self._watcher.owners[use.module_name]))
         if not calls:
-            raise UnsupportedModelError(_INDEPENDENT)
-        return Watched(logits.detach(), labels, calls, n_examples)
+            raise UnsupportedModelError(INDEPENDENT)
+        return Watched(found.logits.detach(), labels, calls, axes.n_examples, run, found)
 
     def inspect(self, batch: Any, examples: Sequence[int], targets: Tensor | None = None) -> None:
         """Find the owners of parameters and the shared outputs, as `collect` does on its first batch.
@@ -176,29 +213,30 @@ class GradientCollector:
         This method computes no rows. Two examples are enough. Arguments and exceptions are those of `collect`.
         """
         with frozen(self.model):
-            run, n_examples = self._run(batch, examples, targets)
-            self._update_owners(run)
-            self._update_shared(run, n_examples)
+            self._watcher.forward(*self._run(batch, examples, targets))
 
     def _run(
         self, batch: Any, numbers: Sequence[int] | None, targets: Tensor | None
-    ) -> tuple[Callable[[], Tensor], int]:
-        """Return a function that computes the logits of a batch, and the number of examples in the batch."""
+    ) -> tuple[Callable[[], Tensor], Axes]:
+        """Return a function that computes the logits of a batch, and the sizes of the batch."""
         n_examples = _leading_size(batch) if numbers is None else len(numbers)
         n_axes = 2 if targets is None else targets.dim() + 1
         if n_examples is None:
             with torch.no_grad():
                 n_examples = len(self._logits(batch, None, n_axes))
-        return partial(self._logits, batch, n_examples, n_axes), n_examples
+        return partial(self._logits, batch, n_examples, n_axes), Axes.of(batch, n_examples)
 
     def replica(self) -> GradientCollector:
         """Return a collector on a copy of the modules that shares the parameters of this one.
 
-        The copy finds owners and shared outputs itself. Inside `frozen`, both collectors may run at the same time if
-        `has_rules` is true.
+        The copy finds owners and shared outputs itself, and trusts what this collector has checked. Inside `frozen`,
+        both collectors may run at the same time if `has_rules` is true.
         """
         parameters = {id(parameter): parameter for parameter in self.model.parameters()}
-        return GradientCollector(copy.deepcopy(self.model, parameters), self.logits_fn, self.layout, self.labels)
+        model = copy.deepcopy(self.model, parameters)
+        replica = GradientCollector(model, self.logits_fn, self.layout, self.labels, self.one)
+        replica._trusted = self._trusted
+        return replica
 
     @property
     def has_rules(self) -> bool:
@@ -206,39 +244,12 @@ class GradientCollector:
 
         Modules without a layer rule use `module_rows`, which temporarily changes settings of the whole process.
         """
-        places = self._owners or {}
+        places = self._watcher.owners
         own = without_owner(self.model, self.layout, {})
         modules = dict(self.model.named_modules())
         return all(rule_for(modules[name], places[name]) is not None for name in places) and all(
             rule_for(module, dict(module.named_parameters(recurse=False))) is not None for module in own.values()
         )
-
-    def _update_owners(self, run: Callable[[], Tensor]) -> None:
-        """Find the owners of parameters with a batch that calls modules which no earlier batch called."""
-        self._owners = with_new_places(self._owners or {}, find_owners(self.model, self.layout, run))
-        self._idle = without_owner(self.model, self.layout, self._owners)
-        self._shared_is_current = False
-
-    def _forward(self, run: Callable[[], Tensor], n_examples: int) -> tuple[Tensor, list[Use]]:
-        with called_modules(self._idle) as called:
-            try:
-                found = self._watch_with_shared(run, n_examples)
-            except UnsupportedModelError:
-                if not called:
-                    raise
-        if not called:
-            return found
-        self._update_owners(run)
-        return self._watch_with_shared(run, n_examples)
-
-    def _watch_with_shared(self, run: Callable[[], Tensor], n_examples: int) -> tuple[Tensor, list[Use]]:
-        self._update_shared(run, n_examples)
-        return self._watch(run, self._shared if n_examples > 1 else frozenset(), n_examples)
-
-    def _update_shared(self, run: Callable[[], Tensor], n_examples: int) -> None:
-        if n_examples > 1 and not self._shared_is_current:
-            self._shared |= self._find_shared(run, n_examples)
-            self._shared_is_current = True
 
     def _logits(self, batch: Any, n_examples: int | None, n_axes: int) -> Tensor:
         logits = self.logits_fn(self.model, batch)
@@ -253,136 +264,6 @@ class GradientCollector:
                 f"{tuple(logits.shape)}{hint}"
             )
         return logits
-
-    def _watch(self, run: Callable[[], Tensor], shared: Set[Place], n_examples: int) -> tuple[Tensor, list[Use]]:
-        assert self._owners is not None
-        modules = {name: self.model.get_submodule(name) for name in self._owners}
-        general = {name for name, module in modules.items() if rule_for(module, self._owners[name]) is None}
-        with watch(modules, general, shared, n_examples) as uses:
-            try:
-                logits = run()
-            except (RuntimeError, ValueError, IndexError) as error:
-                if not shared or isinstance(error, torch.OutOfMemoryError):
-                    raise
-                raise UnsupportedModelError(_not_first(name for name, _ in shared)) from error
-        if not logits.requires_grad:
-            raise UnsupportedModelError(_INDEPENDENT)
-        return logits, uses
-
-    def _find_shared(self, run: Callable[[], Tensor], n_examples: int) -> frozenset[Place]:
-        """Find the outputs of modules that have no axis of examples, so that all examples share them.
-
-        If the model fails when such an output is repeated for each example (T5 permutes the axes of its position bias),
-        the nearest called module above becomes the owner of the parameters.
-        """
-        while True:
-            shared = self._shared_outputs(run, n_examples)
-            refused = []
-            for name in sorted({name for name, _ in shared}):
-                try:
-                    self._watch(run, {place for place in shared if place[0] == name}, n_examples)
-                except UnsupportedModelError:
-                    refused.append(name)
-            if not refused:
-                return shared
-            assert self._owners is not None
-            self._owners = move_up(self.model, self._owners, refused, run)
-
-    def _shared_outputs(self, run: Callable[[], Tensor], n_examples: int) -> frozenset[Place]:
-        """Find the shared outputs by comparing the gradients of the first and of the last example's logits."""
-        logits, uses = self._watch(run, frozenset(), n_examples)
-        probes = (_probe(logits.detach(), 0), _probe(logits.detach(), -1))
-        shared = set()
-        for use, outputs in zip(uses, _output_gradients(logits, uses, probes), strict=True):
-            for place, gradients in zip(use.places, outputs, strict=True):
-                if gradients is None:
-                    continue
-                first, last = gradients
-                axes = [axis for axis in range(first.dim()) if _separates(axis, first, last, n_examples)]
-                if axes and (axes[0] == 0 or use.outputs):  # the general rule accepts examples on any axis
-                    continue
-                if axes and all(part.abs().gt(0).any() for part in gradients):
-                    raise UnsupportedModelError(_not_first([use.module_name]))
-                shared.add((use.module_name, place))
-        return frozenset(shared)
-
-
-def _rows(call: WatchedCall, n_examples: int, widen: _CachedWidening) -> dict[str, Contribution]:
-    """Return the contributions of one module call, by the names of the parameters in the layout."""
-    use, rule = call.use, call.rule
-    if rule is None:
-        general = module_rows(call.module_call, call.parameters, n_examples)
-        return {call.names[name]: Dense(_widened(value)) for name, value in general.items()}
-    (delta,) = call.deltas
-    assert delta is not None
-    args, kwargs = use.inputs
-    inputs: Tensor = args[0] if args else next(iter(kwargs.values()))
-    if use.shared:
-        inputs = repeat(inputs, n_examples)
-    with torch.no_grad():
-        inputs = per_example(widen(inputs), n_examples)
-        rows = [_widened(per_example(row, n_examples)) for row in delta]
-        parts = rule(use.module, inputs, rows, frozenset(call.names))
-    return {call.names[name]: part for name, part in parts.items()}
-
-
-def _output_gradients(
-    logits: Tensor, uses: Sequence[Use], directions: Sequence[Tensor]
-) -> list[tuple[_Rows | None, ...]]:
-    """Compute the gradients of ⟨direction, logits⟩ at each output of each use; None if all are zero.
-
-    The directions have the shape of the logits. Each direction takes one backward pass.
-    """
-    edges = [edge for use in uses for edge in use.edges]
-    passes = []
-    for row in range(len(directions)):
-        retain = row + 1 < len(directions)
-        passes.append(torch.autograd.grad(logits, edges, directions[row], retain_graph=retain, allow_unused=True))
-    # autograd returns None in every pass for an output that the logits do not depend on
-    columns = iter([None if column[0] is None else column for column in zip(*passes, strict=True)])
-    return [tuple(next(columns) for _ in use.edges) for use in uses]
-
-
-def _separates(axis: int, first: Tensor, last: Tensor, n_examples: int) -> bool:
-    """Return whether the gradients of the first and of the last example are confined to their parts of an axis."""
-    if first.shape[axis] % n_examples:
-        return False
-    # nan > 0 is false, so an example that is not finite has no effect on the result
-    parts = [value.unflatten(axis, (n_examples, -1)).movedim(axis, 0).flatten(1) for value in (first, last)]
-    live_2B = [part.abs().gt(0).any(1) for part in parts]
-    return not (live_2B[0][1:].any() or live_2B[1][:-1].any())
-
-
-def _not_first(module_names: Iterable[str]) -> str:
-    return (
-        f"examples are not on the first axis of the output of {', '.join(sorted(module_names))}: "
-        "put examples on the first axis (batch_first=True), or exclude these modules with parameters.exclude"
-    )
-
-
-def _probe(logits: Tensor, example: int) -> Tensor:
-    """Return a direction in logit space that is zero except in the logits of one example."""
-    direction = torch.zeros_like(logits)
-    direction[example] = torch.linspace(1, 2, logits.shape[-1]).to(logits)
-    return direction
-
-
-def _widened(value: Tensor) -> Tensor:
-    """Convert half precision to float32, for accurate sums over positions."""
-    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
-
-
-class _CachedWidening:
-    """`_widened` with a cache, so that layers with the same input tensor also share the converted tensor."""
-
-    def __init__(self) -> None:
-        self._cache: dict[Hashable, tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, value: Tensor) -> Tensor:
-        key = value.data_ptr(), value.shape, value.stride(), value.dtype
-        if key not in self._cache:
-            self._cache[key] = (value, _widened(value))
-        return self._cache[key][1]
 
 
 def _leading_size(batch: Any) -> int | None:

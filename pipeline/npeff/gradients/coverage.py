@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from npeff.gradients.capture import LogitsFunction, frozen
-from npeff.gradients.collector import GradientCollector
+from npeff.gradients.capture import LogitsFunction
 from npeff.gradients.errors import UnsupportedModelError
+from npeff.gradients.labels import IGNORED
 from npeff.gradients.owners import layout_names
 from npeff.gradients.parameters import ParameterLayout
 from npeff.options.labels import LabelSpec
+
+if TYPE_CHECKING:
+    from npeff.gradients.collector import Collected
 
 # (relative, absolute): relative to the norm of the parameter's gradient, and to the norm of the gradient of all
 # parameters. The second one covers parameters whose gradient is zero up to rounding.
@@ -33,8 +37,8 @@ def check_coverage(
 ) -> None:
     """Compare the collected rows of each parameter with one ordinary backward pass on a small batch.
 
-    Both are gradients of Σ_{b,r} w_br ⟨direction_br, z_b⟩. The weights w differ between examples, so that rows assigned
-    to the wrong example are detected too. This needs a batch of two or more examples.
+    `GradientCollector.collect` does the same for the first batch, and for later batches in which the model does
+    something that no checked batch did.
 
     Args:
         model: The model.
@@ -46,51 +50,161 @@ def check_coverage(
         targets: See `GradientCollector.collect`.
 
     Raises:
-        UnsupportedModelError: The gradients of a parameter differ: the parameter is used outside its own module, or by
-            a layer that is not supported. The message names the first such parameter.
+        UnsupportedModelError: The gradients of a parameter differ. The message names the first such parameter.
     """
-    collector = GradientCollector(model, logits_fn, layout, labels or LabelSpec())
-    collected = collector.collect(batch, examples, targets)
-    logits, directions = collected.logits, collected.labels.directions
-    if not logits.isfinite().all():
+    from npeff.gradients.collector import GradientCollector
+
+    collected = GradientCollector(model, logits_fn, layout, labels or LabelSpec()).collect(batch, examples, targets)
+    if not collected.logits.isfinite().all():
         raise UnsupportedModelError(
             "the logits of the examples used to check the model are not finite: check model and examples for NaN"
         )
-    generator = torch.Generator().manual_seed(0)
-    weights_BR = torch.randn(len(logits), len(directions), generator=generator, dtype=torch.float64).to(logits.device)
-    direction = torch.zeros_like(logits)
-    for row in range(len(directions)):
-        direction += directions[row] * weights_BR[:, row].to(logits).view(-1, *[1] * (logits.dim() - 1))
-    expected = _gradients(model, logits_fn, batch, layout, direction)
-    total = torch.stack([value.double().norm() for value in expected.values() if value is not None]).norm()
-    for name, value in expected.items():
+
+
+def wrong_parameters(
+    model: nn.Module,
+    layout: ParameterLayout,
+    run: Callable[[], Tensor],
+    collected: Collected,
+    precision: torch.dtype,
+    seed: int,
+) -> list[str] | None:
+    """Compare the weighted sum of the rows of each parameter with an ordinary backward pass.
+
+    Both are gradients of Σ_{b,r} w_br ⟨direction_br, z_b⟩. The weights w are random, so that rows assigned to the wrong
+    example are detected too. The gradient of one parameter at a time is in memory.
+
+    Args:
+        model: The model, inside `frozen`.
+        layout: The selected parameters.
+        run: Function that computes the logits of the batch.
+        collected: The rows of the batch.
+        precision: The lowest precision in which the model computes.
+        seed: Seed of the weights.
+
+    Returns:
+        The names of the parameters whose gradients differ. None if they cannot be compared, because the gradients of an
+        example are not finite.
+    """
+    directions = collected.labels.directions
+    generator = torch.Generator().manual_seed(seed)
+    weights_BR = torch.randn(len(collected.logits), len(directions), generator=generator, dtype=torch.float64)
+    weights_BR = weights_BR.to(collected.logits.device)
+    direction = torch.zeros_like(collected.logits)
+    for row, weights_B in zip(directions, weights_BR.unbind(1), strict=True):
+        direction += row * weights_B.to(direction).view(-1, *[1] * (direction.dim() - 1))
+    errors: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def compare(name: str, reference: Tensor) -> None:
         part = collected.contributions.get(name)
-        if value is None and part is None:
-            continue
-        parameter = model.get_parameter(name)
-        found = torch.zeros_like(parameter) if part is None else part.new_zeros(1, *parameter.shape)
+        found = reference.new_zeros(1, *reference.shape) if part is None else part.new_zeros(1, *reference.shape)
         if part is not None:
             part.add_weighted_sum(weights_BR[None], found)
-            found = found[0]
-        reference = torch.zeros_like(parameter) if value is None else value
-        relative, absolute = _TOLERANCES.get(reference.dtype, _HALF_TOLERANCES)
-        error = (found.double() - reference.double()).norm()
-        if not error <= relative * reference.double().norm() + absolute * total:
-            module = name.rpartition(".")[0]
-            kind = type(model.get_submodule(module)).__name__
-            raise UnsupportedModelError(
-                f"the gradient of {name!r} at module {module!r} ({kind}) is incomplete, perhaps because the parameter "
-                f"is used outside this module: exclude it with parameters.exclude: [{name!r}]"
-            )
+        errors[name] = (found[0].double() - reference.double()).norm(), reference.double().norm()
+
+    with _compared_gradients(model, layout, compare) as copies, torch.enable_grad():
+        logits = run()
+        if logits.requires_grad:
+            torch.autograd.backward([logits], [direction], inputs=list(copies.values()))
+        for name, copy in copies.items():
+            if name not in errors and name in collected.contributions:  # autograd finds no gradient
+                with torch.no_grad():
+                    compare(name, torch.zeros_like(copy))
+    relative, absolute = _TOLERANCES.get(precision, _HALF_TOLERANCES)
+    total = torch.stack([direction.new_zeros(()).double(), *(norm for _, norm in errors.values())]).norm()
+    if not total.isfinite():
+        return None
+    found = ((name, *errors[name]) for name in layout.names if name in errors)
+    return [name for name, error, norm in found if not error <= relative * norm + absolute * total]
 
 
-def _gradients(
-    model: nn.Module, logits_fn: LogitsFunction, batch: Any, layout: ParameterLayout, direction: Tensor
-) -> dict[str, Tensor | None]:
-    with frozen(model):
-        named = {name: parameter for parameter, name in layout_names(model, layout)}
-        for parameter in named.values():
-            parameter.requires_grad_(True)
-        logits = logits_fn(model, batch)
-        found = torch.autograd.grad(logits, list(named.values()), direction, allow_unused=True)
-    return dict(zip(named, found, strict=True))
+@contextmanager
+def _compared_gradients(
+    model: nn.Module, layout: ParameterLayout, compare: Callable[[str, Tensor], None]
+) -> Iterator[dict[str, nn.Parameter]]:
+    """Replace the parameters of the layout by copies with the same values that require a gradient.
+
+    The gradient of a copy is passed to `compare` when it is complete, and then freed. The parameters themselves do not
+    change, because other threads may use them.
+    """
+    copies = {name: nn.Parameter(parameter.detach()) for parameter, name in layout_names(model, layout)}
+    names = {id(parameter): name for parameter, name in layout_names(model, layout)}
+
+    def hook_for(name: str) -> Callable[[Tensor], None]:
+        def compare_and_free(parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None
+            compare(name, gradient.to_dense() if gradient.is_sparse else gradient)
+
+        return compare_and_free
+
+    for name, copy in copies.items():
+        copy.register_post_accumulate_grad_hook(hook_for(name))
+    places = [
+        (module, local, parameter)
+        for module in model.modules()
+        for local, parameter in module._parameters.items()
+        if parameter is not None and id(parameter) in names
+    ]
+    try:
+        for module, local, parameter in places:
+            module._parameters[local] = copies[names[id(parameter)]]
+        yield copies
+    finally:
+        for module, local, parameter in places:
+            module._parameters[local] = parameter
+
+
+def why_wrong(model: nn.Module, run: Callable[[], Tensor], name: str, outside: bool, n_examples: int) -> str:
+    """Return the message for a parameter whose gradients differ: the most probable cause and the remedy.
+
+    Args:
+        model: The model, inside `frozen`.
+        run: Function that computes the logits of the batch.
+        name: Name of the parameter.
+        outside: Whether the parameter was used while its module was not called.
+        n_examples: Number of examples in the batch.
+    """
+    holder, exclude = name.rpartition(".")[0], f"or exclude it with parameters.exclude: [{name!r}]"
+    module = model.get_submodule(holder)
+    where = f"the rows of {name!r} at module {holder!r} ({type(module).__name__}) are not its gradient"
+    with torch.no_grad():
+        first, second = run().double(), run().double()
+    if (first - second).abs().max() > _TOLERANCES[torch.float32][0] * first.abs().max():
+        return (
+            "the logits differ between two passes over the same batch, because of dropout or another random operation "
+            "that evaluation mode does not turn off: turn it off in the task's logits()"
+        )
+    if outside:
+        return f"{where}, because the model uses it outside this module: use it in one module only, {exclude}"
+    if n_examples > 1:
+        return (
+            f"{where} in a batch of {n_examples} examples: an operation mixes the examples of a batch, changes their "
+            f"order, or has a wrong derivative: make the examples independent, {exclude}"
+        )
+    return f"{where}: an operation of the model has a wrong derivative, or no hook sees it: correct it, {exclude}"
+
+
+def made_logits(logits: Tensor, targets: Tensor | None) -> Tensor:
+    """Return the logits (n, C) of all predictions of a batch."""
+    return logits if targets is None else logits[targets != IGNORED]
+
+
+def check_independent(alone: Tensor, together: Tensor) -> None:
+    """Check that the logits of the examples of a batch are those of each example alone.
+
+    Args:
+        alone: (n, C), of the predictions of examples in batches of their own.
+        together: (n, C), of the same predictions in one batch.
+
+    Raises:
+        UnsupportedModelError: The logits differ by more than rounding.
+    """
+    relative, _ = _TOLERANCES.get(together.dtype, _HALF_TOLERANCES)
+    scale = together.abs().amax(-1, keepdim=True)
+    if alone.shape != together.shape or ((alone - together).abs() > 10 * relative * scale).any():
+        raise UnsupportedModelError(
+            "the logits of an example depend on the other examples in its batch, for example through their statistics, "
+            "their number or their padding: make the examples independent in the task's logits(), or set "
+            "fishers.batch_size to 1"
+        )

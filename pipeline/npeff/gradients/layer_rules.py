@@ -38,6 +38,12 @@ def check_supported(module: Any) -> None:
             "an Embedding with max_norm changes its weights in the forward pass: exclude its parameters with "
             "parameters.exclude"
         )
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.scale_grad_by_freq:
+        raise UnsupportedModelError(
+            "an embedding with scale_grad_by_freq divides gradients by the number of occurrences in the batch, so that "
+            "they are not the derivatives of the logits: set it to False, or exclude its parameters with "
+            "parameters.exclude"
+        )
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
         raise UnsupportedModelError(
             "a BatchNorm without running statistics makes examples depend on each other: use one with "
@@ -109,7 +115,6 @@ def convolution(
 
 def embedding(module: Any, inputs: Tensor, deltas: Sequence[Tensor], wanted: frozenset[str]) -> dict[str, Contribution]:
     """Rule of embeddings: y_t is row a_t of the table. As in autograd, the padding row has no gradient."""
-    check_supported(module)
     indices_BT = inputs.flatten(1)
     deltas_BTRi = torch.stack([_positions(delta, 1) for delta in deltas], dim=2)
     if module.padding_idx is not None:
@@ -157,7 +162,6 @@ def channel_norm(
     if isinstance(module, nn.GroupNorm):
         normalized = functional.group_norm(flat, module.num_groups, None, None, module.eps)
     else:
-        check_supported(module)
         normalized = functional.batch_norm(
             flat, module.running_mean, module.running_var, None, None, False, 0.0, module.eps
         )

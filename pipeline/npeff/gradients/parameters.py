@@ -97,7 +97,8 @@ def left_out(model: nn.Module, layout: ParameterLayout, exclude: Sequence[str] =
             continue
         pattern = next((pattern for pattern in exclude if fnmatchcase(name, pattern)), None)
         if not value.is_floating_point():
-            reasons[name] = f"is {value.dtype}, which has no gradient".replace("torch.", "")
+            why = "Fishers of complex parameters are not supported" if value.is_complex() else "it has no gradient"
+            reasons[name] = f"is {value.dtype}: {why}".replace("torch.", "")
         elif pattern is not None:
             reasons[name] = f"matches {pattern!r} of parameters.exclude"
         else:

@@ -35,8 +35,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from npeff.gradients.calls import WatchedCall
 from npeff.gradients.capture import frozen, repeat
-from npeff.gradients.collector import GradientCollector, WatchedCall
+from npeff.gradients.collector import GradientCollector
 from npeff.gradients.layer_rules import channel_norm, check_supported, convolution, per_example
 from npeff.gradients.module_rule import module_rows, moved_outputs, output_axes
 

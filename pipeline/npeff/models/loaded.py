@@ -21,6 +21,7 @@ from npeff.execution.serial import computing_threads
 from npeff.gradients import ParameterLayout, UnsupportedModelError, left_out, model_fingerprint, select_parameters
 from npeff.models.heap import keep_freed_memory
 from npeff.models.predictions import Predictions, joined
+from npeff.models.trainable import trainable
 from npeff.store.task_files import preparing, task_files
 from npeff.tasks import IGNORED, UNKNOWN, Examples, Task, TaskError, Token, load_task, to_device, user_code
 from npeff.variables import resolved
@@ -90,7 +91,7 @@ class ModelSpec:
             examples = task.examples(cache)
         if not isinstance(examples, Examples):
             raise TaskError(f"task {self.task!r}: examples() must return a npeff.tasks.Examples, not {_kind(examples)}")
-        loaded = LoadedModel(self, task, model.to(device).eval(), examples, device)
+        loaded = LoadedModel(self, task, trainable(model).to(device).eval(), examples, device)
         if self.fingerprint not in (None, model_fingerprint(model, loaded.layout)):
             raise TaskError(
                 f"task {self.task!r}: model() returns another model than the one of the stored Fishers: restore the "
@@ -149,6 +150,11 @@ class LoadedModel:
         if targets.is_floating_point():
             raise TaskError(f"task {self.spec.task!r}: targets() must return class numbers, not {targets.dtype}")
         return targets.to(self.device, torch.long)
+
+    def one(self, index: int) -> tuple[Any, Tensor]:
+        """Return the batch with one example, and its targets."""
+        batch = self.batch([index])
+        return batch, self.targets(batch, [index])
 
     @cached_property
     def labels_N(self) -> NDArray[np.int64]:

@@ -47,7 +47,9 @@ class AttributionWorker:
         self, model: ModelSpec, labels: LabelSpec, paths: AttributionPaths, examples: Mapping[int, Sequence[int]]
     ) -> None:
         self._loaded = model.load()
-        self._collector = GradientCollector(self._loaded.model, self._loaded.logits, self._loaded.layout, labels)
+        self._collector = GradientCollector(
+            self._loaded.model, self._loaded.logits, self._loaded.layout, labels, self._loaded.one
+        )
         self._directions, self._paths, self._examples = (
             DirectionStore.open(paths.directions, paths.checksums),
             paths,

@@ -10,7 +10,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from npeff.fisher import FisherBatch, GroupLayout, PerExampleFishers
-from npeff.gradients import LabelSpec, ParameterLayout, check_coverage, model_fingerprint
+from npeff.gradients import LabelSpec, ParameterLayout, model_fingerprint
 from npeff.models.batch_size import largest_batch_size
 from npeff.models.loaded import LoadedModel, ModelSpec
 from npeff.sketches import SketchSpec, make_sketch
@@ -83,12 +83,10 @@ class TaskWorker:
                 "empirical needs labels: add the labels, remove these examples, or use sampled labels"
             )
         linear_map = make_sketch(sketch, loaded.layout, self._seed)
-        fishers = PerExampleFishers(loaded.model, loaded.logits, loaded.layout, linear_map, self._labels)
-        valid = _valid_examples(loaded, fishers)
+        args = loaded.model, loaded.logits, loaded.layout, linear_map, self._labels, loaded.one
+        valid = _valid_examples(loaded, fishers := PerExampleFishers(*args))
         batch, targets = _with_targets(loaded, valid)
-        check_coverage(
-            loaded.model, loaded.logits, batch, loaded.layout, labels=self._labels, examples=valid, targets=targets
-        )
+        fishers.collector.collect(batch, valid, targets)  # checks that the rows are the gradients
         return TaskFacts(
             n_classes=n_classes,
             rank=self._labels.max_rank(n_classes),

@@ -59,6 +59,7 @@ def compute_fishers(
             with progress.stage("prepare", 1, "task") as tick:
                 facts = _inspect(run, workers)
                 tick(1)
+            _say_what_is_left_out(facts, progress)
             records, store = _open_fishers(run, facts)
             complete = records.complete()
             sums = DiagonalSums(run.partial_results("diagonal"), store.plan.n_shards, records.signature)
@@ -126,6 +127,14 @@ def compute_fishers(
                 "signature": records.signature,
             },
         )
+
+
+def _say_what_is_left_out(facts: TaskFacts, progress: ProgressDisplay) -> None:
+    """Name the parameters that are left out although the run file does not exclude them."""
+    named = [f"{name} {why}" for name, why in facts.left_out.items() if why.startswith("is ")]
+    if named:
+        more = f", and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
+        progress.say(f"left out of the Fishers: {', '.join(named[:_MOST_NAMED])}{more}")
 
 
 def _inspect(run: RunDirectory, workers: Executor) -> TaskFacts:

@@ -50,7 +50,8 @@ class FisherWorker:
     ) -> None:
         self._loaded = model.load()
         linear_map = make_sketch(sketch, self._loaded.layout, seed)
-        fishers = PerExampleFishers(self._loaded.model, self._loaded.logits, self._loaded.layout, linear_map, labels)
+        loaded = self._loaded
+        fishers = PerExampleFishers(loaded.model, loaded.logits, loaded.layout, linear_map, labels, loaded.one)
         self._streams = Streams(self._loaded, fishers)
         self._groups = GroupLayout.of(self._loaded.model, self._loaded.layout)
         self._store, self._records, self._batch_size = FisherStore.open(store), records, batch_size
@@ -170,10 +171,8 @@ def _stored_form(batch: FisherBatch, dtype: torch.dtype, with_logits: bool) -> d
 
     The factors are rounded here because torch rounds many times faster than NumPy, with the same result.
     """
-    scale_B = torch.where(batch.frobenius_norms_B > 0, batch.frobenius_norms_B, 1.0).rsqrt()
-    normalized_BRD = batch.factors_BRD * scale_B[:, None, None].to(batch.factors_BRD)
     stored = {
-        "factors": normalized_BRD.to(dtype),
+        "factors": batch.unit_factors_BRD.to(dtype),
         "frobenius_norms": batch.frobenius_norms_B,
         "grams": batch.grams_BRR,
         "ranks": batch.ranks_B,

@@ -114,7 +114,9 @@ class LiftWorker:
         lineage: str | None = None,
     ) -> None:
         self._loaded = model.load()
-        self._collector = GradientCollector(self._loaded.model, self._loaded.logits, self._loaded.layout, labels)
+        self._collector = GradientCollector(
+            self._loaded.model, self._loaded.logits, self._loaded.layout, labels, self._loaded.one
+        )
         self._fishers = FisherStore.open(examples.fishers)
         self._directions = DirectionStore.open(paths.directions)
         self._paths, self._checksums, self._batch_size, self._lineage = paths, checksums, batch_size, lineage

@@ -1,0 +1,352 @@
+"""Models whose rows are wrong in some batches if what two examples show is trusted for all of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from gradients import dense_definition
+from npeff.fisher import PerExampleFishers
+from npeff.gradients import UnsupportedModelError, select_parameters
+from npeff.gradients import collector as collectors
+from npeff.sketches import SketchSpec, make_sketch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Make = Callable[[], nn.Module]
+LENGTHS = (8, 8, 8, 8, 4, 12, 8, 8, 3, 5, 7, 9, 6, 6, 6, 6)
+"""The first four texts are equally long; the next four have as many words as if they were."""
+
+
+class Text(nn.Module):
+    """A classifier of padded texts. The classes below differ in what is between the words and the sum over words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(20, 6)
+        self.mix = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        mask = ids > 0
+        logits: Tensor = self.head((self.mixed(self.words(ids), mask) * mask[..., None]).sum(1))
+        return logits
+
+    def mixed(self, values: Tensor, mask: Tensor) -> Tensor:
+        return torch.tanh(self.mix(values))
+
+
+class Ragged(Text):
+    """Padding is taken out before a layer and put back after it."""
+
+    def mixed(self, values: Tensor, mask: Tensor) -> Tensor:
+        return torch.zeros_like(values).masked_scatter(mask[..., None], torch.tanh(self.mix(values[mask])))
+
+
+class RaggedByNumbers(Text):
+    """The same with places in place of a mask."""
+
+    def mixed(self, values: Tensor, mask: Tensor) -> Tensor:
+        places = mask.flatten().nonzero()[:, 0]
+        return (
+            torch.zeros_like(values.flatten(0, 1))
+            .index_add(0, places, torch.tanh(self.mix(values.flatten(0, 1)[places])))
+            .view_as(values)
+        )
+
+
+class Regrouped(Text):
+    """Examples are sorted by length inside the model, as for packing."""
+
+    def mixed(self, values: Tensor, mask: Tensor) -> Tensor:
+        order = mask.sum(1).argsort(descending=True, stable=True)
+        return torch.tanh(self.mix(values[order]))[order.argsort()]
+
+
+class RegroupedBySelection(Text):
+    def mixed(self, values: Tensor, mask: Tensor) -> Tensor:
+        order = mask.sum(1).argsort(descending=True, stable=True)
+        return torch.tanh(self.mix(values.index_select(0, order))).index_select(0, order.argsort())
+
+
+class Branch(Text):
+    """A weight is used a second time, outside its module, in batches with a long text only."""
+
+    def mixed(self, values: Tensor, mask: Tensor) -> Tensor:
+        mixed = torch.tanh(self.mix(values))
+        far = (mask.sum(1) > 8)[:, None, None]
+        return mixed + far * torch.tanh(F.linear(mixed, self.mix.weight)) if bool(far.any()) else mixed
+
+
+class UncalledBranch(Text):
+    """A module that is never called, whose weight is used in batches with a long text only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = nn.Linear(6, 6)
+
+    def mixed(self, values: Tensor, mask: Tensor) -> Tensor:
+        mixed = torch.tanh(self.mix(values))
+        far = (mask.sum(1) > 8)[:, None, None]
+        return mixed + far * torch.tanh(F.linear(mixed, self.more.weight)) if bool(far.any()) else mixed
+
+
+class Routed(Text):
+    """Each word goes to one of three experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.router = nn.Linear(6, 3)
+
+    def mixed(self, values: Tensor, mask: Tensor) -> Tensor:
+        flat = values.flatten(0, 1)
+        gates = self.router(3 * flat).softmax(-1)
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            (chosen,) = torch.where(gates.argmax(-1) == number)
+            if len(chosen):
+                out = out.index_add(0, chosen, expert(flat[chosen]) * gates[chosen, number, None])
+        return out.view_as(values)
+
+
+class Positions(Text):
+    """Positions are shared by all examples where nothing is padded, and are counted for each where something is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(16, 6)
+
+    def mixed(self, values: Tensor, mask: Tensor) -> Tensor:
+        counted = (mask.long().cumsum(1) - 1).clamp_min(0)
+        places = torch.arange(mask.shape[1])[None] if bool(mask.all()) else counted
+        return torch.tanh(self.mix(values * self.positions(places)))
+
+
+class Reused(Text):
+    """A layer's weight is also used outside its module, always."""
+
+    def mixed(self, values: Tensor, mask: Tensor) -> Tensor:
+        return F.linear(torch.tanh(self.mix(values)), self.mix.weight)
+
+
+class Depth(Text):
+    """A layer is called once for every third word of the longest text."""
+
+    def mixed(self, values: Tensor, mask: Tensor) -> Tensor:
+        for step in range(0, mask.shape[1], 3):
+            active = (mask.sum(1) > step)[:, None, None]
+            values = torch.where(active, torch.tanh(self.mix(values)), values)
+        return values
+
+
+class InPlace(Text):
+    """The input of a layer is modified after the layer has read it."""
+
+    def mixed(self, values: Tensor, mask: Tensor) -> Tensor:
+        values = values * 2
+        out = torch.tanh(self.mix(values))
+        values.zero_()
+        return out
+
+
+class Views(Text):
+    """The output of a layer is modified through a view."""
+
+    def mixed(self, values: Tensor, mask: Tensor) -> Tensor:
+        out: Tensor = self.mix(values)
+        out[:, 0].mul_(2)
+        out[..., :3].tanh_()
+        return out
+
+
+class _Scaled(torch.autograd.Function):
+    """x ∘ w, whose batching rule for vmap is wrong."""
+
+    @staticmethod
+    def forward(values: Tensor, weight: Tensor) -> Tensor:
+        return values * weight
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        values, weight = ctx.saved_tensors
+        return gradient * weight, (gradient * values).flatten(0, -2).sum(0)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, values: Tensor, weight: Tensor) -> tuple[Tensor, int]:
+        return values.flip(0) * weight, 0
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 2, 6))
+
+    def forward(self, values: Tensor) -> Tensor:
+        out: Tensor = _Scaled.apply(values, self.weight)
+        return out
+
+
+class WrongBatchingRule(Text):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = Scale()
+
+    def mixed(self, values: Tensor, mask: Tensor) -> Tensor:
+        out: Tensor = self.scale(torch.tanh(self.mix(values)))
+        return out
+
+
+class _WrongDerivative(torch.autograd.Function):
+    """Backward passes add the mean over the batch: the derivative of an example alone is another one."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient + gradient.mean(0, keepdim=True)
+
+
+class MixedDerivative(Text):
+    def mixed(self, values: Tensor, mask: Tensor) -> Tensor:
+        out: Tensor = _WrongDerivative.apply(torch.tanh(self.mix(values)))
+        return out
+
+
+class Packed(Text):
+    """A recurrent layer over packed sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = nn.GRU(6, 6, batch_first=True)
+
+    def mixed(self, values: Tensor, mask: Tensor) -> Tensor:
+        pack, unpack = nn.utils.rnn.pack_padded_sequence, nn.utils.rnn.pad_packed_sequence
+        out, _ = self.recurrent(pack(self.mix(values), mask.sum(1), batch_first=True, enforce_sorted=False))
+        result: Tensor = unpack(out, batch_first=True, total_length=mask.shape[1])[0]
+        return result
+
+
+class SharedTower(nn.Module):
+    """Texts are scored against four prompts, which pass through layers of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.prompts = Text(), Text()
+        self.project = nn.Linear(3, 3)
+        self.register_buffer("ids", torch.arange(1, 13).view(4, 3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        prompts = F.normalize(self.project(self.prompts(self.ids)), dim=-1)
+        logits: Tensor = 5 * F.normalize(self.text(ids), dim=-1) @ prompts.t()
+        return logits
+
+
+def mixtral() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2, num_labels=3, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.MixtralForSequenceClassification(config)
+
+
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
+    found = model(input_ids=ids, attention_mask=ids > 0).logits if hasattr(model, "config") else model(ids)
+    return found if isinstance(found, Tensor) else found[0]
+
+
+def texts(lengths: tuple[int, ...] = LENGTHS) -> Callable[[list[int]], Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    each = [torch.randint(1, 20, (length,), generator=generator) for length in lengths]
+    return lambda places: nn.utils.rnn.pad_sequence([each[place] for place in places], batch_first=True)
+
+
+def errors(model: nn.Module, size: int, include: list[str] | None = None) -> Tensor:
+    """Relative errors of the Fishers of all texts, against plain autograd for one text at a time in float64."""
+    model = model.to(
+        torch.float32 if hasattr(model, "config") else torch.float64
+    ).eval()  # grouped products need float32
+    batch, layout = texts(), select_parameters(model, include or ["*"])
+    sketch = make_sketch(SketchSpec("identity"), layout, 0)
+    fishers = PerExampleFishers(model, logits_of, layout, sketch, one=lambda number: (batch([number]), None))
+    fishers(batch([0, 1]), [0, 1])  # two texts of equal length, as at the inspection of a task
+    found = []
+    for start in range(0, len(LENGTHS), size):
+        examples = list(range(start, min(start + size, len(LENGTHS))))
+        result = fishers(batch(examples), examples)
+        found.append(result.factors_BRD.mT @ result.factors_BRD)
+    expected = dense_definition.dense_fishers(
+        copy.deepcopy(model), logits_of, layout, [batch([n]) for n in range(len(LENGTHS))]
+    )
+    return (torch.cat(found) - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+
+
+SUPPORTED: tuple[Make, ...] = (
+    Text, Ragged, RaggedByNumbers, Regrouped, RegroupedBySelection, UncalledBranch, Routed, Positions, Depth, Views,
+    WrongBatchingRule, MixedDerivative, Packed, SharedTower, mixtral,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [4, 5])
+@pytest.mark.parametrize("make", SUPPORTED)
+def test_fishers_are_right_whatever_later_batches_do(make: Make, size: int) -> None:
+    torch.manual_seed(0)
+    assert errors(make(), size).max() < (1e-4 if make is mixtral else 1e-9)
+
+
+@pytest.mark.parametrize("size", [4, 5])
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (Branch, "'mix.weight' at module 'mix' (Linear) are not its gradient, because the model uses it outside"),
+        (Reused, "'mix.weight' at module 'mix' (Linear) are not its gradient, because the model uses it outside"),
+        (InPlace, "modified in place after it is used"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_with_its_cause(make: Make, said: str, size: int) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(UnsupportedModelError) as refused:
+        errors(make(), size)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3, 5, 17])
+@pytest.mark.parametrize("size", [1, 2, 4, 16])
+def test_a_batching_rule_that_is_wrong_for_some_shapes_is_not_used(n_classes: int, size: int) -> None:
+    """PReLU's is wrong where there is one row per example, and where there are as many rows as examples."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.PReLU(4), nn.Flatten(), nn.Linear(144, n_classes)).double()
+    images, layout = torch.randn(16, 1, 8, 8, dtype=torch.float64), select_parameters(model, ["1.weight"])
+    fishers = PerExampleFishers(model, logits_of, layout, make_sketch(SketchSpec("identity"), layout, 0))
+    found = torch.cat([fishers(images[start : start + size]).factors_BRD for start in range(0, 16, size)])
+    expected = dense_definition.dense_fishers(model, logits_of, layout, [image[None] for image in images])
+    torch.testing.assert_close(found.mT @ found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_known_batches_are_checked_by_chance_and_others_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[int] = []
+    compare = collectors.wrong_parameters
+
+    def counted(model: Any, layout: Any, run: Any, collected: Any, *more: Any) -> Any:
+        checked.append(len(collected.logits))
+        return compare(model, layout, run, collected, *more)
+
+    monkeypatch.setattr(collectors, "wrong_parameters", counted)
+    torch.manual_seed(0)
+    model = Text()
+    batch, layout = texts((6,) * 2000), select_parameters(model)
+    fishers = PerExampleFishers(model, logits_of, layout, make_sketch(SketchSpec("identity"), layout, 0))
+    for start in range(0, 2000, 4):
+        fishers.collector.collect(batch(list(range(start, start + 4))), range(start, start + 4))
+    assert 1 < len(checked) < 3 * 500 / collectors.CHECKED_EVERY
