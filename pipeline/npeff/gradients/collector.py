@@ -176,9 +176,7 @@ class GradientCollector:
             part = self._collect(single, [number], classes)
             parts.append(part)
             alone.append(made_logits(part.logits, classes))
-        with torch.no_grad():
-            together = made_logits(self.logits_fn(self.model, batch), targets)
-        check_independent(torch.cat(alone), together)
+        self._check_independent(torch.cat(alone), batch, targets)
         contributions = {
             name: joined_contributions([part.contributions.get(name) for part in parts])
             for name in self.layout.names
@@ -186,6 +184,23 @@ class GradientCollector:
         }
         labels = joined_labels([part.labels for part in parts])
         return Collected(padded([part.logits for part in parts]), labels, contributions)
+
+    def check_independence(self, batch: Any, examples: Sequence[int], targets: Tensor | None = None) -> None:
+        """Compare the logits of a batch with those of each of its examples alone, which `one` returns.
+
+        Raises:
+            UnsupportedModelError: The logits of an example depend on the other examples, or are random.
+        """
+        assert self.one is not None
+        with frozen(self.model), torch.no_grad():
+            singles = [self.one(number) for number in examples]
+            alone = [made_logits(self.logits_fn(self.model, single), classes) for single, classes in singles]
+            self._check_independent(torch.cat(alone), batch, targets)
+
+    @torch.no_grad()
+    def _check_independent(self, alone: Tensor, batch: Any, targets: Tensor | None) -> None:
+        together, again = (made_logits(self.logits_fn(self.model, batch), targets) for _ in range(2))
+        check_independent(alone, together, again)
 
     def watched(
         self, batch: Any, examples: Sequence[int] | int | None = None, targets: Tensor | None = None

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 # parameters. The second one covers parameters whose gradient is zero up to rounding.
 _TOLERANCES = {torch.float64: (1e-5, 1e-8), torch.float32: (1e-3, 1e-6)}
 _HALF_TOLERANCES = (5e-2, 1e-3)
+_RANDOM = (
+    "the logits differ between two passes over the same batch, because of dropout or another random operation that "
+    "evaluation mode does not turn off: turn it off in the task's logits()"
+)
 
 
 def check_coverage(
@@ -169,12 +173,8 @@ def why_wrong(model: nn.Module, run: Callable[[], Tensor], name: str, outside: b
     module = model.get_submodule(holder)
     where = f"the rows of {name!r} at module {holder!r} ({type(module).__name__}) are not its gradient"
     with torch.no_grad():
-        first, second = run().double(), run().double()
-    if (first - second).abs().max() > _TOLERANCES[torch.float32][0] * first.abs().max():
-        return (
-            "the logits differ between two passes over the same batch, because of dropout or another random operation "
-            "that evaluation mode does not turn off: turn it off in the task's logits()"
-        )
+        if _differ(run(), run()):
+            return _RANDOM
     if outside:
         return f"{where}, because the model uses it outside this module: use it in one module only, {exclude}"
     if n_examples > 1:
@@ -190,21 +190,30 @@ def made_logits(logits: Tensor, targets: Tensor | None) -> Tensor:
     return logits if targets is None else logits[targets != IGNORED]
 
 
-def check_independent(alone: Tensor, together: Tensor) -> None:
+def check_independent(alone: Tensor, together: Tensor, again: Tensor) -> None:
     """Check that the logits of the examples of a batch are those of each example alone.
 
     Args:
         alone: (n, C), of the predictions of examples in batches of their own.
         together: (n, C), of the same predictions in one batch.
+        again: (n, C), of a second pass over this batch.
 
     Raises:
         UnsupportedModelError: The logits differ by more than rounding.
     """
-    relative, _ = _TOLERANCES.get(together.dtype, _HALF_TOLERANCES)
-    scale = together.abs().amax(-1, keepdim=True)
-    if alone.shape != together.shape or ((alone - together).abs() > 10 * relative * scale).any():
+    if _differ(together, again):
+        raise UnsupportedModelError(_RANDOM)
+    if _differ(alone, together):
         raise UnsupportedModelError(
-            "the logits of an example depend on the other examples in its batch, for example through their statistics, "
-            "their number or their padding: make the examples independent in the task's logits(), or set "
-            "fishers.batch_size to 1"
+            "the logits of an example depend on the other examples in its batch, for example on their number, their "
+            "mean or their padding: make the examples independent in the task's logits()"
         )
+
+
+def _differ(found: Tensor, expected: Tensor) -> bool:
+    """Return whether logits differ by more than rounding. False for an example whose logits are not finite."""
+    relative, _ = _TOLERANCES.get(expected.dtype, _HALF_TOLERANCES)
+    if found.shape != expected.shape:
+        return True
+    differences = (found.double() - expected.double()).abs().amax(-1)
+    return bool((differences > 10 * relative * expected.double().abs().amax(-1)).any())

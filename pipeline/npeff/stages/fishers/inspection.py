@@ -87,6 +87,9 @@ class TaskWorker:
         valid = _valid_examples(loaded, fishers := PerExampleFishers(*args))
         batch, targets = _with_targets(loaded, valid)
         fishers.collector.collect(batch, valid, targets)  # checks that the rows are the gradients
+        different = _of_all_sizes(loaded)
+        batch, targets = _with_targets(loaded, different)
+        fishers.collector.check_independence(batch, different, targets)
         return TaskFacts(
             n_classes=n_classes,
             rank=self._labels.max_rank(n_classes),
@@ -100,6 +103,15 @@ class TaskWorker:
             batch_size=largest_batch_size(loaded, fishers, limit) if batch_size == "auto" else batch_size,
             model_fingerprint=model_fingerprint(loaded.model, loaded.layout),
         )
+
+
+def _of_all_sizes(loaded: LoadedModel) -> list[int]:
+    """Return the first two examples, the smallest and the largest one."""
+    n_examples, sizes = len(loaded.examples), loaded.lengths
+    chosen = list(range(min(_COVERAGE_EXAMPLES, n_examples)))
+    if sizes is not None:
+        chosen += [find(range(n_examples), key=sizes.__getitem__) for find in (min, max)]
+    return list(dict.fromkeys(chosen))
 
 
 def _with_targets(loaded: LoadedModel, examples: Sequence[int]) -> tuple[Any, Tensor]:
