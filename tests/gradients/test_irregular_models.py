@@ -334,7 +334,7 @@ def test_a_batching_rule_that_is_wrong_for_some_shapes_is_not_used(n_classes: in
     torch.testing.assert_close(found.mT @ found, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_known_batches_are_checked_by_chance_and_others_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_batches_are_checked_where_the_model_does_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[int] = []
     compare = collectors.wrong_parameters
 
@@ -349,4 +349,4 @@ def test_known_batches_are_checked_by_chance_and_others_at_once(monkeypatch: pyt
     fishers = PerExampleFishers(model, logits_of, layout, make_sketch(SketchSpec("identity"), layout, 0))
     for start in range(0, 2000, 4):
         fishers.collector.collect(batch(list(range(start, start + 4))), range(start, start + 4))
-    assert 1 < len(checked) < 3 * 500 / collectors.CHECKED_EVERY
+    assert len(checked) - 1 in (500 // collectors.CHECKED_EVERY, 500 // collectors.CHECKED_EVERY + 1)

@@ -36,7 +36,8 @@ from npeff.gradients.watcher import INDEPENDENT, Pass, Watcher
 from npeff.options.labels import LabelSpec
 
 CHECKED_EVERY = 64
-"""One of so many batches is checked although the model does nothing new. A check takes less time than a batch."""
+"""One of so many batches is checked although the model does nothing new, from a random one on. A check takes less time
+than a batch."""
 _MAX_IRREGULAR = 3
 """Number of batches with wrong rows after which every batch is computed one example at a time."""
 
@@ -96,6 +97,8 @@ class GradientCollector:
     _watcher: Watcher = field(init=False)
     _trusted: set[Hashable] = field(default_factory=set, init=False)
     """What the model did in batches whose rows are right, see `Pass.evidence`."""
+    _next_check: int | None = field(default=None, init=False)
+    """Number of batches until the next check of a batch in which the model does nothing new."""
     n_irregular: int = field(default=0, init=False)
     """Number of batches that were computed one example at a time."""
 
@@ -152,8 +155,13 @@ class GradientCollector:
             UnsupportedModelError: The rows of a parameter are wrong.
         """
         evidence, seed = watched.forward.evidence, crc32(str(number).encode())
-        if evidence <= self._trusted and seed % CHECKED_EVERY:
+        if self._next_check is None:
+            self._next_check = seed % CHECKED_EVERY + 1
+        self._next_check -= 1
+        if evidence <= self._trusted and self._next_check > 0:
             return
+        if self._next_check <= 0:
+            self._next_check = CHECKED_EVERY
         with torch.no_grad():
             wrong = wrong_parameters(self.model, self.layout, watched.run, collected, watched.precision, seed)
         if wrong:
