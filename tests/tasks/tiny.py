@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from npeff.tasks import Examples, Task, load_task, to_device
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -24,6 +27,19 @@ SIZE = {"vocab_size": len(VOCABULARY)}
 
 def token(word: str) -> int:
     return VOCABULARY[word]
+
+
+def ids_of(text: str) -> list[int]:
+    """The pieces of a text without special tokens."""
+    return [token(piece) for piece in text.replace("sleeps", "sleep ##s").split()]
+
+
+def png(seed: int, size: int = 8) -> bytes:
+    """A square image of random pixels."""
+    file = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 255, (size, size, 3), np.uint8)
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
 
 
 def save_tokenizer(

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from npeff.tasks.base import IGNORED, Examples, Token
+from npeff.tasks.base import IGNORED, Examples, TaskError, Token
+from npeff.tasks.huggingface.limits import Limits
 from npeff.tasks.huggingface.predictions import PredictionOptions, Predictions, at_places, marked
 from npeff.tasks.huggingface.pretrained import PretrainedTask
 from npeff.tasks.huggingface.tokens import pad_token_id, placed_tokens, tokenize
@@ -37,7 +38,10 @@ class CausalLMTask(PretrainedTask[CausalLMOptions]):
     Options = CausalLMOptions
 
     def model(self, cache: Path) -> nn.Module:
-        return self.options.load(AutoModelForCausalLM)
+        model = self.options.load(AutoModelForCausalLM)
+        if self.options.attention != "flash_attention_2":  # which needs a GPU
+            _check_causal(model, self.options.model)
+        return model
 
     def examples(self, cache: Path) -> Examples:
         return _Texts(self.options)
@@ -47,7 +51,7 @@ class CausalLMTask(PretrainedTask[CausalLMOptions]):
             logits = model(**batch["inputs"], logits_to_keep=batch["kept"]).logits
         else:
             logits = model(**batch["inputs"]).logits[:, batch["kept"]]
-        return at_places(logits, batch)
+        return at_places(logits, batch, len(batch["kept"]))
 
     def targets(self, batch: Mapping[str, Any]) -> Tensor | None:
         return batch.get("targets")
@@ -72,6 +76,7 @@ class _Texts(Examples):
             options,
             self._rows["id"].to_pylist(),
             self._texts,
+            limits=Limits.of(options, AutoModelForCausalLM),
             note=lambda row, encoding: _prompt_length(encoding.offsets, len(prompts[row])),
         )
         targets = [_next_tokens(*row) for row in zip(self._tokens.ids, prompt_lengths, strict=True)]
@@ -133,6 +138,18 @@ def _next_tokens(token_ids: np.ndarray, prompt_length: int) -> np.ndarray:
     predicted = token_ids.astype(np.int64)
     predicted[:prompt_length] = IGNORED
     return np.append(predicted[1:], IGNORED)
+
+
+@torch.no_grad()
+def _check_causal(model: nn.Module, name: str) -> None:
+    """Raise TaskError if the logits at a position depend on the tokens after it, as in a model for masked tokens."""
+    one, other = model(input_ids=torch.tensor([[0, 0], [0, 1]])).logits[:, 0].double()
+    rounding = torch.finfo(next(model.parameters()).dtype).eps ** 0.5
+    if (one - other).abs().max() > rounding * one.abs().max():
+        raise TaskError(
+            f"{name!r} is not a causal language model: its logits depend on the tokens that they predict, so use a "
+            "causal model, or set is_decoder in the configuration of a model that was trained as a decoder"
+        )
 
 
 def _takes_positions(model: Any) -> bool:

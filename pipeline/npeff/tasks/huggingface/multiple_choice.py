@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForMultipleChoice
 
 from npeff.tasks.base import Examples, TaskError
+from npeff.tasks.huggingface.limits import Limits
 from npeff.tasks.huggingface.pretrained import PretrainedTask
 from npeff.tasks.huggingface.tokens import TextOptions, pad_token_id, padding_side, tokenize
 from npeff.tasks.tables import class_numbers, example_table, texts
@@ -72,7 +73,15 @@ class _Questions(Examples):
         ids = [example for example in self._rows["id"].to_pylist() for _ in range(n_choices)]
         prompts = [prompt for prompt in self._prompts for _ in range(n_choices)]
         choices = [choice for row in self._choices for choice in row]
-        self._tokens, _ = tokenize(tokenizer, pad_token_id(tokenizer, config), options, ids, prompts, choices)
+        self._tokens, _ = tokenize(
+            tokenizer,
+            pad_token_id(tokenizer, config),
+            options,
+            ids,
+            prompts,
+            choices,
+            limits=Limits.of(options, AutoModelForMultipleChoice),
+        )
         self._n_choices, self._side = n_choices, padding_side(config)
 
     def __len__(self) -> int:

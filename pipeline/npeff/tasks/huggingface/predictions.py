@@ -92,8 +92,17 @@ class Predictions:
         return example_table(rows.set_column(0, "id", ids), labels, columns, used)
 
 
-def at_places(logits_BTC: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the logits (B, T, C), or (B, C) at the ``places`` of a batch of single predictions."""
+def at_places(logits_BTC: Tensor, batch: Mapping[str, Tensor], n_positions: int) -> Tensor:
+    """Return the logits (B, T, C), or (B, C) at the ``places`` of a batch of single predictions.
+
+    Raises:
+        TaskError: The model does not return logits at exactly `n_positions` positions, those of the tokens.
+    """
+    if logits_BTC.shape[1] != n_positions:
+        raise TaskError(
+            f"the model returns logits at {logits_BTC.shape[1]} positions for {n_positions} tokens: use a model whose "
+            "positions are those of the tokenizer"
+        )
     if "places" not in batch:
         return logits_BTC
     return logits_BTC[torch.arange(len(logits_BTC), device=logits_BTC.device), batch["places"]]

@@ -14,6 +14,7 @@ from transformers.activations import AccurateGELUActivation, FastGELUActivation,
 
 from npeff.errors import as_one_line
 from npeff.tasks.base import Task, TaskError
+from npeff.tasks.huggingface.adapters import with_adapter
 from npeff.tasks.tables import TableOptions
 
 DType = Literal["float32", "float16", "bfloat16"]
@@ -85,11 +86,10 @@ class PretrainedOptions(TableOptions):
             text_config = model.config.get_text_config()
             if pad_token_id is not None:
                 text_config.pad_token_id = pad_token_id
-            if getattr(text_config, "use_cache", False):
-                text_config.use_cache = False  # the key-value cache is for generation only
+            _disable_cache(model)
             missing = set(loading["missing_keys"]) & {name for name, _ in model.named_parameters()}
             if self.adapter is not None:
-                model = self._with_adapter(model, self.adapter)
+                model = with_adapter(model, self.adapter, self.model)
                 replaced = {name for name, _ in model.named_parameters()}
                 missing = {name for name in missing if f"base_model.model.{name}" in replaced}
         if missing:
@@ -107,16 +107,6 @@ class PretrainedOptions(TableOptions):
             return self.load(factory, pad_token_id)
         return self.load(factory, pad_token_id, num_labels=len(label_names))
 
-    def _with_adapter(self, model: Any, adapter: str) -> Any:
-        try:
-            import peft
-        except ImportError:
-            raise TaskError("adapter needs the package peft: pip install 'npeff-pipeline[hf]'") from None
-        try:
-            return peft.PeftModel.from_pretrained(model, adapter)
-        except _CANNOT_LOAD as error:
-            raise TaskError(f"cannot load adapter {adapter!r} on {self.model!r}: {as_one_line(error)}") from None
-
     def _load_processor(self, factory: Any, **options: Any) -> Any:
         revision = self.revision if self.processor is None else None
         return self._from_pretrained(factory, self.processor or self.model, revision=revision, **options)
@@ -127,6 +117,15 @@ class PretrainedOptions(TableOptions):
             return factory.from_pretrained(source, trust_remote_code=self.trust_remote_code, **given)
         except _CANNOT_LOAD as error:
             raise TaskError(f"cannot load {source!r}: {as_one_line(error)}") from None
+
+
+def _disable_cache(model: nn.Module) -> None:
+    """Disable the key-value cache, which is for generation only, also in parts with a configuration of their own."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        for part in () if config is None else (config, config.get_text_config()):
+            if getattr(part, "use_cache", False):
+                part.use_cache = False
 
 
 def with_fused_gelu(model: nn.Module) -> nn.Module:
@@ -161,12 +160,14 @@ def classes(config: Any, label_names: Sequence[str] | None, model: str) -> tuple
     """Return the class names of a classifier.
 
     Raises:
-        TaskError: The logits are not those of single-label classification.
+        TaskError: The outputs are not the logits of classes of which exactly one is right.
     """
     problem = getattr(config, "problem_type", None)
+    names = label_names or [name for _, name in sorted(config.id2label.items())]
+    if problem is None and len(names) == 1:
+        problem = "regression, with one output"
     if problem not in (None, "single_label_classification"):
         raise TaskError(f"{model!r} is a model for {problem}: use a model for single-label classification")
-    names = label_names or [name for _, name in sorted(config.id2label.items())]
     return tuple(str(name) for name in names)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM
 
 from npeff.tasks.base import IGNORED, Examples
+from npeff.tasks.huggingface.limits import Limits
 from npeff.tasks.huggingface.predictions import PredictionOptions, Predictions, at_places, marked
 from npeff.tasks.huggingface.pretrained import PretrainedTask
 from npeff.tasks.huggingface.tokens import pad_token_id, padded, tokenize
@@ -41,11 +42,22 @@ class Seq2SeqLMTask(PretrainedTask[Seq2SeqLMOptions]):
         return _Pairs(self.options)
 
     def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        # the model creates the decoder input from the labels, because the start of a target depends on the family
-        return at_places(model(**batch["inputs"], labels=batch["labels"], use_cache=False).logits, batch)
+        labels = batch["labels"]
+        logits = model(**batch["inputs"], **_decoder_inputs(model, labels), use_cache=False).logits
+        return at_places(logits, batch, labels.shape[1])
 
     def targets(self, batch: Mapping[str, Any]) -> Tensor | None:
         return batch.get("targets")
+
+
+def _decoder_inputs(model: Any, labels: Tensor) -> dict[str, Tensor]:
+    """Return the input of the decoder, which the model makes of the labels: how a target starts depends on the model.
+
+    If the labels themselves are given, the model also computes a loss, to which an adapter may add terms.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # under a PEFT adapter
+    shifted = getattr(inner, "prepare_decoder_input_ids_from_labels", None)
+    return {"labels": labels} if shifted is None else {"decoder_input_ids": shifted(labels)}
 
 
 class _Pairs(Examples):
@@ -57,8 +69,18 @@ class _Pairs(Examples):
         self._source, self._target = (texts(self._rows, column, options.data) for column in self._used)
         self._tokenizer = options.tokenizer()
         ids, padding = self._rows["id"].to_pylist(), pad_token_id(self._tokenizer, options.config())
-        self._source_tokens, _ = tokenize(self._tokenizer, padding, options, ids, self._source)
-        self._target_tokens, _ = tokenize(self._tokenizer, padding, options, ids, self._target, target=True)
+        self._source_tokens, _ = tokenize(
+            self._tokenizer, padding, options, ids, self._source, limits=Limits.of(options, AutoModelForSeq2SeqLM)
+        )
+        self._target_tokens, _ = tokenize(
+            self._tokenizer,
+            padding,
+            options,
+            ids,
+            self._target,
+            limits=Limits.of(options, AutoModelForSeq2SeqLM, target=True),
+            target=True,
+        )
         targets = [row.astype(np.int64) for row in self._target_tokens.ids]
         self._predictions = Predictions.of(targets, options)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from npeff.tasks.base import Examples, TaskError, Token
+from npeff.tasks.huggingface.limits import Limits
 from npeff.tasks.huggingface.pretrained import PretrainedTask, classes
 from npeff.tasks.huggingface.tokens import TextOptions, Tokens, pad_token_id, padding_side, placed_tokens, tokenize
 from npeff.tasks.tables import class_numbers, example_table, texts
@@ -60,7 +61,12 @@ class _Texts(Examples):
         self._texts = [texts(self._rows, column, options.data) for column in options.text_columns]
         ids = self._rows["id"].to_pylist()
         self._tokens: Tokens = tokenize(
-            self._tokenizer, pad_token_id(self._tokenizer, config), options, ids, *self._texts
+            self._tokenizer,
+            pad_token_id(self._tokenizer, config),
+            options,
+            ids,
+            *self._texts,
+            limits=Limits.of(options, AutoModelForSequenceClassification),
         )[0]
         self._side = padding_side(config)
 

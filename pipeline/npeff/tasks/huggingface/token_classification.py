@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification
 
 from npeff.tasks.base import IGNORED, UNKNOWN, Examples, TaskError, Token, placed_words
+from npeff.tasks.huggingface.limits import Limits
 from npeff.tasks.huggingface.predictions import PredictionOptions, Predictions, at_places
 from npeff.tasks.huggingface.pretrained import PretrainedTask, classes
 from npeff.tasks.huggingface.tokens import pad_token_id, placed_tokens, tokenize
@@ -46,7 +47,7 @@ class TokenClassificationTask(PretrainedTask[TokenClassificationOptions]):
         return _Words(self.options)
 
     def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        return at_places(model(**batch["inputs"]).logits, batch)
+        return at_places(model(**batch["inputs"]).logits, batch, batch["inputs"]["input_ids"].shape[1])
 
     def targets(self, batch: Mapping[str, Any]) -> Tensor | None:
         return batch.get("targets")
@@ -71,6 +72,7 @@ class _Words(Examples):
             options,
             ids,
             self._words,
+            limits=Limits.of(options, AutoModelForTokenClassification),
             note=lambda _, encoding: _first_tokens(encoding.word_ids),
             is_split_into_words=True,
         )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from npeff.tasks.base import TaskError, Token
+from npeff.tasks.huggingface.limits import Limits, check_known, check_vocabulary
 from npeff.tasks.huggingface.pretrained import PretrainedOptions
 
 _TEXTS_AT_ONCE = 1024
@@ -86,6 +87,7 @@ def tokenize(
     options: TextOptions,
     ids: Sequence[str],
     *texts: Sequence[Any],
+    limits: Limits,
     note: Callable[[int, Any], NoteT] | None = None,
     target: bool = False,
     **further: Any,
@@ -98,6 +100,7 @@ def tokenize(
         options: Options of the texts.
         ids: Ids of the texts, for error messages.
         texts: One or two sequences of texts.
+        limits: Sizes of the tables of the model.
         note: Function of the number of a text and its `tokenizers.Encoding`, whose results are returned.
         target: Whether the texts are outputs of a sequence-to-sequence model.
         further: Arguments of the tokenizer.
@@ -106,8 +109,10 @@ def tokenize(
         The tokens, and the result of `note` for each text.
 
     Raises:
-        TaskError: A text has no tokens, or `note` is given and the tokenizer has no encodings.
+        TaskError: A text has no tokens, the tokenizer does not know most of the texts, the model has no place for their
+            tokens, or `note` is given and the tokenizer has no encodings.
     """
+    check_vocabulary(tokenizer, options)
     inputs: dict[str, list[np.ndarray]] = {"input_ids": []}
     notes: list[NoteT] = []
     for start in range(0, len(ids), _TEXTS_AT_ONCE):
@@ -123,6 +128,8 @@ def tokenize(
     for example, row in zip(ids, inputs["input_ids"], strict=True):
         if not len(row):
             raise TaskError(f"{options.data}: the text of row {example!r} has no tokens: exclude the row with filter")
+    check_known(tokenizer, inputs["input_ids"], options)
+    limits.check(inputs, ids, options)
     return Tokens(inputs, {"input_ids": pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}), notes
 
 
@@ -159,8 +166,10 @@ def pad_token_id(tokenizer: Any, config: Any) -> int:
     Padding is masked, so any token would do, except for models that classify at the last token, which detect the
     padding by its token.
     """
-    candidates = (tokenizer.pad_token_id, config.get_text_config().pad_token_id, tokenizer.eos_token_id)
-    return next((int(candidate) for candidate in candidates if candidate is not None), 0)
+    text_config = config.get_text_config()
+    candidates = (text_config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    size = getattr(text_config, "vocab_size", None) or len(tokenizer)
+    return next((int(candidate) for candidate in candidates if candidate is not None and 0 <= candidate < size), 0)
 
 
 def padding_side(config: Any) -> Side:

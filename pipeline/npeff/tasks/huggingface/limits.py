@@ -1,0 +1,160 @@
+"""Checks of tokenized texts against the tokenizer and the model, before the first batch.
+
+An index beyond a table of a model fails in the middle of the work, and on a GPU it leaves the device unusable. The
+sizes of the tables follow from the configuration of the model alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from npeff.tasks.base import TaskError
+from npeff.tasks.huggingface.pretrained import PretrainedOptions
+
+_POSITIONS = re.compile(r"pos|wpe")
+"""Names of tables of learned or of sinusoidal positions, such as ``position_embeddings``, ``embed_positions``."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes of the tables of a model. A size is None if the model has no such table, so that there is no limit."""
+
+    positions: int | None = None
+    vocabulary: int | None = None
+    token_types: int | None = None
+
+    @classmethod
+    def of(cls, options: PretrainedOptions, factory: Any, *, target: bool = False) -> Limits:
+        """Read the sizes.
+
+        Args:
+            options: Options of the model.
+            factory: Class with `from_config`, such as AutoModelForCausalLM.
+            target: Whether the texts are outputs of a sequence-to-sequence model.
+        """
+        config = options.config()
+        try:
+            with torch.device("meta"):  # the modules without memory for their parameters
+                model = factory.from_config(config, trust_remote_code=options.trust_remote_code)
+        except Exception:  # code of a model repository may not support this; the stage tries the longest example
+            return cls()
+        tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+        types = [table.num_embeddings for name, table in tables.items() if "token_type" in name]
+        positions = [
+            _usable(table)
+            for name, table in tables.items()
+            if _POSITIONS.search(name.rpartition(".")[2]) and (not config.is_encoder_decoder or _reads(name, target))
+        ]
+        declared = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if positions and isinstance(declared, int):
+            positions.append(declared)
+        return cls(min(positions, default=None), _vocabulary(model, target), min(types, default=None))
+
+    def check(self, inputs: Mapping[str, Sequence[np.ndarray]], ids: Sequence[str], options: PretrainedOptions) -> None:
+        """Check the tokens of all texts.
+
+        Args:
+            inputs: ``input_ids`` and, optionally, ``token_type_ids``, one array for each text.
+            ids: Ids of the texts, for error messages.
+            options: Options of the model.
+
+        Raises:
+            TaskError: A text is longer than the table of positions, or an index is not in its table.
+        """
+        rows = inputs["input_ids"]
+        longest = max(range(len(rows)), key=lambda row: len(rows[row]), default=None)
+        if longest is not None and self.positions is not None and len(rows[longest]) > self.positions:
+            raise TaskError(
+                f"{options.data}: row {ids[longest]!r} has {len(rows[longest])} tokens, but {options.model!r} has "
+                f"{self.positions} positions: set max_length to at most {self.positions}"
+            )
+        for name, size, kind in (
+            ("input_ids", self.vocabulary, "token"),
+            ("token_type_ids", self.token_types, "token type"),
+        ):
+            for example, row in zip(ids, inputs.get(name, ()), strict=False):
+                if size is not None and row.max() >= size:
+                    raise TaskError(
+                        f"{options.data}: row {example!r} has {kind} {row.max()}, but {options.model!r} has {size} "
+                        f"{kind}s: set processor to the tokenizer of the model"
+                    )
+
+
+def check_vocabulary(tokenizer: Any, options: PretrainedOptions) -> None:
+    """Check that the tokenizer has tokens besides the special ones.
+
+    A folder that was written by ``model.save_pretrained`` alone has no tokenizer. For many models, the library then
+    returns one that has only special tokens.
+
+    Raises:
+        TaskError: The tokenizer has no vocabulary.
+    """
+    if len(tokenizer) > _MOST_SPECIAL:
+        return
+    ordinary = set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens)
+    if len(ordinary) <= 1:  # the mark of the beginning of a word
+        source = options.processor or options.model
+        raise TaskError(
+            f"{source!r} has no tokenizer, or one without a vocabulary: save the tokenizer of the model there "
+            "(tokenizer.save_pretrained), or set processor to the folder or hub id of this tokenizer"
+        )
+
+
+_MOST_SPECIAL = 1000
+"""Larger vocabularies are not those of a missing tokenizer: it has at most some languages and sentinels."""
+
+
+def check_known(tokenizer: Any, rows: Sequence[np.ndarray], options: PretrainedOptions) -> None:
+    """Check that the tokenizer knows most of the tokens of a data set.
+
+    The limit is half of the tokens that are not special. A single text, in emoji or in another script, may be unknown.
+    If more than half of a whole data set is unknown, the results would describe the unknown token.
+
+    Raises:
+        TaskError: More than half of the tokens are unknown, or all are special.
+    """
+    if not rows:
+        return
+    tokens = np.concatenate(list(rows))
+    special = set(tokenizer.all_special_ids)
+    others = special - {tokenizer.unk_token_id} | _in_use(tokenizer)
+    tokens = tokens[~np.isin(tokens, list(others))]
+    unknown = tokens == tokenizer.unk_token_id
+    if not len(tokens) or unknown.sum() > len(tokens) / 2:
+        raise TaskError(
+            f"{options.data}: the tokenizer of {options.processor or options.model!r} does not know "
+            f"{int(unknown.sum())} of the {len(tokens)} tokens of the texts: set processor to the tokenizer of the "
+            "model, or choose other columns"
+        )
+
+
+def _in_use(tokenizer: Any) -> set[int]:
+    """Return the special tokens with another purpose, which may also be the unknown token (GPT-2)."""
+    names = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "pad_token_id")
+    return {getattr(tokenizer, name, None) for name in names} - {None}
+
+
+def _usable(table: nn.Embedding) -> int:
+    """Return the number of positions of a table, whose first entries some models (RoBERTa, BART) do not use."""
+    unused = getattr(table, "offset", 0) if table.padding_idx is None else table.padding_idx + 1
+    return table.num_embeddings - int(unused)
+
+
+def _reads(name: str, target: bool) -> bool:
+    """Return whether a table of a sequence-to-sequence model belongs to the decoder (`target`) or to the encoder."""
+    return ("decoder" in name.split(".")) == target
+
+
+def _vocabulary(model: Any, target: bool) -> int | None:
+    try:
+        table = (model.get_output_embeddings() if target else None) or model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # a model without a table of tokens (Canine)
+        return None
+    return None if table is None else int(table.weight.shape[0])
