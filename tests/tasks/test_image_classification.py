@@ -119,3 +119,44 @@ def test_a_model_in_half_precision_gets_its_images_in_half_precision(
 ) -> None:
     loaded = load(model, tiny.write(tmp_path / "data.parquet", columns(tmp_path)), dtype="bfloat16")
     assert loaded.logits([0]).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (None, "cannot load"),
+        ("{}", "has an image processor without settings: set processor to the folder"),
+        ('{"image_processor_type": "ViTImageProcessor"}', "has an image processor without settings"),
+    ],
+)
+def test_the_settings_of_an_image_processor_are_never_assumed(
+    settings: str | None, said: str, model: Path, images: list[Image.Image], tmp_path: Path
+) -> None:
+    for file in model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "preprocessor_config.json").unlink()
+    if settings is not None:
+        (tmp_path / "preprocessor_config.json").write_text(settings)
+    with pytest.raises(TaskError, match=f"{said}.*set processor to" if settings is None else said) as caught:
+        load(tmp_path, tiny.write(tmp_path / "data.parquet", columns(tmp_path)))
+    assert "\n" not in str(caught.value)
+    loaded = load(tmp_path, str(tmp_path / "data.parquet"), processor=str(model))
+    assert loaded.logits(range(3)).shape == (3, 2)
+
+
+def test_images_of_different_sizes_are_refused_unless_the_processor_resizes_them(model: Path, tmp_path: Path) -> None:
+    ViTImageProcessorPil(do_resize=False).save_pretrained(tmp_path)
+    data = tiny.write(tmp_path / "data.parquet", {"bytes": [tiny.png(seed, 8) for seed in range(3)]})
+    loaded = load(model, data, processor=str(tmp_path), label_column=None)
+    assert loaded.batch(range(3))["pixel_values"].shape == (3, 3, 8, 8)
+    data = tiny.write(tmp_path / "data.parquet", {"bytes": [tiny.png(0, 8), tiny.png(1, 8), tiny.png(2, 12)]})
+    with pytest.raises(TaskError, match=r"gives images of different sizes, .*8×8 \(row '0'\).*: set its do_resize"):
+        load(model, data, processor=str(tmp_path), label_column=None)
+
+
+def test_an_image_model_for_regression_is_refused(images: list[Image.Image], tmp_path: Path) -> None:
+    config = ViTConfig(image_size=8, patch_size=4, num_labels=1, **SMALL)
+    tiny.save_model(tmp_path / "model", AutoModelForImageClassification, config)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "model")
+    with pytest.raises(TaskError, match="is a model for regression, with one output"):
+        load(tmp_path / "model", tiny.write(tmp_path / "data.parquet", columns(tmp_path)))

@@ -112,9 +112,10 @@ def _find_axes(
             found.append(_output_axes(part, function.call.outputs, n_examples, example))
         if len(found) == 2 and found[0] is not None and found[1] is not None:
             return list(axes), found[0]
+    excluded = ", ".join(f'"*{name}"' for name in parameters)
     raise UnsupportedModelError(
-        f"cannot find the axis of examples in the inputs of a {type(function.call.module).__name__}: "
-        "put examples on the first axis, or exclude the parameters of this module with parameters.exclude"
+        f"cannot find the axis of examples in the inputs of a {type(function.call.module).__name__}: put examples on "
+        f"the first axis, or exclude the parameters of this module with parameters.exclude: [{excluded}]"
     ) from failure
 
 

@@ -74,6 +74,7 @@ class TaskWorker:
         table = loaded.table()
         first = range(min(_COVERAGE_EXAMPLES, n_examples))
         n_classes = loaded.predict(first, batch_size=_COVERAGE_EXAMPLES).logits[0].shape[-1]
+        _try_longest(loaded)
         class_names = _class_names(loaded, n_classes)
         _check_labels(self._spec.task, table["label"], n_classes)
         sequences = loaded.targets(loaded.batch(first), first).dim() > 1
@@ -117,6 +118,20 @@ def _of_all_sizes(loaded: LoadedModel) -> list[int]:
 def _with_targets(loaded: LoadedModel, examples: Sequence[int]) -> tuple[Any, Tensor]:
     batch = loaded.batch(examples)
     return batch, loaded.targets(batch, examples)
+
+
+def _try_longest(loaded: LoadedModel) -> None:
+    """Predict the longest example. Raise TaskError if the model fails, for example because it has fewer positions."""
+    if loaded.lengths is None:
+        return
+    longest = max(range(len(loaded.examples)), key=loaded.lengths.__getitem__)
+    try:
+        loaded.predict([longest], batch_size=1)
+    except TaskError as error:
+        raise TaskError(
+            f"{error}, on the longest example, number {longest}, of size {loaded.lengths[longest]}",
+            "shorten or exclude such examples (Hugging Face tasks: lower max_length)",
+        ) from error
 
 
 def _class_names(loaded: LoadedModel, n_classes: int) -> tuple[str, ...]:

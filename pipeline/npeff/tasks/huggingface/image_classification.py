@@ -20,6 +20,8 @@ from npeff.tasks.tables import class_numbers, example_table
 
 _THUMBNAIL = 128
 """Longest side of the displayed images, in pixels."""
+_TRIED_SIZES = ((300, 400), (500, 350))
+"""Sizes of two images, to which a processor with a fixed output size gives the same size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +63,13 @@ class _Images(Examples):
         self._files, self._ids = self._rows[options.image_column], self._rows["id"]
         self._mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
         self._processor = options.image_processor()
+        self._check_sizes()
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        images = [self._image(index) for index in indices]
-        return {"pixel_values": self._processor(images=images, return_tensors="pt")["pixel_values"]}
+        return {"pixel_values": self._inputs([self._image(index) for index in indices])}
 
     def table(self) -> pa.Table:
         image = pa.array([self._thumbnail(index) for index in range(len(self))], pa.binary())
@@ -89,6 +91,28 @@ class _Images(Examples):
             raise TaskError(
                 f"{self._data}: cannot read the image of row {example!r}: {as_one_line(error, 200)}"
             ) from None
+
+    def _check_sizes(self) -> None:
+        """Raise TaskError if the processor does not give all images the same size."""
+        if len({self._inputs([Image.new(self._mode, size)]).shape for size in _TRIED_SIZES}) == 1:
+            return
+        first: dict[tuple[int, int], int] = {}
+        for index in range(len(self)):
+            first.setdefault(self._image(index).size, index)
+        made = {self._inputs([self._image(index)]).shape[2:]: index for index in reversed(first.values())}
+        if len(made) > 1:
+            shown = " and ".join(
+                f"{height}×{width} (row {self._ids[index].as_py()!r})"
+                for (height, width), index in list(made.items())[:2]
+            )
+            raise TaskError(
+                f"{self._data}: the image processor gives images of different sizes, {shown}: set its do_resize or "
+                "do_center_crop, or resize the images in the data"
+            )
+
+    def _inputs(self, images: list[Image.Image]) -> Tensor:
+        values: Tensor = self._processor(images=images, return_tensors="pt")["pixel_values"]
+        return values
 
     def _thumbnail(self, index: int) -> bytes:
         buffer = io.BytesIO()

@@ -111,34 +111,26 @@ _MOST_SPECIAL = 1000
 """Larger vocabularies are not those of a missing tokenizer: it has at most some languages and sentinels."""
 
 
-def check_known(tokenizer: Any, rows: Sequence[np.ndarray], options: PretrainedOptions) -> None:
-    """Check that the tokenizer knows most of the tokens of a data set.
+def check_known(n_known: int, n_unknown: int, options: PretrainedOptions) -> None:
+    """Check that the tokenizer knows at least half of the tokens of a data set.
 
-    The limit is half of the tokens that are not special. A single text, in emoji or in another script, may be unknown.
-    If more than half of a whole data set is unknown, the results would describe the unknown token.
+    A single text, in emoji or in another script, may be unknown. If more than half of a whole data set is unknown, the
+    results would describe the unknown token.
+
+    Args:
+        n_known: Number of known tokens. The tokens that the tokenizer puts around every text do not count.
+        n_unknown: Number of unknown tokens.
+        options: Options of the model.
 
     Raises:
-        TaskError: More than half of the tokens are unknown, or all are special.
+        TaskError: More than half of the tokens are unknown.
     """
-    if not rows:
-        return
-    tokens = np.concatenate(list(rows))
-    special = set(tokenizer.all_special_ids)
-    others = special - {tokenizer.unk_token_id} | _in_use(tokenizer)
-    tokens = tokens[~np.isin(tokens, list(others))]
-    unknown = tokens == tokenizer.unk_token_id
-    if not len(tokens) or unknown.sum() > len(tokens) / 2:
+    if n_unknown > n_known:
         raise TaskError(
-            f"{options.data}: the tokenizer of {options.processor or options.model!r} does not know "
-            f"{int(unknown.sum())} of the {len(tokens)} tokens of the texts: set processor to the tokenizer of the "
-            "model, or choose other columns"
+            f"{options.data}: the tokenizer of {options.processor or options.model!r} does not know {n_unknown} of the "
+            f"{n_known + n_unknown} tokens of the texts: set processor to the tokenizer of the model, or choose other "
+            "columns"
         )
-
-
-def _in_use(tokenizer: Any) -> set[int]:
-    """Return the special tokens with another purpose, which may also be the unknown token (GPT-2)."""
-    names = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "pad_token_id")
-    return {getattr(tokenizer, name, None) for name in names} - {None}
 
 
 def _usable(table: nn.Embedding) -> int:

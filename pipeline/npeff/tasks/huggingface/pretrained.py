@@ -19,7 +19,9 @@ from npeff.tasks.tables import TableOptions
 
 DType = Literal["float32", "float16", "bfloat16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
-_CANNOT_LOAD = (OSError, ValueError, ImportError, KeyError, RuntimeError)
+_PROCESSOR = "set processor to the folder or hub id of the tokenizer or image processor of the model"
+_TYPES = {"image_processor_type", "feature_extractor_type", "processor_class", "auto_map"}
+"""Entries in the file of an image processor that are not settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,17 @@ class PretrainedOptions(TableOptions):
         return self._load_processor(AutoTokenizer, **options)
 
     def image_processor(self) -> Any:
-        return self._load_processor(AutoImageProcessor)
+        """Return the image processor.
+
+        Raises:
+            TaskError: There is none, or its file has no settings, so that the library would use its defaults.
+        """
+        processor = self._load_processor(AutoImageProcessor)
+        source, revision = self._processor_source()
+        settings, _ = type(processor).get_image_processor_dict(source, revision=revision or "main")
+        if not settings.keys() - _TYPES:
+            raise TaskError(f"{source!r} has an image processor without settings: {_PROCESSOR}")
+        return processor
 
     def load(self, factory: Any, pad_token_id: int | None = None, **config: Any) -> nn.Module:
         """Load the model with its adapter, in eval mode on the CPU.
@@ -107,15 +119,24 @@ class PretrainedOptions(TableOptions):
             return self.load(factory, pad_token_id)
         return self.load(factory, pad_token_id, num_labels=len(label_names))
 
+    def _processor_source(self) -> tuple[str, str | None]:
+        """Return the source of the tokenizer or image processor, and its revision."""
+        return (self.model, self.revision) if self.processor is None else (self.processor, None)
+
     def _load_processor(self, factory: Any, **options: Any) -> Any:
-        revision = self.revision if self.processor is None else None
-        return self._from_pretrained(factory, self.processor or self.model, revision=revision, **options)
+        source, revision = self._processor_source()
+        try:
+            return self._from_pretrained(factory, source, revision=revision, **options)
+        except TaskError as error:
+            raise TaskError(str(error), _PROCESSOR) from None
 
     def _from_pretrained(self, factory: Any, source: str, **options: Any) -> Any:
         given = {name: value for name, value in options.items() if value is not None}
         try:
             return factory.from_pretrained(source, trust_remote_code=self.trust_remote_code, **given)
-        except _CANNOT_LOAD as error:
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the library, its parsers and the code of a model raise any exception
             raise TaskError(f"cannot load {source!r}: {as_one_line(error)}") from None
 
 

@@ -13,7 +13,15 @@ from transformers import AutoModelForSequenceClassification
 from npeff.tasks.base import Examples, TaskError, Token
 from npeff.tasks.huggingface.limits import Limits
 from npeff.tasks.huggingface.pretrained import PretrainedTask, classes
-from npeff.tasks.huggingface.tokens import TextOptions, Tokens, pad_token_id, padding_side, placed_tokens, tokenize
+from npeff.tasks.huggingface.tokens import (
+    TextOptions,
+    Tokens,
+    check_last_tokens,
+    pad_token_id,
+    padding_side,
+    placed_tokens,
+    tokenize,
+)
 from npeff.tasks.tables import class_numbers, example_table, texts
 
 
@@ -69,6 +77,7 @@ class _Texts(Examples):
             limits=Limits.of(options, AutoModelForSequenceClassification),
         )[0]
         self._side = padding_side(config)
+        check_last_tokens(self._tokenizer, config, self._tokens, ids, options)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from npeff.tasks.base import TaskError, Token
 from npeff.tasks.huggingface.limits import Limits, check_known, check_vocabulary
@@ -115,10 +116,13 @@ def tokenize(
     check_vocabulary(tokenizer, options)
     inputs: dict[str, list[np.ndarray]] = {"input_ids": []}
     notes: list[NoteT] = []
+    counts = np.zeros(2, np.int64)
     for start in range(0, len(ids), _TEXTS_AT_ONCE):
         chosen = [list(column[start : start + _TEXTS_AT_ONCE]) for column in texts]
         given: tuple[list[list[Any]], dict[str, Any]] = ([], {"text_target": chosen[0]}) if target else (chosen, {})
-        encoded = tokenizer(*given[0], **given[1], truncation=True, max_length=options.max_length, **further)
+        settings = {"truncation": True, "max_length": options.max_length, "return_special_tokens_mask": True, **further}
+        encoded = tokenizer(*given[0], **given[1], **settings)
+        counts += _known_and_unknown(tokenizer.unk_token_id, encoded, chosen)
         for name in set(encoded) & {"input_ids", "token_type_ids"}:
             inputs.setdefault(name, []).extend(np.asarray(row, np.int32) for row in encoded[name])
         if note is not None and encoded.encodings is None:
@@ -128,9 +132,29 @@ def tokenize(
     for example, row in zip(ids, inputs["input_ids"], strict=True):
         if not len(row):
             raise TaskError(f"{options.data}: the text of row {example!r} has no tokens: exclude the row with filter")
-    check_known(tokenizer, inputs["input_ids"], options)
+    check_known(int(counts[0]), int(counts[1]), options)
     limits.check(inputs, ids, options)
     return Tokens(inputs, {"input_ids": pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}), notes
+
+
+def _known_and_unknown(
+    unknown_id: int | None, encoded: Mapping[str, Any], texts: Sequence[Sequence[Any]]
+) -> np.ndarray:
+    """Return the numbers of known and of unknown tokens. A text of which nothing is left is one unknown token."""
+    own = [
+        np.asarray(row)[np.asarray(special) == 0]
+        for row, special in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+    ]
+    unknown = sum(int((row == unknown_id).sum()) for row in own if unknown_id is not None)
+    lost = sum(
+        not len(row) and any(map(_holds_text, parts)) for row, parts in zip(own, zip(*texts, strict=True), strict=True)
+    )
+    return np.array([sum(map(len, own)) - unknown, unknown + lost])
+
+
+def _holds_text(part: Any) -> bool:
+    """Return whether a text, or a list of words, is not blank."""
+    return bool(part.strip() if isinstance(part, str) else part)
 
 
 def placed_tokens(
@@ -170,6 +194,39 @@ def pad_token_id(tokenizer: Any, config: Any) -> int:
     candidates = (text_config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
     size = getattr(text_config, "vocab_size", None) or len(tokenizer)
     return next((int(candidate) for candidate in candidates if candidate is not None and 0 <= candidate < size), 0)
+
+
+def check_last_tokens(
+    tokenizer: Any, config: Any, tokens: Tokens, ids: Sequence[str], options: PretrainedOptions
+) -> None:
+    """Check that a model that classifies at the last token finds this token in every batch.
+
+    A causal model takes the last token before the padding, and without a padding token of its own the last token of a
+    single text, whichever it is. An encoder-decoder model takes the last end-of-text token, of which all texts must
+    have the same number.
+
+    Raises:
+        TaskError: A text ends with the padding token, or has another number of end-of-text tokens.
+    """
+    text_config, padding = config.get_text_config(), pad_token_id(tokenizer, config)
+    if config.is_encoder_decoder:
+        ends = [int((row == text_config.eos_token_id).sum()) for row in tokens.ids]
+        for example, end in zip(ids, ends, strict=True):
+            if end == 0 or end != ends[0]:
+                raise TaskError(
+                    f"{options.data}: the text of row {example!r} has {end} end-of-text tokens, and row {ids[0]!r} has "
+                    f"{ends[0]}, but {options.model!r} needs one or more, the same number in all texts: exclude the "
+                    "row with filter, or set processor to the tokenizer of the model"
+                )
+        return
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+    for example, row in zip(ids, tokens.ids, strict=True):
+        if causal and text_config.pad_token_id is None and row[-1] == padding:
+            raise TaskError(
+                f"{options.data}: the text of row {example!r} ends with {tokenizer.convert_ids_to_tokens(padding)!r}, "
+                f"which is also the padding, and {options.model!r} classifies at the last token before the padding: "
+                "set pad_token_id in the configuration of the model to a token that ends no text"
+            )
 
 
 def padding_side(config: Any) -> Side:
