@@ -201,9 +201,7 @@ QUICK = [("LORA", name) for name in FAMILIES] + [
     ("ADALORA", "seq2seq-lm"),
     ("ADAPTION_PROMPT", "causal-lm"),
     ("IA3", "token-classification"),
-    ("LN_TUNING", "multiple-choice"),
     ("TRAINABLE_TOKENS", "sequence-classification"),
-    ("VBLORA", "image-classification"),
 ]
 
 
