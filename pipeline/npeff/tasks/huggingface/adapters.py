@@ -11,7 +11,7 @@ from npeff.tasks.base import TaskError
 # fmt: off
 SUPPORTED = (
     "ADALORA", "ADAMSS", "ADAPTION_PROMPT", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA",
-    "GRALORA", "HIRA", "HRA", "IA3", "LILY", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT",
+    "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT",
     "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA",
     "VBLORA", "VERA", "WAVEFT",
 )
@@ -19,6 +19,7 @@ SUPPORTED = (
 """Kinds of adapters that change the layers of a model. The tests compare each of them with PEFT."""
 _REMEDY = "use an adapter that changes the layers of the model, such as LoRA"
 _REASONS = {
+    "LILY": "averages over the examples of a batch, so that a result depends on the other examples",
     "POLY": "needs the number of a task for each example",
     "XLORA": "combines several adapters",
     "SHADOW": "adds a second model",
