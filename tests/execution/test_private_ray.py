@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import stat
+import tempfile
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
 from npeff.execution.ray.authentication import Authentication
-from npeff.execution.ray.private import PrivateRay
+from npeff.execution.ray.private import PrivateRay, _new_folder
 from ray._raylet import AuthenticationMode, AuthenticationTokenLoader, get_authentication_mode
 
 pytestmark = pytest.mark.ray
@@ -55,23 +57,45 @@ def test_it_has_a_token_of_its_own_whatever_others_say_meanwhile(
         }
         assert heard == {"127.0.0.1"}
         assert private.dead_server() is None
+        session = Path(ray._private.worker._global_node.get_session_dir_path())
+        assert session.is_dir()
+        folder = session.parents[1]
+        assert folder.name.startswith("ray-")
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     finally:
         private.close()
+    assert not folder.exists()
     assert "RAY_AUTH_TOKEN" not in os.environ
     assert os.environ.get("RAY_AUTH_MODE") == mode
     assert not ray.is_initialized()
     assert (home / ".ray/auth_token").read_text() == "1" * 64
 
 
-def test_no_token_is_left_where_it_does_not_start(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tries = []
+@pytest.mark.parametrize(("error", "n_tries"), [(RuntimeError("Failed to start GCS"), 2), (KeyboardInterrupt(), 1)])
+def test_no_token_and_no_folder_is_left_where_it_does_not_start(
+    home: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, n_tries: int
+) -> None:
+    folders: list[Path] = []
 
-    def init(**options: object) -> None:
-        tries.append(os.environ["RAY_AUTH_TOKEN"])
-        raise RuntimeError("Failed to start GCS")
+    def init(*, _temp_dir: str, **options: object) -> None:
+        assert "RAY_AUTH_TOKEN" in os.environ
+        folders.append(Path(_temp_dir))
+        (Path(_temp_dir) / "session/logs").mkdir(parents=True, exist_ok=True)
+        raise error
 
     monkeypatch.setattr(ray, "init", init)
-    with pytest.raises(RuntimeError, match="Failed to start"):
+    with pytest.raises(type(error)):
         PrivateRay(1)
-    assert len(tries) == 2
+    assert len(folders) == n_tries
+    assert not folders[0].parent.exists()
     assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+@pytest.mark.parametrize("length", [5, 200])
+def test_the_paths_of_its_sockets_are_never_too_long(home: Path, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    with tempfile.TemporaryDirectory(prefix="n", dir="/tmp") as parent:
+        monkeypatch.setenv("RAY_TMPDIR", f"{parent}/{'x' * length}")
+        with _new_folder() as folder:
+            assert len(folder) < 40
+            assert (Path(folder).parent.name == "x" * length) == (length == 5)
+    assert not Path(folder).exists()
