@@ -38,7 +38,10 @@ Example = Annotated[str, typer.Option("--example", "-e", help="Id or number of t
 Split = Annotated[str | None, typer.Option(help="Only examples of this split: fit or held_out.")]
 Where = Annotated[
     str | None,
-    typer.Option(help='Only examples that meet this SQL condition on their columns: "label = 2 and not correct".'),
+    typer.Option(
+        help='Only examples that meet this SQL condition on their columns: "label = 2 and not correct". A column name '
+        "with spaces is put in double quotes.",
+    ),
 ]
 Format = Annotated[
     OutputFormat | None,

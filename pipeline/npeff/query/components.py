@@ -386,7 +386,7 @@ class ComponentStore:
         rows = rows.take(pc.index_in(wanted, value_set=rows["example"].combine_chunks()))
         names = self.class_names()
         for name, column in NAMED_CLASSES.items():
-            if names and column in columns:
+            if names and column in columns and name not in columns:
                 named = [None if c is None else names.get(c, str(c)) for c in rows[column].to_pylist()]
                 position = rows.column_names.index(column) + 1
                 rows = rows.add_column(position, name, pa.array(named, pa.string()))

@@ -5,9 +5,9 @@ two processes do this at the same time, the servers of the first process may rea
 refuse all requests of the process that started them. A private Ray therefore uses a random token, which is passed to
 its servers in their environment and never written to a file.
 
-By default, Ray writes its logs and sockets to ``/tmp/ray``, where they stay, and where the link ``session_latest`` names
-the last session of any user. A private Ray has a folder of its own instead, which only this user can read, and which is
-removed when Ray ends.
+By default, Ray writes its logs and sockets to ``/tmp/ray``, where they stay, and where the link ``session_latest``
+names the last session of any user. A private Ray has a folder of its own instead, which only this user can read, and
+which is removed when Ray ends.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LONGEST_FOLDER = 40
 """Largest length of the path of the folder. Ray adds up to 65 characters, and the path of a socket has at most 107."""
 
 _REMOVALS = 20
-"""Number of attempts to remove the folder, 0.1 s apart. Ray's agents may still write to it when its servers have ended."""
+"""Number of attempts to remove the folder, 0.1 s apart. Ray's agents may write to it after its servers have ended."""
 
 _OBJECT_STORE_BYTES = 256 * 2**20  # components and records pass through it, never Fishers
 
