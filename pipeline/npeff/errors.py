@@ -68,6 +68,11 @@ def hide_value_of(name: str) -> None:
     _hidden_names.add(name)
 
 
+def hidden_variables() -> frozenset[str]:
+    """Return the names that `hide_value_of` received, for another process that shows texts of this one."""
+    return frozenset(_hidden_names)
+
+
 def without_values(text: str) -> str:
     """Return a text with ``${NAME}`` in place of the values of the hidden variables of at least 4 characters."""
     names = {form: name for name in sorted(_hidden_names) for form in _forms(os.environ.get(name, ""))}

@@ -314,6 +314,8 @@ def served(path: Path) -> Iterator[str]:
 def test_the_live_view_works_in_a_browser(browser: Browser, run) -> None:
     with served(run.path) as home:
         browser.open(f"{home}/top?component=2&n=3")
+        # images that are not in view load later
+        browser.evaluate("Promise.all([...document.images].map((i) => { i.loading = 'eager'; return i.decode(); }))")
         assert browser.evaluate("[...document.images].map((i) => i.naturalWidth)") == [8, 8, 8]
         assert browser.evaluate("getComputedStyle(document.querySelector('.panel')).borderRadius") == "10px"
         browser.evaluate("document.querySelector('textarea').value = 'select 6 * 7 as answer'")

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import http.client
+import multiprocessing
 import os
+import re
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
@@ -15,7 +21,11 @@ from urllib.parse import urlencode
 
 import pytest
 from npeff.query.errors import QueryError
-from npeff.reports.serve import ROWS_SHOWN, Server, make_server
+from npeff.reports.limits import CallLimits
+from npeff.reports.pages import ROWS_SHOWN
+from npeff.reports.serve import Handler, Limits, Server, make_server
+
+pytestmark = pytest.mark.process
 
 HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(2)>"""
 
@@ -25,8 +35,8 @@ def server(run) -> Iterator[Server]:
     yield from running(run.path)
 
 
-def running(path: Path) -> Iterator[Server]:
-    with make_server(path, 0, top_examples=4) as made:
+def running(path: Path, limits: Limits | None = None) -> Iterator[Server]:
+    with make_server(path, 0, top_examples=4, limits=limits) as made:
         thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         yield made
@@ -41,6 +51,20 @@ def ask(server: Server, path: str, method: str = "GET", **headers: str) -> tuple
     content = answer.read().decode("utf-8", errors="replace")
     connection.close()
     return answer.status, dict(answer.getheaders()), content
+
+
+def raw(server: Server, request: bytes) -> bytes:
+    """What the server sends before it closes the connection."""
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=30) as connection:
+        connection.sendall(request)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def eventually(holds: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 60
+    while not (held := holds()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return held
 
 
 def question(name: str, **values: object) -> str:
@@ -84,6 +108,7 @@ def test_images_come_one_by_one(server: Server) -> None:
         (question("top", component="x"), "component must be a whole number"),
         ("/top", "component must be a whole number"),
         (question("example", example="nobody"), "there is no example"),
+        (question("top", component=1, n=501), "n must be at most 500"),
         (question("sql", query="drop table examples"), "a query must be one SELECT"),
         (question("sql", query="select * from read_text('/etc/hostname')"), "SQL:"),
     ],
@@ -99,10 +124,20 @@ def test_other_names_and_other_sites_are_refused(server: Server) -> None:
     for host in ("evil.example", f"evil.example:{port}", "127.0.0.1", f"127.0.0.1:{port + 1}", ""):
         assert ask(server, "/", Host=host)[0] == 421, host
     assert ask(server, "/", Host=f"LOCALHOST:{port}")[0] == 200
-    for site in ("cross-site", "same-site"):
-        assert ask(server, question("sql", query="select 1"), Sec_Fetch_Site=site)[0] == 403
-        assert ask(server, "/", Sec_Fetch_Site=site)[0] == 200
-    assert ask(server, question("sql", query="select 1"), Sec_Fetch_Site="same-origin")[0] == 200
+    for path in ("/", "/report", "/style.css", "/image?example=3", question("sql", query="select 1")):
+        for site in ("cross-site", "same-site", "else"):
+            assert ask(server, path, Sec_Fetch_Site=site)[0] == 403, path
+        for origin in ("https://evil.example", "null", "", f"http://127.0.0.1:{port + 1}", f"https://127.0.0.1:{port}"):
+            status, headers, _ = ask(server, path, Origin=origin)
+            assert status == 403, (path, origin)
+            assert not [name for name in headers if name.lower().startswith("access-control")]
+    for site in ("same-origin", "none"):
+        assert ask(server, "/style.css", Sec_Fetch_Site=site, Origin=f"http://localhost:{port}")[0] == 200
+    assert (
+        raw(server, b"GET / HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nHost: evil.example\r\n\r\n" % port)[:12]
+        == b"HTTP/1.0 421"
+    )
+    assert b"Access-Control" not in raw(server, b"OPTIONS / HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n\r\n" % port)
 
 
 def test_only_reading_is_possible_and_every_answer_forbids_what_it_does_not_need(server: Server) -> None:
@@ -140,8 +175,8 @@ def test_text_of_the_data_set_and_of_the_question_is_escaped(make_run: Callable)
 
 
 def test_long_answers_are_cut_and_say_so(server: Server) -> None:
-    page = ask(server, question("sql", query="select * from range(3000)"))[2]
-    assert "3,000 rows" in page
+    page = ask(server, question("sql", query="select * from range(100000000000000)"))[2]
+    assert f"More than {ROWS_SHOWN} rows" in page
     assert page.count("<tr>") == ROWS_SHOWN + 1
 
 
@@ -154,7 +189,103 @@ def test_a_port_that_cannot_be_had_is_one_clear_line(run) -> None:
             make_server(run.path, port, 4)
 
 
-@pytest.mark.process
+ENDLESS = question("sql", query="select sum(a.range * b.range) from range(100000000) a, range(100000000) b")
+LARGE = question("sql", query="select range(3000000000)")
+WIDE = question("sql", query="select range::text || repeat('x', 1900) as a from range(500)")
+
+
+SMALL = CallLimits(seconds=60, memory_bytes=2**30, result_bytes=2**19)
+
+
+@pytest.fixture(scope="module")
+def strict(run) -> Iterator[Server]:
+    """A server with limits that a test can reach."""
+    yield from running(run.path, Limits(connections=4, request_s=1, queries=1, query=SMALL))
+
+
+@pytest.mark.parametrize(
+    ("path", "seconds", "reason"),
+    [
+        (ENDLESS, 1, "takes more than 1 s"),
+        (LARGE, 60, "Out of Memory|GiB of memory"),
+        (WIDE, 60, "a result of more than 0.5 MiB"),
+    ],
+)
+def test_a_query_has_limits_on_time_memory_and_size_and_the_server_goes_on(
+    strict: Server, path: str, seconds: int, reason: str
+) -> None:
+    strict.limits = dataclasses.replace(strict.limits, query=dataclasses.replace(SMALL, seconds=seconds))
+    status, _, content = ask(strict, path)
+    strict.limits = dataclasses.replace(strict.limits, query=SMALL)
+    assert status == 400
+    assert re.search(reason, content)
+    assert eventually(lambda: ask(strict, question("sql", query="select 1"))[0] == 200)
+
+
+def test_a_query_ends_when_its_client_leaves(run) -> None:
+    for server in running(run.path, Limits(queries=1)):
+        with socket.create_connection(("127.0.0.1", server.server_port)) as client:
+            client.sendall(f"GET {ENDLESS} HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n\r\n".encode())
+            assert eventually(lambda: len(multiprocessing.active_children()) == 1)
+        assert eventually(lambda: not multiprocessing.active_children())
+        assert ask(server, question("sql", query="select 1"))[0] == 200
+
+
+def test_a_request_that_does_not_end_is_cut(strict: Server) -> None:
+    with socket.create_connection(("127.0.0.1", strict.server_port), timeout=30) as client:
+        began = time.monotonic()
+        client.sendall(b"GET / HTTP/1.1\r\n")
+        with contextlib.suppress(ConnectionError):
+            while not select.select([client], [], [], 0.05)[0]:
+                client.sendall(b"X-Slow: 1\r\n")
+            assert client.recv(1) == b""
+        assert 0.9 < time.monotonic() - began < 30
+
+
+def test_connections_are_limited(strict: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", strict.server_port)
+        clients = [stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(9)]
+        assert eventually(lambda: len(select.select(clients, [], [], 0)[0]) >= 5)  # closed at once
+    assert eventually(lambda: can_ask(strict))
+
+
+def can_ask(server: Server) -> bool:
+    try:
+        return ask(server, "/")[0] == 200
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def test_the_report_is_rendered_again_only_if_the_run_has_changed(make_run: Callable) -> None:
+    path = make_run(n_components=3).path
+    for server in running(path):
+        first = ask(server, "/report")[2]
+        rendered = server.cached_report
+        assert ask(server, "/report")[2] == first
+        assert server.cached_report is rendered
+        (path / "provenance.json").write_text('{"task": "another task"}')
+        assert "another task" in ask(server, "/report")[2]
+        assert server.cached_report is not rendered
+
+
+@pytest.mark.parametrize("where", ["in the process of a query", "in the server"])
+def test_a_defect_is_a_page_and_the_terminal_shows_it(
+    run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], where: str
+) -> None:
+    for server in running(run.path):
+        if where == "in the server":
+            monkeypatch.setattr(Handler, "_limited", lambda *_: 1 / 0)
+        else:
+            server.view = None  # type: ignore[assignment]
+        status, headers, content = ask(server, question("similar", component=1))
+        assert status == 500
+        assert "An internal error has occurred" in content
+        assert headers["X-Content-Type-Options"] == "nosniff"
+    # the process of a query has the standard error of the process that was started first
+    assert capfd.readouterr().err.count("Traceback") == (1 if where == "in the server" else 0)
+
+
 def test_an_interrupt_ends_it_cleanly(run) -> None:
     script = (
         "import sys; from npeff.reports.serve import serve\n"
@@ -162,10 +293,10 @@ def test_an_interrupt_ends_it_cleanly(run) -> None:
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(run.path)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ), start_new_session=True,
     )  # fmt: skip
     assert process.stdout is not None
     assert "http://127.0.0.1:" in process.stdout.readline()
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     rest, complaints = process.communicate(timeout=60)
     assert (process.returncode, rest, complaints) == (0, "stopped\n", "")

@@ -368,11 +368,16 @@ class ComponentStore:
         self._check_component(component)
         return self.tables.read("verification", None, pc.field("component") == component)
 
-    def sql(self, query: str) -> pa.Table:
-        """Run one SELECT statement over all tables of the run, in DuckDB's dialect. It has no other access."""
+    def sql(self, query: str, most_rows: int | None = None) -> pa.Table:
+        """Run one SELECT statement over all tables of the run, in DuckDB's dialect. It has no other access.
+
+        Args:
+            query: The statement.
+            most_rows: Number of rows after which the query ends. By default, all rows are returned.
+        """
         from npeff.query.sql import run_sql
 
-        return run_sql(self.tables, query)
+        return run_sql(self.tables, query, most_rows)
 
     def summary(self) -> dict[str, Any]:
         """Return a summary of the run for JSON: counts, explained variance, accuracy, KL ratios, existing tables."""

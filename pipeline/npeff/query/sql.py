@@ -28,8 +28,16 @@ _LOCKED_DOWN: dict[str, str | bool | int | float | list[str]] = {
 
 @contextmanager
 def locked_down(views: Mapping[str, Any]) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Open a connection with access to the given Arrow tables, datasets or readers only, by name."""
-    with duckdb.connect(":memory:", config=_LOCKED_DOWN) as connection:
+    """Open a connection with access to the given Arrow tables, datasets or readers only, by name.
+
+    Raises:
+        QueryError: DuckDB cannot start, because memory is short.
+    """
+    try:
+        opened = duckdb.connect(":memory:", config=_LOCKED_DOWN)
+    except duckdb.Error as error:
+        raise QueryError(f"SQL: {first_line(error)}") from error
+    with opened as connection:
         for name, view in views.items():
             connection.register(name, view)
         connection.execute("SET enable_progress_bar = false")  # the bar would be printed between the results
@@ -38,8 +46,16 @@ def locked_down(views: Mapping[str, Any]) -> Iterator[duckdb.DuckDBPyConnection]
         yield connection
 
 
-def run_sql(tables: RunTables, query: str) -> pa.Table:
+def run_sql(tables: RunTables, query: str, most_rows: int | None = None) -> pa.Table:
     """Run one SELECT statement over all tables of the run. Each table is a view with the same name.
+
+    Args:
+        tables: The tables.
+        query: The statement.
+        most_rows: Number of rows after which the query ends. By default, all rows are returned.
+
+    Returns:
+        The rows. Names that occur several times get a number.
 
     Raises:
         QueryError: The query is not one SELECT statement, or DuckDB raises an error (the first line of its message).
@@ -49,7 +65,9 @@ def run_sql(tables: RunTables, query: str) -> pa.Table:
             statements = connection.extract_statements(query)
             if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
                 raise QueryError("a query must be one SELECT statement over the tables " + ", ".join(tables.names()))
-            return _without_decimals(_with_distinct_names(connection.sql(query).to_arrow_table()))
+            found = connection.sql(query)
+            found = found if most_rows is None else found.limit(most_rows)
+            return _without_decimals(_with_distinct_names(found.to_arrow_table()))
         except duckdb.CatalogException as error:
             names = ", ".join(tables.names()) or "none yet"
             raise QueryError(f"SQL: {first_line(error)} (tables: {names})") from error

@@ -1,12 +1,15 @@
-"""The live view: a read-only web page of a run with its current report and query forms.
+"""The live view: a read-only web server of a run with its current report and query forms.
 
 The server listens on the loopback interface only. A page of another site can still make a browser send requests to it.
 Therefore,
 
 - the Host header must contain the address of this server, which prevents DNS rebinding;
-- queries with a Sec-Fetch-Site header of another site are refused;
+- requests that another site caused are refused, by their headers Sec-Fetch-Site and Origin;
 - only GET and HEAD are supported, other sites cannot frame, cache or read a response, and the content security policy
   forbids every script except that of the report.
+
+`Limits` bounds what a client can use. Python's HTTP server suffices, because each connection is one request of the
+user's browser, and because a thread can wait for the client and for the result of the query at the same time.
 
 Other users of the same machine can connect, so do not serve a run that they must not see.
 """
@@ -14,28 +17,32 @@ Other users of the same machine can connect, so do not serve a run that they mus
 from __future__ import annotations
 
 import http.server
+import socket
 import sys
+import threading
+import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
+from npeff.errors import hidden_variables, without_values
 from npeff.query.components import ComponentStore
 from npeff.query.errors import QueryError
-from npeff.reports.report import environment, render_report
+from npeff.reports.limits import CallFailedError, CallLimits, LimitExceededError, call_limited, prepare
+from npeff.reports.pages import MODULES, QUESTIONS, TEXT, Page, View, answer, forms, style
 
 LOOPBACK = "127.0.0.1"
-ROWS_SHOWN = 500
+
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
     "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Embedder-Policy": "require-corp",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 _POLICY = (
@@ -47,6 +54,28 @@ _REPORT_POLICY = (
     "base-uri 'none'; frame-ancestors 'none'"
 )
 """The report also contains its own policy with the hash of its script. The browser enforces both policies."""
+
+_MOST_PARAMETERS = 20
+
+
+_QUERY = CallLimits(seconds=30, memory_bytes=2 * 2**30, result_bytes=16 * 2**20)
+_REPORT = CallLimits(seconds=300, memory_bytes=8 * 2**30, result_bytes=512 * 2**20)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of the server."""
+
+    connections: int = 32
+    """Connections at the same time. Further ones are closed."""
+    request_s: float = 10
+    """Time in seconds in which a client must have sent its request."""
+    response_s: float = 300
+    """Time in seconds in which a client must have read the response."""
+    queries: int = 4
+    """Queries at the same time. Further ones wait."""
+    query: CallLimits = _QUERY
+    report: CallLimits = _REPORT
 
 
 def serve(
@@ -83,165 +112,168 @@ class Server(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, run_dir: str | Path, port: int, top_examples: int, factorization: str | None = None) -> None:
-        self.run_dir, self.factorization, self.top_examples = run_dir, factorization, top_examples
-        self.templates = environment()
+    def __init__(self, view: View, port: int, limits: Limits) -> None:
+        self.view, self.limits = view, limits
+        self.queries = threading.BoundedSemaphore(limits.queries)
+        self._connections = threading.BoundedSemaphore(limits.connections)
+        self.cached_report, self._rendering = Page(HTTPStatus.OK, "", b""), threading.Lock()
         super().__init__((LOOPBACK, port), Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start the thread of a connection, or close the connection if there are too many."""
+        if self._connections.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._connections.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore closed connections."""
-        if not isinstance(sys.exception(), ConnectionError):
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
+    def report(self, client: socket.socket) -> Page:
+        """Return the report. It is rendered if the run has changed since the last request."""
+        with self._rendering:
+            known = self.cached_report.state
+            page = Page.from_bytes(call_limited(answer, (self.view, "/report", {}, known), self.limits.report, client))
+            if page.state != known:
+                self.cached_report = page
+            return self.cached_report if page.state else page
 
-def make_server(run_dir: str | Path, port: int, top_examples: int, factorization: str | None = None) -> Server:
+
+def make_server(
+    run_dir: str | Path, port: int, top_examples: int, factorization: str | None = None, limits: Limits | None = None
+) -> Server:
     """Return a listening server, which the caller must close. Raises `QueryError` if the port is not available."""
+    view = View(str(run_dir), factorization, top_examples, hidden_variables())
     try:
-        return Server(run_dir, port, top_examples, factorization)
+        server = Server(view, port, limits or Limits())
     except OSError as error:
         reason = "is in use" if not isinstance(error, PermissionError) else "needs more permissions"
         raise QueryError(f"port {port} {reason}: choose another port, or --port 0 for a free one") from error
+    prepare(MODULES)
+    return server
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Handler of one request. It opens the store again, so that the response shows the current state of the run."""
+    """Handler of one request."""
 
     server: Server
     server_version, sys_version = "npeff", ""
-    timeout = 60  # seconds without data on a connection
+
+    def setup(self) -> None:
+        super().setup()
+        self._deadline = threading.Timer(self.server.limits.request_s, self._end)
+        self._deadline.daemon = True
+        self._deadline.start()
+
+    def finish(self) -> None:
+        self._deadline.cancel()
+        super().finish()
+
+    def parse_request(self) -> bool:
+        """Read the header of the request, which must end before the deadline."""
+        try:
+            return super().parse_request()
+        finally:
+            self._deadline.cancel()
+            self.connection.settimeout(self.server.limits.response_s)
+
+    def _end(self) -> None:
+        try:
+            self.connection.shutdown(socket.SHUT_RDWR)
+        except OSError:  # the client has closed it
+            return
 
     def do_GET(self) -> None:
-        address = urlsplit(self.path)
-        if not self._host_is_ours():
-            return self._refuse(HTTPStatus.MISDIRECTED_REQUEST, "This server accepts requests to its own address only.")
-        if address.query and self.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site"):
-            return self._refuse(HTTPStatus.FORBIDDEN, "Queries from other sites are refused.")
-        asked = {name: values[0].strip() for name, values in parse_qs(address.query).items()}
+        if (refusal := self._refusal()) is not None:
+            return self._refuse(*refusal)
         try:
-            self._answer(address.path, asked)
-        except QueryError as error:
-            self._page(HTTPStatus.BAD_REQUEST, address.path, asked, problem=str(error))
+            page = self._answer()
+        except ConnectionError:
+            raise
+        except Exception as error:
+            if not isinstance(error, CallFailedError):
+                print(without_values("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+            problem = "An internal error has occurred. The terminal of the command shows it."
+            return self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, problem)
+        self._send(page)
 
     do_HEAD = do_GET
 
-    def _answer(self, path: str, asked: dict[str, str]) -> None:
-        store = ComponentStore.open(self.server.run_dir, self.server.factorization)
-        if path == "/":
-            self._page(HTTPStatus.OK, path, asked)
-        elif path == "/report":
-            page = render_report(store, self.server.top_examples)
-            self._send(HTTPStatus.OK, "text/html; charset=utf-8", page.encode(), _REPORT_POLICY)
-        elif path == "/style.css":
-            style = self.server.templates.get_template("report.css").render()
-            style += self.server.templates.get_template("serve.css").render()
-            self._send(HTTPStatus.OK, "text/css; charset=utf-8", style.encode())
-        elif path == "/image":
-            self._image(store, _whole(asked, "example"))
-        elif path in QUESTIONS:
-            self._page(HTTPStatus.OK, path, asked, answer=QUESTIONS[path](store, asked), store=store)
-        else:
-            self._refuse(HTTPStatus.NOT_FOUND, "This page does not exist.")
-
-    def _image(self, store: ComponentStore, example: int) -> None:
-        rows = store.tables.read("examples", ["image"], pc.field("example") == example)
-        image = rows["image"][0].as_py() if len(rows) else None
-        if image is None or not image.startswith(b"\x89PNG\r\n\x1a\n"):
-            return self._refuse(HTTPStatus.NOT_FOUND, "This example has no image.")
-        self._send(HTTPStatus.OK, "image/png", image)
-
-    def _page(
-        self,
-        status: HTTPStatus,
-        path: str,
-        asked: dict[str, str],
-        *,
-        answer: pa.Table | None = None,
-        store: ComponentStore | None = None,
-        problem: str = "",
-    ) -> None:
-        """Send the page with the query forms, the current query, and its result or error."""
-        page = self.server.templates.get_template("serve.html.j2").render(
-            run_dir=str(self.server.run_dir),
-            path=path,
-            asked=asked,
-            problem=problem,
-            pictured=_pictured(store, answer) if path == "/top" and store and answer is not None else set(),
-            **_shown(answer),
-        )
-        self._send(status, "text/html; charset=utf-8", page.encode())
-
-    def _refuse(self, status: HTTPStatus, reason: str) -> None:
-        self._send(status, "text/plain; charset=utf-8", f"{reason}\n".encode())
-
-    def _send(self, status: HTTPStatus, kind: str, content: bytes, policy: str = _POLICY) -> None:
-        self.send_response(status)
-        for name, value in _HEADERS.items():
-            self.send_header(name, value)
-        self.send_header("Content-Security-Policy", policy)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def _host_is_ours(self) -> bool:
+    def _refusal(self) -> tuple[HTTPStatus, str] | None:
+        """Return the reason why a request must not be answered, if there is one."""
         port = self.server.server_port
         hosts = [f"{name}:{port}" for name in (LOOPBACK, "localhost")]
-        return self.headers.get("Host", "").lower() in (hosts if port != 80 else [*hosts, LOOPBACK, "localhost"])
+        hosts += [LOOPBACK, "localhost"] if port == 80 else []
+        if [host.lower() for host in self.headers.get_all("Host", [])] not in [[host] for host in hosts]:
+            return HTTPStatus.MISDIRECTED_REQUEST, "This server accepts requests to its own address only."
+        from_here = all(site in ("same-origin", "none") for site in self.headers.get_all("Sec-Fetch-Site", []))
+        own = {f"http://{host}" for host in hosts}
+        if not from_here or any(origin.lower() not in own for origin in self.headers.get_all("Origin", [])):
+            return HTTPStatus.FORBIDDEN, "Requests from other sites are refused. Enter the address in a new tab."
+        return None
+
+    def _answer(self) -> Page:
+        address = urlsplit(self.path)
+        path = address.path
+        try:
+            asked = parse_qs(address.query, max_num_fields=_MOST_PARAMETERS)
+        except ValueError:
+            return _text(HTTPStatus.BAD_REQUEST, "The address has too many parameters.")
+        if path == "/style.css":
+            return style()
+        first = {name: values[0].strip() for name, values in asked.items()}
+        if path == "/":
+            return forms(self.server.view, path, first, HTTPStatus.OK)
+        if path not in (*QUESTIONS, "/report", "/image"):
+            return _text(HTTPStatus.NOT_FOUND, "This page does not exist.")
+        return self._limited(path, first)
+
+    def _limited(self, path: str, asked: dict[str, str]) -> Page:
+        """Return a page that is computed in another process."""
+        server, limits = self.server, self.server.limits.query
+        if not server.queries.acquire(timeout=limits.seconds):
+            return _text(HTTPStatus.SERVICE_UNAVAILABLE, "Other queries are still running. Try again later.")
+        try:
+            if path == "/report":
+                return server.report(self.connection)
+            return Page.from_bytes(call_limited(answer, (server.view, path, asked, ""), limits, self.connection))
+        except LimitExceededError as error:
+            if path in QUESTIONS:
+                problem = f"the query {error}: select fewer rows or columns, or use `npeff query`, which has no limits"
+                return forms(server.view, path, asked, HTTPStatus.BAD_REQUEST, problem=problem)
+            return _text(HTTPStatus.SERVICE_UNAVAILABLE, f"This page {error}. Use `npeff report` to write the report.")
+        finally:
+            server.queries.release()
+
+    def _refuse(self, status: HTTPStatus, reason: str) -> None:
+        self._send(_text(status, reason))
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Refuse a request that is not valid HTTP, or that has another method."""
+        self._refuse(HTTPStatus(code), message or HTTPStatus(code).phrase)
+
+    def _send(self, page: Page) -> None:
+        self.send_response(page.status)
+        for name, value in _HEADERS.items():
+            self.send_header(name, value)
+        self.send_header("Content-Security-Policy", _REPORT_POLICY if page.state else _POLICY)
+        self.send_header("Content-Type", page.kind)
+        self.send_header("Content-Length", str(len(page.content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(page.content)
 
     def log_message(self, format: str, *arguments: Any) -> None:  # noqa: A002
         """Log nothing, because queries may contain data."""
 
 
-def _top(store: ComponentStore, asked: dict[str, str]) -> pa.Table:
-    split, where = asked.get("split") or None, asked.get("where") or None
-    return store.top_examples(_whole(asked, "component"), _whole(asked, "n", 20), split, where)
-
-
-def _enriched(store: ComponentStore, asked: dict[str, str]) -> pa.Table:
-    return store.enriched(asked.get("where", ""), split=asked.get("split") or None)
-
-
-def _example(store: ComponentStore, asked: dict[str, str]) -> pa.Table:
-    return store.example(asked.get("example", ""))
-
-
-def _similar(store: ComponentStore, asked: dict[str, str]) -> pa.Table:
-    return store.similar_components(_whole(asked, "component"), _whole(asked, "n", 10))
-
-
-def _sql(store: ComponentStore, asked: dict[str, str]) -> pa.Table:
-    return store.sql(asked.get("query", ""))
-
-
-QUESTIONS: dict[str, Callable[[ComponentStore, dict[str, str]], pa.Table]] = {
-    "/top": _top,
-    "/enriched": _enriched,
-    "/example": _example,
-    "/similar": _similar,
-    "/sql": _sql,
-}
-
-
-def _whole(asked: dict[str, str], name: str, default: int | None = None) -> int:
-    text = asked.get(name, "")
-    if not text and default is not None:
-        return default
-    if not text.isdecimal() or len(text) > 12:
-        raise QueryError(f"{name} must be a whole number, not '{text}'")
-    return int(text)
-
-
-def _pictured(store: ComponentStore, answer: pa.Table) -> set[int]:
-    """Return the examples of the result that have an image."""
-    where = pc.field("example").isin(answer["example"].combine_chunks()) & pc.field("image").is_valid()
-    return set(store.tables.read("examples", ["example"], where)["example"].to_pylist())
-
-
-def _shown(answer: pa.Table | None) -> dict[str, Any]:
-    """Return the first rows of a result, without empty columns."""
-    if answer is None:
-        return {"columns": None, "rows": [], "n_rows": 0}
-    names = [name for name in answer.column_names if answer[name].null_count < len(answer)] or answer.column_names
-    rows = answer.select(names).slice(0, ROWS_SHOWN).to_pylist()
-    return {"columns": names, "rows": [[row[name] for name in names] for row in rows], "n_rows": len(answer)}
+def _text(status: HTTPStatus, text: str) -> Page:
+    return Page(status, TEXT, f"{text}\n".encode())
