@@ -2,6 +2,7 @@
 
 Code reads the fields of an error, never its text. The text shows no value of an environment variable to which the run
 file refers (see `npeff.variables`): `without_values` replaces the values of the variables that `hide_value_of` named.
+`printable` prepares a text for a terminal.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ _Error = TypeVar("_Error", bound="NpeffError")
 
 _SHORTEST_HIDDEN = 4
 """Length of the shortest value that is replaced. A shorter value may be part of any word."""
+
+_CONTROL_CHARACTERS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters (C0 and C1), line separators, characters with the property Bidi_Control, and surrogates."""
 
 _hidden_names: set[str] = set()
 
@@ -104,6 +108,28 @@ def shows_values(error: BaseException) -> bool:
         return False
     shown = "".join(traceback.format_exception(error))
     return without_values(shown) != shown
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""Return a text that a terminal shows as it is, for texts that may come from data or from files.
+
+    Control characters, which can move the cursor or change the title of the terminal, and characters that change the
+    order of other characters are replaced by escape sequences such as ``\x1b``.
+
+    Args:
+        text: The text.
+        keep: Control characters that are not replaced, such as line breaks.
+    """
+    return _CONTROL_CHARACTERS.sub(lambda found: found[0] if found[0] in keep else _escaped(found[0]), text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def printable_traceback(error: BaseException) -> str:
+    """Return the traceback of a defect for a terminal, without the values of hidden variables."""
+    return printable(without_values("".join(traceback.format_exception(error))), keep="\n")
 
 
 def first_line(error: BaseException) -> str:

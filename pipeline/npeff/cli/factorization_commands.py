@@ -11,8 +11,9 @@ import typer
 import npeff
 from npeff.cli.app import app
 from npeff.cli.options import ExistingRun
-from npeff.cli.output import write_answer
+from npeff.cli.output import say, write_answer
 from npeff.cli.query_commands import File, Format
+from npeff.errors import printable
 from npeff.storage.location import location
 
 
@@ -49,13 +50,13 @@ def rm_command(
         question = f"delete the factorization {factorization} of {run_dir}?"
         if not sys.stdin.isatty():
             raise typer.BadParameter(f"{question} give --yes to confirm")
-        typer.confirm(question, abort=True)
+        typer.confirm(printable(question), abort=True)
     npeff.remove_factorization(run_dir, factorization)
-    print(f"rm: factorization {factorization} of {run_dir} is deleted")
+    say(f"rm: factorization {factorization} of {run_dir} is deleted")
 
 
 @app.command("migrate")
 def migrate_command(run_dir: ExistingRun) -> None:
     """Move the files of a run of an earlier version to where this version writes them. Resumes a migration."""
     run = npeff.migrate(run_dir)
-    print(f"migrate: complete, in {run.path}")
+    say(f"migrate: complete, in {run.path}")

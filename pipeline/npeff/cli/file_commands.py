@@ -20,6 +20,7 @@ from npeff.cli.options import (
     progress_of,
     replaced,
 )
+from npeff.cli.output import rows_table
 from npeff.storage.location import location
 
 EXIT_DAMAGED = 1
@@ -46,7 +47,6 @@ def estimate_command(
     The time is that of the stage fishers.
     """
     from rich.console import Console
-    from rich.table import Table
 
     from npeff.stages.fishers.estimate import estimate, rows
 
@@ -54,16 +54,13 @@ def estimate_command(
     found = estimate(config)
     if parameters:
         facts = found.trial.facts
-        listed = Table("parameter", "shape", "taken")
-        for name, shape in zip(facts.layout.names, facts.layout.shapes, strict=True):
-            listed.add_row(name, " x ".join(map(str, shape)), "yes")
-        for name, reason in facts.left_out.items():
-            listed.add_row(name, "", f"no: {reason}")
-        Console().print(listed)
-    table = Table("what", "estimate")
-    for what, value in rows(found, config):
-        table.add_row(what, value)
-    Console().print(table)
+        taken = [
+            (name, " x ".join(map(str, shape)), "yes")
+            for name, shape in zip(facts.layout.names, facts.layout.shapes, strict=True)
+        ]
+        left_out = [(name, "", f"no: {reason}") for name, reason in facts.left_out.items()]
+        Console().print(rows_table(("parameter", "shape", "taken"), taken + left_out))
+    Console().print(rows_table(("what", "estimate"), rows(found, config)))
 
 
 @app.command("check")
@@ -81,8 +78,6 @@ def check_command(
 ) -> None:
     """Verify every file of a run directory. The exit code is 1 if something is damaged."""
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
 
     opened = open_existing(run_dir, factorization)
     run = opened.with_config(replaced(opened.config, workers, address))
@@ -92,9 +87,8 @@ def check_command(
         where = f"the run and the factorization {factorization} of" if factorization else "everything in"
         progress.say(f"check: {where} {run.path} {'are' if factorization else 'is'} intact")
         return
-    table = Table("what", "where", "why", "what to do")
-    for each in damaged:
-        table.add_row(*(escape(str(text)) for text in (each.what, each.where, each.why, each.remedy)))
+    listed = [[str(text) for text in (each.what, each.where, each.why, each.remedy)] for each in damaged]
+    table = rows_table(("what", "where", "why", "what to do"), listed)
     Console(width=None if sys.stdout.isatty() else _LOG_WIDTH).print(table)
     raise typer.Exit(EXIT_DAMAGED)
 

@@ -14,6 +14,8 @@ import typer
 import npeff
 from npeff.cli.app import app
 from npeff.cli.options import Factorization, open_existing
+from npeff.cli.output import rows_table, say
+from npeff.errors import printable
 from npeff.execution.ray.jobs import Job, JobServer, Submission
 from npeff.variables import literal
 
@@ -104,11 +106,11 @@ def submit(
     )
     server = JobServer(address)
     job, is_new = server.submit(submission)
-    _say(f"submitted {job.id} to {address}" if is_new else f"{job.id} is already active for this run on {address}")
+    say(f"submitted {job.id} to {address}" if is_new else f"{job.id} is already active for this run on {address}")
     if follow:
         _follow(server, job)
-    _say(f"to follow it: npeff submit {run} --address {address}")
-    _say(f"to stop it: npeff submit --stop {job.id} --address {address}")
+    say(f"to follow it: npeff submit {run} --address {address}")
+    say(f"to stop it: npeff submit --stop {job.id} --address {address}")
     return None
 
 
@@ -128,54 +130,50 @@ def status(
     A stage is missing (it has no results), partial or complete.
     """
     from rich.console import Console
-    from rich.table import Table
 
     from npeff.runs.errors import RunDirectoryError
     from npeff.stages.status import factorizations
     from npeff.stages.status import status as status_of
 
     run_dir = _run_dir(run)
-    console = Console(soft_wrap=True)
     try:
         opened = open_existing(run_dir, factorization)
-        table = Table("stage", "state", "done", "details")
-        for row in status_of(opened):
-            table.add_row(row.stage, row.state, row.done, row.details)
-        Console().print(table)
+        stages = [(row.stage, row.state, row.done, row.details) for row in status_of(opened)]
+        Console().print(rows_table(("stage", "state", "done", "details"), stages))
         if stored := factorizations(opened):
-            listed = Table("factorization", "components", "state", "complete", "size")
+            listed = []
             for each in stored:
                 name = f"{each.name} (shown above)" if each.name == opened.name and len(stored) > 1 else each.name
-                listed.add_row(name, str(each.n_components), each.state, ", ".join(each.complete), each.size)
-            Console().print(listed)
+                listed.append((name, str(each.n_components), each.state, ", ".join(each.complete), each.size))
+            Console().print(rows_table(("factorization", "components", "state", "complete", "size"), listed))
     except RunDirectoryError as error:
         if address is None:
             raise
-        console.print(f"cannot read the run directory on this machine: {error}", highlight=False, markup=False)
+        say(f"cannot read the run directory on this machine: {error}")
     if address is not None:
         server = JobServer(address)
         job = server.latest(run_dir)
         line = f"no job of this run on {address}" if job is None else _job_line(job, server.last_line(job.id))
-        console.print(line, highlight=False, markup=False)
+        say(line)
 
 
 def _follow(server: JobServer, job: Job) -> NoReturn:
     """Print the log until the job ends, then exit with the exit code of the job."""
     try:
-        ended = server.follow(job.id, lambda text: print(text, end="", flush=True))
+        ended = server.follow(job.id, _print_log)
     except KeyboardInterrupt:
         where = f"--address {server.address}"
-        _say(f"the job continues: the same command follows it, `npeff submit --stop {job.id} {where}` stops it")
+        say(f"the job continues: the same command follows it, `npeff submit --stop {job.id} {where}` stops it")
         raise SystemExit(EXIT_INTERRUPTED) from None
     if ended.state == "SUCCEEDED":
         raise typer.Exit(0)
     if ended.state == "STOPPED":
-        _say(f"{job.id} was stopped")
+        say(f"{job.id} was stopped")
         raise typer.Exit(EXIT_INTERRUPTED)
     if ended.exit_code is None:
-        _say(next(iter(ended.message.splitlines()), ended.state))
+        say(next(iter(ended.message.splitlines()), ended.state))
     if ended.exit_code != 2:  # 2 is a user error, which the log explains
-        _say(f"{job.id} ended ({ended.state}); finished work is kept: submit the run again to resume")
+        say(f"{job.id} ended ({ended.state}); finished work is kept: submit the run again to resume")
     raise typer.Exit(1 if ended.exit_code is None else ended.exit_code)
 
 
@@ -191,14 +189,14 @@ def _stop(named: str, address: str) -> None:
     else:
         job = server.job(named)
     if job.has_ended:
-        _say(f"{job.id} has ended already ({job.state})")
+        say(f"{job.id} has ended already ({job.state})")
         return
     job = server.stop(job.id)
     if not job.has_ended:
         raise typer.BadParameter(
             f"--stop {named}: {job.id} has not stopped yet ({job.state}); check it with npeff status, or at {address}"
         )
-    _say(f"{job.id}: {job.state}; finished work is kept: submit the run again to resume")
+    say(f"{job.id}: {job.state}; finished work is kept: submit the run again to resume")
 
 
 def _run_dir(run: str) -> str:
@@ -258,5 +256,6 @@ def _resources(text: str | None) -> dict[str, Any] | None:
     return found
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
+def _print_log(text: str) -> None:
+    """Print a part of a log, in which progress bars end with a carriage return."""
+    print(printable(text.replace("\r\n", "\n").replace("\r", "\n"), keep="\n\t"), end="", flush=True)

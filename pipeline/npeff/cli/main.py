@@ -6,7 +6,6 @@ import errno
 import os
 import signal
 import sys
-import traceback
 import warnings
 from importlib.abc import MetaPathFinder
 from typing import NoReturn
@@ -24,7 +23,7 @@ from npeff.cli import (
 )
 from npeff.cli.app import app
 from npeff.cli.job_commands import EXIT_INTERRUPTED
-from npeff.errors import NpeffError, without_values
+from npeff.errors import NpeffError, printable, printable_traceback, without_values
 
 COMMANDS = (demo_command, stage_commands, factorization_commands, file_commands, job_commands, query_commands)
 """Modules that add commands to `app`."""
@@ -98,7 +97,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def _show_defect(_kind: object, error: BaseException, _trace: object) -> None:
     """Print the traceback of a defect of this package, without values of environment variables of the run file."""
-    print(without_values("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+    print(printable_traceback(error), end="", file=sys.stderr)
 
 
 def _usage(error: TyperException) -> str:
@@ -112,5 +111,5 @@ def _usage(error: TyperException) -> str:
 
 
 def _fail(message: str) -> NoReturn:
-    print("npeff: error: " + " ".join(without_values(message).split()), file=sys.stderr)
+    print("npeff: error: " + printable(" ".join(without_values(message).split())), file=sys.stderr)
     raise SystemExit(EXIT_USER_ERROR)

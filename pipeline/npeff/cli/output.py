@@ -1,26 +1,57 @@
-"""Results of `npeff query` on standard output or in a file: as a readable table, JSON, CSV or Parquet."""
+"""Results of `npeff query` on standard output or in a file, and tables and lines of all commands.
+
+Texts of the data and of files reach a terminal without control characters (`npeff.errors.printable`). JSON escapes
+them. CSV and Parquet files contain them unchanged.
+"""
 
 from __future__ import annotations
 
 import io
+import re
 import sys
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 import typer
 
-from npeff.errors import first_line
+from npeff.errors import first_line, printable
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 class OutputFormat(StrEnum):
     TABLE = "table"
     JSON = "json"
     CSV = "csv"
+    SPREADSHEET = "spreadsheet"
     PARQUET = "parquet"
 
 
+_FORMULA = r"^([=+\-@\t\r\n＝＋－＠])"
+"""Pattern of a text that a spreadsheet evaluates, also by the full-width forms of the signs."""
+
 _BY_ENDING = {".json": OutputFormat.JSON, ".csv": OutputFormat.CSV, ".parquet": OutputFormat.PARQUET}
+
+
+def say(line: str) -> None:
+    """Print one line on standard output."""
+    print(printable(line), flush=True)
+
+
+def rows_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Return a table for `rich.console.Console.print`, whose cells show texts as they are, without markup."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    for name in columns:
+        table.add_column(Text(printable(name)))
+    for row in rows:
+        table.add_row(*(Text(printable(text)) for text in row))
+    return table
 
 
 def print_table(table: Any, output: OutputFormat) -> None:
@@ -67,7 +98,12 @@ def _print(table: Any, output: OutputFormat) -> None:
         _print_for_people(table, sys.stdout)
     else:
         sys.stdout.flush()
-        _write(table, output, sys.stdout.buffer)
+        if sys.stdout.isatty():
+            written = io.BytesIO()
+            _write(table, output, written)
+            print(printable(written.getvalue().decode(errors="replace"), keep="\n"), end="")
+        else:
+            _write(table, output, sys.stdout.buffer)
         sys.stdout.flush()
 
 
@@ -81,16 +117,15 @@ def _write(table: Any, output: OutputFormat, stream: BinaryIO) -> None:
                 return base64.b64encode(value).decode() if isinstance(value, bytes) else str(value)
 
             stream.write(json.dumps(table.to_pylist(), default=encode, indent=1).encode() + b"\n")
-        case OutputFormat.CSV:
+        case OutputFormat.CSV | OutputFormat.SPREADSHEET:
             import pyarrow.csv
 
             nested = [field.name for field in table.schema if _is_nested(field.type)]
             if nested:
-                print(
-                    f"npeff: CSV has no lists; columns left out: {', '.join(nested)} (use --format json)",
-                    file=sys.stderr,
-                )
-            pyarrow.csv.write_csv(table.drop_columns(nested), stream)
+                names = printable(", ".join(nested))
+                print(f"npeff: CSV has no lists; columns left out: {names} (use --format json)", file=sys.stderr)
+            table = table.drop_columns(nested)
+            pyarrow.csv.write_csv(_without_formulas(table) if output is OutputFormat.SPREADSHEET else table, stream)
         case OutputFormat.PARQUET:
             import pyarrow.parquet
 
@@ -104,8 +139,6 @@ def _write(table: Any, output: OutputFormat, stream: BinaryIO) -> None:
 def _print_for_people(table: Any, stream: TextIO) -> None:
     """Print the non-empty columns, from the left, as many as fit the terminal."""
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     filled = [name for name in table.column_names if table[name].null_count < len(table)] or table.column_names
     cells = {name: [_cell(value) for value in table[name].to_pylist()] for name in filled}
@@ -113,20 +146,31 @@ def _print_for_people(table: Any, stream: TextIO) -> None:
     shown: list[str] = []
     width = 1
     for name in filled:
-        width += 3 + max(map(len, [name, *cells[name]]))
+        width += 3 + max(map(len, [printable(name), *cells[name]]))
         if shown and width > room:
             break
         shown.append(name)
     left_out = [name for name in filled if name not in shown]
-    grid = Table(*shown)
-    for row in zip(*(cells[name] for name in shown), strict=True):
-        grid.add_row(*(Text(cell) for cell in row))
     console = Console(file=stream, width=None if stream.isatty() else max(width, 20))
-    console.print(grid)
+    console.print(rows_table(shown, zip(*(cells[name] for name in shown), strict=True)))
     if left_out:
-        console.print(
-            f"columns not shown: {', '.join(left_out)} (widen the terminal, or use --format csv)", markup=False
-        )
+        names = printable(", ".join(left_out))
+        print(f"columns not shown: {names} (widen the terminal, or use --format csv)", file=stream)
+
+
+def _without_formulas(table: Any) -> Any:
+    """Return a table whose texts a spreadsheet shows as texts: an apostrophe is put before those that it evaluates."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for position, field in enumerate(table.schema):
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        column = table.column(position)
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            column = pc.replace_substring_regex(column.cast(kind), _FORMULA, r"'\1")
+        name = re.sub(_FORMULA, r"'\1", field.name)
+        table = table.set_column(position, name, column)
+    return table
 
 
 def _is_nested(kind: Any) -> bool:
@@ -146,5 +190,5 @@ def _cell(value: Any) -> str:
         case list():
             return " ".join(_cell(item) for item in value[:4]) + (" …" if len(value) > 4 else "")
         case _:
-            text = str(value)
+            text = printable(str(value))
             return text if len(text) <= 80 else text[:79] + "…"

@@ -46,7 +46,11 @@ Where = Annotated[
 Format = Annotated[
     OutputFormat | None,
     typer.Option(
-        "--format", help="Output format. Default: given by the extension of FILE, otherwise table.", show_default=False
+        "--format",
+        help="Output format. Default: given by the extension of FILE, otherwise table. spreadsheet: CSV in which an "
+        "apostrophe is put before texts that begin with = + - @, a tab or a line break, so that a spreadsheet does not "
+        "evaluate them as formulas.",
+        show_default=False,
     ),
 ]
 File = Annotated[

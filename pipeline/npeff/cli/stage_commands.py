@@ -22,7 +22,7 @@ from npeff.cli.options import (
     open_run,
     progress_of,
 )
-from npeff.cli.output import OutputFormat, print_table
+from npeff.cli.output import OutputFormat, print_table, say
 from npeff.stages.factorize import FACTORIZE
 from npeff.stages.lift import LIFT
 from npeff.stages.registry import STAGES
@@ -167,7 +167,7 @@ def select_command(
     opened = opened.with_config(opened.config.with_selection(**changes))
     npeff.select(opened, progress=progress_of(opened))
     print_table(npeff.ComponentStore.open(opened.path, opened.name).table("selection"), OutputFormat.TABLE)
-    print(f"plot: {npeff.report(opened)}#selection")
+    say(f"plot: {npeff.report(opened)}#selection")
 
 
 @app.command(REPAIR.name, help=REPAIR.help)
@@ -182,19 +182,16 @@ def repair_command(
     summary = npeff.repair(opened, progress=progress_of(opened))
     print_table(npeff.ComponentStore.open(opened.path, opened.name).table("repair"), OutputFormat.TABLE)
     if summary["edits"]:
-        print(f"edited model: {opened.repaired / 'model.safetensors'}; its edits: {opened.repaired / 'repair.json'}")
+        say(f"edited model: {opened.repaired / 'model.safetensors'}; its edits: {opened.repaired / 'repair.json'}")
 
 
 def _print_outcome(run: RunDirectory) -> None:
     """Print the outcome of a run and the commands to explore it."""
-    from rich.console import Console
-
     from npeff.stages.status import outcome
 
-    console = Console(soft_wrap=True)
     command = "npeff" if shutil.which("npeff") else str(Path(sys.executable).with_name("npeff"))
     for line in outcome(run, command):
-        console.print(line, highlight=False, markup=False)
+        say(line)
 
 
 _WITH_OWN_OPTIONS = (FACTORIZE, LIFT, TRANSFORM, SELECT, REPAIR)

@@ -18,14 +18,13 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from npeff.errors import without_values
+from npeff.errors import printable_traceback
 
 _PROCESSES = multiprocessing.get_context("forkserver")
 _CORES = 2
@@ -123,6 +122,6 @@ def _run(sender: Connection, function: Callable[..., bytes], arguments: tuple[An
     except MemoryError:
         return  # the caller finds a closed connection, as if the process were killed
     except Exception as error:
-        print(without_values("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+        print(printable_traceback(error), end="", file=sys.stderr)
         result = b""
     sender.send_bytes(result)

@@ -20,7 +20,6 @@ import http.server
 import socket
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from npeff.errors import hidden_variables, without_values
+from npeff.errors import hidden_variables, printable_traceback
 from npeff.query.components import ComponentStore
 from npeff.query.errors import QueryError
 from npeff.reports.limits import CallFailedError, CallLimits, LimitExceededError, call_limited, prepare
@@ -200,7 +199,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise
         except Exception as error:
             if not isinstance(error, CallFailedError):
-                print(without_values("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+                print(printable_traceback(error), end="", file=sys.stderr)
             problem = "An internal error has occurred. The terminal of the command shows it."
             return self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, problem)
         self._send(page)

@@ -15,6 +15,9 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from npeff.errors import printable
 
 _LOG_EVERY_S = 5.0
 
@@ -76,7 +79,7 @@ class TerminalProgress:
             MofNCompleteColumn(),
             TextColumn("{task.fields[unit]}"),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            TextColumn("[dim]{task.fields[fact]}"),
+            TextColumn("{task.fields[fact]}", style="dim", markup=False),
         )
         with Progress(*columns, console=self._console) as bars:
             bar = bars.add_task(name, total=total, completed=done, unit=unit, fact="starting workers")
@@ -84,12 +87,12 @@ class TerminalProgress:
             def tick(
                 done: int, fact: str = "", *, last: bool = False, numbers: Mapping[str, float] = _NO_NUMBERS
             ) -> None:
-                bars.update(bar, total=done if last else total, completed=done, fact=fact)
+                bars.update(bar, total=done if last else total, completed=done, fact=printable(fact))
 
             yield tick
 
     def say(self, message: str) -> None:
-        self._console.print(message, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(Text(printable(message)), soft_wrap=True)
 
 
 class LogProgress:
@@ -116,7 +119,7 @@ class LogProgress:
         yield tick
 
     def say(self, message: str) -> None:
-        print(message, flush=True)
+        print(printable(message), flush=True)
 
 
 class ObservedProgress:
