@@ -25,6 +25,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from npeff.errors import printable_traceback
+from npeff.query.errors import QueryError
 
 _PROCESSES = multiprocessing.get_context("forkserver")
 _CORES = 2
@@ -40,12 +41,8 @@ class CallLimits:
     result_bytes: int
 
 
-class CallFailedError(Exception):
-    """The function has raised an exception. Its process has printed the traceback."""
-
-
-class LimitExceededError(Exception):
-    """The call needed more time or memory than allowed. The text says which."""
+class LimitExceededError(QueryError):
+    """The call needed more time or memory than allowed, or its result is too large. The problem says which."""
 
 
 def prepare(modules: Sequence[str]) -> None:
@@ -63,7 +60,7 @@ def prepare(modules: Sequence[str]) -> None:
 def call_limited(
     function: Callable[..., bytes], arguments: tuple[Any, ...], limits: CallLimits, client: socket.socket
 ) -> bytes:
-    """Return the bytes that a function returns. It runs in another process, which is ended with this call.
+    """Call a function in another process, which is ended with this call.
 
     Args:
         function: A function of a module.
@@ -71,10 +68,12 @@ def call_limited(
         limits: Limits of the call.
         client: The connection to the client who waits for the result.
 
+    Returns:
+        The result of the function. It is empty if the function raised an exception, whose traceback is then printed.
+
     Raises:
         LimitExceededError: The function exceeded a limit.
         ConnectionAbortedError: The client has closed the connection.
-        CallFailedError: The function has raised an exception.
     """
     receiver, sender = _PROCESSES.Pipe(duplex=False)
     process = _PROCESSES.Process(target=_run, args=(sender, function, arguments, limits), daemon=True)
@@ -82,9 +81,7 @@ def call_limited(
         process.start()
         sender.close()
         _wait_for(receiver, client, limits.seconds)
-        if result := receiver.recv_bytes(limits.result_bytes):
-            return result
-        raise CallFailedError
+        return receiver.recv_bytes(limits.result_bytes)
     except EOFError:
         raise LimitExceededError(f"needs more than {limits.memory_bytes / 2**30:.3g} GiB of memory") from None
     except ConnectionError:

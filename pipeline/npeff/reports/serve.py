@@ -30,7 +30,7 @@ from urllib.parse import parse_qs, urlsplit
 from npeff.errors import hidden_variables, printable_traceback
 from npeff.query.components import ComponentStore
 from npeff.query.errors import QueryError
-from npeff.reports.limits import CallFailedError, CallLimits, LimitExceededError, call_limited, prepare
+from npeff.reports.limits import CallLimits, LimitExceededError, call_limited, prepare
 from npeff.reports.pages import MODULES, QUESTIONS, TEXT, Page, View, answer, forms, style
 
 LOOPBACK = "127.0.0.1"
@@ -140,8 +140,8 @@ class Server(http.server.ThreadingHTTPServer):
         """Return the report. It is rendered if the run has changed since the last request."""
         with self._rendering:
             known = self.cached_report.state
-            page = Page.from_bytes(call_limited(answer, (self.view, "/report", {}, known), self.limits.report, client))
-            if page.state != known:
+            page = _read(call_limited(answer, (self.view, "/report", {}, known), self.limits.report, client))
+            if page.state and page.state != known:
                 self.cached_report = page
             return self.cached_report if page.state else page
 
@@ -198,10 +198,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except ConnectionError:
             raise
         except Exception as error:
-            if not isinstance(error, CallFailedError):
-                print(printable_traceback(error), end="", file=sys.stderr)
-            problem = "An internal error has occurred. The terminal of the command shows it."
-            return self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, problem)
+            print(printable_traceback(error), end="", file=sys.stderr)
+            page = _DEFECT
         self._send(page)
 
     do_HEAD = do_GET
@@ -243,7 +241,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             if path == "/report":
                 return server.report(self.connection)
-            return Page.from_bytes(call_limited(answer, (server.view, path, asked, ""), limits, self.connection))
+            return _read(call_limited(answer, (server.view, path, asked, ""), limits, self.connection))
         except LimitExceededError as error:
             if path in QUESTIONS:
                 problem = f"the query {error}: select fewer rows or columns, or use `npeff query`, which has no limits"
@@ -274,5 +272,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Log nothing, because queries may contain data."""
 
 
+def _read(result: bytes) -> Page:
+    return Page.from_bytes(result) if result else _DEFECT
+
+
 def _text(status: HTTPStatus, text: str) -> Page:
     return Page(status, TEXT, f"{text}\n".encode())
+
+
+_DEFECT = _text(
+    HTTPStatus.INTERNAL_SERVER_ERROR, "An internal error has occurred. The terminal of the command shows it."
+)
