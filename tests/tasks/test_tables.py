@@ -194,8 +194,8 @@ def test_a_folder_that_says_too_little_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="has no file of split 'dev' ending in"):
         read(tmp_path, split="dev")
     (tmp_path / "b.jsonl").unlink()
-    (tmp_path / "b.csv").write_text("text\n1\n")
-    with pytest.raises(TaskError, match=r"the files of .* have different columns"):
+    (tmp_path / "b.csv").write_text("txt\n1\n")
+    with pytest.raises(TaskError, match=r"the files of .* have different columns: b.csv has no column 'text'"):
         read(tmp_path)
 
 

@@ -106,7 +106,7 @@ def _within(budget_bytes: int, images: dict[int, bytes]) -> dict[int, bytes]:
 def _smaller(png: bytes, side: int) -> bytes:
     """Scale an image down to WebP. The original is returned if it is smaller or cannot be read."""
     try:
-        picture = Pillow.open(io.BytesIO(png))
+        picture = Pillow.open(io.BytesIO(png), formats=["PNG"])
         picture.thumbnail((side, side))
         stream = io.BytesIO()
         picture.save(stream, format="WEBP", quality=60)

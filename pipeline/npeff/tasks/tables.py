@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.feather
-import pyarrow.json
-import pyarrow.parquet
 
 from npeff.errors import as_one_line
 from npeff.tasks.base import TaskError
+from npeff.tasks.table_files import FORMATS, UNTYPED, plain, read_file, typed, typed_labels
 
 _HUB = "hf:"
-_FORMATS = (".parquet", ".csv", ".tsv", ".jsonl", ".arrow", ".feather")
-"""Extensions of the files to read in a folder. A single file may also be a tab-separated .txt file."""
+LabelValues = Literal["numbers", "names"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,45 +47,60 @@ class TableOptions:
     @property
     def folder(self) -> Path:
         """The folder to which paths in the table are relative."""
+        if self.data.startswith(_HUB):
+            return _folder_of_the_hub(self.data.removeprefix(_HUB))
         path = Path(self.data)
         return path if path.is_dir() else path.parent
 
-    def read(self, needed: Collection[str]) -> pa.Table:
+    def read(self, needed: Collection[str], label_column: str | None = None) -> pa.Table:
         """Read the selected rows, with the column ``id`` (string, unique) first, then the columns of the data.
 
         Args:
-            needed: Names of required columns.
+            needed: Names of required columns of texts. Formats without types, and JSON, give them as they are written.
+            label_column: Name of the required column of labels, if there is one.
 
         Raises:
-            TaskError: The data cannot be read, a required column is missing, or the ids are not unique.
+            TaskError: The data cannot be read, has no rows, or lacks a required column, or the ids are not unique.
         """
-        table = self._renamed(self._load())
-        wanted = [*needed, *(self.filter or {}), *([] if self.id_column is None else [self.id_column])]
-        for column in wanted:
+        written = [*needed, *([] if self.id_column is None else [self.id_column])]
+        used = [*written, *([] if label_column is None else [label_column]), *(self.filter or {})]
+        table = self._load(written, used, label_column)
+        for column in used:
             if column not in table.column_names:
                 raise TaskError(f"{self.data} has no column {column!r}: it has {', '.join(table.column_names)}")
         others = {name: table[name] for name in table.column_names if name != "id"}
         rows = self._filtered(pa.table({"id": self._ids(table), **others}))
+        if not len(rows):
+            reason = "correct filter" if len(table) else "give data with at least one row"
+            raise TaskError(f"{self.data} has no row{' that meets filter' if len(table) else ''}: {reason}")
         rows = rows if self.limit is None else rows.slice(0, self.limit)
-        _check_unique(self.data, rows["id"])
+        _check_ids(self.data, rows["id"])
         return rows
 
-    def _load(self) -> pa.Table:
-        table = self._from_hub() if self.data.startswith(_HUB) else self._from_files()
-        for place, field in enumerate(table.schema):  # replace categories by their values
-            if pa.types.is_dictionary(field.type):
-                table = table.set_column(place, field.name, table[place].cast(field.type.value_type))
-        return table
+    def _load(self, written: Collection[str], used: Collection[str], label_column: str | None) -> pa.Table:
+        """Return the data with the new names of its columns."""
+        if self.data.startswith(_HUB):
+            return self._renamed(plain(self._from_hub()))
+        files = self._files()
+        former = {new: old for old, new in (self.columns or {}).items()}
+        names = [{former.get(name, name) for name in some} for some in (written, used)]
+        table = self._renamed(_concatenated(self.data, {file: read_file(file, *names) for file in files}, names[1]))
+        if files[0].suffix not in UNTYPED:
+            return table
+        columns = {name: table[name] for name in table.column_names}
+        for name in columns.keys() - set(written):
+            columns[name] = (typed_labels if name == label_column else typed)(table[name])
+        return pa.table(columns)
 
-    def _from_files(self) -> pa.Table:
+    def _files(self) -> list[Path]:
         path = Path(self.data)
         if path.is_dir():
-            return _concatenated(self.data, self._files_of(path))
+            return self._files_of(path)
         if self.split is not None:
             raise TaskError(
                 f"split {self.split!r} of {self.data}: a file has no splits, so remove split, or give a folder"
             )
-        return _read(path)
+        return [path]
 
     def _files_of(self, folder: Path) -> list[Path]:
         if self.split is not None and (folder / self.split).is_dir():
@@ -98,11 +109,11 @@ class TableOptions:
             files = [file for file in folder.iterdir() if file.name.startswith((f"{self.split}.", f"{self.split}-"))]
         else:
             files = list(folder.iterdir())
-        files = sorted(file for file in files if file.suffix in _FORMATS)
+        files = sorted(file for file in files if file.suffix in FORMATS)
         kinds = sorted({file.suffix for file in files})
         if not files:
             split = "" if self.split is None else f" of split {self.split!r}"
-            raise TaskError(f"{folder} has no file{split} ending in {', '.join(_FORMATS)}")
+            raise TaskError(f"{folder} has no file{split} ending in {', '.join(FORMATS)}")
         if len(kinds) > 1:
             raise TaskError(f"{folder} has files ending in {' and '.join(kinds)}: give one file, or give split")
         return files
@@ -132,7 +143,9 @@ class TableOptions:
         names = [(self.columns or {}).get(name, name) for name in table.column_names]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise TaskError(f"{self.data} has more than one column {twice[0]!r}: give them different names in columns")
+            in_data = table.column_names.count(twice[0]) > 1
+            remedy = "rename or remove one of them in the data" if in_data else "give them different names in columns"
+            raise TaskError(f"{self.data} has more than one column {twice[0]!r}: {remedy}")
         return table.rename_columns(names)
 
     def _ids(self, table: pa.Table) -> pa.ChunkedArray | pa.Array:
@@ -148,13 +161,15 @@ class TableOptions:
     def _filtered(self, rows: pa.Table) -> pa.Table:
         for column, allowed in (self.filter or {}).items():
             values = list(allowed) if isinstance(allowed, list | tuple) else [allowed]
+            if _is_text(rows[column].type):  # ids that are integers are read as texts
+                values = [str(value) if type(value) is int else value for value in values]
             try:
                 value_set = pa.array(values, rows[column].type)
                 rows = rows.filter(pc.is_in(rows[column], value_set))
             except (pa.ArrowException, TypeError, ValueError):
                 raise TaskError(
-                    f"filter: column {column!r} of {self.data} has type {rows.schema.field(column).type}, which cannot "
-                    f"be {', '.join(map(repr, values))}"
+                    f"filter: column {column!r} of {self.data} has type {type_of(rows, column)}, which cannot be "
+                    f" {', '.join(map(repr, values))}"
                 ) from None
         return rows
 
@@ -166,27 +181,102 @@ def texts(rows: pa.Table, column: str, data: str) -> list[str]:
         return result
     except pa.ArrowException:
         raise TaskError(
-            f"{data}: column {column!r} has type {rows[column].type}, not text: choose a text column"
+            f"{data}: column {column!r} has type {type_of(rows, column)}, not text: choose a text column"
         ) from None
 
 
-def class_numbers(labels: Sequence[Any], names: Sequence[str], data: str) -> list[int | None]:
-    """Convert labels (class numbers, or class names in any case) to class numbers; None for null."""
-    known = {str(name).lower(): number for number, name in enumerate(names)}
-    numbers: list[int | None] = []
+def type_of(rows: pa.Table, column: str) -> str:
+    """Return the name of the type of a column for a message. The name of a nested type can be long."""
+    name = str(rows[column].type)
+    return name if len(name) <= 60 else f"{name[:59]}…"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelOptions(TableOptions):
+    """Options of tasks with labels."""
+
+    label_names: Sequence[str] | None = None
+    """Names of the classes in the order of the logits. The default is the model's ``id2label``. Labels are matched
+    case-insensitively."""
+    label_values: LabelValues | None = None
+    """Whether integer labels are class numbers or names of classes. Needed only if they can be both."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.label_values not in (None, *get_args(LabelValues)):
+            raise TaskError(f"label_values must be numbers or names, not {self.label_values!r}")
+
+    def labels(self, rows: pa.Table, column: str | None, names: Sequence[str]) -> list[int | None]:
+        """Return the class number of each row; None if it is unknown, or if there is no column of labels."""
+        if column is None:
+            return [None] * len(rows)
+        return class_numbers(rows[column].to_pylist(), names, self.data, self.label_values)
+
+
+def distinct_names(names: Iterable[Any]) -> tuple[str, ...]:
+    """Return the names of the classes as strings. Raises TaskError if two classes have the same name."""
+    found = tuple(map(str, names))
+    twice = [name for place, name in enumerate(found) if name in found[:place]]
+    if twice:
+        raise TaskError(f"two classes have the name {twice[0]!r}: give different names in label_names")
+    return found
+
+
+def class_numbers(
+    labels: Sequence[Any], names: Sequence[str], data: str, values: LabelValues | None = None
+) -> list[int | None]:
+    """Convert labels to class numbers.
+
+    Args:
+        labels: Class numbers, or class names in any case; None if unknown.
+        names: Names of the classes.
+        data: Name of the data, for error messages.
+        values: Whether integers are class numbers or names. By default, they are class numbers, and an integer that is
+            also the name of another class is refused.
+
+    Raises:
+        TaskError: A label is not a class, or can be two classes.
+    """
+    known: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        known.setdefault(str(name).lower(), []).append(number)
+    meanings: dict[str, int | None] = {repr(None): None}
     for label in labels:
-        if label is None or (isinstance(label, int) and not isinstance(label, bool)):
-            number = label
-        elif str(label).lower() in known:
-            number = known[str(label).lower()]
-        else:
-            raise TaskError(f"{data}: label {label!r} is not one of {', '.join(known)}: give label_names")
-        if number is not None and not 0 <= number < len(names):
+        if repr(label) not in meanings:
+            meanings[repr(label)] = _class_number(label, names, known, data, values)
+    return [meanings[repr(label)] for label in labels]
+
+
+def _class_number(
+    label: Any, names: Sequence[str], known: Mapping[str, Sequence[int]], data: str, values: LabelValues | None
+) -> int:
+    named = known.get(str(label).lower(), ())
+    is_number = isinstance(label, int) and not isinstance(label, bool)
+    if is_number and values != "names":
+        if values is None and 0 <= label < len(names) and named and list(named) != [label]:
             raise TaskError(
-                f"{data}: label {number} is not one of the model's {len(names)} classes: correct it, or filter the rows"
+                f"{data}: label {label} is the number of the class {names[label]!r} and the name of class {named[0]}",
+                "set label_values to numbers or names",
             )
-        numbers.append(number)
-    return numbers
+        if not 0 <= label < len(names):
+            remedy = "set label_values: names" if named else "correct it, or filter the rows"
+            raise TaskError(f"{data}: label {label} is not one of the model's {len(names)} classes: {remedy}")
+        return int(label)
+    if not named:
+        hint = "give class numbers as integers" if isinstance(label, float) else "give label_names"
+        raise TaskError(f"{data}: label {label!r} is not one of {_some(known)}: {hint}")
+    if len(named) > 1:
+        both = " and ".join(repr(names[number]) for number in named[:2])
+        raise TaskError(
+            f"{data}: label {label!r} can be the classes {both}, because the case of labels is ignored",
+            "give class numbers, or label_names that differ in more than case",
+        )
+    return named[0]
+
+
+def _some(names: Collection[str]) -> str:
+    """Return the first 20 names, separated by commas."""
+    return ", ".join([*list(names)[:20], *(["…"] if len(names) > 20 else [])])
 
 
 def example_table(
@@ -199,57 +289,54 @@ def example_table(
         labels: Class number of each example; None if unknown.
         shown: Columns to add, such as ``text`` or ``image``.
         used: Columns of `rows` to leave out, because ``label`` and `shown` contain their values.
+
+    Columns that are called ``image``, or ``text`` if they are not texts, are left out, because tables of examples show
+    columns of these names.
     """
-    left_out = {"id", "label", *shown, *used}
+    left_out = {"id", "label", "image", *shown, *used}
     others = {
         field.name: rows[field.name]
         for field in rows.schema
-        if field.name not in left_out and not pa.types.is_nested(field.type) and not pa.types.is_binary(field.type)
+        if field.name not in left_out and _is_scalar(field.type) and (field.name != "text" or _is_text(field.type))
     }
     return pa.table({"id": rows["id"], "label": pa.array(labels, pa.int64()), **shown, **others})
 
 
-def _read(path: Path) -> pa.Table:
+def _is_scalar(kind: pa.DataType) -> bool:
+    is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    return not (is_bytes or pa.types.is_nested(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _concatenated(data: str, tables: Mapping[Path, pa.Table], used: Collection[str]) -> pa.Table:
+    """Return the rows of all files. A file of JSON lines may lack columns, whose values are then null."""
+    for column in used:
+        lacking = [file for file, table in tables.items() if column not in table.column_names]
+        if 0 < len(lacking) < len(tables) and lacking[0].suffix != ".jsonl":
+            raise TaskError(f"the files of {data} have different columns: {lacking[0].name} has no column {column!r}")
     try:
-        match path.suffix:
-            case ".parquet":
-                return pyarrow.parquet.read_table(path, partitioning=None)
-            case ".csv":
-                return pyarrow.csv.read_csv(path)
-            case ".tsv" | ".txt":
-                tabs = pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False)
-                return pyarrow.csv.read_csv(path, parse_options=tabs)
-            case ".jsonl":
-                return pyarrow.json.read_json(path)
-            case ".arrow" | ".feather":
-                return _read_arrow(path)
-    except (OSError, pa.ArrowException) as error:
-        raise TaskError(f"cannot read {path}: {as_one_line(error)}") from None
-    raise TaskError(f"cannot read {path}: use a file ending in {', '.join(_FORMATS)}")
-
-
-def _read_arrow(path: Path) -> pa.Table:
-    """Read a feather file, or a stream of record batches, which the library datasets writes."""
-    with path.open("rb") as file:
-        is_stream = file.read(4) == b"\xff\xff\xff\xff"
-    if not is_stream:
-        return pyarrow.feather.read_table(path)
-    with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as reader:
-        return reader.read_all()
-
-
-def _concatenated(data: str, files: Sequence[Path]) -> pa.Table:
-    tables = [_read(file) for file in files]
-    try:
-        return pa.concat_tables(tables, promote_options="permissive")
+        return pa.concat_tables(tables.values(), promote_options="permissive")
     except pa.ArrowException as error:
         raise TaskError(f"the files of {data} have different columns: {as_one_line(error)}") from None
 
 
-def _check_unique(data: str, ids: pa.ChunkedArray) -> None:
-    if ids.null_count:
-        raise TaskError(f"{data}: an id is null: set id_column to a column with an id in every row")
+def _check_ids(data: str, ids: pa.ChunkedArray) -> None:
+    if ids.null_count or pc.any(pc.equal(ids, "")).as_py():
+        kind = "null" if ids.null_count else "empty"
+        raise TaskError(f"{data}: an id is {kind}: set id_column to a column with an id in every row")
     if pc.count_distinct(ids).as_py() < len(ids):
         counts = ids.value_counts()
         repeated = next(entry["values"].as_py() for entry in counts if entry["counts"].as_py() > 1)
         raise TaskError(f"{data}: id {repeated!r} occurs more than once: set id_column to a column of unique ids")
+
+
+def _folder_of_the_hub(name: str) -> Path:
+    """Return a local data set, or the folder in which the library datasets keeps what it has downloaded."""
+    if Path(name).is_dir():
+        return Path(name)
+    import datasets
+
+    return Path(datasets.config.HF_CACHE_HOME)

@@ -6,17 +6,16 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
-from npeff.errors import as_one_line
 from npeff.tasks.base import Examples, TaskError
+from npeff.tasks.huggingface.images import Channels, ImageError, read_image
 from npeff.tasks.huggingface.pretrained import PretrainedOptions, PretrainedTask, classes
-from npeff.tasks.tables import class_numbers, example_table
+from npeff.tasks.tables import LabelOptions, example_table
 
 _THUMBNAIL = 128
 """Longest side of the displayed images, in pixels."""
@@ -25,14 +24,13 @@ _TRIED_SIZES = ((300, 400), (500, 350))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageClassificationOptions(PretrainedOptions):
+class ImageClassificationOptions(LabelOptions, PretrainedOptions):
     image_column: str
-    """Column of image files: their bytes, a Hugging Face image, or paths relative to the table's folder."""
+    """Column of image files: their bytes, a Hugging Face image, or paths relative to ``image_folder``."""
+    image_folder: str | None = None
+    """Folder with all image files to which the column has paths. The default is the table's folder."""
     label_column: str | None = None
     """Column of labels, as class numbers or names; None if there are no labels."""
-    label_names: Sequence[str] | None = None
-    """Names of the classes in the order of the logits. The default is the model's ``id2label``. Labels are matched
-    case-insensitively."""
 
 
 class ImageClassificationTask(PretrainedTask[ImageClassificationOptions]):
@@ -55,13 +53,13 @@ class ImageClassificationTask(PretrainedTask[ImageClassificationOptions]):
 class _Images(Examples):
     def __init__(self, options: ImageClassificationOptions) -> None:
         self._used = [options.image_column, *([options.label_column] if options.label_column else [])]
-        self._rows, self._data, self._folder = options.read(self._used), options.data, options.folder
+        self._rows, self._data = options.read([options.image_column], options.label_column), options.data
+        self._folder = options.folder if options.image_folder is None else Path(options.image_folder)
         config = options.config()
         self.class_names = classes(config, options.label_names, options.model)
-        labels = self._rows[options.label_column].to_pylist() if options.label_column else [None] * len(self._rows)
-        self._labels = class_numbers(labels, self.class_names, options.data)
+        self._labels = options.labels(self._rows, options.label_column, self.class_names)
         self._files, self._ids = self._rows[options.image_column], self._rows["id"]
-        self._mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
+        self._channels: Channels = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
         self._processor = options.image_processor()
         self._check_sizes()
 
@@ -76,21 +74,12 @@ class _Images(Examples):
         return example_table(self._rows, self._labels, {"image": image}, self._used)
 
     def _image(self, index: int, longest_side: int | None = None) -> Image.Image:
-        file: Any = self._files[index].as_py()
-        if isinstance(file, Mapping):  # the format of images in the library datasets
-            file = file.get("bytes") or file.get("path")
         try:
-            if not isinstance(file, bytes | str):
-                raise TypeError(f"{type(file).__name__} is neither the bytes nor the path of a file")
-            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else self._folder / file) as image:
-                if longest_side is not None:
-                    image.thumbnail((longest_side, longest_side))
-                return image.convert(self._mode)
-        except (OSError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return read_image(self._files[index].as_py(), self._folder, self._channels, longest_side)
+        except ImageError as error:
             example = self._ids[index].as_py()
-            raise TaskError(
-                f"{self._data}: cannot read the image of row {example!r}: {as_one_line(error, 200)}"
-            ) from None
+            problem = f"{self._data}: cannot read the image of row {example!r}: {error.problem}"
+            raise TaskError(problem, error.remedy) from None
 
     def _check_sizes(self) -> None:
         """Raise TaskError if the processor does not give all images the same size."""

@@ -16,11 +16,11 @@ from npeff.tasks.base import Examples, TaskError
 from npeff.tasks.huggingface.limits import Limits
 from npeff.tasks.huggingface.pretrained import PretrainedTask
 from npeff.tasks.huggingface.tokens import TextOptions, pad_token_id, padding_side, tokenize
-from npeff.tasks.tables import class_numbers, example_table, texts
+from npeff.tasks.tables import LabelOptions, distinct_names, example_table, texts, type_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultipleChoiceOptions(TextOptions):
+class MultipleChoiceOptions(LabelOptions, TextOptions):
     prompt_column: str
     """Column of the prompts, which precede every choice."""
     choice_columns: Sequence[str]
@@ -61,14 +61,13 @@ class _Questions(Examples):
     def __init__(self, options: MultipleChoiceOptions) -> None:
         label_column = [options.label_column] if options.label_column else []
         self._used = [options.prompt_column, *options.choice_columns, *label_column]
-        self._rows = options.read(self._used)
+        self._rows = options.read([options.prompt_column, *options.choice_columns], options.label_column)
         self._prompts = texts(self._rows, options.prompt_column, options.data)
         self._choices = _choices(self._rows, options)
         n_choices = len(self._choices[0]) if self._choices else len(options.choice_columns)
         names = options.label_names or (options.choice_columns if len(options.choice_columns) > 1 else range(n_choices))
-        self.class_names = tuple(map(str, names))
-        labels = self._rows[options.label_column].to_pylist() if options.label_column else [None] * len(self._rows)
-        self._labels = class_numbers(labels, self.class_names, options.data)
+        self.class_names = distinct_names(names)
+        self._labels = options.labels(self._rows, options.label_column, self.class_names)
         config, tokenizer = options.config(), options.tokenizer()
         ids = [example for example in self._rows["id"].to_pylist() for _ in range(n_choices)]
         prompts = [prompt for prompt in self._prompts for _ in range(n_choices)]
@@ -112,7 +111,7 @@ def _choices(rows: pa.Table, options: MultipleChoiceOptions) -> list[list[str]]:
     (name,) = options.choice_columns
     if not (pa.types.is_list(rows[name].type) or pa.types.is_large_list(rows[name].type)):
         raise TaskError(
-            f"{options.data}: column {name!r} has type {rows[name].type}, not list: give one column per choice"
+            f"{options.data}: column {name!r} has type {type_of(rows, name)}, not list: give one column per choice"
         )
     choices: list[list[Any]] = [row or [] for row in rows[name].to_pylist()]
     for example, row in zip(rows["id"].to_pylist(), choices, strict=True):

@@ -15,7 +15,7 @@ from transformers.activations import AccurateGELUActivation, FastGELUActivation,
 from npeff.errors import as_one_line
 from npeff.tasks.base import Task, TaskError
 from npeff.tasks.huggingface.adapters import with_adapter
-from npeff.tasks.tables import TableOptions
+from npeff.tasks.tables import TableOptions, distinct_names
 
 DType = Literal["float32", "float16", "bfloat16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
@@ -181,7 +181,8 @@ def classes(config: Any, label_names: Sequence[str] | None, model: str) -> tuple
     """Return the class names of a classifier.
 
     Raises:
-        TaskError: The outputs are not the logits of classes of which exactly one is right.
+        TaskError: The outputs are not the logits of classes of which exactly one is right, or two classes have the same
+            name.
     """
     problem = getattr(config, "problem_type", None)
     names = label_names or [name for _, name in sorted(config.id2label.items())]
@@ -189,7 +190,7 @@ def classes(config: Any, label_names: Sequence[str] | None, model: str) -> tuple
         problem = "regression, with one output"
     if problem not in (None, "single_label_classification"):
         raise TaskError(f"{model!r} is a model for {problem}: use a model for single-label classification")
-    return tuple(str(name) for name in names)
+    return distinct_names(names)
 
 
 def _check_choice(option: str, value: object, choices: Sequence[str]) -> None:

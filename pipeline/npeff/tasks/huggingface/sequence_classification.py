@@ -22,18 +22,15 @@ from npeff.tasks.huggingface.tokens import (
     placed_tokens,
     tokenize,
 )
-from npeff.tasks.tables import class_numbers, example_table, texts
+from npeff.tasks.tables import LabelOptions, example_table, texts
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequenceClassificationOptions(TextOptions):
+class SequenceClassificationOptions(LabelOptions, TextOptions):
     text_columns: Sequence[str]
     """One column of texts, or two columns for pairs of texts."""
     label_column: str | None = None
     """Column of labels, as class numbers or names; None if there are no labels."""
-    label_names: Sequence[str] | None = None
-    """Names of the classes in the order of the logits. The default is the model's ``id2label``. Labels are matched
-    case-insensitively."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,11 +58,10 @@ class SequenceClassificationTask(PretrainedTask[SequenceClassificationOptions]):
 class _Texts(Examples):
     def __init__(self, options: SequenceClassificationOptions) -> None:
         self._used = [*options.text_columns, *([options.label_column] if options.label_column else [])]
-        self._rows = options.read(self._used)
+        self._rows = options.read(options.text_columns, options.label_column)
         config, self._tokenizer, self._options = options.config(), options.tokenizer(), options
         self.class_names = classes(config, options.label_names, options.model)
-        labels = self._rows[options.label_column].to_pylist() if options.label_column else [None] * len(self._rows)
-        self._labels = class_numbers(labels, self.class_names, options.data)
+        self._labels = options.labels(self._rows, options.label_column, self.class_names)
         self._texts = [texts(self._rows, column, options.data) for column in options.text_columns]
         ids = self._rows["id"].to_pylist()
         self._tokens: Tokens = tokenize(

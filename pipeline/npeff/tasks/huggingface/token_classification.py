@@ -17,22 +17,19 @@ from npeff.tasks.huggingface.limits import Limits
 from npeff.tasks.huggingface.predictions import PredictionOptions, Predictions, at_places
 from npeff.tasks.huggingface.pretrained import PretrainedTask, classes
 from npeff.tasks.huggingface.tokens import pad_token_id, placed_tokens, tokenize
-from npeff.tasks.tables import class_numbers
+from npeff.tasks.tables import LabelOptions, class_numbers, type_of
 
 _OUTSIDE = "O"
 """The tag of a word outside all entities in IOB schemes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenClassificationOptions(PredictionOptions):
+class TokenClassificationOptions(LabelOptions, PredictionOptions):
     words_column: str
     """Column of the words: lists of strings, or strings of words separated by spaces."""
     tags_column: str | None = None
     """Column of the tags of the words: lists of class numbers or names, or strings of them separated by spaces; None if
     there are no tags."""
-    label_names: Sequence[str] | None = None
-    """Names of the tags in the order of the logits. The default is the model's ``id2label``. Tags are matched
-    case-insensitively."""
 
 
 class TokenClassificationTask(PretrainedTask[TokenClassificationOptions]):
@@ -56,7 +53,7 @@ class TokenClassificationTask(PretrainedTask[TokenClassificationOptions]):
 class _Words(Examples):
     def __init__(self, options: TokenClassificationOptions) -> None:
         self._used = [options.words_column, *([options.tags_column] if options.tags_column else [])]
-        self._rows = options.read(self._used)
+        self._rows = options.read([options.words_column], options.tags_column)
         config = options.config()
         self.class_names = classes(config, options.label_names, options.model)
         ids = self._rows["id"].to_pylist()
@@ -86,18 +83,22 @@ class _Words(Examples):
         """Return the class number of each word of each row."""
         if options.tags_column is None:
             return [np.full(len(words), UNKNOWN) for words in self._words]
-        rows = []
-        for example, words, tags in zip(
-            ids, self._words, _lists(self._rows, options.tags_column, options.data), strict=True
-        ):
+        table = self._rows
+        if pa.types.is_integer(table[options.tags_column].type):  # one tag in each row of a CSV file
+            place = table.column_names.index(options.tags_column)
+            table = table.set_column(place, options.tags_column, table[options.tags_column].cast(pa.string()))
+        rows = _lists(table, options.tags_column, options.data)
+        for example, words, tags in zip(ids, self._words, rows, strict=True):
             if len(tags) != len(words):
                 raise TaskError(
                     f"{options.data}: row {example!r} has {len(words)} words and {len(tags)} tags: give one for each"
                 )
-            tags = [int(tag) if isinstance(tag, str) and tag.isdecimal() else tag for tag in tags]
-            numbers = class_numbers(tags, self.class_names, options.data)
-            rows.append(np.array([UNKNOWN if number is None else number for number in numbers], np.int64))
-        return rows
+        flat = [tag for tags in rows for tag in tags]
+        if all(isinstance(tag, str) and _is_integer(tag) for tag in flat):
+            flat = list(map(int, flat))
+        numbers = class_numbers(flat, self.class_names, options.data, options.label_values)
+        known = np.array([UNKNOWN if number is None else number for number in numbers], np.int64)
+        return np.split(known, np.cumsum([len(tags) for tags in rows])[:-1])
 
     def __len__(self) -> int:
         return len(self._predictions)
@@ -152,6 +153,10 @@ def _first_tokens(word_ids: Sequence[int | None]) -> np.ndarray:
     return np.array([-1 if word is None or word == before else word for before, word in pairs], np.int64)
 
 
+def _is_integer(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and str(int(text)) == text
+
+
 def _lists(rows: pa.Table, column: str, data: str) -> list[list[Any]]:
     kind = rows[column].type
     values = rows[column].to_pylist()
@@ -159,4 +164,6 @@ def _lists(rows: pa.Table, column: str, data: str) -> list[list[Any]]:
         return [value or [] for value in values]
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return [(value or "").split() for value in values]
-    raise TaskError(f"{data}: column {column!r} has type {kind}: give lists, or strings separated by spaces")
+    raise TaskError(
+        f"{data}: column {column!r} has type {type_of(rows, column)}: give lists, or strings separated by spaces"
+    )
