@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from npeff.interchange.options import ImportOptions
+from npeff.interchange.reference_files import BLOCK_VALUES, PefFile
+from npeff.runs.progress import ProgressDisplay
 
 
 class Coordinates(Protocol):
@@ -64,6 +67,29 @@ class CountSketch:
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "count", "dim": self.dim, "seed": self.seed, "n_parameters": self.n_parameters}
+
+
+def kept_parameters(pef: PefFile, min_nonzero: int, progress: ProgressDisplay) -> np.ndarray:
+    """Return the parameters with at least `min_nonzero` non-zero entries in the whole file, ascending.
+
+    The memory is proportional to the number of parameters with entries, not to the number that the file states.
+    """
+    parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
+    with progress.stage("read", pef.header.n_examples, "examples") as tick:
+        for block in pef.blocks():
+            _, _, indices, values = block.entries()
+            parts.append(np.unique(indices[values != 0], return_counts=True))
+            if sum(len(found) for found, _ in parts[1:]) > max(len(parts[0][0]), BLOCK_VALUES):
+                parts = [_added(parts)]
+            tick(block.start + len(block.labels_N))
+    found, counts = _added(parts)
+    return found[counts >= min_nonzero]
+
+
+def _added(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distinct parameters of several lists, ascending, and the sums of their counts."""
+    found, places = np.unique(np.concatenate([indices for indices, _ in parts]), return_inverse=True)
+    return found, np.bincount(places, weights=np.concatenate([counts for _, counts in parts]), minlength=len(found))
 
 
 def choose_coordinates(kept_M: np.ndarray, n_parameters: int, options: ImportOptions) -> Coordinates:

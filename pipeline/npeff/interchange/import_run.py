@@ -24,9 +24,9 @@ import pyarrow as pa
 import torch
 
 from npeff.factorization import Statistics, explained, near_duplicates
-from npeff.interchange.coordinates import Columns, Coordinates, choose_coordinates, coordinates_of
+from npeff.interchange.coordinates import Columns, Coordinates, choose_coordinates, coordinates_of, kept_parameters
 from npeff.interchange.export_run import complete_fishers
-from npeff.interchange.options import MOST_COUNTED, ImportOptions
+from npeff.interchange.options import ImportOptions
 from npeff.interchange.reference_files import (
     BLOCK_VALUES,
     DecompositionFile,
@@ -171,8 +171,7 @@ def _import_fishers(
                 f"{file} has {header.n_examples} examples and {header.n_classes} classes: give a file with at least one"
             )
         names = _class_names(header.n_classes, options, file)
-        counts_P = _count_entries(pef, progress)
-        kept_M = np.flatnonzero(counts_P >= options.min_nonzero)
+        kept_M = kept_parameters(pef, options.min_nonzero, progress)
         if not len(kept_M):
             raise StoreError(f"no parameter has {options.min_nonzero} values in {file}: lower min_nonzero")
         coordinates = choose_coordinates(kept_M, header.n_parameters, options)
@@ -206,7 +205,7 @@ def _import_fishers(
             complete = records.complete()
             with progress.stage("import", store.plan.n_shards, "shards", done=len(complete)) as tick:
                 for shard in sorted(set(range(store.plan.n_shards)) - set(complete)):
-                    complete[shard] = _import_shard(pef, store, shard, coordinates, counts_P, options, records)
+                    complete[shard] = _import_shard(pef, store, shard, coordinates, kept_M, records)
                     tick(len(complete))
             table = pa.table({"id": [str(example) for example in range(header.n_examples)]})
             write_example_tables(run, table, names)
@@ -227,25 +226,12 @@ def _import_fishers(
     return run
 
 
-def _count_entries(pef: PefFile, progress: ProgressDisplay) -> np.ndarray:
-    """Count the non-zero entries of each parameter in the whole file, (P,) uint16, up to `MOST_COUNTED`."""
-    counts_P = np.zeros(pef.header.n_parameters, dtype=np.uint16)
-    with progress.stage("read", pef.header.n_examples, "examples") as tick:
-        for block in pef.blocks():
-            _, _, indices, values = block.entries()
-            found, counts = np.unique(indices[values != 0], return_counts=True)
-            counts_P[found] = np.minimum(counts_P[found] + counts, MOST_COUNTED)
-            tick(block.start + len(block.labels_N))
-    return counts_P
-
-
 def _import_shard(
     pef: PefFile,
     store: FisherStore,
     shard: int,
     coordinates: Coordinates,
-    counts_P: np.ndarray,
-    options: ImportOptions,
+    kept_M: np.ndarray,
     records: ShardRecords,
 ) -> CompletionRecord:
     """Read, store and record one shard."""
@@ -259,7 +245,8 @@ def _import_shard(
         examples, rows, indices, values = block.entries()
         examples = examples + block.start - start
         _add_grams(grams_NRR, examples, rows, indices, values)
-        kept = (counts_P[indices] >= options.min_nonzero) & np.isfinite(values)
+        nearest = np.searchsorted(kept_M, indices).clip(max=len(kept_M) - 1)
+        kept = (kept_M[nearest] == indices) & np.isfinite(values)
         places, signs = coordinates.place(indices[kept])
         np.add.at(factors_NRD.reshape(-1), (examples[kept] * rank + rows[kept]) * dim + places, values[kept] * signs)
         blocks.append(block)

@@ -20,13 +20,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from npeff.errors import as_one_line
-from npeff.storage.atomic import local_copy
-from npeff.storage.errors import StoreError, os_errors_explained
+from npeff.interchange.hdf5_files import Hdf5File, opened
+from npeff.storage.errors import StoreError
 from npeff.storage.location import location
 
 PefFormat = Literal["LRM-PEF", "LVRM-PEF"]
@@ -35,8 +34,6 @@ Format = PefFormat | DecompositionFormat | Literal["D-PEF"]
 
 BLOCK_VALUES = 1 << 20
 """Approximate number of values in a block."""
-_MOST_PARAMETERS = 2**31
-"""Largest number of parameters, because their indices are int32."""
 _FORMAT_MARKERS: dict[str, Format] = {
     "fisher/values": "D-PEF", "col_offsets": "LRM-PEF", "col_sizes": "LVRM-PEF",
     "G": "LRM decomposition", "H": "D decomposition",
@@ -144,78 +141,10 @@ class Decomposition:
         return int(self.coefficients_NK.shape[1])
 
 
-class _File:
-    """An open file. All its problems raise a `StoreError` with the path."""
-
-    def __init__(self, path: Path, file: Any) -> None:
-        self.path = path
-        self._file = file
-
-    def error(self, what: str) -> StoreError:
-        return StoreError(
-            f"{self.path} {what}", "it is damaged or has another format, get or export it again", path=self.path
-        )
-
-    def has(self, name: str) -> bool:
-        with _damage_explained(self.path):
-            return name in self._file
-
-    def dataset(self, name: str, kinds: str, *shape: int | None) -> Any:
-        """Return a dataset.
-
-        Args:
-            name: Name of the dataset.
-            kinds: Allowed kinds of its type (numpy's letters).
-            shape: Required shape, with None for any length.
-
-        Raises:
-            StoreError: The dataset is missing, or has another type or shape.
-        """
-        with _damage_explained(self.path):
-            found = self._file.get(name)
-            if found is None or not hasattr(found, "shape"):
-                raise self.error(f"has no {name}")
-            if found.dtype.kind not in kinds:
-                raise self.error(f"has a {name} of type {found.dtype}")
-            agrees = len(found.shape) == len(shape) and all(
-                wanted in (None, length) for wanted, length in zip(shape, found.shape, strict=True)
-            )
-            if not agrees:
-                wanted_shape = " x ".join("any" if length is None else str(length) for length in shape)
-                raise self.error(f"has a {name} of shape {found.shape}, not {wanted_shape}")
-        return found
-
-    def read(self, dataset: Any, start: int, stop: int, dtype: type[np.generic]) -> np.ndarray:
-        """Read the rows start..stop-1."""
-        with _damage_explained(self.path):
-            return np.asarray(dataset[start:stop]).astype(dtype, copy=False)
-
-    def number(self, name: str, *places: str) -> float:
-        """Return an attribute that is one number, from the first of `places` that has it."""
-        with _damage_explained(self.path):
-            holders = [self._file[place] for place in places if place in self._file]
-            found = next((holder.attrs[name] for holder in holders if name in holder.attrs), None)
-            values = np.asarray(found)
-            if values.size != 1 or values.dtype.kind not in "iuf" or not np.isfinite(values).all():
-                raise self.error(f"has no number {places[0]}@{name}")
-            return float(values.reshape(-1)[0])
-
-    def parameters(self, name: str, *places: str) -> int:
-        """Return an attribute that is a number of parameters."""
-        n_parameters = self.number(name, *places)
-        if not 1 <= n_parameters <= _MOST_PARAMETERS:
-            raise self.error(f"has {places[0]}@{name} = {n_parameters:g}, which is out of range for int32 indices")
-        return int(n_parameters)
-
-    def check_indices(self, indices: np.ndarray, n_parameters: int, name: str) -> None:
-        if indices.size and (indices.min() < 0 or indices.max() >= n_parameters):
-            raise self.error(f"has {name} that are not all in 0..{n_parameters - 1}")
-
-
 class PefFile:
     """An open LRM-PEF or LVRM-PEF file; see `open_pef`."""
 
-    def __init__(self, file: _File, form: PefFormat) -> None:
+    def __init__(self, file: Hdf5File, form: PefFormat) -> None:
         self._file = file
         self.path = file.path
         self._logits = file.dataset("data/logits", "f", None, None)
@@ -234,6 +163,8 @@ class PefFile:
             if (self._ranks_N < 0).any():
                 raise file.error("has negative data/ranks")
             self._columns = file.dataset("data/col_sizes", "iu", int(self._ranks_N.sum(dtype=np.int64)))
+            if (self._ranks_N > n_classes).any():
+                raise file.error(f"has data/ranks above the {n_classes} classes of data/logits")
         self._first_column_N = np.concatenate([[0], np.cumsum(self._ranks_N, dtype=np.int64)])
         self.header = PefHeader(
             format=form,
@@ -251,7 +182,7 @@ class PefFile:
         Raises:
             StoreError: The file cannot be read, offsets do not ascend, or the index of a parameter is out of range.
         """
-        step = max(1, block_values // max(1, self.header.n_values))
+        step = max(1, block_values // max(1, self.header.n_values, self.header.n_classes))
         stop = self.header.n_examples if stop is None else stop
         for first in range(start, stop, step):
             yield self._block(first, min(first + step, stop))
@@ -297,7 +228,7 @@ class PefFile:
 class DiagonalPefFile:
     """An open D-PEF file; see `open_diagonal_pef`."""
 
-    def __init__(self, file: _File) -> None:
+    def __init__(self, file: Hdf5File) -> None:
         self._file = file
         self._logits = file.dataset("data/predicted_logits", "f", None, None)
         n_examples, n_classes = self._logits.shape
@@ -317,7 +248,7 @@ class DiagonalPefFile:
             StoreError: The file cannot be read, a value is negative, or the index of a parameter is out of range.
         """
         file = self._file
-        step = max(1, block_values // max(1, self.header.n_values))
+        step = max(1, block_values // max(1, self.header.n_values, self.header.n_classes))
         stop = self.header.n_examples if stop is None else stop
         for first in range(start, stop, step):
             last = min(first + step, stop)
@@ -339,7 +270,7 @@ class DiagonalPefFile:
 class DecompositionFile:
     """An open LRM or D decomposition; see `open_decomposition`."""
 
-    def __init__(self, file: _File, form: DecompositionFormat) -> None:
+    def __init__(self, file: Hdf5File, form: DecompositionFormat) -> None:
         self._file = file
         low_rank = form == "LRM decomposition"
         coefficients = file.dataset("data/W", "f", None, None)
@@ -395,7 +326,7 @@ def file_format(path: str | Path) -> Format:
     Raises:
         StoreError: The file cannot be read, or has another format.
     """
-    with _opened(location(path)) as file:
+    with opened(location(path)) as file:
         return _format(file)
 
 
@@ -406,7 +337,7 @@ def open_pef(path: str | Path) -> Iterator[PefFile]:
     Raises:
         StoreError: The file cannot be read or has another format, or its arrays and attributes do not agree.
     """
-    with _opened(location(path)) as file:
+    with opened(location(path)) as file:
         form = _format(file)
         if form != "LRM-PEF" and form != "LVRM-PEF":
             raise StoreError(f"{path} has the format {form}", "give an LRM-PEF or LVRM-PEF file", path=file.path)
@@ -416,7 +347,7 @@ def open_pef(path: str | Path) -> Iterator[PefFile]:
 @contextmanager
 def open_diagonal_pef(path: str | Path) -> Iterator[DiagonalPefFile]:
     """Open a D-PEF file for reading. Raises StoreError as in `open_pef`."""
-    with _opened(location(path)) as file:
+    with opened(location(path)) as file:
         form = _format(file)
         if form != "D-PEF":
             raise StoreError(f"{path} has the format {form}", "give a D-PEF file", path=file.path)
@@ -426,14 +357,14 @@ def open_diagonal_pef(path: str | Path) -> Iterator[DiagonalPefFile]:
 @contextmanager
 def open_decomposition(path: str | Path) -> Iterator[DecompositionFile]:
     """Open an LRM or D decomposition for reading. Raises StoreError as in `open_pef`."""
-    with _opened(location(path)) as file:
+    with opened(location(path)) as file:
         form = _format(file)
         if form != "LRM decomposition" and form != "D decomposition":
             raise StoreError(f"{path} has the format {form}", "give an LRM or D decomposition", path=file.path)
         yield DecompositionFile(file, form)
 
 
-def _format(file: _File) -> Format:
+def _format(file: Hdf5File) -> Format:
     found = [form for name, form in _FORMAT_MARKERS.items() if file.has(f"data/{name}")]
     if len(found) != 1:
         raise StoreError(
@@ -442,36 +373,3 @@ def _format(file: _File) -> Format:
             path=file.path,
         )
     return found[0]
-
-
-def _h5py(path: Path) -> Any:
-    try:
-        import h5py
-    except ImportError:
-        raise StoreError(f"{path} is an HDF5 file, which needs h5py", "pip install 'npeff-pipeline[hdf5]'") from None
-    return h5py
-
-
-@contextmanager
-def _damage_explained(path: Path) -> Iterator[None]:
-    """Convert the various exceptions of HDF5 to a StoreError."""
-    try:
-        yield
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        problem = f"{path} is damaged ({as_one_line(error, 200)})"
-        raise StoreError(problem, "get or export it again", path=path) from error
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[_File]:
-    h5py = _h5py(path)
-    with local_copy(path) as copy:
-        with os_errors_explained("read", path), copy.open("rb"):
-            pass
-        if not h5py.is_hdf5(copy):
-            remedy = "give a file of the reference implementation, or get it again"
-            raise StoreError(f"{path} is not an HDF5 file", remedy, path=path)
-        with _damage_explained(path):
-            file = h5py.File(copy, "r")
-        with file:
-            yield _File(path, file)

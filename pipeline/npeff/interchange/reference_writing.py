@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from npeff.interchange.hdf5_files import load_h5py
 from npeff.interchange.reference_files import (
     COMPONENT_ARRAYS,
     Decomposition,
@@ -19,7 +20,6 @@ from npeff.interchange.reference_files import (
     DiagonalPefHeader,
     PefBlock,
     PefHeader,
-    _h5py,
 )
 from npeff.storage.atomic import PARTIAL, fsync, make_directory
 from npeff.storage.errors import os_errors_explained
@@ -153,7 +153,7 @@ def _errno_of(error: RuntimeError) -> int | None:
 @contextmanager
 def _created(path: Path) -> Iterator[Any]:
     """Create an HDF5 file that replaces `path` after the body."""
-    h5py = _h5py(path)
+    h5py = load_h5py(path)
     if is_remote(path):
         with tempfile.TemporaryDirectory(prefix="npeff-") as folder:
             with _created(Path(folder, path.name)) as file:
