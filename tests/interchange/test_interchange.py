@@ -642,3 +642,14 @@ def test_memory_of_an_import_does_not_grow_with_the_file(tmp_path: Path, monkeyp
 
     block = 1 << 20
     assert peak_bytes(4 * block // v) < 1.1 * peak_bytes(block // v)
+
+
+def test_memory_of_an_import_does_not_grow_with_the_stated_number_of_parameters(tmp_path: Path, pefs: Pefs) -> None:
+    path = write_pefs(tmp_path / "pefs.h5", pefs)
+    with h5py.File(path, "r+") as opened:
+        opened["data"].attrs["n_parameters"] = 2**31 - 1
+    tracemalloc.start()
+    run = import_fishers(path, tmp_path / "run")
+    assert tracemalloc.get_traced_memory()[1] < 100_000_000
+    tracemalloc.stop()
+    assert FisherStore.open(run.fishers).attrs["sketch"]["n_parameters"] == 2**31 - 1

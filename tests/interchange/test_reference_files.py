@@ -230,6 +230,7 @@ def test_a_d_decomposition_is_read_wherever_its_size_is_kept(tmp_path: Path, pla
     assert content(path).items() <= content(tmp_path / "b.h5").items()
 
 
+MANY = 10**9
 ASCENDING = OFFSETS.astype(np.int32)
 DEFECTS: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (write_lrm_pef, {"data@n_classes": 4}, "data@n_classes"),
@@ -253,11 +254,14 @@ DEFECTS: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (write_lrm_pef, {"data/col_offsets": None}, "is not a file of the reference implementation"),
     (write_lvrm_pef, {"data/ranks": RANKS + 1}, "data/col_sizes of shape"),
     (write_lvrm_pef, {"data/ranks": -RANKS}, "negative data/ranks"),
+    (write_lvrm_pef, {"data/ranks": np.array([12, 0, 0, 0, 0, 0, 0])}, "data/ranks above the 3 classes"),
     (write_lvrm_pef, {"data/col_sizes": -COLUMN_SIZES}, "example 0"),
     (write_lvrm_pef, {"data/col_sizes": COLUMN_SIZES + 1}, "example 0"),
     (write_lvrm_pef, {"data@min_prob_class": None}, "no number data@min_prob_class"),
     (d_pef, {"data/fisher/values": np.full((N, V), -1, np.float32)}, "negative data/fisher/values"),
     (d_pef, {"data/fisher@dense_fisher_size": 1}, "data/fisher/indices that are not all in 0..0"),
+    (lrm_decomposition, {"data@n_classes": MANY}, "data@n_classes = 1e"),
+    (lrm_decomposition, {"data@n_classes": 2.5}, "data@n_classes = 2.5, which is not a number of classes"),
     (lrm_decomposition, {"data/W": np.full((N, K), -1, np.float32)}, "non-negative"),
     (lrm_decomposition, {"data/W": np.full((N, K), np.nan, np.float32)}, "not finite"),
     (lrm_decomposition, {"data/W": np.zeros((N, K + 1), np.float32)}, "data/G of shape"),
@@ -289,6 +293,112 @@ def test_a_defect_is_named_in_one_line(
     write(path := tmp_path / "intact.h5")
     read_all(path)
     write(path := tmp_path / "a.h5", **changes)
+    with pytest.raises(StoreError, match=message) as caught:
+        read_all(path)
+    assert_one_line(caught.value, path)
+
+
+CHUNKS: dict[str, Any] = {"chunks": True}
+DEFLATE: dict[str, Any] = {"chunks": True, "compression": "gzip", "shuffle": True}
+CLAIMS: list[tuple[Callable[..., Any], str, tuple[int, ...], dict[str, Any]]] = [
+    (write_lrm_pef, "data/logits", (MANY, C), {}),
+    (write_lrm_pef, "data/logits", (MANY, C), CHUNKS),
+    (write_lrm_pef, "data/logits", (MANY, C), DEFLATE),
+    (write_lrm_pef, "data/logits", (N, MANY), {}),
+    (write_lrm_pef, "data/values", (N, MANY), {}),
+    (write_lrm_pef, "data/values", (N, V), {}),
+    (write_lrm_pef, "data/row_indices", (N, V), {}),
+    (write_lrm_pef, "data/labels", (N,), DEFLATE),
+    (write_lrm_pef, "data/col_offsets", (N, C + 1), CHUNKS),
+    (write_lvrm_pef, "data/ranks", (N,), {}),
+    (write_lvrm_pef, "data/logits", (MANY, C), {}),
+    (d_pef, "data/predicted_logits", (MANY, C), {}),
+    (d_pef, "data/fisher/values", (N, MANY), {}),
+    (d_pef, "data/fisher/indices", (N, V), {}),
+    (lrm_decomposition, "data/W", (MANY, K), {}),
+    (lrm_decomposition, "data/G", (K, MANY), DEFLATE),
+    (lrm_decomposition, "losses/joint", (MANY,), {}),
+    (d_decomposition, "data/W", (MANY, K), {}),
+    (d_decomposition, "data/H", (K, MANY), {}),
+]
+
+
+@pytest.mark.parametrize(("write", "name", "shape", "storage"), CLAIMS)
+def test_an_array_that_the_file_does_not_contain_is_refused_before_memory_is_allocated(
+    write: Callable[..., Any], name: str, shape: tuple[int, ...], storage: dict[str, Any], tmp_path: Path
+) -> None:
+    write(path := tmp_path / "a.h5")
+    with h5py.File(path, "r+") as file:
+        kind = file[name].dtype
+        del file[name]
+        file.create_dataset(name, shape, kind, **storage)
+    assert path.stat().st_size < 200_000
+    tracemalloc.start()
+    with pytest.raises(StoreError, match=rf"a {name} of shape \(.*, of which it contains only 0 bytes") as caught:
+        read_all(path)
+    assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    tracemalloc.stop()
+    assert_one_line(caught.value, path)
+
+
+@pytest.mark.parametrize("storage", [CHUNKS, DEFLATE, {"chunks": True, "compression": "lzf"}])
+def test_arrays_in_compressed_chunks_are_read(storage: dict[str, Any], tmp_path: Path) -> None:
+    arrays = write_lrm_pef(path := tmp_path / "a.h5")
+    with h5py.File(path, "r+") as file:
+        for name, array in arrays.items():
+            del file[f"data/{name}"]
+            file.create_dataset(f"data/{name}", data=array, **storage)
+    with open_pef(path) as pef:
+        (block,) = pef.blocks()
+    np.testing.assert_array_equal(block.values_NV, arrays["values"])
+
+
+def linked(file: Any, folder: Path) -> None:
+    file["data/labels"] = h5py.ExternalLink(str(folder / "other.h5"), "data/labels")
+
+
+def stored_outside(file: Any, folder: Path) -> None:
+    (folder / "labels.raw").write_bytes(bytes(4 * N))
+    file.create_dataset("data/labels", (N,), np.int32, external=[(str(folder / "labels.raw"), 0, 4 * N)])
+
+
+def virtual(file: Any, folder: Path) -> None:
+    layout = h5py.VirtualLayout((N,), np.int32)
+    layout[:] = h5py.VirtualSource(str(folder / "other.h5"), "data/labels", (N,))
+    file.create_virtual_dataset("data/labels", layout)
+
+
+def dangling(file: Any, folder: Path) -> None:
+    file["data/labels"] = h5py.SoftLink("/data/nothing")
+
+
+def group(file: Any, folder: Path) -> None:
+    file.create_group("data/labels")
+
+
+def without_shape(file: Any, folder: Path) -> None:
+    file.create_dataset("data/labels", data=h5py.Empty("i4"))
+
+
+@pytest.mark.parametrize(
+    ("replace_labels", "message"),
+    [
+        (linked, "has a data/labels in another file"),
+        (stored_outside, "has a data/labels in another file"),
+        (virtual, "has a data/labels in another file"),
+        (dangling, "has no data/labels"),
+        (group, "has no data/labels"),
+        (without_shape, "is damaged"),
+    ],
+)
+def test_arrays_that_are_not_in_the_file_are_refused(
+    replace_labels: Callable[[Any, Path], None], message: str, tmp_path: Path
+) -> None:
+    write_lrm_pef(tmp_path / "other.h5")
+    write_lrm_pef(path := tmp_path / "a.h5")
+    with h5py.File(path, "r+") as file:
+        del file["data/labels"]
+        replace_labels(file, tmp_path)
     with pytest.raises(StoreError, match=message) as caught:
         read_all(path)
     assert_one_line(caught.value, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from npeff.storage.errors import StoreError, os_errors_explained
 
 _MOST_PARAMETERS = 2**31
 """Largest number of parameters, because their indices are int32."""
+_MOST_CLASSES = 2**20
+"""Largest number of classes of a decomposition, which contains no array with one entry for each class."""
 _MOST_COMPRESSED = 1032
 """Largest ratio of the size of an array to that of its compressed form in DEFLATE, the compression of HDF5."""
 
@@ -88,10 +90,17 @@ class Hdf5File:
 
     def parameters(self, name: str, *places: str) -> int:
         """Return an attribute that is a number of parameters."""
-        n_parameters = self.number(name, *places)
-        if not 1 <= n_parameters <= _MOST_PARAMETERS:
-            raise self.error(f"has {places[0]}@{name} = {n_parameters:g}, which is out of range for int32 indices")
-        return int(n_parameters)
+        return self._count(name, places, _MOST_PARAMETERS, "out of range for int32 indices")
+
+    def classes(self) -> int:
+        """Return the number of classes."""
+        return self._count("n_classes", ("data",), _MOST_CLASSES, f"not a number of classes from 1 to {_MOST_CLASSES}")
+
+    def _count(self, name: str, places: Sequence[str], most: int, otherwise: str) -> int:
+        number = self.number(name, *places)
+        if not (number.is_integer() and 1 <= number <= most):
+            raise self.error(f"has {places[0]}@{name} = {number:g}, which is {otherwise}")
+        return int(number)
 
     def check_indices(self, indices: np.ndarray, n_parameters: int, name: str) -> None:
         if indices.size and (indices.min() < 0 or indices.max() >= n_parameters):

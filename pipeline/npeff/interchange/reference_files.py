@@ -294,7 +294,7 @@ class DecompositionFile:
             coefficients_NK=file.read(coefficients, 0, n_examples, np.float32),
             column_indices_M=indices_M,
             n_parameters=n_parameters,
-            n_classes=int(file.number("n_classes", "data")) if low_rank else None,
+            n_classes=file.classes() if low_rank else None,
             losses_g_only=self._losses("G_only"),
             losses_joint=self._losses("joint"),
             log_loss_frequency=int(file.number("log_loss_frequency", "losses")) if file.has("losses") else None,
