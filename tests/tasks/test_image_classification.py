@@ -160,3 +160,28 @@ def test_an_image_model_for_regression_is_refused(images: list[Image.Image], tmp
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "model")
     with pytest.raises(TaskError, match="is a model for regression, with one output"):
         load(tmp_path / "model", tiny.write(tmp_path / "data.parquet", columns(tmp_path)))
+
+
+def test_paths_leave_the_folder_of_the_data_only_if_image_folder_is_set(
+    model: Path, images: list[Image.Image], tmp_path: Path
+) -> None:
+    (tmp_path / "tables").mkdir()
+    absolute = [str(tmp_path / "files" / "0.png")]
+    data = tiny.write(tmp_path / "tables" / "data.parquet", {"path": absolute, "animal": ["cat"]})
+    said = r"cannot read the image of row '0': .*0.png' is outside .*tables: set image_folder to a folder that contains"
+    with pytest.raises(TaskError, match=said):
+        load(model, data, image_column="path").examples.table()
+    loaded = load(model, data, image_column="path", image_folder=str(tmp_path / "files"))
+    assert loaded.batch([0])["pixel_values"].shape == (1, 3, 8, 8)
+
+
+def test_images_of_16_bits_and_turned_images_reach_the_model_as_they_are_shown(model: Path, tmp_path: Path) -> None:
+    deep = Image.fromarray(np.full((8, 8), 257 * 100, np.uint16))
+    deep.save(tmp_path / "deep.png")
+    Image.new("RGB", (8, 8), (100, 100, 100)).save(tmp_path / "plain.png")
+    columns = {"path": ["deep.png", "plain.png"], "animal": ["cat", "cat"]}
+    loaded = load(model, tiny.write(tmp_path / "data.parquet", columns), image_column="path")
+    pixels = loaded.batch([0, 1])["pixel_values"]
+    torch.testing.assert_close(pixels[0], pixels[1], rtol=0, atol=0)
+    shown = loaded.column("image")
+    assert shown[0] == shown[1]

@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 from npeff.tasks import TaskError
-from npeff.tasks.tables import TableOptions, class_numbers, example_table, texts
+from npeff.tasks.tables import LabelOptions, TableOptions, class_numbers, distinct_names, example_table, texts
 
 COLUMNS: dict[str, list[Any]] = {
     "key": ["a-1", "b-2", "c-3", "d-4"],
@@ -225,6 +226,72 @@ def test_labels_are_numbers_or_names_in_any_case_or_unknown() -> None:
         class_numbers(["maybe"], ["no", "yes"], "data")
     with pytest.raises(TaskError, match="label 2 is not one of the model's 2 classes"):
         class_numbers([2], ["no", "yes"], "data")
+
+
+STARS = ["1", "2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "values", "expected"),
+    [
+        ([0, 1], ["0", "1"], None, [0, 1]),
+        (["1", "4"], STARS, None, [0, 3]),
+        ([1, 4], STARS, "numbers", [1, 4]),
+        ([1, 5], STARS, "names", [0, 4]),
+        ([0], STARS, None, [0]),
+        ([True, False, None], ["false", "true"], None, [1, 0, None]),
+        (["01", "02"], ["01", "02"], None, [0, 1]),
+        ([1, 0], ["a", "A"], None, [1, 0]),
+        (["NA", "na"], ["EU", "NA"], None, [1, 1]),
+        ([Decimal("2")], ["1", "2"], None, [1]),
+    ],
+)
+def test_labels_that_have_one_meaning_are_read(
+    labels: list[Any], names: list[str], values: Any, expected: list[int | None]
+) -> None:
+    assert class_numbers(labels, names, "data", values) == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "values", "said"),
+    [
+        ([1, 4], STARS, None, "label 1 is the number of the class '2' and the name of class 0: set label_values to"),
+        ([5], STARS, None, "label 5 is not one of the model's 5 classes: set label_values: names"),
+        ([0], STARS, "names", "label 0 is not one of 1, 2, 3, 4, 5: give label_names"),
+        (["a"], ["a", "A"], None, "label 'a' can be the classes 'a' and 'A', because the case of labels is ignored"),
+        ([1.0], ["no", "yes"], None, "label 1.0 is not one of no, yes: give class numbers as integers"),
+        ([float("nan")], ["no", "yes"], None, "label nan is not one of no, yes: give class numbers as integers"),
+        ([[1]], ["no", "yes"], None, r"label [1] is not one of no, yes"),
+        ([""], ["no", "yes"], None, "label '' is not one of no, yes"),
+        ([-1], ["no", "yes"], None, "label -1 is not one of the model's 2 classes: correct it, or filter the rows"),
+        (["x"], [str(number) for number in range(1000)], None, "18, 19, …: give label_names"),
+    ],
+)
+def test_labels_of_no_or_several_meanings_are_refused(
+    labels: list[Any], names: list[str], values: Any, said: str
+) -> None:
+    with pytest.raises(TaskError) as caught:
+        class_numbers(labels, names, "data", values)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_classes_of_one_name_are_refused() -> None:
+    assert distinct_names(["a", "A", 1]) == ("a", "A", "1")
+    with pytest.raises(TaskError, match="two classes have the name 'a': give different names in label_names"):
+        distinct_names(["a", "b", "a"])
+
+
+def test_label_values_are_numbers_or_names() -> None:
+    with pytest.raises(TaskError, match="label_values must be numbers or names, not 'ids'"):
+        LabelOptions(data="data.csv", label_values="ids")  # type: ignore[arg-type]
+
+
+def test_columns_with_the_names_of_shown_columns_are_left_out_unless_they_are_texts() -> None:
+    rows = pa.table({"id": ["x"], "image": ["a.png"], "text": [3], "n": [3]})
+    assert example_table(rows, [1], {}, []).column_names == ["id", "label", "n"]
+    rows = rows.set_column(2, "text", pa.array(["a caption"]))
+    assert example_table(rows, [1], {}, []).column_names == ["id", "label", "text", "n"]
 
 
 def test_the_examples_table_keeps_scalars_that_nothing_else_says() -> None:

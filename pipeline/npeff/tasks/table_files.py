@@ -286,7 +286,11 @@ def _plain_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_run_end_encoded(kind):
         return _plain_column(pc.run_end_decode(column))
     if pa.types.is_dictionary(kind):
-        return _plain_column(column.cast(kind.value_type))
+        decoded = [_plain_column(part.dictionary).take(part.indices) for part in column.chunks]
+        return pa.chunked_array(decoded, None if decoded else kind.value_type)
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):  # pyarrow casts some of them to broken lists
+        usual_kind = pa.list_(kind.value_type)
+        return pa.chunked_array([pa.array(part.to_pylist(), usual_kind) for part in column.chunks], usual_kind)
     for has_type, usual in _USUAL:
         if has_type(kind):
             return column.cast(usual(kind))
@@ -297,8 +301,6 @@ _USUAL: tuple[tuple[Callable[[pa.DataType], bool], Callable[[Any], pa.DataType]]
     (pa.types.is_string_view, lambda _: pa.large_string()),
     (pa.types.is_binary_view, lambda _: pa.large_binary()),
     (pa.types.is_float16, lambda _: pa.float32()),
-    (pa.types.is_list_view, lambda kind: pa.list_(kind.value_type)),
-    (pa.types.is_large_list_view, lambda kind: pa.large_list(kind.value_type)),
     (pa.types.is_fixed_size_list, lambda kind: pa.list_(kind.value_type)),
 )
 """Types that are replaced, with the type that replaces each."""

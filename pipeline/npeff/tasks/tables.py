@@ -84,7 +84,7 @@ class TableOptions:
         files = self._files()
         former = {new: old for old, new in (self.columns or {}).items()}
         names = [{former.get(name, name) for name in some} for some in (written, used)]
-        table = self._renamed(_concatenated(self.data, {file: read_file(file, *names) for file in files}, names[1]))
+        table = _concatenated(self.data, {file: self._renamed(read_file(file, *names)) for file in files}, used)
         if files[0].suffix not in UNTYPED:
             return table
         columns = {name: table[name] for name in table.column_names}

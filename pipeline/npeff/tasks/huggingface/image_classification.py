@@ -83,7 +83,7 @@ class _Images(Examples):
 
     def _check_sizes(self) -> None:
         """Raise TaskError if the processor does not give all images the same size."""
-        if len({self._inputs([Image.new(self._mode, size)]).shape for size in _TRIED_SIZES}) == 1:
+        if len({self._inputs([Image.new(self._channels, size)]).shape for size in _TRIED_SIZES}) == 1:
             return
         first: dict[tuple[int, int], int] = {}
         for index in range(len(self)):
