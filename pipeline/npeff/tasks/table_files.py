@@ -176,6 +176,8 @@ def _rows(path: Path, **dialect: Any) -> Iterator[list[str]]:
 class _Number(float):
     """A number of a JSON text that is not an integer, with its text."""
 
+    __slots__ = ("text",)
+
     def __init__(self, text: str) -> None:
         self.text = text
 
