@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 from collections.abc import Callable
 from datetime import UTC, date, datetime
 from decimal import Decimal
@@ -207,6 +208,16 @@ def test_a_malformed_file_is_refused_in_one_line(name: str, tmp_path: Path) -> N
     assert f"data.{ending}" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+def test_a_pipe_and_doubled_columns_of_parquet_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(TaskError, match="it is not a file: give a file, or a folder of files"):
+        read(tmp_path / "pipe.csv")
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "data.parquet")
+    with pytest.raises(TaskError, match="more than one column 'text': rename or remove one of them in the data"):
+        read(tmp_path / "data.parquet")
 
 
 def test_an_id_that_is_empty_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from npeff.runs.config_reading import ConfigError
 
 MOST_COUNTED = np.iinfo(np.uint16).max
-"""Largest count of the entries of a parameter."""
+"""Largest value of ``min_nonzero``."""
 
 
 @dataclass(frozen=True)

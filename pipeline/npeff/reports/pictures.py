@@ -110,6 +110,6 @@ def _smaller(png: bytes, side: int) -> bytes:
         picture.thumbnail((side, side))
         stream = io.BytesIO()
         picture.save(stream, format="WEBP", quality=60)
-    except (OSError, ValueError, Pillow.DecompressionBombError):
+    except (OSError, ValueError, SyntaxError, Pillow.DecompressionBombError):
         return png
     return min(stream.getvalue(), png, key=len)

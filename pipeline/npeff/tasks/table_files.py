@@ -43,6 +43,16 @@ _FORMS = (
     (pa.bool_(), r"^(true|false|True|False|TRUE|FALSE)$"),
 )
 
+_NO_COLUMN = (pa.ArrowException, OverflowError, TypeError, ValueError)
+"""Exceptions of values of several types, of integers of more than 64 bits, and of texts with half a character."""
+_USUAL: tuple[tuple[Callable[[pa.DataType], bool], Callable[[Any], pa.DataType]], ...] = (
+    (pa.types.is_string_view, lambda _: pa.large_string()),
+    (pa.types.is_binary_view, lambda _: pa.large_binary()),
+    (pa.types.is_float16, lambda _: pa.float32()),
+    (pa.types.is_fixed_size_list, lambda kind: pa.list_(kind.value_type)),
+)
+"""Types that are replaced, with the type that replaces each."""
+
 
 def read_file(path: Path, written: Collection[str], used: Collection[str]) -> pa.Table:
     """Read a file.
@@ -59,9 +69,12 @@ def read_file(path: Path, written: Collection[str], used: Collection[str]) -> pa
         TaskError: The file cannot be read, or is not well-formed.
     """
     try:
+        if path.exists() and not path.is_file():  # reading a pipe would wait
+            raise _error(path, None, "it is not a file", "give a file, or a folder of files")
         match path.suffix:
             case ".parquet":
-                return plain(pyarrow.parquet.read_table(path, partitioning=None))
+                with pyarrow.parquet.ParquetFile(path) as file:
+                    return plain(file.read())
             case ".csv":
                 return _read_separated(path, delimiter=",", strict=True)
             case ".tsv" | ".txt":
@@ -205,10 +218,6 @@ def _read_json_lines(path: Path, written: Collection[str], used: Collection[str]
     return pa.table(columns)
 
 
-_NO_COLUMN = (pa.ArrowException, OverflowError, TypeError, ValueError)
-"""Exceptions of values of several types, of integers of more than 64 bits, and of texts with half a character."""
-
-
 def _is_column(values: Sequence[Any]) -> bool:
     try:
         pa.array(values)
@@ -297,12 +306,3 @@ def _plain_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
         if has_type(kind):
             return column.cast(usual(kind))
     return column
-
-
-_USUAL: tuple[tuple[Callable[[pa.DataType], bool], Callable[[Any], pa.DataType]], ...] = (
-    (pa.types.is_string_view, lambda _: pa.large_string()),
-    (pa.types.is_binary_view, lambda _: pa.large_binary()),
-    (pa.types.is_float16, lambda _: pa.float32()),
-    (pa.types.is_fixed_size_list, lambda kind: pa.list_(kind.value_type)),
-)
-"""Types that are replaced, with the type that replaces each."""

@@ -80,7 +80,7 @@ class TableOptions:
     def _load(self, written: Collection[str], used: Collection[str], label_column: str | None) -> pa.Table:
         """Return the data with the new names of its columns."""
         if self.data.startswith(_HUB):
-            return self._renamed(plain(self._from_hub()))
+            return self._renamed(self._from_hub())
         files = self._files()
         former = {new: old for old, new in (self.columns or {}).items()}
         names = [{former.get(name, name) for name in some} for some in (written, used)]
@@ -130,9 +130,9 @@ class TableOptions:
             raise TaskError(f"{self.data} needs a split, such as split: validation")
         try:
             found = datasets.load_dataset(owner_and_name, config or None, split=self.split)
+            return plain(found.with_format("arrow")[:])
         except Exception as error:  # the library raises any exception of the network, its loaders and its parsers
             raise TaskError(f"cannot read {self.data}: {as_one_line(error)}") from None
-        return found.with_format("arrow")[:]
 
     def _renamed(self, table: pa.Table) -> pa.Table:
         for column in self.columns or {}:
