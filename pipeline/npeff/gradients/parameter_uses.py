@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -25,8 +26,21 @@ _CHOICES = frozenset(("__getitem__", "index_select", "gather", "take_along_dim",
 _FACTS = frozenset(
     ("size", "dim", "stride", "numel", "nelement", "is_floating_point", "is_complex", "element_size", "is_contiguous")
 )
-"""Methods that do not read the values of a tensor. So do all getters but those of `_VALUES`."""
+"""Methods that do not read the values of a tensor, like all getters but those of `_VALUES`."""
 _VALUES = frozenset(("data", "T", "mT", "H", "mH", "real", "imag", "grad"))
+
+
+class _Kind(Enum):
+    """What is looked for in a call of a function. Every function of a model is called through the mode, so that this is
+    looked up once for each function."""
+
+    FACT = auto()
+    SIZE = auto()
+    CHOICE = auto()
+    OTHER = auto()
+
+
+_kinds: dict[Any, _Kind] = {}
 
 
 class ParameterUses(TorchFunctionMode):
@@ -52,16 +66,33 @@ class ParameterUses(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in _SIZES or (name == "where" and len(args) + len(kwargs or {}) == 1) or _is_masked(name, args):
-            self.has_dynamic_sizes = True
-        if name in _CHOICES and self._reorders(name, args, kwargs or {}):
-            self.is_reordered = True
-        if name not in _FACTS and not _reads_a_fact(name, func):
-            for value in _flat((*args, *(kwargs or {}).values())):
-                if (found := self._owners.get(id(value))) is not None and found[1].isdisjoint(self._active):
-                    self.outside.add(found[0])
+        kind = _kinds.get(func)
+        if kind is None:
+            kind = _kinds.setdefault(func, _kind(func))
+        if kind is _Kind.FACT:
+            return func(*args, **(kwargs or {}))
+        if kind is not _Kind.OTHER:
+            self._observe(kind, func.__name__, args, kwargs or {})
+        values: Iterable[Any] = (*args, *kwargs.values()) if kwargs else args
+        for value in values:
+            if id(value) in self._owners:
+                self._use(value)
+            elif type(value) in (list, tuple):
+                for inner in value:
+                    if id(inner) in self._owners:
+                        self._use(inner)
         return func(*args, **(kwargs or {}))
+
+    def _use(self, parameter: Any) -> None:
+        name, owners = self._owners[id(parameter)]
+        if owners.isdisjoint(self._active):
+            self.outside.add(name)
+
+    def _observe(self, kind: _Kind, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if kind is _Kind.SIZE or (name == "where" and len(args) + len(kwargs) == 1) or _is_masked(name, args):
+            self.has_dynamic_sizes = True
+        if name in _CHOICES and self._reorders(name, args, kwargs):
+            self.is_reordered = True
 
     def _reorders(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         value = args[0] if args else None
@@ -104,11 +135,6 @@ class ParameterUses(TorchFunctionMode):
         self._active.pop()
 
 
-def _reads_a_fact(name: str, getter: Any) -> bool:
-    """Return whether a function is the getter of a property such as `shape` or `dtype`."""
-    return name == "__get__" and getattr(getter.__self__, "__name__", "") not in _VALUES
-
-
 def _is_masked(name: str, args: tuple[Any, ...]) -> bool:
     if name != "__getitem__":
         return False
@@ -121,3 +147,12 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
             yield from value
         else:
             yield value
+
+
+def _kind(func: Any) -> _Kind:
+    name = getattr(func, "__name__", "")
+    if name in _FACTS or (name == "__get__" and getattr(func.__self__, "__name__", "") not in _VALUES):
+        return _Kind.FACT
+    if name in _SIZES:
+        return _Kind.SIZE
+    return _Kind.CHOICE if name in _CHOICES or name == "where" else _Kind.OTHER
