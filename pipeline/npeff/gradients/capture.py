@@ -167,6 +167,10 @@ def watch(
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if not torch.is_grad_enabled():
                 return None
+            with torch._C.DisableTorchFunction():  # a mode that observes the model need not see this function
+                return recorded(module, args, kwargs, output)
+
+        def recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             leaves, spec = pytree.tree_flatten(output)
             places = tuple(p for p, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())
             forms = tuple(axes.form(leaves[place]) for place in places)

@@ -35,7 +35,7 @@ from npeff.gradients.sums import add
 from npeff.gradients.watcher import INDEPENDENT, Pass, Watcher
 from npeff.options.labels import LabelSpec
 
-CHECKED_EVERY = 64
+CHECKED_EVERY = 128
 """One of so many batches is checked although the model does nothing new, from a random one on. A check takes less time
 than a batch."""
 _MAX_IRREGULAR = 3
