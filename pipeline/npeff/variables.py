@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from npeff.errors import NpeffError, hide_value_of
+from npeff.errors import NpeffError, hide_value_of, printable
 
 _REFERENCE = re.compile(r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -23,17 +23,23 @@ class VariableError(NpeffError, ValueError):
     """An environment variable that is not set where its value is needed."""
 
 
-def resolved(tree: Any, key: str) -> Any:
+def resolved(tree: Any, key: str, read: Callable[[str], Any] = str) -> Any:
     """Return ``tree``, a value of the run file, with environment variables in place of ``${NAME}``.
 
     Args:
         tree: A text, or lists and mappings of texts and other values. Keys of mappings are not changed.
         key: The dotted key of the run file, for the error message.
+        read: Function that is applied to the value of every text with a reference.
 
     Raises:
         VariableError: A variable is not set in this process.
     """
-    return _map_texts(tree, _resolved_text, key)
+
+    def change(text: str, key: str) -> Any:
+        value = _resolved_text(text, key)
+        return read(value) if has_references(text) else value
+
+    return _map_texts(tree, change, key)
 
 
 def literal(tree: Any) -> Any:
@@ -78,7 +84,7 @@ def _resolved_text(text: str, key: str) -> str:
             return found[0][1:]
         if name not in os.environ:
             raise VariableError(
-                f"{key} needs the environment variable {name}, which is not set on {platform.node()}",
+                f"{printable(key):.300} needs the environment variable {name}, which is not set on {platform.node()}",
                 f"export {name}=… there, or give a submitted job --env {name}",
             )
         hide_value_of(name)
@@ -87,7 +93,7 @@ def _resolved_text(text: str, key: str) -> str:
     return _REFERENCE.sub(value, text)
 
 
-def _map_texts(tree: Any, change: Callable[[str, str], str], key: str) -> Any:
+def _map_texts(tree: Any, change: Callable[[str, str], Any], key: str) -> Any:
     """Return ``tree`` with every string replaced by ``change(string, dotted key)``."""
     match tree:
         case str():

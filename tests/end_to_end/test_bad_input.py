@@ -218,7 +218,7 @@ def test_a_defect_of_the_users_own_task_is_named(command: Command, task: str, sa
         ({"parameters": {"exclude": ["*"]}}, "parameters.exclude excludes every parameter"),
         ({"factorization__n_components": 55}, "n_components=55 exceeds the 54 factor rows of 27 examples of rank 2"),
         ({"factorization__subsample": 1}, "factorization.subsample=1 examples of rank 2 cannot start n_components=3"),
-        ({"fishers__sketch": {"kind": "tensorsketch", "dim": 10**12}}, "lower fishers.batch_size, fishers.sketch.dim"),
+        ({"fishers__sketch": {"dim": 10**12}}, "fishers.sketch.dim must be less than or equal to 2147483647, not 1"),
     ],
 )
 def test_values_that_do_not_fit_task_or_model_are_named(command: Command, changes: dict[str, Any], said: str) -> None:

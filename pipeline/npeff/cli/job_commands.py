@@ -17,6 +17,7 @@ from npeff.cli.options import Factorization, open_existing
 from npeff.cli.output import rows_table, say
 from npeff.errors import printable
 from npeff.execution.ray.jobs import Job, JobServer, Submission
+from npeff.storage.location import absolute_location
 from npeff.variables import literal
 
 EXIT_INTERRUPTED = 130
@@ -205,7 +206,7 @@ def _run_dir(run: str) -> str:
 
 
 def _there(run_dir: str) -> str:
-    return run_dir.rstrip("/") if "://" in run_dir else str(Path(run_dir).expanduser().absolute())
+    return run_dir.rstrip("/") if "://" in run_dir else str(absolute_location(run_dir))
 
 
 def _written_there(run_dir: str, value: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from npeff.options.bounds import POSITIVE, OptionError, check_bounds
+from npeff.options.bounds import COUNT, OptionError, check_bounds
 
 Labels = Literal["exact", "truncated", "sampled", "empirical"]
 
@@ -33,7 +33,7 @@ class LabelSpec:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Labels):
             raise OptionError(f"labels must be one of {', '.join(get_args(Labels))}, not {self.kind!r}")
-        check_bounds(self, rank=POSITIVE, kept_trace={"greater than": 0, "less than or equal to": 1})
+        check_bounds(self, rank=COUNT, kept_trace={"greater than": 0, "less than or equal to": 1})
         if self.kind in ("truncated", "sampled") and self.rank is None:
             raise OptionError(f"labels: {self.kind} needs a rank (rows per example): set, for example, rank: 4")
         if self.kind in ("exact", "empirical") and self.rank is not None:

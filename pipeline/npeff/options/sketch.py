@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from npeff.options.bounds import POSITIVE, OptionError, check_bounds
+from npeff.options.bounds import COUNT, OptionError, check_bounds
 
 SketchKind = Literal["identity", "tensorsketch", "kronecker", "topk"]
 
@@ -34,7 +34,7 @@ class SketchSpec:
     def __post_init__(self) -> None:
         if self.kind not in get_args(SketchKind):
             raise OptionError(f"the sketch kind must be one of {', '.join(get_args(SketchKind))}, not {self.kind!r}")
-        check_bounds(self, dim=POSITIVE, size=POSITIVE)
+        check_bounds(self, dim=COUNT, size=COUNT)
         if self.dim is not None and self.kind != "tensorsketch":
             what = "keeps every coordinate and takes no dim" if self.kind == "identity" else "takes a size and no dim"
             raise OptionError(f"the {self.kind} sketch {what}: remove dim")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from npeff.options.bounds import POSITIVE, OptionError, check_bounds
+from npeff.options.bounds import COUNT, OptionError, check_bounds
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,10 @@ class SolverOptions:
     def __post_init__(self) -> None:
         check_bounds(
             self,
-            **dict.fromkeys(("n_components", "max_iterations", "n_starts", "subsample"), POSITIVE),
+            **dict.fromkeys(("n_components", "max_iterations", "n_starts", "subsample"), COUNT),
             tolerance={"greater than or equal to": 0},
             l1={"greater than or equal to": 0, "less than": 1},
-            orthogonality={"greater than or equal to": 0, "less than": math.inf},
+            orthogonality={"greater than or equal to": 0},
             n_frozen={"greater than or equal to": 0},
         )
         if self.n_frozen >= self.n_components:

@@ -26,7 +26,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import yaml
 from pydantic import (
     Field,
     ValidationError,
@@ -34,6 +33,8 @@ from pydantic import (
 )
 
 from npeff import variables
+from npeff.errors import printable
+from npeff.runs import yaml_text
 from npeff.runs.config_reading import ConfigError, one_line, read_run_file, with_settings_resolved
 from npeff.runs.config_sections import (
     ExecutorConfig,
@@ -50,7 +51,8 @@ from npeff.runs.config_sections import (
 )
 from npeff.storage.atomic import is_committed
 from npeff.storage.commands import DEFAULT
-from npeff.storage.location import location
+from npeff.storage.errors import StoreError
+from npeff.storage.location import absolute_location
 from npeff.store.run_files import SETTINGS, home_of
 
 _MAX_ITERATIONS = "factorization.max_iterations"
@@ -131,6 +133,8 @@ class RunConfig(Section):
             document = _with_other_fishers(document)
         except variables.VariableError as error:
             raise ConfigError(f"{path}: {error}") from None
+        except (StoreError, ConfigError) as error:
+            raise ConfigError(f"{path}: fishers.from: {printable(str(error))}") from None
         return cls._validated(document, path)
 
     @classmethod
@@ -167,7 +171,7 @@ class RunConfig(Section):
     def to_yaml(self, sections: Collection[str] | None = None) -> str:
         """Return the configuration, or some of its sections, as the text of a run file with all defaults."""
         document = self.model_dump(mode="json", include=None if sections is None else set(sections))
-        return yaml.safe_dump(document, sort_keys=False)
+        return yaml_text.write(document)
 
     def resolved(self, key: str) -> Any:
         """Return the value of a dotted key with environment variables in place of ``${NAME}``.
@@ -290,7 +294,7 @@ def _with_other_fishers(document: dict[str, Any]) -> dict[str, Any]:
     other = fishers.get("from") if isinstance(fishers, dict) else None
     if not isinstance(other, str) or not other:
         return document
-    path = location(variables.resolved(other, "fishers.from")).expanduser().absolute()
+    path = absolute_location(variables.resolved(other, "fishers.from"))
     theirs = read_run_file(path / "run.yaml")
     theirs = {name: theirs[name] for name in FISHER_SECTIONS if name in theirs}
     merged = _merged(theirs, document)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -10,8 +11,10 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from npeff.errors import NpeffError, as_one_line, without_values
-from npeff.options.bounds import OutOfBoundsError
+from npeff.errors import NpeffError, as_one_line, printable, without_values
+from npeff.options.bounds import OutOfBoundsError, shown
+from npeff.runs import yaml_text
+from npeff.runs.yaml_text import plain_value
 from npeff.variables import resolved
 
 
@@ -26,12 +29,17 @@ def read_run_file(path: Path) -> dict[str, Any]:
         ConfigError: The file is missing, is not YAML, or is not a mapping.
     """
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
+        with path.open("rb") as file:
+            content = file.read(yaml_text.LARGEST_FILE + 1)
     except FileNotFoundError:
         raise ConfigError(f"no run file at {path}: give the path of a run file (YAML)") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: the path contains a null character
         raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
+    if len(content) > yaml_text.LARGEST_FILE:
+        raise ConfigError(f"{path} is not a run file: it is larger than {yaml_text.LARGEST_FILE} bytes")
+    try:
+        document = yaml_text.parse(content)
+    except yaml.MarkedYAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {_yaml_problem(error)}") from None
     if not isinstance(document, dict):
         raise ConfigError(
@@ -43,8 +51,8 @@ def read_run_file(path: Path) -> dict[str, Any]:
 def with_settings_resolved(document: dict[str, Any], model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
     """Return the mapping of a run file with environment variables replaced in the values that are not texts.
 
-    These values are numbers, switches and words of a fixed list, by the types of the keys of ``model``. All other
-    values are returned unchanged.
+    These values are numbers, switches and words of a fixed list, by the types of the keys of ``model``. The value of a
+    variable is read as YAML: ``true`` is a boolean. All other values are returned unchanged.
 
     Raises:
         VariableError: A variable is not set.
@@ -57,7 +65,9 @@ def with_settings_resolved(document: dict[str, Any], model: type[BaseModel], pre
             section = isinstance(value, dict)
             found[name] = with_settings_resolved(value, kind, f"{prefix}{name}.") if section else value
         else:
-            found[name] = value if kind is None or _holds_texts(kind) else resolved(value, f"{prefix}{name}")
+            found[name] = (
+                value if kind is None or _holds_texts(kind) else resolved(value, f"{prefix}{name}", plain_value)
+            )
     return found
 
 
@@ -66,23 +76,10 @@ def _holds_texts(kind: Any) -> bool:
     return kind in (str, Any) or (get_origin(kind) is not Literal and any(map(_holds_texts, get_args(kind))))
 
 
-class _Loader(yaml.SafeLoader):
-    """A loader that refuses duplicate keys, of which YAML would silently use the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
-        return as_one_line(error)
-    mark = error.problem_mark
-    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+def _yaml_problem(error: yaml.MarkedYAMLError) -> str:
+    mark = error.problem_mark or error.context_mark
+    place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+    return f"{place}{error.problem or error.context}"
 
 
 _MAPPING = "must be a mapping, such as {key: value}"
@@ -97,12 +94,18 @@ _PLAIN = {
     "int_parsing": "must be a whole number",
     "int_from_float": "must be a whole number",
     "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
     "float_parsing": "must be a number",
     "string_type": "must be a string",
     "string_too_short": "must be given",
     "string_pattern_mismatch": "must be a path",
 }
 """Messages for pydantic's error types in terms of YAML, instead of pydantic's messages in terms of Python."""
+
+
+_MOST_SHOWN = 5
+"""Largest number of errors in a message."""
 
 
 def one_line(error: ValidationError, model: type[BaseModel], document: dict[str, Any] | None = None) -> str:
@@ -113,21 +116,31 @@ def one_line(error: ValidationError, model: type[BaseModel], document: dict[str,
         model: The type of the validated values.
         document: The mapping of the run file. Values are shown as they are written there.
     """
-    parts = []
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
-        given = _written_at(document, problem["loc"], problem["input"])
-        if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            near = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(model, problem["loc"][:-1]), n=1)
-            parts.append(f"unknown key {key!r}" + (f" (did you mean {near[0]!r}?)" if near else " (remove it)"))
-        elif problem["type"] == "missing":
-            parts.append(f"missing key {key!r}")
-        elif problem["type"] == "value_error":
-            parts += _refused_values(key, problem["ctx"]["error"], given)
-        else:
-            message = _PLAIN.get(problem["type"], problem["msg"].replace("Input should", "must", 1))
-            parts.append(f"{key or 'run file'} {message}, not {given!r:.80}")
+    problems = error.errors()
+    parts = [part for problem in problems[:_MOST_SHOWN] for part in _described(problem, model, document)]
+    if len(problems) > _MOST_SHOWN:
+        parts.append(f"and {len(problems) - _MOST_SHOWN} more")
     return without_values("; ".join(parts))
+
+
+def _described(problem: Mapping[str, Any], model: type[BaseModel], document: dict[str, Any] | None) -> list[str]:
+    """Return the messages of one of pydantic's errors."""
+    key = ".".join(map(_shown_key, problem["loc"]))
+    given = _written_at(document, problem["loc"], problem["input"])
+    match problem["type"]:
+        case "extra_forbidden" | "unexpected_keyword_argument":
+            near = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(model, problem["loc"][:-1]), n=1)
+            return [f"unknown key '{key}'" + (f" (did you mean {near[0]!r}?)" if near else " (remove it)")]
+        case "missing":
+            return [f"missing key '{key}'"]
+        case "value_error":
+            return _refused_values(key, problem["ctx"]["error"], given)
+    message = _PLAIN.get(problem["type"], problem["msg"].replace("Input should", "must", 1))
+    return [f"{key or 'run file'} {message}, not {shown(given)}"]
+
+
+def _shown_key(part: int | str) -> str:
+    return printable(str(part)[:80])
 
 
 def _written_at(document: Any, keys: tuple[int | str, ...], found: Any) -> Any:
@@ -148,8 +161,9 @@ def _refused_values(section: str, error: ValueError, given: Any) -> list[str]:
     """Return the messages of a section's own validation; numbers out of bounds are described as pydantic does."""
     if isinstance(error, OutOfBoundsError):
         problems = {f"{section}.{key}".lstrip("."): (bound, given[key]) for key, (bound, _) in error.problems.items()}
-        return [f"{key} {bound}, not {value!r:.80}" for key, (bound, value) in problems.items()]
-    return [f"{section}: {error}" if section else str(error)]
+        return [f"{key} {bound}, not {shown(value)}" for key, (bound, value) in problems.items()]
+    said = as_one_line(error)
+    return [f"{section}: {said}" if section else said]
 
 
 def _known_keys(model: type[BaseModel], section: tuple[int | str, ...]) -> list[str]:

@@ -7,19 +7,21 @@ a value of the type, which provides the defaults and checks the bounds.
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeInt,
+    GetCoreSchemaHandler,
+    GetPydanticSchema,
     PositiveFloat,
-    PositiveInt,
+    Strict,
     field_validator,
     model_validator,
 )
 
+from npeff.options.bounds import LARGEST_COUNT, LARGEST_SHARE, LARGEST_STEP, LARGEST_TIME_S
 from npeff.options.labels import Labels, LabelSpec
 from npeff.options.sketch import SketchSpec
 from npeff.options.solver import SolverOptions
@@ -30,11 +32,25 @@ IMPORTED_TASK = "imported"
 """Name of the task of an imported run, which has no model."""
 
 
+def _from_mapping(source: Any, handler: GetCoreSchemaHandler) -> Any:
+    """Return the schema of a dataclass that a mapping may be converted to. Its values are not converted."""
+    schema = handler(source)
+    cast(dict[str, Any], handler.resolve_ref_schema(schema))["strict"] = False
+    return schema
+
+
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Count = Annotated[int, Field(gt=0, le=LARGEST_COUNT)]
+CountOrZero = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+Sketch = Annotated[SketchSpec, GetPydanticSchema(_from_mapping)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, use_attribute_docstrings=True)
+    """A section, whose values are not converted: a text is not a number, and a number is not a switch."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     def model_dump(self, **options: Any) -> dict[str, Any]:
         """Return the values by the keys of the run file, such as ``from``. The options are those of pydantic."""
@@ -49,16 +65,16 @@ class TaskConfig(Section):
 
 
 class ParametersConfig(Section):
-    include: tuple[str, ...] = ("*",)
+    include: Annotated[tuple[str, ...], Strict(False)] = ("*",)
     """Globs of the names of the parameters with respect to which the Fishers are computed."""
-    exclude: tuple[str, ...] = ()
+    exclude: Annotated[tuple[str, ...], Strict(False)] = ()
     """Globs of parameter names to remove from the matches of ``include``."""
 
 
 class DiagonalConfig(Section):
     mean: bool = False
     """Write the mean diagonal Fisher of the data set to ``diagonal_fisher.safetensors``."""
-    top_entries: PositiveInt | None = None
+    top_entries: Count | None = None
     """Number of largest diagonal entries to store for every example, with the norm of the diagonal."""
     groups: bool = False
     """Store the sums of every example's diagonal over each output unit of a layer, with the norm of the diagonal."""
@@ -77,18 +93,18 @@ class FishersConfig(Section):
     kept_trace: float = LabelSpec.kept_trace
     """``truncated``: stop adding rows once this fraction of the trace is covered, so some examples have fewer than
     ``rank`` rows."""
-    sketch: SketchSpec = SketchSpec()
+    sketch: Sketch = SketchSpec()
     diagonal: DiagonalConfig = DiagonalConfig()
     """Diagonals of the Fishers to store. They are exact for every sketch. By default, none are stored."""
     store_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Precision of the stored (normalized) factors."""
-    shard_size: PositiveInt = 256
+    shard_size: Count = 256
     """Examples per shard. A shard is one item of a worker, one file per array, and one completion record."""
-    batch_size: PositiveInt | Literal["auto"] = "auto"
+    batch_size: Count | Literal["auto"] = "auto"
     """Examples per forward pass. A batch never contains examples of two shards. ``auto`` determines the size once, on
     the largest examples, and records it in the store. A worker with several CPU cores computes up to four batches at a
     time."""
-    memory_limit_mb: PositiveInt = 2048
+    memory_limit_mb: Count = 2048
     """Memory in MiB for all batches of a worker, besides the model. Used with ``batch_size: auto``."""
 
     @model_validator(mode="after")
@@ -120,9 +136,9 @@ class FactorizationConfig(Section):
     """Examples in the subsample of the trial runs."""
     held_out_fraction: Fraction = 1 / 3
     """Fraction of the examples to hold out of the fit, for verification."""
-    checkpoint_every: PositiveInt = 5
+    checkpoint_every: Count = 5
     """Iterations between checkpoints. A crash costs at most this many iterations."""
-    memory_limit_mb: PositiveInt = 4096
+    memory_limit_mb: Count = 4096
     """Memory in MiB in which a worker keeps its Fishers: GPU memory if the worker has a GPU. If the Fishers do not fit,
     the worker keeps them in half precision, if they are stored in half precision. If they still do not fit, every pass
     reads them from the store. This option does not change any result."""
@@ -146,7 +162,7 @@ class FactorizationConfig(Section):
     metrics: Literal["none", "jsonl", "tensorboard"] = "none"
     """Where to write the history during the fit, in addition to the table ``history``. ``jsonl``: the file
     ``metrics/factorize.jsonl``. ``tensorboard``: TensorBoard events in ``metrics/`` (``pip install tensorboard``)."""
-    stability_examples: NonNegativeInt = 4096
+    stability_examples: CountOrZero = 4096
     """Largest number of examples for the stability of the components (column ``stability`` of the table of components).
     The components are fitted again to each half of these examples. 0 skips this and leaves the column null."""
 
@@ -176,26 +192,28 @@ class FactorizationConfig(Section):
 
 
 class SelectionConfig(Section):
-    components: tuple[PositiveInt, ...] = (8, 16, 24, 32, 48, 64)
+    components: Annotated[tuple[Count, ...], Strict(False)] = (8, 16, 24, 32, 48, 64)
     """Numbers of components that ``npeff select`` tries first: a list, or a string such as ``8:64:8``."""
     refine: bool = True
     """Whether to also try numbers between the best number and its neighbours among the numbers tried, until no number
     is left between them."""
-    seeds: PositiveInt = 3
+    seeds: Count = 3
     """Number of seeds. Each number of components and seed has three fits: of all examples, and of the two halves of a
     random split."""
-    max_examples: PositiveInt = 4096
+    max_examples: Count = 4096
     """Largest number of examples of a fit, and of held-out examples to evaluate the fit on."""
-    max_iterations: PositiveInt = 40
+    max_iterations: Count = 40
     """As in ``factorization``. The default is lower because a search has many fits."""
     tolerance: PositiveFloat = 1e-4
     """As in ``factorization``. The default is larger because a search has many fits."""
-    n_starts: PositiveInt = 2
+    n_starts: Count = 2
     """As in ``factorization``. The default is lower because a search has many fits."""
 
     @field_validator("components", mode="before")
     @classmethod
     def _parse_numbers(cls, value: Any) -> Any:
+        if type(value) is int:
+            return (value,)
         return component_numbers(value) if isinstance(value, str) else value
 
     @field_validator("components")
@@ -206,8 +224,11 @@ class SelectionConfig(Section):
         return tuple(sorted(set(value)))
 
 
+_MOST_NUMBERS = 10_000
+
+
 def component_numbers(text: str) -> tuple[int, ...]:
-    """Parse numbers of components: a list ``8,16,24``, or a range ``8:64:8`` (from, to, step).
+    """Parse at most 10,000 numbers of components: a list ``8,16,24``, or a range ``8:64:8`` (from, to, step).
 
     A range includes its end. The step is 1 by default.
 
@@ -220,24 +241,30 @@ def component_numbers(text: str) -> tuple[int, ...]:
             ends = [int(number) for number in part.split(":")]
             if len(ends) > 3 or (len(ends) == 3 and ends[2] < 1) or min(ends) < 1:
                 raise ValueError
-            numbers += ends if len(ends) == 1 else range(ends[0], ends[1] + 1, *ends[2:])
+            more = ends if len(ends) == 1 else range(ends[0], min(ends[1], LARGEST_COUNT) + 1, *ends[2:])
+            numbers += more[: _MOST_NUMBERS + 1]
+            if len(numbers) > _MOST_NUMBERS:
+                raise ValueError
     except ValueError:
         numbers = []
     if not numbers:
-        raise ValueError(f"{text!r} is not a list of numbers of components: give 8,16,32 or 8:64:8 (from, to, step)")
+        raise ValueError(
+            f"{text!r} is not a list of numbers of components, or has more than {_MOST_NUMBERS}: give 8,16,32 or "
+            "8:64:8 (from, to, step)"
+        )
     return tuple(numbers)
 
 
 class LiftConfig(Section):
-    memory_limit_mb: PositiveInt = 2048
+    memory_limit_mb: Count = 2048
     """Memory in MiB for the directions that one worker accumulates at a time. It determines how many components are
     lifted in one pass over the examples."""
-    components: tuple[NonNegativeInt, ...] | None = None
+    components: Annotated[tuple[CountOrZero, ...], Strict(False)] | None = None
     """Components to lift. Only lifted components are verified. The default is all components. A later lift with other
     components adds these."""
     dtype: Literal["float32", "float16"] = "float32"
     """Precision of the stored directions. ``float16`` halves the disk space."""
-    polish_steps: NonNegativeInt = 0
+    polish_steps: CountOrZero = 0
     """Number of alternating-least-squares steps in all parameters after the lift, with fixed coefficients. Each step is
     two passes over the examples. The steps reduce the errors of a narrow sketch. They need the directions of all
     components."""
@@ -257,18 +284,18 @@ class LiftConfig(Section):
 
 
 class VerificationConfig(Section):
-    top_examples: PositiveInt = 32
+    top_examples: Count = 32
     """Number of top examples of a component, on which a step along its direction should have a large effect."""
-    baseline_examples: PositiveInt = 200
+    baseline_examples: Count = 200
     """Number of random examples, disjoint from the top examples, on which the step should have a small effect."""
     target_kl: PositiveFloat = 0.1
     """Mean KL divergence in nats on the top examples. The length of each step is chosen to reach it."""
-    epsilon: PositiveFloat | None = None
+    epsilon: Annotated[float, Field(gt=0.0, le=LARGEST_STEP)] | None = None
     """Fixed length of the step along every (unit) direction, instead of ``target_kl``."""
-    selectivity_examples: NonNegativeInt = 8
+    selectivity_examples: CountOrZero = 8
     """Top examples of every component for the selectivity matrix, which measures their KL divergence for steps along
     the directions of all components. 0 leaves the table ``selectivity`` empty."""
-    correlation_examples: NonNegativeInt = 500
+    correlation_examples: CountOrZero = 500
     """Largest number of random examples for the rank correlation between coefficients and KL divergences. 0 skips the
     correlation."""
     orthogonalize: Literal["none", "semi"] = "none"
@@ -288,19 +315,19 @@ class VerificationConfig(Section):
 
 
 class RepairConfig(Section):
-    top_examples: PositiveInt = 64
+    top_examples: Count = 64
     """Number of top examples with a label, for each component. Wrong predictions among them are counted and
     corrected."""
     significance: Annotated[float, Field(gt=0.0, le=1.0)] = 0.05
     """False discovery rate of the test whether wrong predictions are over-represented in the top examples of a
     component. Only components that pass the test are tried."""
-    kl_steps: tuple[PositiveFloat, ...] = (0.03, 0.1, 0.3, 1.0)
+    kl_steps: Annotated[tuple[PositiveFloat, ...], Strict(False)] = (0.03, 0.1, 0.3, 1.0)
     """Mean KL divergences in nats on the top examples for which steps of both signs are tried."""
     max_harm: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
     """Largest fraction of the right predictions on tuning examples that all edits together may turn into wrong ones."""
-    max_edits: PositiveInt = 3
+    max_edits: Count = 3
     """Largest number of steps along single components. Steps are added as long as they help."""
-    joint_passes: NonNegativeInt = 40
+    joint_passes: CountOrZero = 40
     """Number of gradient evaluations on the tuning examples in the search for joint steps along all lifted components.
     The search is repeated for three weights of the predictions that are already right. It follows the steps along
     single components, and its result is used if it corrects more predictions. 0 skips the search. It is also skipped if
@@ -315,7 +342,7 @@ class RepairConfig(Section):
 
 
 class ReportConfig(Section):
-    top_examples: PositiveInt = 12
+    top_examples: Count = 12
     """Number of top examples in a component's card."""
 
 
@@ -327,15 +354,15 @@ class ExecutorConfig(Section):
     address: str = "local"
     """``local`` starts a private Ray instance on this machine. ``auto`` or ``host:port`` connects to a running cluster.
     A Ray job always uses the cluster that it runs on."""
-    workers: PositiveInt = 1
+    workers: Annotated[int, Field(gt=0, le=LARGEST_SHARE)] = 1
     """Number of workers that share the work of a stage. Several workers are Ray actors."""
-    cpus_per_worker: PositiveInt | Literal["auto"] = "auto"
+    cpus_per_worker: Annotated[int, Field(gt=0, le=LARGEST_SHARE)] | Literal["auto"] = "auto"
     """Number of CPU cores, and of threads, of one worker. ``auto``: if ``kind: auto`` runs without Ray, all cores that
     the process may use, or ``OMP_NUM_THREADS`` if it is set; otherwise one."""
-    gpus_per_worker: Annotated[float, Field(ge=0.0)] = 0.0
+    gpus_per_worker: Annotated[float, Field(ge=0.0, le=LARGEST_SHARE)] = 0.0
     """Number of GPUs of one worker. With a fraction, several workers share a GPU. With 0, workers compute on the
     CPU."""
-    timeout_s: PositiveFloat = 600.0
+    timeout_s: Annotated[float, Field(gt=0.0, le=LARGEST_TIME_S)] = 600.0
     """Maximum time in seconds for one call of a Ray actor. An actor that takes longer counts as hung and is replaced.
     One call is the preparation of the task (for example training), up to two shards of Fishers, reading the Fishers and
     initializing the solver, a solver step, a block of directions, the verification or attribution of one component, or

@@ -23,7 +23,7 @@ from npeff.runs.errors import RunDirectoryError, damaged_record
 from npeff.runs.lock import LEASE, run_lock
 from npeff.storage.atomic import is_committed, write_file_atomically
 from npeff.storage.errors import StoreError
-from npeff.storage.location import is_remote, location
+from npeff.storage.location import absolute_location, is_remote, location
 from npeff.store.run_files import (
     FilesOfRun,
     chosen_factorization,
@@ -247,6 +247,6 @@ class RunDirectory(FilesOfRun):
 
 def _absolute(run_dir: str | Path) -> Path:
     try:
-        return location(run_dir).expanduser().absolute()
+        return absolute_location(run_dir)
     except StoreError as error:
         raise RunDirectoryError(f"run_dir: {error.problem}", error.remedy) from None

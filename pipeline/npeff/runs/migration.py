@@ -19,7 +19,7 @@ from npeff.storage import objects
 from npeff.storage.atomic import fsync, make_directory, remove_directory
 from npeff.storage.commands import DEFAULT
 from npeff.storage.errors import StoreError
-from npeff.storage.location import is_remote, location
+from npeff.storage.location import absolute_location, is_remote
 from npeff.store.run_files import FILES, SETTINGS, home_of, unfinished_migration
 
 
@@ -36,7 +36,7 @@ def migrate(run_dir: str | Path) -> RunDirectory:
         RunDirectoryError: The path is not a run directory, or the run is in use.
         StoreError: A file cannot be moved. The same command resumes the migration.
     """
-    path = location(run_dir).expanduser().absolute()
+    path = absolute_location(run_dir)
     if not (path / "run.yaml").exists():
         raise RunDirectoryError(f"no run in {path} (it has no run.yaml: give the directory of a run)")
     with run_lock(path):

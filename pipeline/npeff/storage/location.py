@@ -44,6 +44,21 @@ def location(text: str | os.PathLike[str]) -> Path:
     return cast(Path, BucketPath(f"{scheme}://{bucket}", PurePosixPath(*prefix)))
 
 
+def absolute_location(text: str | os.PathLike[str]) -> Path:
+    """Return the absolute path of a local file name, with the home directory in place of ``~``, or of a URI.
+
+    Raises:
+        StoreError: As in `location`; or the user or the current directory does not exist.
+    """
+    path = location(text)
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError:
+        raise StoreError(f"{text}: there is no such user, or the user has no home directory", _GIVE) from None
+    except FileNotFoundError:
+        raise StoreError(f"{text}: the current directory does not exist any more", "change to another one") from None
+
+
 def is_remote(path: Path) -> bool:
     """Return whether a path is on an object store."""
     return not isinstance(path, Path)

@@ -17,6 +17,7 @@ from npeff.stages.verify import VERIFY
 from npeff.stages.verify.worker import VerificationOptions, VerificationPaths, VerificationWorker
 from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
 from npeff.statistics.verdict import scoreboard, verdicts
+from npeff.storage.location import absolute_location
 from npeff.store.tables import read_table, rows_to_columns, write_table
 
 
@@ -64,7 +65,7 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
                 lifted=components,
                 semi_orthogonal=wanted.orthogonalize == "semi",
                 ablation=wanted.ablation,
-                origin=None if origin is None else Path(origin).expanduser().absolute(),
+                origin=None if origin is None else absolute_location(Path(origin)),
             ),
         )
         missing = [component for component in components if component not in verified]

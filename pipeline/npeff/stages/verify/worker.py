@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -249,7 +250,8 @@ class VerificationWorker:
             after_top = self._predict(top.examples) if after_top is None else after_top
             after_baseline = self._predict(baseline.examples)
         kl = Measured(after_top.kl(top.before), after_baseline.kl(baseline.before))
-        return Effect(StepSize(abs(step), float(np.nanmean(kl.top_n)), True), after_top, after_baseline, kl)
+        kl_top = float(np.nanmean(kl.top_n))
+        return Effect(StepSize(abs(step), kl_top, math.isfinite(kl_top)), after_top, after_baseline, kl)
 
     @cached_property
     def _monitored(self) -> MonitoredExamples:
