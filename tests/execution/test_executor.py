@@ -419,3 +419,13 @@ def test_a_cluster_that_is_not_there_is_refused_in_one_line(monkeypatch):
     with pytest.raises(ExecutorError, match=r"cannot reach Ray at '127\.0\.0\.1:1'") as error:
         RayExecutor("127.0.0.1:1", workers=1, cpus_per_worker=1, gpus_per_worker=0.0, timeout_s=5.0)
     assert "\n" not in str(error.value)
+
+
+def test_a_worker_on_a_file_system_without_locks_is_one_line(monkeypatch, tmp_path):
+    def refuse(_file, _how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(ray_executor.fcntl, "flock", refuse)
+    said = rf"^the file system of {tmp_path} does not support locks on .* \(No locks available\): mount it there"
+    with open(tmp_path / "lease", "w") as file, pytest.raises(ExecutorError, match=said):
+        ray_executor._share_lock(file, tmp_path / "lease")

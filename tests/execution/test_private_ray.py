@@ -10,7 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from npeff.execution.executor import ExecutorError
 from npeff.execution.ray.authentication import Authentication
+from npeff.execution.ray.jobs import JobServer
 from npeff.execution.ray.private import PrivateRay, _new_folder
 from ray._raylet import AuthenticationMode, AuthenticationTokenLoader, get_authentication_mode
 
@@ -99,3 +101,18 @@ def test_the_paths_of_its_sockets_are_never_too_long(home: Path, monkeypatch: py
             assert len(folder) < 40
             assert (Path(folder).parent.name == "x" * length) == (length == 5)
     assert not Path(folder).exists()
+
+
+@pytest.mark.parametrize("token", [None, ""])
+def test_a_missing_or_empty_token_is_one_line(home: Path, monkeypatch: pytest.MonkeyPatch, token: str | None) -> None:
+    (home / ".ray/auth_token").unlink()
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    if token is not None:
+        monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    Authentication.current().use()
+    try:
+        with pytest.raises(ExecutorError, match=r"has the authentication token of the cluster$") as caught:
+            JobServer("http://127.0.0.1:1")
+        assert len(str(caught.value).splitlines()) == 1
+    finally:
+        Authentication(None).use()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from npeff.runs.errors import RunDirectoryError
+from npeff.storage.errors import StoreError
+from npeff.storage.file_lock import lock_file
 from npeff.storage.location import is_remote
 
 _WORKERS_END_S = 60.0
@@ -34,7 +36,7 @@ def run_lock(path: Path) -> Iterator[None]:
 
     Raises:
         RunDirectoryError: Another process uses the run, workers of an earlier command do not end, or the directory is
-            missing or cannot be written.
+            missing, cannot be written, or is on a file system without locks.
     """
     if path in _held:
         yield
@@ -67,11 +69,9 @@ def _local_lock(path: Path) -> Iterator[None]:
             f"cannot write to {path} ({error.strerror})", "fix this or choose another run_dir", path=path
         ) from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked(file, path / ".lock"):
             file.seek(0)
-            raise _in_use(path, file.read().strip() or "starting") from None
+            raise _in_use(path, file.read().strip() or "starting")
         file.truncate(0)
         file.write(_owner())
         file.flush()
@@ -82,18 +82,21 @@ def _local_lock(path: Path) -> Iterator[None]:
 def _wait_for_former_workers(path: Path) -> None:
     deadline = time.monotonic() + _WORKERS_END_S
     with open(path / LEASE, "a", encoding="utf-8") as lease:
-        while True:
-            try:
-                fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise RunDirectoryError(
-                        f"workers of an earlier command are still running and may write to {path}",
-                        "stop their processes, which are called ray::_Worker, and run the same command again",
-                        path=path,
-                    ) from None
-                time.sleep(0.05)
+        while not _locked(lease, path / LEASE):
+            if time.monotonic() > deadline:
+                raise RunDirectoryError(
+                    f"workers of an earlier command are still running and may write to {path}",
+                    "stop their processes, which are called ray::_Worker, and run the same command again",
+                    path=path,
+                )
+            time.sleep(0.05)
+
+
+def _locked(file: IO[str], path: Path) -> bool:
+    try:
+        return lock_file(file, path, wait=False, elsewhere="choose a run_dir on another file system or in a bucket")
+    except StoreError as error:
+        raise RunDirectoryError.of(error) from None
 
 
 def _in_use(path: Path, by: str) -> RunDirectoryError:

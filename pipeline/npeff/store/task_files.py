@@ -9,7 +9,6 @@ Only the files that `Task.prepare` writes are shared. Files that a task writes l
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,7 +21,10 @@ from pathlib import Path
 from npeff.storage import objects
 from npeff.storage.atomic import PARTIAL
 from npeff.storage.errors import os_errors_explained
+from npeff.storage.file_lock import lock_file
 from npeff.storage.location import is_remote
+
+_ELSEWHERE = "set XDG_CACHE_HOME to a folder on another file system"
 
 
 def task_files(folder: Path) -> Path:
@@ -65,7 +67,8 @@ def _local_copy(folder: Path, made: Path | None) -> Path:
     with os_errors_explained("write", copy):
         copy.parent.mkdir(parents=True, exist_ok=True)
         with open(copy.parent / ".lock", "a", encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the workers of a machine start together and share one copy
+            # the workers of a machine start together and share one copy
+            lock_file(lock, copy.parent / ".lock", wait=True, elsewhere=_ELSEWHERE)
             if not copy.is_dir():
                 partial = made or copy.with_name(copy.name + PARTIAL)
                 if made is None:

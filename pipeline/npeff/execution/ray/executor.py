@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import platform
 import re
 import signal
 import socket
@@ -18,7 +19,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import ray
 import torch
@@ -95,9 +97,21 @@ class _Worker:
                 self._lease.close()
             if role.spec.lease is not None:
                 self._lease = open(role.spec.lease, "a")  # noqa: SIM115 - held as long as this process has the role
-                fcntl.flock(self._lease, fcntl.LOCK_SH)
+                _share_lock(self._lease, role.spec.lease)
             self._worker = role.spec.construct(**role.more)
             self._key = role.key
+
+
+def _share_lock(file: IO[str], path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH)
+    except OSError as error:  # the node may mount the folder in another way than the command
+        raise ExecutorError(
+            f"the file system of {path.parent} does not support locks on {platform.node()} ({error.strerror})",
+            "mount it there with locks (on Lustre, with the option flock), or choose a run_dir on another file system "
+            "or in a bucket",
+            path=path.parent,
+        ) from None
 
 
 class RayExecutor:
@@ -302,7 +316,7 @@ class RayExecutor:
                     self._private = PrivateRay(self.workers * self._cpus)
                 else:
                     ray.init(address="auto" if in_job() else address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RayError, ValueError, RuntimeError) as error:
+        except (OSError, RayError, ValueError, RuntimeError) as error:
             if address == "local" and not in_job():
                 raise ExecutorError(
                     f"cannot start Ray on this machine ({first_line(error)}): run the same command again when the "

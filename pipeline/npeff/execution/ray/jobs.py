@@ -119,6 +119,7 @@ class JobServer:
     def __init__(self, address: str) -> None:
         if _has_token() and (found := Authentication.current()).mode is None:
             replace(found, mode="token").use()  # Ray's clients send the token only in this mode
+        from ray.exceptions import RayError
         from ray.job_submission import JobSubmissionClient
 
         for name in _UPLOAD_LOGGERS:
@@ -126,7 +127,7 @@ class JobServer:
         self.address = address
         try:
             self._client = JobSubmissionClient(address)
-        except (OSError, RuntimeError, ValueError, ImportError) as error:
+        except (OSError, RuntimeError, ValueError, ImportError, RayError) as error:
             raise ExecutorError(
                 f"cannot reach the job server at {address} ({_reason(error)}): check that Ray runs there (`ray start "
                 "--head`), and that this machine has the authentication token of the cluster"
@@ -234,10 +235,11 @@ class JobServer:
     @contextmanager
     def _asking(self) -> Iterator[None]:
         import aiohttp
+        from ray.exceptions import RayError
 
         try:
             yield
-        except (OSError, RuntimeError, aiohttp.ClientError) as error:
+        except (OSError, RuntimeError, aiohttp.ClientError, RayError) as error:
             if _UNKNOWN in str(error):
                 raise ExecutorError(
                     f"the job server at {self.address} has no such job ({_reason(error)}): give the id of another job, "
