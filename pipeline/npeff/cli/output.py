@@ -80,7 +80,7 @@ def write_answer(table: Any, output: OutputFormat | None, file: Path | None) -> 
                 partial.replace(file)
             finally:
                 partial.unlink(missing_ok=True)
-    except pyarrow.ArrowNotImplementedError as error:
+    except (pyarrow.ArrowNotImplementedError, pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
         raise typer.BadParameter(
             f"the format {output} does not support this result ({first_line(error)}): cast the column to text, or use "
             "--format json"

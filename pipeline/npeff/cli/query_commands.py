@@ -188,8 +188,11 @@ def selection(context: typer.Context, output: Format = None, file: File = None) 
 def sql(
     context: typer.Context,
     query: Annotated[str, typer.Argument(help="One SELECT statement over the tables. SHOW TABLES lists the tables.")],
+    timeout: Annotated[
+        float, typer.Option(min=0.1, max=86400, help="Time in seconds after which the query is stopped.")
+    ] = 300,
     output: Format = None,
     file: File = None,
 ) -> None:
     """Run a SQL query over the tables of the run."""
-    write_answer(_store(context).sql(query), output, file)
+    write_answer(_store(context).sql(query, timeout_s=timeout), output, file)

@@ -368,16 +368,20 @@ class ComponentStore:
         self._check_component(component)
         return self.tables.read("verification", None, pc.field("component") == component)
 
-    def sql(self, query: str, most_rows: int | None = None) -> pa.Table:
+    def sql(self, query: str, most_rows: int | None = None, timeout_s: float | None = None) -> pa.Table:
         """Run one SELECT statement over all tables of the run, in DuckDB's dialect. It has no other access.
 
         Args:
             query: The statement.
             most_rows: Number of rows after which the query ends. By default, all rows are returned.
-        """
-        from npeff.query.sql import run_sql
+            timeout_s: Time in seconds after which the statement is stopped. By default five minutes.
 
-        return run_sql(self.tables, query, most_rows)
+        Raises:
+            QueryError: The statement is not valid, takes too long, or has a result of more than 1 GiB.
+        """
+        from npeff.query.sql import TIMEOUT_S, run_sql
+
+        return run_sql(self.tables, query, most_rows, TIMEOUT_S if timeout_s is None else timeout_s)
 
     def summary(self) -> dict[str, Any]:
         """Return a summary of the run for JSON: counts, explained variance, accuracy, KL ratios, existing tables."""
@@ -546,5 +550,5 @@ def _nearest(cosines_K: NDArray[np.float64], n: int, without: int | None = None)
 
 
 def _check_number(n: int, of_what: str) -> None:
-    if n < 1:
-        raise QueryError(f"the number of {of_what} must be at least 1, not {n}")
+    if not 1 <= n < 2**63:
+        raise QueryError(f"the number of {of_what} must be {'at least 1' if n < 1 else 'less than 2**63'}, not {n}")

@@ -11,14 +11,13 @@ import difflib
 import re
 import string
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from npeff.errors import first_line
 from npeff.query.errors import QueryError
-from npeff.query.sql import locked_down
+from npeff.query.sql import FAILURES, check_text, locked_down
 from npeff.query.tables import NAMED_CLASSES, RunTables
 
 _ROWS = "rows_of_examples"
@@ -38,6 +37,7 @@ def matching(tables: RunTables, condition: str) -> NDArray[np.bool_]:
     Raises:
         QueryError: The condition is not valid SQL, or contains an unknown column (the message has the nearest names).
     """
+    check_text(condition)
     columns = tables.columns("examples")
     own = {_folded(name) for name in columns}
     names = [name for name in NAMED_CLASSES if tables.has("classes") and name not in own]
@@ -51,13 +51,13 @@ def matching(tables: RunTables, condition: str) -> NDArray[np.bool_]:
     views = {name: tables.dataset(name) for name in others} | {_ROWS: rows}
     named = [f", {name}s.name AS {name}" for name in joined]
     joins = [f" LEFT JOIN classes {name}s ON {name}s.class = {_ROWS}.{NAMED_CLASSES[name]}" for name in joined]
-    with locked_down(views) as connection:
-        try:
+    try:
+        with locked_down(views) as connection:
             every = connection.sql(f"SELECT {_ROWS}.*{''.join(named)} FROM {_ROWS}{''.join(joins)}")  # noqa: S608
             every = every.set_alias("examples")
             found = every.filter(condition).project("example").to_arrow_table()["example"].to_numpy()
-        except duckdb.Error as error:
-            raise _explained(error, condition, [*columns, *names]) from error
+    except FAILURES as error:
+        raise _explained(error, condition, [*columns, *names]) from error
     mask_N = np.zeros(tables.n_rows("examples"), dtype=bool)
     mask_N[found] = True
     return mask_N
@@ -95,7 +95,7 @@ def _named(columns: list[str], condition: str) -> list[str]:
     return found
 
 
-def _explained(error: duckdb.Error, condition: str, columns: list[str]) -> QueryError:
+def _explained(error: Exception, condition: str, columns: list[str]) -> QueryError:
     missing = _NO_COLUMN.search(str(error))
     if missing is None:
         return QueryError(f"the condition {condition!r} is not valid SQL: {first_line(error)}")
