@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
+import tempfile
 import warnings
+from contextlib import suppress
 from importlib.abc import MetaPathFinder
 from typing import NoReturn
 
@@ -23,18 +26,26 @@ from npeff.cli import (
 )
 from npeff.cli.app import app
 from npeff.cli.job_commands import EXIT_INTERRUPTED
-from npeff.errors import NpeffError, printable, printable_traceback, without_values
+from npeff.errors import NpeffError, as_one_line, printable, printable_traceback, without_values
 
 COMMANDS = (demo_command, stage_commands, factorization_commands, file_commands, job_commands, query_commands)
 """Modules that add commands to `app`."""
 
-EXIT_USER_ERROR = 2
-_DISK_ERRORS = {
+EXIT_USER_ERROR, EXIT_DEFECT = 2, 70
+_RESUME = "finished work is kept: run the same command again to resume"
+_SYSTEM_ERRORS = {
     errno.ENOSPC: "the disk is full; finished work is kept: free some space and run the same command again to resume",
     errno.EDQUOT: "the disk quota is exceeded; finished work is kept: free some space and run the same command again",
     errno.EACCES: "permission denied: change the permissions, or choose another path",
     errno.EPERM: "permission denied: change the permissions, or choose another path",
     errno.EROFS: "the file system is read-only: choose a path on a writable file system",
+    errno.ENAMETOOLONG: "the name is too long: choose a shorter path",
+    errno.ELOOP: "there are too many symbolic links: choose another path",
+    errno.EIO: f"the disk failed (input/output error); {_RESUME} when the disk works",
+    errno.ESTALE: f"the network file system has lost the file; {_RESUME}",
+    errno.EMFILE: f"too many files are open; raise the limit (ulimit -n); {_RESUME}",
+    errno.ENFILE: f"too many files are open on this machine; {_RESUME} later",
+    errno.ENOMEM: f"the memory of this machine is exhausted; {_RESUME} when more is free",
 }
 
 
@@ -56,15 +67,18 @@ def command() -> NoReturn:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if sys.argv[1:2] == ["query"]:
         sys.meta_path.insert(0, _WithoutPandas())
-    sys.excepthook = _show_defect
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows ?
     main()
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit.
 
-    Exit codes: 0, success; 1, `check` found damage; 2, a user error, which prints one line with the fix; 130,
-    interrupted and resumable.
+    Exit codes: 0, success; 1, `check` found damage, or nobody reads the output; 2, a user error, which prints one line
+    with the fix; 70, a defect of this package, which prints one line with the file of the traceback; 130, interrupted
+    and resumable.
 
     Args:
         arguments: Command-line arguments without the program name; by default, those of the process.
@@ -76,11 +90,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGTERM, interrupt)
     # zarr leaves a coroutine that is never awaited if it is interrupted while it starts a write
     warnings.filterwarnings("ignore", "coroutine '_runner' was never awaited", RuntimeWarning)
-    sys.path.insert(0, os.getcwd())  # a task given by import path may be in the current directory
+    with suppress(FileNotFoundError):  # the current directory may have been deleted
+        sys.path.insert(0, os.getcwd())  # a task given by import path may be in the current directory
     try:
         code = app(arguments, prog_name="npeff", standalone_mode=False)
         if code == EXIT_INTERRUPTED:  # typer turns the exception into an exit code
             raise KeyboardInterrupt
+        if sys.stdout is not None:  # it is None if the caller has closed it
+            sys.stdout.flush()
         raise SystemExit(code)
     except NpeffError as error:
         _fail(str(error))
@@ -89,15 +106,38 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         print("npeff: interrupted; run the same command again to resume", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from None
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        _fail(f"{error.filename or 'writing'}: {_DISK_ERRORS[error.errno]}")
+    except BrokenPipeError:
+        _close_output()
+        raise SystemExit(1) from None
+    except MemoryError:
+        _fail(_SYSTEM_ERRORS[errno.ENOMEM])
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS:
+            _fail(f"{error.filename or 'writing'}: {_SYSTEM_ERRORS[error.errno]}")
+        _fail(f"{type(error).__name__}: {as_one_line(error)} ({_logged(error)})", EXIT_DEFECT)
 
 
-def _show_defect(_kind: object, error: BaseException, _trace: object) -> None:
-    """Print the traceback of a defect of this package, without values of environment variables of the run file."""
-    print(printable_traceback(error), end="", file=sys.stderr)
+def _close_output() -> None:
+    """Discard what is left to write, so that the interpreter does not try to write it to the closed pipe."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def _logged(error: Exception) -> str:
+    """Write the traceback of a defect to a file, without values of environment variables of the run file.
+
+    Returns:
+        The advice to report the file.
+    """
+    text = printable_traceback(error)
+    try:
+        descriptor, name = tempfile.mkstemp(".log", "npeff-defect-")
+        with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+    except OSError:
+        return "a defect of npeff; set TMPDIR to a writable folder, and run the command again to record its cause"
+    return f"a defect of npeff; please report it with {name}"
 
 
 def _usage(error: TyperException) -> str:
@@ -110,6 +150,6 @@ def _usage(error: TyperException) -> str:
     return f"{message.rstrip('.')} (see: {command} --help)"
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = EXIT_USER_ERROR) -> NoReturn:
     print("npeff: error: " + printable(" ".join(without_values(message).split())), file=sys.stderr)
-    raise SystemExit(EXIT_USER_ERROR)
+    raise SystemExit(code)
