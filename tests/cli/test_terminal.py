@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -117,13 +118,17 @@ def test_progress_lines_and_logs_have_no_control_characters(capfd: pytest.Captur
     assert not ACTS.search(text)
 
 
-def test_an_error_and_a_defect_have_no_control_characters(capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_error_and_the_log_of_a_defect_have_no_control_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(SystemExit):
         main._fail(f"bad {BAD}")
-    main._show_defect(ValueError, ValueError(BAD), None)
-    err = capfd.readouterr().err
-    assert err.count(r"\x1b]0;title") == 2
-    assert not ACTS.search(err)
+    main._logged(ValueError(BAD))
+    (log,) = tmp_path.iterdir()
+    shown = capfd.readouterr().err + log.read_text()
+    assert shown.count(r"\x1b]0;title") == 2
+    assert not ACTS.search(shown)
 
 
 FORMULAS = ("=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "＝1", "－1")
