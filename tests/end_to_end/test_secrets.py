@@ -9,7 +9,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,12 +176,21 @@ class RayCommand:
         }
         path = write_run_file(self.folder, executor={"kind": "ray"})
         command = [sys.executable, "-m", "npeff", "run", str(path)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        seen = set[str]()
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(
+                subprocess.run, command, env=environment, capture_output=True, text=True, timeout=240, check=False
+            )
+            while not running.done():  # the folder is removed when Ray ends
+                with suppress(OSError):  # files that are removed meanwhile
+                    logs = [path for path in self.logs.rglob("*") if path.is_file() and path.stat().st_size]
+                    assert not any(value.encode() in path.read_bytes() for path in logs for value in (TOKEN, FOLDER))
+                    seen |= {path.name for path in logs}
+                time.sleep(0.2)
+        done: subprocess.CompletedProcess[str] = running.result()
+        assert "raylet.out" in seen, "these are Ray's logs"
         assert TOKEN not in done.stdout + done.stderr
-        assert list(self.logs.rglob("raylet.out")), "these are Ray's logs"
-        for folder in (self.logs, self.folder / "run"):
-            assert files_with(TOKEN, folder) == []
-            assert files_with(FOLDER, folder) == []
+        assert files_with(TOKEN, self.folder / "run") == files_with(FOLDER, self.folder / "run") == []
         return done
 
 

@@ -89,7 +89,7 @@ def test_a_supported_model_has_the_fishers_of_plain_autograd(
         ("Scripted", "module '' is a TorchScript module, whose layers cannot be observed: return the original Python"),
         (
             "ReentrantCheckpoint",
-            "the backward pass of the model fails: When use_reentrant=True, torch.utils.checkpoint",
+            "the backward pass of the model fails (When use_reentrant=True, torch.utils.checkpoint",
         ),
         ("Dropout", "the logits differ between two passes over the same batch, because of dropout or another random"),
         ("BagByFrequency", "an embedding with scale_grad_by_freq divides gradients by the number of occurrences"),

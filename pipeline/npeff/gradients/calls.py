@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from npeff.errors import as_one_line
 from npeff.gradients.capture import Use, repeat
 from npeff.gradients.contribution import Contribution, Dense
 from npeff.gradients.errors import UnsupportedModelError
@@ -93,10 +94,9 @@ def output_gradients(
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # reentrant checkpoints, operations without a derivative
-            cause = " ".join(str(error).split()).partition(". ")[0]
             raise UnsupportedModelError(
-                f"the backward pass of the model fails: {cause}: change this operation, or exclude the parameters "
-                "below it with parameters.exclude"
+                f"the backward pass of the model fails ({as_one_line(error, 200)}): change this operation, or exclude "
+                "the parameters below it with parameters.exclude"
             ) from error
     # autograd returns None in every pass for an output that the logits do not depend on
     columns = iter([None if column[0] is None else column for column in zip(*passes, strict=True)])
