@@ -166,6 +166,7 @@ def ask(s3: ObjectStore) -> None:
     assert [json.loads(line)["iteration"] for line in lines] == list(range(1, 7))
 
 
+@pytest.mark.slow
 def test_a_command_that_is_killed_is_taken_up_by_the_next_one(
     s3: ObjectStore, reference: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
