@@ -171,22 +171,6 @@ def expected(model: Any, name: str, loaded: tiny.Loaded) -> list[torch.Tensor]:
     return found
 
 
-def check(kind: str, name: str, folder: Path, adapter: Path) -> None:
-    family = FAMILIES[name]
-    save_adapter(family, folder / name, adapter, kind)
-    options = {**family.options, "adapter": str(adapter)}
-    loaded = tiny.load(name, folder / name, folder / "data.parquet", **options)
-    base = getattr(transformers, family.factory).from_pretrained(folder / name).eval()
-    with torch.no_grad():
-        before = expected(base, name, loaded)
-        after = expected(peft.PeftModel.from_pretrained(base, adapter).eval(), name, loaded)
-    found = loaded.predictions(range(len(loaded.examples)))
-    assert len(found) == len(after)
-    for row, logits in zip(after, found, strict=True):
-        torch.testing.assert_close(logits, row, rtol=1e-4, atol=1e-5)
-    assert not all(torch.allclose(*pair, atol=1e-4) for pair in zip(before, after, strict=True)), "nothing to compare"
-
-
 def combined(kind: str) -> list[str]:
     """The tasks whose tiny model PEFT combines with this kind of adapter."""
     if kind == "ADAPTION_PROMPT":  # for the attention of Llama and GPT-2 only

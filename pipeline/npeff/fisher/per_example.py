@@ -24,12 +24,10 @@ from npeff.sketches.calibration import calibrated
 class FisherBatch:
     """Sketched Fisher factors and exact Gram matrices. Both are zero for an example that is not valid."""
 
-    factors_BRD: Tensor
-    """A Qᵀ, not normalized, in the model's precision (at least float32). If the sketch preserves inner products only on
-    average, the rows of each example are recombined so that their Gram matrix is exact (`calibration.py`). Rows of
-    saturated predictions are rounded to zero where they leave the range of the precision."""
     unit_factors_BRD: Tensor
-    """`factors_BRD` divided by √‖F‖_F, without this rounding. Zero if ‖F‖_F is."""
+    """A Qᵀ divided by √‖F‖_F, in the model's precision (at least float32); zero if ‖F‖_F is. If the sketch preserves
+    inner products only on average, the rows of each example are recombined so that their Gram matrix is exact
+    (`calibration.py`)."""
     grams_BRR: Tensor
     """A Aᵀ in all parameters, float64."""
     frobenius_norms_B: Tensor
@@ -44,6 +42,12 @@ class FisherBatch:
     """(B, C) or (B, T, C)."""
     valid_B: Tensor
     """False where a logit or a gradient is not finite."""
+
+    @property
+    def factors_BRD(self) -> Tensor:
+        """A Qᵀ, not normalized. Rows of saturated predictions are zero where they leave the range of the precision."""
+        roots_B11 = self.frobenius_norms_B.sqrt()[:, None, None]
+        return self.unit_factors_BRD * roots_B11.to(self.unit_factors_BRD)
 
 
 class PerExampleFishers:
@@ -95,7 +99,6 @@ class PerExampleFishers:
         valid_B = finite_B & grams_BRR.flatten(1).isfinite().all(1) & scaled_BRD.flatten(1).isfinite().all(1)
         valid_B11 = valid_B[:, None, None]
         return FisherBatch(
-            factors_BRD=(scaled_BRD * scale_B11.to(scaled_BRD)).where(valid_B11, 0),
             unit_factors_BRD=(scaled_BRD * unit_B11.to(scaled_BRD)).where(valid_B11, 0),
             grams_BRR=grams_BRR.where(valid_B11, 0),
             frobenius_norms_B=frobenius_B.where(valid_B, 0),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from npeff.gradients.calls import Collected
 from npeff.gradients.capture import LogitsFunction, frozen
-from npeff.gradients.collector import Collected, GradientCollector
-from npeff.gradients.coverage import check_coverage
+from npeff.gradients.collector import GradientCollector, check_coverage
 from npeff.gradients.errors import UnsupportedModelError
 from npeff.gradients.label_factor import exact_label_factor, truncated_label_factor
 from npeff.gradients.labels import IGNORED, UNKNOWN, LabelRows, label_rows

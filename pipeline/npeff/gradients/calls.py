@@ -15,6 +15,7 @@ from npeff.errors import as_one_line
 from npeff.gradients.capture import Use, repeat
 from npeff.gradients.contribution import Contribution, Dense
 from npeff.gradients.errors import UnsupportedModelError
+from npeff.gradients.labels import LabelRows
 from npeff.gradients.layer_rules import Rule, check_supported, per_example, rule_for
 from npeff.gradients.module_rule import ModuleCall, module_rows
 
@@ -55,6 +56,20 @@ class WatchedCall:
         """The parameters that the module owns, by name within the module."""
         own = dict(self.use.module.named_parameters(remove_duplicate=False))
         return {name: own[name].detach() for name in self.names}
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Logits, label directions and gradient rows of a batch.
+
+    `contributions` omits the parameters that the logits do not depend on.
+    """
+
+    logits: Tensor
+    """(B, C) or (B, T, C)."""
+    labels: LabelRows
+    contributions: dict[str, Contribution]
+    """The gradient rows by parameter name, divided by `labels.scales_B` like the directions."""
 
 
 def call_rows(call: WatchedCall, n_examples: int, widen: CachedWidening) -> dict[str, Contribution]:

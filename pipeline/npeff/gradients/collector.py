@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from npeff.gradients.calls import CachedWidening, WatchedCall, call_rows, output_gradients
+from npeff.gradients.calls import CachedWidening, Collected, WatchedCall, call_rows, output_gradients
 from npeff.gradients.capture import Axes, LogitsFunction, frozen
 from npeff.gradients.contribution import Contribution
 from npeff.gradients.coverage import check_independent, made_logits, why_wrong, wrong_parameters
@@ -40,20 +40,6 @@ CHECKED_EVERY = 128
 than a batch."""
 _MAX_IRREGULAR = 3
 """Number of batches with wrong rows after which every batch is computed one example at a time."""
-
-
-@dataclass(frozen=True)
-class Collected:
-    """Logits, label directions and gradient rows of a batch.
-
-    `contributions` omits the parameters that the logits do not depend on.
-    """
-
-    logits: Tensor
-    """(B, C) or (B, T, C)."""
-    labels: LabelRows
-    contributions: dict[str, Contribution]
-    """The gradient rows by parameter name, divided by `labels.scales_B` like the directions."""
 
 
 @dataclass(frozen=True)
@@ -292,3 +278,37 @@ class GradientCollector:
 def _leading_size(batch: Any) -> int | None:
     leaves = pytree.tree_leaves(batch)
     return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), None)
+
+
+def check_coverage(
+    model: nn.Module,
+    logits_fn: LogitsFunction,
+    batch: Any,
+    layout: ParameterLayout,
+    *,
+    labels: LabelSpec | None = None,
+    examples: Sequence[int] | int | None = None,
+    targets: Tensor | None = None,
+) -> None:
+    """Compare the collected rows of each parameter with one ordinary backward pass on a small batch.
+
+    `GradientCollector.collect` does the same for the first batch, and for later batches in which the model does
+    something that no checked batch did.
+
+    Args:
+        model: The model.
+        logits_fn: Function that computes the logits of a batch.
+        batch: Two or more examples.
+        layout: The selected parameters.
+        labels: See `GradientCollector`.
+        examples: See `GradientCollector.collect`.
+        targets: See `GradientCollector.collect`.
+
+    Raises:
+        UnsupportedModelError: The gradients of a parameter differ. The message names the first such parameter.
+    """
+    collected = GradientCollector(model, logits_fn, layout, labels or LabelSpec()).collect(batch, examples, targets)
+    if not collected.logits.isfinite().all():
+        raise UnsupportedModelError(
+            "the logits of the examples used to check the model are not finite: check model and examples for NaN"
+        )

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from npeff.gradients.capture import LogitsFunction
+from npeff.gradients.calls import Collected
 from npeff.gradients.errors import UnsupportedModelError
 from npeff.gradients.labels import IGNORED
 from npeff.gradients.owners import layout_names
 from npeff.gradients.parameters import ParameterLayout
-from npeff.options.labels import LabelSpec
-
-if TYPE_CHECKING:
-    from npeff.gradients.collector import Collected
 
 # (relative, absolute): relative to the norm of the parameter's gradient, and to the norm of the gradient of all
 # parameters. The second one covers parameters whose gradient is zero up to rounding.
@@ -27,42 +22,6 @@ _RANDOM = (
     "the logits differ between two passes over the same batch, because of dropout or another random operation that "
     "evaluation mode does not turn off: turn it off in the task's logits()"
 )
-
-
-def check_coverage(
-    model: nn.Module,
-    logits_fn: LogitsFunction,
-    batch: Any,
-    layout: ParameterLayout,
-    *,
-    labels: LabelSpec | None = None,
-    examples: Sequence[int] | int | None = None,
-    targets: Tensor | None = None,
-) -> None:
-    """Compare the collected rows of each parameter with one ordinary backward pass on a small batch.
-
-    `GradientCollector.collect` does the same for the first batch, and for later batches in which the model does
-    something that no checked batch did.
-
-    Args:
-        model: The model.
-        logits_fn: Function that computes the logits of a batch.
-        batch: Two or more examples.
-        layout: The selected parameters.
-        labels: See `GradientCollector`.
-        examples: See `GradientCollector.collect`.
-        targets: See `GradientCollector.collect`.
-
-    Raises:
-        UnsupportedModelError: The gradients of a parameter differ. The message names the first such parameter.
-    """
-    from npeff.gradients.collector import GradientCollector
-
-    collected = GradientCollector(model, logits_fn, layout, labels or LabelSpec()).collect(batch, examples, targets)
-    if not collected.logits.isfinite().all():
-        raise UnsupportedModelError(
-            "the logits of the examples used to check the model are not finite: check model and examples for NaN"
-        )
 
 
 def wrong_parameters(

@@ -37,8 +37,8 @@ def largest_batch_size(loaded: LoadedModel, fishers: PerExampleFishers, limit: i
         try:
             if loaded.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(loaded.device)
-            batch = loaded.batch(examples)
-            fishers(batch, examples, loaded.targets(batch, examples))
+            batch, targets = loaded.with_targets(examples)
+            fishers(batch, examples, targets)
         except torch.OutOfMemoryError:
             break
         if n_streams(loaded.device) * (peak_bytes(loaded.device) - before) > limit:

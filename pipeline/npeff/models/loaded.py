@@ -151,10 +151,14 @@ class LoadedModel:
             raise TaskError(f"task {self.spec.task!r}: targets() must return class numbers, not {targets.dtype}")
         return targets.to(self.device, torch.long)
 
+    def with_targets(self, indices: Sequence[int]) -> tuple[Any, Tensor]:
+        """Return the batch with the given examples, and its targets."""
+        batch = self.batch(indices)
+        return batch, self.targets(batch, indices)
+
     def one(self, index: int) -> tuple[Any, Tensor]:
         """Return the batch with one example, and its targets."""
-        batch = self.batch([index])
-        return batch, self.targets(batch, [index])
+        return self.with_targets([index])
 
     @cached_property
     def labels_N(self) -> NDArray[np.int64]:

@@ -93,8 +93,7 @@ class Streams:
         """
         for batch_examples in plan:
             examples = [batch_examples[-1], *batch_examples[:1]][: len(batch_examples)]
-            batch = self._loaded.batch(examples)
-            targets = self._loaded.targets(batch, examples)
+            batch, targets = self._loaded.with_targets(examples)
             if n_streams(self._loaded.device) == 1:
                 self._first.collector.inspect(batch, examples, targets)
                 return [self._first]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
-from torch import Tensor
 
 from npeff.fisher import FisherBatch, GroupLayout, PerExampleFishers
 from npeff.gradients import LabelSpec, ParameterLayout, model_fingerprint
@@ -86,10 +85,10 @@ class TaskWorker:
         linear_map = make_sketch(sketch, loaded.layout, self._seed)
         args = loaded.model, loaded.logits, loaded.layout, linear_map, self._labels, loaded.one
         valid = _valid_examples(loaded, fishers := PerExampleFishers(*args))
-        batch, targets = _with_targets(loaded, valid)
+        batch, targets = loaded.with_targets(valid)
         fishers.collector.collect(batch, valid, targets)  # checks that the rows are the gradients
         different = _of_all_sizes(loaded)
-        batch, targets = _with_targets(loaded, different)
+        batch, targets = loaded.with_targets(different)
         fishers.collector.check_independence(batch, different, targets)
         return TaskFacts(
             n_classes=n_classes,
@@ -113,11 +112,6 @@ def _of_all_sizes(loaded: LoadedModel) -> list[int]:
     if sizes is not None:
         chosen += [find(range(n_examples), key=sizes.__getitem__) for find in (min, max)]
     return list(dict.fromkeys(chosen))
-
-
-def _with_targets(loaded: LoadedModel, examples: Sequence[int]) -> tuple[Any, Tensor]:
-    batch = loaded.batch(examples)
-    return batch, loaded.targets(batch, examples)
 
 
 def _try_longest(loaded: LoadedModel) -> None:
@@ -163,7 +157,7 @@ def _valid_examples(loaded: LoadedModel, fishers: PerExampleFishers) -> list[int
     valid: list[int] = []
     for start in range(0, tried, _COVERAGE_EXAMPLES):
         indices = range(start, min(start + _COVERAGE_EXAMPLES, tried))
-        batch, targets = _with_targets(loaded, indices)
+        batch, targets = loaded.with_targets(indices)
         found: FisherBatch = fishers(batch, indices, targets)
         valid += [start + int(row) for row in (found.valid_B & found.ranks_B.gt(0)).nonzero()[:, 0]]
         if len(valid) >= _COVERAGE_EXAMPLES:

@@ -194,8 +194,7 @@ class LiftWorker:
         for shard in sorted(self._checksums):
             start, stop = self._fishers.plan.bounds(shard)
             for examples in self._batches(range(start, stop), (start + used_N[start:stop].nonzero()[:, 0]).tolist()):
-                batch = self._loaded.batch(examples)
-                targets = self._loaded.targets(batch, examples)
+                batch, targets = self._loaded.with_targets(examples)
                 products_BRk = row_products(self._collector, batch, directions, examples, targets).float().cpu()
                 live_B = used_N[examples]  # unused examples of the batch may have non-finite products
                 found_kBR = products_BRk.where(live_B[:, None, None], 0).permute(2, 0, 1)
@@ -260,8 +259,8 @@ class LiftWorker:
             weights = weights_of(slice(start, stop), self._arrays(shard, names))
             used = (start + weights.used_N.nonzero()[:, 0]).tolist()
             for examples in self._batches(range(start, stop), used):
-                batch, places_B = self._loaded.batch(examples), torch.tensor(examples) - start
-                targets = self._loaded.targets(batch, examples)
+                batch, targets = self._loaded.with_targets(examples)
+                places_B = torch.tensor(examples) - start
                 weights.add(self._collector, batch, places_B, sums, examples, targets)
         return sums
 
