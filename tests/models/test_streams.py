@@ -31,8 +31,8 @@ class Loaded:
     def batch(self, examples: Sequence[int]) -> Any:
         return self.case.batch(examples)
 
-    def targets(self, _batch: Any, examples: Sequence[int]) -> Tensor:
-        return torch.zeros(len(examples), dtype=torch.long)
+    def with_targets(self, examples: Sequence[int]) -> tuple[Any, Tensor]:
+        return self.batch(examples), torch.zeros(len(examples), dtype=torch.long)
 
 
 @pytest.fixture
