@@ -12,6 +12,7 @@ import pytest
 import ray
 from npeff.execution.executor import ExecutorError
 from npeff.execution.ray.authentication import Authentication
+from npeff.execution.ray.executor import RayExecutor
 from npeff.execution.ray.jobs import JobServer
 from npeff.execution.ray.private import PrivateRay, _new_folder
 from ray._raylet import AuthenticationMode, AuthenticationTokenLoader, get_authentication_mode
@@ -73,7 +74,13 @@ def test_it_has_a_token_of_its_own_whatever_others_say_meanwhile(
     assert (home / ".ray/auth_token").read_text() == "1" * 64
 
 
-@pytest.mark.parametrize(("error", "n_tries"), [(RuntimeError("Failed to start GCS"), 2), (KeyboardInterrupt(), 1)])
+TOO_LATE = Exception("The current node timed out during startup")
+"""Ray's own exception, of no class of its own."""
+
+
+@pytest.mark.parametrize(
+    ("error", "n_tries"), [(RuntimeError("Failed to start GCS"), 2), (TOO_LATE, 2), (KeyboardInterrupt(), 1)]
+)
 def test_no_token_and_no_folder_is_left_where_it_does_not_start(
     home: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, n_tries: int
 ) -> None:
@@ -91,6 +98,15 @@ def test_no_token_and_no_folder_is_left_where_it_does_not_start(
     assert len(folders) == n_tries
     assert not folders[0].parent.exists()
     assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+def test_a_ray_that_starts_too_late_is_one_line(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**options: object) -> None:
+        raise TOO_LATE
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ExecutorError, match=r"^cannot start Ray on this machine \(The current node timed out"):
+        RayExecutor("local", workers=1, cpus_per_worker=1, gpus_per_worker=0.0, timeout_s=60.0)
 
 
 @pytest.mark.parametrize("length", [5, 200])

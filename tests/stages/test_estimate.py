@@ -6,6 +6,7 @@ import npeff
 import pytest
 import yaml
 from npeff.cli.main import main
+from npeff.gradients import LeftOut
 from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory
 from npeff.stages.fishers.estimate import estimate, rows
@@ -46,8 +47,10 @@ def test_sizes_are_those_of_the_run_and_nothing_is_left_behind(tmp_path: Path, m
     assert store.attrs["batch_size"] == found.trial.facts.batch_size
     parameters = read_table(run.table("parameters"), "parameters").to_pylist()
     assert [row["parameter"] for row in parameters if row["taken"]] == list(found.trial.facts.layout.names)
-    assert {row["parameter"]: row["reason"] for row in parameters if not row["taken"]} == found.trial.facts.left_out
-    assert set(found.trial.facts.left_out.values()) == {"matches '*.bias' of parameters.exclude"}
+    left_out = found.trial.facts.left_out
+    assert {row["parameter"] for row in parameters if not row["taken"]} == left_out.keys()
+    assert {row["reason"] for row in parameters if not row["taken"]} == {"matches '*.bias' of parameters.exclude"}
+    assert set(left_out.values()) == {LeftOut("matches '*.bias' of parameters.exclude", unsupported=False)}
 
 
 def test_the_batch_size_is_found_or_the_one_that_is_asked_for(tmp_path: Path) -> None:

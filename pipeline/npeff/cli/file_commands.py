@@ -58,7 +58,7 @@ def estimate_command(
             (name, " x ".join(map(str, shape)), "yes")
             for name, shape in zip(facts.layout.names, facts.layout.shapes, strict=True)
         ]
-        left_out = [(name, "", f"no: {reason}") for name, reason in facts.left_out.items()]
+        left_out = [(name, "", f"no: {why.reason}") for name, why in facts.left_out.items()]
         Console().print(rows_table(("parameter", "shape", "taken"), taken + left_out))
     Console().print(rows_table(("what", "estimate"), rows(found, config)))
 

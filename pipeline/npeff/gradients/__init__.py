@@ -8,7 +8,7 @@ from npeff.gradients.collector import GradientCollector, check_coverage
 from npeff.gradients.errors import UnsupportedModelError
 from npeff.gradients.label_factor import exact_label_factor, truncated_label_factor
 from npeff.gradients.labels import IGNORED, UNKNOWN, LabelRows, label_rows
-from npeff.gradients.parameters import ParameterLayout, left_out, model_fingerprint, select_parameters
+from npeff.gradients.parameters import LeftOut, ParameterLayout, left_out, model_fingerprint, select_parameters
 from npeff.gradients.positions import PositionShares, position_shares
 from npeff.options.labels import LabelSpec
 
@@ -19,6 +19,7 @@ __all__ = [
     "GradientCollector",
     "LabelRows",
     "LabelSpec",
+    "LeftOut",
     "LogitsFunction",
     "ParameterLayout",
     "PositionShares",

@@ -86,7 +86,20 @@ def select_parameters(
     return ParameterLayout(tuple(chosen), tuple(chosen.values()))
 
 
-def left_out(model: nn.Module, layout: ParameterLayout, exclude: Sequence[str] = ()) -> dict[str, str]:
+@dataclass(frozen=True)
+class LeftOut:
+    """Why a parameter is not in the layout.
+
+    Attributes:
+        reason: The end of a sentence that begins with the parameter's name.
+        unsupported: Whether gradients of the parameter cannot be computed. If False, the run file excludes it.
+    """
+
+    reason: str
+    unsupported: bool
+
+
+def left_out(model: nn.Module, layout: ParameterLayout, exclude: Sequence[str] = ()) -> dict[str, LeftOut]:
     """Return the parameters that are not in `layout`, each with the reason.
 
     A shared parameter is listed under its first name.
@@ -98,11 +111,11 @@ def left_out(model: nn.Module, layout: ParameterLayout, exclude: Sequence[str] =
         pattern = next((pattern for pattern in exclude if fnmatchcase(name, pattern)), None)
         if not value.is_floating_point():
             why = "Fishers of complex parameters are not supported" if value.is_complex() else "it has no gradient"
-            reasons[name] = f"is {value.dtype}: {why}".replace("torch.", "")
+            reasons[name] = LeftOut(f"is {value.dtype}: {why}".replace("torch.", ""), unsupported=True)
         elif pattern is not None:
-            reasons[name] = f"matches {pattern!r} of parameters.exclude"
+            reasons[name] = LeftOut(f"matches {pattern!r} of parameters.exclude", unsupported=False)
         else:
-            reasons[name] = "matches nothing in parameters.include"
+            reasons[name] = LeftOut("matches nothing in parameters.include", unsupported=False)
     return reasons
 
 

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from npeff.errors import hide_values
 from npeff.execution.executor import ExecutorError
 from npeff.execution.serial import computing_threads
-from npeff.gradients import ParameterLayout, UnsupportedModelError, left_out, model_fingerprint, select_parameters
+from npeff.gradients import (
+    LeftOut,
+    ParameterLayout,
+    UnsupportedModelError,
+    left_out,
+    model_fingerprint,
+    select_parameters,
+)
 from npeff.models.heap import keep_freed_memory
 from npeff.models.predictions import Predictions, joined
 from npeff.models.trainable import trainable
@@ -127,7 +134,7 @@ class LoadedModel:
         object.__setattr__(self, "layout", layout)
 
     @property
-    def left_out(self) -> dict[str, str]:
+    def left_out(self) -> dict[str, LeftOut]:
         """The parameters that are not in the layout, each with the reason."""
         return left_out(self.model, self.layout, self.spec.exclude)
 

@@ -316,7 +316,7 @@ class RayExecutor:
                     self._private = PrivateRay(self.workers * self._cpus)
                 else:
                     ray.init(address="auto" if in_job() else address, log_to_driver=False, logging_level=logging.ERROR)
-        except (OSError, RayError, ValueError, RuntimeError) as error:
+        except Exception as error:  # Ray raises a bare Exception when its servers start too late
             if address == "local" and not in_job():
                 raise ExecutorError(
                     f"cannot start Ray on this machine ({first_line(error)}): run the same command again when the "

@@ -23,7 +23,6 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
-from ray.exceptions import RayError
 
 from npeff.execution.ray.authentication import Authentication
 
@@ -43,7 +42,7 @@ class PrivateRay:
     """A private Ray instance. The constructor starts it, and `ray` is connected to it until `close`.
 
     Raises:
-        RayError, RuntimeError, ConnectionError: Ray does not start.
+        Exception: Ray does not start. Ray has no common class for these errors.
     """
 
     def __init__(self, cpus: int) -> None:
@@ -108,7 +107,7 @@ def _start(cpus: int, folder: str) -> None:
                     logging_level=logging.ERROR,
                 )
             return
-        except (RayError, RuntimeError, ConnectionError):
+        except Exception:  # Ray raises a bare Exception when its servers start too late
             ray.shutdown()
             if not starts_left:
                 raise

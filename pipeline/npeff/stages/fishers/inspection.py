@@ -9,7 +9,7 @@ from typing import Literal
 import pyarrow as pa
 
 from npeff.fisher import FisherBatch, GroupLayout, PerExampleFishers
-from npeff.gradients import LabelSpec, ParameterLayout, model_fingerprint
+from npeff.gradients import LabelSpec, LeftOut, ParameterLayout, model_fingerprint
 from npeff.models.batch_size import largest_batch_size
 from npeff.models.loaded import LoadedModel, ModelSpec
 from npeff.sketches import SketchSpec, make_sketch
@@ -36,7 +36,7 @@ class TaskFacts:
     layout: ParameterLayout
     groups: tuple[tuple[str, int], ...]
     """`GroupLayout.counts` of the parameters."""
-    left_out: dict[str, str]
+    left_out: dict[str, LeftOut]
     """Parameters that are excluded from the Fishers, with the reason for each."""
     sketch_dim: int
     batch_size: int

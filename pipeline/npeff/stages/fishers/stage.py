@@ -131,7 +131,7 @@ def compute_fishers(
 
 def _say_what_is_left_out(facts: TaskFacts, progress: ProgressDisplay) -> None:
     """Name the parameters that are left out although the run file does not exclude them."""
-    named = [f"{name} {why}" for name, why in facts.left_out.items() if why.startswith("is ")]
+    named = [f"{name} {why.reason}" for name, why in facts.left_out.items() if why.unsupported]
     if named:
         more = f", and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
         progress.say(f"left out of the Fishers: {', '.join(named[:_MOST_NAMED])}{more}")

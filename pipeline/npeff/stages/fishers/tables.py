@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from npeff.runs.directory import RunDirectory
 from npeff.store.fisher_store import FisherStore
 from npeff.store.tables import read_table, table_lineage, write_table
+
+if TYPE_CHECKING:
+    from npeff.gradients import LeftOut
 
 
 def held_out(n_examples: int, fraction: float, seed: int) -> NDArray[np.bool_]:
@@ -87,7 +90,7 @@ def split_column(n_examples: int, fraction: float, seed: int) -> NDArray[np.obje
 
 
 def write_parameter_table(
-    run: RunDirectory, shapes: Mapping[str, Sequence[int]], left_out: Mapping[str, str], lineage: str | None = None
+    run: RunDirectory, shapes: Mapping[str, Sequence[int]], left_out: Mapping[str, LeftOut], lineage: str | None = None
 ) -> None:
     """Write the table ``parameters``: shapes of the included parameters, and the reasons why others are excluded."""
     taken = [True] * len(shapes) + [False] * len(left_out)
@@ -96,6 +99,6 @@ def write_parameter_table(
         "shape": ["x".join(map(str, shape)) for shape in shapes.values()] + [None] * len(left_out),
         "size": [math.prod(shape) for shape in shapes.values()] + [None] * len(left_out),
         "taken": taken,
-        "reason": [None] * len(shapes) + [*left_out.values()],
+        "reason": [None] * len(shapes) + [why.reason for why in left_out.values()],
     }
     write_table(run.shared_table("parameters"), "parameters", columns, lineage)
