@@ -1,6 +1,6 @@
 # These commands do everything on a machine with Python 3.11, make and pip:
 #   make demo        set up .venv, run the quickstart, print where the report is
-#   make check       set up .venv, check style, types and import rules, run the tests that start no process
+#   make check       set up .venv, check style, types and import rules, run the tests of the parts that start no process
 #   make test        the same with all tests but the slow ones
 #   make test-slow   the slow tests
 #   make test-numerics   the tests that compare numbers, under several settings of the numerical libraries
@@ -33,9 +33,9 @@ TORCH_FREE := tests/query tests/reports tests/runs tests/statistics tests/storag
 demo: $(VENV)/installed
 	$(BIN)/npeff demo
 
-# Style, types, import rules, and the tests that start no process.
+# Style, types, import rules, and the tests that start no process, but those of whole runs.
 check: $(VENV)/installed-dev lint
-	$(PYTEST) -m "not process and not ray and not slow"
+	$(PYTEST) -m "not process and not ray and not slow" $(TESTS_OF_ROOMS)
 
 test: $(VENV)/installed-dev lint
 	$(PYTEST) -m "not slow"

@@ -150,7 +150,9 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, step: int, before: bool) -> Calla
     return lambda: n_begun
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "before", [pytest.param(True, id="before"), pytest.param(False, id="after", marks=pytest.mark.slow)]
+)
 def test_a_migration_that_is_killed_at_any_rename_is_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool
 ) -> None:

@@ -36,7 +36,7 @@ def complete_stages(run: Path) -> set[str]:
 def undisturbed(head: LocalHead, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run that was submitted from its own folder, and its log as it followed."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    run_contents.write_run_file(folder / "run.yaml")
+    run_contents.write_run_file(folder / "run.yaml", workers=1)
     submit = ("npeff", "submit", "run.yaml", "--run-dir", "relative/run")
     done = head.command(*submit, "--address", head.address, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr

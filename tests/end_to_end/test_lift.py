@@ -79,7 +79,7 @@ def test_workers_share_the_examples_and_find_the_same(factorized: RunDirectory, 
             assert facts["cosine"] == pytest.approx(expected["cosine"], abs=1e-5)
 
 
-@pytest.mark.parametrize("units", [1, 2, 3])
+@pytest.mark.parametrize("units", [2, *(pytest.param(units, marks=pytest.mark.slow) for units in (1, 3))])
 def test_it_goes_on_from_the_sums_that_are_there(factorized: RunDirectory, tmp_path: Path, units: int) -> None:
     undisturbed, run = (copied(factorized, tmp_path / name) for name in ("undisturbed", "interrupted"))
     npeff.lift(undisturbed, executor=Several(2))

@@ -74,6 +74,7 @@ def test_the_planted_number_is_found_and_said_to_be_clear(selected: RunDirectory
     assert rows[PLANTED]["explained_held_out"] - rows[4]["explained_held_out"] > 0.1
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_and_finds_the_same(selected: RunDirectory, tmp_path: Path) -> None:
     run = prepared(tmp_path / "run")
     n_fits = len(table(selected)) * 6

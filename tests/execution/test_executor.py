@@ -173,6 +173,7 @@ def one_by_one(items: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [(item,) for item in items]
 
 
+@pytest.mark.slow
 def test_items_that_fail_three_times_are_told_after_all_others_are_finished(executor, tmp_path):
     spec, finished = WorkerSpec(Calculator, {"scratch": tmp_path}), []
     spans = [(0, 1), (2, 3), (4, 5)]
@@ -207,6 +208,7 @@ def test_where_everything_fails_it_ends_long_before_all_has_been_tried(tmp_path)
         list(SerialExecutor().map(spec, "fill_the_disk", [4], keep_going=True))
 
 
+@pytest.mark.slow
 def test_a_hung_worker_is_replaced_after_the_timeout(executor, tmp_path, monkeypatch):
     spec, events = WorkerSpec(Calculator, {"scratch": tmp_path}), []
 
