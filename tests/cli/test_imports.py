@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = pytest.mark.process
 
-HEAVY = {"torch", "transformers", "scipy", "sklearn", "dask", "ray", "zarr", "pandas", "matplotlib"}
+HEAVY = {"torch", "transformers", "scipy", "sklearn", "dask", "ray", "zarr", "pandas", "matplotlib", "sympy"}
 
 SCRIPT = """
 import sys
@@ -76,3 +76,14 @@ def test_other_questions_import_what_their_answer_needs(run) -> None:
     assert imported("query", run.path, "similar", "--component", "3") == {"zarr"}
     assert imported("query", run.path, "example", "--example", "0") == {"zarr"}
     assert imported("query", run.path, "enriched", "--where", "not correct") == {"scipy"}
+
+
+@pytest.mark.slow
+def test_fishers_import_no_library_that_they_do_not_need(tmp_path: Path) -> None:
+    run_yaml = tmp_path / "run.yaml"
+    run_yaml.write_text(
+        f"run_dir: {tmp_path / 'run'}\ntask: {{name: digits, options: {{limit: 20, epochs: 1}}}}\n"
+        "factorization: {n_components: 3}\n",
+        encoding="utf-8",
+    )
+    assert imported("fishers", run_yaml) - {"pandas"} == {"torch", "dask", "zarr"}  # pyarrow imports pandas if it can

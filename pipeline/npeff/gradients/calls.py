@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from npeff.errors import as_one_line
+from npeff.gradients.backward_seed import backward_seed
 from npeff.gradients.capture import Use, repeat
 from npeff.gradients.contribution import Contribution, Dense
 from npeff.gradients.errors import UnsupportedModelError
@@ -105,7 +106,8 @@ def output_gradients(
     for row in range(len(directions)):
         retain = row + 1 < len(directions)
         try:
-            passes.append(torch.autograd.grad(logits, edges, directions[row], retain_graph=retain, allow_unused=True))
+            seed = backward_seed(logits, directions[row])
+            passes.append(torch.autograd.grad(seed, edges, retain_graph=retain, allow_unused=True))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # reentrant checkpoints, operations without a derivative

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from npeff.gradients.backward_seed import backward_seed
 from npeff.gradients.calls import Collected
 from npeff.gradients.errors import UnsupportedModelError
 from npeff.gradients.labels import IGNORED
@@ -68,7 +69,7 @@ def wrong_parameters(
     with _compared_gradients(model, layout, compare) as copies, torch.enable_grad():
         logits = run()
         if logits.requires_grad:
-            torch.autograd.backward([logits], [direction], inputs=list(copies.values()))
+            backward_seed(logits, direction).backward(inputs=list(copies.values()))
         for name, copy in copies.items():
             if name not in errors and name in collected.contributions:  # autograd finds no gradient
                 with torch.no_grad():

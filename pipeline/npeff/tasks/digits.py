@@ -7,6 +7,7 @@ Digits"). The network is trained once per run from a fixed seed, which takes a f
 from __future__ import annotations
 
 import functools
+import importlib.util
 import io
 import os
 from collections.abc import Sequence
@@ -18,7 +19,6 @@ import pyarrow as pa
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
@@ -109,9 +109,23 @@ class _Digits(Examples):
 @functools.cache
 def _images() -> tuple[Tensor, Tensor]:
     """All images (1797, 1, 8, 8), from 0 to 1, and their classes (1797,)."""
-    images, labels = load_digits(return_X_y=True)
-    pixels = torch.from_numpy(images.astype(np.float32) / 16).reshape(-1, 1, 8, 8)
-    return pixels, torch.from_numpy(labels.astype(np.int64))
+    rows = np.loadtxt(_images_file(), delimiter=",", dtype=np.float32)
+    pixels = torch.from_numpy(rows[:, :-1] / 16).reshape(-1, 1, 8, 8)
+    return pixels, torch.from_numpy(rows[:, -1].astype(np.int64))
+
+
+def _images_file() -> Path:
+    """Return the file that `sklearn.datasets.load_digits` reads: 64 pixels from 0 to 16 and a class per line.
+
+    It is read here because every worker would otherwise import scikit-learn, and with it pandas and scipy.stats, which
+    takes longer than its share of the Fishers.
+    """
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or spec.origin is None:
+        raise TaskError(
+            "digits: scikit-learn, which contains the images, is not installed: install npeff-pipeline again"
+        )
+    return Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
 
 
 @functools.cache
