@@ -86,4 +86,4 @@ def test_fishers_import_no_library_that_they_do_not_need(tmp_path: Path) -> None
         "factorization: {n_components: 3}\n",
         encoding="utf-8",
     )
-    assert imported("fishers", run_yaml) - {"pandas"} == {"torch", "dask", "zarr"}  # pyarrow imports pandas if it can
+    assert not imported("fishers", run_yaml) & {"sympy", "sklearn", "transformers", "ray", "matplotlib"}
