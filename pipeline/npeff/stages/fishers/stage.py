@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from npeff.execution.executor import ATTEMPTS, Executor, ExecutorError, FailedItem, ItemsFailedError
+from npeff.execution.executor import ATTEMPTS, Executor, ExecutorError, FailedItem, ItemsFailedError, WorkerSpec
 from npeff.runs.config_reading import ConfigError
 from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
@@ -25,7 +25,7 @@ from npeff.storage.atomic import is_committed, remove_directory
 from npeff.storage.errors import StoreError
 from npeff.store.diagonal_store import DiagonalSums
 from npeff.store.fisher_store import FisherStore
-from npeff.store.shard_records import ShardRecords
+from npeff.store.shard_records import CompletionRecord, ShardRecords
 from npeff.store.tables import SCHEMAS
 
 _MOST_SHARDS_PER_CALL = 2
@@ -61,13 +61,8 @@ def compute_fishers(
                 tick(1)
             _say_what_is_left_out(facts, progress)
             records, store = _open_fishers(run, facts)
-            complete = records.complete()
             sums = DiagonalSums(run.partial_results("diagonal"), store.plan.n_shards, records.signature)
             summed = config.fishers.diagonal.mean and not run.diagonal_fisher.exists()
-            units = sums.missing() if summed else []
-            in_units = {shard for unit in units for shard in sums.shards(unit)}
-            missing = [shard for shard in range(store.plan.n_shards) if shard not in in_units | complete.keys()]
-            records.withdraw(in_units & complete.keys())
             worker = worker_spec(
                 run,
                 FisherWorker,
@@ -80,25 +75,10 @@ def compute_fishers(
                 batch_size=store.attrs["batch_size"],
                 sums=sums,
             )
-            with progress.stage("fishers", store.plan.n_shards, "shards", done=len(complete)) as tick:
-                failed: list[FailedItem] = []
-                for method, items in (("compute_unit", units), ("compute", _spans(missing, workers.workers))):
-                    split = partial(_unrecorded, records) if method == "compute" else None
-                    try:
-                        for _, written in workers.map(worker, method, items, keep_going=True, split=split):
-                            complete |= {record.shard: record for record in written}
-                            tick(len(complete))
-                            if method == "compute_unit":
-                                sums.fold()
-                    except ItemsFailedError as error:
-                        failed += [
-                            replace(each, item=sums.shards(each.item) if method == "compute_unit" else each.item)
-                            for each in error.failed
-                        ]
-                if failed:
-                    raise _failed_shards(failed, store, facts)
-                if len(complete) < store.plan.n_shards:  # a worker recorded a shard and was then lost
-                    complete = records.complete()
+            units = sums.missing() if summed else []
+            complete, failed = _compute_missing(workers, worker, records, sums, units, progress)
+            if failed:
+                raise _failed_shards(failed, store, facts)
         n_examples, n_invalid = len(facts.examples), sum(record.n_invalid for record in complete.values())
         if n_invalid:
             progress.say(f"{n_invalid} of {n_examples} examples have non-finite logits or gradients and are excluded")
@@ -127,6 +107,44 @@ def compute_fishers(
                 "signature": records.signature,
             },
         )
+
+
+def _compute_missing(
+    workers: Executor,
+    worker: WorkerSpec,
+    records: ShardRecords,
+    sums: DiagonalSums,
+    units: list[int],
+    progress: ProgressDisplay,
+) -> tuple[dict[int, CompletionRecord], list[FailedItem]]:
+    """Compute the shards without a record, and all shards of the units whose sums of diagonals are missing.
+
+    Returns:
+        The records of the complete shards, and the failed items with their shards.
+    """
+    complete, n_shards = records.complete(), sums.n_shards
+    in_units = {shard for unit in units for shard in sums.shards(unit)}
+    missing = [shard for shard in range(n_shards) if shard not in in_units | complete.keys()]
+    records.withdraw(in_units & complete.keys())
+    failed: list[FailedItem] = []
+    with progress.stage("fishers", n_shards, "shards", done=len(complete)) as tick:
+        try:
+            for _, written in workers.map(worker, "compute_unit", units, keep_going=True):
+                complete |= {record.shard: record for record in written}
+                tick(len(complete))
+                sums.fold()
+        except ItemsFailedError as error:
+            failed += [replace(each, item=sums.shards(each.item)) for each in error.failed]
+        spans, split = _spans(missing, workers.workers), partial(_unrecorded, records)
+        try:
+            for _, written in workers.map(worker, "compute", spans, keep_going=True, split=split):
+                complete |= {record.shard: record for record in written}
+                tick(len(complete))
+        except ItemsFailedError as error:
+            failed += error.failed
+    if not failed and len(complete) < n_shards:  # a worker recorded a shard and was then lost
+        complete = records.complete()
+    return complete, failed
 
 
 def _say_what_is_left_out(facts: TaskFacts, progress: ProgressDisplay) -> None:
