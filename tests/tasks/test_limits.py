@@ -125,7 +125,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(name: str, model: Path, folder: Path, texts: list[str], **options: Any) -> tiny.Loaded:
-    columns = {"text": texts, "short": ["a cat"] * len(texts), "other": ["a dog"] * len(texts)}
+    columns = {"text": texts, "same": texts, "short": ["a cat"] * len(texts), "other": ["a dog"] * len(texts)}
     data = tiny.write(folder / "data.parquet", columns)
     return tiny.load(name, model, data, **{**TASKS[name][2], **options})
 
@@ -159,7 +159,7 @@ def test_a_model_without_a_tokenizer_is_refused(name: str, folder: Path, tmp_pat
 def test_texts_that_the_tokenizer_does_not_know_are_refused(name: str, folder: Path, tmp_path: Path) -> None:
     """More than half of all tokens; a single text may be unknown."""
     said = "set processor to the tokenizer of the model, or choose other columns"
-    options = {"choice_columns": ["text", "text"]} if name == "multiple-choice" else {}
+    options = {"choice_columns": ["text", "same"]} if name == "multiple-choice" else {}
     check_refused(said, lambda: load(name, folder / name, tmp_path, ["lorem ipsum", "dolor cat"], **options))
     assert len(load(name, folder / name, tmp_path, ["🙂 🙂 🙂", "the dog sleeps"], **options).examples) == 2
 
