@@ -82,6 +82,7 @@ def open_run(
     name: str | None = None,
     components: int | None = None,
     any_factorization: bool = False,
+    kind: str | None = None,
 ) -> RunDirectory:
     """Return the run of a run file or a run directory, with the options of the command line applied.
 
@@ -95,11 +96,12 @@ def open_run(
         name: The name of a factorization, which may be new.
         components: As the option ``--components`` of ``npeff factorize``.
         any_factorization: Whether the command uses only what all factorizations of a run share.
+        kind: As the option ``--kind`` of ``npeff factorize``.
     """
     from npeff.runs.config import RunConfig
     from npeff.runs.directory import RunDirectory
 
-    asked = {"name": name, "n_components": components, "max_iterations": max_iterations}
+    asked = {"name": name, "n_components": components, "max_iterations": max_iterations, "kind": kind}
     changes: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
     if run.is_dir():
         if run_dir is not None:

@@ -64,10 +64,21 @@ def factorize_command(
     address: Address = None,
     max_iterations: MaxIterations = None,
     components: Annotated[int | None, typer.Option(min=1, help="Number of components.")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="What is factorized: fishers (the default), diagonal_groups, diagonal_entries, gradients, squared, "
+            "kmeans, pca, or random.",
+        ),
+    ] = None,
     name: Name = None,
     factorization: Factorization = None,
 ) -> None:
-    _complete(FACTORIZE, open_run(run, run_dir, workers, address, max_iterations, factorization, name, components))
+    opened = open_run(
+        run, run_dir, workers, address, max_iterations, factorization, name, components=components, kind=kind
+    )
+    _complete(FACTORIZE, opened)
 
 
 @app.command(LIFT.name, help=LIFT.help)

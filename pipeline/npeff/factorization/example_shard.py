@@ -62,6 +62,8 @@ class ExampleShard:
         """W; it has no columns before the first pass."""
         if coefficients_NK is not None:
             self.coefficients_NK = torch.as_tensor(coefficients_NK).to(self.coefficients_NK, copy=True)
+        self.evidence_NK = torch.zeros(self.n_examples, 0, dtype=torch.float32, device=self.device)
+        """‖Â_i h_j‖² for the components of `finish`; it has no columns before."""
         self.fisher_squares_N = self._fisher_squares()
         refuse_not_finite(self.fisher_squares_N)
         self.weights_N = self._weights(weights_N)
@@ -112,17 +114,19 @@ class ExampleShard:
         return ww_KK
 
     def finish(self, components_KD: Tensor, *, l1: float = 0.0) -> Statistics:
-        """Set the coefficients to their optimum at the given components and return the statistics.
+        """Set the coefficients to their optimum at the given components, and the evidence; return the statistics.
 
         All computations are in float64. The coefficients are rounded to the precision of the factors before the
         statistics are computed, so the loss is that of the stored coefficients, up to rounding in float64.
         """
         h_KD, gram_KK = self._components_and_gram(components_KD)
         coefficients_NK = self._coefficients(len(h_KD))
+        self.evidence_NK = self.evidence_NK.new_zeros(self.n_examples, len(h_KD))
         statistics = Statistics.zeros(len(h_KD), self.dim, device=self.device)
         for block, factors_BRD in self._blocks():
             rows, b_KBR = self._project(factors_BRD.double(), h_KD)
             t_KB = b_KBR.square().sum(dim=2)
+            self.evidence_NK[block] = t_KB.T.to(self.evidence_NK)
             targets_KB = self._targets(t_KB, block, l1)
             coefficients_NK[block] = nnls(targets_KB.T, gram_KK, coefficients_NK[block]).to(coefficients_NK)
             w_KB = coefficients_NK[block].double().T.contiguous()

@@ -76,6 +76,16 @@ def environment() -> jinja2.Environment:
     return templates
 
 
+_FACTORIZED = {
+    "diagonal_groups": "diagonal Fishers",
+    "diagonal_entries": "diagonal Fishers",
+    "gradients": "gradients of the predictions",
+    "kmeans": "gradients of the predictions",
+    "squared": "squared entries of the Fisher factors",
+}
+"""What the components explain, by the kind of the factorization."""
+
+
 def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
     """Return the variables of the template."""
     tables = store.tables
@@ -84,13 +94,15 @@ def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
     provenance = tables.json("provenance.json")
     files = (store.run_dir / "run.yaml", store.run.settings)
     configuration = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
+    kind = tables.record("factorize").get("factorized", "fishers")
     writer = CardWriter(store, top_examples) if factorized else None
     cards = writer.cards() if writer is not None else []
     return {
         "title": str(provenance.get("task") or without_values(store.run_dir.resolve().name)),
         "run_dir": without_values(store.run.argument),
         "summary": store.summary(),
-        "diagonal": tables.record("factorize").get("factorized", "fishers") != "fishers",
+        "diagonal": kind.startswith("diagonal_"),
+        "factorized": _FACTORIZED.get(kind, "Fisher matrices"),
         "stages": [_stage(name, record) for name, record in tables.stages().items()],
         "provenance": _flat(provenance),
         "configuration": "".join(configuration) or None,

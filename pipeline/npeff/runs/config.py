@@ -97,7 +97,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_factorized_is_stored(self) -> Self:
-        kind, stored = self.factorization.kind, self.fishers.diagonal
+        kind, stored, labels = self.factorization.kind, self.fishers.diagonal, self.fishers.labels
         if kind != "fishers" and self.lift.polish_steps:
             raise ValueError(
                 "lift.polish_steps needs factorization.kind: fishers; remove lift.polish_steps, or change the kind"
@@ -107,6 +107,11 @@ class RunConfig(Section):
         if kind == "diagonal_entries" and stored.top_entries is None:
             raise ValueError(
                 "factorization.kind: diagonal_entries needs fishers.diagonal.top_entries; add this key, such as 1024"
+            )
+        if kind in ("gradients", "kmeans") and labels not in ("exact", "empirical"):
+            raise ValueError(
+                f"factorization.kind: {kind} needs fishers.labels: exact or empirical, not {labels}: the rows of other "
+                "labels do not determine the gradient of the prediction; change one of them"
             )
         return self
 
@@ -207,7 +212,12 @@ class RunConfig(Section):
             changed = type(section).model_validate(section.model_dump() | changes)
         except ValidationError as error:
             raise ConfigError(f"{name}: {one_line(error, type(section))}") from None
-        return self.model_copy(update={name: changed})
+        config = self.model_copy(update={name: changed})
+        try:
+            type(self).model_validate(config.model_dump())  # sections are also compared with each other
+        except ValidationError as error:
+            raise ConfigError(one_line(error, type(self))) from None
+        return config
 
     def differences(self, other: RunConfig) -> list[str]:
         """Return the dotted names of the keys whose values differ from an earlier configuration.
@@ -249,6 +259,8 @@ class RunConfig(Section):
         The iteration limit is not among these settings.
         """
         wanted = self.factorization.model_dump(mode="json", exclude=_FREE["factorization"] | {"max_iterations"})
+        if self.factorization.max_probability is None:
+            del wanted["max_probability"]  # earlier versions have no such key, and their results stay valid
         return _hash([wanted, self.seed])
 
     def signature(self, *sections: str) -> str:

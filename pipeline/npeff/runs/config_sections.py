@@ -7,7 +7,7 @@ a value of the type, which provides the defaults and checks the bounds.
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Annotated, Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast, get_args
 
 from pydantic import (
     BaseModel,
@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from npeff.options.bounds import LARGEST_COUNT, LARGEST_SHARE, LARGEST_STEP, LARGEST_TIME_S
+from npeff.options.kinds import DirectKind, FactorizationKind, is_diagonal
 from npeff.options.labels import Labels, LabelSpec
 from npeff.options.sketch import SketchSpec
 from npeff.options.solver import SolverOptions
@@ -122,10 +123,13 @@ class FactorizationConfig(Section):
     """Name of the factorization. A run holds several factorizations of its Fishers side by side."""
     n_components: int
     """Number of components K."""
-    kind: Literal["fishers", "diagonal_groups", "diagonal_entries"] = "fishers"
+    kind: FactorizationKind = "fishers"
     """What is factorized. ``fishers``: the low-rank Fishers (NPEFF). ``diagonal_groups``: their diagonals, summed over
     output units (D-NPEFF), which needs ``fishers.diagonal.groups``. ``diagonal_entries``: the largest entries of the
-    diagonals (D-NPEFF), which needs ``fishers.diagonal.top_entries``."""
+    diagonals (D-NPEFF), which needs ``fishers.diagonal.top_entries``. ``gradients`` and ``squared``: non-negative
+    matrix factorization of per-example gradients, and of squared entries of the sketched Fisher factors. ``kmeans``:
+    clusters of gradients. ``pca``: eigenvectors of the mean normalized Fisher. ``random``: random components, as a
+    control. ``gradients`` and ``kmeans`` need ``fishers.labels: exact`` or ``empirical``."""
     max_iterations: int = SolverOptions.max_iterations
     """Largest number of passes over the Fishers, including rejected steps."""
     tolerance: PositiveFloat = SolverOptions.tolerance
@@ -154,8 +158,12 @@ class FactorizationConfig(Section):
     expand: str | None = None
     """Directory of a run with the same model, parameters, sketch and seed, whose components are kept fixed as the first
     components. ``n_components`` includes them."""
-    examples: Literal["all", "mispredicted"] = "all"
-    """Examples that the components are fitted on and that the report describes. All valid examples get coefficients."""
+    examples: Literal["all", "mispredicted", "uncertain"] = "all"
+    """Examples that the components are fitted on and that ``explained`` describes. ``mispredicted``: those with a wrong
+    prediction. ``uncertain``: those whose largest class probability is below ``max_probability``. All valid examples
+    get coefficients."""
+    max_probability: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """``examples: uncertain``: the bound on the largest class probability of the examples."""
     example_weights: str | None = None
     """Column of the table of examples, such as metadata of the task, with non-negative weights of the examples in the
     loss."""
@@ -180,10 +188,20 @@ class FactorizationConfig(Section):
         self.solver_options(seed=0)
         if self.start_from is not None and self.expand is not None:
             raise ValueError("start_from and expand cannot be combined: remove one of them")
-        for name in ("l1", "orthogonality", "start_from", "expand", "examples", "example_weights"):
-            if self.kind != "fishers" and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} needs kind: fishers; remove {name}, or change the kind")
+        if (self.examples == "uncertain") != (self.max_probability is not None):
+            raise ValueError("examples: uncertain and max_probability need each other: give both, or remove both")
+        for name, unsupported in self._unsupported().items():
+            if unsupported and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is not available for kind: {self.kind}; remove {name}, or change the kind")
         return self
+
+    def _unsupported(self) -> dict[str, bool]:
+        """Return whether the kind does not support a key, for the keys that some kinds do not support."""
+        only_fishers = ("l1", "orthogonality", "start_from", "expand", "example_weights")
+        return dict.fromkeys(only_fishers, self.kind != "fishers") | {
+            "examples": is_diagonal(self.kind),
+            "metrics": self.kind in get_args(DirectKind),
+        }
 
     def solver_options(self, seed: int, **changes: Any) -> SolverOptions:
         """Return the solver options of a run with this seed, with ``changes`` applied."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,10 @@ class FittedExamples:
 
     fishers: Path
     table: Path
-    mispredicted_only: bool = False
-    """Use only mispredicted examples for the fit and for the held-out evaluation."""
+    chosen: Literal["all", "mispredicted", "uncertain"] = "all"
+    """Examples that are used for the fit and for the held-out evaluation."""
+    max_probability: float | None = None
+    """The largest class probability of ``uncertain`` examples is below this number."""
     weight_column: str | None = None
     """Column of the table with the weights of the examples in the loss. All weights are 1 if None."""
 
@@ -39,11 +41,36 @@ class FittedExamples:
         """Return the splits and the weights (N,) of a table of examples.
 
         Raises:
-            InvalidProblemError: as `example_weights`.
+            InvalidProblemError: as `example_weights` and `largest_probabilities`.
         """
         column = self.weight_column
         weights_N = np.ones(len(examples)) if column is None else example_weights(examples, column)
-        return Splits.of(examples, self.mispredicted_only), weights_N
+        counts_N = None
+        if self.chosen == "mispredicted":
+            counts_N = np.array([correct is False for correct in examples["correct"].to_pylist()], dtype=bool)
+        elif self.chosen == "uncertain":
+            assert self.max_probability is not None
+            counts_N = largest_probabilities(examples) < self.max_probability
+        return Splits.of(examples, counts_N), weights_N
+
+
+def largest_probabilities(examples: pa.Table) -> NDArray[np.float64]:
+    """Return the largest class probability (N,) of each example of the table, NaN for logits that are not finite.
+
+    Raises:
+        InvalidProblemError: the table has no logits.
+    """
+    logits = examples["logits"].combine_chunks()
+    if logits.null_count:
+        raise InvalidProblemError(
+            "factorization.examples: uncertain needs one prediction among at most 4,096 classes for each example, and "
+            "the logits of these examples are not stored: set factorization.examples: all"
+        )
+    logits_NC = logits.flatten().to_numpy(zero_copy_only=False).astype(np.float64).reshape(len(examples), -1)
+    with np.errstate(invalid="ignore"):
+        exponentials_NC = np.exp(logits_NC - logits_NC.max(axis=1, keepdims=True))
+    found_N: NDArray[np.float64] = 1 / exponentials_NC.sum(axis=1)
+    return found_N
 
 
 def example_weights(examples: pa.Table, column: str) -> NDArray[np.float64]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from npeff.factorization import InvalidProblemError, validate_size
+from npeff.options.kinds import rows_per_example
 from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
@@ -109,8 +110,13 @@ def validate_problem(config: RunConfig, n_fit: int, rank: int) -> None:
         InvalidProblemError: there are more components than factor rows in the fitted examples or in the subsample.
     """
     wanted = config.factorization
-    if wanted.kind != "fishers":
-        rank = 1
+    rank = rows_per_example(wanted.kind, rank)
+    if wanted.examples == "uncertain" and n_fit * rank < wanted.n_components:
+        raise InvalidProblemError(
+            f"only {n_fit} fitted examples have a largest class probability below factorization.max_probability: "
+            f"{wanted.max_probability}, too few for {wanted.n_components} components: raise max_probability, or lower "
+            "n_components"
+        )
     validate_size(n_fit, rank, wanted.n_components)
     if wanted.subsample * rank < wanted.n_components:
         raise InvalidProblemError(
@@ -126,7 +132,7 @@ def count_fit_examples(run: RunDirectory) -> int:
         InvalidProblemError: no example can be fitted, or all weights or all Fishers are zero.
     """
     fitted = fitted_examples(run)
-    examples, mispredicted_only = read_table(fitted.table, "examples"), fitted.mispredicted_only
+    examples = read_table(fitted.table, "examples")
     splits, weights_N = fitted.of(examples)
     fit_N = splits.fit_N
     n_fit = int((fit_N & (weights_N > 0)).sum())
@@ -135,7 +141,13 @@ def count_fit_examples(run: RunDirectory) -> int:
             f"all fitted examples have weight zero: check column {fitted.weight_column!r}, which is set by "
             "factorization.example_weights"
         )
-    if n_fit == 0 and mispredicted_only and bool(Splits.of(examples).fit_N.any()):
+    some_can = n_fit == 0 and bool(Splits.of(examples).fit_N.any())
+    if some_can and fitted.chosen == "uncertain":
+        raise InvalidProblemError(
+            "no fitted example has a largest class probability below factorization.max_probability: "
+            f"{fitted.max_probability}: raise max_probability"
+        )
+    if some_can and fitted.chosen == "mispredicted":
         raise InvalidProblemError(
             "no fitted example is known to be mispredicted: set factorization.examples: all, or add labels to the "
             "examples"

@@ -67,9 +67,8 @@ def model_spec(run: RunDirectory, fingerprint: str | None) -> ModelSpec:
 
 def fitted_examples(run: RunDirectory) -> FittedExamples:
     """Return the selection of the fitted examples from the run file."""
-    mispredicted_only = run.config.factorization.examples == "mispredicted"
-    weights = run.config.resolved("factorization.example_weights")
-    return FittedExamples(run.fishers, run.table("examples"), mispredicted_only, weights)
+    wanted, weights = run.config.factorization, run.config.resolved("factorization.example_weights")
+    return FittedExamples(run.fishers, run.table("examples"), wanted.examples, wanted.max_probability, weights)
 
 
 def inspection_of(config: RunConfig) -> tuple[SketchSpec, int | Literal["auto"], int]:

@@ -2,6 +2,8 @@
 
     factorization.zarr   components (K, D) float64; coefficients (N, K) float32, with NaN rows for left-out examples;
                          coefficient_norms (N,) float64, the norms of these rows;
+                         evidence (N, K) float32, ‖Â_i h_j‖², with NaN rows for left-out examples, if the components are
+                         in the sketch;
                          columns (D,) int64, if the coordinates are single entries of the flat parameter vector
 
 A chunk of the coefficients is a few hundred examples with all their components, so reading one example is cheap. A file
@@ -49,6 +51,8 @@ class StoredFactorization:
     """(D,) int64, the parameter of each coordinate; None if the coordinates are not single parameters."""
     coefficient_norms: zarr.Array[Any] | None = None
     """(N,) float64, norms of the rows of the coefficients; None in stores of an earlier version."""
+    evidence: zarr.Array[Any] | None = None
+    """(N, K) float32, with NaN rows for left-out examples; None for diagonals and in stores of an earlier version."""
 
     def read_components(self) -> np.ndarray:
         """Return the components, (K, D) float64. Raises StoreError if a chunk is missing or corrupt."""
@@ -61,6 +65,10 @@ class StoredFactorization:
     def read_columns(self) -> np.ndarray | None:
         """Return the columns, (D,) int64, or None. Raises StoreError if a chunk is missing or corrupt."""
         return None if self.columns is None else self._read("columns", self.columns)
+
+    def read_evidence(self) -> np.ndarray | None:
+        """Return the evidence, (N, K) float32, or None. Raises StoreError if a chunk is missing or corrupt."""
+        return None if self.evidence is None else self._read("evidence", self.evidence)
 
     def _read(self, name: str, array: zarr.Array[Any]) -> np.ndarray:
         remedy = f"delete this store and run `npeff factorize {run_argument(self.path)}` again"
@@ -81,10 +89,11 @@ def write_factorization(
     coefficients_NK: Coefficients,
     attrs: Mapping[str, Any],
     columns_D: np.ndarray | None = None,
-) -> None:
+    evidence_NK: Coefficients | None = None,
+) -> dict[str, str]:
     """Create or replace ``factorization.zarr``.
 
-    The coefficients are read twice, in blocks of rows.
+    The coefficients and the evidence are read twice, in blocks of rows.
 
     Args:
         path: The folder.
@@ -92,6 +101,10 @@ def write_factorization(
         coefficients_NK: Coefficients (N, K), with NaN rows for left-out examples.
         attrs: Attributes (JSON): loss, explained, the reason for stopping, ...
         columns_D: The parameter of each coordinate (D,), if the coordinates are single parameters.
+        evidence_NK: Evidence (N, K), with NaN rows for left-out examples, if the components are in the sketch.
+
+    Returns:
+        The checksums of the arrays, by name.
 
     Raises:
         ValueError: The shapes are empty or do not agree, or a number outside the NaN rows is not finite.
@@ -108,31 +121,39 @@ def write_factorization(
     if not np.isfinite(components_KD).all():
         raise ValueError("components are not finite")
     arrays, checksums = _stored(components_KD, coefficients_NK, columns_D)
+    in_rows = {"coefficients": coefficients_NK}
+    if evidence_NK is not None:
+        if tuple(evidence_NK.shape) != shape:
+            raise ValueError(f"evidence {tuple(evidence_NK.shape)} and coefficients {shape} do not agree")
+        in_rows["evidence"] = evidence_NK
+        checksums["evidence"] = _norms_and_checksum("evidence", evidence_NK)[1]
     with replacing_directory(location(path)) as partial:
         group = create_group(partial, _KIND, SCHEMA_VERSION, {"checksums": checksums}, attrs)
         for name, values in arrays.items():
             _create_array(group, name, values.shape, values.dtype)[...] = values
-        stored = _create_array(group, "coefficients", shape, np.dtype(np.float32), sparse=True)
-        for rows, block in blocks_of_rows(coefficients_NK, (stored.shards or stored.chunks)[0]):
-            stored[rows] = block
+        for name, values_NK in in_rows.items():
+            stored = _create_array(group, name, shape, np.dtype(np.float32), compressed=True)
+            for rows, block in blocks_of_rows(values_NK, (stored.shards or stored.chunks)[0]):
+                stored[rows] = block
+    return checksums
 
 
-def _norms_and_checksum(coefficients_NK: Coefficients) -> tuple[NDArray[np.float64], str]:
+def _norms_and_checksum(name: str, coefficients_NK: Coefficients) -> tuple[NDArray[np.float64], str]:
     n_examples, n_components = coefficients_NK.shape
     norms_N = np.empty(n_examples)
-    digest = ChecksumInBlocks("coefficients", np.dtype(np.float32), (n_examples, n_components))
+    digest = ChecksumInBlocks(name, np.dtype(np.float32), (n_examples, n_components))
     for rows, block in blocks_of_rows(coefficients_NK, max(1, BLOCK_BYTES // (4 * n_components))):
         if not np.isfinite(block[~np.isnan(block).all(axis=1)]).all():
-            raise ValueError("coefficients are not finite in rows that are not all NaN")
+            raise ValueError(f"{name} are not finite in rows that are not all NaN")
         norms_N[rows] = np.sqrt(np.einsum("nk,nk->n", block, block, dtype=np.float64))
         digest.update(block)
     return norms_N, digest.hexdigest()
 
 
 def _create_array(
-    group: zarr.Group, name: str, shape: tuple[int, ...], dtype: np.dtype, sparse: bool = False
+    group: zarr.Group, name: str, shape: tuple[int, ...], dtype: np.dtype, compressed: bool = False
 ) -> zarr.Array[Any]:
-    """Create an array that is chunked along its first axis. If `sparse`, it is compressed and chunks share files."""
+    """Create an array that is chunked along its first axis. If `compressed`, several chunks share a file."""
     row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
     chunk_rows = min(shape[0], -(-MIN_CHUNK_BYTES // row_bytes))
     chunks_per_shard = min(-(-shape[0] // chunk_rows), max(1, BLOCK_BYTES // (chunk_rows * row_bytes)))
@@ -141,8 +162,8 @@ def _create_array(
         shape=shape,
         dtype=dtype,
         chunks=(chunk_rows, *shape[1:]),
-        shards=(chunk_rows * chunks_per_shard, *shape[1:]) if sparse and chunks_per_shard > 1 else None,
-        compressors=[ZstdCodec(level=1), Crc32cCodec()] if sparse else Crc32cCodec(),
+        shards=(chunk_rows * chunks_per_shard, *shape[1:]) if compressed and chunks_per_shard > 1 else None,
+        compressors=[ZstdCodec(level=1), Crc32cCodec()] if compressed else Crc32cCodec(),
         fill_value=np.nan if dtype.kind == "f" else -1,
     )
 
@@ -150,7 +171,7 @@ def _create_array(
 def factorization_checksums(
     components_KD: np.ndarray, coefficients_NK: Coefficients, columns_D: np.ndarray | None = None
 ) -> dict[str, str]:
-    """Return the attribute ``checksums`` that the stored factorization has, to compare it with a stored one."""
+    """Return the attribute ``checksums`` that the stored factorization has, without that of the evidence."""
     return _stored(components_KD, coefficients_NK, columns_D)[1]
 
 
@@ -158,7 +179,7 @@ def _stored(
     components_KD: np.ndarray, coefficients_NK: Coefficients, columns_D: np.ndarray | None
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Return the arrays other than the coefficients in their stored types, and the checksums of all arrays."""
-    norms_N, coefficients_checksum = _norms_and_checksum(coefficients_NK)
+    norms_N, coefficients_checksum = _norms_and_checksum("coefficients", coefficients_NK)
     arrays: dict[str, np.ndarray] = {
         "components": components_KD.astype(np.float64),
         "coefficient_norms": norms_N,
@@ -180,8 +201,8 @@ def open_factorization(path: str | Path) -> StoredFactorization:
     path = location(path)
     group, attrs = open_group(path, _KIND, SCHEMA_VERSION, "factorize")
     components, coefficients = (open_array(group, path, name, "factorize") for name in ("components", "coefficients"))
-    columns, norms = (
+    columns, norms, evidence = (
         open_array(group, path, name, "factorize") if name in attrs["checksums"] else None
-        for name in ("columns", "coefficient_norms")
+        for name in ("columns", "coefficient_norms", "evidence")
     )
-    return StoredFactorization(path, components, coefficients, attrs, columns, norms)
+    return StoredFactorization(path, components, coefficients, attrs, columns, norms, evidence)

@@ -16,14 +16,13 @@ class Splits:
     fit_N: NDArray[np.bool_]
     held_out_N: NDArray[np.bool_]
     others_N: NDArray[np.bool_]
-    """Valid examples in neither split. With ``mispredicted_only``, examples not known to be mispredicted."""
+    """Valid examples in neither split, because the splits are of some of the examples only."""
 
     @classmethod
-    def of(cls, examples: pa.Table, mispredicted_only: bool = False) -> Splits:
-        """Return the splits according to the table of examples."""
+    def of(cls, examples: pa.Table, counts_N: NDArray[np.bool_] | None = None) -> Splits:
+        """Return the splits according to the table of examples. Only examples marked in ``counts_N`` are in a split."""
         valid_N = examples["valid"].to_numpy()
         fit_N = np.asarray(examples["split"].to_pylist()) == "fit"
-        counts_N = np.ones(len(examples), dtype=bool)
-        if mispredicted_only:
-            counts_N = np.array([correct is False for correct in examples["correct"].to_pylist()], dtype=bool)
+        if counts_N is None:
+            counts_N = np.ones(len(examples), dtype=bool)
         return cls(valid_N & counts_N & fit_N, valid_N & counts_N & ~fit_N, valid_N & ~counts_N)

@@ -36,6 +36,7 @@ def _verify_factorization(run: RunDirectory) -> None:
     stored.read_components()
     stored.read_coefficients()
     stored.read_columns()
+    stored.read_evidence()
     record = intact_record(run, "factorize")
     if record is not None and record.get("checksums", stored.attrs["checksums"]) != stored.attrs["checksums"]:
         raise StoreError(f"{run.factorization} does not match the record of its stage", path=run.factorization)

@@ -31,16 +31,19 @@ def write_solution(
     columns_D: np.ndarray | None = None,
     *,
     sources: MadeFrom | None = None,
+    evidence_NK: Coefficients | None = None,
 ) -> Summary:
-    """Write components, coefficients and their tables. Returns fields for the stage's record.
+    """Write components, coefficients, evidence and their tables. Returns fields for the stage's record.
 
-    ``sources`` is what the factorization was made from, see `npeff.runs.lineage`.
+    ``sources`` is what the factorization was made from, see `npeff.runs.lineage`. Evidence is computed from the
+    components and the Fishers, and is no part of the lineage.
 
     Results of later stages for former components are deleted. They are kept if the components are the same, which is
     the case when a damaged factorization is recomputed.
     """
     checksums = factorization_checksums(components_KD, coefficients_NK, columns_D)
-    if _former_checksums(run) == checksums:
+    former = _former_checksums(run)
+    if former is not None and former.items() >= checksums.items():
         run.reopen("lift")  # it adds a column to the table of components; the directions are kept
     else:
         for stage in (FACTORIZE, *stages_after(FACTORIZE)):
@@ -53,11 +56,11 @@ def write_solution(
             remove_directory(folder)
     lineage = lineage_of(FACTORIZE, sources, checksums)
     attrs = summary if lineage is None else summary | {"lineage": lineage}
-    write_factorization(run.factorization, components_KD, coefficients_NK, attrs, columns_D)
+    stored = write_factorization(run.factorization, components_KD, coefficients_NK, attrs, columns_D, evidence_NK)
     write_component_tables(run, components_KD, coefficients_NK, stability_K, lineage)
     write_table(run.table("history"), "history", rows_to_columns(history, "history"), lineage)
     known = {} if lineage is None else {"made_from": sources, "lineage": lineage}
-    return {"checksums": checksums} | known
+    return {"checksums": stored} | known
 
 
 def own_examples(run: RunDirectory) -> Summary:

@@ -9,6 +9,7 @@ import torch
 
 from npeff.execution.executor import Executor
 from npeff.factorization import InvalidProblemError, near_duplicates
+from npeff.options.kinds import FACTORIZED
 from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
 from npeff.runs.lineage import MadeFrom
@@ -17,6 +18,7 @@ from npeff.runs.settings import refuse_fewer_iterations
 from npeff.runs.stage import open_stage, record_of
 from npeff.stages.factorize import FACTORIZE
 from npeff.stages.factorize.driver import SolverRun, run_solver
+from npeff.stages.factorize.found import Found, SketchedKinds, found_by_solver
 from npeff.stages.factorize.live_history import metrics_writer
 from npeff.stages.factorize.solution import own_examples, write_solution
 from npeff.stages.factorize.worker import Origin, SolverWorker
@@ -27,6 +29,7 @@ from npeff.stages.inputs import checksums_of, components_of, count_fit_examples,
 from npeff.stages.worker_specs import device_of, executor_for, fitted_examples, worker_spec
 from npeff.store.checkpoint import CheckpointStore
 from npeff.store.coefficient_rows import StackedRows
+from npeff.store.shard_records import ShardChecksums
 
 
 def factorize(
@@ -50,50 +53,68 @@ def factorize(
         if stage.done:
             return stage.done
         ensure_split(run)
-        progress, config, wanted = progress or SilentProgress(), run.config, run.config.factorization
+        progress, config, kind = progress or SilentProgress(), run.config, run.config.factorization.kind
         fishers, checksums, n_fit = record_of(run, FISHERS), checksums_of(run), count_fit_examples(run)
         validate_problem(config, n_fit, fishers["rank"])
-        origin, metrics = _origin(run), metrics_writer(run.metrics, wanted.metrics)
-        n_frozen = len(origin.components_KD) if origin is not None and origin.frozen else 0
-        worker = worker_spec(
-            run,
-            SolverWorker,
-            kind=wanted.kind,
-            origin=origin,
-            memory_limit_bytes=wanted.memory_limit_mb * 2**20,
-            examples=fitted_examples(run),
-            options=wanted.solver_options(config.seed, n_frozen=n_frozen),
-            device=device_of(config),
-            timeout_s=config.executor.timeout_s,
-        )
-        config_hash = config.factorization_signature() + fishers["signature"]
         with executor_for(run, executor) as workers:
-            with progress.stage("factorize", wanted.max_iterations, "steps") as tick:
-
-                def on_iteration(row: dict[str, Any]) -> None:
-                    metrics(row)
-                    numbers = {"loss": row["loss"], "explained": row["explained"]}
-                    tick(row["iteration"], f"explained {row['explained']:.4f}", numbers=numbers)
-
-                solved = run_solver(
-                    workers,
-                    worker,
-                    CheckpointStore(run.checkpoints, config_hash=config_hash),
-                    checksums,
-                    checkpoint_every=wanted.checkpoint_every,
-                    on_iteration=on_iteration,
-                    on_event=progress.say,
-                )
-                tick(solved.history[-1]["iteration"], solved.stopped, last=True)
-            stability_K = component_stability(run, workers, solved.results[0].components_KD, progress)
-        summary = _write_solution(run, solved, n_fit, stability_K, stage.made_from)
-        kind = "" if wanted.kind == "fishers" else "diagonal "
+            sketched = SketchedKinds(run, workers, checksums, progress)
+            if kind == "kmeans" or kind == "pca" or kind == "random":
+                found = sketched.compute(kind)
+            else:
+                found = found_by_solver(_solve(run, workers, checksums, fishers["signature"], progress))
+            if kind == "gradients" or kind == "squared":
+                found = sketched.in_the_sketch(found)
+            stability_K = component_stability(run, workers, found.components_KD, progress)
+        summary = _write(run, found, n_fit, stability_K, stage.made_from)
+        what, steps = FACTORIZED[kind], f" after {found.n_iter} steps" if found.n_iter else ""
         progress.say(
-            f"explained {summary['explained']:.4f} of the fitted {kind}Fishers"
+            f"explained {summary['explained']:.4f} of the fitted {what}"
             + (f", {summary['explained_held_out']:.4f} of the held-out ones" if summary["explained_held_out"] else "")
-            + f" ({solved.stopped} after {summary['n_iter']} steps)"
+            + f" ({found.stopped}{steps})"
         )
         return stage.complete(summary | own_examples(run))
+
+
+def _solve(
+    run: RunDirectory,
+    workers: Executor,
+    checksums: dict[int, ShardChecksums],
+    fishers_signature: str,
+    progress: ProgressDisplay,
+) -> SolverRun:
+    """Run the solver to the end."""
+    config, wanted = run.config, run.config.factorization
+    origin, metrics = _origin(run), metrics_writer(run.metrics, wanted.metrics)
+    n_frozen = len(origin.components_KD) if origin is not None and origin.frozen else 0
+    worker = worker_spec(
+        run,
+        SolverWorker,
+        kind=wanted.kind,
+        origin=origin,
+        memory_limit_bytes=wanted.memory_limit_mb * 2**20,
+        examples=fitted_examples(run),
+        options=wanted.solver_options(config.seed, n_frozen=n_frozen),
+        device=device_of(config),
+        timeout_s=config.executor.timeout_s,
+    )
+    with progress.stage("factorize", wanted.max_iterations, "steps") as tick:
+
+        def on_iteration(row: dict[str, Any]) -> None:
+            metrics(row)
+            numbers = {"loss": row["loss"], "explained": row["explained"]}
+            tick(row["iteration"], f"explained {row['explained']:.4f}", numbers=numbers)
+
+        solved = run_solver(
+            workers,
+            worker,
+            CheckpointStore(run.checkpoints, config_hash=config.factorization_signature() + fishers_signature),
+            checksums,
+            checkpoint_every=wanted.checkpoint_every,
+            on_iteration=on_iteration,
+            on_event=progress.say,
+        )
+        tick(solved.history[-1]["iteration"], solved.stopped, last=True)
+    return solved
 
 
 def _origin(run: RunDirectory) -> Origin | None:
@@ -116,33 +137,31 @@ def _origin(run: RunDirectory) -> Origin | None:
     return Origin(components_KD, frozen=wanted.expand is not None)
 
 
-def _write_solution(
-    run: RunDirectory, solved: SolverRun, n_fit: int, stability_K: np.ndarray | None, sources: MadeFrom | None
+def _write(
+    run: RunDirectory, found: Found, n_fit: int, stability_K: np.ndarray | None, sources: MadeFrom | None
 ) -> Summary:
-    """Write the results of the solver's workers. Returns the summary for the stage's record."""
-    result = solved.results[0]
-    coefficients = {shard: rows for part in solved.results for shard, rows in part.coefficients.items()}
-    coefficients_NK = StackedRows([coefficients[shard] for shard in sorted(coefficients)])
+    """Write the results. Returns the summary for the stage's record."""
     summary = {
-        "n_components": len(result.components_KD),
+        "n_components": len(found.components_KD),
         "factorized": run.config.factorization.kind,
-        "loss": result.loss,
-        "objective": result.objective,
-        "explained": result.explained,
-        "explained_held_out": result.explained_held_out,
-        "n_iter": solved.history[-1]["iteration"],
-        "stopped": solved.stopped,
+        "loss": found.loss,
+        "objective": found.objective,
+        "explained": found.explained,
+        "explained_held_out": found.explained_held_out,
+        "n_iter": found.n_iter,
+        "stopped": found.stopped,
         "n_fit": n_fit,
         "median_stability": None if stability_K is None else float(np.median(stability_K)),
-        "near_duplicates": near_duplicates(torch.tensor(result.components_KD)),
+        "near_duplicates": near_duplicates(torch.tensor(found.components_KD)),
     }
     return summary | write_solution(
         run,
-        result.components_KD,
-        coefficients_NK,
-        solved.history,
+        found.components_KD,
+        StackedRows(found.coefficients),
+        found.history,
         summary,
         stability_K,
-        result.columns_D,
+        found.columns_D,
         sources=sources,
+        evidence_NK=None if found.evidence is None else StackedRows(found.evidence),
     )

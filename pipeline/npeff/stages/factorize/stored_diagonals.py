@@ -12,7 +12,7 @@ Shapes: N examples, k largest entries, P columns (entries or groups), D the same
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +21,9 @@ from torch import Tensor
 
 from npeff.execution.process_group import ProcessGroup
 from npeff.factorization import DiagonalShard, entries_by_column
+from npeff.options.kinds import DiagonalKind
 from npeff.stages.factorize.stored_factors import ShardRows, example_numbers
 from npeff.store.fisher_store import FisherStore
-
-DiagonalKind = Literal["diagonal_groups", "diagonal_entries"]
 
 _ARRAYS: dict[DiagonalKind, tuple[str, ...]] = {
     "diagonal_groups": ("grouped_diagonal",),

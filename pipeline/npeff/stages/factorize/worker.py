@@ -13,7 +13,7 @@ Shapes: N examples, D dimension of a Fisher (sketch, groups or entries), K compo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -36,8 +36,10 @@ from npeff.factorization import (
     merge_candidates,
     subsample_indices,
 )
-from npeff.stages.factorize.stored_diagonals import DiagonalKind, StoredDiagonals
+from npeff.options.kinds import DiagonalKind, RowKind
+from npeff.stages.factorize.stored_diagonals import StoredDiagonals
 from npeff.stages.factorize.stored_factors import ShardRows, StoredFactors
+from npeff.stages.factorize.stored_rows import StoredRows
 from npeff.stages.fitted_examples import FittedExamples
 from npeff.store.checkpoint import Checkpoint, write_checkpoint_array
 from npeff.store.fisher_store import FisherStore
@@ -69,6 +71,8 @@ class SolverResult:
     held-out examples."""
     columns_D: NDArray[np.int64] | None = None
     """Position of each coordinate of the components in the flat parameter vector, for ``diagonal_entries``."""
+    evidence: dict[int, NDArray[np.float32]] | None = None
+    """Evidence (n, K) of each of this worker's shards, as ``coefficients``; None for other kinds than ``fishers``."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ class SolverWorker(ProcessGroupMember):
         rank: int,
         size: int,
         origin: Origin | None = None,
-        kind: Literal["fishers"] | DiagonalKind = "fishers",
+        kind: Literal["fishers", DiagonalKind, RowKind] = "fishers",
     ) -> None:
         self._store = FisherStore.open(examples.fishers)
         self._splits, weights_N = examples.read()
@@ -145,8 +149,12 @@ class SolverWorker(ProcessGroupMember):
             self._kind = LowRankFishers(options)
             self._stored = StoredFactors(self._store, self._weights_N, torch.device(device), memory_limit_bytes)
         else:
+            n_fit = int(self._splits.fit_N.sum())
             self._kind = DiagonalFishers(options)
-            self._stored = StoredDiagonals(kind, self._store, int(self._splits.fit_N.sum()), torch.device(device))
+            if kind == "gradients" or kind == "squared":
+                self._stored = StoredRows(kind, self._store, n_fit, torch.device(device))
+            else:
+                self._stored = StoredDiagonals(kind, self._store, n_fit, torch.device(device))
         super().__init__(ProcessGroup(self._stored.device, timeout_s, rank, size))
         self._fit: list[ShardRows] = []
         self._held_out: list[ShardRows] = []
@@ -229,9 +237,12 @@ class SolverWorker(ProcessGroupMember):
         best_KD = kind.best_components(state)
         order_K, signs_K = canonical_order(best_KD, sums.ww_KK.diagonal(), self._options.n_frozen)
         loss = sums.loss(best_KD)
+        parts = (fitted, held_out, others)
+        has_evidence = isinstance(kind, LowRankFishers)
         return SolverResult(
             components_KD=(best_KD[order_K] * signs_K[:, None]).cpu().numpy(),
-            coefficients=self._all_coefficients([fitted, held_out, others], order_K),
+            coefficients=self._of_all_shards([part.coefficients_NK for part in parts], order_K),
+            evidence=self._of_all_shards([part.evidence_NK for part in parts], order_K) if has_evidence else None,
             loss=loss,
             objective=loss + kind.penalties(sums, best_KD),
             explained=explained(loss, sums.fisher_square_sum),
@@ -269,14 +280,19 @@ class SolverWorker(ProcessGroupMember):
         assert self._examples is not None, "load comes first"
         return self._examples
 
-    def _all_coefficients(self, parts: Sequence[Any], order_K: Tensor) -> dict[int, NDArray[np.float32]]:
-        """Return the coefficients of every shard in the order of its examples. Rows of invalid examples are NaN."""
+    def _of_all_shards(self, values: Sequence[Tensor], order_K: Tensor) -> dict[int, NDArray[np.float32]]:
+        """Return values of the examples by shard, in the order of its examples. Rows of invalid examples are NaN.
+
+        Args:
+            values: values (n, K) of the fitted, of the held-out and of the other examples.
+            order_K: order of the components.
+        """
         found: dict[int, NDArray[np.float32]] = {}
-        for chosen, examples in zip((self._fit, self._held_out, self._others), parts, strict=True):
-            for rows, coefficients_NK in _by_shard(chosen, examples):
+        for chosen, values_nK in zip((self._fit, self._held_out, self._others), values, strict=True):
+            for rows, of_shard_nK in zip(chosen, values_nK.split([len(each.rows) for each in chosen]), strict=True):
                 start, stop = self._store.plan.bounds(rows.shard)
                 rows_NK = found.setdefault(rows.shard, np.full((stop - start, len(order_K)), np.nan, dtype=np.float32))
-                rows_NK[rows.rows] = coefficients_NK[:, order_K].float().cpu().numpy()
+                rows_NK[rows.rows] = of_shard_nK[:, order_K].float().cpu().numpy()
         return found
 
     def _reduced(self, own: Any) -> Any:
@@ -297,9 +313,3 @@ _COEFFICIENTS = re.compile(r"coefficients(?:/|-)([0-9]+)(?:-of-([0-9]+))?")
 def coefficients_name(rank: int, size: int) -> str:
     """Return the name of a worker's coefficients in a checkpoint."""
     return f"coefficients-{rank:05d}-of-{size:05d}"
-
-
-def _by_shard(chosen: list[ShardRows], examples: Any) -> Iterator[tuple[ShardRows, Tensor]]:
-    """Yield each shard's selection with the coefficients of its examples."""
-    parts = examples.coefficients_NK.split([len(shard.rows) for shard in chosen])
-    return zip(chosen, parts, strict=True)

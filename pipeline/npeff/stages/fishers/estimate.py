@@ -84,7 +84,8 @@ def _direction_bytes(config: RunConfig, n_parameters: int) -> int:
 
 
 def _solver_bytes(config: RunConfig, trial: Trial) -> int:
-    """Return the size of the data that a worker of the solver keeps: Fishers, or rows of diagonals in float32."""
+    """Return the size of the data that a worker of the solver keeps: Fishers, or rows of diagonals or of examples in
+    float32."""
     wanted, facts = config.factorization, trial.facts
     share = math.ceil(len(facts.examples) * (1 - wanted.held_out_fraction) / config.executor.workers)
     match wanted.kind:
@@ -92,6 +93,14 @@ def _solver_bytes(config: RunConfig, trial: Trial) -> int:
             return share * 4 * facts.n_groups
         case "diagonal_entries":
             return share * 8 * (config.fishers.diagonal.top_entries or 0)
+        case "gradients":
+            return share * 8 * facts.sketch_dim
+        case "squared":
+            return share * 4 * facts.sketch_dim
+        case "kmeans":  # on one worker, with a copy
+            return share * config.executor.workers * 8 * facts.sketch_dim
+        case "random":
+            return 0
     n_numbers, limit = share * facts.rank * facts.sketch_dim, wanted.memory_limit_mb * 2**20
     kept = kept_precision(n_numbers, config.fishers.store_dtype, device_of(config), limit)
     return n_numbers * kept.itemsize if kept is not None else 0

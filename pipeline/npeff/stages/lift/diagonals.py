@@ -25,7 +25,7 @@ from npeff.directions import (
 )
 from npeff.fisher import GroupLayout
 from npeff.gradients import GradientCollector
-from npeff.stages.factorize.stored_diagonals import DiagonalKind
+from npeff.options.kinds import DiagonalKind
 from npeff.stages.lift.factors import Direction, Solution, WeightsOf
 from npeff.store.fisher_store import FisherStore
 from npeff.verification import top_examples

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from npeff.execution.executor import Executor
+from npeff.options.kinds import is_diagonal
 from npeff.runs.config import RunConfig
 from npeff.runs.definition import Summary, finished
 from npeff.runs.directory import RunDirectory
@@ -68,7 +69,7 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
         worker = worker_spec(
             run,
             LiftWorker,
-            kind=config.factorization.kind,
+            kind=config.factorization.kind if is_diagonal(config.factorization.kind) else "fishers",
             lineage=stage.lineage,
             model=model,
             labels=config.fishers.label_spec(config.seed),
@@ -154,7 +155,7 @@ def _write_tables(run: RunDirectory, lifted: dict[int, dict[str, Any]], lineage:
 def _fitting(config: RunConfig, n_parameters: int) -> int:
     """Return the number of components whose sums fit a worker's memory limit."""
     fitting = config.lift.memory_limit_mb * 2**20 // (4 * n_parameters)
-    if config.factorization.kind != "fishers":
+    if is_diagonal(config.factorization.kind):
         fitting = (fitting - 1) // 2  # diagonals and gradients of the components, and the sum of all diagonals
     return max(1, fitting)
 

@@ -28,8 +28,8 @@ from npeff.directions import inner_product, polish_weights, row_products, zero_d
 from npeff.fisher import GroupLayout
 from npeff.gradients import GradientCollector, LabelSpec
 from npeff.models.loaded import ModelSpec
+from npeff.options.kinds import DiagonalKind
 from npeff.sketches import SketchSpec, make_sketch
-from npeff.stages.factorize.stored_diagonals import DiagonalKind
 from npeff.stages.fitted_examples import FittedExamples
 from npeff.stages.lift.diagonals import DiagonalLift
 from npeff.stages.lift.factors import Direction, FactorLift, LiftRule, RowWeights, Solution, WeightsOf

@@ -95,7 +95,8 @@ def transform(
                     parts[shard] = part
                     tick(len(parts))
             in_order = [parts[shard] for shard in sorted(parts)]
-            loss, total = sum(part.loss for part in in_order), sum(part.fisher_square_sum for part in in_order)
+            loss = sum(float(part.losses_N.sum()) for part in in_order)
+            total = sum(float(part.squares_N.sum()) for part in in_order)
             if not total > 0:
                 raise InvalidProblemError("no example has a valid, nonzero Fisher: check the examples and the model")
             summary = {
@@ -109,6 +110,9 @@ def transform(
                 "near_duplicates": near_duplicates(torch.from_numpy(components_KD)),
             }
             coefficients_NK = StackedRows([part.coefficients_NK for part in in_order])
-            summary |= write_solution(run, components_KD, coefficients_NK, [], summary, sources=sources)
+            evidence_NK = StackedRows([part.evidence_NK for part in in_order])
+            summary |= write_solution(
+                run, components_KD, coefficients_NK, [], summary, sources=sources, evidence_NK=evidence_NK
+            )
             progress.say(f"explained {summary['explained']:.4f} of the Fishers")
             return stage.complete(summary | own_examples(run))
