@@ -203,7 +203,8 @@ def test_components_of_another_run_are_found_by_cosine_and_only_in_the_same_spac
             mine.similar_components_in(with_fishers(path, **changes), 7)
     (path / place("stages/factorize.json")).write_text(json.dumps({"factorized": "diagonal_groups"}))
     with pytest.raises(
-        QueryError, match=r"are of kind diagonal_groups: only components of kind fishers can be compared$"
+        QueryError,
+        match=r"diagonal_groups, which are not in the sketch: only components in the sketch can be compared$",
     ):
         mine.similar_components_in(with_fishers(path), 7)
 

@@ -43,6 +43,13 @@ Where = Annotated[
         "with spaces is put in double quotes.",
     ),
 ]
+By = Annotated[
+    Literal["coefficient", "evidence"],
+    typer.Option(
+        help="Rank examples by their coefficients, or by the evidence: how strong a component is in an example's "
+        "Fisher, whatever the other components are."
+    ),
+]
 Format = Annotated[
     OutputFormat | None,
     typer.Option(
@@ -80,17 +87,20 @@ def top(
     n: NumberOfExamples = 20,
     split: Split = None,
     where: Where = None,
+    by: By = "coefficient",
     output: Format = None,
     file: File = None,
 ) -> None:
-    """Show the examples with a component's largest coefficients."""
-    write_answer(_store(context).top_examples(component, n=n, split=split, where=where), output, file)
+    """Show the examples with a component's largest coefficients, or with the largest evidence."""
+    write_answer(_store(context).top_examples(component, n=n, split=split, where=where, by=by), output, file)
 
 
 @query_app.command()
-def example(context: typer.Context, example: Example, output: Format = None, file: File = None) -> None:
-    """Show the components of an example, largest coefficient first."""
-    write_answer(_store(context).example(example), output, file)
+def example(
+    context: typer.Context, example: Example, by: By = "coefficient", output: Format = None, file: File = None
+) -> None:
+    """Show the components of an example, largest coefficient (or evidence) first."""
+    write_answer(_store(context).example(example, by=by), output, file)
 
 
 @query_app.command()
@@ -145,11 +155,12 @@ def enriched(
         ),
     ] = None,
     split: Split = None,
+    by: By = "coefficient",
     output: Format = None,
     file: File = None,
 ) -> None:
     """Show the components that are over-represented in a subset of the examples, by Fisher's exact test."""
-    write_answer(_store(context).enriched(where, split=split, top=top, n=n), output, file)
+    write_answer(_store(context).enriched(where, split=split, top=top, n=n, by=by), output, file)
 
 
 @query_app.command()

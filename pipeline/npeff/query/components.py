@@ -9,7 +9,7 @@ groups with these examples or components, so the tables may be much larger than 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from npeff.query import neighbours
-from npeff.query.coefficients import n_larger, runs_of
+from npeff.query.coefficients import Run, all_runs, n_larger, runs_of
 from npeff.query.errors import QueryError
+from npeff.query.evidence import By, check_by, computed_evidence, evidence_runs, refuse_diagonals, stored_evidence
 from npeff.query.summary import components_table, summary
 from npeff.query.tables import EXAMPLE_COLUMNS, NAMED_CLASSES, RunTables, StoredRun, missing
 from npeff.storage.atomic import is_committed
@@ -110,6 +111,31 @@ class ComponentStore:
         return _as_dask(self._factorization.coefficients)
 
     @cached_property
+    def evidence(self) -> da.Array:
+        """The evidence ‖Â_i h_j‖² (N, K) of the components, with NaN rows for invalid examples.
+
+        It is computed from the Fishers, and in memory, for factorizations of earlier versions.
+        """
+        import dask.array as da
+
+        stored = self._factorization.evidence
+        if stored is not None:
+            return _as_dask(stored)
+        return da.from_array(stored_evidence(self.tables, self._factorization, range(self._n_components)))
+
+    def evidence_of(self, directions_KD: NDArray[np.floating]) -> NDArray[np.float32]:
+        """Compute ‖Â_i d_j‖² (N, K) of any directions d in the sketch from the stored Fishers.
+
+        Args:
+            directions_KD: Directions, such as sketches of directions in parameter space. Directions of length 1 give
+                numbers that can be compared with the evidence of components.
+
+        Raises:
+            QueryError: The Fishers are missing or damaged, or the directions have another dimension than the sketch.
+        """
+        return computed_evidence(self.tables, np.asarray(directions_KD))
+
+    @cached_property
     def components(self) -> da.Array:
         """The components H (K, D), unit rows in the sketch."""
         return _as_dask(self._factorization.components)
@@ -168,53 +194,71 @@ class ComponentStore:
         masks = [self._mask(condition) for condition in ([where] if where is not None else []) + chosen]
         return np.logical_and.reduce(masks) if masks else np.ones(self._n_examples, dtype=bool)
 
-    def top_examples(self, component: int, n: int = 20, split: str | None = None, where: str | None = None) -> pa.Table:
-        """Return the `n` examples with the largest coefficients for a component.
+    def top_examples(
+        self,
+        component: int,
+        n: int = 20,
+        split: str | None = None,
+        where: str | None = None,
+        by: By = "coefficient",
+    ) -> pa.Table:
+        """Return the `n` examples with the largest coefficients, or with the largest evidence, for a component.
 
         Args:
             component: The component.
             n: Number of examples.
             split: Only examples of this split, "fit" or "held_out".
             where: Only examples that meet this SQL condition; see `examples_where`.
+            by: "coefficient" or "evidence".
 
         Returns:
-            Columns: rank (among these examples), coefficient, the columns of the examples table (without image and
-            logits), and label_name and prediction_name if the task has class names.
+            Columns: rank (among these examples), coefficient or evidence, the columns of the examples table (without
+            image and logits), and label_name and prediction_name if the task has class names.
         """
         self._check_component(component)
         _check_number(n, "examples")
+        check_by(by)
         among_N = self.examples_where(where, split) if split or where is not None else None
         examples: list[int] = []
-        coefficients: list[float] = []
-        for run in runs_of(self.tables, component):
+        values: list[float] = []
+        for run in runs_of(self.tables, component) if by == "coefficient" else self._evidence_runs([component]):
             chosen = slice(None) if among_N is None else among_N[run.examples]
             examples += run.examples[chosen][: n - len(examples)].tolist()
-            coefficients += run.coefficients[chosen][: n - len(coefficients)].tolist()
+            values += run.coefficients[chosen][: n - len(values)].tolist()
             if len(examples) == n:
                 break
-        described = self.describe_examples(examples).add_column(0, "coefficient", pa.array(coefficients, pa.float64()))
+        described = self.describe_examples(examples).add_column(0, by, pa.array(values, pa.float64()))
         return described.add_column(0, "rank", pa.array(range(len(examples)), pa.int64()))
 
-    def example(self, example: int | str) -> pa.Table:
-        """Return the components of one example, largest coefficient first.
+    def example(self, example: int | str, by: By = "coefficient") -> pa.Table:
+        """Return the components of one example, largest coefficient, or largest evidence, first.
 
         Args:
             example: Row number or id. A string is an id or, if there is no such id, a row number.
+            by: "coefficient" or "evidence".
 
         Returns:
-            Columns: component, coefficient, share (fraction of the sum of the example's coefficients), rank (0-based,
-            among all examples of the component).
+            Columns: component, coefficient or evidence, share (fraction of the sum of the example's coefficients or
+            evidence), rank (0-based, among all examples of the component).
         """
-        weights_K = self._weights(self._example_index(example))
+        check_by(by)
+        index = self._example_index(example)
+        if by == "evidence":
+            found_NK = stored_evidence(self.tables, self._factorization, range(self._n_components))
+            weights_K, ranks_K = found_NK[index].astype(np.float64), (found_NK > found_NK[index]).sum(axis=0)
+        else:
+            weights_K = self._weights(index)
         components = np.flatnonzero(weights_K)
         components = components[np.argsort(-weights_K[components], kind="stable")]
         values = weights_K[components]
+        by_coefficient = by == "coefficient"
+        ranks = n_larger(self.tables, components.tolist(), values.tolist()) if by_coefficient else ranks_K[components]
         return pa.table(
             {
                 "component": components,
-                "coefficient": values,
+                by: values,
                 "share": values / values.sum() if len(values) else values,
-                "rank": pa.array(n_larger(self.tables, components.tolist(), values.tolist()), pa.int64()),
+                "rank": pa.array(ranks, pa.int64()),
             }
         )
 
@@ -287,18 +331,21 @@ class ComponentStore:
         from npeff.store.same_space import differences_in_space
 
         for store in (self, other):
-            if (kind := store.tables.record("factorize").get("factorized", "fishers")) != "fishers":
-                raise QueryError(
-                    f"the components of {store.run_dir} are of kind {kind}: only components of kind fishers can be "
-                    "compared"
-                )
+            refuse_diagonals(store.tables, "only components in the sketch can be compared")
         if different := differences_in_space(self._fisher_attributes, other._fisher_attributes):
             raise QueryError(
                 f"the components of {other.run_dir} and {self.run_dir} are not comparable, because the runs differ in "
                 f"{', '.join(different)}: choose a run with the same model, parameters, sketch and seed"
             )
 
-    def enriched(self, where: str, split: str | None = None, top: int | None = None, n: int | None = None) -> pa.Table:
+    def enriched(
+        self,
+        where: str,
+        split: str | None = None,
+        top: int | None = None,
+        n: int | None = None,
+        by: By = "coefficient",
+    ) -> pa.Table:
         """Test which components are more frequent in a subset of the examples than in the other valid examples.
 
         An example has a component if its coefficient is above 0 or, with `top`, among the `top` largest. See
@@ -309,21 +356,27 @@ class ComponentStore:
             split: Only examples of this split, "fit" or "held_out".
             top: Number of top examples that count as having a component; by default, all with a coefficient above 0.
             n: Number of components to return; all by default.
+            by: "coefficient", or "evidence" to rank by evidence in place of coefficients, which needs `top`.
 
         Returns:
             One row per component, smallest p-value first. Columns: component, n_in_subset and n_outside (numbers of
             examples with the component), share_in_subset and share_outside (their fractions), odds_ratio, p_value
             (Fisher's exact test, one-sided), q_value (Benjamini-Hochberg over all components), mean_in_subset and
-            mean_outside (mean coefficient, including zeros).
+            mean_outside (mean coefficient or evidence, including zeros), auc (probability that a random example of the
+            subset has a larger coefficient, or evidence, than a random one outside; equal values count half).
 
         Raises:
-            QueryError: The condition is not valid, or is true for none or all of the examples.
+            QueryError: The condition is not valid, or is true for none or all of the examples; or `by` is "evidence"
+                without `top`.
         """
         from npeff.query.enrichment import enriched
 
         for wanted, what in ((top, "top examples"), (n, "components")):
             if wanted is not None:
                 _check_number(wanted, what)
+        check_by(by)
+        if by == "evidence" and top is None:
+            raise QueryError("evidence is above 0 for nearly every example: give top, such as --top 32")
         among_N = self.examples_where("valid", split)
         subset_N = self.examples_where(where) & among_N
         n_subset, n_all = int(subset_N.sum()), int(among_N.sum())
@@ -332,7 +385,9 @@ class ComponentStore:
             raise QueryError(
                 f"the condition is true for {which} of the {n_all} valid examples: give one that selects a part of them"
             )
-        return enriched(self.tables, self._n_components, subset_N, among_N, top).slice(0, n)
+        components = range(self._n_components)
+        runs = all_runs(self.tables) if by == "coefficient" else self._evidence_runs(components)
+        return enriched(runs, len(components), subset_N, among_N, top).slice(0, n)
 
     def layer_energy(self, component: int, by: str = "parameter") -> pa.Table:
         """Return the fraction of the squared norm of a component's direction in each parameter or layer.
@@ -423,6 +478,9 @@ class ComponentStore:
         for component, example in zip(rows["component"].to_pylist(), rows["example"].to_pylist(), strict=True):
             sets.setdefault(component, set()).add(example)
         return sets
+
+    def _evidence_runs(self, components: Sequence[int]) -> Iterable[Run]:
+        return evidence_runs(stored_evidence(self.tables, self._factorization, components), components)
 
     @property
     def _n_components(self) -> int:
