@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from npeff.stages.attribute.stage import attribute as attribute
     from npeff.stages.check.stage import check as check
     from npeff.stages.compare import compare as compare
+    from npeff.stages.compare import compare_factorizations as compare_factorizations
     from npeff.stages.factorize.stage import factorize as factorize
     from npeff.stages.fishers.stage import compute_fishers as compute_fishers
     from npeff.stages.lift.stage import lift as lift
@@ -47,6 +48,7 @@ _MODULES = {
     "Task": "npeff.tasks",
     "check": "npeff.stages.check.stage",
     "compare": "npeff.stages.compare",
+    "compare_factorizations": "npeff.stages.compare",
     "migrate": "npeff.runs.migration",
     "remove_factorization": "npeff.runs.removal",
     "report": "npeff.stages.pipeline",

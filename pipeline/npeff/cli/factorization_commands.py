@@ -25,14 +25,21 @@ def compare_command(
     ] = None,
     factorization: Annotated[
         list[str],
-        typer.Option(metavar="NAME", help="A factorization. Give two: of one run, or one of each run."),
+        typer.Option(
+            metavar="NAME",
+            help="A factorization. Give two: of one run, or one of each run. Without a factorization and another run, "
+            "all factorizations of the run are compared by their verification.",
+        ),
     ] = [],  # noqa: B006
     output: Format = None,
     file: File = None,
 ) -> None:
-    """Match the components of two factorizations of a run, or of two runs of one model."""
+    """Compare all factorizations of a run, or match the components of two factorizations or runs."""
+    if other is None and not factorization:
+        write_answer(npeff.compare_factorizations(run_dir), output, file)
+        return
     if len(factorization) > 2 or (other is None and len(factorization) != 2):
-        raise typer.BadParameter("give two runs, or one run and --factorization twice")
+        raise typer.BadParameter("give one run, two runs, or one run and --factorization twice")
     names: list[str | None] = [*factorization, None, None][:2] if len(factorization) != 1 else [*factorization] * 2
     first = npeff.ComponentStore.open(run_dir, names[0])
     second = npeff.ComponentStore.open(run_dir if other is None else other, names[1])
