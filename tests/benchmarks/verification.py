@@ -3,12 +3,13 @@
     python tests/benchmarks/verification.py [minilm] [--methods npeff gradient-kmeans …] [--components 32]
                                             [--epsilon 0.1] [--cache FOLDER] [--output FILE]
 
-MiniLM on SICK, K = 32, fitted on two thirds of the pairs; top examples are held-out ones. Every method's coefficients
-and components go into a run directory of their own that shares the Fishers, and from there through the package's own
-lift and verification: same numbers of examples, same target KL, same controls. With fewer `--components`, those of the
-same seeded numbers are lifted and verified of each method. Everything is kept in the cache, and the same command goes
-on; asked for fewer of those that are there, it sums them up. Needs NPEFF_SHARED_DATA, and about ten minutes of CPU time
-for all 32 components of a method, four for eight of them. `README.md` beside this file keeps results.
+MiniLM on SICK, K = 32, fitted on two thirds of the pairs; top examples are held-out ones. Every method is a run
+directory of its own that shares the Fishers: a kind of factorization, or coefficients and components of
+`verify_stage.baselines`. From there it goes through the package's own lift and verification: same numbers of examples,
+same target KL, same controls. With fewer `--components`, those of the same seeded numbers are lifted and verified of
+each method. Everything is kept in the cache, and the same command goes on; asked for fewer of those that are there, it
+sums them up. Needs NPEFF_SHARED_DATA, and about ten minutes of CPU time for all 32 components of a method, four for
+eight of them. `README.md` beside this file keeps results.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from npeff.store.splits import Splits
 from npeff.store.tables import read_table, write_table
 from quickstart import machine
 from solver_stage.minilm_fishers import DIM, minilm_factors
-from verify_stage.baselines import METHODS, Data, pooled_output
+from verify_stage.baselines import KINDS, METHODS, Data, pooled_output
 
 N_COMPONENTS = 32
 TARGETS = {"median KL ratio": 4.0, "above 1": 0.9, "above all controls": 0.85}
@@ -47,7 +48,7 @@ TARGETS = {"median KL ratio": 4.0, "above 1": 0.9, "above all controls": 0.85}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", help="minilm")
-    parser.add_argument("--methods", nargs="+", default=["npeff", *METHODS], choices=["npeff", *METHODS])
+    parser.add_argument("--methods", nargs="+", default=[*KINDS, *METHODS], choices=[*KINDS, *METHODS])
     parser.add_argument("--components", type=int, default=N_COMPONENTS, help="of each method, to lift and verify")
     parser.add_argument("--epsilon", type=float, help="a step of that length, not one for a mean KL of 0.1")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "npeff-benchmarks")
@@ -79,7 +80,11 @@ def _run(cache: Path, method: str, components: list[int]) -> RunDirectory:
     """A run with the components of a method, lifted."""
     fishers = RunDirectory.open(cache / f"minilm-sick-{DIM}-all")
     document = fishers.config.model_dump() | {"run_dir": str(cache / f"verification-{method}")}
-    document["factorization"] |= {"n_components": N_COMPONENTS, "stability_examples": 0}
+    document["factorization"] |= {
+        "n_components": N_COMPONENTS,
+        "stability_examples": 0,
+        "kind": KINDS.get(method, "fishers"),
+    }
     document["lift"] = {"memory_limit_mb": 2048, "components": components}
     run = RunDirectory.create(RunConfig.model_validate(document))
     if not (run.path / "stages").exists():
@@ -87,7 +92,7 @@ def _run(cache: Path, method: str, components: list[int]) -> RunDirectory:
             (run.path / name).symlink_to(fishers.path / name)
         for name in ("tables", "stages"):
             shutil.copytree(fishers.path / name, run.path / name)
-    if method == "npeff":
+    if method in KINDS:
         npeff.factorize(run)
     elif run.record("factorize") is None:
         _factorize(run, method)
@@ -103,11 +108,10 @@ def _factorize(run: RunDirectory, method: str) -> None:
     """What the stage would write, of another method's components."""
     began = time.monotonic()
     store = FisherStore.open(run.fishers)
-    rows = store.read_rows(np.arange(store.plan.n_examples), ["factors", "logits"])
+    rows = store.read_rows(np.arange(store.plan.n_examples), ["factors"])
     loaded = model_spec(run, fingerprint_of(run)).load()
     data = Data(
         factors_NRD=torch.from_numpy(rows["factors"]),
-        logits_NC=torch.from_numpy(rows["logits"]),
         fit_N=Splits.of(read_table(run.table("examples"), "examples")).fit_N,
         activations=lambda: pooled_output(loaded, store.attrs["batch_size"]),
     )
