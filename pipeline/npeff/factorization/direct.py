@@ -1,6 +1,6 @@
 """Components that are not fitted by the iterations of the solver: clusters, eigenvectors, and random vectors.
 
-All are computed on the CPU.
+SciPy and scikit-learn are imported by the functions that need them, because other kinds do not.
 
 Shapes: N examples, D sketch, K components.
 """
@@ -13,9 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse.linalg import LinearOperator, eigsh
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 
 from npeff.factorization.factor_source import FactorSource
 from npeff.factorization.problem import InvalidProblemError
@@ -83,6 +80,9 @@ def cluster(
             f"n_components={n_clusters} exceeds the {len(rows_ND)} examples with a nonzero gradient: reduce "
             "n_components or give more examples"
         )
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
     state = int(np.random.SeedSequence(seed).generate_state(1)[0])
     model = KMeans(n_clusters, n_init=n_starts, max_iter=max_iterations, tol=tolerance, random_state=state)
     with warnings.catch_warnings():
@@ -124,6 +124,8 @@ def leading_eigenvectors(source: FactorSource, n_components: int, seed: int) -> 
     if dim <= max(_DENSE, 2 * n_components):
         vectors_DK = np.linalg.eigh(product(np.eye(dim)))[1][:, -n_components:]
     else:
+        from scipy.sparse.linalg import LinearOperator, eigsh
+
         start_D = np.random.default_rng(seed).standard_normal(dim)
         operator = LinearOperator((dim, dim), matvec=lambda vector: product(vector.reshape(dim)), dtype=np.float64)
         _, vectors_DK = eigsh(operator, k=n_components, which="LA", v0=start_D)
