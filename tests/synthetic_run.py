@@ -181,6 +181,7 @@ def _components(coefficients: np.ndarray, components: np.ndarray, split: np.ndar
             "nearest_component": pa.array([None] if alone else cosines.argmax(axis=1), pa.int64()),
             "nearest_cosine": pa.array([None] if alone else cosines.max(axis=1), pa.float64()),
             "lift_cosine": [0.97] * len(components),
+            "cosine_own": [0.68] * len(components),
             "stability": [0.9] * len(components),
         }
     )

@@ -126,6 +126,7 @@ def write_run(path: Path, n_components: int, *, texts: bool) -> Path:
             "nearest_component": np.roll(np.arange(n_components), 1),
             "nearest_cosine": rng.random(n_components),
             "lift_cosine": rng.random(n_components),
+            "cosine_own": rng.random(n_components),
             "stability": rng.random(n_components),
         },
         "top_examples": top,

@@ -36,7 +36,7 @@ def config_of(path: Path, sketch: dict[str, Any], **lift: Any) -> RunConfig:
             "parameters": {"include": ["7.*", "0.*", "2.bias"]},
             "fishers": {"sketch": sketch, "shard_size": 60},
             "factorization": {"n_components": K, "stability_examples": 0, "tolerance": 1e-8},
-            "lift": lift,
+            "lift": {"direction": "own"} | lift,
             "executor": {"kind": "serial"},
         }
     )

@@ -1,4 +1,4 @@
-"""Directions of components in parameter space: the lift for both kinds of Fishers, and arithmetic of directions."""
+"""Directions of components in parameter space: the lift for both kinds of Fishers, whitening, and arithmetic."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from npeff.directions.diagonal_lift import (
     fisher_weighted,
     principal_direction,
     sign_weights,
+    signed_roots,
 )
 from npeff.directions.lift import accumulate_directions, lift_weights, polish_weights, row_products
+from npeff.directions.whitening import Whitening, lifted_sketches, product_sums, unit_sketches, whitening
 
 __all__ = [
+    "Whitening",
     "accumulate_diagonals",
     "accumulate_directions",
     "cosine",
@@ -28,11 +31,16 @@ __all__ = [
     "fisher_weighted",
     "inner_product",
     "lift_weights",
+    "lifted_sketches",
     "orthogonalized",
     "parameter_norm",
     "polish_weights",
     "principal_direction",
+    "product_sums",
     "row_products",
     "sign_weights",
+    "signed_roots",
+    "unit_sketches",
+    "whitening",
     "zero_directions",
 ]

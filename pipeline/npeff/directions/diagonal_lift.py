@@ -13,7 +13,11 @@ move along a pattern of signs, weighted by Fishers. The following choices are sp
 - `fisher_weighted`: the lengths. The component's gradient g has the entries |g| = √h_j. The step that changes the
   component's examples most for a given mean KL over all examples is g / F̄, where F̄ is the diagonal of the mean Fisher
   of all examples. The step is short in parameters that matter to all examples, and long in parameters that matter only
-  to the component's examples.
+  to the component's examples. This is the whitened direction of a component of diagonals: the natural-gradient step of
+  `npeff.directions.whitening`, with the diagonal of F̄ in all parameters in place of F̄ in the span of the directions. A
+  direction of diagonals is not a sum of gradient rows with known weights, so combinations of directions would need a
+  further pass.
+- `signed_roots`: the own direction, s ∘ √h, without division by F̄.
 
 Legend: N examples, R rank, D sketch, K components, k components of the block.
 """
@@ -127,8 +131,12 @@ def fisher_weighted(
     """
     entries = sum(tensor.numel() for tensor in mean_diagonal.values())
     damping = DAMPING * sum(float(tensor.double().sum()) for tensor in mean_diagonal.values()) / max(1, entries)
-    found = {}
-    for name, tensor in diagonal.items():
-        weighted = tensor.clamp_min(0).sqrt() / (mean_diagonal[name] + damping)
-        found[name] = gradient[name].sign() * (weighted if damping > 0 else torch.zeros_like(weighted))
-    return found
+    found = signed_roots(diagonal, gradient)
+    if not damping > 0:
+        return {name: torch.zeros_like(tensor) for name, tensor in found.items()}
+    return {name: tensor / (mean_diagonal[name] + damping) for name, tensor in found.items()}
+
+
+def signed_roots(diagonal: Mapping[str, Tensor], gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Compute s ∘ √h, not normalized. See `fisher_weighted`."""
+    return {name: gradient[name].sign() * tensor.clamp_min(0).sqrt() for name, tensor in diagonal.items()}

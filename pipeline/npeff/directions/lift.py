@@ -13,6 +13,9 @@ Further steps in all parameters (`polish_weights`) correct the errors of a narro
 the products Â_i ĝ_l and S = WᵀW ∘ ĝĝᵀ of the directions (`row_products`, one more pass) in place of those of the
 sketch.
 
+Combinations of the directions, such as whitened directions (`npeff.directions.whitening`), are the same sums with the
+weights of the combinations.
+
 Legend: N examples, B batch, R rank, D sketch, K components, k components of the block.
 """
 
@@ -35,6 +38,7 @@ def lift_weights(
     coefficient_gram_KK: Tensor,
     component_ids: Sequence[int],
     frobenius_norms_N: Tensor,
+    combinations_KK: Tensor | None = None,
 ) -> Tensor:
     """Compute the weights of the gradient rows A_ir in the directions of `component_ids`.
 
@@ -48,6 +52,7 @@ def lift_weights(
         coefficient_gram_KK: WᵀW over all examples. If the loss weights examples by v_i, this is Σ_i v_i W_i W_iᵀ.
         component_ids: Numbers of the k components.
         frobenius_norms_N: ‖F_i‖.
+        combinations_KK: If given, direction j is Σ_l combinations[j, l] direction_l.
 
     Returns:
         Weights (k, N, R), float64.
@@ -55,7 +60,8 @@ def lift_weights(
     components_KD = components_KD.double()
     system_KK = coefficient_gram_KK.double() * (components_KD @ components_KD.T)
     products_NRK = factors_NRD @ components_KD.to(factors_NRD).T
-    return _step(products_NRK, coefficients_NK, system_KK, component_ids, inverse_roots(frobenius_norms_N))
+    inverse_roots_N = inverse_roots(frobenius_norms_N)
+    return _step(products_NRK, coefficients_NK, system_KK, component_ids, inverse_roots_N, combinations_KK)
 
 
 def polish_weights(
@@ -65,6 +71,7 @@ def polish_weights(
     coefficient_gram_KK: Tensor,
     component_ids: Sequence[int],
     frobenius_norms_N: Tensor,
+    combinations_KK: Tensor | None = None,
 ) -> Tensor:
     """Compute the weights of a polishing step from the unit directions of all components. See `lift_weights`.
 
@@ -75,6 +82,7 @@ def polish_weights(
         coefficient_gram_KK: See `lift_weights`.
         component_ids: Numbers of the k components.
         frobenius_norms_N: ‖F_i‖.
+        combinations_KK: See `lift_weights`.
 
     Returns:
         Weights (k, N, R), float64.
@@ -82,7 +90,7 @@ def polish_weights(
     system_KK = coefficient_gram_KK.double() * directions_gram_KK.double()
     inverse_roots_N = inverse_roots(frobenius_norms_N)
     products_NRK = products_NRK.double() * inverse_roots_N[:, None, None]
-    return _step(products_NRK, coefficients_NK, system_KK, component_ids, inverse_roots_N)
+    return _step(products_NRK, coefficients_NK, system_KK, component_ids, inverse_roots_N, combinations_KK)
 
 
 def _step(
@@ -91,8 +99,11 @@ def _step(
     system_KK: Tensor,
     component_ids: Sequence[int],
     inverse_roots_N: Tensor,
+    combinations_KK: Tensor | None,
 ) -> Tensor:
-    inverse_kK = torch.linalg.pinv(system_KK, hermitian=True)[list(component_ids)]
+    inverse_KK = torch.linalg.pinv(system_KK, hermitian=True)
+    chosen = list(component_ids)
+    inverse_kK = inverse_KK[chosen] if combinations_KK is None else combinations_KK[chosen].double() @ inverse_KK
     scores_NRK = products_NRK * coefficients_NK.double()[:, None]
     return torch.einsum("kl,nrl,n->knr", inverse_kK, scores_NRK, inverse_roots_N)
 

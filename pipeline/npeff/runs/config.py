@@ -157,9 +157,14 @@ class RunConfig(Section):
         document = read_run_file(path)
         if settings is not None:
             document |= read_run_file(settings)
+        former = document.get("factorization")
         own = document.setdefault("factorization", {"n_components": 1})  # a run without factorizations
         if isinstance(own, dict):
             own["name"] = name
+        if isinstance(former, dict) and former.get("kind", "fishers") == "fishers":
+            lift = document.setdefault("lift", {})  # earlier releases have no key direction and compute own directions
+            if isinstance(lift, dict):
+                lift.setdefault("direction", "own")
         variables.hide_values_of(document)
         return cls._validated(document, settings or path)
 

@@ -280,6 +280,11 @@ class LiftConfig(Section):
     components: Annotated[tuple[CountOrZero, ...], Strict(False)] | None = None
     """Components to lift. Only lifted components are verified. The default is all components. A later lift with other
     components adds these."""
+    direction: Literal["own", "whitened"] = "whitened"
+    """``whitened``: steps that change a component's examples most for a given change of all examples. ``own``: the
+    components' own directions, which share parts with those of other components."""
+    damping: PositiveFloat = 0.03
+    """Damping λ of whitened directions of kind ``fishers``. With a larger value, they are closer to own directions."""
     dtype: Literal["float32", "float16"] = "float32"
     """Precision of the stored directions. ``float16`` halves the disk space."""
     polish_steps: CountOrZero = 0

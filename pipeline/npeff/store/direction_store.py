@@ -4,7 +4,9 @@ A chunk is the part of one component in one parameter. Any process may therefore
 direction is read without the others. K x P numbers need not fit in memory. The writers must record which components are
 written. A chunk that was not written reads as NaN, and `DirectionStore.read` then raises an error.
 
-Legend: K components, P parameters.
+The sketches of the directions are in a further array (K, D), float32. Stores of earlier versions do not have it.
+
+Legend: K components, P parameters, D sketch.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from npeff.storage.zarr_groups import Part, create_group, open_array, open_group
 
 SCHEMA_VERSION = 1
 _KIND = "a store of directions"
+_SKETCHES = ".sketches"
+"""Name of the array of sketches. The name of a parameter does not begin with a dot."""
 
 
 class DirectionStore:
@@ -39,7 +43,9 @@ class DirectionStore:
         arrays: Mapping[str, zarr.Array[Any]],
         attrs: Mapping[str, Any],
         checksums: Mapping[int, str] | None = None,
+        sketches: zarr.Array[Any] | None = None,
     ) -> None:
+        self._sketches = sketches
         self.path = path
         self.arrays = dict(arrays)
         self.attrs = dict(attrs)
@@ -56,6 +62,7 @@ class DirectionStore:
         shapes: Mapping[str, tuple[int, ...]],
         attrs: Mapping[str, Any],
         dtype: str = "float32",
+        sketch_dim: int | None = None,
     ) -> DirectionStore:
         """Create a store without directions, and replace an existing store at `path`.
 
@@ -66,19 +73,23 @@ class DirectionStore:
             attrs: Attributes of the caller (JSON).
             dtype: Type of the arrays, "float32" or "float16". Half precision suffices for the entries of a unit vector:
                 the rounding error is at most 3e-8 or 0.05% of an entry, and 0.2% of the norm for 7 billion entries.
+            sketch_dim: Number of coordinates D of the sketches; None for a store without sketches.
 
         Raises:
             StoreError: The store cannot be written.
         """
         path = location(path)
-        own = {"n_components": n_components, "parameters": list(shapes)}
+        own = {"n_components": n_components, "parameters": list(shapes), "sketch_dim": sketch_dim}
+        arrays = {name: (shape, dtype) for name, shape in shapes.items()}
+        if sketch_dim is not None:
+            arrays[_SKETCHES] = (sketch_dim,), "float32"
         with replacing_directory(path) as partial:
             group = create_group(partial, _KIND, SCHEMA_VERSION, own, attrs)
-            for name, shape in shapes.items():
+            for name, (shape, kind) in arrays.items():
                 group.create_array(
                     name,
                     shape=(n_components, *shape),
-                    dtype=dtype,
+                    dtype=kind,
                     chunks=(1, *shape),
                     compressors=Crc32cCodec(),
                     fill_value=np.nan,
@@ -113,16 +124,18 @@ class DirectionStore:
         """
         path = location(path)
         group, attrs = open_group(path, _KIND, SCHEMA_VERSION, "lift")
-        return cls(
-            path, {name: open_array(group, path, name, "lift") for name in attrs["parameters"]}, attrs, checksums
-        )
+        arrays = {name: open_array(group, path, name, "lift") for name in attrs["parameters"]}
+        with_sketches = attrs.get("sketch_dim") is not None
+        sketches = open_array(group, path, _SKETCHES, "lift") if with_sketches else None
+        return cls(path, arrays, attrs, checksums, sketches)
 
-    def write(self, component: int, direction: Mapping[str, np.ndarray]) -> str:
+    def write(self, component: int, direction: Mapping[str, np.ndarray], sketch_D: np.ndarray | None = None) -> str:
         """Write the direction of a component durably.
 
         Args:
             component: Number of the component.
             direction: The arrays of all parameters, by name.
+            sketch_D: The sketch of the direction, for a store with sketches.
 
         Returns:
             The checksum of the stored arrays.
@@ -141,7 +154,13 @@ class DirectionStore:
             if not np.isfinite(values).all():
                 raise ValueError(f"the direction in {name} is not finite")
         stored = {name: values.astype(self.dtype) for name, values in direction.items()}
-        parts = (Part(name, self.arrays[name], component, component, values) for name, values in stored.items())
+        arrays = self.arrays
+        if self._sketches is not None:
+            if sketch_D is None or sketch_D.shape != self._sketches.shape[1:] or not np.isfinite(sketch_D).all():
+                raise ValueError(f"a sketch must have {self._sketches.shape[1]} finite coordinates")
+            stored[_SKETCHES] = sketch_D.astype(np.float32)
+            arrays = arrays | {_SKETCHES: self._sketches}
+        parts = (Part(name, arrays[name], component, component, values) for name, values in stored.items())
         write_durably(self.path, parts)
         return checksum(stored)
 
@@ -153,14 +172,31 @@ class DirectionStore:
             StoreError: A chunk is missing or corrupt, or the direction does not have its checksum.
         """
         self._check(component)
-        stored = {name: self._read(name, component) for name in self.arrays}
+        stored = {name: self._read(name, array, component) for name, array in self.arrays.items()}
+        if self._sketches is not None and component in self._checksums:
+            stored[_SKETCHES] = self._read(_SKETCHES, self._sketches, component)
         if self._checksums.get(component) not in (None, checksum(stored)):
             raise StoreError(
                 f"direction {component} in {self.path} does not match its checksum",
                 f"run `npeff check --recompute {run_argument(self.path)}`",
                 path=self.path,
             )
-        return {name: values.astype(np.float32, copy=False) for name, values in stored.items()}
+        return {name: stored[name].astype(np.float32, copy=False) for name in self.arrays}
+
+    def read_sketches(self) -> np.ndarray | None:
+        """Return the sketches of the directions (K, D), float32; None for a store without sketches.
+
+        The rows of components without a direction are NaN.
+
+        Raises:
+            StoreError: A chunk is corrupt.
+        """
+        if self._sketches is None:
+            return None
+        try:
+            return np.asarray(self._sketches[:])
+        except (ValueError, OSError) as error:
+            raise self._damage(_SKETCHES, "an array of sketches") from error
 
     def export(self, component: int, file: str | Path) -> None:
         """Write the unit direction of a component as a safetensors file with one tensor per parameter.
@@ -171,27 +207,31 @@ class DirectionStore:
         """
         # numpy operations turn 0-d arrays into scalars, and safetensors ignores strides
         tensors = {name: np.require(values, requirements="C") for name, values in self.read(component).items()}
-        content = save(tensors, {"component": str(component)})
+        kind = self.attrs.get("direction", "own")
+        content = save(tensors, {"component": str(component), "direction": kind})
         write_file_atomically(location(file), lambda stream: stream.write(content))
 
     def _check(self, component: int) -> None:
         if not 0 <= component < self.n_components:
             raise IndexError(f"component {component} is outside 0..{self.n_components - 1}")
 
-    def _read(self, name: str, component: int) -> np.ndarray:
-        damage = StoreError(
-            f"{name} of direction {component} in {self.path} is corrupt",
-            f"run `npeff check --recompute {run_argument(self.path)}` or delete {self.path} and run "
-            f"`npeff lift {run_argument(self.path)}` again",
-            path=self.path / name,
-        )
+    def _read(self, name: str, array: zarr.Array[Any], component: int) -> np.ndarray:
+        damage = self._damage(name, f"{name} of direction {component}")
         try:
-            values = np.asarray(self.arrays[name][component])
+            values = np.asarray(array[component])
         except (ValueError, OSError) as error:
             raise damage from error
         if not np.isfinite(values).all():  # a missing chunk reads as NaN
             raise damage
         return values
+
+    def _damage(self, name: str, what: str) -> StoreError:
+        return StoreError(
+            f"{what} in {self.path} is corrupt",
+            f"run `npeff check --recompute {run_argument(self.path)}` or delete {self.path} and run "
+            f"`npeff lift {run_argument(self.path)}` again",
+            path=self.path / name,
+        )
 
 
 def write_sums(path: Path, vectors: Iterable[Iterable[np.ndarray]]) -> None:

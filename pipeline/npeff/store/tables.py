@@ -49,7 +49,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "parameters": _schema("parameter:str shape:str? size:int? taken:bool reason:str?"),
     "components": _schema(
         "component:int n_active:int mass:float energy:float nearest_component:int? nearest_cosine:float? "
-        "lift_cosine:float? stability:float?"
+        "lift_cosine:float? cosine_own:float? stability:float?"
     ),
     "top_examples": _schema("component:int split:str rank:int example:int coefficient:float"),
     "coefficients": _schema("example:int component:int coefficient:float"),
@@ -103,7 +103,9 @@ classes: the names of the model's classes.
 parameters: the parameters of the model. `shape`, such as 384x384, and `size` are those of the `taken` parameters;
     `reason` is why a parameter is not taken.
 components: `mass` Σ_i W_ij and `energy` Σ_i W_ij² over the fit examples; `nearest_*` by |cos| in the sketch, null for a
-    single component; `lift_cosine` between the sketched direction and the component, null before the lift; `stability`,
+    single component; `lift_cosine` between the sketched direction and the component or, for whitened directions, the
+    combination of components, and `cosine_own` between the direction and the component's own direction, both null
+    before the lift; `stability`,
     the mean |cos| with the matching components of fits to two halves of the examples, null if not computed.
 top_examples: `rank` from 0, per component and split.
 coefficients: the non-zero W_ij, ordered by component, then in descending order.
@@ -140,6 +142,9 @@ repair_steps: one row per step tried. `mended_target` is the number of wrong top
 """
 
 _MAY_HAVE_MORE_COLUMNS = ("examples",)
+
+_ADDED_COLUMNS = {"components": ("cosine_own",)}
+"""Columns that tables of earlier releases lack. They are read as null."""
 
 TABLES_VERSION = 2
 _VERSION_KEY, _NAME_KEY, _LINEAGE_KEY = b"npeff.schema_version", b"npeff.table", b"npeff.lineage"
@@ -281,6 +286,10 @@ def read_table(path: str | Path, name: str, columns: Sequence[str] | None = None
         raise damaged_file(path) from error
     stored, schema = file.schema_arrow, SCHEMAS[name]
     check_version(path, stored)
+    for field in (schema.field(column) for column in _ADDED_COLUMNS.get(name, ()) if column not in stored.names):
+        stored = stored.append(field)
+        if columns is None:
+            table = table.add_column(schema.get_field_index(field.name), field, pa.nulls(len(table), field.type))
     found = pa.schema([stored.field(field.name) for field in schema if field.name in stored.names])
     if found != schema or (len(stored) != len(schema) and name not in _MAY_HAVE_MORE_COLUMNS):
         remedy = "delete it and run the same command again"

@@ -60,6 +60,7 @@ def write_component_tables(
             "nearest_component": [None] if alone else cosines_KK.argmax(axis=1),
             "nearest_cosine": [None] if alone else cosines_KK.max(axis=1),
             "lift_cosine": [None] * n_components,
+            "cosine_own": [None] * n_components,
             "stability": [None] * n_components if stability_K is None else stability_K,
         },
         lineage,

@@ -20,13 +20,15 @@ from npeff.directions import (
     cosine,
     diagonal_weights,
     fisher_weighted,
+    inner_product,
     principal_direction,
     sign_weights,
+    signed_roots,
 )
 from npeff.fisher import GroupLayout
 from npeff.gradients import GradientCollector
 from npeff.options.kinds import DiagonalKind
-from npeff.stages.lift.factors import Direction, Solution, WeightsOf
+from npeff.stages.lift.factors import Direction, Lifted, Solution, WeightsOf
 from npeff.store.fisher_store import FisherStore
 from npeff.verification import top_examples
 
@@ -69,6 +71,7 @@ class DiagonalLift:
         fishers: the Fisher store.
         groups: groups of the parameters.
         columns_D: position of each column in the flat parameter vector, for ``diagonal_entries``.
+        whitened: whether a direction is divided by the diagonal of the mean Fisher.
     """
 
     def __init__(
@@ -78,7 +81,9 @@ class DiagonalLift:
         fishers: FisherStore,
         groups: GroupLayout,
         columns_D: Tensor | None,
+        whitened: bool,
     ) -> None:
+        self._whitened = whitened
         self._kind, self._solution, self._fishers = kind, solution, fishers
         self._groups, self._columns_D = groups, columns_D
 
@@ -106,10 +111,24 @@ class DiagonalLift:
         position = block.index(component)
         return [position, len(block) + 1 + position, len(block)]
 
-    def direction(self, component: int, vectors: list[Direction]) -> tuple[Direction, float]:
+    def direction(self, component: int, vectors: list[Direction]) -> Lifted:
         diagonal, gradient, mean = vectors
-        diagonal = {name: tensor.clamp_min(0) for name, tensor in diagonal.items()}
-        return fisher_weighted(diagonal, gradient, mean), self._cosine(component, diagonal)
+        own = signed_roots(diagonal, gradient)
+        if not self._whitened:
+            return Lifted(own, 1.0)
+        whitened = fisher_weighted(diagonal, gradient, mean)
+        product, lengths = inner_product(own, whitened), inner_product(own, own) * inner_product(whitened, whitened)
+        return Lifted(whitened, product / lengths**0.5 if lengths > 0 else 0.0)
+
+    def lift_cosine(self, component: int, vectors: list[Direction], sketch_D: Tensor) -> float:
+        """Return the cosine of the component and the lifted diagonal, reduced to the factorized columns."""
+        diagonal = {name: tensor.clamp_min(0) for name, tensor in vectors[0].items()}
+        if self._columns_D is None:
+            found_D = self._groups.sums(diagonal)
+        else:
+            flat_P = torch.cat([tensor.flatten() for tensor in diagonal.values()]).double().cpu()
+            found_D = flat_P[self._columns_D]
+        return cosine(found_D, self._solution.components_KD[component])
 
     def _lengths(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """Return the lengths (N,) by which the diagonals were divided before the factorization; float64."""
@@ -126,12 +145,3 @@ class DiagonalLift:
         top_M = top_examples(coefficients_N, np.ones(len(coefficients_N), dtype=bool), count)
         factors_MRD = self._fishers.read_rows(top_M, ("factors",))["factors"]
         return principal_direction(torch.from_numpy(factors_MRD), torch.from_numpy(coefficients_N[top_M]))
-
-    def _cosine(self, component: int, direction: Direction) -> float:
-        """Return the cosine of the component and the lifted diagonal, reduced to the factorized columns."""
-        if self._columns_D is None:
-            found_D = self._groups.sums(direction)
-        else:
-            flat_P = torch.cat([tensor.flatten() for tensor in direction.values()]).double().cpu()
-            found_D = flat_P[self._columns_D]
-        return cosine(found_D, self._solution.components_KD[component])

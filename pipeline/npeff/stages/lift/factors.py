@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from npeff.directions import accumulate_directions, cosine, lift_weights
 from npeff.gradients import GradientCollector
-from npeff.sketches import Sketch
+from npeff.stages.lift.files import Combinations
 
 Direction = dict[str, Tensor]
 """A tensor for each parameter, in the order of the layout."""
@@ -32,6 +34,8 @@ class Solution:
     """Σ_i v_i W_i W_iᵀ, float64."""
     fit_N: Tensor
     """Mask of the fitted examples."""
+    weights_N: Tensor
+    """v, and 0 for examples that were not fitted on."""
 
 
 class ShardWeights(Protocol):
@@ -72,9 +76,27 @@ class LiftRule(Protocol):
         """Return the indices of the block's sums that determine a component's direction."""
         ...
 
-    def direction(self, component: int, vectors: list[Direction]) -> tuple[Direction, float]:
-        """Return the component's direction, of any length, and its cosine with the fitted component."""
+    def direction(self, component: int, vectors: list[Direction]) -> Lifted:
+        """Return the component's direction from these sums."""
         ...
+
+    def lift_cosine(self, component: int, vectors: list[Direction], sketch_D: Tensor) -> float:
+        """Return the cosine that shows whether the lift agrees with the fitted component.
+
+        ``sketch_D`` is the sketch of the direction.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Lifted:
+    direction: Direction
+    """Of any length."""
+    cosine_own: float
+    """Cosine with the component's own direction."""
+    sketch_D: Tensor | None = None
+    """Sketch of the unit direction, if it is known from the stored factors. It agrees with them better than the sketch
+    that is computed from the direction, because their rows are calibrated."""
 
 
 class RowWeights:
@@ -97,21 +119,32 @@ class RowWeights:
 
 
 class FactorLift:
-    """The `LiftRule` of low-rank Fishers: one sum for each component."""
+    """The `LiftRule` of low-rank Fishers: one sum for each component.
 
-    def __init__(self, solution: Solution, sketch: Sketch) -> None:
-        self._solution, self._sketch = solution, sketch
+    Args:
+        solution: the factorization to lift.
+        file: the file of the `Combinations`. It may be written after construction. None for own directions whose
+            sketches are not known.
+    """
+
+    def __init__(self, solution: Solution, file: Path | None) -> None:
+        self._solution, self._file = solution, file
+
+    @cached_property
+    def _combinations(self) -> Combinations | None:
+        return None if self._file is None else Combinations.read(self._file)
 
     def n_rows(self, block: Sequence[int]) -> int:
         return len(block)
 
     def weights_of(self, block: Sequence[int]) -> WeightsOf:
-        solution = self._solution
+        solution, combinations = self._solution, self._combinations
+        of_sums_KK = None if combinations is None else combinations.of_sums_KK
 
         def weights(examples: slice, arrays: Mapping[str, Tensor]) -> RowWeights:
             norms_N, weighted_NK = arrays["frobenius_norms"], solution.weighted_NK[examples]
             weights_kNR = lift_weights(
-                arrays["factors"], weighted_NK, solution.components_KD, solution.gram_KK, block, norms_N
+                arrays["factors"], weighted_NK, solution.components_KD, solution.gram_KK, block, norms_N, of_sums_KK
             )
             return RowWeights(weights_kNR)
 
@@ -120,7 +153,14 @@ class FactorLift:
     def rows(self, block: Sequence[int], component: int) -> list[int]:
         return [block.index(component)]
 
-    def direction(self, component: int, vectors: list[Direction]) -> tuple[Direction, float]:
-        (direction,) = vectors
-        sketched_D = self._sketch.apply_dense({name: tensor[None] for name, tensor in direction.items()})[0]
-        return direction, cosine(sketched_D, self._solution.components_KD[component])
+    def direction(self, component: int, vectors: list[Direction]) -> Lifted:
+        combinations = self._combinations
+        if combinations is None:
+            return Lifted(vectors[0], 1.0)
+        return Lifted(vectors[0], float(combinations.found.cosines_K[component]), combinations.sketches_KD[component])
+
+    def lift_cosine(self, component: int, vectors: list[Direction], sketch_D: Tensor) -> float:
+        components_KD, combinations = self._solution.components_KD, self._combinations
+        if combinations is None:
+            return cosine(sketch_D, components_KD[component])
+        return cosine(sketch_D, combinations.found.combinations_KK[component] @ components_KD.double())

@@ -9,7 +9,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from npeff.directions import Whitening, unit_sketches, whitening
 from npeff.execution.executor import Executor
 from npeff.options.kinds import is_diagonal
 from npeff.runs.config import RunConfig
@@ -20,7 +23,8 @@ from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import open_stage
 from npeff.stages.inputs import checksums_of, fingerprint_of, lifted_components
 from npeff.stages.lift import LIFT
-from npeff.stages.lift.worker import LiftBlock, LiftPaths, LiftWorker
+from npeff.stages.lift.files import Combinations, LiftBlock, LiftPaths
+from npeff.stages.lift.worker import LiftWorker
 from npeff.stages.worker_specs import executor_for, fitted_examples, model_spec, worker_spec
 from npeff.storage.atomic import is_committed, remove_directory
 from npeff.storage.checksums import read_json
@@ -59,9 +63,10 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
         shapes = {name: tuple(shape) for name, shape in zip(layout["names"], layout["shapes"], strict=True)}
         model = model_spec(run, fingerprint_of(run))  # raises before anything is written if there is no model
         results, progress = run.partial_results("lift"), progress or SilentProgress()
-        _prepare_store(run, shapes, stage.lineage, progress)
+        _prepare_store(run, shapes, fishers["dim"], stage.lineage, progress)
         stage.discard_foreign_units(progress)
         lifted = {component: read_json(path) for component, path in finished(results).items()}
+        damping = config.lift.damping if config.lift.direction == "whitened" else None
         if any(fact.get("polished") for fact in lifted.values()) and not set(chosen) <= set(lifted):
             lifted = {}  # a polished direction depends on the former directions of all components
             remove_directory(results)
@@ -70,6 +75,8 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
             run,
             LiftWorker,
             kind=config.factorization.kind if is_diagonal(config.factorization.kind) else "fishers",
+            damping=damping,
+            polished=bool(config.lift.polish_steps),
             lineage=stage.lineage,
             model=model,
             labels=config.fishers.label_spec(config.seed),
@@ -90,26 +97,32 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
                 lifted=lifted,
                 progress=progress,
             )
+            if not is_diagonal(config.factorization.kind) and not config.lift.polish_steps:
+                work.combine(damping)
             work.lift(chosen)
-            work.polish(config.lift.polish_steps)
+            work.polish(config.lift.polish_steps, whiten=damping is not None)
         for folder in (paths.sums, paths.scores):
             remove_directory(folder)
-        median = _write_tables(run, lifted, stage.lineage)
-        summary = {"n_components": len(lifted), "components": sorted(lifted), "median_cosine": median}
+        _write_tables(run, lifted, stage.lineage)
+        summary: Summary = {"n_components": len(lifted), "components": sorted(lifted)}
+        summary["direction"] = config.lift.direction
+        summary["median_cosine"] = float(np.median([fact["cosine"] for fact in lifted.values()]))
+        summary["median_cosine_own"] = float(np.median([fact["cosine_own"] for fact in lifted.values()]))
         units = {f"{component:05d}": fact["checksum"] for component, fact in lifted.items() if "checksum" in fact}
         return stage.complete(summary | {"units": units})
 
 
 def _prepare_store(
-    run: RunDirectory, shapes: dict[str, tuple[int, ...]], lineage: str | None, progress: ProgressDisplay
+    run: RunDirectory, shapes: dict[str, tuple[int, ...]], dim: int, lineage: str | None, progress: ProgressDisplay
 ) -> None:
     """Create the store of directions, or restore its metadata. Directions that are already lifted are kept, unless they
     were made from other components or with other settings."""
     layout: dict[str, Any] = {
         "n_components": run.config.factorization.n_components,
         "shapes": shapes,
-        "attrs": {} if lineage is None else {"lineage": lineage},
+        "attrs": {"direction": run.config.lift.direction} | ({} if lineage is None else {"lineage": lineage}),
         "dtype": run.config.lift.dtype,
+        "sketch_dim": dim,
     }
     if _is_foreign(run, lineage):
         progress.say("the directions were made from other components or with other settings; computing them again")
@@ -136,20 +149,21 @@ def _is_foreign(run: RunDirectory, lineage: str | None) -> bool:
         return False
 
 
-def _write_tables(run: RunDirectory, lifted: dict[int, dict[str, Any]], lineage: str | None) -> float:
-    """Write the energies of the directions and their cosines to the components. Returns the median cosine."""
+def _write_tables(run: RunDirectory, lifted: dict[int, dict[str, Any]], lineage: str | None) -> None:
+    """Write the energies of the directions, and their cosines to the table of components."""
     energy = [
         {"component": component, "parameter": name, "energy": fraction}
         for component, fact in sorted(lifted.items())
         for name, fraction in fact["energy"].items()
     ]
-    cosines = {component: fact["cosine"] for component, fact in lifted.items()}
-    column = [cosines.get(component) for component in range(run.config.factorization.n_components)]
+    columns = {
+        column: [lifted.get(component, {}).get(fact) for component in range(run.config.factorization.n_components)]
+        for column, fact in (("lift_cosine", "cosine"), ("cosine_own", "cosine_own"))
+    }
     table = run.table("components")
-    components = read_table(table, "components").to_pydict() | {"lift_cosine": column}
+    components = read_table(table, "components").to_pydict() | columns
     write_table(run.table("layer_energy"), "layer_energy", rows_to_columns(energy, "layer_energy"), lineage)
     write_table(table, "components", components, table_lineage(table))
-    return float(np.median(list(cosines.values())))
 
 
 def _fitting(config: RunConfig, n_parameters: int) -> int:
@@ -158,6 +172,11 @@ def _fitting(config: RunConfig, n_parameters: int) -> int:
     if is_diagonal(config.factorization.kind):
         fitting = (fitting - 1) // 2  # diagonals and gradients of the components, and the sum of all diagonals
     return max(1, fitting)
+
+
+_GROUPS = 64
+"""Number of groups of shards whose sums are added up before the lift. It does not depend on the workers, so neither
+does the rounding."""
 
 
 @dataclass
@@ -173,6 +192,31 @@ class _Work:
     lifted: dict[int, dict[str, Any]]
     """Facts of every finished direction, by component. The methods update it."""
     progress: ProgressDisplay
+
+    def combine(self, damping: float | None) -> None:
+        """Compute the combinations of the components' sums, unless they are stored. Own directions without damping."""
+        if is_committed(self.paths.combinations):
+            return
+        groups = [tuple(group.tolist()) for group in np.array_split(range(self.n_shards), min(_GROUPS, self.n_shards))]
+        with self.progress.stage("sketch directions", len(groups) * (1 if damping is None else 2), "passes") as tick:
+            done = 0
+
+            def total(method: str, *argument: Tensor) -> Tensor:
+                nonlocal done
+                found = {}
+                for (group, *_), part in self.map(method, [(group, *argument) for group in groups]):
+                    found[group] = part
+                    tick(done := done + 1)
+                return torch.stack([found[group] for group in groups]).sum(0)
+
+            sketches_KD, inverse_lengths_K = unit_sketches(total("sketch_sums"))
+            if damping is None:
+                used_K = (inverse_lengths_K > 0).double()
+                found = Whitening(used_K.diag(), used_K)
+            else:
+                found = whitening(sketches_KD @ sketches_KD.T, total("product_sums", sketches_KD), damping)
+        combinations = Combinations(found, inverse_lengths_K, found.combinations_KK @ sketches_KD)
+        combinations.write(self.paths.combinations)
 
     def lift(self, chosen: list[int]) -> None:
         """Compute the missing directions of the chosen components."""
@@ -218,26 +262,42 @@ class _Work:
     def _sums_of(self, block: LiftBlock) -> set[str]:
         return {self.paths.sums_file(replace(block, part=part)).name for part in range(block.parts)}
 
-    def polish(self, steps: int) -> None:
-        """Take the remaining polishing steps. After a crash, a step resumes with the components that are not yet
-        scored or polished."""
+    def polish(self, steps: int, whiten: bool) -> None:
+        """Take the remaining polishing steps, and whiten the polished directions.
+
+        After a crash, a step resumes with the components that are not yet scored or polished.
+        """
         components = sorted(self.lifted)
-        done = 2 * sum(fact.get("polished", 0) for fact in self.lifted.values())
-        if done == (total := 2 * steps * len(components)):
+        taken = sum(fact.get("polished", 0) + (whiten and fact["whitened"]) for fact in self.lifted.values())
+        done, total = 2 * taken, 2 * (steps + whiten) * len(components)
+        if not steps or done == total:
             return
         with self.progress.stage("polish", total, "passes of directions", done=done) as tick:
-            for step in range(1, steps + 1):
-                left = [component for component in components if self.lifted[component].get("polished", 0) < step]
-                if not left:
-                    continue
+
+            def passes(method: str, step: int, left: list[int]) -> None:
+                nonlocal done
+                for (_, block), facts in self.map(
+                    method, [(step, each) for each in self._cut(left, self._share(left))]
+                ):
+                    self.lifted |= dict(zip(block, facts or (), strict=False))
+                    tick(done := done + len(block))
+
+            def score(step: int, left: list[int]) -> None:
+                nonlocal done
                 unscored = [each for each in left if not self.paths.scores_file(step, each).exists()]
                 done += len(left) - len(unscored)
-                for method, those in (("score", unscored), ("polish", left)):
-                    blocks = self._cut(those, self._share(those))
-                    for (_, block), facts in self.map(method, [(step, block) for block in blocks]):
-                        self.lifted |= dict(zip(block, facts or (), strict=False))
-                        tick(done := done + len(block))
-                remove_directory(self.paths.scores_file(step, 0).parent)
+                passes("score", step, unscored)
+
+            for step in range(1, steps + 1):
+                if left := [each for each in components if self.lifted[each].get("polished", 0) < step]:
+                    score(step, left)
+                    passes("polish", step, left)
+                if not whiten or step < steps:  # whitening repeats the last step
+                    remove_directory(self.paths.scores_file(step, 0).parent)
+            left = [each for each in components if not self.lifted[each]["whitened"]] if whiten else []
+            if len(left) == len(components):  # before a direction is replaced by its whitened direction
+                score(steps + 1, left)
+            passes("whiten", steps, left)
 
     def _share(self, components: list[int]) -> int:
         """Return the number of components of a block: limited by memory, and small enough to give all workers one."""

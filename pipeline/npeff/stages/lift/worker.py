@@ -7,24 +7,37 @@ last bits of a direction depend on its block, because the shapes of the matrix p
 workers than blocks of the size that memory allows, each block is summed in parts, each over some of the shards
 (`add_up`). The sums of the parts are stored in files until all are complete, and then combined (`finish`).
 
+Whitened directions (`npeff.directions.whitening`) are other sums of the same rows. Before the pass, `sketch_sums` and
+`product_sums` read the stored factors. From their results, the driver computes the combinations of the components' sums
+and the sketches of all directions, and stores them in a file.
+
 A polishing step consists of two such passes. `score` stores the products of a block's directions with all rows and with
-all directions in files. When the files of all components exist, `polish` recomputes the block's directions.
+all directions in files. When the files of all components exist, `polish` recomputes the block's directions. Polished
+directions are whitened after the last step, from the products of the polished directions: a further `score`, and a
+further `polish` that repeats the last step with the weights of the combinations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
-from npeff.directions import inner_product, polish_weights, row_products, zero_directions
+from npeff.directions import (
+    Whitening,
+    inner_product,
+    lifted_sketches,
+    polish_weights,
+    product_sums,
+    row_products,
+    whitening,
+    zero_directions,
+)
+from npeff.directions.lift import inverse_roots
 from npeff.fisher import GroupLayout
 from npeff.gradients import GradientCollector, LabelSpec
 from npeff.models.loaded import ModelSpec
@@ -32,49 +45,22 @@ from npeff.options.kinds import DiagonalKind
 from npeff.sketches import SketchSpec, make_sketch
 from npeff.stages.fitted_examples import FittedExamples
 from npeff.stages.lift.diagonals import DiagonalLift
-from npeff.stages.lift.factors import Direction, FactorLift, LiftRule, RowWeights, Solution, WeightsOf
-from npeff.storage.atomic import is_committed, write_file_atomically
-from npeff.storage.checksums import json_checksum, read_json, write_json_atomically
-from npeff.storage.errors import StoreError
+from npeff.stages.lift.factors import (
+    Direction,
+    FactorLift,
+    Lifted,
+    LiftRule,
+    RowWeights,
+    Solution,
+    WeightsOf,
+)
+from npeff.stages.lift.files import LiftBlock, LiftPaths, read_tensors, write_tensors
+from npeff.storage.atomic import is_committed
+from npeff.storage.checksums import read_json, write_json_atomically
 from npeff.store.component_store import open_factorization
 from npeff.store.direction_store import DirectionStore, read_sums, write_sums
 from npeff.store.fisher_store import FisherStore
 from npeff.store.shard_records import ShardChecksums
-
-
-@dataclass(frozen=True)
-class LiftBlock:
-    """Components that are lifted together."""
-
-    components: tuple[int, ...]
-    part: int = 0
-    parts: int = 1
-    """Number of parts into which the stored shards are divided. ``part`` counts from 0."""
-
-
-@dataclass(frozen=True)
-class LiftPaths:
-    factorization: Path
-    directions: Path
-    results: Path
-    """Folder of one JSON file per finished component."""
-
-    def scores_file(self, step: int, component: int) -> Path:
-        """Return the file with the products of a component's direction before a polishing step."""
-        return self.scores / f"{step:03d}" / f"{component:05d}.safetensors"
-
-    @property
-    def scores(self) -> Path:
-        return self.results / "polish"
-
-    @property
-    def sums(self) -> Path:
-        """Folder of the sums of parts of blocks."""
-        return self.results / "sums"
-
-    def sums_file(self, block: LiftBlock) -> Path:
-        return self.sums / f"{json_checksum({'components': block.components})[:16]}-{block.part}-of-{block.parts}.f32"
-
 
 _ARRAYS = {
     "fishers": ("factors", "frobenius_norms"),
@@ -97,6 +83,8 @@ class LiftWorker:
         checksums: checksum of every stored shard.
         batch_size: number of examples in a batch.
         kind: kind of the factorized Fishers.
+        damping: damping λ of whitened directions; None for own directions.
+        polished: whether the directions are whitened only after polishing steps.
         lineage: what the directions are made from, see `npeff.runs.lineage`.
     """
 
@@ -111,6 +99,8 @@ class LiftWorker:
         checksums: dict[int, ShardChecksums],
         batch_size: int,
         kind: Literal["fishers"] | DiagonalKind = "fishers",
+        damping: float | None = None,
+        polished: bool = False,
         lineage: str | None = None,
     ) -> None:
         self._loaded = model.load()
@@ -121,16 +111,38 @@ class LiftWorker:
         self._directions = DirectionStore.open(paths.directions)
         self._paths, self._checksums, self._batch_size, self._lineage = paths, checksums, batch_size, lineage
         self._names, self._verified = _ARRAYS[kind], set[int]()
+        self._damping, self._polishing = damping, polished
+        self._sketch = make_sketch(sketch, self._loaded.layout, seed)
         factorization = open_factorization(paths.factorization)
         components_KD, coefficients_NK = factorization.read_components(), factorization.read_coefficients()
         self._solution = _solution(torch.from_numpy(components_KD), torch.from_numpy(coefficients_NK), examples)
         self._rule: LiftRule
         if kind == "fishers":
-            self._rule = FactorLift(self._solution, make_sketch(sketch, self._loaded.layout, seed))
+            self._rule = FactorLift(self._solution, None if polished else paths.combinations)
         else:
             groups, columns_D = GroupLayout.of(self._loaded.model, self._loaded.layout), factorization.read_columns()
             columns = None if columns_D is None else torch.from_numpy(columns_D)
-            self._rule = DiagonalLift(kind, self._solution, self._fishers, groups, columns)
+            self._rule = DiagonalLift(kind, self._solution, self._fishers, groups, columns, damping is not None)
+
+    def sketch_sums(self, request: tuple[tuple[int, ...]]) -> Tensor:
+        """Return the sum over some shards of the sketches of all directions, see `lifted_sketches`."""
+        (shards,), solution = request, self._solution
+        total_KD = torch.zeros(solution.components_KD.shape, dtype=torch.float64)
+        for shard in shards:
+            examples, arrays = slice(*self._fishers.plan.bounds(shard)), self._arrays(shard, ("factors",))
+            arguments = solution.weighted_NK[examples], solution.components_KD, solution.gram_KK
+            total_KD += lifted_sketches(arrays["factors"], *arguments)
+        return total_KD
+
+    def product_sums(self, request: tuple[tuple[int, ...], Tensor]) -> Tensor:
+        """Return the sum over some shards of the products of the unit sketches (K, D), see `product_sums`."""
+        shards, sketches_KD = request
+        total_KK = torch.zeros(len(sketches_KD), len(sketches_KD), dtype=torch.float64)
+        for shard in shards:
+            examples, arrays = slice(*self._fishers.plan.bounds(shard)), self._arrays(shard, ("factors",))
+            products_NRK = arrays["factors"] @ sketches_KD.to(arrays["factors"]).T
+            total_KK += product_sums(products_NRK, self._solution.weights_N[examples])
+        return total_KK
 
     def lift(self, block: LiftBlock) -> list[dict[str, Any]]:
         """Write the unit directions of a block. Returns the facts of each direction, in the order of the components.
@@ -145,7 +157,7 @@ class LiftWorker:
             for component in missing:
                 rows = self._rule.rows(missing, component)
                 vectors = [{name: tensors[row] for name, tensors in sums.items()} for row in rows]
-                facts[component] = self._write(component, *self._rule.direction(component, vectors))
+                facts[component] = self._write(component, self._rule.direction(component, vectors), vectors)
         return [facts[component] for component in block.components]
 
     def add_up(self, block: LiftBlock) -> None:
@@ -168,7 +180,7 @@ class LiftWorker:
             total_P = sum(read_sums(file, row, layout.size) for file in files)
             pieces = zip(layout.names, layout.shapes, torch.as_tensor(total_P).split(layout.sizes), strict=True)
             vectors.append({name: piece.reshape(shape) for name, shape, piece in pieces})
-        return self._write(component, *self._rule.direction(component, vectors))
+        return self._write(component, self._rule.direction(component, vectors), vectors)
 
     def score(self, request: tuple[int, tuple[int, ...]]) -> None:
         """Write the products of a block's directions with the rows of all examples and with all directions.
@@ -200,8 +212,7 @@ class LiftWorker:
                 found_kBR = products_BRk.where(live_B[:, None, None], 0).permute(2, 0, 1)
                 products_kNR[:, examples, : found_kBR.shape[2]] = found_kBR
         for component, products_NR, gram_K in zip(missing, products_kNR, gram_kK, strict=True):
-            content = save({"products": products_NR.contiguous(), "gram": gram_K.contiguous()})
-            write_file_atomically(self._paths.scores_file(step, component), partial(_put, content=content))
+            write_tensors(self._paths.scores_file(step, component), products=products_NR, gram=gram_K)
 
     def polish(self, request: tuple[int, tuple[int, ...]]) -> list[dict[str, Any]]:
         """Write the block's directions after a polishing step, except those already written. Returns their facts.
@@ -213,31 +224,53 @@ class LiftWorker:
         facts = {component: read_json(self._result(component)) for component in block}
         missing = tuple(component for component in block if facts[component].get("polished", 0) < step)
         if missing:
-            solution, K = self._solution, len(self._solution.components_KD)
-            products_NRK = torch.zeros(len(solution.coefficients_NK), self._fishers.rank, K)
-            cosines_KK = torch.zeros(K, K, dtype=torch.float64)
-            for component in range(K):
-                products_NRK[:, :, component], cosines_KK[component] = self._scores(step, component)
-
-            def weights(examples: slice, arrays: Mapping[str, Tensor]) -> RowWeights:
-                found = products_NRK[examples], solution.weighted_NK[examples], cosines_KK, solution.gram_KK
-                return RowWeights(polish_weights(*found, missing, arrays["frobenius_norms"]))
-
-            directions = self._added_up(len(missing), sorted(self._checksums), weights, ("frobenius_norms",))
+            sums = self._polished(step, missing, None)
             for position, component in enumerate(missing):
-                polished = [{name: tensor[position] for name, tensor in directions.items()}]
-                facts[component] = self._write(component, *self._rule.direction(component, polished), step)
+                polished = [{name: tensor[position] for name, tensor in sums.items()}]
+                facts[component] = self._write(component, self._rule.direction(component, polished), polished, step)
         return [facts[component] for component in block]
 
-    def _scores(self, step: int, component: int) -> tuple[Tensor, Tensor]:
-        """Read the products that `score` wrote for a component: with the rows (N, R) and with the directions (K,)."""
-        file = self._paths.scores_file(step, component)
-        try:
-            found = load(file.read_bytes())
-            return found["products"], found["gram"]
-        except (OSError, KeyError, SafetensorError) as error:
-            remedy = "delete it and run the same command again"
-            raise StoreError(f"{file} is missing or damaged", remedy, path=file) from error
+    def whiten(self, request: tuple[int, tuple[int, ...]]) -> list[dict[str, Any]]:
+        """Write the block's whitened directions after the last polishing step, as `polish`."""
+        step, block = request
+        facts = {component: read_json(self._result(component)) for component in range(len(self._solution.gram_KK))}
+        missing = tuple(component for component in block if not facts[component]["whitened"])
+        if missing:
+            found = self._whitening_of_polished(*self._all_scores(step + 1))
+            lengths_K = torch.tensor([fact["length"] for fact in facts.values()], dtype=torch.float64)
+            inverse_lengths_K = lengths_K.reciprocal().where(lengths_K > 0, 0)
+            sums = self._polished(step, missing, found.combinations_KK * inverse_lengths_K)
+            for position, component in enumerate(missing):
+                vectors = [{name: tensor[position] for name, tensor in sums.items()}]
+                whitened = Lifted(vectors[0], float(found.cosines_K[component]))
+                facts[component] = self._write(component, whitened, vectors, step, facts[component])
+        return [facts[component] for component in block]
+
+    def _whitening_of_polished(self, products_NRK: Tensor, gram_KK: Tensor) -> Whitening:
+        assert self._damping is not None
+        shards = sorted(self._checksums)
+        norms = [self._arrays(shard, ("frobenius_norms",))["frobenius_norms"] for shard in shards]
+        normalized_NRK = products_NRK * inverse_roots(torch.cat(norms))[:, None, None]
+        return whitening(gram_KK, product_sums(normalized_NRK, self._solution.weights_N), self._damping)
+
+    def _polished(self, step: int, block: tuple[int, ...], combinations_KK: Tensor | None) -> Direction:
+        """Return the sums of a polishing step, or combinations of them."""
+        solution, (products_NRK, gram_KK) = self._solution, self._all_scores(step)
+
+        def weights(examples: slice, arrays: Mapping[str, Tensor]) -> RowWeights:
+            found = products_NRK[examples], solution.weighted_NK[examples], gram_KK, solution.gram_KK
+            return RowWeights(polish_weights(*found, block, arrays["frobenius_norms"], combinations_KK))
+
+        return self._added_up(len(block), sorted(self._checksums), weights, ("frobenius_norms",))
+
+    def _all_scores(self, step: int) -> tuple[Tensor, Tensor]:
+        """Read what `score` wrote for all directions: products with the rows (N, R, K) and with each other (K, K)."""
+        (n_examples, K), rank = self._solution.coefficients_NK.shape, self._fishers.rank
+        products_NRK, gram_KK = torch.zeros(n_examples, rank, K), torch.zeros(K, K, dtype=torch.float64)
+        for component in range(K):
+            file = self._paths.scores_file(step, component)
+            products_NRK[:, :, component], gram_KK[component] = read_tensors(file, "products", "gram")
+        return products_NRK, gram_KK
 
     def _unit_direction(self, component: int) -> Direction:
         """Return a stored direction, normalized again after rounding. The zero direction of an unused component stays
@@ -283,17 +316,38 @@ class LiftWorker:
         batches = self._loaded.batches(shard, self._batch_size)
         return [examples for examples in batches if not set(used).isdisjoint(examples)]
 
-    def _write(self, component: int, direction: Mapping[str, Tensor], cosine: float, step: int = 0) -> dict[str, Any]:
-        squares = {name: float(tensor.double().square().sum()) for name, tensor in direction.items()}
+    def _write(
+        self,
+        component: int,
+        lifted: Lifted,
+        vectors: list[Direction],
+        step: int = 0,
+        own: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Write a direction and its facts.
+
+        Args:
+            component: the component.
+            lifted: its direction.
+            vectors: the sums from which the direction is made.
+            step: the polishing step.
+            own: facts of the component's own direction, if it was written before the whitened direction.
+        """
+        squares = {name: float(tensor.double().square().sum()) for name, tensor in lifted.direction.items()}
         total = sum(squares.values())
-        unit = {name: tensor / total**0.5 if total > 0 else tensor for name, tensor in direction.items()}
+        unit = {name: tensor / total**0.5 if total > 0 else tensor for name, tensor in lifted.direction.items()}
         dtype: torch.dtype = getattr(torch, self._directions.dtype)  # torch rounds much faster than numpy does
         arrays = {name: tensor.to(dtype).cpu().numpy() for name, tensor in unit.items()}
-        checksum = self._directions.write(component, arrays)
+        sketch_D = self._sketch.apply_dense({name: tensor[None] for name, tensor in unit.items()})[0].double().cpu()
+        stored_D = sketch_D if lifted.sketch_D is None else lifted.sketch_D
+        checksum = self._directions.write(component, arrays, stored_D.numpy())
         facts = {
             "component": component,
-            "cosine": cosine,
+            "cosine": own["cosine"] if own else self._rule.lift_cosine(component, vectors, sketch_D),
+            "cosine_own": lifted.cosine_own if total > 0 else 0.0,
+            "whitened": own is not None or (self._damping is not None and not self._polishing),
             "polished": step,
+            "length": own["length"] if own else total**0.5,
             "energy": {name: square / total if total > 0 else 0.0 for name, square in squares.items()},
             "checksum": checksum,
             **({} if self._lineage is None else {"lineage": self._lineage}),
@@ -306,13 +360,9 @@ class LiftWorker:
 
 
 def _solution(components_KD: Tensor, coefficients_NK: Tensor, examples: FittedExamples) -> Solution:
-    splits, weights_N = examples.read()
-    fit_N = torch.from_numpy(splits.fit_N)
+    splits, given_N = examples.read()
+    fit_N, weights_N = torch.from_numpy(splits.fit_N), torch.from_numpy(given_N)
     coefficients_NK[~fit_N] = 0.0
-    weighted_NK = coefficients_NK * torch.from_numpy(weights_N)[:, None]
+    weighted_NK = coefficients_NK * weights_N[:, None]
     gram_KK = coefficients_NK.double().T @ weighted_NK
-    return Solution(components_KD, coefficients_NK, weighted_NK, gram_KK, fit_N)
-
-
-def _put(stream: BinaryIO, content: bytes) -> None:
-    stream.write(content)
+    return Solution(components_KD, coefficients_NK, weighted_NK, gram_KK, fit_N, weights_N * fit_N)
