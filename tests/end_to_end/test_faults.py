@@ -99,7 +99,8 @@ def test_the_comparison_sees_what_differs(folder, reference):
     table["loss"][0] *= 1 + 1e-5
     write_table(run / place("tables/history.parquet"), "history", table)
     direction = DirectionStore.open(run / place("directions.zarr"))
-    direction.write(1, {name: array + 1e-4 for name, array in direction.read(1).items()})
+    moved = {name: array + 1e-4 for name, array in direction.read(1).items()}
+    direction.write(1, moved, direction.read_sketches()[1])
     record = run / "shards/00003.json"
     record.unlink()
     differing = run_contents.differences(run, reference)

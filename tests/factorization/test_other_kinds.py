@@ -14,7 +14,7 @@ from npeff.factorization import (
     solve_diagonal,
 )
 from npeff.factorization.direct import cluster, leading_eigenvectors, random_components
-from npeff.factorization.evidence import evidence_scores
+from npeff.factorization.evidence_scores import evidence_scores
 from npeff.factorization.rows import folded, squared_entries, unfolded
 from sklearn.cluster import KMeans
 from sklearn.decomposition import NMF

@@ -45,7 +45,7 @@ def test_duckdb_reads_top_examples(run) -> None:
 def test_pandas_reads_components_and_one_components_coefficients(run) -> None:
     pytest.importorskip("pandas")
     shown = answer_of(SNIPPETS["pandas"], run.path)
-    assert "nearest_cosine" in shown
+    assert "n_active" in shown
     assert str(ComponentStore.open(run.path).top_examples(3, 1)["example"][0]) in shown
 
 

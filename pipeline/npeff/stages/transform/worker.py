@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from npeff.factorization import ExampleShard
-from npeff.factorization.evidence import evidence_scores
+from npeff.factorization.evidence_scores import evidence_scores
 from npeff.store.fisher_store import FisherStore
 from npeff.store.shard_records import ShardChecksums
 
