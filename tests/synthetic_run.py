@@ -243,7 +243,7 @@ def _selectivity(n_components: int) -> pa.Table:
     """Component 1 also moves the examples of component 2; everything else is a hundredth."""
     rows = [
         {"moved": moved, "component": watched, "examples": "held_out", "sign": sign, "n_examples": 8,
-         "kl": 0.1 if moved == watched else 0.08 if (moved, watched) == (1, 2) else 0.001}
+         "kl": 0.1 if moved == watched else 0.08 if (moved, watched) == (1, 2) else 0.001, "kl_checked": None}
         for sign in (1, -1) for moved in range(n_components) for watched in range(n_components)
     ]  # fmt: skip
     return pa.Table.from_pylist(rows)
@@ -320,6 +320,7 @@ def _verified(
         "other_kl_ratio": 0.5,
         "kl_ratio_low": 0.7 * ratio,
         "kl_ratio_high": 1.4 * ratio,
+        **_matched(component, examples, sign, ratio, norm_ratio),
         "above_controls": 0.7 * ratio > max(1.0, norm_ratio, random_ratio),
         "kl_correlation": 0.4,
         "accuracy_top_before": 0.94,
@@ -327,6 +328,30 @@ def _verified(
         "accuracy_baseline_before": 0.96,
         "accuracy_baseline_after": 0.95,
         "reached_target": component != 6,
+    }
+
+
+def _matched(component: int, examples: str, sign: int, ratio: float, norm_ratio: float) -> dict[str, Any]:
+    """The sign + is the informative one of even components; component 5 is not matched in the held-out examples."""
+    matched = component != 5 or examples == "fit"
+    return {
+        "informative": (sign > 0) == (component % 2 == 0),
+        "target_kl": 0.1,
+        "matched": matched,
+        "n_matched": 40 if matched else 12,
+        "n_by_trace": 0 if matched else 32,
+        "trace_ratio": norm_ratio,
+        "kl_matched": 0.1 / (0.8 * ratio),
+        "kl_ratio_matched": 0.8 * ratio,
+        "kl_ratio_matched_low": 0.5 * ratio,
+        "kl_ratio_matched_high": 1.1 * ratio,
+        "kl_ratio_trace": 1.5 * ratio,
+        "small_step_ratio": 0.9 * ratio,
+        "auc": 0.8,
+        "changed_top": 0.25,
+        "changed_matched": 0.02,
+        "other_kl_ratio_checked": None,
+        "examples_passed": 300,
     }
 
 

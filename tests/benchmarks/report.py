@@ -235,6 +235,7 @@ def _selectivity(rng: np.random.Generator, n_components: int) -> dict[str, Any]:
         "sign": np.repeat([1, -1], len(moved)),
         "n_examples": [8] * (2 * len(moved)),
         "kl": np.tile(kl, 2),
+        "kl_checked": [None] * (2 * len(moved)),
     }
 
 
@@ -256,6 +257,14 @@ def _verification(rng: np.random.Generator, n_components: int) -> dict[str, Any]
             "other_kl_top",
             "other_kl_baseline",
             "other_kl_ratio",
+            "target_kl",
+            "trace_ratio",
+            "kl_matched",
+            "kl_ratio_trace",
+            "small_step_ratio",
+            "auc",
+            "changed_top",
+            "changed_matched",
         ]
     }
     shares = "accuracy_top_before accuracy_top_after accuracy_baseline_before accuracy_baseline_after kl_correlation"
@@ -271,6 +280,15 @@ def _verification(rng: np.random.Generator, n_components: int) -> dict[str, Any]
         "above_controls": ratio > 2,
         "other_component": rng.integers(0, n_components, n),
         "reached_target": [True] * n,
+        "informative": [True, False] * (n // 2),
+        "matched": [True] * n,
+        "n_matched": [40] * n,
+        "n_by_trace": [0] * n,
+        "examples_passed": [300] * n,
+        "kl_ratio_matched": ratio,
+        "kl_ratio_matched_low": 0.7 * ratio,
+        "kl_ratio_matched_high": 1.4 * ratio,
+        "other_kl_ratio_checked": [None] * n,
         **measured,
         **{name: rng.random(n) for name in shares.split()},
     }

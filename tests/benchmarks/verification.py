@@ -25,18 +25,18 @@ from typing import Any
 
 import npeff
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from npeff.runs.config import RunConfig
 from npeff.runs.definition import finished
 from npeff.runs.directory import RunDirectory
 from npeff.stages.factorize.solution import write_solution
 from npeff.stages.inputs import fingerprint_of, lifted_components
-from npeff.stages.verify.worker import VerificationOptions, VerificationPaths, VerificationWorker
+from npeff.stages.verify.options import VerificationOptions, VerificationPaths
+from npeff.stages.verify.worker import VerificationWorker
 from npeff.stages.worker_specs import model_spec
 from npeff.store.fisher_store import FisherStore
 from npeff.store.splits import Splits
-from npeff.store.tables import read_table, write_table
+from npeff.store.tables import read_table
 from quickstart import machine
 from solver_stage.minilm_fishers import DIM, minilm_factors
 from verify_stage.baselines import KINDS, METHODS, Data, pooled_output
@@ -68,7 +68,7 @@ def main() -> None:
     for method in arguments.methods:
         run = _run(arguments.cache, method, chosen)
         rows = _verified(run, chosen, arguments.epsilon)
-        found = {"both signs": _summary(rows), "the sign that moves them more": _summary(_stronger_signs(rows))}
+        found = {"informative sign": _summary(rows)}
         step = "mean KL 0.1" if arguments.epsilon is None else f"step {arguments.epsilon:g}"
         minilm["methods"][f"{method}, {len(chosen)} components, {step}"] = {"machine": about, **found}
         _print(method, found)
@@ -122,15 +122,17 @@ def _factorize(run: RunDirectory, method: str) -> None:
 
 def _verified(run: RunDirectory, components: list[int], epsilon: float | None) -> list[dict[str, Any]]:
     """Rows of the verification table, of these components and held-out examples."""
-    examples = read_table(run.table("examples"), "examples")
-    table, held_out = run.path / "held_out.parquet", pc.equal(examples["split"], "held_out")
-    valid = examples.column_names.index("valid")
-    write_table(table, "examples", examples.set_column(valid, "valid", pc.and_(examples["valid"], held_out)))
     name, wanted = "verify-held-out" if epsilon is None else f"verify-held-out-{epsilon:g}", run.config.verification
     results = run.partial_results(name)
     worker = VerificationWorker(
         model_spec(run, fingerprint_of(run)),
-        VerificationPaths(run.factorization, run.directions, table, results),
+        VerificationPaths(
+            factorization=run.factorization,
+            directions=run.directions,
+            examples=run.table("examples"),
+            fishers=run.fishers,
+            results=results,
+        ),
         VerificationOptions(
             n_top=wanted.top_examples,
             n_baseline=wanted.baseline_examples,
@@ -151,12 +153,12 @@ def _verified(run: RunDirectory, components: list[int], epsilon: float | None) -
         else:
             rows += worker.verify(component)
             print(f"  {run.path.name}: component {component}, {time.monotonic() - began:.0f} s", flush=True)
-    return rows
+    return [row for row in rows if row["examples"] == "held_out" and row["informative"] and row["matched"]]
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of rows of the verification table. Components without held-out examples have none."""
-    controls = {"a": "fisher_norm_ratio", "b": "random_kl_ratio", "c": "other_kl_ratio"}
+    """Of rows of the verification table. Components without held-out examples, or that are not matched, have none."""
+    controls = {"a": "trace_ratio", "b": "random_kl_ratio", "c": "other_kl_ratio"}
 
     def share(values: list[bool]) -> float:
         return sum(values) / len(rows)
@@ -164,24 +166,21 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "components": len({row["component"] for row in rows}),
         "rows": len(rows),
-        "median KL ratio": statistics.median(row["kl_ratio"] for row in rows),
-        "above 1": share([row["kl_ratio"] > 1 for row in rows]),
-        **{f"above ({x})": share([row["kl_ratio"] > row[name] for row in rows]) for x, name in controls.items()},
-        "above all controls": share([row["kl_ratio"] > max(row[name] for name in controls.values()) for row in rows]),
+        "median KL ratio": statistics.median(row["kl_ratio_matched"] for row in rows),
+        "above 1": share([row["kl_ratio_matched"] > 1 for row in rows]),
+        **{
+            f"above ({x})": share([row["kl_ratio_matched"] > row[name] for row in rows]) for x, name in controls.items()
+        },
+        "above all controls": share(
+            [row["kl_ratio_matched"] > max(row[name] for name in controls.values()) for row in rows]
+        ),
+        "median, by trace": statistics.median(row["kl_ratio_trace"] for row in rows),
+        "median, random baseline": statistics.median(row["kl_ratio"] for row in rows),
         "with 95% confidence": share([row["above_controls"] for row in rows]),
         "median KL of the top": statistics.median(row["kl_top"] for row in rows),
         "reached target": share([row["reached_target"] for row in rows]),
         **{f"median ({x})": statistics.median(row[name] for row in rows) for x, name in controls.items()},
     }
-
-
-def _stronger_signs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each component the sign of which a step moves its top examples more: it is chosen without the baseline.
-
-    The other one often makes a certain prediction still more certain, for which no step is long enough.
-    """
-    rows = sorted(rows, key=lambda row: row["kl_top"] / row["epsilon"] ** 2)
-    return list({row["component"]: row for row in rows}.values())
 
 
 def _print(method: str, found: dict[str, dict[str, Any]]) -> None:

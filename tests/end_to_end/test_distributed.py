@@ -32,7 +32,8 @@ from npeff.stages.factorize.worker import SolverWorker
 from npeff.stages.fishers.tables import held_out
 from npeff.stages.fitted_examples import FittedExamples
 from npeff.stages.status import status
-from npeff.stages.verify.worker import VerificationOptions, VerificationPaths, VerificationWorker
+from npeff.stages.verify.options import VerificationOptions, VerificationPaths
+from npeff.stages.verify.worker import VerificationWorker
 from npeff.store.checkpoint import CheckpointStore, write_checkpoint_array
 from npeff.store.component_store import open_factorization
 from npeff.store.direction_store import DirectionStore
@@ -372,7 +373,7 @@ def test_an_invalid_example_is_left_out_and_harms_no_other(tmp_path: Path, capsy
         assert len(listed) > 30
     rows = read_table(run.table("verification"), "verification").to_pylist()
     assert len(rows) == 4 * 2 * 2
-    assert all(np.isfinite(row["kl_ratio"]) for row in rows)
+    assert all(np.isfinite(row["kl_ratio_matched"]) for row in rows if row["informative"])
     assert str(npeff.report(run)).endswith("index.html")
 
 
@@ -433,25 +434,38 @@ def test_every_component_is_verified_in_both_signs_on_both_splits_with_controls(
     assert [(row["component"], row["examples"], row["sign"]) for row in rows] == [
         (component, examples, sign) for component in range(4) for examples in ("fit", "held_out") for sign in (1, -1)
     ]
+    assert sum(row["informative"] for row in rows) == 8
     for row in rows:
-        measured = {name: value for name, value in row.items() if name not in ("examples", "kl_correlation")}
-        assert all(value is not None and np.isfinite(value) for value in measured.values())
+        optional = ("examples", "kl_correlation", "other_kl_ratio_checked")
+        measured = {name: value for name, value in row.items() if name not in optional}
+        if row["informative"]:
+            assert all(value is not None and np.isfinite(value) for value in measured.values())
+            assert row["kl_ratio"] == pytest.approx(row["kl_top"] / row["kl_baseline"])
+            assert row["kl_ratio_low"] <= row["kl_ratio"] <= row["kl_ratio_high"]
+            assert row["target_kl"] == 0.1
+        else:
+            assert row["kl_ratio"] is None
+            assert row["target_kl"] <= 0.1
         assert (row["kl_correlation"] is None) == (row["examples"] == "fit")
         assert row["n_baseline"] == 20
         assert 1 <= row["n_top"] <= 8
-        assert row["kl_ratio"] == pytest.approx(row["kl_top"] / row["kl_baseline"])
-        assert row["random_kl_ratio"] == pytest.approx(row["random_kl_top"] / row["random_kl_baseline"])
-        assert row["other_kl_ratio"] == pytest.approx(row["other_kl_top"] / row["other_kl_baseline"])
+        assert 1 <= row["n_matched"] <= 3 * row["n_top"]
         assert row["other_component"] != row["component"]
-        assert row["kl_ratio_low"] <= row["kl_ratio"] <= row["kl_ratio_high"]
         assert row["fisher_norm_ratio"] > 0
         if row["reached_target"]:
-            assert row["kl_top"] == pytest.approx(0.1, rel=0.011)
+            assert row["kl_ratio_matched"] == pytest.approx(row["kl_top"] / row["kl_matched"])
+            assert row["random_kl_ratio"] == pytest.approx(row["random_kl_top"] / row["random_kl_baseline"])
+            assert row["other_kl_ratio"] == pytest.approx(row["other_kl_top"] / row["other_kl_baseline"])
+            assert row["kl_ratio_matched_low"] <= row["kl_ratio_matched"] <= row["kl_ratio_matched_high"]
+            assert row["kl_top"] == pytest.approx(row["target_kl"], rel=0.151)
     assert sum(row["reached_target"] for row in rows) >= 12
 
 
 def test_selectivity_and_correlation_are_by_their_definition(converged: RunDirectory) -> None:
-    """Moved along every direction by the step of its own verification, with nothing of the workers' code."""
+    """Moved along every direction by the step of its own verification, with nothing of the workers' code.
+
+    Most of the stored values are predicted. Those that were measured, too, are compared without a tolerance for this.
+    """
     task = load_task(converged.config.task.name, converged.config.task.options)
     model, examples = task.model(converged.task_cache), task.examples(converged.task_cache)
     held_out = np.flatnonzero(np.array(read_table(converged.table("examples"), "examples")["split"]) == "held_out")
@@ -464,7 +478,7 @@ def test_selectivity_and_correlation_are_by_their_definition(converged: RunDirec
         with torch.no_grad():
             return task.logits(model, examples.batch(range(100))).double().log_softmax(-1)
 
-    before = log_p()
+    before, n_checked = log_p(), 0
     for row in rows:
         if row["examples"] == "fit":
             continue
@@ -476,14 +490,18 @@ def test_selectivity_and_correlation_are_by_their_definition(converged: RunDirec
         model.load_state_dict(kept)
         kl_N = (after.exp() * (after - before)).sum(-1).numpy()
         rank = stats.spearmanr(coefficients_NK[held_out, row["component"]], kl_N[held_out]).statistic
-        assert row["kl_correlation"] == pytest.approx(rank, abs=0.01)
+        assert row["kl_correlation"] == pytest.approx(rank, abs=0.1)
         found = {m["component"]: m for m in matrix if (m["moved"], m["sign"]) == (row["component"], row["sign"])}
         assert sorted(found) == list(range(4))
         for component, entry in found.items():
             w_n = coefficients_NK[held_out, component]
             top = held_out[np.argsort(-w_n, kind="stable")[: min(8, (w_n > 0).sum())]]
             assert (entry["n_examples"], entry["examples"]) == (len(top), "held_out")
-            assert entry["kl"] == pytest.approx(kl_N[top].mean(), rel=1e-3)
+            assert entry["kl"] == pytest.approx(kl_N[top].mean(), rel=0.3, abs=2e-3)
+            if entry["kl_checked"] is not None:
+                n_checked += 1
+                assert entry["kl_checked"] == pytest.approx(kl_N[top].mean(), rel=1e-3)
+    assert n_checked == 2 * 4, "one sign of two components"
 
 
 def test_a_fixed_step_is_taken_by_every_direction(converged: RunDirectory, tmp_path: Path) -> None:
@@ -507,7 +525,13 @@ def test_verifying_leaves_the_parameters_as_they_were(converged: RunDirectory, t
     task = converged.config.task
     worker = VerificationWorker(
         ModelSpec(task.name, task.options, converged.task_cache, ("*",), (), "cpu"),
-        VerificationPaths(converged.factorization, converged.directions, converged.table("examples"), tmp_path),
+        VerificationPaths(
+            factorization=converged.factorization,
+            directions=converged.directions,
+            examples=converged.table("examples"),
+            fishers=converged.fishers,
+            results=tmp_path,
+        ),
         VerificationOptions(
             n_top=8,
             n_baseline=20,

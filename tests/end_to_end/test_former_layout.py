@@ -224,3 +224,12 @@ def test_a_migration_on_an_object_store_copies_and_then_deletes(
         assert {name: found.get(name) for name in expected} == expected
         assert len(found) == len(expected) + 2
     assert answers(uri) == before
+
+
+def test_results_of_an_earlier_measure_are_measured_again(former: Path) -> None:
+    run = RunDirectory.open(former)
+    run.record_file("verify").unlink()
+    npeff.verify(run)
+    rows = ComponentStore.open(former).table("verification").to_pylist()
+    assert {row["component"] for row in rows} == {0, 1}
+    assert all(row["informative"] is not None and row["n_matched"] > 0 for row in rows)

@@ -6,9 +6,12 @@ from collections.abc import Callable
 
 import dask.array as da
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from npeff.query.components import ComponentStore
 from npeff.query.errors import QueryError
+from npeff.reports.report import render_report
+from npeff.store.tables import _SINCE_VERSION_3, SCHEMAS, read_table
 from places import place
 
 
@@ -77,14 +80,35 @@ def test_a_single_component_is_similar_to_nothing(make_run: Callable) -> None:
     assert store.similar_components(0, n=10).num_rows == 0
 
 
-def test_the_components_table_carries_the_verified_rows_without_mixing_signs(store: ComponentStore) -> None:
+def test_the_components_table_carries_the_verified_rows_of_the_informative_sign(store: ComponentStore) -> None:
     table = {row["component"]: row for row in store.components_table().to_pylist()}
     for row in store.table("verification").to_pylist():
+        if row["informative"]:
+            found = table[row["component"]]
+            assert found[f"kl_ratio_matched_{row['examples']}"] == row["kl_ratio_matched"]
+            control = max(row["trace_ratio"], row["random_kl_ratio"], row["other_kl_ratio"])
+            assert found[f"best_control_{row['examples']}"] == control
+            assert found[f"matched_{row['examples']}"] is row["matched"]
+    assert table[11]["kl_ratio_matched_fit"] is None
+
+
+def test_a_table_of_an_earlier_version_keeps_its_signs_apart(make_run: Callable) -> None:
+    path = make_run().path / place("tables/verification.parquet")
+    rows = pq.read_table(path)
+    former = rows.drop_columns([name for name in rows.column_names if name in _SINCE_VERSION_3["verification"]])
+    pq.write_table(former.replace_schema_metadata({"npeff.table": "verification", "npeff.schema_version": "2"}), path)
+    store = ComponentStore.open(path.parents[3])
+    table = {row["component"]: row for row in store.components_table().to_pylist()}
+    for row in former.to_pylist():
         suffix = f"{row['examples']}_{'plus' if row['sign'] > 0 else 'minus'}"
         assert table[row["component"]][f"kl_ratio_{suffix}"] == row["kl_ratio"]
         control = max(row["fisher_norm_ratio"], row["random_kl_ratio"], row["other_kl_ratio"])
         assert table[row["component"]][f"best_control_{suffix}"] == control
-    assert table[11]["kl_ratio_fit_plus"] is None
+    assert [(score["examples"], score["sign"]) for score in store.summary()["verification"]] == [
+        ("held_out", 1), ("held_out", -1), ("fit", 1), ("fit", -1),
+    ]  # fmt: skip
+    assert "KL divergence on random baseline examples" in render_report(store, 4)
+    assert read_table(path, "verification").schema == SCHEMAS["verification"]
 
 
 def test_the_summary_counts_what_is_there_and_is_json(store: ComponentStore) -> None:
@@ -97,9 +121,8 @@ def test_the_summary_counts_what_is_there_and_is_json(store: ComponentStore) -> 
     assert summary["n_dead_components"] == 1
     assert summary["explained"] == 0.667
     assert summary["explained_held_out"] == 0.581
-    assert [(s["examples"], s["sign"], s["n"]) for s in summary["verification"]] == [
-        ("held_out", 1, 11), ("held_out", -1, 11), ("fit", 1, 11), ("fit", -1, 11)
-    ]  # fmt: skip
+    found = [(s["examples"], s["sign"], s["n"], s["n_not_matched"]) for s in summary["verification"]]
+    assert found == [("held_out", None, 10, 1), ("fit", None, 11, 0)]
 
 
 def test_questions_that_make_no_sense_get_one_line(store: ComponentStore, run) -> None:

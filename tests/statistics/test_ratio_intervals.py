@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from npeff.statistics.ratio_intervals import Measured, confidence, rank_correlation
+from npeff.statistics.ratio_intervals import DRAWS, Measured, confidence, rank_correlation
 from scipy import stats
 
 
@@ -66,3 +66,54 @@ def test_the_rank_correlation_is_spearmans_with_ties() -> None:
     assert rank_correlation(x, y) == pytest.approx(stats.spearmanr(x[kept], y[kept]).statistic)
     assert rank_correlation(np.zeros(50), y) is None
     assert rank_correlation(x[:1], y[:1]) is None
+
+
+def test_a_baseline_example_that_counts_several_times_is_drawn_as_one() -> None:
+    """Against a bootstrap that repeats the values of the drawn examples."""
+    rng = np.random.default_rng(6)
+    counts = np.array([1, 5, 2, 7, 1])
+    own = Measured(rng.exponential(size=9), rng.exponential(size=5), counts)
+    control = Measured(rng.exponential(size=9), rng.exponential(size=5), counts)
+    repeated = Measured(own.top_n, np.repeat(own.baseline_m, counts))
+    assert own.ratio == pytest.approx(repeated.ratio)
+    generator = np.random.default_rng(3)
+    tops, clusters = generator.integers(9, size=(DRAWS, 9)), generator.integers(5, size=(DRAWS, 5))
+
+    def ratios(measured: Measured) -> list[float]:
+        return [
+            float(
+                measured.top_n[top].mean()
+                / np.concatenate([[measured.baseline_m[i]] * counts[i] for i in drawn]).mean()
+            )
+            for top, drawn in zip(tops, clusters, strict=True)
+        ]
+
+    found, expected = confidence(own, [control], 3), ratios(own)
+    ends = np.quantile(expected, [(1 - 0.95) / 2, (1 + 0.95) / 2], method="inverted_cdf")
+    np.testing.assert_allclose([found.low, found.high], ends)
+    above = np.mean([mine > max(1, other) for mine, other in zip(expected, ratios(control), strict=True)])
+    assert found.above_controls is bool(above >= 0.95)
+    narrow = confidence(repeated, [], 3)
+    assert found.high - found.low > narrow.high - narrow.low, "five examples tell less than sixteen"
+
+
+def test_the_auc_is_the_share_of_pairs_in_which_the_top_example_is_larger() -> None:
+    rng = np.random.default_rng(7)
+    top, baseline, counts = rng.integers(0, 5, 30) / 1.0, rng.integers(0, 4, 20) / 1.0, rng.integers(1, 4, 20)
+    top[2], baseline[4] = np.nan, np.nan
+    pairs = [
+        float(one > other) + 0.5 * float(one == other)
+        for one in top[np.isfinite(top)]
+        for other in np.repeat(baseline, counts)
+        if np.isfinite(other)
+    ]
+    assert Measured(top, baseline, counts).auc == pytest.approx(np.mean(pairs))
+    assert Measured(np.array([np.inf]), np.array([1.0, np.inf])).auc == 0.75
+    assert np.isnan(Measured(np.array([1.0]), np.array([np.nan])).auc)
+
+
+def test_a_group_without_values_has_no_ratio_and_is_above_nothing() -> None:
+    empty = Measured(np.ones(3), np.empty(0), np.empty(0, np.int64))
+    found = confidence(empty, [empty], 0)
+    assert np.isnan([empty.ratio, found.low, found.high]).all()
+    assert not found.above_controls

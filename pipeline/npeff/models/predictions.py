@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -59,14 +59,36 @@ class Predictions:
 
         The result is NaN for an example without predictions.
         """
+        return self._means(original, kl_divergence)
+
+    def changed(self, original: Predictions) -> NDArray[np.float64]:
+        """Compute the fraction of every example's predictions whose class differs from the original one.
+
+        The result is NaN for an example without predictions.
+        """
+        return self._means(original, lambda moved, before: (moved.argmax(-1) != before.argmax(-1)).double())
+
+    def log_confidence(self, original: Predictions) -> NDArray[np.float64]:
+        """Compute log p of the class with the largest original logit, as the mean over every example's predictions.
+
+        The result is NaN for an example without predictions.
+        """
+
+        def log_p(moved: Tensor, before: Tensor) -> Tensor:
+            return moved.double().log_softmax(-1).gather(-1, before.argmax(-1, keepdim=True))[:, 0]
+
+        return self._means(original, log_p)
+
+    def _means(self, original: Predictions, of: Callable[[Tensor, Tensor], Tensor]) -> NDArray[np.float64]:
+        """Compute the mean of a function of logits (n, C) and the original ones over every example's predictions."""
         means_N = [torch.empty(0, dtype=torch.float64)]
         for part in _blocks(self.logits):
             moved, before = self.logits[part], original.logits[part]
-            kl_n = kl_divergence(_flat(moved), _flat(before))
+            values_n = of(_flat(moved), _flat(before))
             if isinstance(moved, Tensor):
-                means_N.append(kl_n.view(len(moved), -1).mean(1))
+                means_N.append(values_n.view(len(moved), -1).mean(1))
             else:
-                means_N.append(torch.stack([kl.mean() for kl in kl_n.split([len(logits) for logits in moved])]))
+                means_N.append(torch.stack([each.mean() for each in values_n.split([len(row) for row in moved])]))
         return torch.cat(means_N).numpy()
 
 

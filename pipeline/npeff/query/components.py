@@ -171,9 +171,10 @@ class ComponentStore:
         return self.tables.read(name)
 
     def components_table(self) -> pa.Table:
-        """Return the components table with the KL ratio and the best control of every verification row.
+        """Return the components table with the KL ratio and the best control of the informative sign.
 
-        The added columns are `kl_ratio_<examples>_<plus|minus>` and `best_control_<examples>_<plus|minus>`.
+        The added columns are `kl_ratio_matched_<examples>`, `best_control_<examples>` and `matched_<examples>`, or, for
+        tables of earlier versions, `kl_ratio_<examples>_<plus|minus>` and `best_control_<examples>_<plus|minus>`.
         """
         return components_table(self.tables)
 

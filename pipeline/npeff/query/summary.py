@@ -13,15 +13,27 @@ from npeff.statistics.verdict import scoreboard, verdicts
 
 
 def components_table(tables: RunTables) -> pa.Table:
-    """Return the components table with the KL ratio and the best control of every verification row.
+    """Return the components table with the KL ratio and the best control of the informative sign.
 
-    The added columns are `kl_ratio_<examples>_<plus|minus>` and `best_control_<examples>_<plus|minus>`.
+    The added columns are `kl_ratio_matched_<examples>`, `best_control_<examples>` and `matched_<examples>`, or, for
+    tables of earlier versions, `kl_ratio_<examples>_<plus|minus>` and `best_control_<examples>_<plus|minus>`.
     """
     table = tables.read("components")
     if not tables.has("verification"):
         return table
     rows = verdicts(tables.read("verification").to_pylist())
-    for examples, sign in sorted({(v.examples, v.sign) for v in rows}, key=lambda key: (key[0] == "fit", -key[1])):
+    for examples in sorted({v.examples for v in rows if v.informative}, key=lambda split: split == "fit"):
+        found = {v.component: v for v in rows if v.informative and v.examples == examples}
+        chosen = [found.get(component) for component in table["component"].to_pylist()]
+        added = {
+            f"kl_ratio_matched_{examples}": pa.array([v and v.kl_ratio for v in chosen], pa.float64()),
+            f"best_control_{examples}": pa.array([v and v.best_control for v in chosen], pa.float64()),
+            f"matched_{examples}": pa.array([v and v.matched for v in chosen], pa.bool_()),
+        }
+        for name, column in added.items():
+            table = table.append_column(name, column)
+    former = {(v.examples, v.sign) for v in rows if v.informative is None}
+    for examples, sign in sorted(former, key=lambda key: (key[0] == "fit", -key[1])):
         found = {v.component: v for v in rows if (v.examples, v.sign) == (examples, sign)}
         chosen = [found.get(component) for component in table["component"].to_pylist()]
         suffix = f"{examples}_{'plus' if sign > 0 else 'minus'}"
@@ -57,6 +69,7 @@ def summary(tables: RunTables) -> dict[str, Any]:
     found |= {key: factorize[key] for key in ("explained", "explained_held_out", "stopped") if key in factorize}
     if tables.has("verification"):
         found["verification"] = [
-            vars(scores) for scores in scoreboard(verdicts(tables.read("verification").to_pylist()))
+            vars(scores) | {"failure": scores.failure}
+            for scores in scoreboard(verdicts(tables.read("verification").to_pylist()))
         ]
     return found

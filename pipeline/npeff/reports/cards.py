@@ -108,14 +108,17 @@ class Card:
     def top_parameter(self) -> Bar | None:
         return max(self.energy, key=lambda bar: bar.energy, default=None)
 
-    def ratio(self, examples: str, sign: int) -> float | None:
-        """Return the KL ratio of one verification row."""
-        return next((v.kl_ratio for v in self.verdicts if (v.examples, v.sign) == (examples, sign)), None)
+    def ratio(self, examples: str, sign: int | None) -> float | None:
+        """Return the KL ratio of one verification row, that of the informative sign if ``sign`` is None."""
+        rows = (
+            v for v in self.verdicts if v.examples == examples and (v.informative if sign is None else v.sign == sign)
+        )
+        return next((v.kl_ratio for v in rows), None)
 
     @property
     def passed(self) -> tuple[int, int]:
-        """The number of verification rows above all controls, and the number of rows."""
-        measured = [v for v in self.verdicts if v.above_controls is not None]
+        """The number of verification rows above all controls, and the number of rows, without uninformative signs."""
+        measured = [v for v in self.verdicts if v.above_controls is not None and v.informative is not False]
         return sum(bool(v.above_controls) for v in measured), len(measured)
 
 

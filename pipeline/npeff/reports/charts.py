@@ -174,11 +174,15 @@ class Slot:
 
 @dataclass(frozen=True)
 class RatioChart:
-    """KL ratios of one group of examples with their controls. Components are sorted by their weaker sign."""
+    """KL ratios of one group of examples with their controls.
+
+    Components are sorted by their informative sign, those of earlier versions by their weaker sign.
+    """
 
     examples: str
     width: float
     height: float
+    sorted_by: str
     y_axis: Axis
     one_y: float
     slots: list[Slot]
@@ -193,8 +197,11 @@ def ratio_chart(examples: str, rows: Sequence[Verdict], y_axis: Axis, width: flo
         return None
     weakest: dict[int, float] = {}
     for row in chosen:
-        ratio = row.kl_ratio or 0.0
-        weakest[row.component] = min(weakest.get(row.component, math.inf), ratio)
+        if row.informative is False:
+            weakest.setdefault(row.component, -1.0)  # known only if the informative sign was measured, too
+        else:
+            former = weakest.get(row.component, math.inf)
+            weakest[row.component] = min(math.inf if former < 0 else former, row.kl_ratio or 0.0)
     order = sorted(weakest, key=lambda component: (-weakest[component], component))
     left, right = 62.0, 14.0
     step = (width - left - right) / len(order)
@@ -207,6 +214,7 @@ def ratio_chart(examples: str, rows: Sequence[Verdict], y_axis: Axis, width: flo
         examples=examples,
         width=width,
         height=y_axis.start + 46,
+        sorted_by="the smaller KL ratio of its two signs" if chosen[0].informative is None else "its informative sign",
         y_axis=y_axis,
         one_y=y_axis.position(1.0),
         slots=slots,

@@ -21,7 +21,7 @@ from npeff.reports.cards import Card, CardWriter
 from npeff.reports.charts import log_axis, loss_chart, ratio_chart
 from npeff.reports.selection_chart import selection_chart
 from npeff.reports.selectivity_chart import SIDE, selectivity_charts
-from npeff.statistics.verdict import Verdict, scoreboard, verdicts
+from npeff.statistics.verdict import LEAST_MATCHED, MOST_TRACE_RATIO, Verdict, scoreboard, verdicts
 from npeff.storage.atomic import write_file_atomically
 
 CARDS_AT_ONCE = 64
@@ -90,6 +90,7 @@ def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
     """Return the variables of the template."""
     tables = store.tables
     found = verdicts(store.table("verification").to_pylist()) if tables.has("verification") else []
+    scores = scoreboard(found)
     factorized = all(tables.has(name) for name in ("examples", "components", "top_examples"))
     provenance = tables.json("provenance.json")
     files = (store.run_dir / "run.yaml", store.run.settings)
@@ -109,7 +110,11 @@ def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
         "loss": loss_chart(store.table("history").to_pylist()) if tables.has("history") else None,
         "selection": selection_chart(store.table("selection").to_pylist()) if tables.has("selection") else None,
         "selection_reason": tables.record("select").get("reason"),
-        "scores": scoreboard(found),
+        "scores": scores,
+        "failure": next((score.failure for score in scores), None),
+        "control_a": "Fisher norms" if found and found[0].informative is None else "traces",
+        "least_matched": LEAST_MATCHED,
+        "most_trace_ratio": MOST_TRACE_RATIO,
         "ratio_charts": _ratio_charts(found),
         "strip": log_axis(_ratios(found), 6, 194),
         "selectivity": selectivity_charts(store.table("selectivity")) if tables.has("selectivity") else [],

@@ -309,10 +309,14 @@ class LiftConfig(Section):
 class VerificationConfig(Section):
     top_examples: Count = 32
     """Number of top examples of a component, on which a step along its direction should have a large effect."""
-    baseline_examples: Count = 200
-    """Number of random examples, disjoint from the top examples, on which the step should have a small effect."""
+    baseline_examples: Count = 100
+    """Number of random examples, disjoint from the top examples, for the KL ratio without matching."""
     target_kl: PositiveFloat = 0.1
     """Mean KL divergence in nats on the top examples. The length of each step is chosen to reach it."""
+    exact: bool = False
+    """Measure every effect by passes through the model, and search every step to 1% of ``target_kl``. By default, the
+    stored sketches predict the step, the effects on the monitored examples and those of another component's direction,
+    and a step is searched to 15%."""
     epsilon: Annotated[float, Field(gt=0.0, le=LARGEST_STEP)] | None = None
     """Fixed length of the step along every (unit) direction, instead of ``target_kl``."""
     selectivity_examples: CountOrZero = 8

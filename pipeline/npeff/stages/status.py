@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from npeff.runs.directory import RunDirectory, StageState
 from npeff.runs.stage import recorded
 from npeff.stages.registry import STAGES
-from npeff.stages.verify import VERIFY, score_line
+from npeff.stages.verify import VERIFY, headline
 
 _FITS = ("factorize", "transform")
 _STAGES_OF_FACTORIZATION = tuple(stage.name for stage in STAGES if not stage.of_the_run)
@@ -68,10 +68,10 @@ def factorizations(run: RunDirectory) -> list[FactorizationStatus]:
 
 
 def outcome(run: RunDirectory, command: str) -> list[str]:
-    """Return the lines printed after a finished run: the results, and a next command (``command`` is ``npeff``)."""
+    """Return the lines printed after a finished run: a next command (``command`` is ``npeff``), and the results."""
     scores = (recorded(run, VERIFY) or {}).get("scores", [])
     return [
-        *(score_line(score) for score in scores),
         f"report: {run.report}",
         f"query it: {command} query {run.argument} top --component 0",
+        *headline(scores),
     ]

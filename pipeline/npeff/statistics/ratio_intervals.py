@@ -6,11 +6,16 @@ resampled ratios yield the interval and the comparison with the controls. All di
 because they were measured on the same examples. The step size is fixed, so the interval does not include the variation
 from its choice on the top examples.
 
-Legend: n top examples, m baseline examples, S draws.
+A baseline example that matches several top examples counts several times in the mean, but it is one observation. The
+draws are therefore over the distinct baseline examples, and each drawn example brings all of its counts (cluster
+bootstrap).
+
+Legend: n top examples, m distinct baseline examples, S draws.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,11 +36,44 @@ class Measured:
 
     top_n: NDArray[np.float64]
     baseline_m: NDArray[np.float64]
+    counts_m: NDArray[np.int64] | None = None
+    """Number of times that a baseline example counts in the mean; once each if None."""
+
+    @property
+    def baseline_counts_m(self) -> NDArray[np.int64]:
+        """The counts of the baseline examples; 0 where an example has no value."""
+        counts_m = np.ones(len(self.baseline_m), np.int64) if self.counts_m is None else self.counts_m
+        return np.where(np.isnan(self.baseline_m), 0, counts_m)
+
+    @property
+    def top_mean(self) -> float:
+        """The mean over the top examples; NaN if none has a value."""
+        return _mean(self.top_n, (~np.isnan(self.top_n)).astype(np.int64))
+
+    @property
+    def baseline_mean(self) -> float:
+        """The mean over the baseline examples, with their counts; NaN if none has a value."""
+        return _mean(self.baseline_m, self.baseline_counts_m)
 
     @property
     def ratio(self) -> float:
-        """The mean over the top examples divided by the mean over the baseline examples."""
-        return float(np.nanmean(self.top_n)) / max(float(np.nanmean(self.baseline_m)), KL_ROUNDING)
+        """The mean over the top examples divided by the mean over the baseline examples; NaN if either is NaN."""
+        baseline = self.baseline_mean
+        return self.top_mean / (baseline if math.isnan(baseline) else max(baseline, KL_ROUNDING))
+
+    @property
+    def auc(self) -> float:
+        """The probability that a top example has a larger value than a baseline example, with ties counted as half.
+
+        This is the area under the ROC curve (the Mann-Whitney statistic). NaN if a group has no value.
+        """
+        top_n = self.top_n[~np.isnan(self.top_n)]
+        order_m = np.argsort(self.baseline_m, kind="stable")  # NaN last, with count 0
+        sorted_m, counted_m = self.baseline_m[order_m], np.append(0, np.cumsum(self.baseline_counts_m[order_m]))
+        if not len(top_n) or not counted_m[-1]:
+            return math.nan
+        below, not_above = (counted_m[np.searchsorted(sorted_m, top_n, side=side)] for side in ("left", "right"))
+        return float((below + not_above).mean() / (2 * counted_m[-1]))
 
 
 @dataclass(frozen=True)
@@ -59,16 +97,19 @@ def confidence(own: Measured, controls: Sequence[Measured], seed: int) -> Confid
         seed: Seed of the draws.
 
     Returns:
-        The interval and the comparison.
+        The interval and the comparison. NaN and False if a group has no value.
     """
+    if math.isnan(own.ratio):
+        return Confidence(math.nan, math.nan, False)
     generator = np.random.default_rng(seed)
     top_Sn = generator.integers(len(own.top_n), size=(DRAWS, len(own.top_n)))
     baseline_Sm = generator.integers(len(own.baseline_m), size=(DRAWS, len(own.baseline_m)))
 
     def ratios(measured: Measured) -> NDArray[np.float64]:
         with np.errstate(invalid="ignore"):
-            top_S = _means(measured.top_n, top_Sn)
-            return top_S / np.maximum(_means(measured.baseline_m, baseline_Sm), KL_ROUNDING)
+            top_S = _means(measured.top_n, (~np.isnan(measured.top_n)).astype(np.int64), top_Sn)
+            baseline_S = _means(measured.baseline_m, measured.baseline_counts_m, baseline_Sm)
+            return top_S / np.maximum(baseline_S, KL_ROUNDING)
 
     own_S = ratios(own)
     threshold_S = np.max([np.ones(DRAWS), *(ratios(control) for control in controls)], axis=0)
@@ -88,10 +129,14 @@ def rank_correlation(coefficients_n: NDArray[np.floating], kl_n: NDArray[np.floa
     return float(stats.spearmanr(x_n, y_n).statistic)
 
 
-def _means(values: NDArray[np.float64], drawn: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Compute the mean of each draw over the values that are not NaN; NaN if all values of a draw are NaN."""
-    known = ~np.isnan(values)
-    counts = known[drawn].sum(axis=1)
-    sums = np.where(known, values, 0.0)[drawn].sum(axis=1)
-    result: NDArray[np.float64] = np.divide(sums, counts, out=np.full(len(drawn), np.nan), where=counts > 0)
+def _mean(values: NDArray[np.float64], counts: NDArray[np.int64]) -> float:
+    total = int(counts.sum())
+    return float((np.where(counts > 0, values, 0.0) * counts).sum() / total) if total else math.nan
+
+
+def _means(values: NDArray[np.float64], counts: NDArray[np.int64], drawn: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Compute the mean of each draw, with the counts of the values; NaN if all counts of a draw are 0."""
+    totals = counts[drawn].sum(axis=1)
+    sums = (np.where(counts > 0, values, 0.0) * counts)[drawn].sum(axis=1)
+    result: NDArray[np.float64] = np.divide(sums, totals, out=np.full(len(drawn), np.nan), where=totals > 0)
     return result

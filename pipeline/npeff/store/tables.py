@@ -2,7 +2,8 @@
 
 Rows are stored in small row groups with statistics, so that a query for a few rows reads little data. The key-value
 metadata of a file contain the name and the schema version of the table. A file without these metadata has version 1,
-which differs only in larger row groups.
+which differs from version 2 only in larger row groups. In version 2, the tables `verification` and `selectivity` lack
+the columns of `_SINCE_VERSION_3`, and the controls of `verification` have the random baseline.
 
 A float is null if it is not known (yet), and NaN or infinite if the computation gave this value. The table `examples`
 may have further columns with the metadata of the task.
@@ -68,14 +69,18 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "layer_energy": _schema("component:int parameter:str energy:float"),
     "verification": _schema(
-        "component:int examples:str sign:int epsilon:float n_top:int n_baseline:int "
-        "kl_top:float kl_baseline:float kl_ratio:float kl_ratio_low:float kl_ratio_high:float above_controls:bool "
-        "fisher_norm_ratio:float "
-        "random_epsilon:float random_kl_top:float random_kl_baseline:float random_kl_ratio:float "
+        "component:int examples:str sign:int informative:bool? target_kl:float? epsilon:float reached_target:bool "
+        "n_top:int kl_top:float "
+        "matched:bool? n_matched:int? n_by_trace:int? trace_ratio:float? kl_matched:float? kl_ratio_matched:float? "
+        "kl_ratio_matched_low:float? kl_ratio_matched_high:float? above_controls:bool "
+        "kl_ratio_trace:float? small_step_ratio:float? auc:float? changed_top:float? changed_matched:float? "
+        "n_baseline:int kl_baseline:float? kl_ratio:float? kl_ratio_low:float? kl_ratio_high:float? "
+        "fisher_norm_ratio:float? "
+        "random_epsilon:float? random_kl_top:float? random_kl_baseline:float? random_kl_ratio:float? "
         "other_component:int? other_epsilon:float? other_kl_top:float? other_kl_baseline:float? other_kl_ratio:float? "
-        "kl_correlation:float? "
+        "other_kl_ratio_checked:float? kl_correlation:float? "
         "accuracy_top_before:float? accuracy_top_after:float? "
-        "accuracy_baseline_before:float? accuracy_baseline_after:float? reached_target:bool"
+        "accuracy_baseline_before:float? accuracy_baseline_after:float? examples_passed:int?"
     ),
     "ablation": _schema(
         "component:int examples:str displacement:float n_top:int n_baseline:int "
@@ -91,7 +96,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         "edit:int component:int? sign:int? step:float n_target:int mended_target:int gained:int broken:int "
         "accuracy_tuning:float chosen:bool"
     ),
-    "selectivity": _schema("moved:int component:int examples:str sign:int n_examples:int kl:float"),
+    "selectivity": _schema("moved:int component:int examples:str sign:int n_examples:int kl:float kl_checked:float?"),
 }
 """Schemas by table name.
 
@@ -121,14 +126,25 @@ selection: one row per number of components tried. `explained_held_out` is measu
 selection_fits: one row per fit. `part` is the fitted part of the examples: "all", or the "first" or "second" half of
     the split of the seed.
 layer_energy: fraction of the squared norm of a component's direction in each parameter; the fractions sum to 1.
-verification: one row per (component, examples "fit" or "held_out", sign +1 or -1), with the controls of
-    `npeff.verification.controls`. Accuracies are null without labels. `kl_ratio_low` and `kl_ratio_high` are the ends
-    of a 95% interval; `above_controls` is whether the ratio is above 1 and above all controls with 95% confidence;
-    `kl_correlation` is the rank correlation between coefficients and KL divergences over random examples.
+verification: one row per (component, examples "fit" or "held_out", sign +1 or -1). `informative` is whether the sign
+    lowers the confidence on the fitted top examples; `target_kl` is the KL divergence that the step should give the top
+    examples, null for a step of fixed length. The matched baseline has `n_matched` distinct examples of the same
+    predicted class and the nearest trace of the Fisher; `n_by_trace` top examples are matched by the trace alone;
+    `trace_ratio` is the ratio of the mean traces; `matched` is whether the component counts in the headline.
+    `kl_ratio_matched` is the KL ratio with this baseline, and `low` and `high` are the ends of a 95% interval;
+    `above_controls` is whether it is above 1, `trace_ratio` and the ratios of the controls with 95% confidence. The
+    controls (`npeff.verification.controls`) have the same top and baseline examples. `kl_ratio_trace` is the ratio with
+    the baseline matched by the trace alone, `kl_ratio` that with `n_baseline` random examples. `small_step_ratio` is
+    the ratio of the evidences ‖A ĝ‖². `auc` is that of the KL divergences; `changed` are the fractions of predictions
+    whose class changes. `kl_correlation` is the rank correlation between coefficients and KL divergences over random
+    examples. `other_kl_ratio_checked` is a measured value of a predicted one. `examples_passed` is the number of
+    examples that were passed through the model for the row. A column is null if its value does not exist or was not
+    measured: accuracies without labels, ratios of a step that does not reach its target.
 selectivity: mean KL divergence on the first top examples of `component` for the verification step along the direction
-    of `moved`; on held-out examples if there are any.
-ablation: the columns of `verification` for the step that removes the part of the parameters along a direction. The step
-    has length `displacement`, and so have the steps of the controls. One row per (component, examples), if requested.
+    of `moved`; on held-out examples if there are any. `kl_checked` is a measured value of a predicted `kl`.
+ablation: columns of `verification`, with random baseline examples also for the controls, for the step that removes the
+    part of the parameters along a direction. The step has length `displacement`, and so have the steps of the controls.
+    One row per (component, examples), if requested.
 position_shares: the evidence ‖A_i ĝ_j‖² of a top example for a direction, split over the tokens of the example.
     `share` is a fraction of the evidence and may be negative; the rest to 1 belongs to layers without positions.
     `start` and `stop` are characters of the example's text, null for a token that is not in the text.
@@ -143,10 +159,18 @@ repair_steps: one row per step tried. `mended_target` is the number of wrong top
 
 _MAY_HAVE_MORE_COLUMNS = ("examples",)
 
-_ADDED_COLUMNS = {"components": ("cosine_own",)}
-"""Columns that tables of earlier releases lack. They are read as null."""
+_SINCE_VERSION_3 = {
+    "verification": (
+        *("informative", "target_kl", "matched", "n_matched", "n_by_trace", "trace_ratio", "kl_matched"),
+        *("kl_ratio_matched", "kl_ratio_matched_low", "kl_ratio_matched_high", "kl_ratio_trace", "small_step_ratio"),
+        *("auc", "changed_top", "changed_matched", "other_kl_ratio_checked", "examples_passed"),
+    ),
+    "selectivity": ("kl_checked",),
+    "components": ("cosine_own",),
+}
+"""Nullable columns that earlier versions of a table do not have."""
 
-TABLES_VERSION = 2
+TABLES_VERSION = 3
 _VERSION_KEY, _NAME_KEY, _LINEAGE_KEY = b"npeff.schema_version", b"npeff.table", b"npeff.lineage"
 
 _GROUP_BYTES = {"examples": 2**18}
@@ -232,7 +256,7 @@ def _in_groups(tables: Iterable[pa.Table], group_bytes: int) -> Iterator[pa.Tabl
 
 def check_version(path: str | Path, schema: pa.Schema) -> None:
     """Raise StoreError if a later version of the program wrote the file with this schema."""
-    version = (schema.metadata or {}).get(_VERSION_KEY, b"1")
+    version = _version(schema)
     if not version.isdigit() or int(version) > TABLES_VERSION:
         raise StoreError(
             f"{path} has schema version {version.decode(errors='replace')}, but this program reads versions up to "
@@ -240,6 +264,11 @@ def check_version(path: str | Path, schema: pa.Schema) -> None:
             "install the version of npeff-pipeline that wrote it, or a later one",
             path=location(path),
         )
+
+
+def _version(schema: pa.Schema) -> bytes:
+    found: bytes = (schema.metadata or {}).get(_VERSION_KEY, b"1")
+    return found
 
 
 def lineage_in(schema: pa.Schema) -> str | None:
@@ -286,14 +315,17 @@ def read_table(path: str | Path, name: str, columns: Sequence[str] | None = None
         raise damaged_file(path) from error
     stored, schema = file.schema_arrow, SCHEMAS[name]
     check_version(path, stored)
-    for field in (schema.field(column) for column in _ADDED_COLUMNS.get(name, ()) if column not in stored.names):
-        stored = stored.append(field)
-        if columns is None:
-            table = table.add_column(schema.get_field_index(field.name), field, pa.nulls(len(table), field.type))
-    found = pa.schema([stored.field(field.name) for field in schema if field.name in stored.names])
-    if found != schema or (len(stored) != len(schema) and name not in _MAY_HAVE_MORE_COLUMNS):
+    later = _SINCE_VERSION_3.get(name, ()) if _version(stored) < b"3" else ()
+    expected = [(field.name, field.type) for field in schema if field.name not in later]
+    found = [(field.name, stored.field(field.name).type) for field in schema if field.name in stored.names]
+    if found != expected or (len(stored) != len(expected) and name not in _MAY_HAVE_MORE_COLUMNS):
         remedy = "delete it and run the same command again"
         raise StoreError(f"{path} does not have the columns of table {name}", remedy, path=path)
+    for column in later:
+        if columns is None or column in columns:
+            table = table.append_column(schema.field(column), pa.nulls(len(table), schema.field(column).type))
+    if columns is None and later:
+        table = table.select(schema.names).cast(schema)  # columns of former versions are not nullable
     return table.replace_schema_metadata(None)
 
 

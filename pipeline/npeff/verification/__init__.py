@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from npeff.verification.controls import another_component, baseline_examples, random_direction, top_examples
+from npeff.verification.linearized import Linearized
+from npeff.verification.matching import Matches, matched_examples
 from npeff.verification.perturbation import moved
 from npeff.verification.repair import (
     Edit,
@@ -16,6 +18,8 @@ from npeff.verification.step_size import StepSize, find_step_size
 
 __all__ = [
     "Edit",
+    "Linearized",
+    "Matches",
     "OverRepresentation",
     "RepairCandidate",
     "StepSize",
@@ -24,6 +28,7 @@ __all__ = [
     "choose_step",
     "find_step_size",
     "joint_steps",
+    "matched_examples",
     "moved",
     "over_represented",
     "random_direction",

@@ -1,12 +1,13 @@
 """Controls for the KL ratio of a component.
 
-(a) The ratio of mean Fisher norms. Predictions on examples with large Fishers change under any step, so the KL ratio is
-    informative only if it exceeds the ratio of the norms.
+(a) The ratio of the mean traces of the Fishers. Predictions on examples with large Fishers change under any step, so
+    the KL ratio is informative only if it exceeds the ratio of the traces. With a matched baseline
+    (`npeff.verification.matching`), this ratio is near 1.
 (b) `random_direction`: a random direction with the same norm in every tensor. It excludes the layer and the size of the
     step as explanations of the ratio.
 (c) `another_component`: the direction of another component on the same examples. It excludes that the direction of any
     component would give the ratio.
-(d) Held-out examples. The caller chooses them, and uses `baseline_examples` for both sides of the split.
+(d) Held-out examples. The caller chooses them, and compares within each split.
 """
 
 from __future__ import annotations

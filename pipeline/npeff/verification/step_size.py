@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 RELATIVE_TOLERANCE = 0.01
-"""Relative tolerance of the mean KL divergence."""
+"""Relative tolerance of the mean KL divergence, unless another one is given."""
 
-
-_MAX_EVALUATIONS = 60
+MAX_EVALUATIONS = 60
 _LARGEST_FACTOR = 100.0
 """Largest factor between a guess and the next one."""
 
@@ -25,9 +24,15 @@ class StepSize:
 
 
 def find_step_size(
-    kl_at: Callable[[float], float], target_kl: float, *, longest: float, first: float | None = None
+    kl_at: Callable[[float], float],
+    target_kl: float,
+    *,
+    longest: float,
+    first: float | None = None,
+    tolerance: float = RELATIVE_TOLERANCE,
+    max_evaluations: int = MAX_EVALUATIONS,
 ) -> StepSize:
-    """Find the step size ε > 0 at which ``kl_at(ε)`` equals ``target_kl`` within 1%.
+    """Find the step size ε > 0 at which ``kl_at(ε)`` equals ``target_kl`` within a tolerance.
 
     The first guess is corrected with the assumption that KL is quadratic in ε, which holds approximately for small ε.
     Further guesses are on the line through the last two, in log ε and log KL. Once two guesses bracket the target, the
@@ -39,6 +44,8 @@ def find_step_size(
         target_kl: The mean KL divergence to reach.
         longest: Maximum step size. If it yields less than the target, it is the result and ``reached_target`` is False.
         first: The first guess, such as the step size of a similar search. By default 1e-3 times ``longest``.
+        tolerance: Relative tolerance of the mean KL divergence.
+        max_evaluations: Number of further calls of ``kl_at`` after which the search ends without reaching the target.
 
     Returns:
         The step size. ``kl_at`` was last called with it.
@@ -47,9 +54,11 @@ def find_step_size(
     best = StepSize(epsilon, kl_at(epsilon), False)
     below, above = StepSize(0.0, 0.0, False), StepSize(math.inf, math.inf, False)
     n_brackets, exponent = 0, 2.0
-    for _ in range(_MAX_EVALUATIONS):
-        if abs(best.kl - target_kl) <= RELATIVE_TOLERANCE * target_kl:
+    for evaluations_left in reversed(range(max_evaluations + 1)):
+        if abs(best.kl - target_kl) <= tolerance * target_kl:
             return StepSize(best.epsilon, best.kl, True)
+        if not evaluations_left:
+            break
         if best.kl < target_kl:
             below = best
         else:

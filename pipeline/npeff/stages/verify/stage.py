@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -14,7 +16,8 @@ from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import open_stage, unit_checksums
 from npeff.stages.inputs import direction_checksums, fingerprint_of, lifted_components, prediction_batch_size
 from npeff.stages.verify import VERIFY
-from npeff.stages.verify.worker import VerificationOptions, VerificationPaths, VerificationWorker
+from npeff.stages.verify.options import VerificationOptions, VerificationPaths
+from npeff.stages.verify.worker import VerificationWorker
 from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
 from npeff.statistics.verdict import scoreboard, verdicts
 from npeff.storage.location import absolute_location
@@ -41,12 +44,20 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
             return stage.done
         progress, config, wanted = progress or SilentProgress(), run.config, run.config.verification
         stage.discard_foreign_units(progress)
-        verified = {
+        stored = {
             component: read_table(path, "verification").to_pylist() for component, path in finished(results).items()
         }
+        # an earlier version of the program measured something else
+        verified = {component: rows for component, rows in stored.items() if not _of_earlier_version(rows)}
         origin = config.resolved("verification.ablation_origin")
         paths = VerificationPaths(
-            run.factorization, run.directions, run.table("examples"), results, direction_checksums(run), stage.lineage
+            factorization=run.factorization,
+            directions=run.directions,
+            examples=run.table("examples"),
+            fishers=run.fishers,
+            results=results,
+            checksums=direction_checksums(run),
+            lineage=stage.lineage,
         )
         worker = worker_spec(
             run,
@@ -62,6 +73,7 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
                 n_correlation=wanted.correlation_examples,
                 seed=config.seed,
                 batch_size=prediction_batch_size(run),
+                exact=wanted.exact,
                 lifted=components,
                 semi_orthogonal=wanted.orthogonalize == "semi",
                 ablation=wanted.ablation,
@@ -79,10 +91,43 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         rows = [row for component in sorted(verified) for row in verified[component]]
         write_table(run.table("verification"), "verification", rows_to_columns(rows, "verification"), stage.lineage)
         parts = [read_table(paths.selectivity_file(component), "selectivity") for component in sorted(verified)]
-        write_table(run.table("selectivity"), "selectivity", pa.concat_tables(parts), stage.lineage)
+        selectivity = pa.concat_tables(parts)
+        write_table(run.table("selectivity"), "selectivity", selectivity, stage.lineage)
         if wanted.ablation:
             parts = [read_table(paths.ablation_file(component), "ablation") for component in sorted(verified)]
             write_table(run.table("ablation"), "ablation", pa.concat_tables(parts), stage.lineage)
-        scores = [asdict(score) for score in scoreboard(verdicts(rows))]
-        summary = {"n_components": len(verified), "components": sorted(verified), "scores": scores}
+        scores = scoreboard(verdicts(rows))
+        for score in scores:
+            if score.failure is not None:
+                progress.say(f"warning: the components fail the verification: {score.failure}")
+        summary = {
+            "n_components": len(verified),
+            "components": sorted(verified),
+            "scores": [asdict(score) | {"failure": score.failure} for score in scores],
+            **_passes(rows, len(verified)),
+            **_prediction_errors(rows, selectivity.to_pylist()),
+        }
         return stage.complete(summary | {"units": unit_checksums(run, VERIFY, sorted(verified))})
+
+
+def _of_earlier_version(rows: list[dict[str, Any]]) -> bool:
+    return any(row["informative"] is None for row in rows)
+
+
+def _passes(rows: list[dict[str, Any]], n_components: int) -> Summary:
+    """Return the number of examples that were passed through the model, as a fact of the record."""
+    total = sum(row["examples_passed"] or 0 for row in rows)
+    return {"examples_passed": total, "examples_passed_per_component": round(total / max(1, n_components))}
+
+
+def _prediction_errors(rows: list[dict[str, Any]], selectivity: list[dict[str, Any]]) -> Summary:
+    """Return the median relative errors of the predicted effects that were also measured, as facts of the record."""
+    pairs = {
+        "selectivity_error": [(row["kl"], row["kl_checked"]) for row in selectivity],
+        "other_kl_ratio_error": [(row["other_kl_ratio"], row["other_kl_ratio_checked"]) for row in rows],
+    }
+    errors = {
+        name: [abs(predicted / checked - 1) for predicted, checked in found if predicted is not None and checked]
+        for name, found in pairs.items()
+    }
+    return {name: statistics.median(found) for name, found in errors.items() if found}

@@ -1,10 +1,15 @@
-"""The worker of the stage `verify`: move the model along one component's direction, and compare with the controls."""
+"""The worker of the stage `verify`: move the model along one component's direction, and compare with the controls.
+
+The stored sketches predict the effect of a step to first order. They give the first guess of the step size, the
+informative sign, the effects on the monitored examples and control (c). All KL divergences of the component's own
+direction on its top examples and its baseline are measured by passes through the model, and so is control (b). With
+`VerificationOptions.exact`, or if the stored sketches predict no effects, everything is measured by passes.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,115 +19,63 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
-from npeff.directions import displacement, orthogonalized, parameter_norm
+from npeff.directions import displacement, orthogonalized
 from npeff.models.loaded import ModelSpec
-from npeff.models.predictions import Predictions
-from npeff.statistics.ratio_intervals import Measured, confidence, rank_correlation
+from npeff.stages.verify.examples import SPLITS, Answers, Candidates, Effects, Groups, Model, Predicted, distinct
+from npeff.stages.verify.options import VerificationOptions, VerificationPaths
+from npeff.stages.verify.rows import ablation_row, verification_row
+from npeff.stages.verify.steps import Direction, Probe, Steps
+from npeff.stages.verify.stored_sketches import StoredSketches
+from npeff.statistics.ratio_intervals import rank_correlation
 from npeff.store.component_store import open_factorization
 from npeff.store.direction_store import DirectionStore
-from npeff.store.tables import SCHEMAS, read_table, write_table
+from npeff.store.tables import rows_to_columns, write_table
 from npeff.tasks import TaskError
-from npeff.verification import (
-    StepSize,
-    another_component,
-    baseline_examples,
-    find_step_size,
-    moved,
-    random_direction,
-    top_examples,
-)
-
-SPLITS = ("fit", "held_out")
+from npeff.verification import another_component, baseline_examples, random_direction, top_examples
 
 LEAST_OVERLAP = 0.05
 """Smallest |cos| of two components in the sketch for which semi-orthogonalization makes the direction of the component
 with the smaller mass orthogonal to the other. For random components in 4,096 coordinates, |cos| is 0.016."""
 
+N_CHECKED = 2
+"""Number of components whose predicted effects are also measured by passes through the model."""
+
 _KEPT_BYTES = 64 * 2**20
 """Size in bytes of the directions that a worker keeps in memory."""
 
-Direction = Mapping[str, Tensor]
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class VerificationPaths:
-    factorization: Path
-    directions: Path
-    examples: Path
-    results: Path
-    """Folder of one Parquet file per finished component, and of the files of the methods below."""
-    checksums: Mapping[int, str] = field(default_factory=dict)
-    """Checksums of the directions."""
-    lineage: str | None = None
-    """What the results are made from, see `npeff.runs.lineage`."""
-
-    def selectivity_file(self, component: int) -> Path:
-        return self.results / "selectivity" / f"{component:05d}.parquet"
-
-    def ablation_file(self, component: int) -> Path:
-        return self.results / "ablation" / f"{component:05d}.parquet"
-
-
-@dataclass(frozen=True)
-class VerificationOptions:
-    """Options of the verification, from the run file."""
-
-    n_top: int
-    n_baseline: int
-    target_kl: float
-    epsilon: float | None
-    """Fixed length of the steps, instead of a target KL divergence."""
-    n_selectivity: int
-    n_correlation: int
-    seed: int
-    batch_size: int
-    lifted: Sequence[int] | None = None
-    """Components that have a direction; all components if None."""
-    semi_orthogonal: bool = False
-    ablation: bool = False
-    origin: Path | None = None
-    """File of the parameters from which displacements are measured; zero if None."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Some examples, and the predictions of the unmoved model on them."""
-
-    examples: NDArray[np.int64]
-    before: Predictions
-
-
-@dataclass(frozen=True)
-class Effect:
-    """The effect of a step. Predictions are those after the step."""
-
-    step: StepSize
-    top: Predictions
-    baseline: Predictions
-    kl: Measured
-
-    def columns(self, name: str) -> dict[str, float]:
-        """Return the columns of a control in the verification table."""
-        return {
-            f"{name}_epsilon": self.step.epsilon,
-            f"{name}_kl_top": float(np.nanmean(self.kl.top_n)),
-            f"{name}_kl_baseline": float(np.nanmean(self.kl.baseline_m)),
-            f"{name}_kl_ratio": self.kl.ratio,
-        }
-
-
-@dataclass(frozen=True)
 class MonitoredExamples:
-    """Examples whose KL divergences are measured for the steps along every component."""
+    """Examples on which the KL divergences of the steps along every component are determined."""
 
     split: str
-    group: Group
-    n_of_component: list[int]
-    """Number of top examples of each component. The group contains them in the order of the components, followed by
-    random examples."""
+    tops: list[NDArray[np.int64]]
+    """The first top examples of each component."""
+    drawn: NDArray[np.int64]
+    """Random examples."""
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """What is tested for a component."""
+
+    component: int
+    own: Probe
+    """The component's direction."""
+    sign: int
+    """The informative sign: steps of this sign lower the confidence on the fitted top examples."""
+    controls: dict[str, Probe]
+    other: int | None
+    """The component of control (c)."""
+    groups: dict[str, Groups]
+    """The examples by split."""
+    seeds: dict[str, int]
+    """Seed of the draws by split."""
+    n_passed: int
+    """Number of examples that were passed through the model to determine the sign."""
 
 
 class VerificationWorker:
@@ -131,15 +84,17 @@ class VerificationWorker:
     def __init__(self, model: ModelSpec, paths: VerificationPaths, options: VerificationOptions) -> None:
         self._loaded = model.load()
         self._paths, self._options = paths, options
-        table = read_table(paths.examples, "examples")
-        self._norms_N = table["fisher_norm"].to_numpy()
-        valid_N = table["valid"].to_numpy()
-        split_N = np.asarray(table["split"].to_pylist())
-        self._members = {split: valid_N & (split_N == split) for split in SPLITS}
         factorization = open_factorization(paths.factorization)
         self._coefficients_NK, self._components_KD = factorization.read_coefficients(), factorization.read_components()
+        self._sketches = StoredSketches(paths.fishers, self._loaded.layout)
+        self._candidates = Candidates(paths.examples, self._sketches, self._coefficients_NK)
+        self._predict = self._sketches.predict and not options.exact
+        self._model = Model(self._loaded, options.batch_size, self._sketches if self._predict else None)
+        self._steps = Steps(self._loaded.model, self._model, options, self._predict)
         self._directions, self._kept = DirectionStore.open(paths.directions, paths.checksums), dict[int, Direction]()
         self._lifted = list(range(len(self._components_KD)) if options.lifted is None else options.lifted)
+        checked = np.random.default_rng(self._seed(0, "checked")).permutation(self._lifted)[:N_CHECKED]
+        self._checked = set(checked.tolist()) if self._predict else set()
         self._origin = None if options.origin is None else self._read_origin(options.origin)
 
     def verify(self, component: int) -> list[dict[str, Any]]:
@@ -151,136 +106,109 @@ class VerificationWorker:
             The rows of the table `verification`, one for each split and sign. No rows if the direction is zero after
             semi-orthogonalization.
         """
-        direction = self._tested_direction(component)
-        rows, selectivity, ablation = ([], [], []) if direction is None else self._rows(component, direction)
+        tables: dict[str, list[Row]] = {"verification": [], "selectivity": [], "ablation": []}
+        if (direction := self._tested_direction(component)) is not None:
+            tested = self._hypothesis(component, direction)
+            for split in SPLITS:
+                self._add_rows(tested, split, tables)
         paths, lineage = self._paths, self._paths.lineage
-        write_table(paths.selectivity_file(component), "selectivity", _columns(selectivity, "selectivity"), lineage)
-        if self._options.ablation:
-            write_table(paths.ablation_file(component), "ablation", _columns(ablation, "ablation"), lineage)
+        for file, table in [(paths.selectivity_file, "selectivity"), (paths.ablation_file, "ablation")]:
+            if table != "ablation" or self._options.ablation:
+                write_table(file(component), table, rows_to_columns(tables[table], table), lineage)
         # written last: the file of a finished component
-        write_table(paths.results / f"{component:05d}.parquet", "verification", _columns(rows, "verification"), lineage)
-        return rows
+        rows = rows_to_columns(tables["verification"], "verification")
+        write_table(paths.results / f"{component:05d}.parquet", "verification", rows, lineage)
+        return tables["verification"]
 
-    def _rows(self, component: int, direction: Direction) -> tuple[list[Row], list[Row], list[Row]]:
-        """Return the component's rows of the tables `verification`, `selectivity` and `ablation`."""
-        random = random_direction(direction, seed=self._seed(component, "random direction"))
+    def _hypothesis(self, component: int, direction: Direction) -> Hypothesis:
+        """Return what is tested: the direction, its informative sign, the controls and the examples."""
+        options, seeds = self._options, {split: self._seed(component, f"baseline {split}") for split in SPLITS}
+        groups = {
+            split: self._candidates.groups(component, split, options.n_top, options.n_baseline, seed)
+            for split, seed in seeds.items()
+        }
         other = another_component(component, self._lifted, self._seed(component, "another component"))
-        controls = {"random": random} | ({} if other is None else {"other": self._direction(other)})
-        tried = {"own": direction, **controls}
-        steps = dict[str, float]()  # of the former sign or split: the first guess for the next
-        rows, selectivity, ablation = list[Row](), list[Row](), list[Row]()
-        for split, members_N in self._members.items():
-            top = top_examples(self._coefficients_NK[:, component], members_N, self._options.n_top)
-            seed = self._seed(component, f"baseline {split}")
-            baseline = baseline_examples(members_N, top, self._options.n_baseline, seed)
-            if len(top) == 0 or len(baseline) == 0:
-                continue
-            groups = self._group(top), self._group(baseline)
-            for sign in (1, -1):
-                effects = {
-                    name: self._effect(each, sign, *groups, first=steps.get(name)) for name, each in tried.items()
-                }
-                steps |= {name: each.step.epsilon for name, each in effects.items() if each.step.reached_target}
-                own = effects.pop("own")
-                row = {"component": component, "examples": split, "sign": sign, "other_component": other}
-                row |= self._compared(own, effects, *groups, seed) | {"kl_correlation": None}
-                if split == self._monitored.split:
-                    kl_n = self._monitored_kl(direction, sign * own.step.epsilon)
-                    row["kl_correlation"] = self._correlation(component, kl_n)
-                    place = {"moved": component, "examples": split, "sign": sign}
-                    selectivity += [place | found for found in self._selectivity(kl_n)]
-                rows.append(row)
-            if self._options.ablation:
-                along = displacement(self._loaded.model, direction, self._origin)
-                own = self._step(direction, -along, *groups)
-                beside = {name: self._step(control, -along, *groups) for name, control in controls.items()}
-                row = {"component": component, "examples": split, "displacement": along, "other_component": other}
-                ablation.append(row | self._compared(own, beside, *groups, seed))
-        return rows, selectivity, ablation
+        directions = [direction] if other is None else [direction, self._direction(other)]
+        examples = distinct(self._monitored_examples, *(part for each in groups.values() for part in each.parts))
+        effects: list[Predicted | None] = [None] * len(directions)
+        if self._sketches.predict:
+            sketches = [self._sketches.sketch(each) for each in directions]
+            effects = [Predicted(examples, effect) for effect in self._sketches.effects(examples, sketches)]
+        own, *others = (Probe(each, effect) for each, effect in zip(directions, effects, strict=True))
+        random = random_direction(direction, seed=self._seed(component, "random direction"))
+        # the sketch of a random direction tells nothing: its evidence is below the error of the sketch
+        controls = {"random": Probe(random, None)} | ({"other": others[0]} if others else {})
+        passed = self._model.n_passed
+        sign = self._steps.informative_sign(own, groups["fit"].parts[0])
+        return Hypothesis(component, own, sign, controls, other, groups, seeds, self._model.n_passed - passed)
 
-    def _compared(
-        self, own: Effect, controls: Mapping[str, Effect], top: Group, baseline: Group, seed: int
-    ) -> dict[str, Any]:
-        norms = Measured(self._norms_N[top.examples], self._norms_N[baseline.examples])
-        sure = confidence(own.kl, [norms, *(control.kl for control in controls.values())], seed)
-        measured = {
-            name: value for which, control in controls.items() for name, value in control.columns(which).items()
-        }
-        return {
-            **dict.fromkeys((f"other_{name}" for name in ("epsilon", "kl_top", "kl_baseline", "kl_ratio")), None),
-            **measured,
-            "epsilon": own.step.epsilon,
-            "n_top": len(top.examples),
-            "n_baseline": len(baseline.examples),
-            "kl_top": float(np.nanmean(own.kl.top_n)),
-            "kl_baseline": float(np.nanmean(own.kl.baseline_m)),
-            "kl_ratio": own.kl.ratio,
-            "kl_ratio_low": sure.low,
-            "kl_ratio_high": sure.high,
-            "above_controls": sure.above_controls,
-            "fisher_norm_ratio": norms.ratio,
-            "accuracy_top_before": top.before.accuracy(),
-            "accuracy_top_after": own.top.accuracy(),
-            "accuracy_baseline_before": baseline.before.accuracy(),
-            "accuracy_baseline_after": own.baseline.accuracy(),
-            "reached_target": own.step.reached_target,
-        }
-
-    def _effect(self, direction: Direction, sign: int, top: Group, baseline: Group, first: float | None) -> Effect:
-        """Return the effect of the step with the target KL divergence on the top examples, or of the fixed step."""
-        after_top = top.before
-
-        def kl_at(epsilon: float) -> float:
-            nonlocal after_top
-            with moved(self._loaded.model, direction, sign * epsilon):
-                after_top = self._predict(top.examples)
-            return float(np.nanmean(after_top.kl(top.before)))
-
-        if self._options.epsilon is not None:
-            return self._step(direction, sign * self._options.epsilon, top, baseline)
-        longest = parameter_norm(self._loaded.model, direction)
-        found = find_step_size(kl_at, self._options.target_kl, longest=longest, first=first)
-        return replace(self._step(direction, sign * found.epsilon, top, baseline, after_top), step=found)
-
-    def _step(
-        self, direction: Direction, step: float, top: Group, baseline: Group, after_top: Predictions | None = None
-    ) -> Effect:
-        """Return the effect of a step. `after_top` are the predictions after it on the top examples, if known."""
-        with moved(self._loaded.model, direction, step):
-            after_top = self._predict(top.examples) if after_top is None else after_top
-            after_baseline = self._predict(baseline.examples)
-        kl = Measured(after_top.kl(top.before), after_baseline.kl(baseline.before))
-        kl_top = float(np.nanmean(kl.top_n))
-        return Effect(StepSize(abs(step), kl_top, math.isfinite(kl_top)), after_top, after_baseline, kl)
+    def _add_rows(self, tested: Hypothesis, split: str, tables: dict[str, list[Row]]) -> None:
+        """Add the component's rows for one split to the tables."""
+        component, own, groups, seed = tested.component, tested.own, tested.groups[split], tested.seeds[split]
+        if len(groups.top) == 0 or len(groups.random) == 0:
+            return
+        passed = self._model.n_passed - (0 if tables["verification"] else tested.n_passed)
+        before = self._steps.unmoved(groups)
+        place = {"component": component, "examples": split, "other_component": tested.other}
+        rows, result = dict[int, Row](), None
+        for sign in (tested.sign, -tested.sign):
+            check = sign == tested.sign and component in self._checked
+            result = self._steps.test(own, sign, groups, before, tested.controls, check, informative=result)
+            row = verification_row(result, groups, self._candidates, sign == tested.sign, seed)
+            row |= place | {"sign": sign, "kl_correlation": None}
+            if split == self._monitored.split:
+                kl, checked = self._monitored_kl(own, sign * result.step.epsilon, check)
+                row["kl_correlation"] = self._correlation(component, kl)
+                moved = {"moved": component, "examples": split, "sign": sign}
+                tables["selectivity"] += [moved | found for found in self._selectivity(kl, checked)]
+            row["examples_passed"] = self._model.n_passed - passed
+            passed, rows[sign] = self._model.n_passed, row
+        tables["verification"] += [rows[1], rows[-1]]
+        if self._options.ablation:
+            along = displacement(self._loaded.model, own.direction, self._origin)
+            probes = {"own": own, **tested.controls}
+            effects = {name: self._steps.ablated(probe, -along, groups, before) for name, probe in probes.items()}
+            tables["ablation"].append(place | ablation_row(effects, along, groups, self._candidates, seed))
 
     @cached_property
     def _monitored(self) -> MonitoredExamples:
         """The monitored examples: held-out examples or, if there are none, fitted examples."""
-        split = "held_out" if self._members["held_out"].any() else "fit"
-        members_N, seed = self._members[split], self._seed(0, "onlookers")  # a former name; results depend on it
+        split = "held_out" if self._candidates.members["held_out"].any() else "fit"
+        members_N, seed = self._candidates.members[split], self._seed(0, "onlookers")  # results depend on this name
         tops = [top_examples(w_N, members_N, self._options.n_selectivity) for w_N in self._coefficients_NK.T]
         drawn = baseline_examples(members_N, np.empty(0, np.int64), self._options.n_correlation, seed)
-        return MonitoredExamples(split, self._group(np.concatenate([*tops, drawn])), [len(top) for top in tops])
+        return MonitoredExamples(split, tops, drawn)
 
-    def _monitored_kl(self, direction: Direction, step: float) -> NDArray[np.float64]:
-        group = self._monitored.group
-        if not len(group.examples):
-            return np.empty(0)
-        distinct, places = np.unique(group.examples, return_inverse=True)
-        with moved(self._loaded.model, direction, step):
-            after = self._predict(distinct)
-        return after.at(places).kl(group.before)
+    @cached_property
+    def _monitored_examples(self) -> NDArray[np.int64]:
+        return distinct(*self._monitored.tops, self._monitored.drawn)
 
-    def _selectivity(self, kl_n: NDArray[np.float64]) -> Iterator[dict[str, Any]]:
-        counts = self._monitored.n_of_component
-        for component, part_n in enumerate(np.split(kl_n, np.cumsum(counts))[:-1]):
-            if len(part_n):
-                yield {"component": component, "n_examples": len(part_n), "kl": float(np.nanmean(part_n))}
+    @cached_property
+    def _monitored_before(self) -> Answers:
+        return self._model.unmoved_answers([self._monitored_examples])
 
-    def _correlation(self, component: int, kl_n: NDArray[np.float64]) -> float | None:
-        n_top = sum(self._monitored.n_of_component)
-        drawn = self._monitored.group.examples[n_top:]
-        return rank_correlation(self._coefficients_NK[drawn, component], kl_n[n_top:])
+    def _monitored_kl(self, own: Probe, step: float, check: bool) -> tuple[Effects, Effects]:
+        """Return the KL divergences of a step on the monitored examples, and those that were measured to check them."""
+        examples, nothing = self._monitored_examples, Effects(np.empty(0, np.int64), np.empty(0))
+        if not len(examples):
+            return nothing, nothing
+        measured = nothing
+        if check or not self._predict:
+            measured = self._steps.measured_kl(own.direction, step, self._monitored_before, [examples])
+        if not self._predict or own.predicted is None:
+            return measured, nothing
+        return own.predicted.kl(step, examples), measured
+
+    def _selectivity(self, kl: Effects, checked: Effects) -> Iterator[Row]:
+        for component, top in enumerate(self._monitored.tops):
+            if len(top):
+                measured = float(np.nanmean(checked.of(top))) if len(checked.examples_u) else None
+                mean = float(np.nanmean(kl.of(top)))
+                yield {"component": component, "n_examples": len(top), "kl": mean, "kl_checked": measured}
+
+    def _correlation(self, component: int, kl: Effects) -> float | None:
+        drawn = self._monitored.drawn
+        return rank_correlation(self._coefficients_NK[drawn, component], kl.of(drawn))
 
     def _direction(self, component: int) -> Direction:
         if (kept := self._kept.get(component)) is not None:
@@ -296,7 +224,8 @@ class VerificationWorker:
         own = self._direction(component)
         if not self._options.semi_orthogonal:
             return own
-        masses_K: NDArray[np.float64] = np.nansum(self._coefficients_NK[self._members["fit"]], axis=0, dtype=np.float64)
+        fitted_NK = self._coefficients_NK[self._candidates.members["fit"]]
+        masses_K: NDArray[np.float64] = np.nansum(fitted_NK, axis=0, dtype=np.float64)
         cosines_K = np.abs(self._components_KD @ self._components_KD[component])
         heavier = [
             other
@@ -321,19 +250,7 @@ class VerificationWorker:
             )
         return {name: tensors[name] for name in shapes}
 
-    def _group(self, examples: NDArray[np.int64]) -> Group:
-        """Return a group with the current predictions. The model must not be moved when this is called."""
-        distinct, places = np.unique(examples, return_inverse=True)
-        return Group(examples, self._predict(distinct).at(places))
-
-    def _predict(self, examples: NDArray[np.int64]) -> Predictions:
-        return self._loaded.predict(examples.tolist(), self._options.batch_size)
-
     def _seed(self, component: int, purpose: str) -> int:
         words = np.frombuffer(purpose.encode().ljust(-len(purpose) % 4 + len(purpose), b" "), dtype=np.uint32)
         entropy = [self._options.seed, component, *words.tolist()]
         return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _columns(rows: Sequence[dict[str, Any]], table: str) -> dict[str, list[Any]]:
-    return {name: [row[name] for row in rows] for name in SCHEMAS[table].names}

@@ -1,0 +1,50 @@
+"""Paths and options of the worker of the stage `verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class VerificationPaths:
+    factorization: Path
+    directions: Path
+    examples: Path
+    fishers: Path
+    results: Path
+    """Folder of one Parquet file per finished component, and of the files of the methods below."""
+    checksums: Mapping[int, str] = field(default_factory=dict)
+    """Checksums of the directions."""
+    lineage: str | None = None
+    """What the results are made from, see `npeff.runs.lineage`."""
+
+    def selectivity_file(self, component: int) -> Path:
+        return self.results / "selectivity" / f"{component:05d}.parquet"
+
+    def ablation_file(self, component: int) -> Path:
+        return self.results / "ablation" / f"{component:05d}.parquet"
+
+
+@dataclass(frozen=True)
+class VerificationOptions:
+    """Options of the verification, from the run file."""
+
+    n_top: int
+    n_baseline: int
+    target_kl: float
+    epsilon: float | None
+    """Fixed length of the steps, instead of a target KL divergence."""
+    n_selectivity: int
+    n_correlation: int
+    seed: int
+    batch_size: int
+    exact: bool = False
+    """Measure everything by passes through the model, and nothing from the stored sketches."""
+    lifted: Sequence[int] | None = None
+    """Components that have a direction; all components if None."""
+    semi_orthogonal: bool = False
+    ablation: bool = False
+    origin: Path | None = None
+    """File of the parameters from which displacements are measured; zero if None."""

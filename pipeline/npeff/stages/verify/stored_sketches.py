@@ -1,0 +1,118 @@
+"""What the stored Fishers tell about steps along directions: traces, and predicted KL divergences.
+
+Legend: N examples, n examples of a query, R rank, C classes, D sketch dimension, d directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from npeff.gradients import ParameterLayout, exact_label_factor, truncated_label_factor
+from npeff.sketches import Sketch, SketchSpec, make_sketch
+from npeff.store.fisher_store import FisherStore
+from npeff.verification.linearized import Linearized, orthogonal_changes, triangular_changes
+
+_KEPT_BYTES = 2**29
+"""Size in bytes, in float32, of factors that are kept in memory."""
+_BLOCK_BYTES = 2**26
+"""Size in bytes, in float32, of the factors that are in memory at once, if they are not kept."""
+
+
+class StoredSketches:
+    """The stored factors of a run.
+
+    Args:
+        path: The Fisher store.
+        layout: The parameters of the factors.
+    """
+
+    def __init__(self, path: Path, layout: ParameterLayout) -> None:
+        self._store = FisherStore.open(path)
+        self._labels = self._store.attrs["labels"]
+        self._kept: dict[str, NDArray[Any]] | None = None
+        self._sketch: Sketch | None = None
+        spec = dict(self._store.attrs["sketch"])
+        # a top-k sketch is not linear, and the rows of empirical labels do not predict KL divergences
+        if spec["kind"] != "topk" and self._labels["kind"] != "empirical":
+            seed = spec.pop("seed")
+            # the store records the width of every sketch, but an identity sketch takes no dim
+            if spec["kind"] != "tensorsketch":
+                spec["dim"] = None
+            self._sketch = make_sketch(SketchSpec(**spec), layout, seed)
+
+    @property
+    def predict(self) -> bool:
+        """Whether the stored sketches predict the effect of a step."""
+        return self._sketch is not None
+
+    @property
+    def with_logits(self) -> bool:
+        return "logits" in self._store.array_names
+
+    def logits(self, examples: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the stored logits (n, C) of examples."""
+        return self._read(examples, ["logits"])["logits"]
+
+    def traces(self) -> NDArray[np.float64]:
+        """Return the traces of the Fishers, (N,), exact for the stored rows. Not positive for invalid examples."""
+        plan = self._store.plan
+        parts = [self._store.read_shard(shard, names=["grams"])["grams"] for shard in range(plan.n_shards)]
+        return np.concatenate([np.trace(grams_nRR, axis1=1, axis2=2) for grams_nRR in parts])
+
+    def sketch(self, direction: Mapping[str, Tensor]) -> NDArray[np.float64]:
+        """Return the sketch (D,) of a direction in parameter space. It needs sketches that predict."""
+        assert self._sketch is not None
+        sketched_1D = self._sketch.apply_dense({name: tensor[None].float() for name, tensor in direction.items()})
+        result: NDArray[np.float64] = sketched_1D[0].double().cpu().numpy()
+        return result
+
+    def effects(self, examples: NDArray[np.int64], sketches: Sequence[NDArray[np.float64]]) -> list[Linearized]:
+        """Predict the effects of directions on examples, from the sketches (D,) of the directions."""
+        directions_Dd = np.stack(sketches, axis=1).astype(np.float32)
+        names = ["factors", "frobenius_norms", *(["logits"] if self.with_logits else [])]
+        n_at_once = max(1, _BLOCK_BYTES // (4 * self._store.rank * self._store.dim))
+        parts = []
+        for start in range(0, max(1, len(examples)), n_at_once):
+            rows = self._read(examples[start : start + n_at_once], names)
+            shape = rows["factors"].shape[:2]
+            products_nRd = (rows["factors"].reshape(-1, self._store.dim) @ directions_Dd).reshape(*shape, -1)
+            products_nRd = products_nRd.astype(np.float64) * np.sqrt(rows["frobenius_norms"])[:, None, None]
+            parts.append([self._linearized(each_nR, rows) for each_nR in np.moveaxis(products_nRd, 2, 0)])
+        return [_joined(each) for each in zip(*parts, strict=True)]
+
+    def _read(self, examples: NDArray[np.int64], names: list[str]) -> dict[str, NDArray[Any]]:
+        """Read arrays of examples. All arrays are kept in memory if the factors are small."""
+        if 4 * self._store.plan.n_examples * self._store.rank * self._store.dim > _KEPT_BYTES:
+            return self._store.read_rows(examples, names)
+        if self._kept is None:
+            wanted = ["factors", "frobenius_norms", *(["logits"] if self.with_logits else [])]
+            shards = [self._store.read_shard(shard, names=wanted) for shard in range(self._store.plan.n_shards)]
+            self._kept = {name: np.concatenate([shard[name] for shard in shards]) for name in wanted}
+        return {name: self._kept[name][examples] for name in names}
+
+    def _linearized(self, products_nR: NDArray[np.float64], rows: Mapping[str, NDArray[np.float64]]) -> Linearized:
+        evidence_n = np.square(products_nR).sum(axis=1)
+        kind = self._labels["kind"]
+        if "logits" not in rows or kind not in ("exact", "truncated"):
+            return Linearized(evidence_n)
+        logits_nC = torch.from_numpy(rows["logits"])
+        if kind == "exact":
+            changes_nC = triangular_changes(products_nR, exact_label_factor(logits_nC).numpy())
+        else:
+            rank, kept = products_nR.shape[1], self._labels["kept_trace"]
+            changes_nC = orthogonal_changes(products_nR, truncated_label_factor(logits_nC, rank, kept)[0].numpy())
+        return Linearized(evidence_n, rows["logits"].astype(np.float64), changes_nC)
+
+
+def _joined(parts: Sequence[Linearized]) -> Linearized:
+    evidence_n = np.concatenate([part.evidence_n for part in parts])
+    logits = [part.logits_nC for part in parts if part.logits_nC is not None]
+    changes = [part.changes_nC for part in parts if part.changes_nC is not None]
+    return Linearized(evidence_n, np.concatenate(logits), np.concatenate(changes)) if logits else Linearized(evidence_n)

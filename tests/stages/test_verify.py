@@ -1,0 +1,181 @@
+"""The stage `verify`: predicted and measured effects agree, and permuted groups fail."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import npeff
+import numpy as np
+import pytest
+import torch
+from npeff.models.predictions import kl_divergence
+from npeff.runs.config import RunConfig
+from npeff.runs.directory import RunDirectory
+from npeff.stages.verify import headline
+from npeff.stages.verify.options import VerificationOptions, VerificationPaths
+from npeff.stages.verify.worker import VerificationWorker
+from npeff.stages.worker_specs import model_spec
+from npeff.store.component_store import open_factorization
+from npeff.store.direction_store import DirectionStore
+from npeff.store.tables import read_table
+
+K = 8
+
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def lifted(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A model that is linear in its parameters, in full coordinates."""
+    document = {
+        "run_dir": str(tmp_path_factory.mktemp("linear") / "run"),
+        "task": {"name": "stages.linear_digits:LinearDigits"},
+        "fishers": {"sketch": {"kind": "identity"}, "store_dtype": "float32"},
+        "factorization": {"n_components": K, "stability_examples": 0, "held_out_fraction": 0.5},
+        "executor": {"kind": "serial"},
+    }
+    run = RunDirectory.create(RunConfig.model_validate(document))
+    for stage in (npeff.compute_fishers, npeff.factorize, npeff.lift):
+        stage(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def worker_of(lifted: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., VerificationWorker]:
+    def make(directions: Path = lifted.directions, **changed: Any) -> VerificationWorker:
+        paths = VerificationPaths(
+            factorization=lifted.factorization,
+            directions=directions,
+            examples=lifted.table("examples"),
+            fishers=lifted.fishers,
+            results=tmp_path_factory.mktemp("results"),
+        )
+        options = VerificationOptions(
+            n_top=24,
+            n_baseline=50,
+            target_kl=0.05,
+            epsilon=None,
+            n_selectivity=4,
+            n_correlation=60,
+            seed=0,
+            batch_size=64,
+        )
+        return VerificationWorker(model_spec(lifted, None), paths, replace(options, **changed))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def fast(worker_of: Callable[..., VerificationWorker]) -> list[Row]:
+    worker = worker_of()
+    return [row for component in range(K) for row in worker.verify(component)]
+
+
+@pytest.fixture(scope="module")
+def exact(worker_of: Callable[..., VerificationWorker]) -> list[Row]:
+    worker = worker_of(exact=True)
+    return [row for component in range(K) for row in worker.verify(component)]
+
+
+def of(rows: list[Row], informative: bool) -> list[Row]:
+    return [row for row in rows if row["informative"] is informative]
+
+
+def test_predicted_and_measured_effects_have_the_same_medians(fast: list[Row], exact: list[Row]) -> None:
+    for name, tolerance in [("kl_ratio_matched", 0.05), ("kl_ratio_trace", 0.05), ("kl_ratio", 0.05), ("auc", 0.02)]:
+        medians = [statistics.median(row[name] for row in of(rows, True)) for rows in (fast, exact)]
+        assert medians[0] == pytest.approx(medians[1], rel=tolerance), name
+    pairs = list(zip(of(fast, True), of(exact, True), strict=True))
+    for mine, theirs in pairs:
+        assert mine["other_kl_ratio"] == pytest.approx(theirs["other_kl_ratio"], rel=0.05)
+        assert (mine["sign"], mine["n_matched"]) == (theirs["sign"], theirs["n_matched"])
+    assert sum(row["examples_passed"] for row in fast) < 0.6 * sum(row["examples_passed"] for row in exact)
+
+
+def test_the_step_of_a_linear_model_is_predicted_exactly(fast: list[Row]) -> None:
+    for row in of(fast, True):
+        assert row["reached_target"]
+        assert row["kl_top"] == pytest.approx(0.05, rel=0.011), "the first step tried is the right one"
+
+
+def test_every_row_is_that_of_its_definition(lifted: RunDirectory, fast: list[Row]) -> None:
+    """Recomputed in float64 from the stored directions, with nothing of the worker's code."""
+    task = npeff.tasks.load_task(lifted.config.task.name, {})
+    model, directions = task.model(lifted.task_cache), DirectionStore.open(lifted.directions)
+    pixels_NP = task._pixels.double()  # type: ignore[attr-defined]
+    weight, bias = (parameter.detach().double() for parameter in (model.weight, model.bias))
+    w_NK = open_factorization(lifted.factorization).read_coefficients()
+    split_N = np.array(read_table(lifted.table("examples"), "examples")["split"])
+    before_NC = pixels_NP @ weight.T + bias
+    predicted_N, p_NC = before_NC.argmax(1), before_NC.softmax(-1)
+    for row in fast:
+        g = {name: torch.from_numpy(value).double() for name, value in directions.read(row["component"]).items()}
+        along_NC = pixels_NP @ g["weight"].T + g["bias"]
+        tops = {}
+        for split in ("fit", "held_out"):
+            ranked = np.flatnonzero((split_N == split) & (w_NK[:, row["component"]] > 0))
+            tops[split] = ranked[np.argsort(-w_NK[ranked, row["component"]], kind="stable")[:24]]
+        slope_N = along_NC[range(len(p_NC)), predicted_N] - (p_NC * along_NC).sum(1)
+        lowers = -1 if float(slope_N[tops["fit"]].mean()) > 0 else 1
+        assert row["informative"] is (row["sign"] == lowers)
+        top = tops[row["examples"]]
+        kl_N = kl_divergence(before_NC + row["sign"] * row["epsilon"] * along_NC, before_NC)
+        assert row["kl_top"] == pytest.approx(float(kl_N[top].mean()), rel=1e-3)
+        if not row["informative"]:
+            most = float(-p_NC[range(len(p_NC)), predicted_N].log()[top].mean())
+            assert row["target_kl"] == pytest.approx(min(0.05, most / 2), rel=1e-4)
+            assert row["kl_ratio"] is None
+
+
+def test_a_sign_that_can_change_nothing_is_unreachable(worker_of: Callable[..., VerificationWorker]) -> None:
+    """Predictions of an infinitely certain model cannot become more certain."""
+    worker = worker_of()
+    with torch.no_grad():
+        for parameter in worker._loaded.model.parameters():
+            parameter.mul_(1e4)
+    worker._model._stored = None  # the stored logits are those of the model before
+    rows = of(worker.verify(0), False)
+    assert rows
+    for row in rows:
+        assert not row["reached_target"]
+        assert row["kl_ratio_matched"] is None
+        assert not row["above_controls"]
+
+
+def test_groups_that_have_nothing_to_do_with_the_direction_are_rarely_surely_above_the_controls(
+    worker_of: Callable[..., VerificationWorker], fast: list[Row]
+) -> None:
+    """The coefficients are permuted among the examples of a split, three times."""
+    worker, rng, found = worker_of(), np.random.default_rng(0), list[Row]()
+    coefficients_NK = worker._coefficients_NK.copy()
+    for _ in range(3):
+        for members_N in worker._candidates.members.values():
+            rows = np.flatnonzero(members_N)
+            worker._coefficients_NK[rows] = coefficients_NK[rng.permutation(rows)]
+        found += [row for component in range(K) for row in of(worker.verify(component), True)]
+    assert len(found) == 6 * K
+    assert np.mean([row["above_controls"] for row in found]) <= 0.15
+    assert np.mean([row["above_controls"] for row in of(fast, True)]) >= 0.5
+    medians = [np.median([row["kl_ratio_matched"] for row in rows]) for rows in (found, of(fast, True))]
+    assert medians[0] < 1.3 < 2 < medians[1]
+
+
+def test_the_record_tells_the_cost_and_the_errors_and_a_failure_is_said(lifted: RunDirectory, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run", lifted.config)
+    shutil.copytree(lifted.path, run.path, dirs_exist_ok=True)
+    record = npeff.verify(run)
+    rows = read_table(run.table("verification"), "verification").to_pylist()
+    assert record["examples_passed"] == sum(row["examples_passed"] for row in rows) > 0
+    assert record["selectivity_error"] < 0.01
+    assert record["other_kl_ratio_error"] < 0.01
+    assert len(read_table(run.table("selectivity"), "selectivity")) == 2 * K * K
+    lines = headline(record["scores"])
+    assert lines[-2].startswith("held-out examples, informative sign: median matched KL ratio ")
+    assert lines[-1].startswith("A matched KL ratio of ")
+    failed = [score | {"failure": "the median is not above 1"} for score in record["scores"]]
+    assert headline(failed)[-1] == "warning: the components fail the verification: the median is not above 1"
