@@ -139,7 +139,8 @@ def test_a_deleted_factorization_leaves_the_others_and_is_finished_after_a_kill(
     before = files(path)
     said = refused(capfd, "rm", path, "--factorization", "k9")
     assert "give --yes to confirm" in said
-    assert "give two runs, or one run and --factorization twice" in refused(capfd, "compare", path)
+    said = refused(capfd, "compare", path, "--factorization", "default")
+    assert "give one run, two runs, or one run and --factorization twice" in said
     named = ("compare", path, "--factorization", "default", "--factorization")
     assert "has no factorization k8 (it has default, k9)" in refused(capfd, *named, "k8")
     assert "factorization.zarr does not exist yet: run `npeff factorize" in refused(capfd, *named, "k9")

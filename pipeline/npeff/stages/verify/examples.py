@@ -74,11 +74,9 @@ class Candidates:
         self.members = {split: valid_N & (split_N == split) for split in SPLITS}
         self.norms_N = table["fisher_norm"].to_numpy()
         self.traces_N = sketches.traces()
-        # the classes of a vocabulary are too many to match
-        classes = table["prediction"] if sketches.with_logits else table["prediction"].take([])
         self._classes_N = np.full(len(table), -1, np.int64)
-        if len(classes):
-            self._classes_N = pc.fill_null(classes, -1).to_numpy().astype(np.int64)
+        if sketches.with_logits:  # the classes of a vocabulary are too many to match
+            self._classes_N = pc.fill_null(table["prediction"], -1).to_numpy().astype(np.int64)
         self._coefficients_NK = coefficients_NK
 
     def groups(self, component: int, split: str, n_top: int, n_random: int, seed: int) -> Groups:
