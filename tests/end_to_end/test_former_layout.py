@@ -88,6 +88,8 @@ def test_it_is_resumed_where_it_is(former: Path) -> None:
 def test_other_settings_are_refused_and_another_name_is_stored_beside_it(former: Path, tmp_path: Path) -> None:
     before, files = answers(former), contents(former)
     text = (former / "run.yaml").read_text().replace("run_dir: digits", f"run_dir: {former}")
+    assert "\nlift:\n" in text
+    text = text.replace("\nlift:\n", "\nlift:\n  direction: own\n")  # earlier versions have no other directions
     run_file = tmp_path / "run.yaml"
     run_file.write_text(text.replace("n_components: 2", "n_components: 3"))
     with pytest.raises(

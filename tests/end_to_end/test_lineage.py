@@ -182,10 +182,10 @@ def test_results_of_a_later_stage_are_refused_after_an_exchange_of_the_whole_fac
 def test_a_single_direction_of_another_run_is_found(
     run: RunDirectory, other: RunDirectory, finished: tuple[Path, Path]
 ) -> None:
-    store = DirectionStore.open(other.directions)
-    sketches = store.read_sketches()
+    theirs = DirectionStore.open(other.directions)
+    sketches = theirs.read_sketches()
     assert sketches is not None
-    DirectionStore.open(run.directions).write(1, store.read(1), sketches[1])
+    DirectionStore.open(run.directions).write(1, theirs.read(1), sketches[1])
     with pytest.raises(NpeffError, match=r"direction 1 in .* does not match its checksum"):
         verify_again(run)
     assert [damage.what for damage in npeff.check(run)] == ["direction 1"]

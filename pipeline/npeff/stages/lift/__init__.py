@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def _details(record: Summary) -> str:
     kind = ""
-    if record.get("direction") == "whitened":
+    if record.get("direction") == "whitened" and record["median_cosine_own"] is not None:
         kind = f", {record['median_cosine_own']:.2f} between whitened and own directions"
     return f"median cosine to the fitted component {record['median_cosine']:.4f}{kind}"
 

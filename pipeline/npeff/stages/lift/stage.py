@@ -97,19 +97,26 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
                 lifted=lifted,
                 progress=progress,
             )
-            if not is_diagonal(config.factorization.kind) and not config.lift.polish_steps:
+            without_polishing = not is_diagonal(config.factorization.kind) and not config.lift.polish_steps
+            if without_polishing and not set(chosen) <= set(lifted):
                 work.combine(damping)
             work.lift(chosen)
             work.polish(config.lift.polish_steps, whiten=damping is not None)
         for folder in (paths.sums, paths.scores):
             remove_directory(folder)
         _write_tables(run, lifted, stage.lineage)
-        summary: Summary = {"n_components": len(lifted), "components": sorted(lifted)}
-        summary["direction"] = config.lift.direction
-        summary["median_cosine"] = float(np.median([fact["cosine"] for fact in lifted.values()]))
-        summary["median_cosine_own"] = float(np.median([fact["cosine_own"] for fact in lifted.values()]))
-        units = {f"{component:05d}": fact["checksum"] for component, fact in lifted.items() if "checksum" in fact}
-        return stage.complete(summary | {"units": units})
+        return stage.complete(_summary(lifted) | {"direction": config.lift.direction})
+
+
+def _summary(lifted: dict[int, dict[str, Any]]) -> Summary:
+    own = [fact["cosine_own"] for fact in lifted.values() if "cosine_own" in fact]  # not of earlier versions
+    return {
+        "n_components": len(lifted),
+        "components": sorted(lifted),
+        "median_cosine": float(np.median([fact["cosine"] for fact in lifted.values()])),
+        "median_cosine_own": float(np.median(own)) if own else None,
+        "units": {f"{component:05d}": fact["checksum"] for component, fact in lifted.items() if "checksum" in fact},
+    }
 
 
 def _prepare_store(
@@ -268,7 +275,7 @@ class _Work:
         After a crash, a step resumes with the components that are not yet scored or polished.
         """
         components = sorted(self.lifted)
-        taken = sum(fact.get("polished", 0) + (whiten and fact["whitened"]) for fact in self.lifted.values())
+        taken = sum(fact.get("polished", 0) + (whiten and fact.get("whitened", False)) for fact in self.lifted.values())
         done, total = 2 * taken, 2 * (steps + whiten) * len(components)
         if not steps or done == total:
             return
@@ -294,7 +301,7 @@ class _Work:
                     passes("polish", step, left)
                 if not whiten or step < steps:  # whitening repeats the last step
                     remove_directory(self.paths.scores_file(step, 0).parent)
-            left = [each for each in components if not self.lifted[each]["whitened"]] if whiten else []
+            left = [each for each in components if not self.lifted[each].get("whitened")] if whiten else []
             if len(left) == len(components):  # before a direction is replaced by its whitened direction
                 score(steps + 1, left)
             passes("whiten", steps, left)

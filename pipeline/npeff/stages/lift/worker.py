@@ -234,7 +234,7 @@ class LiftWorker:
         """Write the block's whitened directions after the last polishing step, as `polish`."""
         step, block = request
         facts = {component: read_json(self._result(component)) for component in range(len(self._solution.gram_KK))}
-        missing = tuple(component for component in block if not facts[component]["whitened"])
+        missing = tuple(component for component in block if not facts[component].get("whitened"))
         if missing:
             found = self._whitening_of_polished(*self._all_scores(step + 1))
             lengths_K = torch.tensor([fact["length"] for fact in facts.values()], dtype=torch.float64)
