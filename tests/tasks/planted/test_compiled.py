@@ -22,6 +22,7 @@ from npeff.tasks.planted.compiled_program import (
     ANIMALS,
     CLASSES,
     COLOURS,
+    DEFAULT_PUSH,
     LENGTH,
     RULES,
     START,
@@ -29,6 +30,7 @@ from npeff.tasks.planted.compiled_program import (
     VOCABULARY,
     compile_rules,
     fired,
+    output_logits,
     program_logits,
 )
 from torch import Tensor
@@ -194,6 +196,69 @@ def test_the_same_seed_draws_the_same_examples_and_noise_changes_labels_alone() 
     assert noisy == {name: column for name, column in table().items() if name != "label"}
 
 
+@pytest.mark.parametrize("n_active", [1, 2, 3, 4])
+def test_the_stated_number_of_rules_fires(n_active: int) -> None:
+    def counts(*, at_most: bool) -> list[int]:
+        task = CompiledRulesTask(n_examples=300, n_active=n_active, at_most=at_most)
+        return np.bincount(task.examples(Path()).table()["n_rules"].to_numpy(), minlength=5).tolist()
+
+    assert counts(at_most=False) == [300 * (count == n_active) for count in range(5)]
+    shares = np.array(counts(at_most=True)) / 300
+    np.testing.assert_allclose(shares, [(1 <= count <= n_active) / n_active for count in range(5)], atol=0.1)
+
+
+def test_strengths_are_what_the_rules_add_to_the_logits() -> None:
+    task = CompiledRulesTask(n_examples=200, n_active=3, strength=1.5)
+    examples = task.examples(Path())
+    table = examples.table()
+    strengths_NR = np.stack([table[f"strength_{rule.name}"].to_numpy() for rule in RULES], 1)
+    fired_NR = np.stack([table[f"rule_{rule.name}"].to_numpy() for rule in RULES], 1)
+    assert ((strengths_NR > 0) == fired_NR).all()
+    classes_RC = np.eye(len(CLASSES))[[rule.pushes for rule in RULES]]
+    expected_NC = strengths_NR @ classes_RC + np.array([1.5 * DEFAULT_PUSH, 0, 0])
+    logits_NC = logits_of(task.model(Path()), examples.batch(range(200)))
+    np.testing.assert_allclose(logits_NC, expected_NC, rtol=1e-4, atol=1e-4)
+
+
+def test_with_separate_outputs_each_rule_has_an_output_of_its_own() -> None:
+    task = CompiledRulesTask(n_examples=60, n_active=3, separate_outputs=True)
+    examples = task.examples(Path())
+    table, batch = examples.table(), examples.batch(range(60))
+    assert tuple(examples.class_names) == ("off", "on")
+    assert table["label"].null_count == 60
+    fired_NR = np.stack([table[f"rule_{rule.name}"].to_numpy() for rule in RULES], 1)
+    assert torch.equal(task.targets(batch), torch.from_numpy(fired_NR).long())
+    with torch.no_grad():
+        logits_NRC = task.logits(task.model(Path()), batch)
+    assert logits_NRC.shape == (60, len(RULES), 2)
+    assert not logits_NRC[:, :, 0].any()
+    words = [text.split() for text in table["text"].to_pylist()]
+    expected_NR = torch.tensor([output_logits(line) for line in words])
+    torch.testing.assert_close(logits_NRC[:, :, 1], expected_NR, rtol=1e-4, atol=1e-4)
+    off = logits_NRC[:, :, 1][torch.from_numpy(~fired_NR)]
+    assert (off < logits_NRC[:, :, 1][torch.from_numpy(fired_NR)].min() - 3).all()
+    same = CompiledRulesTask(n_examples=60, n_active=3).examples(Path())
+    assert same.table()["text"].to_pylist() == table["text"].to_pylist(), "the outputs do not change the sequences"
+    assert torch.equal(same.batch(range(60)), batch["tokens"])
+
+
+def test_with_separate_outputs_a_fisher_is_the_sum_of_those_of_its_rules() -> None:
+    """Of the output of a rule that fires, nearly all of the Fisher lies in this rule's weights."""
+    task = CompiledRulesTask(n_examples=60, n_active=3, separate_outputs=True)
+    model, examples, masks = task.model(Path()), task.examples(Path()), task.rule_masks()
+    layout = select_parameters(model)
+    sketch = make_sketch(SketchSpec("identity"), layout, 0)
+    batch = examples.batch(range(60))
+    fired_NR = task.targets(batch).bool()
+    for unit, name in enumerate(masks):
+        fishers = PerExampleFishers(model, lambda m, b, unit=unit: task.logits(m, b)[:, unit], layout, sketch)
+        energy_NP = fishers(batch).factors_BRD.double().square().sum(1)
+        own_P = torch.cat([masks[name][key].flatten() for key in layout.names])
+        shares_N = energy_NP[:, own_P].sum(1) / energy_NP.sum(1)
+        assert shares_N[fired_NR[:, unit]].min() > 0.6
+        assert energy_NP.sum(1)[fired_NR[:, unit]].min() > 5 * energy_NP.sum(1)[~fired_NR[:, unit]].max()
+
+
 def test_strength_is_a_factor_of_the_logits() -> None:
     weak, strong = (CompiledRulesTask(n_examples=20, strength=strength) for strength in (0.5, 2.0))
     batch = weak.examples(Path()).batch(range(20))
@@ -210,6 +275,12 @@ def test_strength_is_a_factor_of_the_logits() -> None:
         ({"label_noise": float("nan")}, "label_noise must be between 0 and 1"),
         ({"none_share": 0.6, "pair_share": 0.5}, "add up to 1.1"),
         ({"strength": 0}, "strength must be above 0"),
+        ({"n_active": 0}, "n_active must be a whole number from 1 to 4, not 0"),
+        ({"n_active": 5}, "n_active must be a whole number from 1 to 4, not 5"),
+        ({"n_active": "two"}, "n_active must be a whole number from 1 to 4, not 'two'"),
+        ({"n_active": 2, "pair_share": 0.5}, "n_active replaces none_share and pair_share"),
+        ({"at_most": True}, "at_most needs n_active"),
+        ({"separate_outputs": True, "label_noise": 0.1}, "label_noise needs labels"),
         ({"rules": 3}, "unexpected keyword argument 'rules'"),
         ({"n_examples": "many"}, "TypeError"),
     ],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from npeff.tasks.base import Examples, Task, TaskError, Token, placed_words
+from npeff.tasks.planted.active_rules import check_active, draw_count
 from npeff.tasks.planted.compiled_program import (
     CLASSES,
     FILLERS,
@@ -27,7 +29,11 @@ from npeff.tasks.planted.compiled_program import (
     compile_rules,
     fired,
     program_logits,
+    strengths,
 )
+
+_MOST_ACTIVE = 4
+"""Number of rules whose words always fit into a sequence."""
 
 
 def draw_words(wanted: Sequence[bool], decoy_share: float, rng: np.random.Generator) -> list[str]:
@@ -47,10 +53,11 @@ def draw_words(wanted: Sequence[bool], decoy_share: float, rng: np.random.Genera
 
 
 class CompiledRulesTask(Task):
-    """Random sequences of words, on which zero, one or two rules fire, and the model that implements the rules.
+    """Random sequences of words, on which some rules fire, and the model that implements the rules.
 
     The label of an example is its class according to the program. The table has a column ``rule_NAME`` for each rule,
-    which is true if the rule fires, and a column ``n_rules`` with the number of firing rules.
+    which is true if the rule fires, a column ``strength_NAME`` with the increase of a logit by the rule, and a column
+    ``n_rules`` with the number of firing rules.
 
     Args:
         seed: Seed of the sequences.
@@ -60,6 +67,12 @@ class CompiledRulesTask(Task):
         decoy_share: Probability of a decoy for a rule that does not fire: words that almost make the rule fire.
         label_noise: Probability that a label is replaced by another class.
         strength: Factor of all logits.
+        n_active: Number of rules that fire on each example, instead of `none_share` and `pair_share`.
+        at_most: With `n_active`: draw the number of rules that fire uniformly from 1 to `n_active`.
+        separate_outputs: Whether each rule has an output with the classes "off" and "on", instead of one output with
+            three classes to which all rules contribute. The gradients of rules that fire together then do not add up
+            in one row: the Fisher of an example is the sum of the Fishers of its rules. The examples have several
+            predictions and no label, so that the run needs ``fishers.labels: sampled``.
     """
 
     def __init__(
@@ -71,6 +84,9 @@ class CompiledRulesTask(Task):
         decoy_share: float = 0.3,
         label_noise: float = 0.0,
         strength: float = 1.0,
+        n_active: int | None = None,
+        at_most: bool = False,
+        separate_outputs: bool = False,
     ) -> None:
         if seed < 0:
             raise TaskError(f"compiled-rules: seed must not be negative, not {seed}")
@@ -84,58 +100,83 @@ class CompiledRulesTask(Task):
             raise TaskError(f"compiled-rules: none_share and pair_share add up to {none_share + pair_share}, above 1")
         if not 0 < strength <= 10:
             raise TaskError(f"compiled-rules: strength must be above 0 and at most 10, not {strength}")
+        if n_active is not None:
+            check_active("compiled-rules", n_active, _MOST_ACTIVE)
+            if (none_share, pair_share) != (0.15, 0.15):
+                raise TaskError("compiled-rules: n_active replaces none_share and pair_share: give one or the other")
+        elif at_most:
+            raise TaskError("compiled-rules: at_most needs n_active: give the largest number of active rules")
+        if separate_outputs and label_noise:
+            raise TaskError("compiled-rules: label_noise needs labels, which separate_outputs has not: leave one out")
         self.rules = RULES
-        self._strength = strength
+        self._strength, self._separate_outputs = strength, separate_outputs
         rng = np.random.default_rng(seed)
         words_N = []
         for _ in range(n_examples):
-            n_rules = rng.choice(3, p=[none_share, 1 - none_share - pair_share, pair_share])
+            if n_active is None:
+                n_rules = rng.choice(3, p=[none_share, 1 - none_share - pair_share, pair_share])
+            else:
+                n_rules = draw_count(n_active, at_most, rng)
             chosen = set(rng.choice(len(RULES), n_rules, replace=False))
             words_N.append(draw_words([unit in chosen for unit in range(len(RULES))], decoy_share, rng))
         labels_N = np.array([np.argmax(program_logits(words, strength)) for words in words_N], np.int64)
         others_N = (labels_N + rng.integers(1, len(CLASSES), n_examples)) % len(CLASSES)
-        self._examples = _Sequences(words_N, np.where(rng.random(n_examples) < label_noise, others_N, labels_N))
+        labels_N = np.where(rng.random(n_examples) < label_noise, others_N, labels_N)
+        self._examples = _Sequences(words_N, None if separate_outputs else labels_N, strength)
 
     def rule_masks(self) -> dict[str, dict[str, Tensor]]:
         """Return the entries of the parameters that only one rule uses: rule name to parameter name to mask (bool).
 
         A mask has the shape of its parameter. No entry belongs to two rules, and the bias of the head to none.
         """
-        return compile_rules(self._strength)[1]
+        return compile_rules(self._strength, separate_outputs=self._separate_outputs)[1]
 
     def model(self, cache: Path) -> nn.Module:
-        return compile_rules(self._strength)[0]
+        return compile_rules(self._strength, separate_outputs=self._separate_outputs)[0]
 
     def examples(self, cache: Path) -> Examples:
         return self._examples
 
-    def logits(self, model: nn.Module, batch: Tensor) -> Tensor:
-        logits: Tensor = model(batch)
-        return logits
+    def logits(self, model: nn.Module, batch: Any) -> Tensor:
+        if not self._separate_outputs:
+            logits_BC: Tensor = model(batch)
+            return logits_BC
+        on_BT = model(batch["tokens"])
+        return torch.stack([torch.zeros_like(on_BT), on_BT], dim=2)
+
+    def targets(self, batch: Any) -> Tensor | None:
+        return batch["fired"] if self._separate_outputs else None
 
 
 class _Sequences(Examples):
-    class_names = CLASSES
-
-    def __init__(self, words_N: Sequence[Sequence[str]], labels_N: np.ndarray) -> None:
-        self._words_N, self._labels_N = words_N, labels_N
+    def __init__(self, words_N: Sequence[Sequence[str]], labels_N: np.ndarray | None, strength: float) -> None:
+        """`labels_N` is None if each rule has an output."""
+        self.class_names = ("off", "on") if labels_N is None else CLASSES
+        self._words_N, self._labels_N, self._strength = words_N, labels_N, strength
         self._tokens_NT = torch.tensor([[VOCABULARY.index(word) for word in words] for words in words_N])
 
     def __len__(self) -> int:
         return len(self._words_N)
 
-    def batch(self, indices: Sequence[int]) -> Tensor:
-        return self._tokens_NT[torch.as_tensor(indices, dtype=torch.int64)]
+    def batch(self, indices: Sequence[int]) -> Tensor | dict[str, Tensor]:
+        tokens_BT = self._tokens_NT[torch.as_tensor(indices, dtype=torch.int64)]
+        if self._labels_N is not None:
+            return tokens_BT
+        fired_BR = torch.tensor([fired(self._words_N[index]) for index in indices])
+        return {"tokens": tokens_BT, "fired": fired_BR.long()}
 
     def tokens(self, indices: Sequence[int]) -> list[list[Token]]:
         return [placed_words(self._words_N[index]) for index in indices]
 
     def table(self) -> pa.Table:
         fired_NR = np.array([fired(words) for words in self._words_N])
+        strengths_NR = np.array([strengths(words, self._strength) for words in self._words_N])
+        no_labels = self._labels_N is None
         columns = {
             "id": pa.array([f"sequence-{i:05d}" for i in range(len(self))], pa.string()),
-            "label": pa.array(self._labels_N, pa.int64()),
+            "label": pa.nulls(len(self), pa.int64()) if no_labels else pa.array(self._labels_N, pa.int64()),
             "text": pa.array([" ".join(words) for words in self._words_N], pa.string()),
         }
         columns |= {f"rule_{rule.name}": pa.array(fired_NR[:, unit]) for unit, rule in enumerate(RULES)}
+        columns |= {f"strength_{rule.name}": pa.array(strengths_NR[:, unit]) for unit, rule in enumerate(RULES)}
         return pa.table({**columns, "n_rules": pa.array(fired_NR.sum(1), pa.int64())})

@@ -39,6 +39,9 @@ ANIMALS = ("badger", "crane", "otter", "wolf")
 FILLERS = ("bread", "chair", "cloud", "field", "hill", "lamp", "paper", "river", "stone", "table", "tree", "window")
 DEFAULT_PUSH = 0.5
 """Logit of the class "stay" for all sequences."""
+OFF_LOGIT, OUTPUT_GAIN = -5.0, 2.0
+"""With an output for each rule: the logit of "on" of a rule that does not fire, which is low so that its output has
+hardly any Fisher information, and the factor of `Rule.push`."""
 
 _FEATURE = 4.0
 """Value of an active feature of the residual stream. The gradients of embeddings differ between the examples of a rule,
@@ -327,11 +330,21 @@ def fired(words: Sequence[str]) -> list[bool]:
     return [rule.score(words) > 0 for rule in RULES]
 
 
+def strengths(words: Sequence[str], strength: float = 1.0) -> list[float]:
+    """Return by how much each rule increases the logit of its class; 0 if it does not fire."""
+    return [strength * rule.push * max(rule.score(words), 0.0) for rule in RULES]
+
+
+def output_logits(words: Sequence[str], strength: float = 1.0) -> list[float]:
+    """Compute the logits of "on" of the model with an output for each rule, without the model."""
+    return [strength * OFF_LOGIT + OUTPUT_GAIN * push for push in strengths(words, strength)]
+
+
 def program_logits(words: Sequence[str], strength: float = 1.0) -> list[float]:
     """Compute the logits of the model according to the program, without the model."""
     logits = [strength * DEFAULT_PUSH, 0.0, 0.0]
-    for rule in RULES:
-        logits[rule.pushes] += strength * rule.push * max(rule.score(words), 0.0)
+    for rule, push in zip(RULES, strengths(words, strength), strict=True):
+        logits[rule.pushes] += push
     return logits
 
 
@@ -363,7 +376,9 @@ class CompiledTransformer(nn.Module):
     The head reads only the hidden layer, and no other features of the residual stream.
     """
 
-    def __init__(self, n_features: int, n_matching: int, matching_features: int, n_hidden: int, n_units: int) -> None:
+    def __init__(
+        self, n_features: int, n_matching: int, matching_features: int, n_hidden: int, n_units: int, n_outputs: int
+    ) -> None:
         super().__init__()
         self.token_embedding = nn.Embedding(len(VOCABULARY), n_features)
         self.position_embedding = nn.Embedding(LENGTH, n_features)
@@ -372,7 +387,7 @@ class CompiledTransformer(nn.Module):
         self.mlp_out = nn.Linear(n_hidden, n_features)
         self.pooling = Attention(n_features, n_units, 1)
         self.readout = nn.Linear(n_features, n_units)
-        self.head = nn.Linear(n_units, len(CLASSES))
+        self.head = nn.Linear(n_units, n_outputs)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         positions_BT = torch.arange(LENGTH, device=tokens_BT.device).expand_as(tokens_BT)
@@ -428,8 +443,15 @@ def _carry(layer: Attention, row: int, *, value: int, output: int, size: float =
     layer.output.weight[output, row] = gain * _FEATURE
 
 
-def compile_rules(strength: float) -> tuple[CompiledTransformer, dict[str, dict[str, Tensor]]]:
-    """Return the model, and for each rule, by parameter name, the mask of the entries that only this rule uses."""
+def compile_rules(
+    strength: float, *, separate_outputs: bool = False
+) -> tuple[CompiledTransformer, dict[str, dict[str, Tensor]]]:
+    """Return the model, and for each rule, by parameter name, the mask of the entries that only this rule uses.
+
+    Args:
+        strength: Factor of all logits.
+        separate_outputs: Whether the model has a logit for each rule, that of "on", instead of a logit for each class.
+    """
     matching = [rule for rule in RULES if rule.matches]
     width = max(len(rule.words) for rule in matching) + 1
     features, rows, hidden = _Owners(), _Owners(), _Owners()
@@ -439,14 +461,19 @@ def compile_rules(strength: float) -> tuple[CompiledTransformer, dict[str, dict[
         hidden.take(unit, int(rule.matches))
         at_rows = rows.take(unit, width if rule.matches else 0)
         wires.append(Wires(features.take(unit, rule.n_features), unit, at_rows, at_hidden))
-    model = CompiledTransformer(len(features), len(matching), width, len(hidden), len(RULES))
+    n_outputs = len(RULES) if separate_outputs else len(CLASSES)
+    model = CompiledTransformer(len(features), len(matching), width, len(hidden), len(RULES), n_outputs)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
         for rule, at in zip(RULES, wires, strict=True):
             rule.wire(model, at)
-            model.head.weight[rule.pushes, at.unit] = strength * rule.push / _UNIT
-        model.head.bias[0] = strength * DEFAULT_PUSH
+            output, gain = (at.unit, OUTPUT_GAIN) if separate_outputs else (rule.pushes, 1.0)
+            model.head.weight[output, at.unit] = gain * strength * rule.push / _UNIT
+        if separate_outputs:
+            model.head.bias[:] = strength * OFF_LOGIT
+        else:
+            model.head.bias[0] = strength * DEFAULT_PUSH
     # A weight has a non-zero gradient if its output has one and its input is not zero. Outputs with non-zero gradients
     # belong to a firing rule, except the outputs of the head, whose inputs belong to rules.
     of_rows = {

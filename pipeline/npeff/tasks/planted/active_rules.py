@@ -1,0 +1,27 @@
+"""How many rules are active on an example: options that several tasks with known rules share."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from npeff.tasks.base import TaskError
+
+
+def check_active(task: str, n_active: object, most: int) -> None:
+    """Check the number of active rules.
+
+    Args:
+        task: Name of the task, for the message.
+        n_active: The option.
+        most: Largest number that the task supports.
+
+    Raises:
+        TaskError: `n_active` is not a whole number from 1 to `most`.
+    """
+    if isinstance(n_active, bool) or not isinstance(n_active, int) or not 1 <= n_active <= most:
+        raise TaskError(f"{task}: n_active must be a whole number from 1 to {most}, not {n_active!r}")
+
+
+def draw_count(n_active: int, at_most: bool, rng: np.random.Generator) -> int:
+    """Return the number of active rules of one example: `n_active`, or with `at_most` uniform from 1 to `n_active`."""
+    return int(rng.integers(1, n_active + 1)) if at_most else n_active
