@@ -28,7 +28,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "directions": (TENSORS, {"gradients", "fisher"}),
     "verification": (TENSORS | {"scipy"}, {"directions", "statistics"}),
     "tasks": (
-        TENSORS | {"transformers", "sklearn", "pyarrow", "safetensors", "PIL", "datasets", "peft"},
+        TENSORS | {"transformers", "sklearn", "pyarrow", "safetensors", "PIL", "datasets", "peft", "tracr"},
         {"errors"},
     ),
     "storage": ({"numpy", "zarr", "zarrs", "obstore"}, {"errors"}),

@@ -16,6 +16,7 @@ _BUILT_IN = {
     "digits": "npeff.tasks.digits:DigitsTask",
     "compiled-rules": "npeff.tasks.planted.compiled:CompiledRulesTask",
     "trained-rules": "npeff.tasks.planted.trained:TrainedRulesTask",
+    "tracr-program": "npeff.tasks.planted.tracr:TracrProgramTask",
     "planted-heuristics": "npeff.tasks.planted.heuristics:PlantedHeuristicsTask",
     "huggingface-sequence-classification": f"{_HUGGING_FACE}.sequence_classification:SequenceClassificationTask",
     "huggingface-token-classification": f"{_HUGGING_FACE}.token_classification:TokenClassificationTask",
