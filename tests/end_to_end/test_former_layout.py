@@ -233,5 +233,5 @@ def test_results_of_an_earlier_measure_are_measured_again(former: Path) -> None:
     run.record_file("verify").unlink()
     npeff.verify(run)
     rows = ComponentStore.open(former).table("verification").to_pylist()
-    assert {row["component"] for row in rows} == {0, 1}
-    assert all(row["informative"] is not None and row["n_matched"] > 0 for row in rows)
+    assert len(rows) == 8
+    assert sum(row["informative"] for row in rows) == 4

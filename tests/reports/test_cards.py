@@ -52,8 +52,8 @@ def test_an_unused_component_has_an_empty_card(cards: CardWriter) -> None:
     assert card.passed == (0, 0)
 
 
-def test_a_card_counts_the_rows_above_both_controls(cards: CardWriter) -> None:
-    assert cards.card(3).passed == (0, 4)
+def test_a_card_counts_the_rows_of_the_informative_sign_above_all_controls(cards: CardWriter) -> None:
+    assert cards.card(3).passed == (0, 2)
     assert [(v.examples, v.sign) for v in cards.card(0).verdicts] == [
         ("held_out", 1), ("held_out", -1), ("fit", 1), ("fit", -1)
     ]  # fmt: skip
