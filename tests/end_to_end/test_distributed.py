@@ -282,13 +282,19 @@ def test_a_dead_component_is_reseeded_from_the_worst_example_of_all_workers(
 
 
 def digits(
-    path: Path, task: str = "digits", limit: int = 200, factorization: dict[str, Any] | None = None, **fishers: Any
+    path: Path,
+    task: str = "digits",
+    limit: int = 200,
+    factorization: dict[str, Any] | None = None,
+    direction: str = "whitened",
+    **fishers: Any,
 ) -> RunDirectory:
     config = {
         "run_dir": str(path),
         "task": {"name": task, "options": {"limit": limit, "epochs": 4}},
         "fishers": {"sketch": {"kind": "tensorsketch", "dim": 512}, "shard_size": 64, **fishers},
         "factorization": {"n_components": 4, **(factorization or {})},
+        "lift": {"direction": direction},
         "verification": {"top_examples": 8, "baseline_examples": 20},
         "executor": {"kind": "serial"},
     }
@@ -384,6 +390,7 @@ def converged(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
         tmp_path_factory.mktemp("converged") / "run",
         limit=100,
         factorization={"tolerance": 1e-12, "max_iterations": 400},
+        direction="own",
         sketch={"kind": "identity"},
         store_dtype="float32",
     )

@@ -104,7 +104,10 @@ def _summaries(store: ComponentStore) -> list[dict[str, Any]]:
     }
     if not store.tables.has("verification"):
         return [facts]
-    found = [vars(scores) for scores in scoreboard(verdicts(store.table("verification").to_pylist()))]
+    found = [
+        vars(scores) | {"failure": scores.failure}
+        for scores in scoreboard(verdicts(store.table("verification").to_pylist()))
+    ]
     judged = [scores for scores in found if scores["examples"] != "fit"] or found
     return [facts | scores for scores in judged] or [facts]
 
