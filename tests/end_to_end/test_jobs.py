@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from end_to_end import job_faults, run_contents
+from end_to_end import job_faults, kills, run_contents
 from end_to_end.local_head import LocalHead, free_ports, write_run_file
 from end_to_end.test_secrets import TOKEN, files_with
 from places import place
@@ -138,9 +138,8 @@ def test_a_variable_that_the_cluster_lacks_is_named_by_the_job(head: LocalHead, 
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_after_the_driver_a_worker_and_the_head_were_killed(
-    head: LocalHead, undisturbed: tuple[Path, str], tmp_path: Path
-) -> None:
+def test_a_run_goes_on_after_the_driver_a_worker_and_the_head_were_killed(head: LocalHead, tmp_path: Path) -> None:
+    reference = kills.reference_run(tmp_path)
     run, config = tmp_path / "chain", run_contents.write_run_file(tmp_path / "run.yaml")
     job = job_faults.submit("npeff", head, config, run)
     job_faults.wait_for_units(head, job, run, "fishers", 3)
@@ -167,7 +166,7 @@ def test_a_run_goes_on_after_the_driver_a_worker_and_the_head_were_killed(
     third = job_faults.submit("ray", head, config, run)
     assert job_faults.wait_for_end(head, third) == "SUCCEEDED", job_faults.log(head, third)
     assert {name: run_contents.units_done(run, "verify").get(name) for name in components} == components
-    assert run_contents.differences(run, undisturbed[0]) == []
+    assert run_contents.differences(run, reference) == []
 
 
 @pytest.mark.slow
