@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from gradients import dense_definition
+from gradients.irregular import Text, errors, logits_of, texts
 from npeff.fisher import PerExampleFishers
 from npeff.gradients import UnsupportedModelError, select_parameters
 from npeff.gradients import collector as collectors
@@ -17,26 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Make = Callable[[], nn.Module]
-LENGTHS = (8, 8, 8, 8, 4, 12, 8, 8, 3, 5, 7, 9, 6, 6, 6, 6)
-"""The first four texts are equally long; the next four have as many words as if they were."""
-
-
-class Text(nn.Module):
-    """A classifier of padded texts. The classes below differ in what is between the words and the sum over words."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words = nn.Embedding(20, 6)
-        self.mix = nn.Linear(6, 6)
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        mask = ids > 0
-        logits: Tensor = self.head((self.mixed(self.words(ids), mask) * mask[..., None]).sum(1))
-        return logits
-
-    def mixed(self, values: Tensor, mask: Tensor) -> Tensor:
-        return torch.tanh(self.mix(values))
 
 
 class Ragged(Text):
@@ -258,37 +238,6 @@ def mixtral() -> nn.Module:
         num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2, num_labels=3, pad_token_id=0,
     )  # fmt: skip
     return transformers.MixtralForSequenceClassification(config)
-
-
-def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
-    found = model(input_ids=ids, attention_mask=ids > 0).logits if hasattr(model, "config") else model(ids)
-    return found if isinstance(found, Tensor) else found[0]
-
-
-def texts(lengths: tuple[int, ...] = LENGTHS) -> Callable[[list[int]], Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    each = [torch.randint(1, 20, (length,), generator=generator) for length in lengths]
-    return lambda places: nn.utils.rnn.pad_sequence([each[place] for place in places], batch_first=True)
-
-
-def errors(model: nn.Module, size: int, include: list[str] | None = None) -> Tensor:
-    """Relative errors of the Fishers of all texts, against plain autograd for one text at a time in float64."""
-    model = model.to(
-        torch.float32 if hasattr(model, "config") else torch.float64
-    ).eval()  # grouped products need float32
-    batch, layout = texts(), select_parameters(model, include or ["*"])
-    sketch = make_sketch(SketchSpec("identity"), layout, 0)
-    fishers = PerExampleFishers(model, logits_of, layout, sketch, one=lambda number: (batch([number]), None))
-    fishers(batch([0, 1]), [0, 1])  # two texts of equal length, as at the inspection of a task
-    found = []
-    for start in range(0, len(LENGTHS), size):
-        examples = list(range(start, min(start + size, len(LENGTHS))))
-        result = fishers(batch(examples), examples)
-        found.append(result.factors_BRD.mT @ result.factors_BRD)
-    expected = dense_definition.dense_fishers(
-        copy.deepcopy(model), logits_of, layout, [batch([n]) for n in range(len(LENGTHS))]
-    )
-    return (torch.cat(found) - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
 
 
 SUPPORTED: tuple[Make, ...] = (

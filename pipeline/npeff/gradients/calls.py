@@ -34,6 +34,8 @@ class WatchedCall:
     not None."""
     names: Mapping[str, str]
     """Maps the name of a parameter within the module to its name in the layout."""
+    axes: tuple[frozenset[int] | None, ...] | None = None
+    """The axes that may hold the examples, for each output, see `ModuleCall`."""
 
     @property
     def rule(self) -> Rule | None:
@@ -50,6 +52,7 @@ class WatchedCall:
             tuple(self.use.places[place] for place in live),
             tuple(self.use.outputs[place] for place in live),
             tuple(torch.stack(delta) for delta in self.deltas if delta is not None),
+            None if self.axes is None else tuple(self.axes[place] for place in live),
         )
 
     @property

@@ -5,7 +5,7 @@ Legend: B batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Hashable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -14,11 +14,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor as is_transformed
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from npeff.gradients.errors import UnsupportedModelError
 from npeff.gradients.layer_rules import linear, rule_for
+from npeff.gradients.steering import given
 
 LogitsFunction = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> logits (B, C)."""
@@ -35,12 +37,14 @@ class Axes:
     n_examples: int
     positions: frozenset[int] = frozenset()
     """Products of the sizes of the axes that follow the axis of examples in the tensors of the batch."""
+    given: Hashable = ()
+    """See `steering.given`."""
 
     @classmethod
     def of(cls, batch: Any, n_examples: int) -> Axes:
         shapes = [leaf.shape for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
         sizes = {size for shape in shapes if shape[:1] == (n_examples,) for size in accumulate(shape[1:], mul)}
-        return cls(n_examples, frozenset(sizes))
+        return cls(n_examples, frozenset(sizes), given(batch, n_examples))
 
     def form(self, value: Tensor) -> Form:
         """Return the number of axes of an output, and a description of its first axis.
@@ -132,11 +136,18 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def called_modules(modules: Mapping[str, nn.Module]) -> Iterator[set[str]]:
-    """Collect the names of the `modules` that are called inside the context."""
+    """Collect the names of the `modules` that are called inside the context.
+
+    Calls inside `torch.vmap` and other transforms do not count: their outputs have no gradients outside the transform.
+    """
     called: set[str] = set()
 
     def hook_for(name: str) -> Callable[..., None]:
-        return lambda *_: called.add(name)
+        def add(module: nn.Module, args: Any, output: Any) -> None:
+            if not any(isinstance(leaf, Tensor) and is_transformed(leaf) for leaf in pytree.tree_leaves(output)):
+                called.add(name)
+
+        return add
 
     handles = [module.register_forward_hook(hook_for(name)) for name, module in modules.items()]
     try:
@@ -173,6 +184,11 @@ def watch(
         def recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             leaves, spec = pytree.tree_flatten(output)
             places = tuple(p for p, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+            if any(is_transformed(leaves[place]) for place in places):
+                raise UnsupportedModelError(
+                    f"module {name!r} is called inside torch.vmap or another transform of torch.func in some batches "
+                    "and outside in others: exclude its parameters with parameters.exclude"
+                )
             forms = tuple(axes.form(leaves[place]) for place in places)
             repeated = [(name, place, form) in shared for place, form in zip(places, forms, strict=True)]
             for place, repeats in zip(places, repeated, strict=True):

@@ -38,6 +38,8 @@ from npeff.options.labels import LabelSpec
 CHECKED_EVERY = 128
 """One of so many batches is checked although the model does nothing new, from a random one on. A check takes less time
 than a batch."""
+_MOST_TRUSTED = 100_000
+"""Limit of the memory for what checked batches did. Only models that do something new in every batch reach it."""
 _MAX_IRREGULAR = 3
 """Number of batches with wrong rows after which every batch is computed one example at a time."""
 
@@ -131,16 +133,20 @@ class GradientCollector:
                 found.setdefault(name, []).append(part)
         contributions = {name: add(found[name]) for name in self.layout.names if name in found}
         collected = Collected(watched.logits, watched.labels, contributions)
-        self._check(watched, collected, numbers[0] if numbers else 0)
+        self._check(watched, collected, numbers, targets)
         return collected
 
-    def _check(self, watched: Watched, collected: Collected, number: int) -> None:
+    def _check(
+        self, watched: Watched, collected: Collected, numbers: Sequence[int] | None, targets: Tensor | None
+    ) -> None:
         """Compare the rows with an ordinary backward pass, if the model did something new or the batch is drawn.
 
+        The logits of a drawn example of such a batch are compared with those of the example alone.
+
         Raises:
-            UnsupportedModelError: The rows of a parameter are wrong.
+            UnsupportedModelError: The rows of a parameter are wrong, or the logits of the example differ.
         """
-        evidence, seed = watched.forward.evidence, crc32(str(number).encode())
+        evidence, seed = watched.forward.evidence, crc32(str(numbers[0] if numbers else 0).encode())
         if self._next_check is None:
             self._next_check = seed % CHECKED_EVERY + 1
         self._next_check -= 1
@@ -153,8 +159,25 @@ class GradientCollector:
         if wrong:
             outside = wrong[0] in watched.forward.outside
             raise UnsupportedModelError(why_wrong(self.model, watched.run, wrong[0], outside, watched.n_examples))
+        if self.one is not None and numbers is not None and len(numbers) > 1:
+            self._check_one(watched, numbers, targets, seed)
         if wrong is not None:
-            self._trusted |= evidence - watched.forward.uncertain
+            self._trusted |= evidence if len(self._trusted) < _MOST_TRUSTED else frozenset()
+
+    def _check_one(self, watched: Watched, numbers: Sequence[int], targets: Tensor | None, seed: int) -> None:
+        """Compare the logits of one example, drawn with `seed`, with those of this example alone.
+
+        Raises:
+            UnsupportedModelError: The logits differ: they depend on the other examples.
+        """
+        assert self.one is not None
+        drawn = seed % len(numbers)
+        with torch.no_grad():
+            single, classes = self.one(numbers[drawn])
+            alone = made_logits(self.logits_fn(self.model, single), classes)
+            here = slice(drawn, drawn + 1)
+            together = made_logits(watched.logits[here], None if targets is None else targets[here])
+        check_independent(alone, together, together)
 
     def _one_by_one(self, batch: Any, numbers: Sequence[int], targets: Tensor | None) -> Collected:
         """Collect the rows of each example in a batch of its own, and join them.
@@ -211,7 +234,8 @@ class GradientCollector:
         for use, deltas in zip(found.uses, output_gradients(found.logits, found.uses, labels.directions), strict=True):
             if any(delta is not None for delta in deltas):
                 use.check_inputs()
-                calls.append(WatchedCall(use, deltas, self._watcher.owners[use.module_name]))
+                own = self._watcher.owners[use.module_name]
+                calls.append(WatchedCall(use, deltas, own, self._watcher.example_axes(use)))
         if not calls:
             raise UnsupportedModelError(INDEPENDENT)
         return Watched(found.logits.detach(), labels, calls, axes.n_examples, run, found)

@@ -41,6 +41,9 @@ class ModuleCall:
     outputs: tuple[Tensor, ...]
     deltas: tuple[Tensor, ...]
     """Gradients at the outputs, each (R, *output shape)."""
+    axes: tuple[frozenset[int] | None, ...] | None = None
+    """The axes that may hold the examples, for each output; None if any axis may. The trial alone cannot tell the axis
+    of examples from one of positions, such as that of the queries of attention, of which each has an output, too."""
 
 
 class _Slices:
@@ -76,14 +79,16 @@ class _Slices:
         ]
 
 
-def _output_axes(part: Sequence[Tensor], whole: Sequence[Tensor], n_examples: int, example: int) -> list[int] | None:
-    """Return the axis of examples of each output, or None if `part` is not this example's part of `whole`."""
+def _output_axes(part: Sequence[Tensor], call: ModuleCall, n_examples: int, example: int) -> list[int] | None:
+    """Return the axis of examples of each output, or None if `part` is not this example's part of the outputs."""
     axes = []
-    for small, large in zip(part, whole, strict=True):
+    for small, large, possible in zip(part, call.outputs, call.axes or [None] * len(part), strict=True):
         if small.dim() != large.dim():
             return None
         changed = [axis for axis in range(small.dim()) if small.shape[axis] != large.shape[axis]]
         if len(changed) != 1 or small.shape[changed[0]] * n_examples != large.shape[changed[0]]:
+            return None
+        if possible is not None and changed[0] not in possible:
             return None
         expected = large.unflatten(changed[0], (n_examples, -1)).select(changed[0], example)
         tolerance = 1e-3 * float(expected.abs().nan_to_num(0, 0).amax()) if expected.numel() else 0.0
@@ -107,7 +112,7 @@ def _find_axes(
             except (RuntimeError, ValueError, IndexError, AssertionError) as error:
                 failure = error
                 break
-            found.append(_output_axes(part, function.call.outputs, n_examples, example))
+            found.append(_output_axes(part, function.call, n_examples, example))
         if len(found) == 2 and found[0] is not None and found[1] is not None:
             return list(axes), found[0]
     excluded = ", ".join(f'"*{name}"' for name in parameters)

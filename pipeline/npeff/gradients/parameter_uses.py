@@ -1,46 +1,23 @@
-"""Uses of parameters outside the modules that own them, and operations whose sizes or order depend on values.
+"""Uses of parameters outside the modules that own them, and what decides the order of the examples.
 
 Rows are computed at the calls of modules. A use of a parameter at another place, such as `F.linear(x, self.weight)`,
 has no rows. A module that is called with chosen or reordered parts of the batch has rows that may belong to other
-examples, in some batches and not in others. The mode in this file sees all torch functions that a model calls in
-Python.
+examples, in some batches and not in others (`steering.py`). The mode in this file sees all torch functions that a model
+calls in Python.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from enum import Enum, auto
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-_SIZES = frozenset(
-    ("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "item", "tolist", "__int__", "__index__")
-)
-"""Functions that yield a size which depends on values, and `where` and `[]` with a mask."""
-_CHOICES = frozenset(("__getitem__", "index_select", "gather", "take_along_dim", "sort", "topk"))
-"""Functions that choose or reorder entries of an axis by values."""
-_FACTS = frozenset(
-    ("size", "dim", "stride", "numel", "nelement", "is_floating_point", "is_complex", "element_size", "is_contiguous")
-)
-"""Methods that do not read the values of a tensor, like all getters but those of `_VALUES`."""
-_VALUES = frozenset(("data", "T", "mT", "H", "mH", "real", "imag", "grad"))
+from npeff.gradients.steering import Kind, decided, kind_of, read
 
-
-class _Kind(Enum):
-    """What is looked for in a call of a function. Every function of a model is called through the mode, so that this is
-    looked up once for each function."""
-
-    FACT = auto()
-    SIZE = auto()
-    CHOICE = auto()
-    OTHER = auto()
-
-
-_kinds: dict[Any, _Kind] = {}
+_kinds: dict[Any, Kind] = {}
 
 
 class ParameterUses(TorchFunctionMode):
@@ -48,8 +25,8 @@ class ParameterUses(TorchFunctionMode):
 
     Attributes:
         outside: Names of these parameters.
-        has_dynamic_sizes: Whether an operation was called whose output has a size that depends on values.
-        is_reordered: Whether entries of the first axis of an activation were chosen or reordered by values.
+        steering: What decided where the entries of the first axis went, in a form that can be compared with other
+            batches. Empty for a single example.
     """
 
     def __init__(self, owners: Mapping[int, tuple[str, frozenset[str]]], n_examples: int) -> None:
@@ -61,18 +38,16 @@ class ParameterUses(TorchFunctionMode):
         super().__init__()
         self._owners, self._n_examples, self._active = owners, n_examples, list[str]()
         self.outside: set[str] = set()
-        self.has_dynamic_sizes = self.is_reordered = False
+        self.steering: list[Hashable] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kind = _kinds.get(func)
         if kind is None:
-            kind = _kinds.setdefault(func, _kind(func))
-        if kind is _Kind.FACT:
+            kind = _kinds.setdefault(func, kind_of(func))
+        if kind is Kind.FACT:
             return func(*args, **(kwargs or {}))
-        if kind is not _Kind.OTHER:
-            self._observe(kind, func.__name__, args, kwargs or {})
         values: Iterable[Any] = (*args, *kwargs.values()) if kwargs else args
         for value in values:
             if id(value) in self._owners:
@@ -81,38 +56,20 @@ class ParameterUses(TorchFunctionMode):
                 for inner in value:
                     if id(inner) in self._owners:
                         self._use(inner)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if kind is not Kind.ROWWISE and self._n_examples > 1:
+            if kind is Kind.READ:
+                self.steering.append(read(result))
+            else:
+                found = decided(kind, func, args, kwargs or {}, self._n_examples)
+                if found is not None:
+                    self.steering.append(found)
+        return result
 
     def _use(self, parameter: Any) -> None:
         name, owners = self._owners[id(parameter)]
         if owners.isdisjoint(self._active):
             self.outside.add(name)
-
-    def _observe(self, kind: _Kind, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if kind is _Kind.SIZE or (name == "where" and len(args) + len(kwargs) == 1) or _is_masked(name, args):
-            self.has_dynamic_sizes = True
-        if name in _CHOICES and self._reorders(name, args, kwargs):
-            self.is_reordered = True
-
-    def _reorders(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        value = args[0] if args else None
-        if not isinstance(value, Tensor) or not value.requires_grad or not value.dim():
-            return False
-        if value.shape[0] == 1 or value.shape[0] % self._n_examples:
-            return False
-        if name == "__getitem__":
-            index = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
-            index = torch.tensor(index) if isinstance(index, list) else index
-            if not isinstance(index, Tensor):
-                return False
-        else:
-            index = kwargs.get("index", args[-1])
-            if kwargs.get("dim", args[1] if len(args) > 1 else None) not in (0, -value.dim()):
-                return False
-        if not isinstance(index, Tensor) or index.dtype == torch.bool or index.numel() != value.shape[0]:
-            return True
-        with torch._C.DisableTorchFunction():
-            return not torch.equal(index.flatten(), torch.arange(len(value), device=index.device))
 
     @contextmanager
     def following(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -133,26 +90,3 @@ class ParameterUses(TorchFunctionMode):
 
     def _left(self, *_: Any) -> None:
         self._active.pop()
-
-
-def _is_masked(name: str, args: tuple[Any, ...]) -> bool:
-    if name != "__getitem__":
-        return False
-    return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in _flat(args[1:]))
-
-
-def _flat(values: Iterable[Any]) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, list | tuple):
-            yield from value
-        else:
-            yield value
-
-
-def _kind(func: Any) -> _Kind:
-    name = getattr(func, "__name__", "")
-    if name in _FACTS or (name == "__get__" and getattr(func.__self__, "__name__", "") not in _VALUES):
-        return _Kind.FACT
-    if name in _SIZES:
-        return _Kind.SIZE
-    return _Kind.CHOICE if name in _CHOICES or name == "where" else _Kind.OTHER

@@ -17,6 +17,7 @@ from npeff.gradients.layer_rules import rule_for
 from npeff.gradients.owners import Owners, find_owners, layout_names, move_up, with_new_places, without_owner
 from npeff.gradients.parameter_uses import ParameterUses
 from npeff.gradients.parameters import ParameterLayout
+from npeff.gradients.steering import Unknown
 
 INDEPENDENT = (
     "the logits do not depend on the output of any module with selected parameters: do not detach them or compute them "
@@ -32,31 +33,17 @@ class Pass:
     uses: list[Use]
     outside: frozenset[str]
     """Parameters that were used while no module that owns them was called."""
-    has_dynamic_sizes: bool
-    """Whether sizes of tensors may depend on the values of the examples."""
-    is_reordered: bool
-    """Whether the order of the examples inside the model may depend on their values."""
+    steering: int
+    """Hash of what decided where the entries of the first axis went, see `steering.py`."""
     axes: Axes
 
     @property
     def evidence(self) -> frozenset[Hashable]:
-        """What the model did in this pass: which modules it called, with which forms of outputs, whether examples were
-        alone, and which parameters it used outside their modules."""
+        """What the model did in this pass: which modules it called, with which forms of outputs, and which parameters
+        it used outside their modules. All of it applies to batches with the same steering only."""
         alone = self.axes.n_examples == 1
-        called = {(use.module_name, use.forms, alone) for use in self.uses}
-        reordered = {("reordered", alone)} if self.is_reordered and not alone else set()
-        return frozenset(called | reordered | {("outside", name, alone) for name in self.outside})
-
-    @property
-    def uncertain(self) -> frozenset[Hashable]:
-        """The part of `evidence` that says nothing about other passes: the order of the examples, or the number of rows
-        of an output, depends on the values of the examples."""
-        if self.is_reordered and self.axes.n_examples > 1:
-            return self.evidence
-        if not self.has_dynamic_sizes:
-            return frozenset()
-        free = (use for use in self.uses if not use.shared and any(isinstance(first, int) for _, first in use.forms))
-        return frozenset((use.module_name, use.forms, self.axes.n_examples == 1) for use in free)
+        called = {(use.module_name, use.forms, alone, self.steering) for use in self.uses}
+        return frozenset(called | {("outside", name, alone, self.steering) for name in self.outside})
 
 
 @dataclass
@@ -74,9 +61,13 @@ class Watcher:
     """Modules with parameters of the layout that have no owner yet. None before the first pass."""
     _unused: set[str] = field(default_factory=set, init=False)
     """Parameters without an owner that a pass has used, although its logits do not depend on them."""
+    _stored: set[str] = field(default_factory=set, init=False)
+    """Owners that were called in one pass over a batch and not in the next pass over the same batch."""
     _known: set[Place] = field(default_factory=set, init=False)
     _shared: set[Place] = field(default_factory=set, init=False)
     """The outputs among `_known` that all examples share."""
+    _apart: dict[Place, frozenset[int]] = field(default_factory=dict, init=False)
+    """The axes along which the examples of an output are apart."""
 
     def forward(self, run: Callable[[], Tensor], axes: Axes) -> Pass:
         """Run the model on a batch.
@@ -85,6 +76,8 @@ class Watcher:
             run: Function that computes the logits of the batch.
             axes: Sizes of the batch.
         """
+        if self._stored:
+            raise UnsupportedModelError(_stored(self._stored))
         if self._idle is None:
             self.update_owners(run)
         assert self._idle is not None
@@ -102,9 +95,25 @@ class Watcher:
         self._unused |= new - self._owned()
         return self._forward(run, axes)
 
+    def example_axes(self, use: Use) -> tuple[frozenset[int] | None, ...]:
+        """Return the axes that may hold the examples, for each output of a use. None if nothing is known."""
+        if use.shared:
+            return tuple(frozenset((0,)) if place in self._shared else None for place in use.outputs_by_form)
+        return tuple(self._apart.get(place) for place in use.outputs_by_form)
+
     def update_owners(self, run: Callable[[], Tensor]) -> None:
-        """Find the owners of parameters that have none yet."""
-        self.owners = with_new_places(self.owners, find_owners(self.model, self.layout, run))
+        """Find the owners of parameters that have none yet.
+
+        Raises:
+            UnsupportedModelError: A second pass over the batch does not call a new owner.
+        """
+        found = find_owners(self.model, self.layout, run)
+        with called_modules({name: self.model.get_submodule(name) for name in found}) as called, torch.no_grad():
+            run()
+        self._stored |= set(found) - called
+        if self._stored:
+            raise UnsupportedModelError(_stored(self._stored))
+        self.owners = with_new_places(self.owners, found)
         self._idle = without_owner(self.model, self.layout, self.owners)
         self._known.clear()
 
@@ -160,8 +169,8 @@ class Watcher:
                 raise UnsupportedModelError(_not_first(name for name, *_ in shared)) from error
         if not logits.requires_grad:
             raise UnsupportedModelError(INDEPENDENT)
-        dynamic, reordered = (each or self._is_compiled for each in (mode.has_dynamic_sizes, mode.is_reordered))
-        return Pass(logits, uses, frozenset(mode.outside), dynamic, reordered, axes)
+        seen = () if axes.n_examples == 1 else (*mode.steering, *[Unknown()] * self._is_compiled, axes.given)
+        return Pass(logits, uses, frozenset(mode.outside), hash(seen), axes)
 
     @cached_property
     def _is_compiled(self) -> bool:
@@ -195,6 +204,9 @@ class Watcher:
                     continue
                 first, last = gradients
                 apart = [axis for axis in range(first.dim()) if _separates(axis, first, last, n_examples)]
+                if apart and all(part.abs().gt(0).any() for part in gradients):
+                    possible = frozenset(apart)
+                    self._apart[place] = self._apart.get(place, possible) & possible or possible
                 if apart and (apart[0] == 0 or use.outputs):  # the general rule accepts examples on any axis
                     continue
                 if apart and all(part.abs().gt(0).any() for part in gradients):
@@ -211,6 +223,14 @@ def _separates(axis: int, first: Tensor, last: Tensor, n_examples: int) -> bool:
     parts = [value.unflatten(axis, (n_examples, -1)).movedim(axis, 0).flatten(1) for value in (first, last)]
     live_2B = [part.abs().gt(0).any(1) for part in parts]
     return not (live_2B[0][1:].any() or live_2B[1][:-1].any())
+
+
+def _stored(module_names: Iterable[str]) -> str:
+    return (
+        f"a second pass over the same batch does not call {', '.join(map(repr, sorted(module_names)))}: the model "
+        "stores the output of this module, or skips the module at random: compute it in every pass, or exclude its "
+        "parameters with parameters.exclude"
+    )
 
 
 def _not_first(module_names: Iterable[str]) -> str:
