@@ -133,6 +133,7 @@ def test_questions_that_make_no_sense_get_one_line(store: ComponentStore, run) -
         (lambda: store.similar_components(0, n=-3), "the number of components must be at least 1, not -3"),
         (lambda: store.top_examples(0, split="test"), "there is no split 'test': choose fit or held_out"),
         (lambda: store.example(360), "there is no example 360: give an id or a row number below 360"),
+        (lambda: store.example("\udcff"), 'there is no example "\\udcff": give an id or a row number below 360'),
         (lambda: store.example("x\ny"), 'there is no example "x\\ny": give an id or a row number below 360'),
         (lambda: store.example(5), "example 5 has no coefficients: its logits or gradients were not finite"),
         (lambda: ComponentStore.open(run.path / "tables"), "tables is not a run directory: it has no run.yaml"),

@@ -154,6 +154,19 @@ def test_only_reading_is_possible_and_every_answer_forbids_what_it_does_not_need
     assert "script" not in ask(server, "/")[1]["Content-Security-Policy"]
 
 
+@pytest.mark.parametrize(
+    "address", ["http://[/", "http://[::1/sql", "http://\u2100/", "/\x00", "http://x:y/", "*", "/%ff?%00=%00"]
+)
+def test_an_odd_address_is_refused_without_a_traceback(
+    address: str, server: Server, capfd: pytest.CaptureFixture[str]
+) -> None:
+    host = f"Host: 127.0.0.1:{server.server_port}\r\n\r\n".encode()
+    for version in (b" HTTP/1.1\r\n", b" HTTP/1.0\r\n"):
+        answer = raw(server, b"GET " + address.encode() + version + host)
+        assert answer.split()[1] in (b"400", b"404", b"200"), answer
+    assert not capfd.readouterr().err
+
+
 def test_it_listens_on_the_loopback_interface_only(server: Server) -> None:
     assert server.socket.getsockname()[0] == "127.0.0.1"
 

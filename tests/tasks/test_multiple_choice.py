@@ -85,7 +85,7 @@ def test_choices_may_be_lists_in_one_column(model: Path, data: str) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"choice_columns": "A"}, "choice_columns must be a list of text columns, or of one column of lists"),
+        ({"choice_columns": "A"}, "task.options.choice_columns must be a list, not 'A'"),
         ({"choice_columns": ["A"]}, "column 'A' has type string, not list: give one column per choice"),
         ({"choice_columns": ["A", "D"]}, "has no column 'D'"),
         ({"choice_columns": ["ragged"]}, "row '1' has 2 choices, but the first row has 3: all rows must have"),

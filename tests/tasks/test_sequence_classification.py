@@ -217,7 +217,7 @@ def test_fishers_are_those_of_autograd_and_padding_does_not_change_them(tiny_ber
         ({"model": "no-such-model/at-all"}, "cannot load 'no-such-model/at-all'"),
         ({"text_columns": []}, "text_columns must be a list of one column, or of two"),
         ({"text_columns": ["text", "other", "key"]}, "text_columns must be a list of one column, or of two"),
-        ({"text_columns": "text"}, "text_columns must be a list of one column, or of two"),
+        ({"text_columns": "text"}, "task.options.text_columns must be a list, not 'text'"),
         ({"max_len": 3}, "unexpected keyword argument 'max_len'"),
         ({"limit": -1}, "limit must not be negative"),
         ({"max_length": 0}, "max_length must be at least 1"),

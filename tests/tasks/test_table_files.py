@@ -62,6 +62,10 @@ def test_numbers_of_json_are_texts_as_they_are_written(tmp_path: Path) -> None:
     found = rows_of(tmp_path / "data.jsonl", content)
     assert found["text"] == ["1.10", "1e5", "7", "true", "0001", "12345678901234567890123", "-0.0", "nan"]
     assert found["n"] == list(range(len(values)))
+    large = ["9223372036854775807", "9223372036854775808", "-123456789012345678901234567890"]
+    assert (
+        rows_of(tmp_path / "large.jsonl", "".join(f'{{"text": {value}, "n": 1}}\n' for value in large))["text"] == large
+    )
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,46 @@ def test_what_cannot_be_used_is_refused_in_one_line(name: str, options: dict[str
     assert "\n" not in str(caught.value)
 
 
+TEXTS = {"model": "m", "data": "d.csv", "text_columns": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        (
+            "huggingface-sequence-classification",
+            {**TEXTS, "trust_remote_code": "no"},
+            "must be true or false, not 'no'",
+        ),
+        ("huggingface-sequence-classification", {**TEXTS, "max_length": "128"}, "must be a whole number, not '128'"),
+        ("huggingface-sequence-classification", {**TEXTS, "max_length": True}, "must be a whole number, not True"),
+        ("huggingface-sequence-classification", {**TEXTS, "limit": 1.5}, "must be a whole number or null, not 1.5"),
+        ("huggingface-sequence-classification", {**TEXTS, "text_columns": 5}, "text_columns must be a list, not 5"),
+        ("huggingface-sequence-classification", {**TEXTS, "label_names": "ab"}, "must be a list or null, not 'ab'"),
+        ("huggingface-sequence-classification", {**TEXTS, "columns": ["a"]}, "must be a mapping or null, not ['a']"),
+        ("huggingface-sequence-classification", {**TEXTS, "model": 5}, "task.options.model must be a text, not 5"),
+        ("digits", {"seed": "x"}, "task.options.seed must be a whole number, not 'x'"),
+        ("digits", {"limit": "1" * 100}, "task.options.limit must be a whole number or null, not str"),
+        ("compiled-rules", {"label_noise": "0.1"}, "task.options.label_noise must be a number, not '0.1'"),
+    ],
+)
+def test_an_option_of_another_type_is_refused(name: str, options: dict[str, object], said: str) -> None:
+    with pytest.raises(TaskError) as refused:
+        load_task(name, options)
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"trust_remote_code": False, "limit": None, "filter": {"a": 1}, "label_names": ["a", "b"]},
+        {"label_names": (1, 2), "columns": {"a": "b"}, "revision": "main", "label_values": "names"},
+    ],
+)
+def test_an_option_of_its_type_is_accepted(more: dict[str, object]) -> None:
+    load_task("huggingface-sequence-classification", {**TEXTS, **more})
+
+
 def test_a_path_that_a_run_of_version_0_1_has_stored_is_found_at_its_present_place() -> None:
     assert type(load_task("pipeline.tasks.digits:DigitsTask", {})) is type(load_task("digits", {}))
     stored = load_task("pipeline.tasks.heuristics:PlantedHeuristicsTask", {})

@@ -542,7 +542,8 @@ class ComponentStore:
             raise QueryError.of(error) from error
 
     def _example_index(self, example: int | str) -> int:
-        rows = self._examples_called("id", example) if isinstance(example, str) else []
+        is_id = isinstance(example, str) and not any("\ud800" <= letter <= "\udfff" for letter in example)
+        rows = self._examples_called("id", example) if is_id else []  # bytes that are not UTF-8 are no id
         if not rows and isinstance(example, int):
             rows = self._examples_called("example", example)
         if not rows and isinstance(example, str) and example.isdecimal() and len(example) < _INT64_DIGITS:

@@ -218,7 +218,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return None
 
     def _answer(self) -> Page:
-        address = urlsplit(self.path)
+        try:
+            address = urlsplit(self.path)
+        except ValueError:  # an absolute address with brackets, or with characters that look like others
+            return _text(HTTPStatus.BAD_REQUEST, "This is not an address.")
         path = address.path
         try:
             asked = parse_qs(address.query, max_num_fields=_MOST_PARAMETERS)

@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 from npeff.tasks.base import IGNORED, UNKNOWN, Examples, Task, TaskError, Token, to_device
+from npeff.tasks.option_types import check_types
 from npeff.tasks.user_code import user_code
 
 __all__ = ["IGNORED", "UNKNOWN", "Examples", "Task", "TaskError", "Token", "load_task", "to_device", "user_code"]
@@ -75,6 +76,8 @@ def load_task(name: str, options: dict[str, Any]) -> Task:
     except TypeError as error:
         takes = ", ".join(signature.parameters) or "none"
         raise TaskError(f"task {name!r} does not take these task.options: {error} (it takes: {takes})") from None
+    if name in _BUILT_IN:
+        check_types(name, task_class, options)
     with user_code(f"task {name!r}: {class_name}()", task_class.__module__):
         task: Task = task_class(**options)
     return task

@@ -205,7 +205,7 @@ def _read_json_lines(path: Path, written: Collection[str], used: Collection[str]
     columns = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]
-        if name in written and not all(value is None or type(value) is int for value in values):
+        if name in written and not all(value is None or _is_int64(value) for value in values):
             values = [_as_written(value) for value in values]
         elif name not in used and any(isinstance(value, list | dict) for value in values):
             values = [[] if value is None else [None] for value in values]  # not read, because it can have any form
@@ -216,6 +216,10 @@ def _read_json_lines(path: Path, written: Collection[str], used: Collection[str]
             problem = f"has a {name!r} that does not fit the lines before ({as_one_line(error, 100)})"
             raise _error(path, line, problem, "write values of one kind in this column, or remove it") from None
     return pa.table(columns)
+
+
+def _is_int64(value: Any) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63
 
 
 def _is_column(values: Sequence[Any]) -> bool:
