@@ -128,3 +128,23 @@ def test_damage_is_found_and_writing_again_mends_it(store: DirectionStore, damag
         store.read(2)
     store.write(2, direction_of(2))
     np.testing.assert_array_equal(store.read(2)["conv.weight"], direction_of(2)["conv.weight"])
+
+
+def test_sketches_are_stored_beside_the_directions_and_count_in_their_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "directions.zarr"
+    store = DirectionStore.create(path, n_components=K, shapes=SHAPES, attrs={}, sketch_dim=5)
+    sketch = np.arange(5, dtype=np.float64)
+    checksums = {1: store.write(1, direction_of(1), sketch)}
+    found = DirectionStore.open(path).read_sketches()
+    assert found is not None
+    np.testing.assert_array_equal(found[1], sketch.astype(np.float32))
+    assert np.isnan(np.delete(found, 1, axis=0)).all()
+    opened = DirectionStore.open(path, checksums)
+    assert opened.read(1).keys() == SHAPES.keys()
+    store.write(1, direction_of(1), sketch + 1)
+    with pytest.raises(StoreError, match="does not match its checksum"):
+        opened.read(1)
+    for wrong in (None, sketch[:4], sketch * np.nan):
+        with pytest.raises(ValueError, match="a sketch must have 5 finite coordinates"):
+            store.write(1, direction_of(1), wrong)
+    assert DirectionStore.create(path, n_components=K, shapes=SHAPES, attrs={}).read_sketches() is None
