@@ -107,9 +107,9 @@ def test_a_seed_gives_the_same_examples_again_and_another_seed_others() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"n_active": 0}, "n_active must be a whole number from 1 to 6, not 0"),
-        ({"n_active": 7}, "n_active must be a whole number from 1 to 6, not 7"),
-        ({"n_active": None}, "n_active must be a whole number from 1 to 6, not None"),
+        ({"n_active": 0}, "n_active must be from 1 to 6, not 0"),
+        ({"n_active": 7}, "n_active must be from 1 to 6, not 7"),
+        ({"n_active": None}, "n_active must be a whole number, not None"),
         ({"n_active": 2.5}, "n_active must be a whole number"),
         ({"n_active": True}, "n_active must be a whole number"),
         ({"steps": 0}, "steps must be a whole number between 1 and"),

@@ -7,7 +7,7 @@ import numpy as np
 from npeff.tasks.base import TaskError
 
 
-def check_active(task: str, n_active: object, most: int) -> None:
+def check_active(task: str, n_active: int, most: int) -> None:
     """Check the number of active rules.
 
     Args:
@@ -16,10 +16,10 @@ def check_active(task: str, n_active: object, most: int) -> None:
         most: Largest number that the task supports.
 
     Raises:
-        TaskError: `n_active` is not a whole number from 1 to `most`.
+        TaskError: `n_active` is not from 1 to `most`.
     """
-    if isinstance(n_active, bool) or not isinstance(n_active, int) or not 1 <= n_active <= most:
-        raise TaskError(f"{task}: n_active must be a whole number from 1 to {most}, not {n_active!r}")
+    if not 1 <= n_active <= most:
+        raise TaskError(f"{task}: n_active must be from 1 to {most}, not {n_active}")
 
 
 def draw_count(n_active: int, at_most: bool, rng: np.random.Generator) -> int:
