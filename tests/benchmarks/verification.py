@@ -126,13 +126,7 @@ def _verified(run: RunDirectory, components: list[int], epsilon: float | None) -
     results = run.partial_results(name)
     worker = VerificationWorker(
         model_spec(run, fingerprint_of(run)),
-        VerificationPaths(
-            factorization=run.factorization,
-            directions=run.directions,
-            examples=run.table("examples"),
-            fishers=run.fishers,
-            results=results,
-        ),
+        VerificationPaths.of(run, results),
         VerificationOptions(
             n_top=wanted.top_examples,
             n_baseline=wanted.baseline_examples,

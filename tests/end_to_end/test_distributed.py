@@ -532,13 +532,7 @@ def test_verifying_leaves_the_parameters_as_they_were(converged: RunDirectory, t
     task = converged.config.task
     worker = VerificationWorker(
         ModelSpec(task.name, task.options, converged.task_cache, ("*",), (), "cpu"),
-        VerificationPaths(
-            factorization=converged.factorization,
-            directions=converged.directions,
-            examples=converged.table("examples"),
-            fishers=converged.fishers,
-            results=tmp_path,
-        ),
+        VerificationPaths.of(converged, tmp_path),
         VerificationOptions(
             n_top=8,
             n_baseline=20,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from npeff.factorization import Evidence, evidence, recommend, search, split_halves, stability
+from npeff.factorization import FitComparison, compare_fits, recommend, search, split_halves, stability
 from npeff.factorization.selection import cluster_components, next_to_try, silhouettes
 
 
@@ -23,8 +23,8 @@ def shuffled(rng: np.random.Generator, components_KD: np.ndarray, noise: float) 
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def row(n_components: int, explained: float, balance: float) -> Evidence:
-    return Evidence(
+def row(n_components: int, explained: float, balance: float) -> FitComparison:
+    return FitComparison(
         n_components=n_components,
         n_fits=9,
         explained=explained,
@@ -39,7 +39,7 @@ def row(n_components: int, explained: float, balance: float) -> Evidence:
     )
 
 
-def planted_row(n_components: int, planted: int) -> Evidence:
+def planted_row(n_components: int, planted: int) -> FitComparison:
     """What fits of a planted problem show: each component explains as much, and those beyond are not reproduced."""
     explained = 0.9 * min(n_components, planted) / planted + 1e-4 * max(0, n_components - planted)
     n_reproduced = min(n_components, planted)
@@ -57,7 +57,7 @@ def test_halves_are_disjoint_and_of_one_size() -> None:
 def test_the_balance_is_that_of_the_best_of_all_matchings() -> None:
     rng = np.random.default_rng(0)
     a_KD, b_KD, c_KD = unit_rows(rng, 3, 4, 5)
-    found = evidence([a_KD, b_KD], [(b_KD, c_KD)], [0.5, 0.7], [0.3, 0.4])
+    found = compare_fits([a_KD, b_KD], [(b_KD, c_KD)], [0.5, 0.7], [0.3, 0.4])
     balances = {}
     for name, (x, y) in {"seeds": (a_KD, b_KD), "halves": (b_KD, c_KD)}.items():
         matchings = [
@@ -74,13 +74,13 @@ def test_components_that_all_fits_reproduce_are_all_counted() -> None:
     rng = np.random.default_rng(1)
     true_KD = unit_rows(rng, 6, 40)
     fits = [shuffled(rng, true_KD, 0.05) for _ in range(4)]
-    found = evidence(fits[:2], [(fits[2], fits[3])], [1.0], [1.0])
+    found = compare_fits(fits[:2], [(fits[2], fits[3])], [1.0], [1.0])
     assert found.n_come_back == 6
     assert found.balance > 5.9
     assert found.silhouette_min is not None
     assert found.silhouette_min > 0.9
     half_noise = [np.vstack([fit[:3], unit_rows(rng, 3, 40)]) for fit in (true_KD, true_KD)]
-    found = evidence([true_KD], [(half_noise[0], half_noise[1])], [1.0], [1.0])
+    found = compare_fits([true_KD], [(half_noise[0], half_noise[1])], [1.0], [1.0])
     assert found.cosine_seeds is None
     assert found.n_come_back == 3
     assert abs(found.balance) < 1.5
@@ -123,7 +123,7 @@ def test_stability_is_the_mean_over_refits() -> None:
 
 def test_a_single_component_is_no_trouble() -> None:
     a_KD = unit_rows(np.random.default_rng(5), 1, 8)
-    found = evidence([a_KD], [(a_KD, -a_KD)], [0.2], [0.1])
+    found = compare_fits([a_KD], [(a_KD, -a_KD)], [0.2], [0.1])
     assert found.balance == pytest.approx(1.0)
     assert found.silhouette_mean is None
     assert found.explained_held_out_sd is None
@@ -133,7 +133,7 @@ def test_a_single_component_is_no_trouble() -> None:
 def test_a_search_from_any_coarse_range_ends_at_the_planted_number(planted: int, grid: tuple[int, ...]) -> None:
     asked: list[int] = []
 
-    def gather(numbers: list[int]) -> list[Evidence]:
+    def gather(numbers: list[int]) -> list[FitComparison]:
         asked.extend(numbers)
         return [planted_row(n, planted) for n in numbers]
 

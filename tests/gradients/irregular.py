@@ -35,6 +35,15 @@ class Text(nn.Module):
         return torch.tanh(self.mix(values))
 
 
+class Experts(Text):
+    """Words go to experts, by a router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.router = nn.Linear(6, 3)
+
+
 def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     found = model(input_ids=ids, attention_mask=ids > 0).logits if hasattr(model, "config") else model(ids)
     return found if isinstance(found, Tensor) else found[0]

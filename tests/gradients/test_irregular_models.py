@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gradients import dense_definition
-from gradients.irregular import Text, errors, logits_of, texts
+from gradients.irregular import Experts, Text, errors, logits_of, texts
 from npeff.fisher import PerExampleFishers
 from npeff.gradients import UnsupportedModelError, select_parameters
 from npeff.gradients import collector as collectors
@@ -74,13 +74,8 @@ class UncalledBranch(Text):
         return mixed + far * torch.tanh(F.linear(mixed, self.more.weight)) if bool(far.any()) else mixed
 
 
-class Routed(Text):
+class Routed(Experts):
     """Each word goes to one of three experts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
-        self.router = nn.Linear(6, 3)
 
     def mixed(self, values: Tensor, mask: Tensor) -> Tensor:
         flat = values.flatten(0, 1)

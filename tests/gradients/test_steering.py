@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from gradients.irregular import LENGTHS, Text, errors, texts
+from gradients.irregular import LENGTHS, Experts, Text, errors, texts
 from npeff.fisher import PerExampleFishers
 from npeff.gradients import UnsupportedModelError, select_parameters
 from npeff.gradients import collector as collectors
@@ -95,13 +95,8 @@ class Flipped(Text):
         return torch.tanh(self.mix(values))
 
 
-class Dispatched(Text):
+class Dispatched(Experts):
     """Each word goes to one of three experts, by a matrix of zeros and ones, as in models for accelerators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
-        self.router = nn.Linear(6, 3)
 
     def mixed(self, values: Tensor, mask: Tensor) -> Tensor:
         flat = values.flatten(0, 1)

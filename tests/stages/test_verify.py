@@ -20,8 +20,10 @@ from npeff.stages.verify import headline
 from npeff.stages.verify.options import VerificationOptions, VerificationPaths
 from npeff.stages.verify.worker import VerificationWorker
 from npeff.stages.worker_specs import model_spec
+from npeff.storage.errors import StoreError
 from npeff.store.component_store import open_factorization
 from npeff.store.direction_store import DirectionStore
+from npeff.store.fisher_store import FisherStore
 from npeff.store.tables import read_table
 
 K = 8
@@ -48,13 +50,7 @@ def lifted(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 @pytest.fixture(scope="module")
 def worker_of(lifted: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., VerificationWorker]:
     def make(directions: Path = lifted.directions, **changed: Any) -> VerificationWorker:
-        paths = VerificationPaths(
-            factorization=lifted.factorization,
-            directions=directions,
-            examples=lifted.table("examples"),
-            fishers=lifted.fishers,
-            results=tmp_path_factory.mktemp("results"),
-        )
+        paths = VerificationPaths.of(lifted, tmp_path_factory.mktemp("results"), directions=directions)
         options = VerificationOptions(
             n_top=24,
             n_baseline=50,
@@ -179,3 +175,15 @@ def test_the_record_tells_the_cost_and_the_errors_and_a_failure_is_said(lifted: 
     assert lines[-1].startswith("A matched KL ratio of ")
     failed = [score | {"failure": "the median is not above 1"} for score in record["scores"]]
     assert headline(failed)[-1] == "warning: the components fail the verification: the median is not above 1"
+
+
+@pytest.mark.parametrize("array", ["grams", "factors"])
+def test_a_shard_with_other_values_is_refused(array: str, lifted: RunDirectory, tmp_path: Path) -> None:
+    shutil.copytree(lifted.fishers, tmp_path / "fishers.zarr")
+    store = FisherStore.open(tmp_path / "fishers.zarr")
+    arrays = store.read_shard(0)
+    store.write_shard(0, arrays | {array: 2 * arrays[array]})
+    paths = VerificationPaths.of(lifted, tmp_path / "results", fishers=tmp_path / "fishers.zarr")
+    options = VerificationOptions(4, 4, 0.05, None, 4, 10, seed=0, batch_size=64)
+    with pytest.raises(StoreError, match="does not match its checksum"):
+        VerificationWorker(model_spec(lifted, None), paths, options).verify(0)

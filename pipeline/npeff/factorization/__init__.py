@@ -26,14 +26,14 @@ from npeff.factorization.initialization import (
     subsample_indices,
 )
 from npeff.factorization.kind import DiagonalFishers, FisherKind, LowRankFishers
-from npeff.factorization.matching import canonical_order, match_components, near_duplicates
+from npeff.factorization.matching import canonical_order, canonical_signs, match_components, near_duplicates
 from npeff.factorization.nnls import accelerated_, accelerated_is_faster, descend_, hals_, nnls, sweeps_for
 from npeff.factorization.objective import Candidates, Statistics, explained, merge_candidates
 from npeff.factorization.problem import InvalidProblemError, validate_shape, validate_size
 from npeff.factorization.selection import (
-    Evidence,
+    FitComparison,
     Recommendation,
-    evidence,
+    compare_fits,
     recommend,
     search,
     split_halves,
@@ -58,12 +58,12 @@ __all__ = [
     "DiagonalShard",
     "DiagonalState",
     "DiagonalStatistics",
-    "Evidence",
     "ExampleShard",
     "FactorSource",
     "Factorization",
     "FactorsInMemory",
     "FisherKind",
+    "FitComparison",
     "InvalidProblemError",
     "IterationRecord",
     "LowRankFishers",
@@ -78,10 +78,11 @@ __all__ = [
     "advance_diagonal",
     "candidate_components",
     "canonical_order",
+    "canonical_signs",
+    "compare_fits",
     "descend_",
     "diagonal_stopping_reason",
     "entries_by_column",
-    "evidence",
     "explained",
     "free_dead",
     "gauss_newton_step",

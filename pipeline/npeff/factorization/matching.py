@@ -33,10 +33,15 @@ def canonical_order(components_KD: Tensor, energy_K: Tensor, n_frozen: int = 0) 
     """
     free = energy_K[n_frozen:].argsort(descending=True, stable=True) + n_frozen
     order = torch.cat([torch.arange(n_frozen, device=free.device), free])
-    largest = components_KD.abs().argmax(dim=1, keepdim=True)
-    signs = torch.where(components_KD.gather(1, largest)[:, 0] < 0, -1.0, 1.0).to(components_KD)
+    signs = canonical_signs(components_KD)
     signs[:n_frozen] = 1.0
     return order, signs[order]
+
+
+def canonical_signs(components_KD: Tensor) -> Tensor:
+    """Return the signs (K,) that make the entry of largest magnitude of each component positive."""
+    largest = components_KD.abs().argmax(dim=1, keepdim=True)
+    return torch.where(components_KD.gather(1, largest)[:, 0] < 0, -1.0, 1.0).to(components_KD)
 
 
 def near_duplicates(components_KD: Tensor, threshold: float = 0.95) -> list[tuple[int, int, float]]:

@@ -1,4 +1,4 @@
-"""Selection of the number of components: the search, the evidence for each number, and the recommendation.
+"""Selection of the number of components: the search, the comparison of fits, and the recommendation.
 
 Two criteria are computed for each number K: the explained variance of held-out examples, with refitted coefficients,
 and the number of components that are reproduced by fits with other seeds and on other examples. The rank-1
@@ -47,8 +47,8 @@ _CLUSTERING_ROUNDS = 20
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """The evidence from the fits with one number of components: a row of the table `selection`."""
+class FitComparison:
+    """A comparison of the fits with one number of components: a row of the table `selection`."""
 
     n_components: int
     n_fits: int
@@ -86,12 +86,12 @@ def split_halves(n_examples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[:half]), np.sort(order[half : 2 * half])
 
 
-def evidence(
+def compare_fits(
     seeds: Sequence[np.ndarray],
     halves: Sequence[tuple[np.ndarray, np.ndarray]],
     explained: Sequence[float],
     explained_held_out: Sequence[float],
-) -> Evidence:
+) -> FitComparison:
     """Compare the fits with one number of components.
 
     Args:
@@ -105,7 +105,7 @@ def evidence(
     groups = [np.stack(cosines) for cosines in (of_seeds, of_halves) if cosines]
     fits_FKD = np.stack([*seeds, *itertools.chain.from_iterable(halves)])
     clusters_K = silhouettes(fits_FKD, cluster_components(fits_FKD)) if fits_FKD.shape[1] > 1 else None
-    return Evidence(
+    return FitComparison(
         n_components=fits_FKD.shape[1],
         n_fits=len(fits_FKD),
         explained=float(np.mean(explained)),
@@ -167,16 +167,16 @@ def silhouettes(fits_FKD: np.ndarray, labels_FK: np.ndarray) -> np.ndarray:
 
 
 def search(
-    tried: Iterable[int], gather: Callable[[list[int]], list[Evidence]]
-) -> tuple[list[Evidence], Recommendation]:
+    tried: Iterable[int], gather: Callable[[list[int]], list[FitComparison]]
+) -> tuple[list[FitComparison], Recommendation]:
     """Search for the number of components: try the given numbers, then numbers between the best and its neighbors.
 
     Args:
         tried: numbers of components to start with.
-        gather: returns the evidence for the given numbers of components.
+        gather: returns the comparisons for the given numbers of components.
 
     Returns:
-        rows: the evidence, sorted by number of components.
+        rows: the comparisons, sorted by number of components.
         recommendation: the recommended number.
     """
     rows = sorted(gather(sorted(set(tried))), key=lambda row: row.n_components)
@@ -196,7 +196,7 @@ def next_to_try(tried: Sequence[int], best: int) -> list[int]:
     return [(best + other) // 2 for other in (below, above) if abs(other - best) > near]
 
 
-def recommend(rows: Sequence[Evidence]) -> Recommendation:
+def recommend(rows: Sequence[FitComparison]) -> Recommendation:
     """Recommend the number of components with the largest balance, up to the saturation of the explained variance.
 
     The explained variance is saturated at the smallest K for which, up to every larger number tried, each added
@@ -214,18 +214,18 @@ def recommend(rows: Sequence[Evidence]) -> Recommendation:
     return Recommendation(rows[best].n_components, sharp, _reason(rows, best, saturated, sharp))
 
 
-def _gain(low: Evidence, high: Evidence) -> float:
+def _gain(low: FitComparison, high: FitComparison) -> float:
     """Return what each added component explains, divided by the mean of the components of the smaller number."""
     added = (high.explained_held_out - low.explained_held_out) / (high.n_components - low.n_components)
     average = low.explained_held_out / low.n_components
     return added / average if average > 0 else float(added > 0)
 
 
-def _saturated(rows: Sequence[Evidence], i: int) -> bool:
+def _saturated(rows: Sequence[FitComparison], i: int) -> bool:
     return all(_gain(rows[i], larger) < _IMMATERIAL for larger in rows[i + 1 :])
 
 
-def _reason(rows: Sequence[Evidence], best: int, saturated: int, sharp: bool) -> str:
+def _reason(rows: Sequence[FitComparison], best: int, saturated: int, sharp: bool) -> str:
     chosen, number = rows[best], rows[best].n_components
     found = (
         f"{number} components explain {chosen.explained_held_out:.3f} of held-out examples, and "

@@ -69,7 +69,6 @@ def summary(tables: RunTables) -> dict[str, Any]:
     found |= {key: factorize[key] for key in ("explained", "explained_held_out", "stopped") if key in factorize}
     if tables.has("verification"):
         found["verification"] = [
-            vars(scores) | {"failure": scores.failure}
-            for scores in scoreboard(verdicts(tables.read("verification").to_pylist()))
+            scores.to_json() for scores in scoreboard(verdicts(tables.read("verification").to_pylist()))
         ]
     return found

@@ -278,13 +278,12 @@ class LiftConfig(Section):
     """Memory in MiB for the directions that one worker accumulates at a time. It determines how many components are
     lifted in one pass over the examples."""
     components: Annotated[tuple[CountOrZero, ...], Strict(False)] | None = None
-    """Components to lift. Only lifted components are verified. The default is all components. A later lift with other
-    components adds these."""
+    """Components to lift and to verify; all by default. A later lift with other components adds these."""
     direction: Literal["own", "whitened"] = "whitened"
     """``whitened``: steps that change a component's examples most for a given change of all examples. ``own``: the
     components' own directions, which share parts with those of other components."""
     damping: PositiveFloat = 0.03
-    """Damping λ of whitened directions of kind ``fishers``. With a larger value, they are closer to own directions."""
+    """Damping λ of whitened directions, except those of diagonals. With a larger value, they are closer to own ones."""
     dtype: Literal["float32", "float16"] = "float32"
     """Precision of the stored directions. ``float16`` halves the disk space."""
     polish_steps: CountOrZero = 0
@@ -387,8 +386,7 @@ class ExecutorConfig(Section):
     """Number of CPU cores, and of threads, of one worker. ``auto``: if ``kind: auto`` runs without Ray, all cores that
     the process may use, or ``OMP_NUM_THREADS`` if it is set; otherwise one."""
     gpus_per_worker: Annotated[float, Field(ge=0.0, le=LARGEST_SHARE)] = 0.0
-    """Number of GPUs of one worker. With a fraction, several workers share a GPU. With 0, workers compute on the
-    CPU."""
+    """Number of GPUs of one worker. With a fraction, workers share a GPU. With 0, workers compute on the CPU."""
     timeout_s: Annotated[float, Field(gt=0.0, le=LARGEST_TIME_S)] = 600.0
     """Maximum time in seconds for one call of a Ray actor. An actor that takes longer counts as hung and is replaced.
     One call is the preparation of the task (for example training), up to two shards of Fishers, reading the Fishers and

@@ -104,10 +104,7 @@ def _summaries(store: ComponentStore) -> list[dict[str, Any]]:
     }
     if not store.tables.has("verification"):
         return [facts]
-    found = [
-        vars(scores) | {"failure": scores.failure}
-        for scores in scoreboard(verdicts(store.table("verification").to_pylist()))
-    ]
+    found = [scores.to_json() for scores in scoreboard(verdicts(store.table("verification").to_pylist()))]
     judged = [scores for scores in found if scores["examples"] != "fit"] or found
     return [facts | scores for scores in judged] or [facts]
 

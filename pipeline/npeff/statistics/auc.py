@@ -14,7 +14,7 @@ def area_under_curve(
     Equal values count half (the Mann-Whitney statistic). It is NaN without marked or without unmarked examples.
 
     Args:
-        values_n: Positive values of some examples, descending. All other examples have the value 0.
+        values_n: Values of some examples, not negative, descending. All other examples have the value 0.
         marked_n: Marks of these examples.
         n_marked: Number of all marked examples.
         n_unmarked: Number of all other examples.
@@ -22,7 +22,7 @@ def area_under_curve(
     if n_marked == 0 or n_unmarked == 0:
         return float("nan")
     marks = marked_n.astype(np.float64)
-    starts = np.flatnonzero(np.diff(values_n, prepend=np.inf)) if len(values_n) else np.empty(0, np.int64)
+    starts = np.flatnonzero(np.append(True, values_n[1:] != values_n[:-1])) if len(values_n) else np.empty(0, np.int64)
     marked_v, sizes_v = np.add.reduceat(marks, starts) if len(starts) else marks, np.diff(starts, append=len(values_n))
     unmarked_v = sizes_v - marked_v
     below_v = n_unmarked - np.cumsum(unmarked_v)

@@ -23,6 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from npeff.statistics.auc import area_under_curve
+
 DRAWS = 2000
 LEVEL = 0.95
 
@@ -68,12 +70,11 @@ class Measured:
         This is the area under the ROC curve (the Mann-Whitney statistic). NaN if a group has no value.
         """
         top_n = self.top_n[~np.isnan(self.top_n)]
-        order_m = np.argsort(self.baseline_m, kind="stable")  # NaN last, with count 0
-        sorted_m, counted_m = self.baseline_m[order_m], np.append(0, np.cumsum(self.baseline_counts_m[order_m]))
-        if not len(top_n) or not counted_m[-1]:
-            return math.nan
-        below, not_above = (counted_m[np.searchsorted(sorted_m, top_n, side=side)] for side in ("left", "right"))
-        return float((below + not_above).mean() / (2 * counted_m[-1]))
+        baseline_n = np.repeat(self.baseline_m, self.baseline_counts_m)
+        values_n = np.concatenate([top_n, baseline_n])
+        order_n = np.argsort(-values_n, kind="stable")
+        is_top_n = np.arange(len(values_n)) < len(top_n)
+        return area_under_curve(values_n[order_n], is_top_n[order_n], len(top_n), len(baseline_n))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 LEAST_MATCHED = 20
@@ -116,6 +116,10 @@ class Scores:
     share_above_controls: float | None
     share_surely_above_controls: float | None
     """Fraction of the components whose KL ratio is above all controls with 95% confidence."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the attributes and the `failure`."""
+        return asdict(self) | {"failure": self.failure}
 
     @property
     def failure(self) -> str | None:

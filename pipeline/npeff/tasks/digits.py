@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from npeff.tasks.base import Examples, Task, TaskError
+from npeff.tasks.trained_model import train_once, with_weights
 
 _MODEL_FILE = "digits-model.safetensors"
 
@@ -63,17 +62,13 @@ class DigitsTask(Task):
         self._seed, self._epochs = seed, epochs
 
     def prepare(self, cache: Path) -> None:
-        target = cache / _MODEL_FILE
-        if not target.exists():
-            model = _train(_network(self._seed), *self._train, epochs=self._epochs, seed=self._seed)
-            temporary = target.with_suffix(".partial")
-            save_file(model.state_dict(), temporary)
-            os.replace(temporary, target)
+        def train() -> nn.Module:
+            return _train(_network(self._seed), *self._train, epochs=self._epochs, seed=self._seed)
+
+        train_once(cache / _MODEL_FILE, train)
 
     def model(self, cache: Path) -> nn.Module:
-        model = _network(self._seed)
-        model.load_state_dict(load_file(cache / _MODEL_FILE))
-        return model
+        return with_weights(_network(self._seed), cache / _MODEL_FILE)
 
     def examples(self, cache: Path) -> Examples:
         return self._examples

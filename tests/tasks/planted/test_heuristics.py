@@ -22,6 +22,7 @@ from npeff.tasks.planted.sentence_pairs import (
     Sentences,
     draw_pairs,
 )
+from tasks.planted.training import check_trained_once
 
 NAME = "planted-heuristics"
 QUICK = {"n_train": 1800, "n_examples": 400, "epochs": 12, "width": 32, "seed": 0}
@@ -179,17 +180,7 @@ def test_the_model_falls_for_the_heuristics(cache: Path) -> None:
 
 
 def test_the_model_is_trained_once_and_the_same_way_every_time(tmp_path: Path) -> None:
-    weights = []
-    for folder in (tmp_path / "a", tmp_path / "b"):
-        folder.mkdir()
-        made = task(n_train=90, epochs=1)
-        made.prepare(folder)
-        (stored,) = folder.iterdir()
-        stamp = stored.stat().st_mtime_ns
-        made.prepare(folder)
-        assert stored.stat().st_mtime_ns == stamp
-        weights.append(made.model(folder).state_dict())
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    check_trained_once(lambda: task(n_train=90, epochs=1), tmp_path)
 
 
 def test_logits_of_an_example_do_not_depend_on_its_batch(cache: Path) -> None:

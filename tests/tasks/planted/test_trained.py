@@ -9,6 +9,7 @@ import pytest
 import torch
 from npeff.tasks import TaskError, load_task
 from npeff.tasks.planted.trained import CLASSES, N_RULES, PUSHES, TrainedRulesTask, program_logits, strengths
+from tasks.planted.training import check_trained_once
 
 NAME = "trained-rules"
 
@@ -82,17 +83,7 @@ def test_masks_are_the_weights_at_the_cues_of_a_rule(trained: tuple[TrainedRules
 
 
 def test_the_network_is_trained_once_and_the_same_way_every_time(tmp_path: Path) -> None:
-    weights = []
-    for folder in (tmp_path / "a", tmp_path / "b"):
-        folder.mkdir()
-        task = TrainedRulesTask(n_examples=2, steps=5)
-        task.prepare(folder)
-        (stored,) = folder.iterdir()
-        stamp = stored.stat().st_mtime_ns
-        task.prepare(folder)
-        assert stored.stat().st_mtime_ns == stamp
-        weights.append(task.model(folder).state_dict())
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    check_trained_once(lambda: TrainedRulesTask(n_examples=2, steps=5), tmp_path)
 
 
 def test_a_seed_gives_the_same_examples_again_and_another_seed_others() -> None:

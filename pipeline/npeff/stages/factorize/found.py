@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from npeff.directions import principal_direction
-from npeff.execution.executor import Executor, WorkerSpec
-from npeff.factorization import explained
+from npeff.execution.executor import Executor
+from npeff.factorization import canonical_order, canonical_signs, explained
 from npeff.factorization.direct import random_components
 from npeff.factorization.rows import unfolded
 from npeff.options.kinds import DirectKind
@@ -23,12 +22,13 @@ from npeff.runs.directory import RunDirectory
 from npeff.runs.progress import ProgressDisplay
 from npeff.stages.factorize.direct_worker import ClusteredExamples, DirectWorker
 from npeff.stages.factorize.driver import SolverRun
-from npeff.stages.transform.worker import ShardCoefficients, TransformWorker
+from npeff.stages.principal import stored_principal_direction
+from npeff.stages.transform.shards import over_shards
+from npeff.stages.transform.worker import ShardCoefficients
 from npeff.stages.worker_specs import device_of, fitted_examples, worker_spec
 from npeff.store.fisher_store import FisherStore
 from npeff.store.shard_records import ShardChecksums
 from npeff.store.splits import Splits
-from npeff.verification import top_examples
 
 PRINCIPAL_EXAMPLES = 256
 """Number of top examples of a component of kind ``squared`` whose principal direction is its component in the sketch.
@@ -101,8 +101,7 @@ class SketchedKinds:
             return self._of_clusters(self._on_one_worker("clusters", kind))
         if kind == "pca":
             components_KD = self._on_one_worker("components", kind)
-            largest_K1 = np.abs(components_KD).argmax(axis=1)[:, None]
-            components_KD *= np.where(np.take_along_axis(components_KD, largest_K1, 1) < 0, -1.0, 1.0)
+            components_KD = _with_canonical_signs(components_KD)
         else:
             components_KD = random_components(wanted.n_components, FisherStore.open(self._run.fishers).dim, seed)
         parts: list[ShardCoefficients] = self._over_shards("transform", components_KD)
@@ -163,20 +162,14 @@ class SketchedKinds:
             tick(1)
         return found
 
-    def _over_shards(self, method: str, components_KD: NDArray[np.float64]) -> list[Any]:
-        """Return the result of a method of `TransformWorker` for every shard, in order."""
-        run, found = self._run, dict[int, Any]()
-        arguments = {"fishers": run.fishers, "checksums": self._checksums, "components_KD": components_KD, "l1": 0.0}
-        spec: WorkerSpec = worker_spec(run, TransformWorker, **arguments, device=device_of(run.config))
-        with self._progress.stage("coefficients", len(self._checksums), "shards") as tick:
-            for shard, part in self._workers.map(spec, method, sorted(self._checksums)):
-                found[shard] = part
-                tick(len(found))
-        return [found[shard] for shard in sorted(found)]
+    def _over_shards(self, method: Literal["transform", "evidence"], components_KD: NDArray[np.float64]) -> list[Any]:
+        arguments = self._run, self._workers, self._progress, method, self._checksums, components_KD
+        return over_shards(*arguments, title="coefficients")
 
     def _by_energy(self, found: Found) -> Found:
         """Return the factorization with its components by descending energy, as those of the solver."""
-        order_K = np.argsort(-_energies(found.coefficients, self._splits.fit_N), kind="stable")
+        energies_K = torch.from_numpy(_energies(found.coefficients, self._splits.fit_N))
+        order_K = canonical_order(torch.from_numpy(found.components_KD), energies_K)[0].numpy()
         return replace(
             found,
             components_KD=found.components_KD[order_K],
@@ -187,14 +180,16 @@ class SketchedKinds:
         store, fit_N = FisherStore.open(self._run.fishers), self._splits.fit_N
         fitting = _PRINCIPAL_BYTES // (8 * store.rank * store.dim)
         count = min(PRINCIPAL_EXAMPLES, max(16, fitting))
-        found = []
+        directions = []
         for component in range(coefficients[0].shape[1]):
             w_N = np.nan_to_num(np.concatenate([rows_NK[:, component] for rows_NK in coefficients]).astype(np.float64))
-            top_M = top_examples(w_N, fit_N, count)
-            factors_MRD = store.read_rows(top_M, ("factors",))["factors"]
-            direction_D = principal_direction(torch.from_numpy(factors_MRD), torch.from_numpy(w_N[top_M])).numpy()
-            found.append(-direction_D if direction_D[np.abs(direction_D).argmax()] < 0 else direction_D)
-        return np.stack(found)
+            directions.append(stored_principal_direction(store, w_N, fit_N, count).numpy())
+        return _with_canonical_signs(np.stack(directions))
+
+
+def _with_canonical_signs(components_KD: NDArray[np.float64]) -> NDArray[np.float64]:
+    signs_K: NDArray[np.float64] = canonical_signs(torch.from_numpy(components_KD)).numpy()
+    return components_KD * signs_K[:, None]
 
 
 def _energies(coefficients: Sequence[NDArray[np.float32]], fit_N: NDArray[np.bool_]) -> NDArray[np.float64]:

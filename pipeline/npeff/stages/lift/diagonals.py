@@ -21,7 +21,6 @@ from npeff.directions import (
     diagonal_weights,
     fisher_weighted,
     inner_product,
-    principal_direction,
     sign_weights,
     signed_roots,
 )
@@ -29,8 +28,8 @@ from npeff.fisher import GroupLayout
 from npeff.gradients import GradientCollector
 from npeff.options.kinds import DiagonalKind
 from npeff.stages.lift.factors import Direction, Lifted, Solution, WeightsOf
+from npeff.stages.principal import stored_principal_direction
 from npeff.store.fisher_store import FisherStore
-from npeff.verification import top_examples
 
 SIGN_EXAMPLES = 256
 """Number of top examples of a component whose principal direction in the sketch determines the signs."""
@@ -142,6 +141,6 @@ class DiagonalLift:
         """Return the principal direction (D,) of a component's top examples in the sketch."""
         coefficients_N = self._solution.coefficients_NK[:, component].numpy()
         count = min(SIGN_EXAMPLES, max(1, SIGN_ROWS // self._fishers.rank))
-        top_M = top_examples(coefficients_N, np.ones(len(coefficients_N), dtype=bool), count)
-        factors_MRD = self._fishers.read_rows(top_M, ("factors",))["factors"]
-        return principal_direction(torch.from_numpy(factors_MRD), torch.from_numpy(coefficients_N[top_M]))
+        return stored_principal_direction(
+            self._fishers, coefficients_N, np.ones(len(coefficients_N), dtype=bool), count
+        )

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from npeff.directions import Whitening, unit_sketches, whitening
-from npeff.execution.executor import Executor
+from npeff.execution.executor import Executor, WorkerSpec
+from npeff.models.loaded import ModelSpec
 from npeff.options.kinds import is_diagonal
 from npeff.runs.config import RunConfig
 from npeff.runs.definition import Summary, finished
@@ -32,6 +33,7 @@ from npeff.storage.errors import StoreError
 from npeff.store.direction_store import DirectionStore
 from npeff.store.fisher_store import FisherStore
 from npeff.store.lineage import group_lineage
+from npeff.store.shard_records import ShardChecksums
 from npeff.store.tables import read_table, rows_to_columns, table_lineage, write_table
 
 
@@ -71,22 +73,7 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
             lifted = {}  # a polished direction depends on the former directions of all components
             remove_directory(results)
         paths = LiftPaths(run.factorization, run.directions, results)
-        worker = worker_spec(
-            run,
-            LiftWorker,
-            kind=config.factorization.kind if is_diagonal(config.factorization.kind) else "fishers",
-            damping=damping,
-            polished=bool(config.lift.polish_steps),
-            lineage=stage.lineage,
-            model=model,
-            labels=config.fishers.label_spec(config.seed),
-            sketch=config.fishers.sketch,
-            seed=config.seed,
-            examples=fitted_examples(run),
-            paths=paths,
-            checksums=checksums,
-            batch_size=fishers["batch_size"],
-        )
+        worker = _worker(run, paths, model, checksums, damping, stage.lineage)
         with executor_for(run, executor) as workers:
             work = _Work(
                 map=partial(workers.map, worker, keep_going=True),
@@ -106,6 +93,33 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
             remove_directory(folder)
         _write_tables(run, lifted, stage.lineage)
         return stage.complete(_summary(lifted) | {"direction": config.lift.direction})
+
+
+def _worker(
+    run: RunDirectory,
+    paths: LiftPaths,
+    model: ModelSpec,
+    checksums: dict[int, ShardChecksums],
+    damping: float | None,
+    lineage: str | None,
+) -> WorkerSpec:
+    config = run.config
+    return worker_spec(
+        run,
+        LiftWorker,
+        kind=config.factorization.kind if is_diagonal(config.factorization.kind) else "fishers",
+        damping=damping,
+        polished=bool(config.lift.polish_steps),
+        lineage=lineage,
+        model=model,
+        labels=config.fishers.label_spec(config.seed),
+        sketch=config.fishers.sketch,
+        seed=config.seed,
+        examples=fitted_examples(run),
+        paths=paths,
+        checksums=checksums,
+        batch_size=FisherStore.read_attributes(run.fishers)["batch_size"],
+    )
 
 
 def _summary(lifted: dict[int, dict[str, Any]]) -> Summary:

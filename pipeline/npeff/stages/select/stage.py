@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from npeff.execution.executor import Executor, WorkerSpec
-from npeff.factorization import Evidence, InvalidProblemError, evidence, recommend, search, validate_size
+from npeff.factorization import FitComparison, InvalidProblemError, compare_fits, recommend, search, validate_size
 from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
@@ -80,8 +80,8 @@ class _Fits:
     def __post_init__(self) -> None:
         self.store = FitStore(self.run.partial_results("select"), _request(self.run)["fits"])
 
-    def gather(self, numbers: list[int]) -> list[Evidence]:
-        """Return the evidence for these numbers of components."""
+    def gather(self, numbers: list[int]) -> list[FitComparison]:
+        """Return the comparison of the fits with these numbers of components."""
         requests = [request for n_components in numbers for request in self.requests(n_components)]
         missing = [request for request in requests if not self.store.has(request.name)]
         # The largest fits take longest. They come first, so that workers end together and the time left is not
@@ -95,7 +95,7 @@ class _Fits:
                 self._write(request, result)
                 done += 1
                 tick(done, f"{request.n_components} components explain {result.explained:.4f}")
-        return [self._evidence(n_components) for n_components in numbers]
+        return [self._compared(n_components) for n_components in numbers]
 
     def requests(self, n_components: int) -> list[FitRequest]:
         seeds = range(self.run.config.selection.seeds)
@@ -115,7 +115,7 @@ class _Fits:
         facts = asdict(result)
         self.store.write(request.name, facts.pop("components_KD"), facts)
 
-    def _evidence(self, n_components: int) -> Evidence:
+    def _compared(self, n_components: int) -> FitComparison:
         fits: dict[str, list[StoredFit]] = {part: [] for part in PARTS}
         for request in self.requests(n_components):
             fits[request.part].append(self.store.read(request.name))
@@ -129,7 +129,7 @@ class _Fits:
                 "factorization.held_out_fraction"
             )
         first, second = ([fit.components_KD for fit in fits[part]] for part in ("first", "second"))
-        return evidence(
+        return compare_fits(
             seeds=[fit.components_KD for fit in fits["all"]],
             halves=list(zip(first, second, strict=True)),
             explained=[facts["explained"] for facts in judged],
@@ -157,7 +157,7 @@ def _request(run: RunDirectory) -> dict[str, Any]:
 
 
 def _write_tables(
-    run: RunDirectory, rows: Sequence[Evidence], recommended: int, fits: _Fits, lineage: str | None
+    run: RunDirectory, rows: Sequence[FitComparison], recommended: int, fits: _Fits, lineage: str | None
 ) -> None:
     described = [{**asdict(row), "recommended": row.n_components == recommended} for row in rows]
     write_table(run.table("selection"), "selection", rows_to_columns(described, "selection"), lineage)

@@ -18,8 +18,9 @@ from npeff.stages.factorize.solution import own_examples, write_solution
 from npeff.stages.fishers.stage import compute_fishers
 from npeff.stages.fishers.tables import ensure_split
 from npeff.stages.inputs import checksums_of, components_of
-from npeff.stages.transform.worker import ShardCoefficients, TransformWorker
-from npeff.stages.worker_specs import device_of, executor_for, worker_spec
+from npeff.stages.transform.shards import over_shards
+from npeff.stages.transform.worker import ShardCoefficients
+from npeff.stages.worker_specs import executor_for
 from npeff.storage.commands import DEFAULT
 from npeff.store.coefficient_rows import StackedRows
 
@@ -80,21 +81,16 @@ def transform(
                 )
             ensure_split(run)
             checksums = checksums_of(run)
-            worker = worker_spec(
+            in_order: list[ShardCoefficients] = over_shards(
                 run,
-                TransformWorker,
-                fishers=run.fishers,
-                checksums=checksums,
-                components_KD=components_KD,
+                workers,
+                progress,
+                "transform",
+                checksums,
+                components_KD,
                 l1=config.factorization.l1,
-                device=device_of(config),
+                title="transform",
             )
-            parts: dict[int, ShardCoefficients] = {}
-            with progress.stage("transform", len(checksums), "shards") as tick:
-                for shard, part in workers.map(worker, "transform", sorted(checksums)):
-                    parts[shard] = part
-                    tick(len(parts))
-            in_order = [parts[shard] for shard in sorted(parts)]
             loss = sum(float(part.losses_N.sum()) for part in in_order)
             total = sum(float(part.squares_N.sum()) for part in in_order)
             if not total > 0:

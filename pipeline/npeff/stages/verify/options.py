@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from npeff.runs.directory import RunDirectory
+from npeff.stages.inputs import checksums_of
+from npeff.store.shard_records import ShardChecksums
 
 
 @dataclass(frozen=True)
@@ -13,12 +18,36 @@ class VerificationPaths:
     directions: Path
     examples: Path
     fishers: Path
+    shards: Mapping[int, ShardChecksums]
+    """Checksums of the stored shards of the Fishers."""
     results: Path
     """Folder of one Parquet file per finished component, and of the files of the methods below."""
     checksums: Mapping[int, str] = field(default_factory=dict)
     """Checksums of the directions."""
     lineage: str | None = None
     """What the results are made from, see `npeff.runs.lineage`."""
+
+    @classmethod
+    def of(cls, run: RunDirectory, results: Path, **changed: Any) -> VerificationPaths:
+        """Return the paths of a run.
+
+        Args:
+            run: The run.
+            results: See the class.
+            changed: Other values of the attributes.
+
+        Raises:
+            StoreError: As `checksums_of`.
+        """
+        paths: dict[str, Any] = {
+            "factorization": run.factorization,
+            "directions": run.directions,
+            "examples": run.table("examples"),
+            "fishers": run.fishers,
+            "shards": checksums_of(run),
+            "results": results,
+        }
+        return cls(**paths | changed)
 
     def selectivity_file(self, component: int) -> Path:
         return self.results / "selectivity" / f"{component:05d}.parquet"

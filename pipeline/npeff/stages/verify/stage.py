@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,43 +42,20 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         components, results = lifted_components(run), run.partial_results("verify")
         if stage.done and set(components) <= set(stage.done.get("components", range(stage.done["n_components"]))):
             return stage.done
-        progress, config, wanted = progress or SilentProgress(), run.config, run.config.verification
+        progress = progress or SilentProgress()
         stage.discard_foreign_units(progress)
         stored = {
             component: read_table(path, "verification").to_pylist() for component, path in finished(results).items()
         }
         # an earlier version of the program measured something else
         verified = {component: rows for component, rows in stored.items() if not _of_earlier_version(rows)}
-        origin = config.resolved("verification.ablation_origin")
-        paths = VerificationPaths(
-            factorization=run.factorization,
-            directions=run.directions,
-            examples=run.table("examples"),
-            fishers=run.fishers,
-            results=results,
-            checksums=direction_checksums(run),
-            lineage=stage.lineage,
-        )
+        paths = VerificationPaths.of(run, results, checksums=direction_checksums(run), lineage=stage.lineage)
         worker = worker_spec(
             run,
             VerificationWorker,
             model=model_spec(run, fingerprint_of(run)),
             paths=paths,
-            options=VerificationOptions(
-                n_top=wanted.top_examples,
-                n_baseline=wanted.baseline_examples,
-                target_kl=wanted.target_kl,
-                epsilon=wanted.epsilon,
-                n_selectivity=wanted.selectivity_examples,
-                n_correlation=wanted.correlation_examples,
-                seed=config.seed,
-                batch_size=prediction_batch_size(run),
-                exact=wanted.exact,
-                lifted=components,
-                semi_orthogonal=wanted.orthogonalize == "semi",
-                ablation=wanted.ablation,
-                origin=None if origin is None else absolute_location(Path(origin)),
-            ),
+            options=_options(run, components),
         )
         missing = [component for component in components if component not in verified]
         with (
@@ -90,12 +67,9 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
                 tick(len(verified))
         rows = [row for component in sorted(verified) for row in verified[component]]
         write_table(run.table("verification"), "verification", rows_to_columns(rows, "verification"), stage.lineage)
-        parts = [read_table(paths.selectivity_file(component), "selectivity") for component in sorted(verified)]
-        selectivity = pa.concat_tables(parts)
-        write_table(run.table("selectivity"), "selectivity", selectivity, stage.lineage)
-        if wanted.ablation:
-            parts = [read_table(paths.ablation_file(component), "ablation") for component in sorted(verified)]
-            write_table(run.table("ablation"), "ablation", pa.concat_tables(parts), stage.lineage)
+        selectivity = _write_joined(run, "selectivity", paths.selectivity_file, sorted(verified), stage.lineage)
+        if run.config.verification.ablation:
+            _write_joined(run, "ablation", paths.ablation_file, sorted(verified), stage.lineage)
         scores = scoreboard(verdicts(rows))
         for score in scores:
             if score.failure is not None:
@@ -103,11 +77,40 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         summary = {
             "n_components": len(verified),
             "components": sorted(verified),
-            "scores": [asdict(score) | {"failure": score.failure} for score in scores],
+            "scores": [score.to_json() for score in scores],
             **_passes(rows, len(verified)),
             **_prediction_errors(rows, selectivity.to_pylist()),
         }
         return stage.complete(summary | {"units": unit_checksums(run, VERIFY, sorted(verified))})
+
+
+def _options(run: RunDirectory, components: list[int]) -> VerificationOptions:
+    config, wanted = run.config, run.config.verification
+    origin = config.resolved("verification.ablation_origin")
+    return VerificationOptions(
+        n_top=wanted.top_examples,
+        n_baseline=wanted.baseline_examples,
+        target_kl=wanted.target_kl,
+        epsilon=wanted.epsilon,
+        n_selectivity=wanted.selectivity_examples,
+        n_correlation=wanted.correlation_examples,
+        seed=config.seed,
+        batch_size=prediction_batch_size(run),
+        exact=wanted.exact,
+        lifted=components,
+        semi_orthogonal=wanted.orthogonalize == "semi",
+        ablation=wanted.ablation,
+        origin=None if origin is None else absolute_location(Path(origin)),
+    )
+
+
+def _write_joined(
+    run: RunDirectory, table: str, file: Callable[[int], Path], components: list[int], lineage: str | None
+) -> pa.Table:
+    """Write a table of all components from the files of the components. Returns the table."""
+    joined = pa.concat_tables([read_table(file(component), table) for component in components])
+    write_table(run.table(table), table, joined, lineage)
+    return joined
 
 
 def _of_earlier_version(rows: list[dict[str, Any]]) -> bool:

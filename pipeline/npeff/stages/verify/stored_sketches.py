@@ -5,7 +5,7 @@ Legend: N examples, n examples of a query, R rank, C classes, D sketch dimension
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from npeff.gradients import ParameterLayout, exact_label_factor, truncated_label_factor
 from npeff.sketches import Sketch, SketchSpec, make_sketch
 from npeff.store.fisher_store import FisherStore
+from npeff.store.shard_records import ShardChecksums
 from npeff.verification.linearized import Linearized, orthogonal_changes, triangular_changes
 
 _KEPT_BYTES = 2**29
@@ -30,11 +31,15 @@ class StoredSketches:
 
     Args:
         path: The Fisher store.
+        checksums: Checksum of every stored shard.
         layout: The parameters of the factors.
+
+    Raises:
+        StoreError: The store is missing or damaged. Factors that do not fit in memory are read without their checksums.
     """
 
-    def __init__(self, path: Path, layout: ParameterLayout) -> None:
-        self._store = FisherStore.open(path)
+    def __init__(self, path: Path, checksums: Mapping[int, ShardChecksums], layout: ParameterLayout) -> None:
+        self._store, self._checksums = FisherStore.open(path), checksums
         self._labels = self._store.attrs["labels"]
         self._kept: dict[str, NDArray[Any]] | None = None
         self._sketch: Sketch | None = None
@@ -62,9 +67,8 @@ class StoredSketches:
 
     def traces(self) -> NDArray[np.float64]:
         """Return the traces of the Fishers, (N,), exact for the stored rows. Not positive for invalid examples."""
-        plan = self._store.plan
-        parts = [self._store.read_shard(shard, names=["grams"])["grams"] for shard in range(plan.n_shards)]
-        return np.concatenate([np.trace(grams_nRR, axis1=1, axis2=2) for grams_nRR in parts])
+        grams = (shard["grams"] for shard in self._shards(["grams"]))
+        return np.concatenate([np.trace(grams_nRR, axis1=1, axis2=2) for grams_nRR in grams])
 
     def sketch(self, direction: Mapping[str, Tensor]) -> NDArray[np.float64]:
         """Return the sketch (D,) of a direction in parameter space. It needs sketches that predict."""
@@ -84,7 +88,8 @@ class StoredSketches:
             shape = rows["factors"].shape[:2]
             products_nRd = (rows["factors"].reshape(-1, self._store.dim) @ directions_Dd).reshape(*shape, -1)
             products_nRd = products_nRd.astype(np.float64) * np.sqrt(rows["frobenius_norms"])[:, None, None]
-            parts.append([self._linearized(each_nR, rows) for each_nR in np.moveaxis(products_nRd, 2, 0)])
+            factors_nCR = self._label_factors(rows, shape[1])
+            parts.append([self._linearized(each_nR, rows, factors_nCR) for each_nR in np.moveaxis(products_nRd, 2, 0)])
         return [_joined(each) for each in zip(*parts, strict=True)]
 
     def _read(self, examples: NDArray[np.int64], names: list[str]) -> dict[str, NDArray[Any]]:
@@ -93,22 +98,36 @@ class StoredSketches:
             return self._store.read_rows(examples, names)
         if self._kept is None:
             wanted = ["factors", "frobenius_norms", *(["logits"] if self.with_logits else [])]
-            shards = [self._store.read_shard(shard, names=wanted) for shard in range(self._store.plan.n_shards)]
+            shards = list(self._shards(wanted))
             self._kept = {name: np.concatenate([shard[name] for shard in shards]) for name in wanted}
         return {name: self._kept[name][examples] for name in names}
 
-    def _linearized(self, products_nR: NDArray[np.float64], rows: Mapping[str, NDArray[np.float64]]) -> Linearized:
-        evidence_n = np.square(products_nR).sum(axis=1)
+    def _shards(self, names: list[str]) -> Iterator[dict[str, NDArray[Any]]]:
+        """Read arrays of every shard, and verify their checksums."""
+        for shard in range(self._store.plan.n_shards):
+            yield self._store.read_shard(shard, self._checksums[shard], names)
+
+    def _label_factors(self, rows: Mapping[str, NDArray[Any]], rank: int) -> NDArray[np.float64] | None:
+        """Return the factors L (n, C, R) of the labels; None if they are not known."""
         kind = self._labels["kind"]
         if "logits" not in rows or kind not in ("exact", "truncated"):
-            return Linearized(evidence_n)
+            return None
         logits_nC = torch.from_numpy(rows["logits"])
         if kind == "exact":
-            changes_nC = triangular_changes(products_nR, exact_label_factor(logits_nC).numpy())
-        else:
-            rank, kept = products_nR.shape[1], self._labels["kept_trace"]
-            changes_nC = orthogonal_changes(products_nR, truncated_label_factor(logits_nC, rank, kept)[0].numpy())
-        return Linearized(evidence_n, rows["logits"].astype(np.float64), changes_nC)
+            return exact_label_factor(logits_nC).numpy()
+        return truncated_label_factor(logits_nC, rank, self._labels["kept_trace"])[0].numpy()
+
+    def _linearized(
+        self,
+        products_nR: NDArray[np.float64],
+        rows: Mapping[str, NDArray[np.float64]],
+        factors_nCR: NDArray[np.float64] | None,
+    ) -> Linearized:
+        evidence_n = np.square(products_nR).sum(axis=1)
+        if factors_nCR is None:
+            return Linearized(evidence_n)
+        changes = triangular_changes if self._labels["kind"] == "exact" else orthogonal_changes
+        return Linearized(evidence_n, rows["logits"].astype(np.float64), changes(products_nR, factors_nCR))
 
 
 def _joined(parts: Sequence[Linearized]) -> Linearized:

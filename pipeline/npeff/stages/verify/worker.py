@@ -86,7 +86,7 @@ class VerificationWorker:
         self._paths, self._options = paths, options
         factorization = open_factorization(paths.factorization)
         self._coefficients_NK, self._components_KD = factorization.read_coefficients(), factorization.read_components()
-        self._sketches = StoredSketches(paths.fishers, self._loaded.layout)
+        self._sketches = StoredSketches(paths.fishers, paths.shards, self._loaded.layout)
         self._candidates = Candidates(paths.examples, self._sketches, self._coefficients_NK)
         self._predict = self._sketches.predict and not options.exact
         self._model = Model(self._loaded, options.batch_size, self._sketches if self._predict else None)

@@ -19,7 +19,6 @@ Legend: B batch, T tokens, C classes, H heads, w width, d width of a head.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,6 @@ from random import Random
 
 import pyarrow as pa
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -46,6 +44,7 @@ from npeff.tasks.planted.sentence_pairs import (
     planted_labels,
     training_counts,
 )
+from npeff.tasks.trained_model import train_once, with_weights
 
 _PAD, _CLS, _SEP = "[PAD]", "[CLS]", "[SEP]"
 _WORDS = (
@@ -238,18 +237,11 @@ class PlantedHeuristicsTask(Task):
         self._seed, self._epochs, self._width = seed, epochs, width
 
     def prepare(self, cache: Path) -> None:
-        target = cache / _MODEL_FILE
-        if not target.exists():
-            pairs = _Pairs(self.training_pairs, self.training_labels)
-            model = _train(self._network(), pairs, epochs=self._epochs, seed=self._seed)
-            temporary = target.with_suffix(".partial")
-            save_file(model.state_dict(), temporary)
-            os.replace(temporary, target)
+        pairs = _Pairs(self.training_pairs, self.training_labels)
+        train_once(cache / _MODEL_FILE, lambda: _train(self._network(), pairs, epochs=self._epochs, seed=self._seed))
 
     def model(self, cache: Path) -> nn.Module:
-        model = self._network()
-        model.load_state_dict(load_file(cache / _MODEL_FILE))
-        return model
+        return with_weights(self._network(), cache / _MODEL_FILE)
 
     def examples(self, cache: Path) -> Examples:
         return self._examples

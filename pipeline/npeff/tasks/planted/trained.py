@@ -12,19 +12,18 @@ Legend: N examples, B batch, E cues, R rules, C classes, w width.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from npeff.tasks.base import Examples, Task, TaskError
 from npeff.tasks.planted.active_rules import check_active, draw_count
+from npeff.tasks.trained_model import train_once, with_weights
 
 N_RULES, N_FILLERS = 12, 8
 CLASSES = ("stay", "left", "right", "back")
@@ -132,17 +131,10 @@ class TrainedRulesTask(Task):
         return masks
 
     def prepare(self, cache: Path) -> None:
-        target = cache / _MODEL_FILE
-        if not target.exists():
-            model = _train(self._network(), steps=self._steps, seed=self._seed)
-            temporary = target.with_suffix(".partial")
-            save_file(model.state_dict(), temporary)
-            os.replace(temporary, target)
+        train_once(cache / _MODEL_FILE, lambda: _train(self._network(), steps=self._steps, seed=self._seed))
 
     def model(self, cache: Path) -> nn.Module:
-        model = self._network()
-        model.load_state_dict(load_file(cache / _MODEL_FILE))
-        return model
+        return with_weights(self._network(), cache / _MODEL_FILE)
 
     def examples(self, cache: Path) -> Examples:
         return self._examples
