@@ -105,6 +105,7 @@ def write_run(
         "verification": _verification(rng, n_components),
         "selectivity": _selectivity(n_components),
     }
+    tables |= _shifts(tables["verification"], tables["top_examples"], names)
     (path / "tables").mkdir(parents=True)
     for name, table in tables.items():
         write_table(path / place(f"tables/{name}.parquet"), name, table)
@@ -352,7 +353,33 @@ def _matched(component: int, examples: str, sign: int, ratio: float, norm_ratio:
         "changed_matched": 0.02,
         "other_kl_ratio_checked": None,
         "examples_passed": 300,
+        "flip_from": 4,
+        "flip_to": 9,
+        "flip_share": 0.25,
+        "raised_class": 9,
+        "raised": 0.2,
+        "lowered_class": 4,
+        "lowered": -0.3,
     }
+
+
+def _shifts(verification: pa.Table, top_examples: pa.Table, names: list[str]) -> dict[str, pa.Table]:
+    """Every step moves probability from class 4 to class 9, and every fourth top example with it."""
+    classes, examples = list[dict[str, Any]](), list[dict[str, Any]]()
+    for verified in verification.to_pylist():
+        step = {name: verified[name] for name in ("component", "examples", "sign")}
+        for number, name in enumerate(names):
+            p = {4: (0.5, 0.2), 9: (0.1, 0.3)}.get(number, (0.05, 0.0625))
+            shares = {4: (0.6, 0.35), 9: (0.1, 0.35)}.get(number, (0.0375, 0.0375))
+            row = {"class": number, "name": name, "p_before": p[0], "p_after": p[1]}
+            classes.append(step | row | {"share_before": shares[0], "share_after": shares[1]})
+        tops = [row for row in top_examples.to_pylist() if row["component"] == verified["component"]]
+        for top in (row for row in tops if row["split"] == verified["examples"]):
+            new = 9 if top["rank"] % 4 == 0 else 4
+            row = {"rank": top["rank"], "example": top["example"], "place": 0, "p_before": 0.8, "p_after": 0.3}
+            row |= {"class_before": 4, "name_before": names[4], "class_after": new, "name_after": names[new]}
+            examples.append(step | row | {"p_new": 0.6 if new == 9 else 0.3, "kl": 0.1})
+    return {"prediction_shifts": pa.Table.from_pylist(classes), "example_shifts": pa.Table.from_pylist(examples)}
 
 
 def _write_arrays(path: Path, rng: np.random.Generator, coefficients: np.ndarray, components: np.ndarray) -> None:

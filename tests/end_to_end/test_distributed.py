@@ -443,7 +443,7 @@ def test_every_component_is_verified_in_both_signs_on_both_splits_with_controls(
     ]
     assert sum(row["informative"] for row in rows) == 8
     for row in rows:
-        optional = ("examples", "kl_correlation", "other_kl_ratio_checked")
+        optional = ("examples", "kl_correlation", "other_kl_ratio_checked", "flip_from", "flip_to")
         measured = {name: value for name, value in row.items() if name not in optional}
         if row["informative"]:
             assert all(value is not None and np.isfinite(value) for value in measured.values())

@@ -11,7 +11,8 @@ import pytest
 from npeff.query.components import ComponentStore
 from npeff.query.errors import QueryError
 from npeff.reports.report import render_report
-from npeff.store.tables import _SINCE_VERSION_3, SCHEMAS, read_table
+from npeff.store.schemas import SCHEMAS, columns_since
+from npeff.store.tables import read_table
 from places import place
 
 
@@ -95,7 +96,7 @@ def test_the_components_table_carries_the_verified_rows_of_the_informative_sign(
 def test_a_table_of_an_earlier_version_keeps_its_signs_apart(make_run: Callable) -> None:
     path = make_run().path / place("tables/verification.parquet")
     rows = pq.read_table(path)
-    former = rows.drop_columns([name for name in rows.column_names if name in _SINCE_VERSION_3["verification"]])
+    former = rows.drop_columns([name for name in rows.column_names if name in columns_since("verification", 2)])
     pq.write_table(former.replace_schema_metadata({"npeff.table": "verification", "npeff.schema_version": "2"}), path)
     store = ComponentStore.open(path.parents[3])
     table = {row["component"]: row for row in store.components_table().to_pylist()}

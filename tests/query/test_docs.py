@@ -13,7 +13,7 @@ import pytest
 from npeff.query.components import ComponentStore
 from npeff.store.component_store import StoredFactorization
 from npeff.store.fisher_arrays import array_specs
-from npeff.store.tables import SCHEMAS
+from npeff.store.schemas import SCHEMAS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "store.md").read_text(encoding="utf-8")
 SNIPPETS = {

@@ -12,7 +12,8 @@ import pytest
 from npeff.query.tables import RunTables
 from npeff.reports.report import write_report
 from npeff.reports.token_shares import LEVELS, Piece, ShareReader, shaded_text
-from npeff.store.tables import SCHEMAS, write_table
+from npeff.store.schemas import SCHEMAS
+from npeff.store.tables import write_table
 from PIL import Image
 from places import place
 

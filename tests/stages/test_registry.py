@@ -13,8 +13,8 @@ from npeff.runs.config import RunConfig
 from npeff.runs.definition import StageDefinition
 from npeff.stages.factorize import FACTORIZE
 from npeff.stages.registry import STAGES, stages_after
+from npeff.store.schemas import SCHEMAS
 from npeff.store.table_names import WRITTEN_BY
-from npeff.store.tables import SCHEMAS
 
 
 def test_every_stage_has_a_command_of_its_name_with_its_line_of_help() -> None:

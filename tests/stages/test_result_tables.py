@@ -11,7 +11,8 @@ from npeff.runs.directory import RunDirectory
 from npeff.stages.factorize.tables import write_component_tables
 from npeff.store import coefficient_rows
 from npeff.store.coefficient_rows import StackedRows
-from npeff.store.tables import SCHEMAS, read_table, write_table
+from npeff.store.schemas import SCHEMAS
+from npeff.store.tables import read_table, write_table
 
 N, K, TOP = 90, 7, 5
 

@@ -177,6 +177,56 @@ def test_the_record_tells_the_cost_and_the_errors_and_a_failure_is_said(lifted: 
     assert headline(failed)[-1] == "warning: the components fail the verification: the median is not above 1"
 
 
+def test_what_a_step_does_to_the_predictions_is_told(lifted: RunDirectory, tmp_path: Path) -> None:
+    """Recomputed in float64 from the stored directions and steps."""
+    run = RunDirectory(tmp_path / "run", lifted.config)
+    shutil.copytree(lifted.path, run.path, dirs_exist_ok=True)
+    npeff.verify(run)
+    rows, per_class, per_example = (
+        read_table(run.table(name), name).to_pylist()
+        for name in ("verification", "prediction_shifts", "example_shifts")
+    )
+    task, directions = npeff.tasks.load_task(run.config.task.name, {}), DirectionStore.open(run.directions)
+    model = task.model(run.task_cache)
+    pixels_NP = task._pixels.double()  # type: ignore[attr-defined]
+    weight, bias = (parameter.detach().double() for parameter in (model.weight, model.bias))
+    before_NC = pixels_NP @ weight.T + bias
+    for row in rows:
+        key = {name: row[name] for name in ("component", "examples", "sign")}
+        mine = [each for each in per_example if key.items() <= each.items()]
+        classes = [each for each in per_class if key.items() <= each.items()]
+        if not row["informative"] and not row["reached_target"]:
+            assert not mine
+            assert not classes
+            assert row["flip_share"] is row["raised"] is None
+            continue
+        assert [each["rank"] for each in mine] == list(range(row["n_top"]))
+        g = {name: torch.from_numpy(value).double() for name, value in directions.read(row["component"]).items()}
+        step_NC = row["sign"] * row["epsilon"] * (pixels_NP @ g["weight"].T + g["bias"])
+        top = [each["example"] for each in mine]
+        p_nC, q_nC = ((before_NC + moved_NC)[top].softmax(-1) for moved_NC in (0 * step_NC, step_NC))
+        old_n, new_n = p_nC.argmax(1), q_nC.argmax(1)
+        assert [(each["class_before"], each["class_after"]) for each in mine] == list(
+            zip(old_n.tolist(), new_n.tolist(), strict=True)
+        )
+        for name, expected_n in [
+            ("p_before", p_nC[range(len(top)), old_n]),
+            ("p_after", q_nC[range(len(top)), old_n]),
+            ("p_new", q_nC[range(len(top)), new_n]),
+            ("kl", kl_divergence(q_nC.log(), p_nC.log())),
+        ]:
+            assert [each[name] for each in mine] == pytest.approx(expected_n.tolist(), rel=1e-3, abs=1e-7)
+        assert [each["p_after"] for each in classes] == pytest.approx(q_nC.mean(0).tolist(), rel=1e-3)
+        assert row["raised"] == pytest.approx(float((q_nC.mean(0) - p_nC.mean(0)).max()), rel=1e-3)
+        assert row["lowered_class"] == int((q_nC.mean(0) - p_nC.mean(0)).argmin())
+        flips = [pair for pair in zip(old_n.tolist(), new_n.tolist(), strict=True) if pair[0] != pair[1]]
+        assert row["changed_top"] == pytest.approx(len(flips) / len(top))
+        if flips:
+            most = max(flips.count(pair) for pair in flips)
+            assert row["flip_share"] == pytest.approx(most / len(top))
+            assert flips.count((row["flip_from"], row["flip_to"])) == most
+
+
 @pytest.mark.parametrize("array", ["grams", "factors"])
 def test_a_shard_with_other_values_is_refused(array: str, lifted: RunDirectory, tmp_path: Path) -> None:
     shutil.copytree(lifted.fishers, tmp_path / "fishers.zarr")

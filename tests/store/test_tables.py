@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from npeff.storage.errors import StoreError
-from npeff.store.tables import SCHEMAS, read_table, write_table, write_table_in_parts
+from npeff.store.schemas import SCHEMAS
+from npeff.store.tables import read_table, write_table, write_table_in_parts
 
 _VALUES: dict[pa.DataType, list[Any]] = {
     pa.int64(): [3, -1],
@@ -151,7 +152,7 @@ def test_a_table_in_parts_is_the_whole_in_groups_of_an_even_size_that_say_what_t
     metadata = pq.read_metadata(path)
     assert [metadata.row_group(group).num_rows for group in range(4)] == [32_768, 32_768, 32_768, 1_696]
     assert metadata.row_group(1).column(1).statistics.min == 32_768 // 4000
-    assert metadata.metadata[b"npeff.schema_version"] == b"3"
+    assert metadata.metadata[b"npeff.schema_version"] == b"4"
     assert metadata.metadata[b"npeff.table"] == b"coefficients"
 
 
@@ -180,6 +181,6 @@ def test_a_table_without_a_version_is_read_and_one_of_a_later_version_refused(tm
     table = pa.table({"class": [1], "name": ["a"]}, schema=SCHEMAS["classes"])
     pq.write_table(table, path)
     assert read_table(path, "classes").equals(table)
-    pq.write_table(table.replace_schema_metadata({"npeff.schema_version": "4"}), path)
-    with pytest.raises(StoreError, match=r"classes\.parquet has schema version 4, but this program"):
+    pq.write_table(table.replace_schema_metadata({"npeff.schema_version": "5"}), path)
+    with pytest.raises(StoreError, match=r"classes\.parquet has schema version 5, but this program"):
         read_table(path, "classes")

@@ -52,8 +52,9 @@ from npeff.storage.errors import StoreError, os_errors_explained
 from npeff.storage.location import location
 from npeff.store.component_store import write_factorization
 from npeff.store.fisher_store import FisherStore
+from npeff.store.schemas import SCHEMAS
 from npeff.store.shard_records import CompletionRecord, ShardRecords
-from npeff.store.tables import SCHEMAS, rows_to_columns, write_table
+from npeff.store.tables import rows_to_columns, write_table
 from npeff.variables import literal
 
 _IMPORTED = "imported"

@@ -204,6 +204,21 @@ class LoadedModel:
             )
         return rows
 
+    def class_texts(self, classes: Sequence[int]) -> list[str | None]:
+        """Return the names or texts of classes, for display; None for a class without one."""
+        if names := self.examples.class_names:
+            return [names[number] for number in classes]
+        with self.spec.user_code(self.task, "examples().class_texts"):
+            texts = self.examples.class_texts(classes)
+        if texts is None:
+            return [None] * len(classes)
+        if len(texts) != len(classes) or not all(text is None or isinstance(text, str) for text in texts):
+            raise TaskError(
+                f"task {self.spec.task!r}: examples().class_texts() must return a text or None for each of the "
+                f"{len(classes)} requested classes"
+            )
+        return list(texts)
+
     def logits(self, model: nn.Module, batch: Any) -> Tensor:
         with self.spec.user_code(self.task, "logits"):
             logits = self.task.logits(model, batch)

@@ -27,8 +27,9 @@ from npeff.storage.location import is_remote, location
 from npeff.storage.objects import ObjectFile, size
 from npeff.store.lineage import refuse_foreign, refuse_unfit
 from npeff.store.run_files import FilesOfRun
+from npeff.store.schemas import SCHEMAS
 from npeff.store.table_names import WRITTEN_BY
-from npeff.store.tables import SCHEMAS, check_version, lineage_in
+from npeff.store.tables import check_version, lineage_in
 from npeff.variables import resolved
 
 if TYPE_CHECKING:  # pyarrow.dataset imports pandas if installed, which most queries do not need

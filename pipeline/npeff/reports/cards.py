@@ -16,6 +16,7 @@ from npeff.reports.contrast import Contrast, contrast_examples
 from npeff.reports.in_common import Common, in_common
 from npeff.reports.pictures import Album, Image
 from npeff.reports.selectivity_chart import Selectivity, selectivity_by_component
+from npeff.reports.shifts import ShiftReader, StepEffect
 from npeff.reports.token_shares import ShareReader, Shares
 from npeff.statistics.verdict import Verdict, verdicts
 
@@ -82,6 +83,8 @@ class Card:
     accuracy: float | None
     accuracy_base: float | None
     verdicts: list[Verdict]
+    effects: list[StepEffect]
+    """What a step of each sign does to the predictions, the informative sign first."""
     selectivity: list[Selectivity]
     common: Common
     energy: list[Bar]
@@ -143,6 +146,7 @@ class CardWriter:
         self._components = {row["component"]: row for row in store.table("components").to_pylist()}
         self._verdicts = self._optional("verification")
         self._energy = self._optional("layer_energy")
+        self._shifts = ShiftReader(store.tables, self._names, several=not self._base.predictions)
         moved = store.tables.has("selectivity")
         self._selectivity = selectivity_by_component(store.table("selectivity")) if moved else {}
 
@@ -166,6 +170,7 @@ class CardWriter:
             accuracy=mix.accuracy,
             accuracy_base=self._base.accuracy,
             verdicts=found,
+            effects=self._shifts.effects(found),
             selectivity=self._selectivity.get(component, []),
             common=Common(common.values[:VALUES_SHOWN], common.words[:WORDS_SHOWN], common.numbers),
             energy=_bars(self._energy.get(component, [])),

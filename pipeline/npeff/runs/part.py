@@ -59,16 +59,16 @@ def metadata_parts(group: Path, error: StoreError, record: Path) -> Iterator[Par
 def unit_parts(run: RunDirectory, stage: StageDefinition, what: str) -> Iterator[Part]:
     """Yield the results of each finished component of a stage that works by components."""
     for component in finished_components(run, stage.name):
-        files = unit_files(run, stage, component)
+        files = unit_files(run, stage, component, intact_record(run, stage.name))
         verify, deleted = partial(_verify_unit, run, stage, component), (*files.values(), run.record_file(stage.record))
         yield Part(f"{what} of component {component}", deleted[0], verify, deleted)
 
 
 def _verify_unit(run: RunDirectory, stage: StageDefinition, component: int) -> None:
-    for name, path in unit_files(run, stage, component).items():
-        read_table(path, name)
     record = intact_record(run, stage.name)
-    for name, found in unit_checksums(run, stage, [component]).items():
+    for name, path in unit_files(run, stage, component, record).items():
+        read_table(path, name)
+    for name, found in unit_checksums(run, stage, [component], record).items():
         if record is not None and found != record.get("units", {}).get(name, found):
             raise StoreError(f"the results of {stage.name} for component {component} do not match their checksum")
 

@@ -34,7 +34,7 @@ def recorded(run: RunDirectory, stage: StageDefinition) -> Summary | None:
             long and other results depend on them.
     """
     record = checked_record(run, stage.record)
-    if record is None or not all(is_committed(path) for path in outputs_of(run, stage)):
+    if record is None or not all(is_committed(path) for path in outputs_of(run, stage, record)):
         return None
     if not stage.stands(run, record):
         return None
@@ -58,17 +58,18 @@ def _earlier(run: RunDirectory, stage: StageDefinition) -> Summary | None:
     return None if stage.after is None else checked_record(run, stage.after.record)
 
 
-def outputs_of(run: RunDirectory, stage: StageDefinition) -> list[Path]:
-    """Return the files and folders of a complete stage."""
+def outputs_of(run: RunDirectory, stage: StageDefinition, record: Summary | None) -> list[Path]:
+    """Return the files and folders of a complete stage with this record."""
     return [
         *(run.store(stage.name, store) for store in stage.stores if _is_written(run, stage, store)),
-        *(table_file(run, stage, table) for table in tables_of(run, stage)),
+        *(table_file(run, stage, table) for table in tables_of(run, stage, record)),
     ]
 
 
-def tables_of(run: RunDirectory, stage: StageDefinition) -> list[str]:
-    """Return the names of the tables that a stage writes in this run."""
-    return [table for table in stage.tables if _is_written(run, stage, table)]
+def tables_of(run: RunDirectory, stage: StageDefinition, record: Summary | None = None) -> list[str]:
+    """Return the names of the tables that a stage writes in this run, or of those that it wrote, with this record."""
+    lacking = () if record is None else set(stage.added) - record.get("tables", {}).keys()
+    return [table for table in stage.tables if table not in lacking and _is_written(run, stage, table)]
 
 
 def table_file(run: RunDirectory, stage: StageDefinition, table: str) -> Path:
@@ -89,16 +90,23 @@ def sealed_tables(run: RunDirectory, stage: StageDefinition) -> list[Path]:
     return [table_file(run, stage, table) for table in tables]
 
 
-def unit_files(run: RunDirectory, stage: StageDefinition, component: int) -> dict[str, Path]:
-    """Return the result files of one component, for a stage that works by components: table name to file."""
+def unit_files(
+    run: RunDirectory, stage: StageDefinition, component: int, record: Summary | None = None
+) -> dict[str, Path]:
+    """Return the result files of one component, for a stage that works by components: table name to file.
+
+    With a record, those of the complete stage that wrote it.
+    """
     results, name = run.partial_results(stage.name), f"{component:05d}.parquet"
-    first, *others = tables_of(run, stage)
+    first, *others = tables_of(run, stage, record)
     return {first: results / name} | {table: results / table / name for table in others}
 
 
-def unit_checksums(run: RunDirectory, stage: StageDefinition, components: Iterable[int]) -> dict[str, str]:
+def unit_checksums(
+    run: RunDirectory, stage: StageDefinition, components: Iterable[int], record: Summary | None = None
+) -> dict[str, str]:
     """Return the checksums of the result files of components (see `unit_files`), for the record of the stage."""
-    files = {f"{component:05d}": unit_files(run, stage, component) for component in components}
+    files = {f"{component:05d}": unit_files(run, stage, component, record) for component in components}
     return {
         name: json_checksum({table: file_checksum(path) for table, path in each.items()})
         for name, each in files.items()
@@ -217,7 +225,7 @@ def _refuse_foreign_results(
     if record is None or "lineage" not in record:
         return
     remedy = f"run `npeff check --recompute {run.argument}`"
-    for path in outputs_of(run, stage):
+    for path in outputs_of(run, stage, record):
         if path.suffix == ".parquet" and not is_remote(path) and path.is_file():
             owner = record if path.stem not in stage.completes else earlier
             refuse_foreign(path, table_lineage(path), owner, remedy)

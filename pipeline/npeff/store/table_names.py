@@ -14,6 +14,8 @@ WRITTEN_BY = {
     "selection_fits": "select",
     "layer_energy": "lift",
     "verification": "verify",
+    "prediction_shifts": "verify",
+    "example_shifts": "verify",
     "selectivity": "verify",
     "ablation": "verify",
     "position_shares": "attribute",

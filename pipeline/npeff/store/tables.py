@@ -1,12 +1,6 @@
-"""The Parquet tables ``<run>/tables/<name>.parquet``: their schemas, and checked reading and writing.
+"""The Parquet tables ``<run>/tables/<name>.parquet`` (`npeff.store.schemas`): checked reading and writing.
 
-Rows are stored in small row groups with statistics, so that a query for a few rows reads little data. The key-value
-metadata of a file contain the name and the schema version of the table. A file without these metadata has version 1,
-which differs from version 2 only in larger row groups. In version 2, the tables `verification` and `selectivity` lack
-the columns of `_SINCE_VERSION_3`, and the controls of `verification` have the random baseline.
-
-A float is null if it is not known (yet), and NaN or infinite if the computation gave this value. The table `examples`
-may have further columns with the metadata of the task.
+Rows are stored in small row groups with statistics, so that a query for a few rows reads little data.
 """
 
 from __future__ import annotations
@@ -24,153 +18,9 @@ from npeff.errors import first_line
 from npeff.storage.atomic import write_file_atomically
 from npeff.storage.errors import StoreError, damaged_file, os_errors_explained
 from npeff.storage.location import location
-
-_TYPES = {
-    "int": pa.int64(),
-    "float": pa.float64(),
-    "str": pa.string(),
-    "bool": pa.bool_(),
-    "bytes": pa.binary(),
-    "float32s": pa.list_(pa.float32()),
-}
-
-
-def _schema(columns: str) -> pa.Schema:
-    """Parse a schema "name:type ...". A type that ends in ? is nullable."""
-    pairs = [column.split(":") for column in columns.split()]
-    return pa.schema([pa.field(name, _TYPES[kind.rstrip("?")], nullable=kind.endswith("?")) for name, kind in pairs])
-
-
-SCHEMAS: dict[str, pa.Schema] = {
-    "examples": _schema(
-        "example:int id:str label:int? prediction:int? correct:bool? split:str valid:bool fisher_norm:float "
-        "fisher_rank:int kept_trace:float? loss:float? logits:float32s? image:bytes? text:str?"
-    ),
-    "classes": _schema("class:int name:str"),
-    "parameters": _schema("parameter:str shape:str? size:int? taken:bool reason:str?"),
-    "components": _schema(
-        "component:int n_active:int mass:float energy:float nearest_component:int? nearest_cosine:float? "
-        "lift_cosine:float? cosine_own:float? stability:float?"
-    ),
-    "top_examples": _schema("component:int split:str rank:int example:int coefficient:float"),
-    "coefficients": _schema("example:int component:int coefficient:float"),
-    "history": _schema(
-        "iteration:int loss:float objective:float explained:float mu:float accepted:bool n_dead:int seconds:float"
-        " sent_bytes:int"
-    ),
-    "selection": _schema(
-        "n_components:int recommended:bool explained_held_out:float n_come_back:float balance:float "
-        "cosine_seeds:float? cosine_halves:float silhouette_mean:float? silhouette_min:float? "
-        "explained:float explained_held_out_sd:float? n_fits:int"
-    ),
-    "selection_fits": _schema(
-        "n_components:int seed:int part:str explained:float explained_held_out:float? n_iter:int stopped:str "
-        "seconds:float"
-    ),
-    "layer_energy": _schema("component:int parameter:str energy:float"),
-    "verification": _schema(
-        "component:int examples:str sign:int informative:bool? target_kl:float? epsilon:float reached_target:bool "
-        "n_top:int kl_top:float "
-        "matched:bool? n_matched:int? n_by_trace:int? trace_ratio:float? kl_matched:float? kl_ratio_matched:float? "
-        "kl_ratio_matched_low:float? kl_ratio_matched_high:float? above_controls:bool "
-        "kl_ratio_trace:float? small_step_ratio:float? auc:float? changed_top:float? changed_matched:float? "
-        "n_baseline:int kl_baseline:float? kl_ratio:float? kl_ratio_low:float? kl_ratio_high:float? "
-        "fisher_norm_ratio:float? "
-        "random_epsilon:float? random_kl_top:float? random_kl_baseline:float? random_kl_ratio:float? "
-        "other_component:int? other_epsilon:float? other_kl_top:float? other_kl_baseline:float? other_kl_ratio:float? "
-        "other_kl_ratio_checked:float? kl_correlation:float? "
-        "accuracy_top_before:float? accuracy_top_after:float? "
-        "accuracy_baseline_before:float? accuracy_baseline_after:float? examples_passed:int?"
-    ),
-    "ablation": _schema(
-        "component:int examples:str displacement:float n_top:int n_baseline:int "
-        "kl_top:float kl_baseline:float kl_ratio:float kl_ratio_low:float kl_ratio_high:float above_controls:bool "
-        "fisher_norm_ratio:float random_kl_top:float random_kl_baseline:float random_kl_ratio:float "
-        "other_component:int? other_kl_top:float? other_kl_baseline:float? other_kl_ratio:float? "
-        "accuracy_top_before:float? accuracy_top_after:float? "
-        "accuracy_baseline_before:float? accuracy_baseline_after:float?"
-    ),
-    "position_shares": _schema("component:int example:int position:int start:int? stop:int? token:str? share:float"),
-    "repair": _schema("component:int n_top:int n_wrong:int odds_ratio:float p_value:float q_value:float"),
-    "repair_steps": _schema(
-        "edit:int component:int? sign:int? step:float n_target:int mended_target:int gained:int broken:int "
-        "accuracy_tuning:float chosen:bool"
-    ),
-    "selectivity": _schema("moved:int component:int examples:str sign:int n_examples:int kl:float kl_checked:float?"),
-}
-"""Schemas by table name.
-
-examples: one row per example. `split` is "fit" or "held_out"; `image` is a PNG; `fisher_norm` is ‖F_i‖_F; `fisher_rank`
-    is the number of rows of the factor; `kept_trace` is the fraction of the trace of the labels' Fisher that these rows
-    cover, null for sampled and empirical labels; `loss` is the mean of -log p(label), null without labels.
-    `prediction`, `correct` and `logits` are null for sequences.
-classes: the names of the model's classes.
-parameters: the parameters of the model. `shape`, such as 384x384, and `size` are those of the `taken` parameters;
-    `reason` is why a parameter is not taken.
-components: `mass` Σ_i W_ij and `energy` Σ_i W_ij² over the fit examples; `nearest_*` by |cos| in the sketch, null for a
-    single component; `lift_cosine` between the sketched direction and the component or, for whitened directions, the
-    combination of components, and `cosine_own` between the direction and the component's own direction, both null
-    before the lift; `stability`,
-    the mean |cos| with the matching components of fits to two halves of the examples, null if not computed.
-top_examples: `rank` from 0, per component and split.
-coefficients: the non-zero W_ij, ordered by component, then in descending order.
-history: one row per iteration of the solver. `mu` is the damping or, for diagonals, the extrapolation parameter;
-    `objective` is the loss with the penalties; `sent_bytes` is the number of bytes that each worker sends to all other
-    workers together in the iteration.
-selection: one row per number of components tried. `explained_held_out` is measured on held-out examples, or for each
-    half of the examples on the other half if there are no held-out examples; it is the mean over the fits, with its
-    standard deviation. `cosine_seeds` and `cosine_halves` are the mean matched |cos| of fits to the same examples, and
-    to two halves. `n_come_back` is the number of components with a match of at least 0.9, and `balance` is
-    Σ (2 cos² − 1); each is the smaller of the means over pairs of seeds and over pairs of halves. The silhouettes are
-    those of clusters of components.
-selection_fits: one row per fit. `part` is the fitted part of the examples: "all", or the "first" or "second" half of
-    the split of the seed.
-layer_energy: fraction of the squared norm of a component's direction in each parameter; the fractions sum to 1.
-verification: one row per (component, examples "fit" or "held_out", sign +1 or -1). `informative` is whether the sign
-    lowers the confidence on the fitted top examples; `target_kl` is the KL divergence that the step should give the top
-    examples, null for a step of fixed length. The matched baseline has `n_matched` distinct examples of the same
-    predicted class and the nearest trace of the Fisher; `n_by_trace` top examples are matched by the trace alone;
-    `trace_ratio` is the ratio of the mean traces; `matched` is whether the component counts in the headline.
-    `kl_ratio_matched` is the KL ratio with this baseline, and `low` and `high` are the ends of a 95% interval;
-    `above_controls` is whether it is above 1, `trace_ratio` and the ratios of the controls with 95% confidence. The
-    controls (`npeff.verification.controls`) have the same top and baseline examples. `kl_ratio_trace` is the ratio with
-    the baseline matched by the trace alone, `kl_ratio` that with `n_baseline` random examples. `small_step_ratio` is
-    the ratio of the evidences ‖A ĝ‖². `auc` is that of the KL divergences; `changed` are the fractions of predictions
-    whose class changes. `kl_correlation` is the rank correlation between coefficients and KL divergences over random
-    examples. `other_kl_ratio_checked` is a measured value of a predicted one. `examples_passed` is the number of
-    examples that were passed through the model for the row. A column is null if its value does not exist or was not
-    measured: accuracies without labels, ratios of a step that does not reach its target.
-selectivity: mean KL divergence on the first top examples of `component` for the verification step along the direction
-    of `moved`; on held-out examples if there are any. `kl_checked` is a measured value of a predicted `kl`.
-ablation: columns of `verification`, with random baseline examples also for the controls, for the step that removes the
-    part of the parameters along a direction. The step has length `displacement`, and so have the steps of the controls.
-    One row per (component, examples), if requested.
-position_shares: the evidence ‖A_i ĝ_j‖² of a top example for a direction, split over the tokens of the example.
-    `share` is a fraction of the evidence and may be negative; the rest to 1 belongs to layers without positions.
-    `start` and `stop` are characters of the example's text, null for a token that is not in the text.
-repair: number of wrong predictions among each component's top examples, with a one-sided hypergeometric test and its
-    Benjamini-Hochberg q-value; smallest p-value first.
-repair_steps: one row per step tried. `mended_target` is the number of wrong top examples that the step corrects;
-    `gained` is the number of right predictions gained in all; `broken` is the number of predictions that were right
-    before any edit and are wrong after the step; `accuracy_tuning` is the accuracy on the tuning examples; `edit` is
-    the number of steps taken before. For a step along several components, `component` and `sign` are null and `step` is
-    the total length.
-"""
+from npeff.store.schemas import SCHEMAS, TABLES_VERSION, columns_since
 
 _MAY_HAVE_MORE_COLUMNS = ("examples",)
-
-_SINCE_VERSION_3 = {
-    "verification": (
-        *("informative", "target_kl", "matched", "n_matched", "n_by_trace", "trace_ratio", "kl_matched"),
-        *("kl_ratio_matched", "kl_ratio_matched_low", "kl_ratio_matched_high", "kl_ratio_trace", "small_step_ratio"),
-        *("auc", "changed_top", "changed_matched", "other_kl_ratio_checked", "examples_passed"),
-    ),
-    "selectivity": ("kl_checked",),
-    "components": ("cosine_own",),
-}
-"""Nullable columns that earlier versions of a table do not have."""
-
-TABLES_VERSION = 3
 _VERSION_KEY, _NAME_KEY, _LINEAGE_KEY = b"npeff.schema_version", b"npeff.table", b"npeff.lineage"
 
 _GROUP_BYTES = {"examples": 2**18}
@@ -315,7 +165,7 @@ def read_table(path: str | Path, name: str, columns: Sequence[str] | None = None
         raise damaged_file(path) from error
     stored, schema = file.schema_arrow, SCHEMAS[name]
     check_version(path, stored)
-    later = _SINCE_VERSION_3.get(name, ()) if _version(stored) < b"3" else ()
+    later = columns_since(name, int(_version(stored)))
     expected = [(field.name, field.type) for field in schema if field.name not in later]
     found = [(field.name, stored.field(field.name).type) for field in schema if field.name in stored.names]
     if found != expected or (len(stored) != len(expected) and name not in _MAY_HAVE_MORE_COLUMNS):

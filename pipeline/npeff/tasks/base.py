@@ -74,6 +74,13 @@ class Examples(ABC):
         """
         return None
 
+    def class_texts(self, classes: Sequence[int]) -> list[str | None] | None:
+        """Return the texts of classes that have no `class_names`, such as the tokens of a vocabulary, for display.
+
+        An entry is None if a class has no text. Return None if no class has one.
+        """
+        return None
+
 
 def placed_words(words: Sequence[str], start: int = 0) -> list[Token]:
     """Return the tokens of words that are separated by single spaces in a text, from character ``start``."""

@@ -6,6 +6,7 @@ from npeff.verification.controls import another_component, baseline_examples, ra
 from npeff.verification.linearized import Linearized
 from npeff.verification.matching import Matches, matched_examples
 from npeff.verification.perturbation import moved
+from npeff.verification.prediction_shifts import Shifts, shifts
 from npeff.verification.repair import (
     Edit,
     OverRepresentation,
@@ -22,6 +23,7 @@ __all__ = [
     "Matches",
     "OverRepresentation",
     "RepairCandidate",
+    "Shifts",
     "StepSize",
     "another_component",
     "baseline_examples",
@@ -32,5 +34,6 @@ __all__ = [
     "moved",
     "over_represented",
     "random_direction",
+    "shifts",
     "top_examples",
 ]

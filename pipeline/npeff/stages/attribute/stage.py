@@ -13,7 +13,8 @@ from npeff.stages.attribute import ATTRIBUTE
 from npeff.stages.attribute.worker import AttributionPaths, AttributionWorker
 from npeff.stages.inputs import direction_checksums, fingerprint_of, lifted_components
 from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
-from npeff.store.tables import SCHEMAS, read_table, write_table
+from npeff.store.schemas import SCHEMAS
+from npeff.store.tables import read_table, write_table
 
 _TABLE = "position_shares"
 

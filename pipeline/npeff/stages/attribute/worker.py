@@ -16,7 +16,8 @@ import torch
 from npeff.gradients import GradientCollector, LabelSpec, position_shares
 from npeff.models.loaded import ModelSpec
 from npeff.store.direction_store import DirectionStore
-from npeff.store.tables import SCHEMAS, write_table
+from npeff.store.schemas import SCHEMAS
+from npeff.store.tables import write_table
 from npeff.tasks import Token
 
 _TABLE = "position_shares"

@@ -97,7 +97,7 @@ def _table_checksums(run: RunDirectory) -> dict[str, str]:
 
 def _stage_parts(run: RunDirectory, stage: StageDefinition, checksums: Mapping[str, str]) -> Iterator[Part]:
     """Yield the record of a stage and the outputs that a complete stage must have written."""
-    record = run.record_file(stage.name)
+    record, content = run.record_file(stage.name), intact_record(run, stage.name)
     if record.exists():
         yield Part(f"record of {stage.name}", record, partial(checked_record, run, stage.name), (record,))
         yield Part(
@@ -110,13 +110,13 @@ def _stage_parts(run: RunDirectory, stage: StageDefinition, checksums: Mapping[s
         )
     elif stage in _expected(run):
         yield Part(f"record of {stage.name}", record, partial(missing, record))
-    for table in tables_of(run, stage):
+    for table in tables_of(run, stage, content):
         path, later = table_file(run, stage, table), stage.completed_later.get(table)
         verified_later = later is not None and run.record_file(later).exists()
         verified_earlier = table in stage.completes and not record.exists()
         if not verified_later and not verified_earlier and (path.exists() or record.exists()):
             yield Part(f"table {table}", path, partial(verify_table, path, checksums.get(table)), (path,))
-    for path in outputs_of(run, stage):
+    for path in outputs_of(run, stage, content):
         if path.suffix == ".parquet" or (stage is FISHERS and run.fishers_home != run.path):
             continue
         if not is_committed(path) and record.exists():

@@ -13,8 +13,8 @@ import pyarrow as pa
 from npeff.execution.executor import Executor, ExecutorError, Group, WorkerLostError, WorkerSpec
 from npeff.stages.factorize.worker import SolverResult, Step
 from npeff.store.checkpoint import CheckpointStore
+from npeff.store.schemas import SCHEMAS
 from npeff.store.shard_records import ShardChecksums
-from npeff.store.tables import SCHEMAS
 
 LOSSES = 3
 """Number of consecutive groups that are lost without a new checkpoint after which the stage fails."""

@@ -25,8 +25,8 @@ from npeff.storage.atomic import is_committed, remove_directory
 from npeff.storage.errors import StoreError
 from npeff.store.diagonal_store import DiagonalSums
 from npeff.store.fisher_store import FisherStore
+from npeff.store.schemas import SCHEMAS
 from npeff.store.shard_records import CompletionRecord, ShardRecords
-from npeff.store.tables import SCHEMAS
 
 _MOST_SHARDS_PER_CALL = 2
 _MOST_NAMED = 5

@@ -53,6 +53,7 @@ VERIFY = StageDefinition(
     help="Move the model along each direction and compare the effect with controls.",
     function="npeff.stages.verify.stage:verify",
     after=LIFT,
+    added=("prediction_shifts", "example_shifts"),
     optional={"ablation": "verification.ablation"},
     parts="npeff.stages.verify.parts:verify_parts",
     units=lambda run: units_by_component(run, "verify", "components"),

@@ -21,7 +21,7 @@ class VerificationPaths:
     shards: Mapping[int, ShardChecksums]
     """Checksums of the stored shards of the Fishers."""
     results: Path
-    """Folder of one Parquet file per finished component, and of the files of the methods below."""
+    """Folder of the files of the finished components, see `file`."""
     checksums: Mapping[int, str] = field(default_factory=dict)
     """Checksums of the directions."""
     lineage: str | None = None
@@ -49,11 +49,10 @@ class VerificationPaths:
         }
         return cls(**paths | changed)
 
-    def selectivity_file(self, component: int) -> Path:
-        return self.results / "selectivity" / f"{component:05d}.parquet"
-
-    def ablation_file(self, component: int) -> Path:
-        return self.results / "ablation" / f"{component:05d}.parquet"
+    def file(self, table: str, component: int) -> Path:
+        """Return the file of a component with its rows of a table."""
+        folder = self.results if table == "verification" else self.results / table
+        return folder / f"{component:05d}.parquet"
 
 
 @dataclass(frozen=True)
@@ -77,3 +76,9 @@ class VerificationOptions:
     ablation: bool = False
     origin: Path | None = None
     """File of the parameters from which displacements are measured; zero if None."""
+
+    @property
+    def joined_tables(self) -> list[str]:
+        """The tables that are written besides `verification`."""
+        tables = ["prediction_shifts", "example_shifts", "selectivity"]
+        return [*tables, "ablation"] if self.ablation else tables

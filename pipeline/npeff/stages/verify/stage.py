@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from npeff.stages.verify.options import VerificationOptions, VerificationPaths
 from npeff.stages.verify.worker import VerificationWorker
 from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
 from npeff.statistics.verdict import scoreboard, verdicts
+from npeff.storage.atomic import is_committed
 from npeff.storage.location import absolute_location
 from npeff.store.tables import read_table, rows_to_columns, write_table
 
@@ -47,15 +47,20 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         stored = {
             component: read_table(path, "verification").to_pylist() for component, path in finished(results).items()
         }
-        # an earlier version of the program measured something else
-        verified = {component: rows for component, rows in stored.items() if not _of_earlier_version(rows)}
         paths = VerificationPaths.of(run, results, checksums=direction_checksums(run), lineage=stage.lineage)
+        # an earlier version of the program measured something else, or less
+        verified = {
+            component: rows
+            for component, rows in stored.items()
+            if not _of_earlier_version(rows) and is_committed(paths.file("example_shifts", component))
+        }
+        options = _options(run, components)
         worker = worker_spec(
             run,
             VerificationWorker,
             model=model_spec(run, fingerprint_of(run)),
             paths=paths,
-            options=_options(run, components),
+            options=options,
         )
         missing = [component for component in components if component not in verified]
         with (
@@ -67,9 +72,7 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
                 tick(len(verified))
         rows = [row for component in sorted(verified) for row in verified[component]]
         write_table(run.table("verification"), "verification", rows_to_columns(rows, "verification"), stage.lineage)
-        selectivity = _write_joined(run, "selectivity", paths.selectivity_file, sorted(verified), stage.lineage)
-        if run.config.verification.ablation:
-            _write_joined(run, "ablation", paths.ablation_file, sorted(verified), stage.lineage)
+        joined = {table: _join(run, table, paths, sorted(verified), stage.lineage) for table in options.joined_tables}
         scores = scoreboard(verdicts(rows))
         for score in scores:
             if score.failure is not None:
@@ -79,7 +82,7 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
             "components": sorted(verified),
             "scores": [score.to_json() for score in scores],
             **_passes(rows, len(verified)),
-            **_prediction_errors(rows, selectivity.to_pylist()),
+            **_prediction_errors(rows, joined["selectivity"].to_pylist()),
         }
         return stage.complete(summary | {"units": unit_checksums(run, VERIFY, sorted(verified))})
 
@@ -104,11 +107,11 @@ def _options(run: RunDirectory, components: list[int]) -> VerificationOptions:
     )
 
 
-def _write_joined(
-    run: RunDirectory, table: str, file: Callable[[int], Path], components: list[int], lineage: str | None
+def _join(
+    run: RunDirectory, table: str, paths: VerificationPaths, components: list[int], lineage: str | None
 ) -> pa.Table:
     """Write a table of all components from the files of the components. Returns the table."""
-    joined = pa.concat_tables([read_table(file(component), table) for component in components])
+    joined = pa.concat_tables([read_table(paths.file(table, component), table) for component in components])
     write_table(run.table(table), table, joined, lineage)
     return joined
 

@@ -25,7 +25,8 @@ from npeff.models.loaded import ModelSpec
 from npeff.stages.verify.examples import SPLITS, Answers, Candidates, Effects, Groups, Model, Predicted, distinct
 from npeff.stages.verify.options import VerificationOptions, VerificationPaths
 from npeff.stages.verify.rows import ablation_row, verification_row
-from npeff.stages.verify.steps import Direction, Probe, Steps
+from npeff.stages.verify.shift_rows import NO_SHIFTS, ShiftRows
+from npeff.stages.verify.steps import Direction, Probe, Steps, Tested
 from npeff.stages.verify.stored_sketches import StoredSketches
 from npeff.statistics.ratio_intervals import rank_correlation
 from npeff.store.component_store import open_factorization
@@ -100,24 +101,20 @@ class VerificationWorker:
     def verify(self, component: int) -> list[dict[str, Any]]:
         """Verify a component.
 
-        Writes the component's rows of the tables `verification`, `selectivity` and `ablation` to files.
+        Writes the component's rows of all tables to files.
 
         Returns:
             The rows of the table `verification`, one for each split and sign. No rows if the direction is zero after
             semi-orthogonalization.
         """
-        tables: dict[str, list[Row]] = {"verification": [], "selectivity": [], "ablation": []}
+        tables: dict[str, list[Row]] = {table: [] for table in (*self._options.joined_tables, "verification")}
         if (direction := self._tested_direction(component)) is not None:
             tested = self._hypothesis(component, direction)
             for split in SPLITS:
                 self._add_rows(tested, split, tables)
-        paths, lineage = self._paths, self._paths.lineage
-        for file, table in [(paths.selectivity_file, "selectivity"), (paths.ablation_file, "ablation")]:
-            if table != "ablation" or self._options.ablation:
-                write_table(file(component), table, rows_to_columns(tables[table], table), lineage)
-        # written last: the file of a finished component
-        rows = rows_to_columns(tables["verification"], "verification")
-        write_table(paths.results / f"{component:05d}.parquet", "verification", rows, lineage)
+        for table, rows in tables.items():  # last the table whose file marks a finished component
+            file = self._paths.file(table, component)
+            write_table(file, table, rows_to_columns(rows, table), self._paths.lineage)
         return tables["verification"]
 
     def _hypothesis(self, component: int, direction: Direction) -> Hypothesis:
@@ -156,6 +153,8 @@ class VerificationWorker:
             result = self._steps.test(own, sign, groups, before, tested.controls, check, informative=result)
             row = verification_row(result, groups, self._candidates, sign == tested.sign, seed)
             row |= place | {"sign": sign, "kl_correlation": None}
+            where = {"component": component, "examples": split, "sign": sign}
+            row |= self._add_shifts(result, groups, where, sign == tested.sign, tables)
             if split == self._monitored.split:
                 kl, checked = self._monitored_kl(own, sign * result.step.epsilon, check)
                 row["kl_correlation"] = self._correlation(component, kl)
@@ -169,6 +168,17 @@ class VerificationWorker:
             probes = {"own": own, **tested.controls}
             effects = {name: self._steps.ablated(probe, -along, groups, before) for name, probe in probes.items()}
             tables["ablation"].append(place | ablation_row(effects, along, groups, self._candidates, seed))
+
+    def _add_shifts(
+        self, result: Tested, groups: Groups, where: Row, informative: bool, tables: dict[str, list[Row]]
+    ) -> Row:
+        """Add the rows about the changes of the predictions on the top examples, and return their summary."""
+        if not informative and not result.step.reached_target:  # the step is too long to tell anything
+            return NO_SHIFTS
+        found = ShiftRows(result, groups.top, self._loaded)
+        for table, rows in [("prediction_shifts", found.classes()), ("example_shifts", found.examples())]:
+            tables[table] += [{**row, **where} for row in rows]
+        return found.columns()
 
     @cached_property
     def _monitored(self) -> MonitoredExamples:

@@ -18,7 +18,7 @@ from npeff.tasks.base import IGNORED, Examples, TaskError, Token
 from npeff.tasks.huggingface.limits import Limits
 from npeff.tasks.huggingface.predictions import PredictionOptions, Predictions, at_places, marked
 from npeff.tasks.huggingface.pretrained import PretrainedTask
-from npeff.tasks.huggingface.tokens import pad_token_id, placed_tokens, tokenize
+from npeff.tasks.huggingface.tokens import pad_token_id, placed_tokens, token_texts, tokenize
 from npeff.tasks.tables import texts
 
 
@@ -113,6 +113,9 @@ class _Texts(Examples):
                 tokens = [Token(token.text) for token in tokens[: places[index] + 1]]
             found.append(tokens)
         return found
+
+    def class_texts(self, classes: Sequence[int]) -> list[str | None]:
+        return token_texts(self._tokenizer, classes)
 
     def table(self) -> pa.Table:
         predictions = self._predictions

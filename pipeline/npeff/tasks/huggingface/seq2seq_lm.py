@@ -16,7 +16,7 @@ from npeff.tasks.base import IGNORED, Examples
 from npeff.tasks.huggingface.limits import Limits
 from npeff.tasks.huggingface.predictions import PredictionOptions, Predictions, at_places, marked
 from npeff.tasks.huggingface.pretrained import PretrainedTask
-from npeff.tasks.huggingface.tokens import pad_token_id, padded, tokenize
+from npeff.tasks.huggingface.tokens import pad_token_id, padded, token_texts, tokenize
 from npeff.tasks.tables import texts
 
 
@@ -97,6 +97,9 @@ class _Pairs(Examples):
         rows = self._predictions.rows[list(indices)].tolist()
         labels = padded([self._target_tokens.ids[row] for row in rows], IGNORED)
         return {"inputs": self._source_tokens.batch(rows), "labels": labels, **self._predictions.batch(indices)}
+
+    def class_texts(self, classes: Sequence[int]) -> list[str | None]:
+        return token_texts(self._tokenizer, classes)
 
     def table(self) -> pa.Table:
         predictions = self._predictions

@@ -24,6 +24,9 @@ from npeff.tasks.huggingface.pretrained import PretrainedOptions
 _TEXTS_AT_ONCE = 1024
 """Texts per call of the tokenizer: enough for its threads, and few enough for the memory of its Python lists."""
 
+_WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"
+"""Beginning of a SentencePiece token that starts with a space, which decoding omits."""
+
 Side = Literal["left", "right"]
 NoteT = TypeVar("NoteT")
 
@@ -182,6 +185,26 @@ def placed_tokens(
         else:
             tokens.append(Token(parts[owner][start:stop], starts[owner] + start, starts[owner] + stop))
     return tokens
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str | None]:
+    """Return the texts of single tokens, with their leading spaces.
+
+    A token that is only a part of a character is shown as in the vocabulary. None if the tokenizer has no such token.
+    """
+    found: list[str | None] = []
+    for number in ids:
+        if number >= len(tokenizer):  # the embedding may be larger than the vocabulary
+            found.append(None)
+            continue
+        piece = tokenizer.convert_ids_to_tokens(number)
+        text = tokenizer.decode([number], clean_up_tokenization_spaces=False)
+        if not text or "\N{REPLACEMENT CHARACTER}" in text:
+            text = piece
+        elif piece.startswith(_WORD_START) and not text.startswith(" "):
+            text = f" {text}"
+        found.append(text)
+    return found
 
 
 def pad_token_id(tokenizer: Any, config: Any) -> int:
