@@ -3,9 +3,13 @@ by matrices, and by the sizes of flattened inputs."""
 
 from __future__ import annotations
 
+import itertools
+import random
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gradients.irregular import LENGTHS, Experts, Text, errors, texts
@@ -121,6 +125,159 @@ class Masked(Dispatched):
             if here.any():
                 found = found.masked_scatter(here, torch.tanh(expert(flat.masked_select(here).view(-1, 6))))
         return found.view_as(values)
+
+
+class Counting(Text):
+    """Every third batch is reversed inside the model, and the logits are those of each example in every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_calls = 0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.count()
+        return super().forward(ids)
+
+    def count(self) -> None:
+        self.n_calls += 1
+
+    def number(self) -> int:
+        return self.n_calls
+
+    def mixed(self, values: Tensor, mask: Tensor) -> Tensor:
+        if self.number() % 3:
+            return torch.tanh(self.mix(values))
+        return torch.stack(torch.tanh(self.mix(torch.stack(values.unbind(0)[::-1]))).unbind(0)[::-1])
+
+
+class CountingInList(Counting):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = {"n": [0]}
+
+    def count(self) -> None:
+        self.calls["n"][0] += 1
+
+    def number(self) -> int:
+        return self.calls["n"][0]
+
+
+class CountingInNumpy(Counting):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = deque([np.int64(0)], maxlen=1)
+
+    def count(self) -> None:
+        self.calls.append(self.calls[-1] + 1)
+
+    def number(self) -> int:
+        return int(self.calls[-1])
+
+
+class CountingInBuffer(Counting):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def count(self) -> None:
+        self.calls = self.calls + 1
+
+    def number(self) -> int:
+        return int(self.calls.numpy(force=True))
+
+
+class CountingInIterator(Counting):
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers, self.last = itertools.count(), 0
+
+    def count(self) -> None:
+        pass
+
+    def number(self) -> int:
+        return next(self.numbers)
+
+
+_calls = [0]
+
+
+class CountingGlobally(Counting):
+    def count(self) -> None:
+        _calls[0] += 1
+
+    def number(self) -> int:
+        return _calls[0]
+
+
+class CountingInClass(Counting):
+    made = 0
+
+    def count(self) -> None:
+        type(self).made += 1
+
+    def number(self) -> int:
+        return self.made
+
+
+class Drawing(Counting):
+    def number(self) -> int:
+        return random.randrange(6)
+
+
+class DrawingByNumpy(Counting):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = np.random.default_rng(0)
+
+    def number(self) -> int:
+        return int(self.generator.integers(6))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Counting, CountingInList, CountingInNumpy, CountingInBuffer, CountingInIterator, CountingGlobally,
+     CountingInClass, Drawing, DrawingByNumpy],
+)  # fmt: skip
+def test_a_model_whose_order_depends_on_its_own_state_has_the_right_fishers(make: type[Text]) -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+    assert errors(make(), 4).max() < 1e-9
+
+
+def _reversal(values: Tensor) -> Tensor:
+    return torch.eye(len(values), dtype=torch.float64).flip(0)
+
+
+class Blended(Text):
+    """Some words of an example pass through a layer at the place of another example."""
+
+    def __init__(self, reorder: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.reorder = reorder
+
+    def mixed(self, values: Tensor, mask: Tensor) -> Tensor:
+        here = (mask.sum(1) % 4 == 0)[:, None, None]
+        alike = here == self.reorder(here)
+        moved = torch.where(here | ~alike, values, self.reorder(values))
+        found = torch.tanh(self.mix(moved))
+        return torch.where(here | ~alike, found, self.reorder(found))
+
+
+@pytest.mark.parametrize(
+    "reorder",
+    [
+        lambda values: values.flip(0),
+        lambda values: values.flip((0,)),
+        lambda values: values[torch.arange(len(values)).flip(0)],
+        lambda values: values[list(range(len(values)))[::-1]],
+        lambda values: (
+            (torch.eye(len(values)).flip(0).double() @ values.double().flatten(1)).view_as(values).to(values)
+        ),
+    ],
+)
+def test_orders_that_are_blended_by_a_mask_are_seen(reorder: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    assert errors(Blended(reorder), 4).max() < 1e-9
 
 
 @pytest.mark.parametrize("size", [3, 4])

@@ -1,10 +1,11 @@
 """What decides where the entries of the first axis of an activation go: numbers that a model reads from tensors, index
-tensors, and matrices that multiply the axis of examples.
+tensors, matrices that multiply the axis of examples, and functions that reverse or roll it.
 
 A model that sorts, routes or flattens examples by their values gives the rows of a module's output to other examples in
-one batch than in another. Every way in which values can do that contains one of these things. Two batches with the same
-ones are treated alike, all else being equal. Functions that are not known to keep the order of the first axis count as
-functions that may change it.
+one batch than in another. Every way in which values can do that contains one of these things. Two batches in which a
+model reads the same numbers are treated alike, all else being equal. A batch whose examples are reordered is like no
+other, because a mask may choose between the orders. Functions that are not known to keep the order of the first axis
+count as functions that may change it.
 
 Legend: B batch.
 """
@@ -37,6 +38,8 @@ class Kind(Enum):
     """The `[]` operator, with or without assignment."""
     ORDER = auto()
     """The function sorts."""
+    SHIFT = auto()
+    """The function reverses or rolls axes."""
     PRODUCT = auto()
     """A matrix product."""
     SUM = auto()
@@ -67,6 +70,7 @@ _READS = frozenset((
     "equal", "allclose", "is_nonzero",
 ))  # fmt: skip
 _ORDERS = frozenset(("sort", "msort", "topk", "kthvalue"))
+_SHIFTS = frozenset(("flip", "fliplr", "flipud", "roll", "rot90"))
 _PRODUCTS = frozenset(("matmul", "mm", "bmm", "mv", "addmm", "addmv", "addbmm", "baddbmm", "tensordot", "inner"))
 _ELEMENTWISE = frozenset((
     "add", "sub", "rsub", "mul", "multiply", "div", "divide", "truediv", "floordiv", "true_divide",
@@ -100,6 +104,8 @@ def kind_of(func: Any) -> Kind:
     bare = name.strip("_")
     if bare in _ORDERS:
         return Kind.ORDER
+    if bare in _SHIFTS:
+        return Kind.SHIFT
     if bare == "einsum":
         return Kind.SUM
     if bare in _PRODUCTS or bare in ("rmatmul", "imatmul"):
@@ -147,10 +153,12 @@ def decided(kind: Kind, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any
     if kind is Kind.ORDER:
         axis = _axis(args[2:] if name == "topk" else args[1:], kwargs, 0 if name == "msort" else -1)
         return Unknown() if _holds_examples(active[0], axis, n_examples) else None
+    if kind is Kind.SHIFT:
+        return _shifted(name, active[0], args[1:], kwargs, n_examples)
     chosen = [value for value in values if isinstance(value, Tensor) and _is_discrete(value)]
     if chosen and name in _ALONG_AXIS and not _holds_examples(active[0], _axis(args, kwargs, 0), n_examples):
         return None
-    return _contents(chosen)
+    return Unknown() if chosen else None
 
 
 def read(result: Any) -> Hashable:
@@ -183,15 +191,16 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
             yield value
 
 
-def _contents(tensors: Iterable[Tensor]) -> Hashable:
-    """Return the shapes and contents of tensors in a form that can be compared; None if there are none."""
-    with torch._C.DisableTorchFunction():
-        return tuple((tuple(value.shape), hash(_bytes(value))) for value in tensors) or None
-
-
-def _bytes(value: Tensor) -> bytes:
-    found: bytes = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return found
+def _shifted(name: str, value: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any], n_examples: int) -> Hashable:
+    """Return what decides in a function that reverses or rolls axes."""
+    if name in ("flip", "roll"):
+        given = kwargs.get("dims", args[1:] if name == "roll" else args)
+        axes = [axis for axis in _flat(given if isinstance(given, list | tuple) else [given]) if isinstance(axis, int)]
+    else:
+        axes = [1] if name == "fliplr" else [0, 1]
+    # without axes, the flattened tensor is rolled
+    moved = any(_holds_examples(value, axis, n_examples) for axis in axes or [0])
+    return Unknown() if moved else None
 
 
 def _axis(args: Iterable[Any], kwargs: Mapping[str, Any], default: int) -> int:
@@ -214,38 +223,36 @@ def _indexed(args: Sequence[Any], n_examples: int) -> Hashable:
     if not any(isinstance(each, Tensor) and each.requires_grad for each in (value, *args[2:])):
         return None
     parts = index if isinstance(index, tuple) else (index,)
-    chosen = [part for part in parts if isinstance(part, Tensor) and part.dim()]
-    if not chosen:  # numbers and slices of Python come from tensors that were read, or from the batch
+    # numbers and slices of Python come from tensors that were read, or from the batch
+    if not any(_chooses(part) for part in parts):
         return None
-    axis, deciding = 0, []
+    axis = 0
     n_axes = sum(part.dim() if _is_mask(part) else 1 for part in parts if part is not None and part is not Ellipsis)
     for part in parts:
         if part is Ellipsis:
             axis += value.dim() - n_axes
-        elif isinstance(part, Tensor) and part.dim():
+        elif _chooses(part):
             if _holds_examples(value, axis, n_examples) and not _is_identity(part, value.shape[axis]):
-                deciding.append(part)
+                return Unknown()
             axis += part.dim() if _is_mask(part) else 1
         elif part is not None:
             axis += 1
-    return _contents(deciding)
+    return None
+
+
+def _chooses(part: Any) -> bool:
+    return isinstance(part, list | np.ndarray) or (isinstance(part, Tensor) and part.dim() > 0)
 
 
 def _is_mask(part: Any) -> bool:
     return isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8)
 
 
-def _is_identity(index: Tensor, size: int) -> bool:
-    if index.numel() != size or _is_mask(index):
+def _is_identity(index: Any, size: int) -> bool:
+    if not isinstance(index, Tensor) or index.numel() != size or _is_mask(index):
         return False
     with torch._C.DisableTorchFunction():
         return torch.equal(index.flatten(), torch.arange(size, device=index.device, dtype=index.dtype))
-
-
-def _matrix(values: Iterable[Tensor]) -> Hashable:
-    """Return what decides in a product that sums over the examples of an activation: the other factors."""
-    factors = list(values)
-    return Unknown() if not factors or any(factor.requires_grad for factor in factors) else _contents(factors)
 
 
 def _summed(values: Sequence[Any], n_examples: int) -> Hashable:
@@ -260,7 +267,7 @@ def _summed(values: Sequence[Any], n_examples: int) -> Hashable:
             continue
         letter = term[places[0]]
         if letter not in result:
-            return _matrix(other for other in tensors if other is not tensor)
+            return Unknown()
     return None
 
 
@@ -270,10 +277,9 @@ def _multiplied(name: str, values: Sequence[Any], n_examples: int) -> Hashable:
     if len(tensors) != 2:
         return None
     left, right = reversed(tensors) if name == "rmatmul" else tensors
-    if name in ("tensordot", "inner"):
-        return _matrix(value for value in (left, right) if not value.requires_grad)
-    if right.requires_grad and _holds_examples(right, -2 if right.dim() > 1 else 0, n_examples):
-        return _matrix([left])
-    if left.requires_grad and left.dim() < 3 and not isinstance(right, torch.nn.Parameter):
-        return None if right.requires_grad else _contents([right])
-    return None
+    if name == "tensordot":
+        return Unknown()
+    if right.requires_grad and _holds_examples(right, -1 if name == "inner" or right.dim() < 2 else -2, n_examples):
+        return Unknown()
+    moved = left.requires_grad and left.dim() < 3 and _holds_examples(left, -1, n_examples)
+    return Unknown() if moved else None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from npeff.gradients.calls import output_gradients
 from npeff.gradients.capture import Axes, Place, Use, called_modules, watch
 from npeff.gradients.errors import UnsupportedModelError
+from npeff.gradients.hidden_state import StateReader
 from npeff.gradients.layer_rules import rule_for
 from npeff.gradients.owners import Owners, find_owners, layout_names, move_up, with_new_places, without_owner
 from npeff.gradients.parameter_uses import ParameterUses
@@ -160,6 +161,7 @@ class Watcher:
         mode = ParameterUses(self._owners_by_id(), axes.n_examples)
         # torch.compile would trace the mode, so nothing is known about the functions that a compiled model calls
         following = nullcontext() if self._is_compiled else mode.following(modules)
+        before = None if axes.n_examples == 1 else self._state.read()
         with watch(modules, general, shared, axes) as uses, following:
             try:
                 logits = run()
@@ -169,8 +171,15 @@ class Watcher:
                 raise UnsupportedModelError(_not_first(name for name, *_ in shared)) from error
         if not logits.requires_grad:
             raise UnsupportedModelError(INDEPENDENT)
-        seen = () if axes.n_examples == 1 else (*mode.steering, *[Unknown()] * self._is_compiled, axes.given)
+        seen: tuple[Hashable, ...] = ()
+        if axes.n_examples > 1:
+            incomparable = self._is_compiled or before != self._state.read()
+            seen = (*mode.steering, *[Unknown()] * incomparable, axes.given)
         return Pass(logits, uses, frozenset(mode.outside), hash(seen), axes)
+
+    @cached_property
+    def _state(self) -> StateReader:
+        return StateReader(self.model)
 
     @cached_property
     def _is_compiled(self) -> bool:
