@@ -316,7 +316,7 @@ def test_examples_are_ranked_by_evidence(finished: dict[str, RunDirectory]) -> N
     np.testing.assert_allclose(store.evidence_of(np.asarray(store.components)), e, rtol=1e-5, atol=1e-9)
     with pytest.raises(QueryError, match=r"directions must have the shape \(K, 64\)"):
         store.evidence_of(np.ones((2, 3)))
-    with pytest.raises(QueryError, match="by must be coefficient or evidence, not 'mass'"):
+    with pytest.raises(QueryError, match="by must be one of coefficient, evidence, direction_evidence, not 'mass'"):
         store.top_examples(0, by="mass")  # type: ignore[arg-type]
 
 
@@ -325,7 +325,11 @@ def test_enrichment_by_evidence_is_that_of_its_top_examples(finished: dict[str, 
     store = ComponentStore.open(run.path, run.name)
     _, _, valid = factors_of(run)
     label = np.array(store.table("examples")["label"].to_pylist())
-    for by, values in (("evidence", np.asarray(store.evidence)), ("coefficient", np.asarray(store.coefficients))):
+    for by, values in (
+        ("evidence", np.asarray(store.evidence)),
+        ("direction_evidence", store.direction_evidence),
+        ("coefficient", np.asarray(store.coefficients)),
+    ):
         rows = store.enriched("label = 3", top=15, by=by).to_pylist()  # type: ignore[arg-type]
         for row in rows:
             own = np.nan_to_num(values[:, row["component"]].astype(np.float64))
@@ -337,6 +341,34 @@ def test_enrichment_by_evidence_is_that_of_its_top_examples(finished: dict[str, 
             assert row["auc"] == pytest.approx((1 + pairs.mean()) / 2, abs=1e-9)
     with pytest.raises(QueryError, match="give top, such as --top 32"):
         store.enriched("label = 3", by="evidence")
+
+
+@pytest.mark.parametrize("kind", ["fishers", "kmeans"])
+def test_the_evidence_of_directions_is_that_of_their_sketches(kind: str, finished: dict[str, RunDirectory]) -> None:
+    run = finished[kind]
+    store = ComponentStore.open(run.path, run.name)
+    factors, _, valid = factors_of(run)
+    sketches = DirectionStore.open(run.directions).read_sketches()
+    assert sketches is not None
+    unit = torch.from_numpy(sketches / np.linalg.norm(sketches, axis=1, keepdims=True)).to(factors)
+    expected = (factors @ unit.T).square().sum(1).numpy()
+    found = store.direction_evidence
+    np.testing.assert_allclose(found[valid], expected[valid], rtol=1e-4, atol=1e-7)
+    assert np.isnan(found[~valid]).all()
+    top = store.top_examples(1, n=7, by="direction_evidence")
+    assert top["example"].to_pylist() == np.argsort(-np.nan_to_num(found[:, 1]), kind="stable")[:7].tolist()
+    example = top["example"][0].as_py()
+    rows = store.example(example, by="direction_evidence").to_pylist()
+    assert [row["direction_evidence"] for row in rows] == sorted(found[example].tolist(), reverse=True)
+
+
+def test_without_directions_their_evidence_is_refused(
+    finished: dict[str, RunDirectory], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished["pca"].path, path := tmp_path / "run")
+    shutil.rmtree(path / "factorizations" / "pca" / "directions.zarr")
+    line = refused(capfd, "query", path, "top", "-c", "0", "--by", "direction_evidence", "--factorization", "pca")
+    assert "npeff lift" in line
 
 
 def test_evidence_of_an_earlier_version_is_computed_from_the_fishers(

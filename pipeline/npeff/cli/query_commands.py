@@ -44,10 +44,10 @@ Where = Annotated[
     ),
 ]
 By = Annotated[
-    Literal["coefficient", "evidence"],
+    Literal["coefficient", "evidence", "direction_evidence"],
     typer.Option(
-        help="Rank examples by their coefficients, or by the evidence: how strong a component is in an example's "
-        "Fisher, whatever the other components are."
+        help="Rank examples by their coefficients, or by the evidence: how strong a component, or its direction, is in "
+        "an example's Fisher, whatever the other components are."
     ),
 ]
 Format = Annotated[

@@ -22,7 +22,15 @@ from numpy.typing import NDArray
 from npeff.query import neighbours
 from npeff.query.coefficients import Run, all_runs, n_larger, runs_of
 from npeff.query.errors import QueryError
-from npeff.query.evidence import By, check_by, computed_evidence, evidence_runs, refuse_diagonals, stored_evidence
+from npeff.query.evidence import (
+    By,
+    check_by,
+    computed_evidence,
+    direction_evidence,
+    evidence_runs,
+    refuse_diagonals,
+    stored_evidence,
+)
 from npeff.query.summary import components_table, summary
 from npeff.query.tables import EXAMPLE_COLUMNS, NAMED_CLASSES, RunTables, StoredRun, missing
 from npeff.storage.atomic import is_committed
@@ -123,6 +131,17 @@ class ComponentStore:
             return _as_dask(stored)
         return da.from_array(stored_evidence(self.tables, self._factorization, range(self._n_components)))
 
+    @cached_property
+    def direction_evidence(self) -> NDArray[np.float32]:
+        """The evidence ‖Â_i d_j‖² (N, K) of the directions in parameter space, computed from their sketches.
+
+        NaN rows for invalid examples, and NaN columns for components without a direction.
+
+        Raises:
+            QueryError: The directions or the Fishers are missing or damaged.
+        """
+        return direction_evidence(self.tables)
+
     def evidence_of(self, directions_KD: NDArray[np.floating]) -> NDArray[np.float32]:
         """Compute ‖Â_i d_j‖² (N, K) of any directions d in the sketch from the stored Fishers.
 
@@ -210,11 +229,11 @@ class ComponentStore:
             n: Number of examples.
             split: Only examples of this split, "fit" or "held_out".
             where: Only examples that meet this SQL condition; see `examples_where`.
-            by: "coefficient" or "evidence".
+            by: "coefficient", "evidence" or "direction_evidence", see `npeff.query.evidence`.
 
         Returns:
-            Columns: rank (among these examples), coefficient or evidence, the columns of the examples table (without
-            image and logits), and label_name and prediction_name if the task has class names.
+            Columns: rank (among these examples), coefficient or evidence (named as `by`), the columns of the examples
+            table (without image and logits), and label_name and prediction_name if the task has class names.
         """
         self._check_component(component)
         _check_number(n, "examples")
@@ -222,7 +241,7 @@ class ComponentStore:
         among_N = self.examples_where(where, split) if split or where is not None else None
         examples: list[int] = []
         values: list[float] = []
-        for run in runs_of(self.tables, component) if by == "coefficient" else self._evidence_runs([component]):
+        for run in runs_of(self.tables, component) if by == "coefficient" else self._evidence_runs(by, [component]):
             chosen = slice(None) if among_N is None else among_N[run.examples]
             examples += run.examples[chosen][: n - len(examples)].tolist()
             values += run.coefficients[chosen][: n - len(values)].tolist()
@@ -236,19 +255,20 @@ class ComponentStore:
 
         Args:
             example: Row number or id. A string is an id or, if there is no such id, a row number.
-            by: "coefficient" or "evidence".
+            by: "coefficient", "evidence" or "direction_evidence", see `npeff.query.evidence`.
 
         Returns:
-            Columns: component, coefficient or evidence, share (fraction of the sum of the example's coefficients or
-            evidence), rank (0-based, among all examples of the component).
+            Columns: component, coefficient or evidence (named as `by`), share (fraction of the sum of the example's
+            coefficients or evidence), rank (0-based, among all examples of the component).
         """
         check_by(by)
         index = self._example_index(example)
-        if by == "evidence":
-            found_NK = stored_evidence(self.tables, self._factorization, range(self._n_components))
-            weights_K, ranks_K = found_NK[index].astype(np.float64), (found_NK > found_NK[index]).sum(axis=0)
-        else:
+        if by == "coefficient":
             weights_K = self._weights(index)
+        else:
+            found_NK = self._evidence(by, range(self._n_components))
+            weights_K, ranks_K = found_NK[index].astype(np.float64), (found_NK > found_NK[index]).sum(axis=0)
+            weights_K = np.nan_to_num(weights_K)  # NaN for components without a direction
         components = np.flatnonzero(weights_K)
         components = components[np.argsort(-weights_K[components], kind="stable")]
         values = weights_K[components]
@@ -357,7 +377,8 @@ class ComponentStore:
             split: Only examples of this split, "fit" or "held_out".
             top: Number of top examples that count as having a component; by default, all with a coefficient above 0.
             n: Number of components to return; all by default.
-            by: "coefficient", or "evidence" to rank by evidence in place of coefficients, which needs `top`.
+            by: "coefficient", or "evidence" or "direction_evidence" to rank by them in place of coefficients, which
+                needs `top`.
 
         Returns:
             One row per component, smallest p-value first. Columns: component, n_in_subset and n_outside (numbers of
@@ -367,8 +388,8 @@ class ComponentStore:
             subset has a larger coefficient, or evidence, than a random one outside; equal values count half).
 
         Raises:
-            QueryError: The condition is not valid, or is true for none or all of the examples; or `by` is "evidence"
-                without `top`.
+            QueryError: The condition is not valid, or is true for none or all of the examples; or `by` is
+                another number than the coefficient, without `top`.
         """
         from npeff.query.enrichment import enriched
 
@@ -376,7 +397,7 @@ class ComponentStore:
             if wanted is not None:
                 _check_number(wanted, what)
         check_by(by)
-        if by == "evidence" and top is None:
+        if by != "coefficient" and top is None:
             raise QueryError("evidence is above 0 for nearly every example: give top, such as --top 32")
         among_N = self.examples_where("valid", split)
         subset_N = self.examples_where(where) & among_N
@@ -387,7 +408,7 @@ class ComponentStore:
                 f"the condition is true for {which} of the {n_all} valid examples: give one that selects a part of them"
             )
         components = range(self._n_components)
-        runs = all_runs(self.tables) if by == "coefficient" else self._evidence_runs(components)
+        runs = all_runs(self.tables) if by == "coefficient" else self._evidence_runs(by, components)
         return enriched(runs, len(components), subset_N, among_N, top).slice(0, n)
 
     def layer_energy(self, component: int, by: str = "parameter") -> pa.Table:
@@ -480,8 +501,13 @@ class ComponentStore:
             sets.setdefault(component, set()).add(example)
         return sets
 
-    def _evidence_runs(self, components: Sequence[int]) -> Iterable[Run]:
-        return evidence_runs(stored_evidence(self.tables, self._factorization, components), components)
+    def _evidence(self, by: By, components: Sequence[int]) -> NDArray[np.float32]:
+        if by == "evidence":
+            return stored_evidence(self.tables, self._factorization, components)
+        return self.direction_evidence[:, list(components)]
+
+    def _evidence_runs(self, by: By, components: Sequence[int]) -> Iterable[Run]:
+        return evidence_runs(self._evidence(by, components), components)
 
     @property
     def _n_components(self) -> int:

@@ -1,7 +1,7 @@
 """Evidence of components: e_ij = h_jᵀ F̂_i h_j = ‖Â_i h_j‖², how strong a direction of the sketch is in an example.
 
 It is stored beside the coefficients. For factorizations of earlier versions, and for other directions than the
-components, it is computed from the stored Fishers.
+components, such as the whitened directions of the lift, it is computed from the stored Fishers.
 
 Shapes: N examples, n of a block, R rank, D sketch, K directions.
 """
@@ -9,7 +9,7 @@ Shapes: N examples, n of a block, R rank, D sketch, K directions.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,14 +22,30 @@ from npeff.storage.errors import StoreError
 if TYPE_CHECKING:
     from npeff.store.component_store import StoredFactorization
 
-By = Literal["coefficient", "evidence"]
-"""The number by which examples are ranked for a component."""
+By = Literal["coefficient", "evidence", "direction_evidence"]
+"""The number by which examples are ranked for a component: its coefficient, the evidence of the component, or the
+evidence of its direction in parameter space."""
 
 
 def check_by(by: str) -> None:
     """Check a value of `By`. Raises QueryError."""
-    if by not in ("coefficient", "evidence"):
-        raise QueryError(f"by must be coefficient or evidence, not '{by}'")
+    if by not in get_args(By):
+        raise QueryError(f"by must be one of {', '.join(get_args(By))}, not '{by}'")
+
+
+def direction_evidence(tables: RunTables) -> NDArray[np.float32]:
+    """Compute the evidence (N, K) of the stored directions, NaN for invalid examples and components without direction.
+
+    Raises:
+        QueryError: The directions or the Fishers are missing or damaged.
+    """
+    from npeff.store.direction_sketches import direction_sketches
+
+    try:
+        sketches_KD = direction_sketches(tables.run)
+    except StoreError as error:
+        raise QueryError(error.problem, error.remedy, path=error.path) from error
+    return computed_evidence(tables, sketches_KD)
 
 
 def refuse_diagonals(tables: RunTables, what: str) -> None:
