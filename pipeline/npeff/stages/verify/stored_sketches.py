@@ -80,27 +80,46 @@ class StoredSketches:
     def effects(self, examples: NDArray[np.int64], sketches: Sequence[NDArray[np.float64]]) -> list[Linearized]:
         """Predict the effects of directions on examples, from the sketches (D,) of the directions."""
         directions_Dd = np.stack(sketches, axis=1).astype(np.float32)
-        names = ["factors", "frobenius_norms", *(["logits"] if self.with_logits else [])]
-        n_at_once = max(1, _BLOCK_BYTES // (4 * self._store.rank * self._store.dim))
+        n_at_once = max(1, len(examples))
+        if not self._is_kept:
+            n_at_once = max(1, _BLOCK_BYTES // (4 * self._store.rank * self._store.dim))
         parts = []
         for start in range(0, max(1, len(examples)), n_at_once):
-            rows = self._read(examples[start : start + n_at_once], names)
-            shape = rows["factors"].shape[:2]
-            products_nRd = (rows["factors"].reshape(-1, self._store.dim) @ directions_Dd).reshape(*shape, -1)
+            products_nRd, rows = self._products(examples[start : start + n_at_once], directions_Dd)
             products_nRd = products_nRd.astype(np.float64) * np.sqrt(rows["frobenius_norms"])[:, None, None]
-            factors_nCR = self._label_factors(rows, shape[1])
+            factors_nCR = self._label_factors(rows, products_nRd.shape[1])
             parts.append([self._linearized(each_nR, rows, factors_nCR) for each_nR in np.moveaxis(products_nRd, 2, 0)])
         return [_joined(each) for each in zip(*parts, strict=True)]
 
+    def _products(
+        self, examples: NDArray[np.int64], directions_Dd: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], dict[str, NDArray[Any]]]:
+        """Return the products of the normalized factors with directions (n, R, d), and other arrays of the examples."""
+        names = ["frobenius_norms", *(["logits"] if self.with_logits else [])]
+        if self._is_kept:
+            factors_NRD = self._read_all()["factors"]
+            # a copy of the rows of the examples would take longer than the products of all examples
+            return _product(factors_NRD, directions_Dd)[examples], self._read(examples, names)
+        rows = self._store.read_rows(examples, ["factors", *names])
+        return _product(rows["factors"], directions_Dd), rows
+
+    @property
+    def _is_kept(self) -> bool:
+        return 4 * self._store.plan.n_examples * self._store.rank * self._store.dim <= _KEPT_BYTES
+
     def _read(self, examples: NDArray[np.int64], names: list[str]) -> dict[str, NDArray[Any]]:
         """Read arrays of examples. All arrays are kept in memory if the factors are small."""
-        if 4 * self._store.plan.n_examples * self._store.rank * self._store.dim > _KEPT_BYTES:
+        if not self._is_kept:
             return self._store.read_rows(examples, names)
+        kept = self._read_all()
+        return {name: kept[name][examples] for name in names}
+
+    def _read_all(self) -> dict[str, NDArray[Any]]:
         if self._kept is None:
             wanted = ["factors", "frobenius_norms", *(["logits"] if self.with_logits else [])]
             shards = list(self._shards(wanted))
             self._kept = {name: np.concatenate([shard[name] for shard in shards]) for name in wanted}
-        return {name: self._kept[name][examples] for name in names}
+        return self._kept
 
     def _shards(self, names: list[str]) -> Iterator[dict[str, NDArray[Any]]]:
         """Read arrays of every shard, and verify their checksums."""
@@ -128,6 +147,11 @@ class StoredSketches:
             return Linearized(evidence_n)
         changes = triangular_changes if self._labels["kind"] == "exact" else orthogonal_changes
         return Linearized(evidence_n, rows["logits"].astype(np.float64), changes(products_nR, factors_nCR))
+
+
+def _product(factors_nRD: NDArray[np.float32], directions_Dd: NDArray[np.float32]) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = factors_nRD.reshape(-1, factors_nRD.shape[2]) @ directions_Dd
+    return found.reshape(*factors_nRD.shape[:2], -1)
 
 
 def _joined(parts: Sequence[Linearized]) -> Linearized:
