@@ -11,6 +11,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 check test test-slow test-numerics test-oldest benchmarks: export OMP_NUM_THREADS ?= 1
+# Otherwise, every process of a test would compile all modules that it imports, which takes seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 OLDEST := .venv-oldest

@@ -18,12 +18,13 @@ _REFIT_TOLERANCE = 1e-4
 _REFIT_STARTS = 2
 
 
-def fitting_worker(run: RunDirectory, max_examples: int, **options: Any) -> WorkerSpec:
+def fitting_worker(run: RunDirectory, max_examples: int, *, judged: bool, **options: Any) -> WorkerSpec:
     """Return the spec of a worker that fits components to at most ``max_examples`` of the run's examples.
 
     Args:
         run: the run with the examples and the solver options.
         max_examples: largest number of examples of a fit.
+        judged: see `SelectionWorker`.
         options: solver options that override those of the run.
     """
     return worker_spec(
@@ -32,6 +33,7 @@ def fitting_worker(run: RunDirectory, max_examples: int, **options: Any) -> Work
         examples=fitted_examples(run),
         options=run.config.factorization.solver_options(run.config.seed, **options),
         max_examples=max_examples,
+        judged=judged,
         seed=run.config.seed,
         device=device_of(run.config),
     )
@@ -52,9 +54,8 @@ def component_stability(
     max_examples = run.config.factorization.stability_examples
     if max_examples == 0 or run.config.factorization.kind != "fishers":
         return None
-    worker = fitting_worker(
-        run, max_examples, max_iterations=_REFIT_ITERATIONS, tolerance=_REFIT_TOLERANCE, n_starts=_REFIT_STARTS
-    )
+    options = {"max_iterations": _REFIT_ITERATIONS, "tolerance": _REFIT_TOLERANCE, "n_starts": _REFIT_STARTS}
+    worker = fitting_worker(run, max_examples, judged=False, **options)
     halves = [
         FitRequest(len(components_KD), seed=0, part="first"),
         FitRequest(len(components_KD), seed=0, part="second"),

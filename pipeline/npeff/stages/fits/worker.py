@@ -67,21 +67,29 @@ class SelectionWorker:
             are used if there are fewer.
         seed: seed of the samples and of the splits, and, together with the seed of a request, of the fit.
         device: device to compute on.
+        judged: whether the results have an explained fraction of examples that were not fitted.
     """
 
     def __init__(
-        self, examples: FittedExamples, options: SolverOptions, max_examples: int, seed: int, device: str
+        self,
+        examples: FittedExamples,
+        options: SolverOptions,
+        max_examples: int,
+        seed: int,
+        device: str,
+        judged: bool = True,
     ) -> None:
         store, (splits, weights) = FisherStore.open(examples.fishers), examples.read()
         weights_N = torch.from_numpy(weights)
-        self._options, self._seed = options, seed
+        self._options, self._seed, self._judged = options, seed, judged
 
         def sample(chosen_N: NDArray[np.bool_]) -> NDArray[np.int64]:
             rows = np.flatnonzero(chosen_N)
             chosen: NDArray[np.int64] = rows[subsample_indices(len(rows), max_examples, seed)]
             return chosen
 
-        parts = sample(splits.fit_N), sample(splits.held_out_N)  # which are in the same shards, and are read together
+        # both are in the same shards, and are read together
+        parts = sample(splits.fit_N), sample(splits.held_out_N & judged)
         factors_NRD = torch.from_numpy(store.read_rows(np.concatenate(parts), ["factors"])["factors"])
         self._fit, self._held_out = (
             ExampleShard(own_NRD.to(device), weights_N=weights_N[rows])
@@ -103,7 +111,7 @@ class SelectionWorker:
         return FitResult(
             components_KD=found.components_KD.float().cpu().numpy(),
             explained=found.explained,
-            explained_held_out=_explained(judged, found.components_KD),
+            explained_held_out=_explained(judged, found.components_KD) if self._judged else None,
             n_iter=found.n_iter,
             stopped=found.stopped,
             seconds=time.monotonic() - began,

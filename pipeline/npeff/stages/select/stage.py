@@ -106,6 +106,7 @@ class _Fits:
         return fitting_worker(
             self.run,
             wanted.max_examples,
+            judged=True,
             max_iterations=wanted.max_iterations,
             tolerance=wanted.tolerance,
             n_starts=wanted.n_starts,
