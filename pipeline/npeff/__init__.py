@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from npeff.factorization.diagonals.estimator import DiagonalNPEFF as DiagonalNPEFF
     from npeff.factorization.estimator import NPEFF as NPEFF
     from npeff.query.components import ComponentStore as ComponentStore
+    from npeff.query.factorizations import compare_factorizations as compare_factorizations
+    from npeff.reports.comparison import write_comparison as write_comparison
     from npeff.runs.config import RunConfig as RunConfig
     from npeff.runs.directory import RunDirectory as RunDirectory
     from npeff.runs.migration import migrate as migrate
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from npeff.stages.attribute.stage import attribute as attribute
     from npeff.stages.check.stage import check as check
     from npeff.stages.compare import compare as compare
-    from npeff.stages.compare import compare_factorizations as compare_factorizations
     from npeff.stages.factorize.stage import factorize as factorize
     from npeff.stages.fishers.stage import compute_fishers as compute_fishers
     from npeff.stages.lift.stage import lift as lift
@@ -48,11 +49,12 @@ _MODULES = {
     "Task": "npeff.tasks",
     "check": "npeff.stages.check.stage",
     "compare": "npeff.stages.compare",
-    "compare_factorizations": "npeff.stages.compare",
+    "compare_factorizations": "npeff.query.factorizations",
     "migrate": "npeff.runs.migration",
     "remove_factorization": "npeff.runs.removal",
     "report": "npeff.stages.pipeline",
     "run": "npeff.stages.pipeline",
+    "write_comparison": "npeff.reports.comparison",
 }
 """Public names and their modules, without the functions of the stages, which `npeff.stages.registry` lists."""
 

@@ -403,7 +403,42 @@ def test_the_command_compares_all_factorizations_of_a_run(
     assert [{name: row[name] for name in scores} for row, scores in zip(own, expected, strict=True)] == expected
     assert command("compare", path, "--format", "json") == 0
     assert '"kmeans"' in capfd.readouterr().out
+    for row in rows:
+        if row["median_kl_ratio"] is not None:
+            assert row["median_kl_ratio_low"] <= row["median_kl_ratio"] <= row["median_kl_ratio_high"]
     assert "give one run, two runs" in refused(capfd, "compare", path, "--factorization", "pca")
+
+
+def test_a_page_shows_the_ratios_of_all_factorizations(
+    finished: dict[str, RunDirectory], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path, page = finished["fishers"].path, tmp_path / "compare.html"
+    assert command("compare", path, "--page", page) == 0
+    shown = capfd.readouterr()
+    assert "compare.html" in shown.err
+    assert "compare.html" not in shown.out
+    content = page.read_text()
+    verified = read_table(finished["pca"].table("verification"), "verification").to_pylist()
+    counted = [row for row in verified if row["examples"] == "held_out" and row["informative"]]
+    assert content.count("<title>pca, component ") == sum(row["kl_ratio_matched"] is not None for row in counted)
+    assert all(f'<th scope="row">{kind}</th>' in content for kind in KINDS)
+    assert "<script" not in content
+    report = finished["gradients"].report
+    if report.is_file():
+        assert 'id="comparison"' in npeff.report(finished["gradients"]).read_text()
+    line = refused(capfd, "compare", path, "--factorization", "pca", "--factorization", "kmeans", "--page", page)
+    assert "--page shows all factorizations of one run" in line
+
+
+def test_fewer_than_two_verified_factorizations_have_no_page(
+    finished: dict[str, RunDirectory], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished["fishers"].path, path := tmp_path / "run")
+    for kind in KINDS[1:]:
+        npeff.remove_factorization(path, kind)
+    line = refused(capfd, "compare", path, "--page", tmp_path / "compare.html")
+    assert "fewer than two factorizations" in line
+    assert not (tmp_path / "compare.html").exists()
 
 
 def test_components_of_two_kinds_are_matched(finished: dict[str, RunDirectory]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from npeff.statistics.ratio_intervals import DRAWS, Measured, confidence, rank_correlation
+from npeff.statistics.ratio_intervals import DRAWS, Measured, confidence, median_interval, rank_correlation
 from scipy import stats
 
 
@@ -20,6 +20,15 @@ def test_an_interval_holds_the_true_ratio_about_as_often_as_it_says() -> None:
     # percentile intervals of a skewed mean of 32 fall short of 95% by a few points; the standard error here is 1.3
     assert 0.88 <= covered <= 0.98
     assert all(one.low < one.high for one in found)
+
+
+def test_the_interval_of_a_median_holds_it_about_as_often_as_it_says() -> None:
+    rng, trials = np.random.default_rng(4), 400
+    found = [median_interval(rng.lognormal(size=25), seed) for seed in range(trials)]
+    assert 0.9 <= np.mean([low <= 1.0 <= high for low, high in found]) <= 0.99
+    low, high = median_interval(np.array([1.0, 2.0, np.inf]))
+    assert (low, high) == (1.0, np.inf)
+    assert median_interval(np.array([3.0])) == (3.0, 3.0)
 
 
 def test_a_ratio_that_is_no_larger_than_a_controls_is_seldom_surely_above_it() -> None:

@@ -31,13 +31,26 @@ def compare_command(
             "all factorizations of the run are compared by their verification.",
         ),
     ] = [],  # noqa: B006
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            dir_okay=False,
+            help="Also write a page (HTML) with the table of all factorizations and a figure.",
+        ),
+    ] = None,
     output: Format = None,
     file: File = None,
 ) -> None:
     """Compare all factorizations of a run, or match the components of two factorizations or runs."""
     if other is None and not factorization:
         write_answer(npeff.compare_factorizations(run_dir), output, file)
+        if page is not None:
+            # standard output holds the table, in a format that another program may read
+            print(printable(f"page: {npeff.write_comparison(run_dir, page)}"), file=sys.stderr)
         return
+    if page is not None:
+        raise typer.BadParameter("--page shows all factorizations of one run: give one run, without --factorization")
     if len(factorization) > 2 or (other is None and len(factorization) != 2):
         raise typer.BadParameter("give one run, two runs, or one run and --factorization twice")
     names: list[str | None] = [*factorization, None, None][:2] if len(factorization) != 1 else [*factorization] * 2

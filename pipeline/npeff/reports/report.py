@@ -17,8 +17,11 @@ import jinja2
 
 from npeff.errors import without_values
 from npeff.query.components import ComponentStore
+from npeff.query.errors import QueryError
+from npeff.query.factorizations import factorizations_of
 from npeff.reports.cards import Card, CardWriter
 from npeff.reports.charts import log_axis, loss_chart, ratio_chart
+from npeff.reports.comparison import Comparison, comparison
 from npeff.reports.selection_chart import selection_chart
 from npeff.reports.selectivity_chart import SIDE, selectivity_charts
 from npeff.statistics.verdict import LEAST_MATCHED, MOST_TRACE_RATIO, Verdict, scoreboard, verdicts
@@ -119,6 +122,7 @@ def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
         "strip": log_axis(_ratios(found), 6, 194),
         "selectivity": selectivity_charts(store.table("selectivity")) if tables.has("selectivity") else [],
         "selectivity_side": SIDE,
+        "comparison": _comparison(store),
         "stability": _stability(cards),
         "cards": cards,
         "lazy": len(cards) > CARDS_AT_ONCE,
@@ -127,6 +131,14 @@ def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
         "has_shares": tables.has("position_shares") and tables.n_rows("position_shares") > 0,
         "metadata": store.metadata_columns() if tables.has("examples") else [],
     }
+
+
+def _comparison(store: ComponentStore) -> Comparison | None:
+    """Return the comparison of the factorizations of the run; None if they cannot be compared."""
+    try:
+        return comparison(factorizations_of(store.run_dir))
+    except QueryError:  # a table of another factorization is damaged, which is told by its own report
+        return None
 
 
 def _stability(cards: list[Card]) -> tuple[float, int, int] | None:

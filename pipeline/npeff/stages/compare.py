@@ -1,11 +1,10 @@
-"""Comparison of factorizations: which components of two are the same, and how those of one run pass verification.
+"""Comparison of two factorizations: which components are the same.
 
 Shapes: K and L components, D sketch, P parameters.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,7 @@ from numpy.typing import NDArray
 
 from npeff.factorization.matching import match_components
 from npeff.query.components import ComponentStore
-from npeff.query.errors import QueryError
-from npeff.statistics.verdict import scoreboard, verdicts
 from npeff.storage.atomic import is_committed
-from npeff.storage.location import location
-from npeff.store.run_files import factorization_names, run_and_name
 
 
 def compare(first: ComponentStore, second: ComponentStore) -> pa.Table:
@@ -63,50 +58,6 @@ def compare(first: ComponentStore, second: ComponentStore) -> pa.Table:
     unmatched = sorted(set(range(len(b_LD))) - set(other_of.values()))
     rows += [dict.fromkeys(_SCHEMA.names) | {"other_component": other} for other in unmatched]
     return pa.Table.from_pylist(rows, schema=_SCHEMA)
-
-
-def compare_factorizations(run_dir: str | Path) -> pa.Table:
-    """Compare all factorizations of a run: what they explain, and how their components pass verification.
-
-    Args:
-        run_dir: The run directory.
-
-    Returns:
-        One row for each factorization, in the order of `npeff status`, and for each summary of its verification on
-        held-out examples (`npeff.statistics.verdict.scoreboard`). Columns: factorization, kind, n_components,
-        explained, explained_held_out, then those of the summary, null where a factorization is not verified.
-        Without held-out examples, the summary is of the fitted ones. Fractions explained by different kinds are not
-        comparable.
-
-    Raises:
-        QueryError: The directory is not a run directory, or has no factorization.
-    """
-    path, _ = run_and_name(location(run_dir))
-    names = factorization_names(path)
-    if not names:
-        ComponentStore.open(path)  # raises if this is no run directory
-        raise QueryError(f"{path} has no factorization", f"run `npeff factorize {path} --components K` first")
-    rows = [row for name in names for row in _summaries(ComponentStore.open(path, name))]
-    columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
-    table = pa.table(columns)
-    nulls = [position for position, field in enumerate(table.schema) if pa.types.is_null(field.type)]
-    for position in nulls:
-        table = table.set_column(position, table.column_names[position], table.column(position).cast(pa.float64()))
-    return table
-
-
-def _summaries(store: ComponentStore) -> list[dict[str, Any]]:
-    record = store.tables.record("factorize")
-    facts = {
-        "factorization": store.run.name,
-        "kind": record.get("factorized", "fishers") if record else None,
-        **{name: record.get(name) for name in ("n_components", "explained", "explained_held_out")},
-    }
-    if not store.tables.has("verification"):
-        return [facts]
-    found = [scores.to_json() for scores in scoreboard(verdicts(store.table("verification").to_pylist()))]
-    judged = [scores for scores in found if scores["examples"] != "fit"] or found
-    return [facts | scores for scores in judged] or [facts]
 
 
 _SCHEMA = pa.schema(

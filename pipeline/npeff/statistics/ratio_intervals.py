@@ -118,6 +118,20 @@ def confidence(own: Measured, controls: Sequence[Measured], seed: int) -> Confid
     return Confidence(float(low), float(high), bool(np.mean(own_S > threshold_S) >= LEVEL))
 
 
+def median_interval(values: NDArray[np.floating], seed: int = 0) -> tuple[float, float]:
+    """Return the central 95% bootstrap interval of the median of values, such as the KL ratios of all components.
+
+    Args:
+        values: The values, at least one. They may be infinite.
+        seed: Seed of the draws.
+    """
+    drawn = np.random.default_rng(seed).integers(len(values), size=(DRAWS, len(values)))
+    sorted_Sn = np.sort(values[drawn], axis=1)  # np.median and np.quantile give NaN for infinite values
+    medians_S = (sorted_Sn[:, (len(values) - 1) // 2] + sorted_Sn[:, len(values) // 2]) / 2
+    low, high = np.quantile(medians_S, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
+    return float(low), float(high)
+
+
 def rank_correlation(coefficients_n: NDArray[np.floating], kl_n: NDArray[np.floating]) -> float | None:
     """Compute Spearman's rank correlation over the examples that have both values.
 
