@@ -54,6 +54,7 @@ def config(path: Path, **sections: dict[str, Any]) -> RunConfig:
             "correlation_examples": 10,
             "orthogonalize": "semi",
             "ablation": True,
+            "joint_ablation": 3,
         },
         "report": {"top_examples": 2},
     }
@@ -203,6 +204,21 @@ def test_the_ablation_takes_the_parameters_own_part_out(run: RunDirectory, loade
         assert row["kl_ratio"] == pytest.approx(row["kl_top"] / row["kl_baseline"])
 
 
+def test_a_joint_ablation_removes_stored_directions_in_half_precision(run: RunDirectory, loaded: LoadedModel) -> None:
+    """With two components, a subset is empty or the other component: its stored direction, which is not projected."""
+    rows = table(run, "joint_ablation")
+    assert [(row["component"], row["draw"]) for row in rows] == [(k, draw) for k in FIRST for draw in (0, 1, 2, None)]
+    assert {len(row["removed"]) for row in rows} == {0, 1}
+    theta = dict(loaded.model.named_parameters())
+    for row in rows:
+        (other,) = set(FIRST) - {row["component"]}
+        read = direction(run, other)
+        squares = sum(float(tensor.double().square().sum()) for tensor in read.values())
+        along = sum(float((tensor.double() * theta[name].detach().double()).sum()) for name, tensor in read.items())
+        assert row["removed"] in ([], [other])
+        assert row["displacement"] == pytest.approx(abs(along) / squares**0.5 if row["removed"] else 0, rel=1e-4)
+
+
 def test_an_origin_at_the_model_itself_leaves_nothing_to_take_out(
     run: RunDirectory, loaded: LoadedModel, tmp_path: Path
 ) -> None:
@@ -316,6 +332,7 @@ def test_others_are_added_and_what_is_there_stays(run: RunDirectory, monkeypatch
         found = table(run, name)
         assert {row["component"] for row in found} == set(ALL)
         assert [row for row in found if row["component"] in FIRST] == rows
+    assert {row["component"] for row in table(run, "joint_ablation")} == set(ALL)
     assert all(row["lift_cosine"] > 0.9 for row in table(run, "components"))
 
 
@@ -326,7 +343,7 @@ def test_a_component_that_is_not_there_is_refused(run: RunDirectory, tmp_path: P
         again(run, lift={"dtype": "float32"})
     for section, message in (
         ("lift: {components: []}", "give at least one component to lift"),
-        ("verification: {ablation_origin: a.safetensors}", "ablation_origin needs ablation: true"),
+        ("verification: {ablation_origin: a.safetensors}", "ablation_origin needs ablation: true or joint_ablation"),
     ):
         file = tmp_path / "run.yaml"
         file.write_text(f"run_dir: x\ntask: {{name: digits}}\nfactorization: {{n_components: 4}}\n{section}\n")

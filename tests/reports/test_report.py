@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from npeff.query.errors import QueryError
 from npeff.reports.report import duration, number, percent, ratio, write_report
+from npeff.store.tables import rows_to_columns, write_table
 from places import place
 
 HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(2)>"""
@@ -84,6 +85,27 @@ def test_a_single_component_has_a_report(make_run: Callable) -> None:
     page = write_report(make_run(n_components=1).path).read_text(encoding="utf-8")
     assert page.count('<article class="card"') == 1
     assert "Nearest components" not in page
+
+
+def test_a_joint_ablation_has_a_section_if_there_is_one(make_run: Callable) -> None:
+    path = make_run(n_components=4).path
+    assert "Joint ablation" not in write_report(path).read_text(encoding="utf-8")
+    known = {"examples": "held_out", "n_removed": 1, "removed": [0], "displacement": 0.5, "overlap": 0.1}
+    known |= {"kl_removed_top": 0.5, "kl_removed_matched": 0.25, "kl_top": 0.1, "kl_matched": 0.02}
+    rows = [
+        {"component": 2, "draw": draw, "adversarial": draw is None, "kl_ratio_matched": ratio, "still_there": ratio > 4}
+        | known
+        | {"kl_ratio_unablated": 8.0, "kl_ratio_predicted": None, "examples_passed": 100}
+        for draw, ratio in [(0, 5.0), (1, 6.5), (2, 3.5), (None, 1.25)]
+    ]
+    write_table(
+        path / place("tables/joint_ablation.parquet"), "joint_ablation", rows_to_columns(rows, "joint_ablation")
+    )
+    page = write_report(path).read_text(encoding="utf-8")
+    section = page[page.index('<section id="joint-ablation"') :].partition("</section>")[0]
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", section)
+    assert cells == ["8.00", "5.00", "3.50", "1.25", "67%", "0.500", "0.250"]
+    assert set(re.findall(r'href="#([^"]*)"', section)) == {"component-2"}
 
 
 def test_text_examples_are_listed_as_text(make_run: Callable) -> None:

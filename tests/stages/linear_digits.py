@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-N = 600
+N, K = 600, 8
 
 
 class LinearDigits(Task, Examples):
@@ -37,7 +37,7 @@ class LinearDigits(Task, Examples):
         return self
 
     def logits(self, model: nn.Module, batch: Any) -> Tensor:
-        logits: Tensor = model(batch)
+        logits: Tensor = model(batch.to(next(model.parameters()).dtype))
         return logits
 
     def __len__(self) -> int:

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from npeff.models.predictions import kl_divergence
-from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory
 from npeff.stages.verify import headline
 from npeff.stages.verify.options import VerificationOptions, VerificationPaths
@@ -25,26 +24,9 @@ from npeff.store.component_store import open_factorization
 from npeff.store.direction_store import DirectionStore
 from npeff.store.fisher_store import FisherStore
 from npeff.store.tables import read_table
-
-K = 8
+from stages.linear_digits import K
 
 Row = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def lifted(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """A model that is linear in its parameters, in full coordinates."""
-    document = {
-        "run_dir": str(tmp_path_factory.mktemp("linear") / "run"),
-        "task": {"name": "stages.linear_digits:LinearDigits"},
-        "fishers": {"sketch": {"kind": "identity"}, "store_dtype": "float32"},
-        "factorization": {"n_components": K, "stability_examples": 0, "held_out_fraction": 0.5},
-        "executor": {"kind": "serial"},
-    }
-    run = RunDirectory.create(RunConfig.model_validate(document))
-    for stage in (npeff.compute_fishers, npeff.factorize, npeff.lift):
-        stage(run)
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from npeff.directions.arithmetic import (
     cosine,
     displacement,
+    gram,
     inner_product,
     orthogonalized,
     parameter_norm,
@@ -29,6 +30,7 @@ __all__ = [
     "diagonal_weights",
     "displacement",
     "fisher_weighted",
+    "gram",
     "inner_product",
     "lift_weights",
     "lifted_sketches",

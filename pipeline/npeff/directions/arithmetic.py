@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from npeff.gradients import ParameterLayout
@@ -63,6 +65,15 @@ def orthogonalized(direction: Mapping[str, Tensor], others: Sequence[Mapping[str
 def inner_product(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
     """Compute the inner product of two directions in float64, over the parameters that ``first`` contains."""
     return sum(float((first[name].double() * second[name].to(first[name]).double()).sum()) for name in first)
+
+
+def gram(first: Sequence[Mapping[str, Tensor]], second: Sequence[Mapping[str, Tensor]]) -> NDArray[np.float64]:
+    """Compute the inner products of directions in float64, (len(first), len(second))."""
+    total = torch.zeros(len(first), len(second), dtype=torch.float64)
+    for name in first[0]:
+        rows, columns = (torch.stack([each[name].flatten() for each in group]).double() for group in (first, second))
+        total += rows @ columns.T
+    return total.numpy()
 
 
 def parameter_norm(model: nn.Module, direction: Mapping[str, Tensor]) -> float:

@@ -24,6 +24,7 @@ from npeff.reports.charts import log_axis, loss_chart, ratio_chart
 from npeff.reports.comparison import Comparison, comparison
 from npeff.reports.selection_chart import selection_chart
 from npeff.reports.selectivity_chart import SIDE, selectivity_charts
+from npeff.statistics.joint_ablation import joint_ablations
 from npeff.statistics.verdict import LEAST_MATCHED, MOST_TRACE_RATIO, Verdict, scoreboard, verdicts
 from npeff.storage.atomic import write_file_atomically
 
@@ -122,6 +123,7 @@ def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
         "strip": log_axis(_ratios(found), 6, 194),
         "selectivity": selectivity_charts(store.table("selectivity")) if tables.has("selectivity") else [],
         "selectivity_side": SIDE,
+        "removals": joint_ablations(store.table("joint_ablation").to_pylist()) if tables.has("joint_ablation") else [],
         "comparison": _comparison(store),
         "stability": _stability(cards),
         "cards": cards,

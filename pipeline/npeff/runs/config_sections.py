@@ -329,14 +329,20 @@ class VerificationConfig(Section):
     is tested. The test then measures only the part that the other components do not share."""
     ablation: bool = False
     """Also remove the part of the parameters along every direction, and write the table ``ablation``."""
+    joint_ablation: CountOrZero = 0
+    """Number of random subsets of the other components that are removed together, to measure the effect of every
+    component again without them, in the table ``joint_ablation``. An adversarial subset is added. 0 skips this."""
     ablation_origin: str | None = None
-    """Safetensors file of the parameters that this part is measured from, such as those before fine-tuning. The default
-    origin is zero."""
+    """Safetensors file of the parameters that the removed part is measured from, such as those before fine-tuning. The
+    default origin is zero."""
 
     @model_validator(mode="after")
     def _check_ablation(self) -> Self:
-        if self.ablation_origin is not None and not self.ablation:
-            raise ValueError("ablation_origin needs ablation: true; add this key, or remove ablation_origin")
+        if self.ablation_origin is not None and not self.ablation and not self.joint_ablation:
+            raise ValueError(
+                "ablation_origin needs ablation: true or joint_ablation; add one of these keys, or remove "
+                "ablation_origin"
+            )
         return self
 
 

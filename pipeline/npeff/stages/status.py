@@ -69,9 +69,9 @@ def factorizations(run: RunDirectory) -> list[FactorizationStatus]:
 
 def outcome(run: RunDirectory, command: str) -> list[str]:
     """Return the lines printed after a finished run: a next command (``command`` is ``npeff``), and the results."""
-    scores = (recorded(run, VERIFY) or {}).get("scores", [])
+    verified = recorded(run, VERIFY) or {}
     return [
         f"report: {run.report}",
         f"query it: {command} query {run.argument} top --component 0",
-        *headline(scores),
+        *headline(verified.get("scores", []), verified.get("joint_ablation")),
     ]

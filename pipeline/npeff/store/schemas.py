@@ -21,6 +21,7 @@ _TYPES = {
     "bool": pa.bool_(),
     "bytes": pa.binary(),
     "float32s": pa.list_(pa.float32()),
+    "ints": pa.list_(pa.int64()),
 }
 
 
@@ -89,6 +90,12 @@ SCHEMAS: dict[str, pa.Schema] = {
         "accuracy_top_before:float? accuracy_top_after:float? "
         "accuracy_baseline_before:float? accuracy_baseline_after:float?"
     ),
+    "joint_ablation": _schema(
+        "component:int examples:str draw:int? adversarial:bool n_removed:int removed:ints displacement:float "
+        "overlap:float kl_removed_top:float? kl_removed_matched:float? kl_top:float? kl_matched:float? "
+        "kl_ratio_matched:float? kl_ratio_unablated:float? kl_ratio_predicted:float? still_there:bool? "
+        "examples_passed:int"
+    ),
     "position_shares": _schema("component:int example:int position:int start:int? stop:int? token:str? share:float"),
     "repair": _schema("component:int n_top:int n_wrong:int odds_ratio:float p_value:float q_value:float"),
     "repair_steps": _schema(
@@ -155,6 +162,14 @@ selectivity: mean KL divergence on the first top examples of `component` for the
 ablation: columns of `verification`, with random baseline examples also for the controls, for the step that removes the
     part of the parameters along a direction. The step has length `displacement`, and so have the steps of the controls.
     One row per (component, examples), if requested.
+joint_ablation: the step of the verification for the informative sign, after the part of the parameters in the span of
+    the directions of other components is removed. One row per component and random subset (`draw` from 0), and one for
+    the adversarial subset (`draw` is null), if requested and predictable. `removed` are the components of the subset,
+    `displacement` is the length of the removed part, and `overlap` that of the projection of the component's direction
+    onto the span. `kl_removed` are the KL divergences of the removal itself; `kl` and `kl_ratio_matched` are those of
+    the step after it, and `kl_ratio_unablated` is the ratio without a removal. `kl_ratio_predicted` is the ratio after
+    the removal on fitted examples, predicted from the sketches. A value is null if the step does not reach its target,
+    if logits after the removal are not finite, or if there is no matched baseline.
 position_shares: the evidence ‖A_i ĝ_j‖² of a top example for a direction, split over the tokens of the example.
     `share` is a fraction of the evidence and may be negative; the rest to 1 belongs to layers without positions.
     `start` and `stop` are characters of the example's text, null for a token that is not in the text.

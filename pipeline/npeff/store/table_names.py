@@ -18,6 +18,7 @@ WRITTEN_BY = {
     "example_shifts": "verify",
     "selectivity": "verify",
     "ablation": "verify",
+    "joint_ablation": "verify",
     "position_shares": "attribute",
     "repair": "repair",
     "repair_steps": "repair",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from npeff.runs.definition import StageDefinition, Summary, units_by_component
 from npeff.stages.lift import LIFT
+
+if TYPE_CHECKING:
+    from npeff.runs.config import RunConfig
 
 
 def score_line(score: dict[str, Any]) -> str:
@@ -24,13 +27,30 @@ def score_line(score: dict[str, Any]) -> str:
     )
 
 
-def headline(scores: Sequence[dict[str, Any]]) -> list[str]:
+def joint_ablation_line(found: dict[str, Any]) -> str:
+    """Return a line that summarizes the joint ablation, from its summary in the record of the stage."""
+    if not found["n"]:
+        return "joint ablation: no component has a matched baseline and another component to remove"
+    adversarial = found["share_adversarial_still_there"]
+    return (
+        f"{found['examples'].replace('_', '-')} examples, joint ablation: the effect is still there after "
+        f"{found['median_share_still_there']:.0%} of {found['n_draws']} random subsets (median over {found['n']} "
+        f"components; KL ratio {found['median_kl_ratio_unablated']:.2f} before and {found['median_kl_ratio']:.2f} "
+        f"after, KL of the removal itself {found['median_kl_removed_top']:.2g}), for "
+        f"{found['share_worst_still_there']:.0%} of the components after all of them"
+        + ("" if adversarial is None else f", and for {adversarial:.0%} after an adversarial subset")
+    )
+
+
+def headline(scores: Sequence[dict[str, Any]], joint_ablation: dict[str, Any] | None = None) -> list[str]:
     """Return the lines that explain the result of the verification, the most important number last.
 
     Args:
         scores: The summaries in the record of the stage, those of held-out examples first.
+        joint_ablation: The summary of the joint ablation, if there was one.
     """
-    lines = [score_line(score) for score in reversed(scores)]
+    lines = [] if joint_ablation is None else [joint_ablation_line(joint_ablation)]
+    lines += [score_line(score) for score in reversed(scores)]
     first = next(iter(scores), None)
     if first is None or first["sign"] is not None or first["median_kl_ratio"] is None:
         return lines
@@ -44,6 +64,12 @@ def headline(scores: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _settings(config: RunConfig) -> Any:
+    """Return the settings of the verification, without the joint ablation that earlier versions did not have."""
+    exclude = set() if config.verification.joint_ablation else {"joint_ablation"}
+    return config.verification.model_dump(mode="json", exclude=exclude)
+
+
 def _details(record: Summary) -> str:
     return "; ".join(score_line(score) for score in record["scores"] if score["examples"] == "held_out")
 
@@ -54,9 +80,9 @@ VERIFY = StageDefinition(
     function="npeff.stages.verify.stage:verify",
     after=LIFT,
     added=("prediction_shifts", "example_shifts"),
-    optional={"ablation": "verification.ablation"},
+    optional={"ablation": "verification.ablation", "joint_ablation": "verification.joint_ablation"},
     parts="npeff.stages.verify.parts:verify_parts",
     units=lambda run: units_by_component(run, "verify", "components"),
     details=_details,
-    settings=lambda config: config.verification.model_dump(mode="json"),
+    settings=_settings,
 )

@@ -74,11 +74,14 @@ class VerificationOptions:
     """Components that have a direction; all components if None."""
     semi_orthogonal: bool = False
     ablation: bool = False
+    joint_ablation: int = 0
+    """Number of random subsets of the other components that are removed; 0 skips the joint ablation."""
     origin: Path | None = None
     """File of the parameters from which displacements are measured; zero if None."""
 
     @property
     def joined_tables(self) -> list[str]:
         """The tables that are written besides `verification`."""
-        tables = ["prediction_shifts", "example_shifts", "selectivity"]
-        return [*tables, "ablation"] if self.ablation else tables
+        optional = {"ablation": self.ablation, "joint_ablation": self.joint_ablation > 0}
+        wanted = [table for table, is_wanted in optional.items() if is_wanted]
+        return ["prediction_shifts", "example_shifts", "selectivity", *wanted]

@@ -18,6 +18,7 @@ from npeff.stages.verify import VERIFY
 from npeff.stages.verify.options import VerificationOptions, VerificationPaths
 from npeff.stages.verify.worker import VerificationWorker
 from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
+from npeff.statistics.joint_ablation import joint_ablations, summary
 from npeff.statistics.verdict import scoreboard, verdicts
 from npeff.storage.atomic import is_committed
 from npeff.storage.location import absolute_location
@@ -48,13 +49,14 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
             component: read_table(path, "verification").to_pylist() for component, path in finished(results).items()
         }
         paths = VerificationPaths.of(run, results, checksums=direction_checksums(run), lineage=stage.lineage)
+        options = _options(run, components)
         # an earlier version of the program measured something else, or less
         verified = {
             component: rows
             for component, rows in stored.items()
-            if not _of_earlier_version(rows) and is_committed(paths.file("example_shifts", component))
+            if not _of_earlier_version(rows)
+            and all(is_committed(paths.file(table, component)) for table in options.joined_tables)
         }
-        options = _options(run, components)
         worker = worker_spec(
             run,
             VerificationWorker,
@@ -77,14 +79,15 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         for score in scores:
             if score.failure is not None:
                 progress.say(f"warning: the components fail the verification: {score.failure}")
-        summary = {
+        facts = {
             "n_components": len(verified),
             "components": sorted(verified),
             "scores": [score.to_json() for score in scores],
             **_passes(rows, len(verified)),
             **_prediction_errors(rows, joined["selectivity"].to_pylist()),
+            **_joint_ablation(joined.get("joint_ablation"), rows),
         }
-        return stage.complete(summary | {"units": unit_checksums(run, VERIFY, sorted(verified))})
+        return stage.complete(facts | {"units": unit_checksums(run, VERIFY, sorted(verified))})
 
 
 def _options(run: RunDirectory, components: list[int]) -> VerificationOptions:
@@ -103,6 +106,7 @@ def _options(run: RunDirectory, components: list[int]) -> VerificationOptions:
         lifted=components,
         semi_orthogonal=wanted.orthogonalize == "semi",
         ablation=wanted.ablation,
+        joint_ablation=wanted.joint_ablation,
         origin=None if origin is None else absolute_location(Path(origin)),
     )
 
@@ -124,6 +128,16 @@ def _passes(rows: list[dict[str, Any]], n_components: int) -> Summary:
     """Return the number of examples that were passed through the model, as a fact of the record."""
     total = sum(row["examples_passed"] or 0 for row in rows)
     return {"examples_passed": total, "examples_passed_per_component": round(total / max(1, n_components))}
+
+
+def _joint_ablation(table: pa.Table | None, rows: list[dict[str, Any]]) -> Summary:
+    """Return the summary of the table `joint_ablation`, if there is one, as a fact of the record."""
+    if table is None:
+        return {}
+    removals = table.to_pylist()
+    split = next((row["examples"] for row in removals), None)
+    matched = {row["component"] for row in rows if row["matched"] and row["examples"] == split}
+    return {"joint_ablation": {"examples": split, **summary(joint_ablations(removals), matched)}}
 
 
 def _prediction_errors(rows: list[dict[str, Any]], selectivity: list[dict[str, Any]]) -> Summary:

@@ -134,6 +134,27 @@ class Steps:
         mean = float(np.nanmean(kl.of(groups.top)))
         return Tested(StepSize(abs(step), mean, math.isfinite(mean)), None, kl, before, after, {}, None)
 
+    def after_removal(
+        self, removed: Direction, own: Probe, step: float | None, groups: Groups, before: Answers
+    ) -> tuple[Effects, Effects | None]:
+        """Remove a part of the parameters, and then take a step along a component's direction.
+
+        Args:
+            removed: The part that is subtracted from the parameters.
+            own: The direction.
+            step: The step, with its sign; None for no step.
+            groups: The examples, of which the top examples and their matched baseline are measured.
+            before: The predictions of the unmoved model.
+
+        Returns:
+            The KL divergences of the removal, and those of the step after the removal.
+        """
+        parts = groups.parts[:2]
+        with moved(self._module, removed, -1.0):
+            after = self._model.answers(parts)
+            found = None if step is None else self.measured_kl(own.direction, step, after, parts)
+        return _kl(before, after), found
+
     def informative_sign(self, own: Probe, top: NDArray[np.int64]) -> int:
         """Return the sign of the step that lowers the mean log p of the predicted classes on distinct examples.
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from npeff.directions import displacement, orthogonalized
 from npeff.models.loaded import ModelSpec
 from npeff.stages.verify.examples import SPLITS, Answers, Candidates, Effects, Groups, Model, Predicted, distinct
+from npeff.stages.verify.joint_ablation import JointRemovals
 from npeff.stages.verify.options import VerificationOptions, VerificationPaths
 from npeff.stages.verify.rows import ablation_row, verification_row
 from npeff.stages.verify.shift_rows import NO_SHIFTS, ShiftRows
@@ -97,6 +98,10 @@ class VerificationWorker:
         checked = np.random.default_rng(self._seed(0, "checked")).permutation(self._lifted)[:N_CHECKED]
         self._checked = set(checked.tolist()) if self._predict else set()
         self._origin = None if options.origin is None else self._read_origin(options.origin)
+        module, layout = self._loaded.model, self._loaded.layout
+        self._removals = JointRemovals(
+            module, self._steps, self._sketches, layout, self._lifted, self._direction, self._origin
+        )
 
     def verify(self, component: int) -> list[dict[str, Any]]:
         """Verify a component.
@@ -147,10 +152,11 @@ class VerificationWorker:
         passed = self._model.n_passed - (0 if tables["verification"] else tested.n_passed)
         before = self._steps.unmoved(groups)
         place = {"component": component, "examples": split, "other_component": tested.other}
-        rows, result = dict[int, Row](), None
+        rows, results = dict[int, Row](), dict[int, Tested]()
         for sign in (tested.sign, -tested.sign):
             check = sign == tested.sign and component in self._checked
-            result = self._steps.test(own, sign, groups, before, tested.controls, check, informative=result)
+            informative = results.get(tested.sign)
+            result = self._steps.test(own, sign, groups, before, tested.controls, check, informative=informative)
             row = verification_row(result, groups, self._candidates, sign == tested.sign, seed)
             row |= place | {"sign": sign, "kl_correlation": None}
             where = {"component": component, "examples": split, "sign": sign}
@@ -161,13 +167,19 @@ class VerificationWorker:
                 moved = {"moved": component, "examples": split, "sign": sign}
                 tables["selectivity"] += [moved | found for found in self._selectivity(kl, checked)]
             row["examples_passed"] = self._model.n_passed - passed
-            passed, rows[sign] = self._model.n_passed, row
+            passed, rows[sign], results[sign] = self._model.n_passed, row, result
         tables["verification"] += [rows[1], rows[-1]]
         if self._options.ablation:
             along = displacement(self._loaded.model, own.direction, self._origin)
             probes = {"own": own, **tested.controls}
             effects = {name: self._steps.ablated(probe, -along, groups, before) for name, probe in probes.items()}
             tables["ablation"].append(place | ablation_row(effects, along, groups, self._candidates, seed))
+        if self._options.joint_ablation and split == self._monitored.split:
+            informative, draws = results[tested.sign], self._seed(component, "joint ablation")
+            step, n_draws = tested.sign * informative.step.epsilon, self._options.joint_ablation
+            tables["joint_ablation"] += self._removals.rows(
+                component, own, step, informative, tested.groups, split, n_draws, draws
+            )
 
     def _add_shifts(
         self, result: Tested, groups: Groups, where: Row, informative: bool, tables: dict[str, list[Row]]
