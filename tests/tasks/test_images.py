@@ -61,6 +61,13 @@ def png(width: int, depth: int, color: int, row: bytes, *chunks: tuple[bytes, by
     return b"\x89PNG\r\n\x1a\n" + b"".join(made)
 
 
+def tiff(bits: int, photometric: int, sample_format: int, row: bytes, width: int) -> bytes:
+    """A TIFF file of one row of gray values, from its tags and the bytes of the row."""
+    tags = {256: width, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1, 279: len(row)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in (tags | {339: sample_format}).items())
+    return b"II*\0" + struct.pack("<I", 8 + len(row)) + row + struct.pack("<H", len(tags) + 1) + entries + bytes(4)
+
+
 def half(data: bytes) -> bytes:
     return data[: len(data) // 2]
 
@@ -83,6 +90,9 @@ RIGHT: dict[str, tuple[Callable[[], bytes], Channels, Any]] = {
     "2 bits": (lambda: png(4, 2, 0, b"\x1b"), "L", [0, 85, 170, 255]),
     "16 bits in a PNG": (lambda: saved(Image.fromarray(DEEP), "PNG"), "L", SHALLOW),
     "16 bits in a TIFF": (lambda: saved(Image.fromarray(DEEP), "TIFF"), "L", SHALLOW),
+    "16 bits in a TIFF, zero is white": (lambda: tiff(16, 0, 1, DEEP.tobytes(), 4), "L", [255 - v for v in SHALLOW]),
+    "12 bits in a TIFF": (lambda: tiff(12, 1, 1, b"\x00\x0f\xff\x80\x00\x00", 4), "L", [0, 255, 128, 0]),
+    "8 bits in a TIFF, zero is white": (lambda: tiff(8, 0, 1, b"\0\x64\xff\x9c", 4), "L", [255, 155, 0, 99]),
     "16 bits in a PGM": (lambda: saved(Image.fromarray(DEEP), "PPM"), "L", SHALLOW),
     "10 bits in a PGM": (lambda: b"P5\n2 1\n1023\n\0\0\3\xff", "L", [0, 255]),
     "16 bits for a color model": (lambda: saved(Image.fromarray(DEEP), "PNG"), "RGB", [(v, v, v) for v in SHALLOW]),
@@ -95,6 +105,9 @@ RIGHT: dict[str, tuple[Callable[[], bytes], Channels, Any]] = {
     "gray and alpha": (lambda: saved(image("LA", (9, 255), (9, 0)), "PNG"), "L", [9, 255]),
     "a transparent color": (lambda: saved(image("RGB", (1, 2, 3)), "PNG", transparency=(1, 2, 3)), "RGB", [WHITE]),
     "a transparent gray": (lambda: saved(image("L", 0, 7), "PNG", transparency=7), "L", [0, 255]),
+    "a transparent gray of 2 bits": (lambda: png(4, 2, 0, b"\x1b", (b"tRNS", b"\0\1")), "L", [0, 255, 170, 255]),
+    "a transparent gray of 4 bits": (lambda: png(2, 4, 0, b"\x80", (b"tRNS", b"\0\x08")), "L", [255, 0]),
+    "a transparent gray of 1 bit": (lambda: png(2, 1, 0, b"\x40", (b"tRNS", b"\0\0")), "L", [255, 255]),
     "palette": (lambda: saved(palette(), "PNG"), "RGB", [(1, 2, 3), (4, 5, 6)]),
     "palette with transparency": (lambda: saved(palette(), "PNG", transparency=0), "RGB", [WHITE, (4, 5, 6)]),
     "GIF": (lambda: saved(palette(), "GIF"), "RGB", [(1, 2, 3), (4, 5, 6)]),
@@ -127,6 +140,11 @@ def test_a_photo_with_previews_is_its_first_image(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "32 bits": (lambda: saved(Image.fromarray(DEEP.astype(np.int32)), "TIFF"), "its values are integers of 32 bits"),
     "floats": (lambda: saved(Image.fromarray(DEEP.astype(np.float32)), "TIFF"), "its values are floating-point"),
+    "values with a sign": (lambda: tiff(8, 1, 2, b"\0\xff", 2), "its values have a sign"),
+    "a transparent color of 48 bits": (
+        lambda: png(1, 16, 2, b"\x80\0\xff\xff\x10\0", (b"tRNS", b"\x80\0\xff\xff\x10\0")),
+        "its transparent color has 48 bits",
+    ),
     "an animated GIF": (lambda: frames("GIF"), "it has several frames or pages"),
     "an animated PNG": (lambda: frames("PNG"), "it has several frames or pages"),
     "an animated WebP": (lambda: frames("WEBP"), "it has several frames or pages"),

@@ -18,6 +18,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Formats that are read. Pillow starts another program for some other formats, such as EPS."""
 _MOST_PIXELS = 89_478_485
 """Largest image, the size above which Pillow warns of a decompression bomb."""
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+"""Tags of a TIFF file."""
 _OTHERS = "or exclude the row with filter"
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # such images are refused here
@@ -47,7 +49,8 @@ def read_image(file: Any, folder: Path, channels: Channels, longest_side: int | 
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else _path(file, folder), formats=FORMATS) as image:
             _check(image)
-            has_16_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+            white = _white(image)
+            _scale_transparent_gray(image)
             if longest_side is not None:  # a JPEG is read faster at a reduced size
                 image.draft(None, (2 * longest_side, 2 * longest_side))
             upright = ImageOps.exif_transpose(image)
@@ -61,7 +64,7 @@ def read_image(file: Any, folder: Path, channels: Channels, longest_side: int | 
         no_format = isinstance(error, UnidentifiedImageError)  # its message contains an address in memory
         problem = "cannot identify image file" if no_format else as_one_line(error, 200)
         raise ImageError(problem, f"give an intact file, one of {', '.join(FORMATS)}, {_OTHERS}") from None
-    found = _in_channels(_from_16_bits(upright) if has_16_bits else upright, channels)
+    found = _in_channels(upright if white is None else _in_8_bits(upright, white), channels)
     if longest_side is not None:
         found.thumbnail((longest_side, longest_side))
     return found
@@ -84,6 +87,40 @@ def _check(image: Image.Image) -> None:
         raise ImageError(problem, f"reduce it, {_OTHERS}")
     if getattr(image, "is_animated", False) and image.format != "MPO":  # an MPO file is a photo with previews
         raise ImageError("it has several frames or pages", f"store a single one, {_OTHERS}")
+    if image.mode not in ("I", "F") and not {*_tags(image).get(_SAMPLE_FORMAT, ())} <= {1, 4}:
+        raise ImageError("its values have a sign", f"convert them to values without a sign, {_OTHERS}")
+    if _raw_mode(image) == "RGB;16B" and "transparency" in image.info:
+        raise ImageError("its transparent color has 48 bits", f"convert it to 8 bits, {_OTHERS}")
+
+
+def _tags(image: Any) -> Mapping[int, Any]:
+    """Return the tags of a TIFF file."""
+    tags: Mapping[int, Any] = image.tag_v2 if image.format == "TIFF" else {}
+    return tags
+
+
+def _raw_mode(image: Any) -> str:
+    """Return how the pixels are stored in a PNG file, such as ``L;4`` for gray values of 4 bits."""
+    return str(image.tile[0][3]) if image.format == "PNG" and image.tile else ""
+
+
+def _white(image: Image.Image) -> int | None:
+    """Return the value of white in an image with more than 8 bits per gray value; None for other images.
+
+    The value is negative if it is zero that is white.
+    """
+    if image.format == "TIFF" and image.mode.startswith("I;16"):
+        white = (1 << int(_tags(image)[_BITS][0])) - 1
+        return -white if _tags(image).get(_PHOTOMETRIC) == 0 else white
+    has_16_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    return 65535 if has_16_bits else None
+
+
+def _scale_transparent_gray(image: Image.Image) -> None:
+    """Scale the transparent gray value of a PNG file with 2 or 4 bits. Pillow scales only the pixels."""
+    factor = {"L;2": 85, "L;4": 17}.get(_raw_mode(image), 1)
+    if factor > 1 and "transparency" in image.info:
+        image.info["transparency"] *= factor
 
 
 def _in_channels(image: Image.Image, channels: Channels) -> Image.Image:
@@ -97,10 +134,11 @@ def _in_channels(image: Image.Image, channels: Channels) -> Image.Image:
     return image.convert(channels)
 
 
-def _from_16_bits(image: Image.Image) -> Image.Image:
-    """Scale gray values from 0 … 65535 to 0 … 255. Pillow itself cuts them off at 255."""
-    values = np.asarray(image).astype(np.uint32)
-    scaled = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+def _in_8_bits(image: Image.Image, white: int) -> Image.Image:
+    """Scale gray values from 0 … `white` to 0 … 255, and invert them if `white` is negative (see `_white`)."""
+    values, most = np.asarray(image).astype(np.uint32), abs(white)
+    scaled = ((values * 255 + most // 2) // most).astype(np.uint8)
+    made = Image.fromarray(scaled if white > 0 else 255 - scaled)
     if isinstance(transparent := image.info.get("transparency"), int):
-        scaled.paste(255, mask=Image.fromarray(values == transparent))
-    return scaled
+        made.paste(255, mask=Image.fromarray(values == transparent))
+    return made
