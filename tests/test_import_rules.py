@@ -28,7 +28,8 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "directions": (TENSORS, {"gradients", "fisher"}),
     "verification": (TENSORS | {"scipy"}, {"directions", "statistics"}),
     "tasks": (
-        TENSORS | {"transformers", "sklearn", "pyarrow", "safetensors", "PIL", "datasets", "peft", "tracr"},
+        TENSORS
+        | {"transformers", "sklearn", "pyarrow", "safetensors", "PIL", "datasets", "peft", "tokenizers", "tracr"},
         {"errors"},
     ),
     "storage": ({"numpy", "zarr", "zarrs", "obstore"}, {"errors"}),

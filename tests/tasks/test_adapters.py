@@ -19,6 +19,7 @@ import tiny
 import transformers
 from npeff.tasks.huggingface.adapters import SUPPORTED
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, LlamaConfig, T5Config, ViTConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -194,8 +195,12 @@ QUICK = [("LORA", name) for name in FAMILIES] + [
     [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in COMBINATIONS],
 )
 def test_the_logits_with_an_adapter_are_those_of_peft(kind: str, name: str, folder: Path, tmp_path: Path) -> None:
-    family, adapter = FAMILIES[name], tmp_path / "adapter"
-    save_adapter(family, folder / name, adapter, kind)
+    check_logits(name, kind, folder, tmp_path / "adapter")
+
+
+def check_logits(name: str, kind: str, folder: Path, adapter: Path, **options: Any) -> None:
+    family = FAMILIES[name]
+    save_adapter(family, folder / name, adapter, kind, **options)
     loaded = tiny.load(name, folder / name, folder / "data.parquet", **family.options, adapter=str(adapter))
     base = getattr(transformers, family.factory).from_pretrained(folder / name).eval()
     with torch.no_grad():
@@ -206,6 +211,64 @@ def test_the_logits_with_an_adapter_are_those_of_peft(kind: str, name: str, fold
     for row, logits in zip(after, found, strict=True):
         torch.testing.assert_close(logits, row, rtol=1e-4, atol=1e-5)
     assert not all(torch.allclose(*pair, atol=1e-4) for pair in zip(before, after, strict=True)), "nothing to compare"
+
+
+VARIANTS = [
+    ("sequence-classification", {"bias": "all"}),  # whose file has the bias of the classifier twice
+    ("causal-lm", {"use_dora": True, "use_rslora": True}),
+    ("causal-lm", {"init_lora_weights": "pissa"}),
+    ("causal-lm", {"layer_replication": [(0, 1), (0, 1)]}),
+    ("seq2seq-lm", {"modules_to_save": ["shared"], "lora_bias": True}),
+    ("causal-lm", {"trainable_token_indices": {"embed_tokens": [4, 6], "lm_head": [5]}}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
+def test_the_logits_with_a_variant_of_lora_are_those_of_peft(
+    name: str, options: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    check_logits(name, "LORA", folder, tmp_path / "adapter", **options)
+
+
+SHARING = ["ADAPTION_PROMPT", "LORA", "SHIRA", "TINYLORA", "VBLORA", "VERA"]
+"""Kinds of which PEFT does not report some missing weights, and one of which it reports all."""
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in SHARING else pytest.mark.slow) for kind in CHANGE_LAYERS]
+)
+def test_an_adapter_that_lacks_a_weight_is_refused(kind: str, folder: Path, tmp_path: Path) -> None:
+    save_adapter(FAMILIES["causal-lm"], folder / "causal-lm", tmp_path, kind)
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    assert weights
+    for lacking in weights if len(weights) > 1 else ():
+        save_file({name: value for name, value in weights.items() if name != lacking}, file)
+        check_refused(folder, "causal-lm", tmp_path, "use a complete adapter, and the model that it was trained on")
+
+
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
+def test_a_setting_that_peft_would_ignore_is_refused(folder: Path, tmp_path: Path) -> None:
+    save_adapter(FAMILIES["causal-lm"], folder / "causal-lm", tmp_path, "LORA")
+    file = tmp_path / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"new_scale": 7.0, "peft_version": "99.0"}))
+    said = "has settings that the installed peft does not know, new_scale: install peft 99.0, or delete them from"
+    check_refused(folder, "causal-lm", tmp_path, said)
+    file.write_text(json.dumps(settings | {"new_scale": None, "use_new": False}))
+    options = {**FAMILIES["causal-lm"].options, "adapter": str(tmp_path)}
+    tiny.load("causal-lm", folder / "causal-lm", folder / "data.parquet", **options)
+
+
+@pytest.mark.parametrize("files", ["the adapter only", "the model too"])
+def test_a_model_that_is_or_contains_an_adapter_is_refused(files: str, folder: Path, tmp_path: Path) -> None:
+    """The library would load the adapter without any of the checks."""
+    save_adapter(FAMILIES["causal-lm"], folder / "causal-lm", tmp_path, "LORA")
+    for file in (folder / "causal-lm").iterdir():
+        if files == "the model too" or file.name.startswith("tokenizer"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(TaskError, match="contains a PEFT adapter: set model to the model without it, and adapter to"):
+        tiny.load("causal-lm", tmp_path, folder / "data.parquet", **FAMILIES["causal-lm"].options)
 
 
 VIRTUAL = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"}
@@ -237,6 +300,7 @@ def test_a_kind_that_is_unknown_is_refused_by_name(
     ("kind", "options", "said"),
     [
         ("LORA", {"alora_invocation_tokens": [4]}, "LORA with alora_invocation_tokens, which is active only after"),
+        ("LORA", {"init_lora_weights": "pissa_niter_4"}, "init_lora_weights pissa_niter_4, which changes the model at"),
         ("PVERA", {"sample_at_inference": True}, "PVERA with sample_at_inference, which gives random logits"),
     ],
 )

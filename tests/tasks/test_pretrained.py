@@ -131,6 +131,26 @@ def test_weights_that_were_never_trained_are_refused(encoder: Path, data: str, t
         load(encoder, data, adapter=str(tmp_path / "adapter"), label_names=["a", "b", "c"])
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Lora", {"target_modules": ["query", "classifier"]}),
+        ("Lora", {"target_modules": "all-linear", "bias": "all"}),
+        ("IA3", {"target_modules": ["query", "classifier"], "feedforward_modules": []}),
+        ("OSF", {"target_modules": ["query", "classifier"]}),
+    ],
+)
+def test_a_classifier_that_was_never_trained_is_refused_under_an_adapter_too(
+    kind: str, options: dict[str, Any], encoder: Path, data: str, tmp_path: Path
+) -> None:
+    """The adapter adds weights to the classifier, or changes it, but does not replace it."""
+    peft = pytest.importorskip("peft", reason="needs pip install peft")
+    config = getattr(peft, f"{kind}Config")(**options)
+    peft.get_peft_model(AutoModelForSequenceClassification.from_pretrained(encoder), config).save_pretrained(tmp_path)
+    with pytest.raises(TaskError, match=r"has no weights classifier\.bias, classifier\.weight: it is not trained for"):
+        load(encoder, data, adapter=str(tmp_path), label_names=["a", "b"])
+
+
 def test_precision_and_attention_are_the_ones_asked_for(model: Path, data: str) -> None:
     plain, half = load(model, data), load(model, data, dtype="bfloat16", attention="eager")
     assert {parameter.dtype for parameter in plain.model.parameters()} == {torch.float32}

@@ -111,28 +111,6 @@ _MOST_SPECIAL = 1000
 """Larger vocabularies are not those of a missing tokenizer: it has at most some languages and sentinels."""
 
 
-def check_known(n_known: int, n_unknown: int, options: PretrainedOptions) -> None:
-    """Check that the tokenizer knows at least half of the tokens of a data set.
-
-    A single text, in emoji or in another script, may be unknown. If more than half of a whole data set is unknown, the
-    results would describe the unknown token.
-
-    Args:
-        n_known: Number of known tokens. The tokens that the tokenizer puts around every text do not count.
-        n_unknown: Number of unknown tokens.
-        options: Options of the model.
-
-    Raises:
-        TaskError: More than half of the tokens are unknown.
-    """
-    if n_unknown > n_known:
-        raise TaskError(
-            f"{options.data}: the tokenizer of {options.processor or options.model!r} does not know {n_unknown} of the "
-            f"{n_known + n_unknown} tokens of the texts: set processor to the tokenizer of the model, or choose other "
-            "columns"
-        )
-
-
 def _usable(table: nn.Embedding) -> int:
     """Return the number of positions of a table, whose first entries some models (RoBERTa, BART) do not use."""
     unused = getattr(table, "offset", 0) if table.padding_idx is None else table.padding_idx + 1

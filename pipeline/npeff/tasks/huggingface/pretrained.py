@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.activations import AccurateGELUActivation, FastGELUActivation, GELUTanh, NewGELUActivation
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from npeff.errors import as_one_line
 from npeff.tasks.base import Task, TaskError
@@ -20,6 +21,8 @@ from npeff.tasks.tables import TableOptions, distinct_names
 DType = Literal["float32", "float16", "bfloat16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 _PROCESSOR = "set processor to the folder or hub id of the tokenizer or image processor of the model"
+_REPLACED = "original_module"
+"""Module that PEFT keeps of a layer whose place another one takes."""
 _TYPES = {"image_processor_type", "feature_extractor_type", "processor_class", "auto_map"}
 """Entries in the file of an image processor that are not settings."""
 
@@ -54,11 +57,18 @@ class PretrainedOptions(TableOptions):
 
     def config(self) -> Any:
         """Return the configuration of the model."""
+        self._check_no_adapter()
         return self._from_pretrained(AutoConfig, self.model, revision=self.revision)
 
     def tokenizer(self, **options: Any) -> Any:
         """Return the tokenizer without its length limit. The tasks truncate at ``max_length``."""
-        return self._load_processor(AutoTokenizer, **options)
+        tokenizer = self._load_processor(AutoTokenizer, **options)
+        model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+        if (
+            model is not None and getattr(model, "dropout", None) is not None
+        ):  # BPE dropout, a random choice of tokens for training
+            model.dropout = None
+        return tokenizer
 
     def image_processor(self) -> Any:
         """Return the image processor.
@@ -84,6 +94,7 @@ class PretrainedOptions(TableOptions):
         Raises:
             TaskError: The model cannot be loaded, or has no weights for this task.
         """
+        self._check_no_adapter()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # weights that an adapter replaces are random, and must be equal in all workers
             model, loading = self._from_pretrained(
@@ -99,11 +110,10 @@ class PretrainedOptions(TableOptions):
             if pad_token_id is not None:
                 text_config.pad_token_id = pad_token_id
             _disable_cache(model)
-            missing = set(loading["missing_keys"]) & {name for name, _ in model.named_parameters()}
+            random = {name: value for name, value in model.named_parameters() if name in loading["missing_keys"]}
             if self.adapter is not None:
                 model = with_adapter(model, self.adapter, self.model)
-                replaced = {name for name, _ in model.named_parameters()}
-                missing = {name for name in missing if f"base_model.model.{name}" in replaced}
+            missing = [name for name, value in random.items() if _is_used(value, model)]
         if missing:
             raise TaskError(
                 f"{self.model!r} has no weights {', '.join(sorted(missing)[:3])}: it is not trained for this task; "
@@ -118,6 +128,18 @@ class PretrainedOptions(TableOptions):
         if self.adapter is None or label_names is None:
             return self.load(factory, pad_token_id)
         return self.load(factory, pad_token_id, num_labels=len(label_names))
+
+    def _check_no_adapter(self) -> None:
+        """Raise TaskError if the model is an adapter, or has one, which the library would load without any check."""
+        try:
+            found = find_adapter_config_file(self.model, revision=self.revision)
+        except Exception:  # no such model: loading it says so
+            return
+        if found is not None:
+            raise TaskError(
+                f"{self.model!r} contains a PEFT adapter",
+                "set model to the model without it, and adapter to the folder or hub id of the adapter",
+            )
 
     def _processor_source(self) -> tuple[str, str | None]:
         """Return the source of the tokenizer or image processor, and its revision."""
@@ -138,6 +160,11 @@ class PretrainedOptions(TableOptions):
             raise
         except Exception as error:  # the library, its parsers and the code of a model raise any exception
             raise TaskError(f"cannot load {source!r}: {as_one_line(error)}") from None
+
+
+def _is_used(parameter: nn.Parameter, model: nn.Module) -> bool:
+    """Return whether a parameter of the model is part of the model with its adapter, and not replaced by it."""
+    return any(value is parameter and _REPLACED not in name.split(".") for name, value in model.named_parameters())
 
 
 def _disable_cache(model: nn.Module) -> None:

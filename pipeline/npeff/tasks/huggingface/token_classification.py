@@ -70,7 +70,7 @@ class _Words(Examples):
             ids,
             self._words,
             limits=Limits.of(options, AutoModelForTokenClassification),
-            note=lambda _, encoding: _first_tokens(encoding.word_ids),
+            note=lambda _, encoding: _first_tokens(encoding, tokenizer.truncation_side),
             is_split_into_words=True,
         )
         words_and_tags = zip(self._word_of_token, self._tags, strict=True)
@@ -147,10 +147,12 @@ class _Words(Examples):
         return word if tag == UNKNOWN or self.class_names[tag] == _OUTSIDE else f"{word}/{self.class_names[tag]}"
 
 
-def _first_tokens(word_ids: Sequence[int | None]) -> np.ndarray:
+def _first_tokens(encoding: Any, truncation_side: str) -> np.ndarray:
     """Return the number of the word that begins at each token; -1 for the other tokens."""
+    word_ids, parts = encoding.word_ids, encoding.overflowing if truncation_side == "left" else ()
+    begun = {word for part in parts for word in part.word_ids}  # the first tokens of such a word may be cut off
     pairs = zip([None, *word_ids], word_ids, strict=False)
-    return np.array([-1 if word is None or word == before else word for before, word in pairs], np.int64)
+    return np.array([-1 if word in (None, before) or word in begun else word for before, word in pairs], np.int64)
 
 
 def _is_integer(text: str) -> bool:

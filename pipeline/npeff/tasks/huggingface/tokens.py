@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from npeff.tasks.base import TaskError, Token
-from npeff.tasks.huggingface.limits import Limits, check_known, check_vocabulary
+from npeff.tasks.huggingface.known_text import KnownText
+from npeff.tasks.huggingface.limits import Limits, check_vocabulary
 from npeff.tasks.huggingface.pretrained import PretrainedOptions
 
 _TEXTS_AT_ONCE = 1024
@@ -113,19 +114,20 @@ def tokenize(
         The tokens, and the result of `note` for each text.
 
     Raises:
-        TaskError: A text has no tokens, the tokenizer does not know most of the texts, the model has no place for their
-            tokens, or `note` is given and the tokenizer has no encodings.
+        TaskError: A text has no tokens or too many, the tokenizer does not know most of the texts, the model has no
+            place for their tokens, or `note` is given and the tokenizer has no encodings.
     """
     check_vocabulary(tokenizer, options)
+    _check_room(tokenizer, options, len(texts))
     inputs: dict[str, list[np.ndarray]] = {"input_ids": []}
     notes: list[NoteT] = []
-    counts = np.zeros(2, np.int64)
+    known = KnownText(tokenizer)
     for start in range(0, len(ids), _TEXTS_AT_ONCE):
         chosen = [list(column[start : start + _TEXTS_AT_ONCE]) for column in texts]
         given: tuple[list[list[Any]], dict[str, Any]] = ([], {"text_target": chosen[0]}) if target else (chosen, {})
         settings = {"truncation": True, "max_length": options.max_length, "return_special_tokens_mask": True, **further}
         encoded = tokenizer(*given[0], **given[1], **settings)
-        counts += _known_and_unknown(tokenizer.unk_token_id, encoded, chosen)
+        known.add(encoded, chosen)
         for name in set(encoded) & {"input_ids", "token_type_ids"}:
             inputs.setdefault(name, []).extend(np.asarray(row, np.int32) for row in encoded[name])
         if note is not None and encoded.encodings is None:
@@ -135,29 +137,25 @@ def tokenize(
     for example, row in zip(ids, inputs["input_ids"], strict=True):
         if not len(row):
             raise TaskError(f"{options.data}: the text of row {example!r} has no tokens: exclude the row with filter")
-    check_known(int(counts[0]), int(counts[1]), options)
+        if len(row) > options.max_length:
+            raise TaskError(
+                f"{options.data}: the tokenizer of {options.processor or options.model!r} truncates row {example!r} to "
+                f"{len(row)} tokens, not to {options.max_length}: raise max_length, or set processor to the tokenizer "
+                "of the model"
+            )
+    known.check(options)
     limits.check(inputs, ids, options)
     return Tokens(inputs, {"input_ids": pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}), notes
 
 
-def _known_and_unknown(
-    unknown_id: int | None, encoded: Mapping[str, Any], texts: Sequence[Sequence[Any]]
-) -> np.ndarray:
-    """Return the numbers of known and of unknown tokens. A text of which nothing is left is one unknown token."""
-    own = [
-        np.asarray(row)[np.asarray(special) == 0]
-        for row, special in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
-    ]
-    unknown = sum(int((row == unknown_id).sum()) for row in own if unknown_id is not None)
-    lost = sum(
-        not len(row) and any(map(_holds_text, parts)) for row, parts in zip(own, zip(*texts, strict=True), strict=True)
-    )
-    return np.array([sum(map(len, own)) - unknown, unknown + lost])
-
-
-def _holds_text(part: Any) -> bool:
-    """Return whether a text, or a list of words, is not blank."""
-    return bool(part.strip() if isinstance(part, str) else part)
+def _check_room(tokenizer: Any, options: TextOptions, n_texts: int) -> None:
+    """Check that there is room for a token of each text. Without it, tokenizers do not truncate."""
+    n_special = tokenizer.num_special_tokens_to_add(pair=n_texts == 2)
+    if options.max_length < n_special + n_texts:
+        raise TaskError(
+            f"max_length is {options.max_length}, but the tokenizer of {options.processor or options.model!r} adds "
+            f"{n_special} special tokens: set max_length to at least {n_special + n_texts}"
+        )
 
 
 def placed_tokens(
