@@ -10,6 +10,7 @@ import re
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -235,13 +236,25 @@ def test_a_query_has_limits_on_time_memory_and_size_and_the_server_goes_on(
     assert eventually(lambda: ask(strict, question("sql", query="select 1"))[0] == 200)
 
 
-def test_a_query_ends_when_its_client_leaves(run) -> None:
-    for server in running(run.path, Limits(queries=1)):
+@pytest.mark.parametrize("rest", [b"", b"more", b"GET / HTTP/1.1\r\n\r\n"], ids=["nothing", "data", "a request"])
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+def test_a_query_ends_when_its_client_leaves(run, rest: bytes, reset: bool) -> None:
+    """Whatever the client has sent after its request, and however it leaves."""
+    for server in running(run.path, Limits(queries=1, query=dataclasses.replace(SMALL, seconds=600))):
         with socket.create_connection(("127.0.0.1", server.server_port)) as client:
             client.sendall(f"GET {ENDLESS} HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n\r\n".encode())
             assert eventually(lambda: len(multiprocessing.active_children()) == 1)
+            client.sendall(rest)
+            if reset:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         assert eventually(lambda: not multiprocessing.active_children())
         assert ask(server, question("sql", query="select 1"))[0] == 200
+
+
+def test_a_client_that_has_sent_more_and_stays_is_answered(run) -> None:
+    for server in running(run.path):
+        request = f"GET {question('sql', query='select 7')} HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n\r\n"
+        assert raw(server, 2 * request.encode()).count(b"HTTP/1.0 200 OK") == 1
 
 
 def test_a_request_that_does_not_end_is_cut(strict: Server) -> None:
