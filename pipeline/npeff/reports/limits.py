@@ -98,7 +98,8 @@ def _wait_for(receiver: Connection, client: socket.socket, seconds: float) -> No
     """Wait until there is a result, or the end of the process. Nobody reads what the client may have sent since."""
     watched = select.poll()
     watched.register(receiver, select.POLLIN)
-    watched.register(client, select.POLLRDHUP)  # the client has closed the connection, whatever it has sent before
+    # the client has closed the connection, whatever it has sent before; poll always reports an error of the connection
+    watched.register(client, getattr(select, "POLLRDHUP", 0))  # Linux only
     ready = [number for number, _ in watched.poll(1000 * seconds)]
     if not ready:
         raise LimitExceededError(f"takes more than {seconds:g} s")

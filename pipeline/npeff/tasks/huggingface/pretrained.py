@@ -64,10 +64,8 @@ class PretrainedOptions(TableOptions):
         """Return the tokenizer without its length limit. The tasks truncate at ``max_length``."""
         tokenizer = self._load_processor(AutoTokenizer, **options)
         model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-        if (
-            model is not None and getattr(model, "dropout", None) is not None
-        ):  # BPE dropout, a random choice of tokens for training
-            model.dropout = None
+        if getattr(model, "dropout", None) is not None:
+            model.dropout = None  # a random choice of the tokens, for training
         return tokenizer
 
     def image_processor(self) -> Any:
