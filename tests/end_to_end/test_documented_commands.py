@@ -59,7 +59,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     other = {**SMALL, "task": {"name": "digits", "options": {"limit": 30, "epochs": 3}}, "run_dir": "runs/new"}
     for name, document in {
         "jobs/quickstart.yaml": {**SMALL, "run_dir": "runs/digits"},
-        "RUN.yaml": {**SMALL, "run_dir": "runs/own"},
+        "RUN.yaml": {**SMALL, "run_dir": "runs/own", "verification": SMALL["verification"] | {"joint_ablation": 2}},
         "NEW.yaml": other,
     }.items():
         (folder / name).write_text(yaml.safe_dump(document))

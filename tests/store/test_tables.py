@@ -19,6 +19,7 @@ _VALUES: dict[pa.DataType, list[Any]] = {
     pa.bool_(): [True, False],
     pa.binary(): [b"\x89PNG", b""],
     pa.list_(pa.float32()): [[0.5, 1.0], [2.0]],
+    pa.list_(pa.int64()): [[3, 1], []],
 }
 
 
