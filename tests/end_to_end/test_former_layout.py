@@ -185,6 +185,7 @@ def test_a_migration_that_is_killed_at_any_rename_is_resumed(
     assert answers(run) == expected
 
 
+@pytest.mark.slow
 def test_a_migration_on_an_object_store_copies_and_then_deletes(
     s3: ObjectStore, former: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,7 +133,7 @@ def stored_bytes(run: RunDirectory) -> dict[str, bytes]:
     return {str(path.relative_to(run.fishers)): path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize("n_kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_stage_killed_at_random_moments_stores_the_same_bytes(n_kills: int, start: Start, tmp_path: Path) -> None:
     reference, began = run_directory(tmp_path / "reference"), time.monotonic()
     process = start(reference)

@@ -190,6 +190,7 @@ def test_a_command_that_is_killed_is_taken_up_by_the_next_one(
     ask(s3)
 
 
+@pytest.mark.slow
 def test_a_complete_run_makes_few_requests_for_each_shard(s3: ObjectStore) -> None:
     n_shards = 32  # about 650 requests do not depend on the number of shards
     npeff.run(

@@ -24,11 +24,18 @@ CLASSIFIERS = ["bert", "roberta", "distilbert", "gpt2", "llama", "t5", "vit", "r
 LANGUAGE_MODELS = ["gpt2-lm", "llama-lm", "t5-lm"]
 IMAGES = ["vit", "resnet"]
 ALL = CLASSIFIERS + LANGUAGE_MODELS
+FEW = {"bert", "llama", "t5", "gpt2-lm"}
+"""Families with which every property is tested. Some properties of the others are slow tests."""
 N_EXAMPLES, VOCABULARY = 8, 50
 PAD, START, END = 0, 1, 2
 DRAWS = LabelSpec("sampled", 3, seed=4)
 ROUNDING = 1e-9
 RENAMED = "ignore:.*gradient_checkpointing.*:FutureWarning"  # in a later version of transformers 5; peft calls it too
+
+
+def few(families: Sequence[str]) -> list[Any]:
+    """Parameters of a test: those that are not in `FEW` are slow."""
+    return [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in families]
 
 
 class InFloat64(TorchFunctionMode):
@@ -235,7 +242,7 @@ def test_fishers_equal_those_of_plain_autograd(family: str) -> None:
     assert fisher_distance(expected[0], expected[1]) > 0.1 * float(norms[0])
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", few(ALL))
 def test_the_check_of_coverage_passes(family: str) -> None:
     model = build(family)
     inputs, targets = batch_of(family, range(4))
@@ -253,7 +260,7 @@ def test_batch_composition_changes_nothing(family: str) -> None:
         assert relative_error(result.factors_BRD, whole.factors_BRD[list(indices)]) < ROUNDING
 
 
-@pytest.mark.parametrize("family", [name for name in ALL if name not in IMAGES])
+@pytest.mark.parametrize("family", few([name for name in ALL if name not in IMAGES]))
 def test_padding_on_the_right_changes_nothing(family: str) -> None:
     model = build(family)
     check_same(compute(family, model, extra=4), compute(family, model))
@@ -268,7 +275,7 @@ def test_padding_on_the_left_changes_nothing(family: str) -> None:
         check_same(compute(family, model, side="left", extra=extra), plain)
 
 
-@pytest.mark.parametrize("family", [name for name in ALL if name != "resnet"])
+@pytest.mark.parametrize("family", few([name for name in ALL if name != "resnet"]))
 def test_the_implementation_of_attention_changes_nothing(family: str) -> None:
     model = build(family)
     results = []
@@ -280,7 +287,7 @@ def test_the_implementation_of_attention_changes_nothing(family: str) -> None:
 
 
 @pytest.mark.filterwarnings(RENAMED)
-@pytest.mark.parametrize("family", [name for name in ALL if name != "resnet"])
+@pytest.mark.parametrize("family", few([name for name in ALL if name != "resnet"]))
 def test_gradient_checkpointing_changes_nothing(family: str) -> None:
     model = build(family)
     plain = compute(family, model)

@@ -71,6 +71,7 @@ def test_fourier_and_scatter_agree_in_float32() -> None:
     assert float((scattered - transformed).norm() / scattered.norm()) < 5e-7
 
 
+@pytest.mark.slow
 def test_inner_products_are_unbiased_over_seeds_and_as_accurate_as_their_dimension_allows() -> None:
     layout, contributions = collected("tied encoder")
     rows = make_sketch(SketchSpec("identity"), layout, 0).apply(contributions).flatten(0, 1)

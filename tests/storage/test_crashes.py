@@ -48,6 +48,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_store_is_created_whole_or_not_at_all(tmp_path: Path) -> None:
     *dead, alive = crashed("create", tmp_path, at_least=8)
     for folder in dead:
@@ -92,6 +93,7 @@ def test_a_killed_commit_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     assert set(iterations) == {2, 3}
 
 
+@pytest.mark.slow
 def test_a_killed_replacement_leaves_the_former_folder_or_the_new_one(tmp_path: Path) -> None:
     *dead, alive = crashed("factorization", tmp_path, at_least=8)
     versions = []

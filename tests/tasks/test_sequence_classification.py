@@ -288,6 +288,7 @@ def test_a_model_without_a_classifier_for_these_classes_is_found_out(tiny_bert: 
     assert examples.class_names == ("only", "two")
 
 
+@pytest.mark.slow
 def test_a_real_model_is_right_about_real_pairs_and_its_fishers_are_those_of_autograd() -> None:
     shared = Path(os.environ.get("NPEFF_SHARED_DATA", ""))
     model, pairs = shared / "models/minilm-sick", shared / "data/sick/SICK_test_annotated.txt"
