@@ -14,7 +14,7 @@ check test test-slow test-numerics test-oldest benchmarks: export OMP_NUM_THREAD
 # Otherwise, every process of a test would compile all modules that it imports, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 OLDEST := .venv-oldest
 # What the tests of the other Pythons need: everything but torch and ray, which are installed for $(PYTHON) only.
 define WITHOUT_TORCH
@@ -37,14 +37,13 @@ demo: $(VENV)/installed
 
 # Style, types, import rules, and the tests that start no process, but those of whole runs.
 check: $(VENV)/installed-dev lint
-	$(PYTEST) --numprocesses 2 -m "not process and not ray and not slow" $(TESTS_OF_ROOMS)
+	$(PYTEST) -m "not process and not ray and not slow" $(TESTS_OF_ROOMS)
 
-# Three processes for the two cores of the smallest machine, because many tests wait for Ray, servers and processes.
 test: $(VENV)/installed-dev lint
-	$(PYTEST) --numprocesses 3 -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/installed-dev
-	$(PYTEST) --numprocesses 2 -m slow
+	$(PYTEST) -m slow
 
 test-numerics: $(VENV)/installed-dev
 	$(BIN)/python tests/numerics.py --numprocesses 2 --dist loadfile
