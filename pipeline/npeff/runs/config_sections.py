@@ -322,34 +322,29 @@ class VerificationConfig(Section):
     """Top examples of every component for the selectivity matrix, which measures their KL divergence for steps along
     the directions of all components. 0 leaves the table ``selectivity`` empty."""
     correlation_examples: CountOrZero = 500
-    """Largest number of random examples for the rank correlation between coefficients and KL divergences. 0 skips the
-    correlation."""
+    """Largest number of random examples for the rank correlation of coefficients and KL divergences. 0 skips it."""
     orthogonalize: Literal["none", "semi"] = "none"
     """``semi`` makes every direction orthogonal to the overlapping directions of components with larger mass before it
     is tested. The test then measures only the part that the other components do not share."""
     ablation: bool = False
     """Also remove the part of the parameters along every direction, and write the table ``ablation``."""
     joint_ablation: CountOrZero = 0
-    """Number of random subsets of the other components that are removed together, to measure the effect of every
-    component again without them, in the table ``joint_ablation``. An adversarial subset is added. 0 skips this."""
+    """Number of random subsets of the other components without which the effect of every component is measured again,
+    in the table ``joint_ablation``. An adversarial subset is added. 0 skips this."""
     ablation_origin: str | None = None
-    """Safetensors file of the parameters that the removed part is measured from, such as those before fine-tuning. The
-    default origin is zero."""
+    """Safetensors file of the parameters that the removed part is measured from. The default origin is zero."""
 
     @model_validator(mode="after")
     def _check_ablation(self) -> Self:
         if self.ablation_origin is not None and not self.ablation and not self.joint_ablation:
-            raise ValueError(
-                "ablation_origin needs ablation: true or joint_ablation; add one of these keys, or remove "
-                "ablation_origin"
-            )
+            keys = "ablation: true or joint_ablation"
+            raise ValueError(f"ablation_origin needs {keys}; add one of these keys, or remove ablation_origin")
         return self
 
 
 class RepairConfig(Section):
     top_examples: Count = 64
-    """Number of top examples with a label, for each component. Wrong predictions among them are counted and
-    corrected."""
+    """Number of labelled top examples of each component. Wrong predictions among them are counted and corrected."""
     significance: Annotated[float, Field(gt=0.0, le=1.0)] = 0.05
     """False discovery rate of the test whether wrong predictions are over-represented in the top examples of a
     component. Only components that pass the test are tried."""
@@ -360,10 +355,9 @@ class RepairConfig(Section):
     max_edits: Count = 3
     """Largest number of steps along single components. Steps are added as long as they help."""
     joint_passes: CountOrZero = 40
-    """Number of gradient evaluations on the tuning examples in the search for joint steps along all lifted components.
-    The search is repeated for three weights of the predictions that are already right. It follows the steps along
-    single components, and its result is used if it corrects more predictions. 0 skips the search. It is also skipped if
-    wrong predictions are not over-represented for any component."""
+    """Number of gradient evaluations on the tuning examples in the search for joint steps along all lifted components,
+    for each of three weights of the right predictions. It follows the steps along single components, and its result is
+    used if it corrects more predictions. 0 skips it. It needs a component with over-represented wrong predictions."""
 
     @field_validator("kl_steps")
     @classmethod

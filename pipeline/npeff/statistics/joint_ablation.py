@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from npeff.statistics.ratio_intervals import LEAST_KL
+from npeff.statistics.verdict import median_of_known, share_of
+
 LEAST_SHARE = 0.5
 """Least KL ratio after a removal, as a fraction of the KL ratio before, of an effect that is still there."""
-
-LEAST_KL = 1e-7
-"""Mean KL divergence (nats) on the top examples below which rounding in float32 may cause a part of it. Such an effect
-is not there."""
 
 
 def still_there(kl_top: float | None, kl_ratio: float | None, unablated: float | None) -> bool | None:
@@ -74,15 +71,15 @@ def summary(found: Sequence[JointAblation], counted: Collection[int]) -> dict[st
         "n_left_out": len(found) - len(known),
         "n_draws": max((each.n_draws for each in found), default=0),
         "examples_passed_per_component": round(sum(each.examples_passed for each in found) / max(1, len(found))),
-        "median_kl_ratio_unablated": _median(each.kl_ratio_unablated for each in known),
-        "median_kl_ratio": _median(each.median_kl_ratio for each in known),
-        "median_worst_kl_ratio": _median(each.worst_kl_ratio for each in known),
-        "median_adversarial_kl_ratio": _median(each.adversarial_kl_ratio for each in attacked),
-        "median_kl_removed_top": _median(each.kl_removed_top for each in known),
-        "median_kl_removed_matched": _median(each.kl_removed_matched for each in known),
-        "median_share_still_there": _median(each.share_still_there for each in known),
-        "share_worst_still_there": _share([each.worst_still_there is True for each in known]),
-        "share_adversarial_still_there": _share([each.adversarial_still_there is True for each in attacked]),
+        "median_kl_ratio_unablated": median_of_known(each.kl_ratio_unablated for each in known),
+        "median_kl_ratio": median_of_known(each.median_kl_ratio for each in known),
+        "median_worst_kl_ratio": median_of_known(each.worst_kl_ratio for each in known),
+        "median_adversarial_kl_ratio": median_of_known(each.adversarial_kl_ratio for each in attacked),
+        "median_kl_removed_top": median_of_known(each.kl_removed_top for each in known),
+        "median_kl_removed_matched": median_of_known(each.kl_removed_matched for each in known),
+        "median_share_still_there": median_of_known(each.share_still_there for each in known),
+        "share_worst_still_there": share_of([each.worst_still_there is True for each in known]),
+        "share_adversarial_still_there": share_of([each.adversarial_still_there is True for each in attacked]),
     }
 
 
@@ -95,22 +92,13 @@ def _of_component(component: int, rows: Sequence[Mapping[str, Any]]) -> JointAbl
         component=component,
         kl_ratio_unablated=rows[0]["kl_ratio_unablated"],
         n_draws=len(drawn),
-        share_still_there=_share([row["still_there"] for row in known]),
-        median_kl_ratio=_median(ratios),
+        share_still_there=share_of([row["still_there"] for row in known]),
+        median_kl_ratio=median_of_known(ratios),
         worst_kl_ratio=min(ratios, default=None),
         worst_still_there=all(row["still_there"] for row in known) if known else None,
         adversarial_kl_ratio=None if attacked is None else attacked["kl_ratio_matched"],
         adversarial_still_there=None if attacked is None else attacked["still_there"],
-        kl_removed_top=_median(row["kl_removed_top"] for row in drawn),
-        kl_removed_matched=_median(row["kl_removed_matched"] for row in drawn),
+        kl_removed_top=median_of_known(row["kl_removed_top"] for row in drawn),
+        kl_removed_matched=median_of_known(row["kl_removed_matched"] for row in drawn),
         examples_passed=sum(row["examples_passed"] for row in rows),
     )
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    return statistics.median(known) if known else None
-
-
-def _share(conditions: Sequence[bool]) -> float | None:
-    return sum(conditions) / len(conditions) if conditions else None

@@ -32,6 +32,10 @@ KL_ROUNDING = 1e-12
 """Mean KL divergence (nats) that rounding of float32 logits can cause. Smaller baseline means are raised to it."""
 
 
+LEAST_KL = 1e-7
+"""Mean KL divergence (nats) below which rounding in float32 may cause a part of it. It is not an effect of a step."""
+
+
 @dataclass(frozen=True)
 class Measured:
     """One value per example of both groups: KL divergences, or Fisher norms. NaN where an example has no value."""

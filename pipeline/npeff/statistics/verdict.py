@@ -166,15 +166,15 @@ def _scores(examples: str, sign: int | None, group: list[Verdict]) -> Scores:
         sign=sign,
         n=len(counted),
         n_not_matched=len(group) - len(counted),
-        median_kl_ratio=_median(v.kl_ratio for v in counted),
-        median_trace_ratio=_median(_measured(v.row.get("kl_ratio_trace")) for v in counted),
-        median_raw_ratio=_median(_measured(v.row["kl_ratio"]) for v in counted),
-        median_norm_control=_median(v.norm_control for v in counted),
-        median_random_control=_median(v.random_control for v in counted),
-        median_other_control=_median(v.other_control for v in counted),
-        share_above_1=_share(v.kl_ratio is not None and v.kl_ratio > 1 for v in counted),
-        share_above_controls=_share(v.above_controls is True for v in counted),
-        share_surely_above_controls=_share(v.row["above_controls"] is True for v in counted),
+        median_kl_ratio=median_of_known(v.kl_ratio for v in counted),
+        median_trace_ratio=median_of_known(_measured(v.row.get("kl_ratio_trace")) for v in counted),
+        median_raw_ratio=median_of_known(_measured(v.row["kl_ratio"]) for v in counted),
+        median_norm_control=median_of_known(v.norm_control for v in counted),
+        median_random_control=median_of_known(v.random_control for v in counted),
+        median_other_control=median_of_known(v.other_control for v in counted),
+        share_above_1=share_of(v.kl_ratio is not None and v.kl_ratio > 1 for v in counted),
+        share_above_controls=share_of(v.above_controls is True for v in counted),
+        share_surely_above_controls=share_of(v.row["above_controls"] is True for v in counted),
     )
 
 
@@ -182,11 +182,13 @@ def _measured(value: Any) -> float | None:
     return None if value is None or math.isnan(value) else float(value)
 
 
-def _median(values: Iterable[float | None]) -> float | None:
+def median_of_known(values: Iterable[float | None]) -> float | None:
+    """Return the median of the values that are not None; None if there are none."""
     present = [value for value in values if value is not None]
     return statistics.median(present) if present else None
 
 
-def _share(conditions: Iterable[bool]) -> float | None:
+def share_of(conditions: Iterable[bool]) -> float | None:
+    """Return the fraction of the conditions that are true; None if there are none."""
     found = list(conditions)
     return sum(found) / len(found) if found else None

@@ -45,18 +45,9 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
             return stage.done
         progress = progress or SilentProgress()
         stage.discard_foreign_units(progress)
-        stored = {
-            component: read_table(path, "verification").to_pylist() for component, path in finished(results).items()
-        }
         paths = VerificationPaths.of(run, results, checksums=direction_checksums(run), lineage=stage.lineage)
         options = _options(run, components)
-        # an earlier version of the program measured something else, or less
-        verified = {
-            component: rows
-            for component, rows in stored.items()
-            if not _of_earlier_version(rows)
-            and all(is_committed(paths.file(table, component)) for table in options.joined_tables)
-        }
+        verified = _verified(paths, options)
         worker = worker_spec(
             run,
             VerificationWorker,
@@ -120,8 +111,16 @@ def _join(
     return joined
 
 
-def _of_earlier_version(rows: list[dict[str, Any]]) -> bool:
-    return any(row["informative"] is None for row in rows)
+def _verified(paths: VerificationPaths, options: VerificationOptions) -> dict[int, list[dict[str, Any]]]:
+    """Return the rows of the finished components. Those of an earlier version, which measured something else or less,
+    do not count."""
+    complete = [
+        component
+        for component in finished(paths.results)
+        if all(is_committed(paths.file(table, component)) for table in options.joined_tables)
+    ]
+    stored = {each: read_table(paths.file("verification", each), "verification").to_pylist() for each in complete}
+    return {each: rows for each, rows in stored.items() if all(row["informative"] is not None for row in rows)}
 
 
 def _passes(rows: list[dict[str, Any]], n_components: int) -> Summary:

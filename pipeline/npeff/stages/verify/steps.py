@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from npeff.directions import parameter_norm
 from npeff.stages.verify.examples import Answers, Effects, Groups, Model, Parts, Predicted, with_classes_of
 from npeff.stages.verify.options import VerificationOptions
+from npeff.statistics.ratio_intervals import LEAST_KL
 from npeff.verification import Linearized, StepSize, find_step_size, moved
 from npeff.verification.step_size import MAX_EVALUATIONS, RELATIVE_TOLERANCE
 
@@ -27,8 +28,6 @@ _TO_SMALL = 0.04
 """The same fraction that a step is shortened to, if it is not small."""
 _SIGN_STEP = 0.1
 """Length of the step that determines the informative sign, as a fraction of the step with the target KL."""
-_LEAST_TARGET = 1e-7
-"""Mean KL divergence (nats) below which rounding in float32 may cause a part of it. A smaller target is unreachable."""
 
 Direction = Mapping[str, Tensor]
 
@@ -199,7 +198,7 @@ class Steps:
             assert self._options.epsilon is not None
             kl = kl_at(self._options.epsilon)
             return StepSize(self._options.epsilon, kl, math.isfinite(kl)), after
-        if not target > _LEAST_TARGET:
+        if not target > LEAST_KL:
             return StepSize(0.0, 0.0, False), after
         longest = parameter_norm(self._module, probe.direction)
         found = find_step_size(
