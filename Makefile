@@ -30,16 +30,22 @@ TESTS_OF_ROOMS := $(filter-out tests/end_to_end/ tests/benchmarks/ tests/data/ t
     $(wildcard tests/test_*.py)
 TORCH_FREE := tests/query tests/reports tests/runs tests/statistics tests/storage tests/store
 
-.PHONY: demo check test test-slow test-numerics test-oldest test-pythons lint benchmarks clean
+.PHONY: demo check test tests tests-of-rooms test-slow test-numerics test-oldest test-pythons lint benchmarks clean
 
 demo: $(VENV)/installed
 	$(BIN)/npeff demo
 
 # Style, types, import rules, and the tests that start no process, but those of whole runs.
-check: $(VENV)/installed-dev lint
+check: $(VENV)/installed-dev
+	$(MAKE) --jobs 2 lint tests-of-rooms
+
+test: $(VENV)/installed-dev
+	$(MAKE) --jobs 2 lint tests
+
+tests-of-rooms: $(VENV)/installed-dev
 	$(PYTEST) -m "not process and not ray and not slow" $(TESTS_OF_ROOMS)
 
-test: $(VENV)/installed-dev lint
+tests: $(VENV)/installed-dev
 	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/installed-dev

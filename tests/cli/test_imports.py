@@ -61,9 +61,10 @@ def test_status_imports_no_library_of_numbers(tmp_path: Path) -> None:
     [
         ["top", "--component", "3"],
         ["top", "--component", "3", "--where", "not correct"],
-        ["components"],
-        ["energy", "--component", "3"],
-        ["verification", "--component", "3"],
+        *(
+            pytest.param(question, id=question[0], marks=pytest.mark.slow)
+            for question in (["components"], ["energy", "--component", "3"], ["verification", "--component", "3"])
+        ),
         ["sql", "select count(*) from examples"],
     ],
     ids=" ".join,

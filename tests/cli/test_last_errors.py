@@ -27,7 +27,7 @@ def fails(monkeypatch: pytest.MonkeyPatch) -> Any:
         def app(*_: object, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr(entry, "app", app)
+        monkeypatch.setattr(entry, "_command_line", lambda: app)
 
     return make
 

@@ -230,10 +230,13 @@ def test_values_that_do_not_fit_task_or_model_are_named(command: Command, change
     "changes",
     [
         {"task__options": {"n": 1}, "factorization__n_components": 1},
-        {"task__options": {"n": 2}, "factorization__n_components": 2, "factorization__held_out_fraction": 0},
+        pytest.param(
+            {"task__options": {"n": 2}, "factorization__n_components": 2, "factorization__held_out_fraction": 0},
+            marks=pytest.mark.slow,
+        ),
         {"factorization__held_out_fraction": 0.97, "factorization__n_components": 1, "fishers__shard_size": 10**9},
         {"fishers__sketch": {"kind": "tensorsketch", "dim": 1}, "fishers__batch_size": 1000},
-        {"verification": {"top_examples": 1000, "baseline_examples": 1000}},
+        pytest.param({"verification": {"top_examples": 1000, "baseline_examples": 1000}}, marks=pytest.mark.slow),
     ],
 )
 def test_the_smallest_and_most_lopsided_runs_finish(command: Command, changes: dict[str, Any]) -> None:
@@ -283,10 +286,16 @@ def test_a_damaged_shard_is_named_and_made_again_as_the_message_says(
     [
         ("shards/00001.json", ("factorize", "lift", "verify"), "run", "shards/00001.json"),
         ("fishers.zarr/zarr.json", ("factorize", "lift", "verify"), "run", "fishers.zarr"),
-        ("stages/factorize.json", (), "run", "stages/factorize.json"),
-        ("tables/examples.parquet", ("factorize", "lift", "verify"), "run", "tables/examples.parquet"),
+        pytest.param("stages/factorize.json", (), "run", "stages/factorize.json", marks=pytest.mark.slow),
+        pytest.param(
+            "tables/examples.parquet",
+            ("factorize", "lift", "verify"),
+            "run",
+            "tables/examples.parquet",
+            marks=pytest.mark.slow,
+        ),
         ("factorization.zarr/components/c/0/0", ("lift", "verify"), "run", "factorization.zarr"),
-        ("directions.zarr/2.bias/c/0/0", ("verify",), "run", "directions.zarr"),
+        pytest.param("directions.zarr/2.bias/c/0/0", ("verify",), "run", "directions.zarr", marks=pytest.mark.slow),
         ("partial/verify/00000.parquet", (), "run", "partial/verify/00000.parquet"),
     ],
 )
@@ -497,7 +506,7 @@ def tmpfs(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("size_kib", [4, 60, 160, 240, 360])
+@pytest.mark.parametrize("size_kib", [4, 160, *(pytest.param(size, marks=pytest.mark.slow) for size in (60, 240, 360))])
 def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_space(
     command: Command, tmpfs: Callable[[str], Path], size_kib: int
 ) -> None:

@@ -89,7 +89,7 @@ def test_directions_are_compared_to_a_tolerance(change: float, found: bool, run:
     assert files == ({f"directions.zarr/{name}"} if found else set())
 
 
-@pytest.mark.parametrize("kind", ["metadata of an array", "components"])
+@pytest.mark.parametrize("kind", ["metadata of an array", pytest.param("components", marks=pytest.mark.slow)])
 def test_one_file_of_a_kind_is_found_and_made_again_however_it_was_damaged(
     kind: str, reference: Path, tmp_path: Path
 ) -> None:
@@ -196,6 +196,7 @@ def test_a_record_that_later_stages_rest_on_is_made_again(run: Path, reference: 
     assert damage.different(run, reference) == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_a_wrong_clock_cost_nothing(reference: Path, tmp_path: Path) -> None:
     for stage in ("factorize", "lift"):
         met = surroundings.disk_full(reference, stage, tmp_path / f"disk-{stage}")

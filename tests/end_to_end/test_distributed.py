@@ -322,7 +322,10 @@ def test_the_stored_fishers_are_the_same_bits_whoever_computes_them(three_actors
         assert read_table(run.table("examples"), "examples") == read_table(serial.table("examples"), "examples")
 
 
-@pytest.mark.parametrize("sketch", [{"kind": "identity"}, {"kind": "tensorsketch", "dim": 1024}])
+@pytest.mark.parametrize(
+    "sketch",
+    [pytest.param({"kind": "identity"}, marks=pytest.mark.slow), {"kind": "tensorsketch", "dim": 1024}],
+)
 def test_batches_do_not_matter(sketch: dict[str, Any], tmp_path: Path) -> None:
     runs = {
         batch_size: digits(
@@ -399,6 +402,7 @@ def converged(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     return run
 
 
+@pytest.mark.slow
 def test_without_a_sketch_the_lifted_directions_are_the_components(converged: RunDirectory) -> None:
     record = converged.record("factorize")
     assert record is not None

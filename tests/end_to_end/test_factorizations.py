@@ -133,6 +133,7 @@ def test_a_factorization_that_is_interrupted_is_resumed(run: Path, fresh: RunDir
     assert differences(npeff.run(RunDirectory.open(run, "k2")), fresh) == []
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_a_factorization_whose_command_is_killed_is_resumed(
     run: Path, fresh: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -214,7 +214,7 @@ def offline() -> Iterator[None]:
         yield
 
 
-SLOW = ("token classification, sequences", "causal LM, empirical")
+SLOW = ("token classification, sequences", "causal LM, empirical", "causal LM, sequences", "multiple choice")
 """Families that differ from another one in few lines."""
 
 

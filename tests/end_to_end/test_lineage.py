@@ -144,8 +144,9 @@ def test_a_file_of_another_run_is_refused(
     assert "npeff" in refused.value.remedy
 
 
-MENDED = ["directions.zarr", "tables/coefficients.parquet", "partial/verify/00001.parquet", "stages/lift.json"]
+MENDED = ["tables/coefficients.parquet", "partial/verify/00001.parquet"]
 ALSO_MENDED = [
+    *("directions.zarr", "stages/lift.json"),
     "factorization.zarr",
     *(f"tables/{table}.parquet" for table in ("top_examples", "components", "layer_energy")),
     *(f"tables/{table}.parquet" for table in ("verification", "selectivity", "history")),
@@ -222,7 +223,7 @@ def edit(run: RunDirectory, section: str, **values: Any) -> RunDirectory:
     return RunDirectory.open(run.path)
 
 
-@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize("complete", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_no_table_mixes_two_settings(complete: bool, run: RunDirectory, tmp_path: Path) -> None:
     if not complete:
         run.reopen("verify")

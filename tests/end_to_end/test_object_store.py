@@ -290,6 +290,7 @@ class Told(SilentProgress):
         self.lines.append(message)
 
 
+@pytest.mark.slow
 def test_damage_is_found_and_made_again_there(
     s3: ObjectStore, local: RunDirectory, reference: dict[str, bytes]
 ) -> None:

@@ -60,8 +60,8 @@ def expected_norms(task: unusual_tasks.PointTask, left_out: tuple[str, ...]) -> 
     ("task", "left_out", "tolerance"),
     [
         ("MadeUnderInferenceMode", (), 1e-5),
-        ("OtherCheckpoint", (), 1e-5),
-        ("Complex", ("filter",), 1e-5),
+        pytest.param("OtherCheckpoint", (), 1e-5, marks=pytest.mark.slow),
+        pytest.param("Complex", ("filter",), 1e-5, marks=pytest.mark.slow),
         ("Autocast", (), 2e-2),
         ("SparseBag", (), 1e-5),
     ],

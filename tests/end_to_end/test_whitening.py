@@ -96,6 +96,7 @@ def test_without_a_sketch_they_are_those_of_their_definition(whole: RunDirectory
     assert npeff.check(run) == []
 
 
+@pytest.mark.slow
 def test_polished_directions_are_whitened_with_products_in_all_parameters(narrow: RunDirectory, tmp_path: Path) -> None:
     factors, _ = dense(narrow, tmp_path)
     own_run = copy_of(narrow, tmp_path / "own", polish_steps=1)

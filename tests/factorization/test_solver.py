@@ -51,7 +51,7 @@ def pass_over(shards: Sequence[ExampleShard], components_KD: Tensor) -> Statisti
     return statistics
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 5))])
 def test_planted_components_are_recovered_and_shards_do_not_matter(seed: int) -> None:
     planted = planted_fishers(n_examples=2000, rank=3, dim=256, n_components=16, noise=0.05, seed=seed)
     factors_NRD = torch.from_numpy(planted.factors_NRD).float()

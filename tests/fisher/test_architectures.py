@@ -249,7 +249,7 @@ def test_the_check_of_coverage_passes(family: str) -> None:
     check_coverage(model, call, inputs, select_parameters(model), labels=labels_of(family), targets=targets)
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", few(ALL))
 def test_batch_composition_changes_nothing(family: str) -> None:
     model = build(family)
     whole = compute(family, model)

@@ -620,6 +620,7 @@ def test_diagonal_fishers_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_memory_of_an_import_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interchange, "_SHARD_NUMBERS", 1 << 16)
     v, p = 50_000, 100_000

@@ -32,8 +32,15 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     opened.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 420])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (1280, "light"),
+        (420, "dark"),
+        pytest.param(1280, "dark", marks=pytest.mark.slow),
+        pytest.param(420, "light", marks=pytest.mark.slow),
+    ],
+)
 def test_the_report_opens_without_complaints_requests_or_sideways_scrolling(
     browser: Browser, run, scheme: str, width: int
 ) -> None:
@@ -50,8 +57,15 @@ def test_the_report_opens_without_complaints_requests_or_sideways_scrolling(
     assert (brightness > 600) == (scheme == "light")
 
 
-@pytest.mark.parametrize("at_once", [64, 1])
-@pytest.mark.parametrize("texts", [False, True])
+@pytest.mark.parametrize(
+    ("texts", "at_once"),
+    [
+        (False, 64),
+        (True, 1),
+        pytest.param(False, 1, marks=pytest.mark.slow),
+        pytest.param(True, 64, marks=pytest.mark.slow),
+    ],
+)
 def test_text_of_the_data_set_is_shown_as_text(
     browser: Browser, make_run: Callable, monkeypatch, at_once: int, texts: bool
 ) -> None:
@@ -129,7 +143,7 @@ def shown_components(browser: Browser) -> list[int]:
     return browser.evaluate(f"{rows}.map((r) => Number(r.cells[0].textContent))")
 
 
-@pytest.mark.parametrize("at_once", [64, 2])
+@pytest.mark.parametrize("at_once", [64, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_search_finds_components_by_what_their_cards_say(
     browser: Browser, make_run: Callable, monkeypatch, at_once: int
 ) -> None:
@@ -276,7 +290,7 @@ def assert_boxes_are_apart(browser: Browser, selector: str, width: int) -> None:
         assert min(shared) < 1, (first["name"], second["name"])
 
 
-@pytest.mark.parametrize("width", [1400, 1000, 700, 400])
+@pytest.mark.parametrize("width", [1400, 400, *(pytest.param(width, marks=pytest.mark.slow) for width in (1000, 700))])
 def test_tiles_hold_their_values_and_do_not_overlap(browser: Browser, run, width: int) -> None:
     browser.open(write_report(run.path), width=width)
     assert_boxes_are_apart(browser, ".tiles > div", width)
@@ -287,7 +301,7 @@ def test_tiles_hold_their_values_and_do_not_overlap(browser: Browser, run, width
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
 
 
-@pytest.mark.parametrize("width", [1400, 400])
+@pytest.mark.parametrize("width", [pytest.param(1400, marks=pytest.mark.slow), 400])
 def test_tiles_and_panels_of_the_live_view_do_not_overlap(browser: Browser, run, width: int) -> None:
     with served(run.path) as home:
         browser.open(f"{home}/", width=width)

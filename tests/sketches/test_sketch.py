@@ -113,7 +113,10 @@ def test_rows_collide_only_where_there_are_more_than_buckets() -> None:
         assert int(Hashes.draw(0, "a.b.weight", (n_rows, 3), 64, 64).rows.buckets.bincount().max()) == most
 
 
-@pytest.mark.parametrize("other", [(0, 3), (3, 0), (1, 1), (70, 0), (70, 6), (70, 64)])
+@pytest.mark.parametrize(
+    "other",
+    [(0, 3), (3, 0), (70, 6), *(pytest.param(far, marks=pytest.mark.slow) for far in ((1, 1), (70, 0), (70, 64)))],
+)
 def test_two_entries_meet_as_often_as_by_chance(other: tuple[int, int]) -> None:
     """Not those of one row, or of one column fewer than w rows apart, which never meet."""
     width, seeds = 16, 4000

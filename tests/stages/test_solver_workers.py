@@ -140,6 +140,7 @@ def test_a_shard_that_is_not_the_recorded_one_is_refused(run: RunDirectory) -> N
         list(stored_factors(store, chosen, torch.device("cpu"), 1).blocks())
 
 
+@pytest.mark.slow
 def test_bytes_sent_do_not_depend_on_the_number_of_examples(tmp_path: Path, undisturbed: SolverRun) -> None:
     expected = Statistics.zeros(N_COMPONENTS, DIM).pack().nbytes
     assert expected < 8 * (N_COMPONENTS * DIM + N_COMPONENTS**2 + 10)

@@ -36,8 +36,14 @@ def files(folder: Path) -> dict[str, bytes]:
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("dim", [48, 200_000])
+@pytest.mark.parametrize(
+    ("dtype", "dim"),
+    [
+        *((dtype, 48) for dtype in ("float16", "bfloat16", "float32")),
+        ("float16", 200_000),
+        *(pytest.param(dtype, 200_000, marks=pytest.mark.slow) for dtype in ("bfloat16", "float32")),
+    ],
+)
 def test_shards_have_the_same_bytes_and_are_read_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_arrays: Make, dtype: StoreDtype, dim: int
 ) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import functools
+import gc
 import io
 import os
 import signal
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.abc import MetaPathFinder
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 from typer.exceptions import TyperException
@@ -52,8 +56,8 @@ _SYSTEM_ERRORS = {
 class _WithoutPandas(MetaPathFinder):
     """Import hook that hides pandas from pyarrow.
 
-    If pandas is installed, pyarrow imports it before the first conversion of a value. The import takes a second, and no
-    query needs pandas.
+    If pandas is installed, pyarrow imports it before the first conversion of a value. The import takes a second, and
+    neither a query nor the demo needs pandas.
     """
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
@@ -63,9 +67,10 @@ class _WithoutPandas(MetaPathFinder):
 
 def command() -> NoReturn:
     """Run the ``npeff`` command as a process: the entry point of the console script."""
+    atexit.register(_leave_objects_uncollected)
     # Torch's threads sleep while they wait for each other. Spinning threads would take cores from other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if sys.argv[1:2] == ["query"]:
+    if sys.argv[1:2] in (["query"], ["demo"]):
         sys.meta_path.insert(0, _WithoutPandas())
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -93,7 +98,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     with suppress(FileNotFoundError):  # the current directory may have been deleted
         sys.path.insert(0, os.getcwd())  # a task given by import path may be in the current directory
     try:
-        code = app(arguments, prog_name="npeff", standalone_mode=False)
+        code = _command_line()(arguments, prog_name="npeff", standalone_mode=False)
         if code == EXIT_INTERRUPTED:  # typer turns the exception into an exit code
             raise KeyboardInterrupt
         if sys.stdout is not None:  # it is None if the caller has closed it
@@ -115,6 +120,18 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS:
             _fail(f"{error.filename or 'writing'}: {_SYSTEM_ERRORS[error.errno]}")
         _fail(f"{type(error).__name__}: {as_one_line(error)} ({_logged(error)})", EXIT_DEFECT)
+
+
+def _leave_objects_uncollected() -> None:
+    """Exclude all objects from the collection when the interpreter exits, which takes a second after importing torch."""
+    if "duckdb" not in sys.modules:  # its bindings report objects that are not collected
+        gc.freeze()
+
+
+@functools.cache  # reading the annotations of all commands takes a tenth of a second
+def _command_line() -> Callable[..., Any]:
+    """Return the commands of `app`, for any number of command lines of this process."""
+    return typer.main.get_command(app)
 
 
 def _close_output() -> None:

@@ -6,8 +6,8 @@ Shapes: K and L components, D sketch.
 from __future__ import annotations
 
 import numpy as np
+import scipy  # imports its subpackages on first use, which takes half a second for scipy.optimize
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
@@ -20,7 +20,7 @@ def match_components(a_KD: np.ndarray, b_LD: np.ndarray) -> tuple[np.ndarray, np
     """
     a, b = (_unit_rows(np.asarray(x, dtype=np.float64)) for x in (a_KD, b_LD))
     cosines_KL = np.abs(a @ b.T)
-    rows, columns = linear_sum_assignment(cosines_KL, maximize=True)
+    rows, columns = scipy.optimize.linear_sum_assignment(cosines_KL, maximize=True)
     return np.stack([rows, columns], axis=1), cosines_KL[rows, columns]
 
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
+import scipy  # imports its subpackages on first use, which takes half a second for scipy.optimize
 
 from npeff.factorization.matching import match_components
 
@@ -142,7 +142,7 @@ def cluster_components(fits_FKD: np.ndarray) -> np.ndarray:
     for _ in range(_CLUSTERING_ROUNDS):
         before_FK = labels_FK.copy()
         for fit, components_KD in enumerate(fits_FKD):
-            rows, columns = linear_sum_assignment(np.abs(components_KD @ centroids_KD.T), maximize=True)
+            rows, columns = scipy.optimize.linear_sum_assignment(np.abs(components_KD @ centroids_KD.T), maximize=True)
             labels_FK[fit, rows] = columns
         members_KFD = np.stack([fits_FKD[f, np.argsort(labels_FK[f])] for f in range(n_fits)], axis=1)
         centroids_KD = np.linalg.svd(members_KFD, full_matrices=False)[2][:, 0]

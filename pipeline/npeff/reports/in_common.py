@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import scipy  # imports its subpackages on first use, which takes a second for scipy.stats
 from numpy.typing import NDArray
-from scipy import stats
 
 from npeff.query.tables import RunTables
 from npeff.statistics.contingency import q_values
@@ -124,7 +124,7 @@ class _Counts:
         n_top = np.array([count for _, _, count in pairs])
         n_all = np.array([tested[key] for _, key, _ in pairs])
         drawn = np.array([len(self._members[j]) for j, _, _ in pairs])
-        p_values = stats.hypergeom.sf(n_top - 1, self._n_examples, n_all, drawn)
+        p_values = scipy.stats.hypergeom.sf(n_top - 1, self._n_examples, n_all, drawn)
         q = q_values(p_values, len(tested) * sum(len(rows) > 0 for rows in self._members.values()))
         found: dict[int, list[Enriched]] = {}
         for index in np.lexsort((-n_top, p_values)).tolist():
@@ -146,7 +146,7 @@ def _shifted(
         if n < 2:
             continue
         ranks = np.full(len(values), np.nan)
-        ranks[known] = stats.rankdata(values[known])
+        ranks[known] = scipy.stats.rankdata(values[known])
         _, ties = np.unique(values[known], return_counts=True)
         spread = (n + 1) - float((ties.astype(float) ** 3 - ties).sum()) / (n * (n - 1))
         base = float(np.median(values[known]))
@@ -156,7 +156,7 @@ def _shifted(
                 continue
             deviation = float(ranks[top].sum()) - len(top) * (n + 1) / 2
             z = deviation / np.sqrt(len(top) * (n - len(top)) * spread / 12)
-            tests.append((component, name, float(np.median(values[top])), base, float(2 * stats.norm.sf(abs(z)))))
+            tests.append((component, name, float(np.median(values[top])), base, float(2 * scipy.stats.norm.sf(abs(z)))))
     q = q_values(np.array([test[-1] for test in tests]), len(tests)) if tests else np.zeros(0)
     found: dict[int, list[Shifted]] = {}
     for index in sorted(range(len(tests)), key=lambda i: tests[i][-1]):

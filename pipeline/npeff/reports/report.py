@@ -7,6 +7,7 @@ request and every script except its own, for any text in the data set.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import math
 import statistics
@@ -67,6 +68,7 @@ def render_report(store: ComponentStore, top_examples: int) -> str:
     )
 
 
+@functools.cache  # compiling the templates takes half a second
 def environment() -> jinja2.Environment:
     """Return the templates, which escape all values and raise an error for an unknown name."""
     templates = jinja2.Environment(

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # imports its subpackages on first use, which takes a second for scipy.stats
 from numpy.typing import NDArray
-from scipy import stats
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def exact_tests(n_all: int, n_marked: int, n_in_K: NDArray[np.int64], n_both_K: 
     with np.errstate(divide="ignore", invalid="ignore"):
         # floats, because the products of large counts overflow integers
         odds_ratios_K = (n_both_K.astype(float) * unmarked_out_K) / (unmarked_in_K.astype(float) * marked_out_K)
-    p_values_K = np.minimum(stats.hypergeom.sf(n_both_K - 1, n_all, n_marked, n_in_K), 1.0)
+    p_values_K = np.minimum(scipy.stats.hypergeom.sf(n_both_K - 1, n_all, n_marked, n_in_K), 1.0)
     return ExactTests(odds_ratios_K, p_values_K, q_values(p_values_K, len(p_values_K)))
 
 

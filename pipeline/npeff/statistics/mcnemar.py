@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+import scipy  # imports its subpackages on first use, which takes a second for scipy.stats
 from numpy.typing import NDArray
-from scipy import stats
 
 
 @dataclass(frozen=True)
@@ -58,5 +58,5 @@ def mcnemar(correct_before_N: NDArray[np.bool_], correct_after_N: NDArray[np.boo
     spread = math.sqrt(broken + mended + 1 - difference**2 / n_added)
     margin = NormalDist().inv_cdf(0.975) * spread / n_added
     middle = difference / n_added
-    p_value = float(stats.binomtest(mended, broken + mended).pvalue) if broken + mended else 1.0
+    p_value = float(scipy.stats.binomtest(mended, broken + mended).pvalue) if broken + mended else 1.0
     return McNemar(n, broken, mended, p_value, difference / n, max(-1.0, middle - margin), min(1.0, middle + margin))

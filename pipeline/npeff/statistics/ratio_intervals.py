@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # imports its subpackages on first use, which takes a second for scipy.stats
 from numpy.typing import NDArray
-from scipy import stats
 
 from npeff.statistics.auc import area_under_curve
 
@@ -145,7 +145,7 @@ def rank_correlation(coefficients_n: NDArray[np.floating], kl_n: NDArray[np.floa
     x_n, y_n = coefficients_n[known], kl_n[known]
     if len(x_n) < 2 or np.ptp(x_n) == 0 or (y_n == y_n[0]).all():
         return None
-    return float(stats.spearmanr(x_n, y_n).statistic)
+    return float(scipy.stats.spearmanr(x_n, y_n).statistic)
 
 
 def _mean(values: NDArray[np.float64], counts: NDArray[np.int64]) -> float:

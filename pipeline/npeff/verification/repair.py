@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # imports its subpackages on first use, which takes half a second for scipy.optimize
 from numpy.typing import NDArray
-from scipy import optimize
 
 from npeff.statistics.contingency import exact_tests
 
@@ -160,7 +160,7 @@ def joint_steps(
         loss, gradient_J = loss_and_gradient(b_J * unit)
         return loss + _RIDGE * float(b_J @ b_J), gradient_J * unit + 2 * _RIDGE * b_J
 
-    found = optimize.minimize(
+    found = scipy.optimize.minimize(
         scaled, start_J / unit, jac=True, method="L-BFGS-B", options={"maxfun": max_passes, "ftol": _MIN_DECREASE}
     )
     steps_J: NDArray[np.float64] = found.x * unit
