@@ -21,6 +21,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "variables": (set(), {"errors"}),
     "options": (set(), {"errors"}),
     "statistics": (ARRAYS, set()),
+    "perception": (ARRAYS, set()),
     "gradients": (TENSORS, {"errors", "options"}),
     "sketches": (TENSORS, {"gradients", "options"}),
     "fisher": (TENSORS, {"gradients", "sketches"}),

@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _leave_objects_uncollected() -> None:
-    """Exclude all objects from the collection when the interpreter exits, which takes a second after importing torch."""
+    """Exclude all objects from the collection at the exit of the interpreter, which takes a second with torch."""
     if "duckdb" not in sys.modules:  # its bindings report objects that are not collected
         gc.freeze()
 
