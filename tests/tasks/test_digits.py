@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from npeff.tasks import digits
 from npeff.tasks.digits import DigitsTask
+from npeff.tasks.trained_model import trained_classifier
 from torch import nn
 
 
@@ -22,7 +23,7 @@ def test_training_is_that_of_torchs_optimizer_whatever_the_number_of_threads() -
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        found = digits._train(digits._network(0), pixels, targets, epochs=2, seed=0)
+        found = trained_classifier(digits._network(0), pixels, targets, epochs=2, seed=0)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

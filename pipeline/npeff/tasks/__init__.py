@@ -15,6 +15,7 @@ __all__ = ["IGNORED", "UNKNOWN", "Examples", "Task", "TaskError", "Token", "load
 _HUGGING_FACE = "npeff.tasks.huggingface"
 _BUILT_IN = {
     "digits": "npeff.tasks.digits:DigitsTask",
+    "sklearn-table": "npeff.tasks.sklearn_table:SklearnTableTask",
     "compiled-rules": "npeff.tasks.planted.compiled:CompiledRulesTask",
     "trained-rules": "npeff.tasks.planted.trained:TrainedRulesTask",
     "tracr-program": "npeff.tasks.planted.tracr:TracrProgramTask",

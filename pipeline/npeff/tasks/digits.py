@@ -11,30 +11,17 @@ import importlib.util
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from npeff.tasks.base import Examples, Task, TaskError
-from npeff.tasks.trained_model import train_once, with_weights
+from npeff.tasks.trained_model import train_once, trained_classifier, with_weights
 
 _MODEL_FILE = "digits-model.safetensors"
-
-_ADAMW: dict[str, Any] = {
-    "lr": 3e-3,
-    "weight_decay": 1e-2,
-    "beta1": 0.9,
-    "beta2": 0.999,
-    "eps": 1e-8,
-    "amsgrad": False,
-    "maximize": False,
-    "foreach": False,
-}
 
 
 class DigitsTask(Task):
@@ -63,7 +50,7 @@ class DigitsTask(Task):
 
     def prepare(self, cache: Path) -> None:
         def train() -> nn.Module:
-            return _train(_network(self._seed), *self._train, epochs=self._epochs, seed=self._seed)
+            return trained_classifier(_network(self._seed), *self._train, epochs=self._epochs, seed=self._seed)
 
         train_once(cache / _MODEL_FILE, train)
 
@@ -143,27 +130,3 @@ def _network(seed: int) -> nn.Module:
             nn.ReLU(),
             nn.Linear(32, 10),
         ).eval()
-
-
-def _train(model: nn.Module, pixels: Tensor, targets: Tensor, *, epochs: int, seed: int) -> nn.Module:
-    """Train with AdamW on one thread, so that the weights do not depend on the number of cores.
-
-    The functional form of AdamW is used because `torch.optim.Optimizer` imports ``torch._dynamo``, which takes longer
-    than the training.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    parameters: list[Tensor] = list(model.parameters())
-    means, squares = ([torch.zeros_like(parameter) for parameter in parameters] for _ in range(2))
-    steps = [torch.zeros(()) for _ in parameters]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for _ in range(epochs):
-            for batch in torch.randperm(len(pixels), generator=generator).split(32):
-                loss = nn.functional.cross_entropy(model(pixels[batch]), targets[batch])
-                gradients = list(torch.autograd.grad(loss, parameters))
-                with torch.no_grad():
-                    adamw(parameters, gradients, means, squares, [], steps, **_ADAMW)
-    finally:
-        torch.set_num_threads(threads)
-    return model
