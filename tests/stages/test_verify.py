@@ -13,9 +13,12 @@ import npeff
 import numpy as np
 import pytest
 import torch
+import yaml
+from npeff.errors import NpeffError
 from npeff.models.predictions import kl_divergence
 from npeff.runs.directory import RunDirectory
-from npeff.stages.verify import headline
+from npeff.runs.stage import recorded
+from npeff.stages.verify import VERIFY, headline
 from npeff.stages.verify.options import VerificationOptions, VerificationPaths
 from npeff.stages.verify.worker import VerificationWorker
 from npeff.stages.worker_specs import model_spec
@@ -157,6 +160,45 @@ def test_the_record_tells_the_cost_and_the_errors_and_a_failure_is_said(lifted: 
     assert lines[-1].startswith("A matched KL ratio of ")
     failed = [score | {"failure": "the median is not above 1"} for score in record["scores"]]
     assert headline(failed)[-1] == "warning: the components fail the verification: the median is not above 1"
+
+
+def test_the_evidence_can_choose_the_examples(lifted: RunDirectory, tmp_path: Path) -> None:
+    shutil.copytree(lifted.path, tmp_path / "run")
+    stored = RunDirectory.open(tmp_path / "run")
+    npeff.verify(stored)
+    before = read_table(stored.table("example_shifts"), "example_shifts")
+    document = yaml.safe_load(stored.settings.read_text())
+    assert document["verification"].pop("by") == "coefficients"  # a run of an earlier version has no such key
+    stored.settings.write_text(yaml.safe_dump(document))
+    earlier = RunDirectory.open(tmp_path / "run")
+    assert recorded(earlier, VERIFY) is not None
+    document["verification"]["by"] = "evidence"
+    stored.settings.write_text(yaml.safe_dump(document))
+    run = RunDirectory.open(tmp_path / "run")
+    assert recorded(run, VERIFY) is None
+    npeff.verify(run)
+    table = read_table(run.table("example_shifts"), "example_shifts")
+    assert table != before
+    evidence = open_factorization(run.factorization).read_evidence()
+    assert evidence is not None
+    split = np.array(read_table(run.table("examples"), "examples")["split"].to_pylist())
+    for row in table.to_pylist():
+        among = np.nan_to_num(np.where(split == row["examples"], evidence[:, row["component"]], -np.inf), nan=-np.inf)
+        assert row["example"] in np.argsort(-among)[: run.config.verification.top_examples]
+
+
+def test_evidence_that_is_not_stored_is_refused(
+    lifted: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(lifted.path, tmp_path / "run")
+    run = RunDirectory.open(tmp_path / "run")
+    document = yaml.safe_load(run.settings.read_text())
+    document["verification"]["by"] = "evidence"
+    run.settings.write_text(yaml.safe_dump(document))
+    without = replace(open_factorization(run.factorization), evidence=None)  # as of an earlier version
+    monkeypatch.setattr("npeff.stages.verify.stage.open_factorization", lambda path: without)
+    with pytest.raises(NpeffError, match=r"verification\.by: evidence needs stored evidence"):
+        npeff.verify(RunDirectory.open(run.path))
 
 
 def test_what_a_step_does_to_the_predictions_is_told(lifted: RunDirectory, tmp_path: Path) -> None:

@@ -308,14 +308,15 @@ class LiftConfig(Section):
 class VerificationConfig(Section):
     top_examples: Count = 32
     """Number of top examples of a component, on which a step along its direction should have a large effect."""
+    by: Literal["coefficients", "evidence"] = "coefficients"
+    """Scores of the examples: the coefficients, or the stored evidence of the components."""
     baseline_examples: Count = 100
     """Number of random examples, disjoint from the top examples, for the KL ratio without matching."""
     target_kl: PositiveFloat = 0.1
     """Mean KL divergence in nats on the top examples. The length of each step is chosen to reach it."""
     exact: bool = False
-    """Measure every effect by passes through the model, and search every step to 1% of ``target_kl``. By default, the
-    stored sketches predict the step, the effects on the monitored examples and those of another component's direction,
-    and a step is searched to 15%."""
+    """Measure every effect by passes through the model, with steps to 1% of ``target_kl``. By default, the stored
+    sketches predict a step (to 15%), the effects on monitored examples and those of another component's direction."""
     epsilon: Annotated[float, Field(gt=0.0, le=LARGEST_STEP)] | None = None
     """Fixed length of the step along every (unit) direction, instead of ``target_kl``."""
     selectivity_examples: CountOrZero = 8
@@ -324,13 +325,12 @@ class VerificationConfig(Section):
     correlation_examples: CountOrZero = 500
     """Largest number of random examples for the rank correlation of coefficients and KL divergences. 0 skips it."""
     orthogonalize: Literal["none", "semi"] = "none"
-    """``semi`` makes every direction orthogonal to the overlapping directions of components with larger mass before it
-    is tested. The test then measures only the part that the other components do not share."""
+    """``semi`` tests only the part of every direction that is orthogonal to those of components with larger mass."""
     ablation: bool = False
     """Also remove the part of the parameters along every direction, and write the table ``ablation``."""
     joint_ablation: CountOrZero = 0
-    """Number of random subsets of the other components without which the effect of every component is measured again,
-    in the table ``joint_ablation``. An adversarial subset is added. 0 skips this."""
+    """Number of random subsets of the other components without which the effect of every component is measured again
+    (table ``joint_ablation``), besides an adversarial one. 0 skips this."""
     ablation_origin: str | None = None
     """Safetensors file of the parameters that the removed part is measured from. The default origin is zero."""
 

@@ -64,9 +64,12 @@ def headline(scores: Sequence[dict[str, Any]], joint_ablation: dict[str, Any] | 
     return lines
 
 
+_ADDED_KEYS = {"joint_ablation": 0, "by": "coefficients"}
+
+
 def _settings(config: RunConfig) -> Any:
-    """Return the settings of the verification, without the joint ablation that earlier versions did not have."""
-    exclude = set() if config.verification.joint_ablation else {"joint_ablation"}
+    """Return the settings of the verification, without the defaults of keys that earlier versions did not have."""
+    exclude = {name for name, default in _ADDED_KEYS.items() if getattr(config.verification, name) == default}
     return config.verification.model_dump(mode="json", exclude=exclude)
 
 

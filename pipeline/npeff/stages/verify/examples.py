@@ -65,10 +65,10 @@ class Candidates:
     Args:
         examples: The table of the examples.
         sketches: The stored Fishers.
-        coefficients_NK: The coefficients.
+        scores_NK: The coefficients, or the evidence.
     """
 
-    def __init__(self, examples: Path, sketches: StoredSketches, coefficients_NK: NDArray[np.float32]) -> None:
+    def __init__(self, examples: Path, sketches: StoredSketches, scores_NK: NDArray[np.float32]) -> None:
         table = read_table(examples, "examples")
         valid_N, split_N = table["valid"].to_numpy(), np.asarray(table["split"].to_pylist())
         self.members = {split: valid_N & (split_N == split) for split in SPLITS}
@@ -77,11 +77,11 @@ class Candidates:
         self._classes_N = np.full(len(table), -1, np.int64)
         if sketches.with_logits:  # the classes of a vocabulary are too many to match
             self._classes_N = pc.fill_null(table["prediction"], -1).to_numpy().astype(np.int64)
-        self._coefficients_NK = coefficients_NK
+        self._scores_NK = scores_NK
 
     def groups(self, component: int, split: str, n_top: int, n_random: int, seed: int) -> Groups:
         """Choose the examples for a component."""
-        w_N, members_N = self._coefficients_NK[:, component], self.members[split]
+        w_N, members_N = self._scores_NK[:, component], self.members[split]
         top = top_examples(w_N, members_N, n_top)
         unknown_N = np.full_like(self._classes_N, -1)
         matched, by_trace = (

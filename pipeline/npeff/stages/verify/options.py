@@ -73,6 +73,8 @@ class VerificationOptions:
     lifted: Sequence[int] | None = None
     """Components that have a direction; all components if None."""
     semi_orthogonal: bool = False
+    by_evidence: bool = False
+    """Whether the stored evidence chooses the examples, instead of the coefficients."""
     ablation: bool = False
     joint_ablation: int = 0
     """Number of random subsets of the other components that are removed; 0 skips the joint ablation."""

@@ -11,6 +11,7 @@ import pyarrow as pa
 from npeff.execution.executor import Executor
 from npeff.runs.definition import Summary, finished
 from npeff.runs.directory import RunDirectory
+from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import open_stage, unit_checksums
 from npeff.stages.inputs import direction_checksums, fingerprint_of, lifted_components, prediction_batch_size
@@ -22,6 +23,7 @@ from npeff.statistics.joint_ablation import joint_ablations, summary
 from npeff.statistics.verdict import scoreboard, verdicts
 from npeff.storage.atomic import is_committed
 from npeff.storage.location import absolute_location
+from npeff.store.component_store import open_factorization
 from npeff.store.tables import read_table, rows_to_columns, write_table
 
 
@@ -43,6 +45,9 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         components, results = lifted_components(run), run.partial_results("verify")
         if stage.done and set(components) <= set(stage.done.get("components", range(stage.done["n_components"]))):
             return stage.done
+        if run.config.verification.by == "evidence" and open_factorization(run.factorization).evidence is None:
+            problem = "verification.by: evidence needs stored evidence, which this factorization does not have"
+            raise RunDirectoryError(problem, "use by: coefficients, or a factorization of Fishers in the sketch")
         progress = progress or SilentProgress()
         stage.discard_foreign_units(progress)
         paths = VerificationPaths.of(run, results, checksums=direction_checksums(run), lineage=stage.lineage)
@@ -96,6 +101,7 @@ def _options(run: RunDirectory, components: list[int]) -> VerificationOptions:
         exact=wanted.exact,
         lifted=components,
         semi_orthogonal=wanted.orthogonalize == "semi",
+        by_evidence=wanted.by == "evidence",
         ablation=wanted.ablation,
         joint_ablation=wanted.joint_ablation,
         origin=None if origin is None else absolute_location(Path(origin)),

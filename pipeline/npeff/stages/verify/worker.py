@@ -89,7 +89,9 @@ class VerificationWorker:
         factorization = open_factorization(paths.factorization)
         self._coefficients_NK, self._components_KD = factorization.read_coefficients(), factorization.read_components()
         self._sketches = StoredSketches(paths.fishers, paths.shards, self._loaded.layout)
-        self._candidates = Candidates(paths.examples, self._sketches, self._coefficients_NK)
+        evidence_NK = factorization.read_evidence() if options.by_evidence else None
+        self._scores_NK = self._coefficients_NK if evidence_NK is None else evidence_NK
+        self._candidates = Candidates(paths.examples, self._sketches, self._scores_NK)
         self._predict = self._sketches.predict and not options.exact
         self._model = Model(self._loaded, options.batch_size, self._sketches if self._predict else None)
         self._steps = Steps(self._loaded.model, self._model, options, self._predict)
@@ -197,7 +199,7 @@ class VerificationWorker:
         """The monitored examples: held-out examples or, if there are none, fitted examples."""
         split = "held_out" if self._candidates.members["held_out"].any() else "fit"
         members_N, seed = self._candidates.members[split], self._seed(0, "onlookers")  # results depend on this name
-        tops = [top_examples(w_N, members_N, self._options.n_selectivity) for w_N in self._coefficients_NK.T]
+        tops = [top_examples(w_N, members_N, self._options.n_selectivity) for w_N in self._scores_NK.T]
         drawn = baseline_examples(members_N, np.empty(0, np.int64), self._options.n_correlation, seed)
         return MonitoredExamples(split, tops, drawn)
 
@@ -230,7 +232,7 @@ class VerificationWorker:
 
     def _correlation(self, component: int, kl: Effects) -> float | None:
         drawn = self._monitored.drawn
-        return rank_correlation(self._coefficients_NK[drawn, component], kl.of(drawn))
+        return rank_correlation(self._scores_NK[drawn, component], kl.of(drawn))
 
     def _direction(self, component: int) -> Direction:
         if (kept := self._kept.get(component)) is not None:
