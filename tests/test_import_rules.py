@@ -56,7 +56,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "cli": (
         {"typer", "rich", "pyarrow"},
-        {"errors", "variables", "stages", "interchange", "runs", "execution", "query", "storage"},
+        {"errors", "variables", "perception", "stages", "interchange", "runs", "execution", "query", "storage"},
     ),
 }
 """For each room (a package or a module of this project), floor by floor: the third-party packages and the rooms that it

@@ -14,11 +14,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from npeff.cli import demo_command, job_commands
 from npeff.cli.main import main
 from npeff.execution.ray.jobs import Job, Submission
+from npeff.perception.difference_scaling import answer_probability, triplets
 from npeff.tasks import load_task
 from test_documents import PAGES, ROOT, commands
 
@@ -56,6 +58,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("data", "my_package", "jobs"):
         (folder / name).mkdir()
     (folder / "requirements.txt").write_text("timm==1.0.20\n")
+    shown, rng = np.repeat(triplets(5), 8, axis=0), np.random.default_rng(0)
+    answered = rng.random(len(shown)) < answer_probability(np.linspace(0, 1, 5) ** 2, 0.2, shown)
+    lines = [",".join(map(str, (*triplet, int(answer)))) for triplet, answer in zip(shown, answered, strict=True)]
+    (folder / "answers.csv").write_text("\n".join(["i,j,k,response", *lines]))
     other = {**SMALL, "task": {"name": "digits", "options": {"limit": 30, "epochs": 3}}, "run_dir": "runs/new"}
     for name, document in {
         "jobs/quickstart.yaml": {**SMALL, "run_dir": "runs/digits"},

@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 _ORDER = (
     *("demo", "run", "fishers", "factorize", "lift", "verify", "attribute", "report", "query"),
-    *("select", "repair", "transform", "estimate", "check", "status", "submit", "import", "export"),
+    *("select", "repair", "transform", "scale", "estimate", "check", "status", "submit", "import", "export"),
 )
 """The commands in the order of the help text."""
 

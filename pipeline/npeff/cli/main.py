@@ -26,13 +26,22 @@ from npeff.cli import (
     file_commands,
     job_commands,
     query_commands,
+    scale_command,
     stage_commands,
 )
 from npeff.cli.app import app
 from npeff.cli.job_commands import EXIT_INTERRUPTED
 from npeff.errors import NpeffError, as_one_line, printable, printable_traceback, without_values
 
-COMMANDS = (demo_command, stage_commands, factorization_commands, file_commands, job_commands, query_commands)
+COMMANDS = (
+    demo_command,
+    stage_commands,
+    factorization_commands,
+    file_commands,
+    job_commands,
+    query_commands,
+    scale_command,
+)
 """Modules that add commands to `app`."""
 
 EXIT_USER_ERROR, EXIT_DEFECT = 2, 70

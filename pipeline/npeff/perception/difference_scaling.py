@@ -127,9 +127,10 @@ class DifferenceScaling:
         n_levels = int(rows_N4[:, 2].max()) + 1 if self.n_levels is None else self.n_levels
         if rows_N4[:, 2].max() >= n_levels:
             raise ValueError(f"level {int(rows_N4[:, 2].max())} is shown, but n_levels is {n_levels}")
-        shown = np.isin(np.arange(n_levels), rows_N4[:, :3])
-        if not shown.all():
-            raise ValueError(f"level {int(np.argmin(shown))} is never shown: leave it out and number the others anew")
+        shown = np.unique(rows_N4[:, :3])
+        if len(shown) < n_levels:
+            missing = int(np.argmax(np.append(shown, -1) != np.arange(len(shown) + 1)))
+            raise ValueError(f"level {missing} is never shown: leave it out and number the others anew")
         triplets_T3, of_N = np.unique(rows_N4[:, :3], axis=0, return_inverse=True)
         counts_T2 = np.zeros((len(triplets_T3), 2))
         np.add.at(counts_T2, (of_N.ravel(), rows_N4[:, 3]), 1)
@@ -172,7 +173,7 @@ def _checked(responses: ArrayLike) -> NDArray[np.int64]:
     given = np.asarray(responses, np.float64)
     if given.ndim != 2 or given.shape[1] != 4 or not len(given):
         raise ValueError("responses must have one row (i, j, k, answer) per trial")
-    whole = np.isfinite(given).all(1) & (given == np.floor(given)).all(1)
+    whole = (np.abs(given) < 2**53).all(1) & (given == np.floor(given)).all(1)
     ordered = (given[:, 0] >= 0) & (given[:, 0] < given[:, 1]) & (given[:, 1] < given[:, 2])
     right = whole & ordered & np.isin(given[:, 3], (0, 1))
     if not right.all():
