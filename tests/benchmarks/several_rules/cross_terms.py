@@ -20,14 +20,16 @@ import numpy as np
 import torch
 from sklearn.decomposition import MiniBatchDictionaryLearning
 from torch import Tensor
-from verify_stage.baselines import Data, Found
+from verify_stage.baselines import Found
+
+from several_rules.truths import SketchedData
 
 OFF_DIAGONAL = 0.02
 """λ of the penalty on the entries off the diagonal; F̂ has unit norm."""
 ROUNDS, INNER = 25, 10
 
 
-def cross_terms(data: Data, start_KD: np.ndarray) -> Found:
+def cross_terms(data: SketchedData, start_KD: np.ndarray) -> Found:
     """Alternate C_i and H from the given components; C_i of the other examples at the last H."""
     factors_NRD = data.factors_NRD.double()
     fitted_FRD = factors_NRD[torch.from_numpy(data.fit_N)]
@@ -62,7 +64,7 @@ def _codes(factors_NRD: Tensor, h_KD: Tensor, start_NKK: Tensor | None, steps: i
     return c_NKK
 
 
-def sparse_gradients(data: Data, n_components: int, seed: int) -> Found:
+def sparse_gradients(data: SketchedData, n_components: int, seed: int) -> Found:
     """Dictionary learning with an L1 penalty of 0.1 on unit gradients."""
     gradients_ND = data.gradients_ND()
     model = MiniBatchDictionaryLearning(

@@ -18,10 +18,10 @@ from npeff.directions import lift_weights
 from npeff.factorization.estimator import NPEFF
 from scipy.stats import rankdata, spearmanr
 from torch import Tensor
-from verify_stage.baselines import METHODS as BASELINES
-from verify_stage.baselines import Data, Found
+from verify_stage.baselines import Found
 
-from several_rules.truths import Truth
+from several_rules.methods import gradient_clusters, gradient_nmf, pooled_eigenvectors, random_components
+from several_rules.truths import SketchedData, Truth
 
 LAMBDA = 0.05
 """λ of the whitening."""
@@ -31,14 +31,17 @@ RESAMPLES = 200
 READOUTS = ("coefficients", "evidence", "whitened")
 
 
-def npeff_components(data: Data, n_components: int, seed: int) -> Found:
+def npeff_components(data: SketchedData, n_components: int, seed: int) -> Found:
     fitted = NPEFF(n_components, random_state=seed).fit(data.factors_NRD[torch.from_numpy(data.fit_N)].numpy())
     return fitted.transform(data.factors_NRD.numpy()), fitted.components_
 
 
-METHODS: dict[str, Callable[[Data, int, int], Found]] = {
+METHODS: dict[str, Callable[[SketchedData, int, int], Found]] = {
     "npeff": npeff_components,
-    **{name: BASELINES[name] for name in ("gradient-nmf", "gradient-kmeans", "fisher-pca", "random")},
+    "gradient-nmf": gradient_nmf,
+    "gradient-kmeans": gradient_clusters,
+    "fisher-pca": pooled_eigenvectors,
+    "random": random_components,
 }
 
 
@@ -110,7 +113,7 @@ def scored(truth: Truth, found: Found, n_active: int | None, seed: int) -> Score
     rng = np.random.default_rng((seed, 2))
     results: dict[str, list] = {name: [] for name in ("found", "resampled", "aucs", "spearman", "energy")}
     for readout, scores_NK in by_readout.items():
-        chosen_r = _best(truth.active_Nr[fit_N], scores_NK[fit_N])
+        chosen_r = best_components(truth.active_Nr[fit_N], scores_NK[fit_N])
         exactly_N = ~fit_N & (truth.counts_N == n_active if n_active else True)
         sampled_rS = _held_out_aucs(truth, scores_NK, chosen_r, exactly_N, rng)
         all_r = _held_out_aucs(truth, scores_NK, chosen_r, ~fit_N, None)[:, 0]
@@ -124,7 +127,7 @@ def scored(truth: Truth, found: Found, n_active: int | None, seed: int) -> Score
     return Scores(**{name: dict(zip(READOUTS, values, strict=True)) for name, values in results.items()})
 
 
-def _best(active_Fr: np.ndarray, scores_FK: np.ndarray) -> list[int]:
+def best_components(active_Fr: np.ndarray, scores_FK: np.ndarray) -> list[int]:
     """The component with the highest AUC for each rule. The AUC grows with the mean rank of the positive examples."""
     return [int(best) for best in (active_Fr.T.astype(float) @ rankdata(scores_FK, axis=0)).argmax(1)]
 

@@ -13,11 +13,11 @@ import numpy as np
 from npeff.tasks.planted.compiled import CompiledRulesTask
 from npeff.tasks.planted.tracr import TracrProgramTask
 from npeff.tasks.planted.trained import TrainedRulesTask
-from verify_stage.baselines import Data, Found
+from verify_stage.baselines import Found
 
 from several_rules.cross_terms import cross_terms, sparse_gradients
 from several_rules.scores import METHODS, READOUTS, scored
-from several_rules.truths import Truth, drawn
+from several_rules.truths import SketchedData, Truth, drawn
 
 SKETCH_DIM = 512
 
@@ -76,7 +76,7 @@ def tracr(seeds: Sequence[int], folders: Sequence[Path]) -> dict[str, Any]:
 def prototypes(seeds: Sequence[int], n_examples: int) -> dict[str, Any]:
     """The kinds of cross_terms.py beside NPEFF and NMF of gradients, with 2 components for each rule."""
 
-    def started(method: str) -> Callable[[Data, int, int], Found]:
+    def started(method: str) -> Callable[[SketchedData, int, int], Found]:
         return lambda data, n_components, seed: cross_terms(data, METHODS[method](data, n_components, seed)[1])
 
     methods = {
@@ -96,7 +96,7 @@ def prototypes(seeds: Sequence[int], n_examples: int) -> dict[str, Any]:
 
 
 def _section(
-    settings: Sequence[Setting], seeds: Sequence[int], methods: dict[str, Callable[[Data, int, int], Found]]
+    settings: Sequence[Setting], seeds: Sequence[int], methods: dict[str, Callable[[SketchedData, int, int], Found]]
 ) -> dict[str, Any]:
     print(
         f"{'active':<20}{'method':<18}{'K':>3}  "
@@ -124,7 +124,7 @@ def _draw(setting: Setting, seed: int) -> Truth:
 def _row(
     setting: Setting,
     method: str,
-    fit: Callable[[Data, int, int], Found],
+    fit: Callable[[SketchedData, int, int], Found],
     n_components: int,
     truths: Sequence[Truth],
     seeds: Sequence[int],

@@ -77,7 +77,7 @@ def drawn(task: Any, cache: Path, sketch_dim: int, seed: int) -> Truth:
     exact = make_sketch(SketchSpec("identity"), layout, 0)
     n_fitted = 2 * len(examples) // 3
     n_outputs = _n_outputs(task.logits(model, examples.batch([0])))
-    sketched, rows, weights, logits = [], [], [], []
+    sketched, rows, weights = [], [], []
     for output in range(n_outputs):
         fishers = [PerExampleFishers(model, _one_output(task.logits, output), layout, kind) for kind in (sketch, exact)]
         parts_B = []
@@ -90,7 +90,6 @@ def drawn(task: Any, cache: Path, sketch_dim: int, seed: int) -> Truth:
         logits_NC = torch.cat([part.logits for part in parts_B]).double()
         sketched.append(torch.cat([part.factors_BRD for part in parts_B]))
         weights.append(_gradient_weights(logits_NC))
-        logits.append(logits_NC)
     factors_NRD = torch.cat(sketched, 1)
     roots_N11 = (
         torch.linalg.matrix_norm((factors_NRD @ factors_NRD.mT).double()).clamp(min=1e-300).sqrt()[:, None, None]
@@ -104,7 +103,6 @@ def drawn(task: Any, cache: Path, sketch_dim: int, seed: int) -> Truth:
     return Truth(
         SketchedData(
             (factors_NRD / roots_N11).float(),
-            logits[0],
             np.arange(len(examples)) < n_fitted,
             lambda: np.zeros((0, 0)),
             torch.cat(weights, 1),
