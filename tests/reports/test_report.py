@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from npeff.query.errors import QueryError
 from npeff.reports.report import duration, number, percent, ratio, write_report
-from npeff.store.tables import rows_to_columns, write_table
+from npeff.store.tables import read_table, rows_to_columns, write_table
 from places import place
 
 HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(2)>"""
@@ -106,6 +106,21 @@ def test_a_joint_ablation_has_a_section_if_there_is_one(make_run: Callable) -> N
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", section)
     assert cells == ["8.00", "5.00", "3.50", "1.25", "67%", "0.500", "0.250"]
     assert set(re.findall(r'href="#([^"]*)"', section)) == {"component-2"}
+
+
+@pytest.mark.parametrize(("factor", "fails"), [(1.0, False), (0.01, True)])
+def test_the_first_sentence_says_that_the_components_fail(make_run: Callable, factor: float, fails: bool) -> None:
+    path = make_run(n_components=4).path
+    file = path / place("tables/verification.parquet")
+    rows = read_table(file, "verification").to_pylist()
+    for row in rows:
+        row["kl_ratio_matched"] *= factor
+    write_table(file, "verification", rows_to_columns(rows, "verification"))
+    page = write_report(path).read_text(encoding="utf-8")
+    lede = page.partition('<p class="lede">')[2].partition("</p>")[0].strip()
+    first = "<strong>The components of this run fail the verification: the median KL ratio on held-out examples, 0."
+    assert lede.startswith(first) is fails
+    assert ("fail the verification" in page) is fails
 
 
 def test_text_examples_are_listed_as_text(make_run: Callable) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ import torch
 import yaml
 from npeff.errors import NpeffError
 from npeff.models.predictions import kl_divergence
+from npeff.reports.report import write_report
 from npeff.runs.directory import RunDirectory
+from npeff.runs.progress import SilentProgress
 from npeff.runs.stage import recorded
 from npeff.stages.verify import VERIFY, headline
 from npeff.stages.verify.options import VerificationOptions, VerificationPaths
@@ -199,6 +203,28 @@ def test_evidence_that_is_not_stored_is_refused(
     monkeypatch.setattr("npeff.stages.verify.stage.open_factorization", lambda path: without)
     with pytest.raises(NpeffError, match=r"verification\.by: evidence needs stored evidence"):
         npeff.verify(RunDirectory.open(run.path))
+
+
+def test_a_run_whose_steps_change_nothing_says_that_it_fails(lifted: RunDirectory, tmp_path: Path) -> None:
+    """With steps that are lost in rounding, no KL ratio is above 1. The stage, the outcome and the report say so."""
+    unmoved = {"verification": lifted.config.verification.model_copy(update={"epsilon": 1e-14})}
+    run = RunDirectory(tmp_path / "run", lifted.config.model_copy(update=unmoved))
+    shutil.copytree(lifted.path, run.path, dirs_exist_ok=True)
+    said = list[str]()
+
+    class Progress(SilentProgress):
+        def say(self, message: str) -> None:
+            said.append(message)
+
+    record = npeff.verify(run, progress=Progress())
+    failure = record["scores"][0]["failure"]
+    assert re.fullmatch(r"the median KL ratio on held-out examples, 0\.00, is not above .*", failure)
+    warning = f"warning: the components fail the verification: {failure}"
+    assert said[0] == warning
+    assert headline(record["scores"])[-1] == warning
+    page = write_report(run.path).read_text(encoding="utf-8")
+    lede = page.partition('<p class="lede">')[2].partition("</p>")[0].strip()
+    assert lede.startswith(f"<strong>The components of this run fail the verification: {escape(failure)}.</strong>")
 
 
 def test_what_a_step_does_to_the_predictions_is_told(lifted: RunDirectory, tmp_path: Path) -> None:
