@@ -1,7 +1,8 @@
 """Are the components the strategies that a model is known to use?
 
-    python tests/benchmarks/ground_truth.py [moved] [compiled] [outputs] [trained] [tracr] [prototypes]
-                                            [--examples 1500] [--seeds 0 1 2 3 4] [--components 12] [--sketch-dim 1024]
+    python tests/benchmarks/ground_truth.py [moved] [compiled] [outputs] [trained] [tracr] [tracr-verified]
+                                            [prototypes] [--examples 1500] [--seeds 0 1 2 3 4]
+                                            [--components 12] [--sketch-dim 1024]
                                             [--tracr FOLDER ...] [--output FILE]
 
 Each section prints a table and has its place in one JSON file:
@@ -13,7 +14,10 @@ Each section prints a table and has its place in one JSON file:
     outputs     the same, with an output for each rule
     trained     twelve rules that a network was trained on (task `trained-rules`), up to four on an example
     tracr       RASP programs that Tracr compiled (task `tracr-program`), from the folders of `--tracr`
+    tracr-verified  the same through all stages, with the verification of the directions (several_rules/verified.py)
     prototypes  the kinds of several_rules/cross_terms.py, for rules that act together
+
+`tracr-verified` exports the programs itself if there are no `--tracr`: it makes an environment with tracr and jax.
 
 In all sections, two thirds of the examples are fitted, and a rule's component is chosen on them.
 
@@ -56,6 +60,8 @@ from npeff.tasks.planted.compiled import CompiledRulesTask
 from npeff.verification import find_step_size, moved
 from quickstart import machine
 from several_rules import tables
+from several_rules.programs import exported
+from several_rules.verified import tracr_verified
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
@@ -244,10 +250,17 @@ def _moved_predictions(
     }
 
 
+def _verified_programs(seeds: Sequence[int], programs: Sequence[Path], folder: Path) -> dict[str, Any]:
+    found = programs or exported(folder)
+    return tracr_verified(seeds, found, folder) if found else {"skipped": "no exported programs"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "sections", nargs="*", help="moved, compiled, outputs, trained, tracr, prototypes; all unless given"
+        "sections",
+        nargs="*",
+        help="moved, compiled, outputs, trained, tracr, tracr-verified, prototypes; all unless given",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--examples", type=int, default=1500)
@@ -256,17 +269,18 @@ def main() -> None:
     parser.add_argument("--tracr", type=Path, nargs="+", default=[], help="folders of exported programs")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/ground_truth.json"))
     arguments = parser.parse_args()
+    output: Path = arguments.output
     sections: dict[str, Callable[[], dict[str, Any]]] = {
         "moved": lambda: moved_rules(arguments.seeds, arguments.examples, arguments.components, arguments.sketch_dim),
         "compiled": lambda: tables.compiled(arguments.seeds, arguments.examples),
         "outputs": lambda: tables.outputs(arguments.seeds, arguments.examples),
         "trained": lambda: tables.trained(arguments.seeds, arguments.examples),
         "tracr": lambda: tables.tracr(arguments.seeds, arguments.tracr),
+        "tracr-verified": lambda: _verified_programs(arguments.seeds, arguments.tracr, output.parent / "tracr"),
         "prototypes": lambda: tables.prototypes(arguments.seeds, arguments.examples),
     }
     if unknown := set(arguments.sections) - set(sections):
         parser.error(f"no section {sorted(unknown)[0]!r}: choose from {', '.join(sections)}")
-    output: Path = arguments.output
     output.parent.mkdir(parents=True, exist_ok=True)
     for name in arguments.sections or sections:
         about = machine()
