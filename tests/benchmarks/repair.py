@@ -32,8 +32,8 @@ from repair_stage.trials import Chosen, batch_size_of, chosen, logits, methods
 
 BUDGETS = ("50", "all")
 COLUMNS = (
-    *("method", "mended, %", "broken, %", "net change, points", "minus repair, whitened", "mean KL, nats"),
-    *("changed models", "CPU s"),
+    *("method", "mended, %", "broken, %", "net change, points", "minus repair, whitened", "net change by seed"),
+    *("mean KL, nats", "changed models", "CPU s"),
 )
 
 
@@ -124,7 +124,8 @@ def _shown(problem: Problem, budget: str, records: dict[str, list[dict[str, Any]
             row["broken"].text(),
             row["net"].text(sign=True),
             "" if method == next(iter(rows)) else row["net - reference"].text(sign=True),
-            row["kl"].text(1.0, 4),
+            "; ".join(f"{100 * each.net():+.1f}" for each in outcomes[method]),
+            row["kl"].text(1.0, 3),
             f"{changed} of {len(records[method])}",
             f"{seconds:.0f}",
         )

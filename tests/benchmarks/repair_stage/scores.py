@@ -26,6 +26,10 @@ class Outcome:
     right_after_n: NDArray[np.bool_]
     kl_n: NDArray[np.float64]
 
+    def net(self) -> float:
+        """Return the change of the accuracy."""
+        return float(self.right_after_n.mean() - (~self.wrong_n).mean())
+
     def terms(self) -> NDArray[np.float64]:
         """Return, for each example (n, 6): mended, broken, KL where right before, wrong before, right before, 1."""
         wrong_n, after_n = self.wrong_n, self.right_after_n
