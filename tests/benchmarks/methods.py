@@ -1,7 +1,8 @@
 """One protocol for all methods: do the directions of their components change their own examples, and only those?
 
-    python tests/benchmarks/methods.py [--model digits|minilm] [--splits 0 1] [--permutations 5] [--components K]
-                                       [--pairs 1500] [--methods gradients …] [--folder FOLDER] [--output FILE]
+    python tests/benchmarks/methods.py [--model digits|minilm|pydoc] [--splits 0 1] [--permutations 5] [--components K]
+                                       [--pairs 1500] [--methods gradients …] [--controls shuffled …]
+                                       [--folder FOLDER] [--output FILE]
 
 Every method is a factorization of the same Fishers with the same number of components. Its directions are whitened and
 verified with the same number of top examples and the same rule for the baseline. Nothing is tuned for one method. The
@@ -18,7 +19,8 @@ interval over the components. Four rows are controls:
   examples are then random. The bar is the same 5%.
 
 Everything is kept in the folder, and the same command goes on where it stopped. `--model minilm` needs
-NPEFF_SHARED_DATA. `README.md` beside this file keeps results.
+NPEFF_SHARED_DATA; `--model pydoc` trains its model, in three minutes or less, and needs nothing that Python and the
+extra `hf` do not have. `README.md` beside this file keeps results.
 """
 
 from __future__ import annotations
@@ -41,19 +43,23 @@ from quickstart import machine
 NPEFF = "npeff"
 OTHERS = ("gradients", "squared", "kmeans", "pca", "random")
 """Other methods, by their value of `factorization.kind`. That of npeff is `fishers`."""
+CONTROLS = ("random-own", "not-normalized", "shuffled")
+"""Rows that are controls, besides the permuted weights. Only `shuffled` needs no further lift."""
 RANDOM_OWN, NOT_NORMALIZED = "random, own directions", "npeff, not normalized"
 PERMUTED, SHUFFLED = "npeff, permuted weights", "npeff, shuffled examples"
+CONTROL_ROWS = dict(zip(CONTROLS, (RANDOM_OWN, NOT_NORMALIZED, SHUFFLED), strict=True))
 COLUMNS = ("matched ratio", "by trace", "raw ratio", "all components", "above 1", "above 2", "above controls")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=["digits", "minilm"], default="digits")
+    parser.add_argument("--model", choices=["digits", "minilm", "pydoc"], default="digits")
     parser.add_argument("--splits", type=int, nargs="+", default=[0, 1], help="seeds of the runs")
     parser.add_argument("--permutations", type=int, default=5, help="number of models with permuted weights")
     parser.add_argument("--components", type=int, help="number of components; that of the run file by default")
     parser.add_argument("--pairs", type=int, default=1500, help="number of pairs of --model minilm")
     parser.add_argument("--methods", nargs="+", default=OTHERS, choices=OTHERS, help="besides npeff and the controls")
+    parser.add_argument("--controls", nargs="*", default=CONTROLS, choices=CONTROLS, help="rows that are controls")
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmarks/methods"))
     parser.add_argument("--output", type=Path, help="runs/benchmarks/methods-MODEL.json by default")
     arguments = parser.parse_args()
@@ -61,6 +67,8 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if arguments.model == "digits":
         problem = runs.digits(arguments.folder, arguments.components)
+    elif arguments.model == "pydoc":
+        problem = runs.pydoc(arguments.folder, arguments.components)
     elif minilm.available():
         problem = runs.minilm_pairs(arguments.folder, arguments.components, arguments.pairs)
     else:
@@ -91,16 +99,22 @@ def _rows_of_all(problem: Problem, arguments: argparse.Namespace) -> dict[str, l
         for kind in arguments.methods:
             run = runs.lifted(problem.config(split, factorization={"name": kind, "kind": kind}))
             found.setdefault(kind, []).append(runs.verified(run))
-        random = {"name": "random-own", "kind": "random"}
-        run = runs.lifted(problem.config(split, factorization=random, lift={"direction": "own"}))
-        found.setdefault(RANDOM_OWN, []).append(runs.verified(run))
-        weighted = {"name": "not-normalized", "example_weights": runs.SQUARED_NORM}
-        run = runs.lifted(problem.config(split, factorization=weighted))
-        rows = runs.verified_otherwise(run, "verify-not-normalized", runs.unnormalized(run))
-        found.setdefault(NOT_NORMALIZED, []).append(rows)
-        rows = runs.verified_otherwise(own, "verify-shuffled", runs.shuffled(own))
-        found.setdefault(SHUFFLED, []).append(rows)
+        for name in arguments.controls:
+            found.setdefault(CONTROL_ROWS[name], []).append(_control(problem, split, name))
     return found
+
+
+def _control(problem: Problem, split: int, name: str) -> list[Row]:
+    """Return the rows of the table `verification` of one of `CONTROLS`."""
+    if name == "shuffled":
+        run = runs.lifted(problem.config(split, factorization={"name": NPEFF}))
+        return runs.verified_otherwise(run, "verify-shuffled", runs.shuffled(run))
+    if name == "random-own":
+        random = {"name": name, "kind": "random"}
+        return runs.verified(runs.lifted(problem.config(split, factorization=random, lift={"direction": "own"})))
+    weighted = {"name": name, "example_weights": runs.SQUARED_NORM}
+    run = runs.lifted(problem.config(split, factorization=weighted))
+    return runs.verified_otherwise(run, "verify-not-normalized", runs.unnormalized(run))
 
 
 def _permuted(problem: Problem, split: int, permutations: Sequence[int]) -> dict[str, list[list[Row]]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -32,9 +32,12 @@ from npeff.store.splits import Splits
 from npeff.store.tables import read_table, table_lineage, write_table
 from numpy.typing import NDArray
 
+from methods_stage import topics
 from methods_stage.scores import Row
 
 QUICKSTART = Path(__file__).parents[3] / "jobs" / "quickstart.yaml"
+SKETCH = {"kind": "tensorsketch", "dim": 4096}
+"""Sketch of the digits."""
 SQUARED_NORM = "squared_fisher_norm"
 """Column of the table of examples that `with_squared_norms` adds."""
 
@@ -69,8 +72,9 @@ class Problem:
 
 
 def digits(folder: Path, components: int | None) -> Problem:
-    """The task of the quickstart."""
-    return _problem(folder, "digits", RunConfig.from_yaml(QUICKSTART), components)
+    """The task of the quickstart, with the sketch of `README.md`'s table, which does not depend on the run file."""
+    found = _problem(folder, "digits", RunConfig.from_yaml(QUICKSTART), components)
+    return replace(found, document={**found.document, "fishers": {**found.document["fishers"], "sketch": SKETCH}})
 
 
 def minilm_pairs(folder: Path, components: int | None, pairs: int) -> Problem:
@@ -79,6 +83,14 @@ def minilm_pairs(folder: Path, components: int | None, pairs: int) -> Problem:
     if not data.exists():
         minilm.drawn_pairs(pairs, data)
     return _problem(folder, f"minilm-{pairs}", minilm.config(folder, data.absolute()), components)
+
+
+def pydoc(folder: Path, components: int | None) -> Problem:
+    """A character-level language model on the topic help of Python: see `topics`. Trained at the first call."""
+    facts = topics.prepared(folder / "pydoc")
+    losses = ", ".join(f"{value:.3f} ({name})" for name, value in facts["loss"].items())
+    print(f"pydoc: held-out loss in nats per character: {losses}", flush=True)
+    return _problem(folder, "pydoc", topics.config(folder / "pydoc"), components)
 
 
 def _problem(folder: Path, name: str, config: RunConfig, components: int | None) -> Problem:
