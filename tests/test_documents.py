@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 from dataclasses import is_dataclass
@@ -64,6 +65,7 @@ def parse(group: Any, words: list[str]) -> list[str]:
     return names
 
 
+@functools.cache
 def npeff() -> Any:
     return typer.main.get_command(app)
 

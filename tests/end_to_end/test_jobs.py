@@ -234,6 +234,7 @@ def test_a_server_that_does_not_answer_is_one_line(head: LocalHead, tmp_path: Pa
     assert f"cannot reach the job server at http://127.0.0.1:{port}" in failed.stderr
 
 
+@pytest.mark.slow
 def test_a_run_file_with_a_mistake_is_refused_before_anything_is_sent(head: LocalHead, tmp_path: Path) -> None:
     config = write_run_file(tmp_path, factorisation={"n_components": 3})
     failed = head.command("npeff", "submit", str(config), "--address", head.address)

@@ -44,6 +44,7 @@ def test_a_token_is_one_of_the_most_frequent_characters() -> None:
     assert tokenizer("\n\na b?")["input_ids"] == [2, 2, 3, 4, 5, 1]
 
 
+@pytest.mark.slow
 def test_the_task_predicts_the_last_characters_and_training_repeats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
