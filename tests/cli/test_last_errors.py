@@ -139,8 +139,9 @@ NPEFF = [sys.executable, "-m", "npeff"]
 
 
 @pytest.mark.process
-def test_closed_pipes_full_disks_and_other_encodings_show_no_traceback() -> None:
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_closed_pipes_full_disks_and_other_encodings_show_no_traceback(unbuffered: str) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUNBUFFERED": unbuffered}
 
     def shell(script: str, *words: str) -> tuple[int, str]:
         ended = subprocess.run(["bash", "-c", script, "-", *NPEFF, *words], env=environment, capture_output=True)

@@ -178,4 +178,9 @@ def _usage(error: TyperException) -> str:
 
 def _fail(message: str, code: int = EXIT_USER_ERROR) -> NoReturn:
     print("npeff: error: " + printable(" ".join(without_values(message).split())), file=sys.stderr)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        _close_output()  # otherwise, the interpreter fails at its exit with another message and code
     raise SystemExit(code)
