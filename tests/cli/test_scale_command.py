@@ -23,7 +23,7 @@ def test_each_observer_has_the_scale_of_the_library(tmp_path: Path) -> None:
     lines = [",".join(map(str, (*row, name))) for name in SCALES for row in answers(name).tolist()]
     (tmp_path / "answers.csv").write_text("\n".join(["i,j,k,response,observer", *reversed(lines)]))
     file = tmp_path / "scales.json"
-    options = ("--level", "0.95", "--draws", "200", "--output", file)
+    options = ("--confidence-level", "0.95", "--draws", "200", "--output", file)
     assert command("scale", "--responses", tmp_path / "answers.csv", *options) == 0
     rows = json.loads(file.read_text())
     for name in SCALES:
@@ -36,6 +36,7 @@ def test_each_observer_has_the_scale_of_the_library(tmp_path: Path) -> None:
         np.testing.assert_allclose([row["high"] for row in own], found.high_n, rtol=1e-12)
         np.testing.assert_allclose([row["sigma"] for row in own], fitted.sigma_, rtol=1e-12)
         assert {row["n_trials"] for row in own} == {len(answers(name))}
+        assert {row["n_draws"] for row in own} == {200 - found.n_left_out}
 
 
 def test_without_observers_there_is_one_scale(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -53,6 +54,7 @@ def test_without_observers_there_is_one_scale(tmp_path: Path, capfd: pytest.Capt
         ("i,j,k,response\n", "has no answers"),
         ("i,j,k,response\n0,1,2,1\n2,1,3,0\n", "line 3 is (2, 1, 3, 0): it must be levels i < j < k"),
         ("i,j,k,response\n0,1,2,yes\n", "line 2 is (0, 1, 2, yes)"),
+        ("i,j,k,response\n0,1,2,1,0\n", "line 2 is (0, 1, 2, 1): it must be levels i < j < k"),
         ("i,j,k,response\n0,1\n", "line 2 is (0, 1, ,)"),
         (f"i,j,k,response\n0,1,{'9' * 5000},1\n", "line 2 is (0, 1, 999"),
         ("i,j,k,response\n0,1,999999999999999,1\n", "level 2 is never shown"),

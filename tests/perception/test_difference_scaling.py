@@ -109,6 +109,15 @@ def test_answers_without_errors_are_refused() -> None:
         DifferenceScaling().fit(np.column_stack([shown, certain]))
 
 
+def test_intervals_without_an_estimate_in_any_draw_are_refused() -> None:
+    shown = np.repeat(triplets(7), 5, axis=0)
+    certain = answer_probability(np.linspace(0, 1, 7) ** 2, 1e-9, shown) > 0.5
+    fitted = DifferenceScaling().fit(ROWS)
+    fitted._counts_T2 = np.column_stack([~certain.reshape(-1, 5).all(1), certain.reshape(-1, 5).all(1)]).astype(float)
+    with pytest.raises(ValueError, match="no bootstrap draw has an estimate"):
+        fitted.intervals(n_draws=20)
+
+
 def test_more_levels_than_stated_are_refused() -> None:
     with pytest.raises(ValueError, match="level 6 is shown, but n_levels is 5"):
         DifferenceScaling(5).fit(ROWS)

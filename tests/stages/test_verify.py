@@ -172,7 +172,7 @@ def test_the_evidence_can_choose_the_examples(lifted: RunDirectory, tmp_path: Pa
     npeff.verify(stored)
     before = read_table(stored.table("example_shifts"), "example_shifts")
     document = yaml.safe_load(stored.settings.read_text())
-    assert document["verification"].pop("by") == "coefficients"  # a run of an earlier version has no such key
+    assert document["verification"].pop("by") == "coefficient"  # a run of an earlier version has no such key
     stored.settings.write_text(yaml.safe_dump(document))
     earlier = RunDirectory.open(tmp_path / "run")
     assert recorded(earlier, VERIFY) is not None

@@ -208,6 +208,7 @@ def test_a_run_goes_through_all_stages(tmp_path: Path) -> None:
         ({"numeric_columns": ["weight"]}, "has no column 'weight'"),
         ({"numeric_columns": ["note"]}, "column 'note' has type string, not numbers: give it in category_columns"),
         ({"numeric_columns": ["outcome"]}, "'outcome' is the column of labels"),
+        ({"numeric_columns": ["age", "dose", "age"]}, "two inputs have the name 'age'"),
         ({"numeric_columns": []}, "has no inputs: give numeric_columns or category_columns"),
         ({"filter": {"outcome": "ill"}}, "has fewer than two classes"),
         ({"limit": 12}, "6 rows to train on and 6 examples are too few"),

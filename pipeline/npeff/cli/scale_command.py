@@ -30,7 +30,7 @@ def scale_command(
             "and k looks larger than that between i and j, otherwise 0). A column observer separates several people.",
         ),
     ],
-    level: Annotated[float, typer.Option(min=0.5, max=0.999, help="Probability of the intervals.")] = 0.99,
+    confidence_level: Annotated[float, typer.Option(min=0.5, max=0.999, help="Probability of the intervals.")] = 0.99,
     draws: Annotated[int, typer.Option(min=100, max=100_000, help="Number of bootstrap draws.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
     output: Format = None,
@@ -45,7 +45,7 @@ def scale_command(
     for observer, answers in _read(responses).items():
         try:
             fitted = DifferenceScaling().fit(answers)
-            found = fitted.intervals(level, n_draws=draws, seed=seed)
+            found = fitted.intervals(confidence_level, n_draws=draws, seed=seed)
         except ValueError as error:
             whose = "" if observer is None else f"observer {observer!r}: "
             raise NpeffError(f"{responses}: {whose}{error}", path=responses) from None
@@ -61,9 +61,10 @@ def scale_command(
                     "sigma_low": found.sigma[0],
                     "sigma_high": found.sigma[1],
                     "n_trials": len(answers),
+                    "n_draws": draws - found.n_left_out,
                 }
             )
-    kinds = {_OBSERVER: pa.string(), "level": pa.int64(), "n_trials": pa.int64()}
+    kinds = {_OBSERVER: pa.string(), "level": pa.int64(), "n_trials": pa.int64(), "n_draws": pa.int64()}
     schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in rows[0]])
     write_answer(pa.Table.from_pylist(rows, schema), output, file)
 
@@ -88,11 +89,12 @@ def _read(path: Path) -> dict[str | None, list[tuple[int, ...]]]:
 
 
 def _answer(path: Path, line: int, row: dict[str, str | None]) -> tuple[int, ...]:
+    """Return the answer of a line. ``DictReader`` puts cells without a column under the key None."""
     cells = [row[name] or "" for name in _COLUMNS]
-    if all(cell.strip().isdecimal() and len(cell) <= _LONGEST for cell in cells):
+    if None not in row and all(cell.strip().isdecimal() and len(cell) <= _LONGEST for cell in cells):
         i, j, k, response = (int(cell) for cell in cells)
         if i < j < k and response in (0, 1):
             return i, j, k, response
     shown = as_one_line(ValueError(", ".join(cells)))
     problem = f"{path}: line {line} is ({shown})"
-    raise NpeffError(problem, "it must be levels i < j < k, and the response 0 or 1", path=path)
+    raise NpeffError(problem, "it must be levels i < j < k, and the response 0 or 1, without further cells", path=path)

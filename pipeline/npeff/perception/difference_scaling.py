@@ -147,13 +147,16 @@ class DifferenceScaling:
         self.psi_, self.sigma_ = _normalized(self._slopes_n)
         return self
 
-    def intervals(self, level: float = 0.99, *, n_draws: int = 1000, seed: int = 0) -> Interval:
+    def intervals(self, confidence_level: float = 0.99, *, n_draws: int = 1000, seed: int = 0) -> Interval:
         """Compute percentile bootstrap intervals, with trials drawn with replacement.
 
         Args:
-            level: Probability of the intervals.
+            confidence_level: Probability of the intervals.
             n_draws: Number of draws S.
             seed: Seed of the draws.
+
+        Raises:
+            ValueError: No draw has an estimate.
         """
         generator = np.random.default_rng(seed)
         n_trials = int(self._counts_T2.sum())
@@ -162,7 +165,9 @@ class DifferenceScaling:
             _maximum_likelihood(self._contrasts_Tn, drawn_T2.reshape(-1, 2), self._slopes_n) for drawn_T2 in drawn_ST2
         ]
         scales = [_normalized(each[0]) for each in found if each is not None]
-        tails = [(1 - level) / 2, (1 + level) / 2]
+        if not scales:
+            raise ValueError("no bootstrap draw has an estimate, because there are too few answers: collect more")
+        tails = [(1 - confidence_level) / 2, (1 + confidence_level) / 2]
         low_n, high_n = np.quantile([psi_n for psi_n, _ in scales], tails, axis=0)
         sigma = np.quantile([sigma for _, sigma in scales], tails)
         return Interval(low_n, high_n, (float(sigma[0]), float(sigma[1])), n_draws - len(scales))

@@ -308,7 +308,7 @@ class LiftConfig(Section):
 class VerificationConfig(Section):
     top_examples: Count = 32
     """Number of top examples of a component, on which a step along its direction should have a large effect."""
-    by: Literal["coefficients", "evidence"] = "coefficients"
+    by: Literal["coefficient", "evidence"] = "coefficient"
     """Scores of the examples: the coefficients, or the stored evidence of the components."""
     baseline_examples: Count = 100
     """Number of random examples, disjoint from the top examples, for the KL ratio without matching."""

@@ -135,8 +135,8 @@ class SklearnTableTask(Task):
 
     def logits(self, model: nn.Module, batch: Tensor) -> Tensor:
         logits: Tensor = model(batch)
-        if self.options.model is not None and logits.shape != (len(batch), len(self._table.class_names)):
-            expected = (len(batch), len(self._table.class_names))
+        expected = (len(batch), len(self._table.class_names))
+        if self.options.model is not None and logits.shape != expected:
             raise TaskError(
                 f"model {self.options.model!r} returns {tuple(logits.shape)}, not {expected}: (rows, classes)"
             )
@@ -200,21 +200,23 @@ class _Table:
 
     def _inputs(self) -> tuple[tuple[str, ...], Tensor]:
         """Return the names of the inputs, and their values (N, F) in float32."""
-        options, columns = self._options, {}
+        options = self._options
         categories = options.category_columns or ()
         taken = {"id", options.label, options.id_column, *categories}
         numeric = options.numeric_columns
         if numeric is None:
             numeric = [each.name for each in self.rows.schema if each.name not in taken and _is_number(each.type)]
-        for name in numeric:
-            columns[name] = self._numbers(name)
+        columns = [(name, self._numbers(name)) for name in numeric]
         for name in categories:
-            cells = texts(self.rows, name, options.data)
-            for value in sorted(set(cells) - {""}):
-                columns[f"{name}={value}"] = np.array([cell == value for cell in cells], np.float64)
+            cells = np.array(texts(self.rows, name, options.data))
+            columns += [(f"{name}={value}", (cells == value).astype(np.float64)) for value in np.unique(cells) if value]
         if not columns:
             raise TaskError(f"{options.data} has no inputs: give numeric_columns or category_columns")
-        return tuple(columns), torch.from_numpy(np.stack(list(columns.values()), 1).astype(np.float32))
+        names, values = zip(*columns, strict=True)
+        if len(set(names)) < len(names):
+            twice = next(name for place, name in enumerate(names) if name in names[:place])
+            raise TaskError(f"{options.data}: two inputs have the name {twice!r}: name each column once, or rename one")
+        return names, torch.from_numpy(np.stack(values, 1).astype(np.float32))
 
     def _numbers(self, name: str) -> NDArray[np.float64]:
         data, rows = self._options.data, self.rows

@@ -64,7 +64,7 @@ def headline(scores: Sequence[dict[str, Any]], joint_ablation: dict[str, Any] | 
     return lines
 
 
-_ADDED_KEYS = {"joint_ablation": 0, "by": "coefficients"}
+_ADDED_KEYS = {"joint_ablation": 0, "by": "coefficient"}
 
 
 def _settings(config: RunConfig) -> Any:

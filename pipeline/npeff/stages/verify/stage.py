@@ -47,7 +47,7 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
             return stage.done
         if run.config.verification.by == "evidence" and open_factorization(run.factorization).evidence is None:
             problem = "verification.by: evidence needs stored evidence, which this factorization does not have"
-            raise RunDirectoryError(problem, "use by: coefficients, or a factorization of Fishers in the sketch")
+            raise RunDirectoryError(problem, "use by: coefficient, or a factorization of Fishers in the sketch")
         progress = progress or SilentProgress()
         stage.discard_foreign_units(progress)
         paths = VerificationPaths.of(run, results, checksums=direction_checksums(run), lineage=stage.lineage)

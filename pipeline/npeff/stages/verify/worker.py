@@ -89,8 +89,9 @@ class VerificationWorker:
         factorization = open_factorization(paths.factorization)
         self._coefficients_NK, self._components_KD = factorization.read_coefficients(), factorization.read_components()
         self._sketches = StoredSketches(paths.fishers, paths.shards, self._loaded.layout)
-        evidence_NK = factorization.read_evidence() if options.by_evidence else None
-        self._scores_NK = self._coefficients_NK if evidence_NK is None else evidence_NK
+        scores_NK = factorization.read_evidence() if options.by_evidence else self._coefficients_NK
+        assert scores_NK is not None  # the stage has made sure that the evidence is stored
+        self._scores_NK = scores_NK
         self._candidates = Candidates(paths.examples, self._sketches, self._scores_NK)
         self._predict = self._sketches.predict and not options.exact
         self._model = Model(self._loaded, options.batch_size, self._sketches if self._predict else None)
