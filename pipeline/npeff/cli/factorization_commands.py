@@ -10,9 +10,8 @@ import typer
 
 import npeff
 from npeff.cli.app import app
-from npeff.cli.options import ExistingRun
+from npeff.cli.options import ExistingRun, File, Format
 from npeff.cli.output import say, write_answer
-from npeff.cli.query_commands import File, Format
 from npeff.errors import printable
 from npeff.storage.location import location
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from npeff.cli.output import OutputFormat
 from npeff.storage.location import location
 from npeff.variables import literal
 
@@ -63,6 +64,21 @@ Factorization = Annotated[
         help="Factorization of the run to use. Default: factorization.name of the run file, or the first one.",
         show_default=False,
     ),
+]
+
+
+Format = Annotated[
+    OutputFormat | None,
+    typer.Option(
+        "--format",
+        help="Output format. Default: given by the extension of FILE, otherwise table. spreadsheet: CSV in which an "
+        "apostrophe is put before texts that begin with = + - @, a tab or a line break, so that a spreadsheet does not "
+        "evaluate them as formulas.",
+        show_default=False,
+    ),
+]
+File = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FILE", dir_okay=False, help="Write the result to this file.")
 ]
 
 

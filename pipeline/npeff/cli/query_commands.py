@@ -10,8 +10,8 @@ from typer.core import TyperGroup
 
 import npeff
 from npeff.cli.app import HELP, app
-from npeff.cli.options import Factorization
-from npeff.cli.output import OutputFormat, write_answer
+from npeff.cli.options import Factorization, File, Format
+from npeff.cli.output import write_answer
 from npeff.storage.location import location
 
 _OPTION = "--factorization"
@@ -49,19 +49,6 @@ By = Annotated[
         help="Rank examples by their coefficients, or by the evidence: how strong a component, or its direction, is in "
         "an example's Fisher, whatever the other components are."
     ),
-]
-Format = Annotated[
-    OutputFormat | None,
-    typer.Option(
-        "--format",
-        help="Output format. Default: given by the extension of FILE, otherwise table. spreadsheet: CSV in which an "
-        "apostrophe is put before texts that begin with = + - @, a tab or a line break, so that a spreadsheet does not "
-        "evaluate them as formulas.",
-        show_default=False,
-    ),
-]
-File = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="FILE", dir_okay=False, help="Write the result to this file.")
 ]
 NumberOfExamples = Annotated[int, typer.Option("-n", min=1, help="Maximum number of examples.")]
 NumberOfComponents = Annotated[int, typer.Option("-n", min=1, help="Maximum number of components.")]

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from npeff.cli.app import app
+from npeff.cli.options import File, Format
 from npeff.cli.output import write_answer
-from npeff.cli.query_commands import File, Format
 from npeff.errors import NpeffError, as_one_line
 
 _COLUMNS = ("i", "j", "k", "response")
