@@ -25,6 +25,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "gradients": (TENSORS, {"errors", "options"}),
     "sketches": (TENSORS, {"gradients", "options"}),
     "fisher": (TENSORS, {"gradients", "sketches"}),
+    "input_fisher": (TENSORS, {"errors", "gradients", "fisher"}),
     "factorization": (TENSORS | {"scipy", "sklearn"}, {"errors", "options"}),
     "directions": (TENSORS, {"gradients", "fisher"}),
     "verification": (TENSORS | {"scipy"}, {"directions", "statistics"}),
@@ -39,7 +40,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "runs": ({"pydantic", "yaml", "rich"}, {"errors", "variables", "options", "storage", "store", "execution"}),
     "models": (
         TENSORS | {"pyarrow"},
-        {"errors", "variables", "tasks", "gradients", "fisher", "execution", "store"},
+        {"errors", "variables", "tasks", "gradients", "fisher", "input_fisher", "execution", "store"},
     ),
     "query": (
         {"numpy", "scipy", "zarr", "dask", "pyarrow", "duckdb"},

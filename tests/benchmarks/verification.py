@@ -29,8 +29,8 @@ import torch
 from npeff.runs.config import RunConfig
 from npeff.runs.definition import finished
 from npeff.runs.directory import RunDirectory
+from npeff.stages.earlier_results import fingerprint_of, lifted_components
 from npeff.stages.factorize.solution import write_solution
-from npeff.stages.inputs import fingerprint_of, lifted_components
 from npeff.stages.verify.options import VerificationOptions, VerificationPaths
 from npeff.stages.verify.worker import VerificationWorker
 from npeff.stages.worker_specs import model_spec

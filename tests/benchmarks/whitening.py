@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from npeff.models.loaded import LoadedModel
 from npeff.runs.directory import RunDirectory
-from npeff.stages.inputs import fingerprint_of, prediction_batch_size
+from npeff.stages.earlier_results import fingerprint_of, prediction_batch_size
 from npeff.stages.worker_specs import model_spec
 from npeff.store.component_store import open_factorization
 from npeff.store.direction_store import DirectionStore

@@ -28,8 +28,8 @@ from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import SilentProgress
 from npeff.stages.attribute.worker import AttributionWorker
+from npeff.stages.earlier_results import fingerprint_of, lifted_components
 from npeff.stages.factorize.solution import write_solution
-from npeff.stages.inputs import fingerprint_of, lifted_components
 from npeff.stages.lift.worker import LiftBlock, LiftWorker
 from npeff.stages.pipeline import export_direction
 from npeff.stages.worker_specs import model_spec

@@ -15,7 +15,7 @@ from npeff.cli.main import main
 from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
-from npeff.stages.inputs import fingerprint_of
+from npeff.stages.earlier_results import fingerprint_of
 from npeff.stages.repair import stage as repair_stage
 from npeff.stages.repair.worker import Batch, RepairWorker
 from npeff.stages.worker_specs import model_spec

@@ -27,7 +27,7 @@ from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory
 from npeff.runs.stage import recorded
 from npeff.sketches import make_sketch
-from npeff.stages.inputs import fingerprint_of
+from npeff.stages.earlier_results import fingerprint_of
 from npeff.stages.lift import LIFT
 from npeff.stages.pipeline import export_direction
 from npeff.stages.worker_specs import model_spec

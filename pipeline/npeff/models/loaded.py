@@ -26,11 +26,12 @@ from npeff.gradients import (
     model_fingerprint,
     select_parameters,
 )
+from npeff.input_fisher.flat_inputs import FlatInputs
 from npeff.models.heap import keep_freed_memory
 from npeff.models.predictions import Predictions, joined
 from npeff.models.trainable import trainable
 from npeff.store.task_files import preparing, task_files
-from npeff.tasks import IGNORED, UNKNOWN, Examples, Task, TaskError, Token, load_task, to_device, user_code
+from npeff.tasks import IGNORED, UNKNOWN, Examples, Inputs, Task, TaskError, Token, load_task, to_device, user_code
 from npeff.variables import resolved
 
 _REQUIRED = ("id", "label")
@@ -157,6 +158,28 @@ class LoadedModel:
         if targets.is_floating_point():
             raise TaskError(f"task {self.spec.task!r}: targets() must return class numbers, not {targets.dtype}")
         return targets.to(self.device, torch.long)
+
+    def inputs(self, batch: Any) -> Inputs:
+        """Return the real-valued inputs of a batch.
+
+        Raises:
+            TaskError: The task has no such inputs, or its method `inputs` returns something else.
+        """
+        with self.spec.user_code(self.task, "inputs"):
+            inputs = self.task.inputs(self.model, batch)
+        if inputs is None:
+            raise TaskError(
+                f"task {self.spec.task!r} has no floating-point inputs: give the task an `inputs` method that returns "
+                "npeff.tasks.Inputs"
+            )
+        if not isinstance(inputs, Inputs):
+            raise TaskError(f"task {self.spec.task!r}: inputs() must return npeff.tasks.Inputs, not {_kind(inputs)}")
+        return inputs
+
+    def flat_inputs(self, batch: Any) -> FlatInputs:
+        """Return the inputs of a batch as positions and features. Raises as `inputs`."""
+        inputs = self.inputs(batch)
+        return FlatInputs.of(inputs.values, inputs.logits, inputs.positions, inputs.mask, inputs.exchangeable)
 
     def with_targets(self, indices: Sequence[int]) -> tuple[Any, Tensor]:
         """Return the batch with the given examples, and its targets."""

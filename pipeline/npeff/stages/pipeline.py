@@ -17,7 +17,7 @@ from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import ProgressDisplay
 from npeff.runs.stage import record_of, recorded, refuse_foreign_results
-from npeff.stages.inputs import direction_checksums, lifted_components
+from npeff.stages.earlier_results import direction_checksums, lifted_components
 from npeff.stages.lift import LIFT
 from npeff.stages.registry import STAGES
 from npeff.stages.worker_specs import executor_for

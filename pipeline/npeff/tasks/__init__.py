@@ -6,11 +6,22 @@ import importlib
 import inspect
 from typing import Any
 
-from npeff.tasks.base import IGNORED, UNKNOWN, Examples, Task, TaskError, Token, to_device
+from npeff.tasks.base import IGNORED, UNKNOWN, Examples, Inputs, Task, TaskError, Token, to_device
 from npeff.tasks.option_types import check_types
 from npeff.tasks.user_code import user_code
 
-__all__ = ["IGNORED", "UNKNOWN", "Examples", "Task", "TaskError", "Token", "load_task", "to_device", "user_code"]
+__all__ = [
+    "IGNORED",
+    "UNKNOWN",
+    "Examples",
+    "Inputs",
+    "Task",
+    "TaskError",
+    "Token",
+    "load_task",
+    "to_device",
+    "user_code",
+]
 
 _HUGGING_FACE = "npeff.tasks.huggingface"
 _BUILT_IN = {

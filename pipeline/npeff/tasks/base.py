@@ -8,7 +8,8 @@ before any other worker loads the task. Its results are stored in the run's task
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,6 +92,35 @@ def placed_words(words: Sequence[str], start: int = 0) -> list[Token]:
     return tokens
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """The real-valued inputs of a batch of B examples, and the logits of the model as a function of them.
+
+    An example has inputs at one or more positions: the pixels of an image, the tokens of a text, or the columns of a
+    table. A position has one or more features: the channels of a pixel, or the entries of a token's embedding.
+    """
+
+    values: Tensor
+    """(B, ...), floating point: the inputs."""
+    logits: Callable[[Tensor], Tensor]
+    """Function of values of the shape of `values`. It returns what `Task.logits` returns for the batch."""
+    positions: tuple[int, ...] | None = None
+    """Axes of `values` that number the positions: (2, 3) for images (B, C, H, W), (1,) for embedded texts (B, T, D).
+    The other axes, except axis 0, number the features. With None, every entry is a position with one feature."""
+    exchangeable: bool = False
+    """Whether all positions have the same distribution, and examples may have different numbers of positions, as texts
+    do. The covariance is then one of the features of a position."""
+    mask: Tensor | None = None
+    """(B, P) for P positions in row-major order, bool: False where a position is not an input of the example, such as
+    padding and special tokens. These values are never changed, and have no share of the information."""
+    names: Sequence[str] = ()
+    """Names of the P positions, such as the columns of a table, if they have names."""
+    groups: Sequence[str] = ()
+    """Names of groups of positions, such as the modalities or the segments of a pair of texts."""
+    group_of: Tensor | None = None
+    """(P,) or (B, P), int64: the number of the group of each position, -1 for a position without a group."""
+
+
 class Task(ABC):
     """A model on a data set. Subclasses take their options as keyword arguments of ``__init__``."""
 
@@ -126,6 +156,20 @@ class Task(ABC):
         prediction, whose class is the ``label`` in the table.
         """
         return None
+
+    def inputs(self, model: nn.Module, batch: Any) -> Inputs | None:
+        """Return the real-valued inputs of a batch, for `npeff inputs` and `npeff scale`; None if there are none.
+
+        By default, a batch that is one floating-point tensor is the input. Its positions are the pixels of a batch
+        (B, C, H, W), and the single entries of any other batch.
+
+        Args:
+            model: The model.
+            batch: A batch of `Examples.batch`, on the device of the model.
+        """
+        if not (isinstance(batch, Tensor) and batch.is_floating_point() and batch.dim() > 1):
+            return None
+        return Inputs(batch, lambda values: self.logits(model, values), (2, 3) if batch.dim() == 4 else None)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 from npeff.models.loaded import LoadedModel
 from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory
-from npeff.stages.inputs import fingerprint_of
+from npeff.stages.earlier_results import fingerprint_of
 from npeff.stages.worker_specs import model_spec
 from npeff.store.tables import read_table
 from numpy.typing import NDArray

@@ -14,7 +14,7 @@ from npeff.models.loaded import LoadedModel
 from npeff.models.predictions import kl_divergence
 from npeff.runs.directory import RunDirectory
 from npeff.runs.progress import SilentProgress
-from npeff.stages.inputs import lifted_components, prediction_batch_size
+from npeff.stages.earlier_results import lifted_components, prediction_batch_size
 from npeff.stages.repair.stage import _Examples, _Search
 from npeff.stages.worker_specs import executor_for
 from npeff.storage.atomic import remove_directory

@@ -11,7 +11,7 @@ from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import forget_other_requests, open_stage, unit_checksums
 from npeff.stages.attribute import ATTRIBUTE
 from npeff.stages.attribute.worker import AttributionPaths, AttributionWorker
-from npeff.stages.inputs import direction_checksums, fingerprint_of, lifted_components
+from npeff.stages.earlier_results import direction_checksums, fingerprint_of, lifted_components
 from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
 from npeff.store.schemas import SCHEMAS
 from npeff.store.tables import read_table, write_table

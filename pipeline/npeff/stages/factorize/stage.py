@@ -16,6 +16,7 @@ from npeff.runs.lineage import MadeFrom
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.settings import refuse_fewer_iterations
 from npeff.runs.stage import open_stage, record_of
+from npeff.stages.earlier_results import checksums_of, components_of, count_fit_examples, validate_problem
 from npeff.stages.factorize import FACTORIZE
 from npeff.stages.factorize.driver import SolverRun, run_solver
 from npeff.stages.factorize.found import Found, SketchedKinds, found_by_solver
@@ -25,7 +26,6 @@ from npeff.stages.factorize.worker import Origin, SolverWorker
 from npeff.stages.fishers import FISHERS
 from npeff.stages.fishers.tables import ensure_split
 from npeff.stages.fits.stability import component_stability
-from npeff.stages.inputs import checksums_of, components_of, count_fit_examples, validate_problem
 from npeff.stages.worker_specs import device_of, executor_for, fitted_examples, worker_spec
 from npeff.store.checkpoint import CheckpointStore
 from npeff.store.coefficient_rows import StackedRows

@@ -13,13 +13,13 @@ from npeff.runs.directory import RunDirectory
 from npeff.runs.lineage import lineage_of
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import open_stage
+from npeff.stages.earlier_results import shards_checksum, validate_problem
 from npeff.stages.fishers import FISHERS
 from npeff.stages.fishers.inspection import TaskFacts, TaskWorker
 from npeff.stages.fishers.other_run import use_other_fishers
 from npeff.stages.fishers.tables import write_example_tables, write_parameter_table
 from npeff.stages.fishers.worker import FisherWorker
 from npeff.stages.fitted_examples import example_weights
-from npeff.stages.inputs import shards_checksum, validate_problem
 from npeff.stages.worker_specs import executor_for, inspection_of, model_spec, worker_spec
 from npeff.storage.atomic import is_committed, remove_directory
 from npeff.storage.errors import StoreError

@@ -22,7 +22,7 @@ from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import open_stage
-from npeff.stages.inputs import checksums_of, fingerprint_of, lifted_components
+from npeff.stages.earlier_results import checksums_of, fingerprint_of, lifted_components
 from npeff.stages.lift import LIFT
 from npeff.stages.lift.files import Combinations, LiftBlock, LiftPaths
 from npeff.stages.lift.worker import LiftWorker

@@ -18,7 +18,7 @@ from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import forget_other_requests, open_stage, record_of
-from npeff.stages.inputs import direction_checksums, fingerprint_of, lifted_components, prediction_batch_size
+from npeff.stages.earlier_results import direction_checksums, fingerprint_of, lifted_components, prediction_batch_size
 from npeff.stages.lift import LIFT
 from npeff.stages.repair import REPAIR
 from npeff.stages.repair.worker import Attempt, Batch, RepairWorker

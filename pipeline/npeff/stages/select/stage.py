@@ -15,11 +15,11 @@ from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import open_stage, record_of
+from npeff.stages.earlier_results import checksums_of, count_fit_examples
 from npeff.stages.fishers import FISHERS
 from npeff.stages.fishers.tables import ensure_split
 from npeff.stages.fits.stability import fitting_worker
 from npeff.stages.fits.worker import PARTS, FitRequest, FitResult
-from npeff.stages.inputs import checksums_of, count_fit_examples
 from npeff.stages.select import SELECT
 from npeff.stages.worker_specs import executor_for
 from npeff.store.fit_store import FitStore, StoredFit

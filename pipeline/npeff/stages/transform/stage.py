@@ -13,11 +13,11 @@ from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import open_stage, record_of
+from npeff.stages.earlier_results import checksums_of, components_of
 from npeff.stages.factorize import FACTORIZE
 from npeff.stages.factorize.solution import own_examples, write_solution
 from npeff.stages.fishers.stage import compute_fishers
 from npeff.stages.fishers.tables import ensure_split
-from npeff.stages.inputs import checksums_of, components_of
 from npeff.stages.transform.shards import over_shards
 from npeff.stages.transform.worker import ShardCoefficients
 from npeff.stages.worker_specs import executor_for

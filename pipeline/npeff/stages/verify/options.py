@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from npeff.runs.directory import RunDirectory
-from npeff.stages.inputs import checksums_of
+from npeff.stages.earlier_results import checksums_of
 from npeff.store.shard_records import ShardChecksums
 
 

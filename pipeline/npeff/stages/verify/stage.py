@@ -14,7 +14,7 @@ from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import open_stage, unit_checksums
-from npeff.stages.inputs import direction_checksums, fingerprint_of, lifted_components, prediction_batch_size
+from npeff.stages.earlier_results import direction_checksums, fingerprint_of, lifted_components, prediction_batch_size
 from npeff.stages.verify import VERIFY
 from npeff.stages.verify.options import VerificationOptions, VerificationPaths
 from npeff.stages.verify.worker import VerificationWorker
