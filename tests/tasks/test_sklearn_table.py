@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from npeff.errors import NpeffError
+from npeff.models.loaded import ModelSpec
 from npeff.tasks import load_task
 from npeff.tasks.sklearn_table import SklearnTableTask
 from npeff.tasks.tables import TableOptions
@@ -250,3 +251,32 @@ def test_logits_of_another_shape_are_refused(tmp_path: Path) -> None:
     task = task_of(written(tmp_path, rows()), model=f"{__name__}:one_logit")
     with pytest.raises(NpeffError, match=r"returns \(2, 1\), not \(2, 2\): \(rows, classes\)"):
         task.logits(task.model(tmp_path), task.examples(tmp_path).batch([0, 1]))
+
+
+def test_a_column_is_a_group_of_inputs(tmp_path: Path) -> None:
+    options = {
+        "label_column": "outcome",
+        "id_column": "key",
+        "category_columns": ["ward"],
+        "data": written(tmp_path, rows()),
+    }
+    loaded = ModelSpec("sklearn-table", options, tmp_path, ("*",), (), "cpu")
+    loaded.prepare()
+    model = loaded.load()
+    model.check_inputs([0, 1, 2])
+    inputs = model.inputs(model.batch([0, 1, 2]), 3)
+    assert list(inputs.names) == ["age", "dose", "smokes", "ward=north", "ward=south"]
+    assert list(inputs.groups) == ["age", "dose", "smokes", "ward"]
+    assert inputs.group_of is not None
+    assert inputs.group_of.tolist() == [0, 1, 2, 3, 3]
+    assert (inputs.positions, inputs.mask, inputs.exchangeable) == (None, None, False)
+    assert torch.equal(inputs.values, model.batch([0, 1, 2]))
+
+
+def test_the_inputs_of_a_shipped_table_are_its_columns(tmp_path: Path) -> None:
+    spec = ModelSpec("sklearn-table", {"data": "sklearn:digits", "epochs": 1}, tmp_path, ("*",), (), "cpu")
+    spec.prepare()
+    loaded = spec.load()
+    loaded.check_inputs([0, 1])
+    inputs = loaded.inputs(loaded.batch([0, 1]))
+    assert list(inputs.names) == list(inputs.groups) == [f"pixel_{y}_{x}" for y in range(8) for x in range(8)]

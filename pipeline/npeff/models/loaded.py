@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ from npeff.gradients import (
 )
 from npeff.input_fisher.flat_inputs import FlatInputs
 from npeff.models.heap import keep_freed_memory
+from npeff.models.input_checks import problem_of_inputs, problem_of_logits
 from npeff.models.predictions import Predictions, joined
+from npeff.models.single_precision import batch_in_single_precision, in_single_precision
 from npeff.models.trainable import trainable
 from npeff.store.task_files import preparing, task_files
 from npeff.tasks import IGNORED, UNKNOWN, Examples, Inputs, Task, TaskError, Token, load_task, to_device, user_code
@@ -159,14 +161,24 @@ class LoadedModel:
             raise TaskError(f"task {self.spec.task!r}: targets() must return class numbers, not {targets.dtype}")
         return targets.to(self.device, torch.long)
 
-    def inputs(self, batch: Any) -> Inputs:
-        """Return the real-valued inputs of a batch.
+    @cached_property
+    def single_precision_model(self) -> nn.Module:
+        """The model of `inputs`: a copy in float32 if the model is in half precision, otherwise the model itself."""
+        return in_single_precision(self.model)
+
+    def inputs(self, batch: Any, n_examples: int | None = None) -> Inputs:
+        """Return the real-valued inputs of a batch. Values and logits are in float32 or float64.
+
+        Args:
+            batch: A batch of `batch`.
+            n_examples: Number of examples of the batch, with which the first axis of the values is compared.
 
         Raises:
             TaskError: The task has no such inputs, or its method `inputs` returns something else.
         """
+        model = self.single_precision_model
         with self.spec.user_code(self.task, "inputs"):
-            inputs = self.task.inputs(self.model, batch)
+            inputs = self.task.inputs(model, batch_in_single_precision(batch))
         if inputs is None:
             raise TaskError(
                 f"task {self.spec.task!r} has no floating-point inputs: give the task an `inputs` method that returns "
@@ -174,12 +186,50 @@ class LoadedModel:
             )
         if not isinstance(inputs, Inputs):
             raise TaskError(f"task {self.spec.task!r}: inputs() must return npeff.tasks.Inputs, not {_kind(inputs)}")
-        return inputs
+        if problem := problem_of_inputs(inputs, n_examples):
+            raise TaskError(f"task {self.spec.task!r}: inputs() {problem}")
 
-    def flat_inputs(self, batch: Any) -> FlatInputs:
-        """Return the inputs of a batch as positions and features. Raises as `inputs`."""
-        inputs = self.inputs(batch)
+        def logits(values: Tensor) -> Tensor:
+            with self.spec.user_code(self.task, "inputs().logits"):
+                found = inputs.logits(values)
+            if not isinstance(found, Tensor):
+                raise TaskError(f"task {self.spec.task!r}: inputs().logits() must return a tensor, not {_kind(found)}")
+            return found
+
+        values = batch_in_single_precision(inputs.values.detach())
+        masks = {name: getattr(inputs, name) for name in ("mask", "present", "group_of")}
+        return replace(inputs, values=values, logits=logits, **to_device(masks, values.device))
+
+    def flat_inputs(self, batch: Any, n_examples: int | None = None) -> FlatInputs:
+        """Return the inputs of a batch as positions and features. Arguments and errors are those of `inputs`."""
+        inputs = self.inputs(batch, n_examples)
         return FlatInputs.of(inputs.values, inputs.logits, inputs.positions, inputs.mask, inputs.exchangeable)
+
+    def check_inputs(self, indices: Sequence[int]) -> None:
+        """Check the inputs of some examples: whether their logits are those of the task, up to rounding.
+
+        Raises:
+            TaskError: They are not, they do not depend on the values by differentiable operations, or the positions
+                of exchangeable inputs are not those of the tokens.
+        """
+        batch = self.batch(indices)
+        inputs = self.inputs(batch, len(indices))
+        with torch.no_grad():
+            expected = self.logits(self.single_precision_model, batch_in_single_precision(batch))
+        with torch.enable_grad():
+            found = inputs.logits(inputs.values.clone().requires_grad_())
+        if problem := problem_of_logits(found, expected):
+            raise TaskError(f"task {self.spec.task!r}: the logits of inputs() {problem}")
+        tokens = self.input_tokens(indices) if inputs.exchangeable else None
+        if tokens is None:
+            return
+        flat = FlatInputs.of(inputs.values, inputs.logits, inputs.positions, inputs.present)
+        for index, row, used_P in zip(indices, tokens, flat.used_BP, strict=True):
+            if len(row) != int(used_P.sum()):
+                raise TaskError(
+                    f"task {self.spec.task!r}: inputs() must return one position for each token, besides padding "
+                    f"(present): example {index} has {len(row)} tokens, and {int(used_P.sum())} positions"
+                )
 
     def with_targets(self, indices: Sequence[int]) -> tuple[Any, Tensor]:
         """Return the batch with the given examples, and its targets."""
@@ -217,12 +267,21 @@ class LoadedModel:
 
     def tokens(self, indices: Sequence[int]) -> list[list[Token]] | None:
         """Return the tokens at the positions of each example; None if the task does not define tokens."""
-        with self.spec.user_code(self.task, "examples().tokens"):
-            found = self.examples.tokens(indices)
+        return self._checked_tokens("tokens", self.examples.tokens, indices)
+
+    def input_tokens(self, indices: Sequence[int]) -> list[list[Token]] | None:
+        """Return the tokens at the positions of the inputs of each example; None if the positions are not tokens."""
+        return self._checked_tokens("input_tokens", self.examples.input_tokens, indices)
+
+    def _checked_tokens(
+        self, method: str, tokens: Callable[[Sequence[int]], list[list[Token]] | None], indices: Sequence[int]
+    ) -> list[list[Token]] | None:
+        with self.spec.user_code(self.task, f"examples().{method}"):
+            found = tokens(indices)
             rows = None if found is None else [[Token(*token) for token in row] for row in found]
         if rows is not None and (len(rows) != len(indices) or not all(rows)):
             raise TaskError(
-                f"task {self.spec.task!r}: examples().tokens() must return a list of one or more tokens for each of "
+                f"task {self.spec.task!r}: examples().{method}() must return a list of one or more tokens for each of "
                 f"the {len(indices)} requested examples"
             )
         return rows

@@ -75,6 +75,13 @@ class Examples(ABC):
         """
         return None
 
+    def input_tokens(self, indices: Sequence[int]) -> list[list[Token]] | None:
+        """Return the tokens at the positions of the inputs (`Task.inputs`) of some examples, for display.
+
+        By default, they are those of `tokens`. None if the positions are not tokens.
+        """
+        return self.tokens(indices)
+
     def class_texts(self, classes: Sequence[int]) -> list[str | None] | None:
         """Return the texts of classes that have no `class_names`, such as the tokens of a vocabulary, for display.
 
@@ -113,6 +120,9 @@ class Inputs:
     mask: Tensor | None = None
     """(B, P) for P positions in row-major order, bool: False where a position is not an input of the example, such as
     padding and special tokens. These values are never changed, and have no share of the information."""
+    present: Tensor | None = None
+    """(B, P), bool: False where a position is padding, so that the example has no such position; None if no position
+    is padding. The positions of an example where it is True are, in order, those of `Examples.input_tokens`."""
     names: Sequence[str] = ()
     """Names of the P positions, such as the columns of a table, if they have names."""
     groups: Sequence[str] = ()

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from npeff.errors import as_one_line
-from npeff.tasks.base import Examples, Task, TaskError
+from npeff.tasks.base import Examples, Inputs, Task, TaskError
 from npeff.tasks.tables import LabelOptions, class_numbers, distinct_names, example_table, texts, type_of
 from npeff.tasks.trained_model import train_once, trained_classifier, with_weights
 from npeff.tasks.user_code import user_code
@@ -142,6 +142,18 @@ class SklearnTableTask(Task):
             )
         return logits
 
+    def inputs(self, model: nn.Module, batch: Tensor) -> Inputs:
+        """Return the rows. A column is a group: of one number, or of the values of a category."""
+        table = self._table
+        groups = tuple(dict.fromkeys(table.input_columns))
+        return Inputs(
+            batch,
+            lambda values: self.logits(model, values),
+            names=table.input_names,
+            groups=groups,
+            group_of=torch.tensor([groups.index(column) for column in table.input_columns]),
+        )
+
     @functools.cached_property
     def _table(self) -> _Table:
         return _Table(self.options)
@@ -195,28 +207,30 @@ class _Table:
         values = options.label_values if options.label_names else "names"
         self.labels = class_numbers(self.rows[options.label].to_pylist(), self.class_names, options.data, values)
         self.targets = torch.tensor([-1 if label is None else label for label in self.labels], dtype=torch.int64)
-        self.input_names, self.inputs = self._inputs()
+        self.input_names, self.input_columns, self.inputs = self._inputs()
         self.train, self.examples = self._split()
 
-    def _inputs(self) -> tuple[tuple[str, ...], Tensor]:
-        """Return the names of the inputs, and their values (N, F) in float32."""
+    def _inputs(self) -> tuple[tuple[str, ...], tuple[str, ...], Tensor]:
+        """Return the names of the inputs, their columns, and their values (N, F) in float32."""
         options = self._options
         categories = options.category_columns or ()
         taken = {"id", options.label, options.id_column, *categories}
         numeric = options.numeric_columns
         if numeric is None:
             numeric = [each.name for each in self.rows.schema if each.name not in taken and _is_number(each.type)]
-        columns = [(name, self._numbers(name)) for name in numeric]
+        inputs = [(name, name, self._numbers(name)) for name in numeric]
         for name in categories:
             cells = np.array(texts(self.rows, name, options.data))
-            columns += [(f"{name}={value}", (cells == value).astype(np.float64)) for value in np.unique(cells) if value]
-        if not columns:
+            inputs += [
+                (f"{name}={value}", name, (cells == value).astype(np.float64)) for value in np.unique(cells) if value
+            ]
+        if not inputs:
             raise TaskError(f"{options.data} has no inputs: give numeric_columns or category_columns")
-        names, values = zip(*columns, strict=True)
+        names, columns, values = zip(*inputs, strict=True)
         if len(set(names)) < len(names):
             twice = next(name for place, name in enumerate(names) if name in names[:place])
             raise TaskError(f"{options.data}: two inputs have the name {twice!r}: name each column once, or rename one")
-        return names, torch.from_numpy(np.stack(values, 1).astype(np.float32))
+        return names, columns, torch.from_numpy(np.stack(values, 1).astype(np.float32))
 
     def _numbers(self, name: str) -> NDArray[np.float64]:
         data, rows = self._options.data, self.rows

@@ -127,6 +127,14 @@ class PretrainedOptions(TableOptions):
             return self.load(factory, pad_token_id)
         return self.load(factory, pad_token_id, num_labels=len(label_names))
 
+    def check_single_precision(self) -> None:
+        """Raise TaskError if the model cannot compute in float32, as gradients with respect to inputs need."""
+        if self.attention == "flash_attention_2":
+            raise TaskError(
+                "attention: flash_attention_2 computes in half precision, and attributions of inputs in float32: set "
+                "attention to sdpa"
+            )
+
     def _check_no_adapter(self) -> None:
         """Raise TaskError if the model is an adapter, or has one, which the library would load without any check."""
         try:

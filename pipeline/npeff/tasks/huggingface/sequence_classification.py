@@ -10,9 +10,10 @@ import pyarrow as pa
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from npeff.tasks.base import Examples, TaskError, Token
+from npeff.tasks.base import Examples, Inputs, TaskError, Token
 from npeff.tasks.huggingface.limits import Limits
 from npeff.tasks.huggingface.pretrained import PretrainedTask, classes
+from npeff.tasks.huggingface.token_inputs import token_inputs, token_table
 from npeff.tasks.huggingface.tokens import (
     TextOptions,
     Tokens,
@@ -51,8 +52,21 @@ class SequenceClassificationTask(PretrainedTask[SequenceClassificationOptions]):
         return _Texts(self.options)
 
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        result: Tensor = model(**batch).logits
+        result: Tensor = model(**_model_inputs(batch)).logits
         return result
+
+    def inputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Inputs:
+        table = token_table(model, self.options, decoder=True)
+
+        def logits(values_BTD: Tensor) -> Tensor:
+            with table.replaced(batch["input_ids"], values_BTD):
+                return self.logits(model, batch)
+
+        return token_inputs(table, batch, batch["segments"], logits, self.options.text_columns)
+
+
+def _model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if name != "segments"}
 
 
 class _Texts(Examples):
@@ -82,7 +96,8 @@ class _Texts(Examples):
         return self._tokens.lengths()
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        return self._tokens.batch(indices, self._side)
+        """Return the inputs of the model, and ``segments``: the text of each token (B, T), as in `Tokens`."""
+        return {**self._tokens.batch(indices, self._side), "segments": self._tokens.segments(indices, self._side)}
 
     def tokens(self, indices: Sequence[int]) -> list[list[Token]]:
         found = []

@@ -28,6 +28,9 @@ _TEXTS_AT_ONCE = 1024
 _WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"
 """Beginning of a SentencePiece token that starts with a space, which decoding omits."""
 
+NO_TEXT, SOME_TEXT = -1, 2
+"""Entries of `Tokens.text_of` besides 0 and 1."""
+
 Side = Literal["left", "right"]
 NoteT = TypeVar("NoteT")
 
@@ -53,6 +56,9 @@ class Tokens:
     """``input_ids`` and, if the tokenizer returns them, ``token_type_ids``: N arrays each."""
     padding: Mapping[str, int]
     """Padding value of each of these."""
+    text_of: Sequence[np.ndarray]
+    """Number of the text of each token, 0 or 1; `NO_TEXT` for a special token, and `SOME_TEXT` for a token of a pair
+    whose tokenizer does not tell which text it is from."""
 
     @property
     def ids(self) -> Sequence[np.ndarray]:
@@ -62,18 +68,24 @@ class Tokens:
         """Return the number of tokens of each text."""
         return [len(row) for row in self.ids]
 
+    def segments(self, indices: Sequence[int], side: Side = "right", stop: Sequence[int] | None = None) -> Tensor:
+        """Return `text_of` of some texts (B, T), with `NO_TEXT` at padding. The arguments are those of `batch`."""
+        return padded(_cut(self.text_of, indices, stop), NO_TEXT, side)
+
     def batch(
         self, indices: Sequence[int], side: Side = "right", stop: Sequence[int] | None = None
     ) -> dict[str, Tensor]:
         """Return the padded inputs (B, T) of some texts and their attention mask, with only the first `stop` tokens."""
-        ends = [None] * len(indices) if stop is None else stop
-        rows = {
-            name: [values[index][:end] for index, end in zip(indices, ends, strict=True)]
-            for name, values in self.inputs.items()
-        }
+        rows = {name: _cut(values, indices, stop) for name, values in self.inputs.items()}
         mask = [np.ones(len(row), np.int64) for row in rows["input_ids"]]
         found = {name: padded(values, self.padding[name], side) for name, values in rows.items()}
         return found | {"attention_mask": padded(mask, 0, side)}
+
+
+def _cut(values: Sequence[np.ndarray], indices: Sequence[int], stop: Sequence[int] | None) -> list[np.ndarray]:
+    """Return the first `stop` entries of some rows, or the whole rows."""
+    ends = [None] * len(indices) if stop is None else stop
+    return [values[index][:end] for index, end in zip(indices, ends, strict=True)]
 
 
 def padded(rows: Sequence[np.ndarray], value: int, side: Side = "right") -> Tensor:
@@ -121,6 +133,7 @@ def tokenize(
     _check_room(tokenizer, options, len(texts))
     inputs: dict[str, list[np.ndarray]] = {"input_ids": []}
     notes: list[NoteT] = []
+    text_of: list[np.ndarray] = []
     known = KnownText(tokenizer)
     for start in range(0, len(ids), _TEXTS_AT_ONCE):
         chosen = [list(column[start : start + _TEXTS_AT_ONCE]) for column in texts]
@@ -128,6 +141,7 @@ def tokenize(
         settings = {"truncation": True, "max_length": options.max_length, "return_special_tokens_mask": True, **further}
         encoded = tokenizer(*given[0], **given[1], **settings)
         known.add(encoded, chosen)
+        text_of += _text_of(encoded, len(chosen))
         for name in set(encoded) & {"input_ids", "token_type_ids"}:
             inputs.setdefault(name, []).extend(np.asarray(row, np.int32) for row in encoded[name])
         if note is not None and encoded.encodings is None:
@@ -145,7 +159,23 @@ def tokenize(
             )
     known.check(options)
     limits.check(inputs, ids, options)
-    return Tokens(inputs, {"input_ids": pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}), notes
+    padding = {"input_ids": pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+    return Tokens(inputs, padding, text_of), notes
+
+
+def _text_of(encoded: Any, n_texts: int) -> list[np.ndarray]:
+    """Return the number of the text of each token.
+
+    Token types are of no use: many tokenizers have none, and some give the separator that of the text before it.
+    """
+    special = [np.asarray(row, np.bool_) for row in encoded["special_tokens_mask"]]
+    if encoded.encodings is None:
+        return [np.where(row, NO_TEXT, 0 if n_texts == 1 else SOME_TEXT).astype(np.int8) for row in special]
+    owners = [
+        np.array([NO_TEXT if owner is None else owner for owner in encoding.sequence_ids], np.int8)
+        for encoding in encoded.encodings
+    ]
+    return [np.where(row, NO_TEXT, numbers) for row, numbers in zip(special, owners, strict=True)]
 
 
 def _check_room(tokenizer: Any, options: TextOptions, n_texts: int) -> None:
