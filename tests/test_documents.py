@@ -8,7 +8,7 @@ import shlex
 from dataclasses import is_dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import typer
@@ -23,10 +23,17 @@ PAGES = {
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 }
 ALL = "\n".join(PAGES.values())
+
+
+def is_section(model: Any) -> bool:
+    return isinstance(model, type) and issubclass(model, BaseModel)
+
+
 SECTIONS = {
-    name: field.annotation
+    name: model
     for name, field in RunConfig.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    for model in (get_args(field.annotation) or (field.annotation,))  # a section, or a section that may be missing
+    if is_section(model)
 }
 
 
@@ -119,9 +126,10 @@ def model_of(dotted: list[str]) -> Any:
     """The type of a key such as fishers.sketch; raises KeyError where there is none."""
     found: Any = RunConfig
     for name in dotted:
+        found = next(filter(is_section, get_args(found)), found)
         if is_dataclass(found):
             found = get_type_hints(found)[name]
-        elif isinstance(found, type) and issubclass(found, BaseModel):
+        elif is_section(found):
             found = fields_of(found)[name].annotation
         else:
             return None  # free, as the options of a task are

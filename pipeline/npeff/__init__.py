@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from npeff.stages.compare import compare as compare
     from npeff.stages.factorize.stage import factorize as factorize
     from npeff.stages.fishers.stage import compute_fishers as compute_fishers
+    from npeff.stages.inputs.stage import inputs as inputs
     from npeff.stages.lift.stage import lift as lift
     from npeff.stages.pipeline import report as report
     from npeff.stages.pipeline import run as run

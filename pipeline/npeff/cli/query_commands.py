@@ -171,6 +171,26 @@ def verification(context: typer.Context, component: Component, output: Format = 
 
 
 @query_app.command()
+def inputs(
+    context: typer.Context,
+    example: Annotated[
+        str | None,
+        typer.Option("--example", "-e", help="Id or number of an example: show the shares of its positions."),
+    ] = None,
+    component: Annotated[
+        int | None,
+        typer.Option("--component", "-c", help="Show the mean shares over the top examples of this component."),
+    ] = None,
+    output: Format = None,
+    file: File = None,
+) -> None:
+    """Show on which inputs predictions depend: one row for each explained example, or for each position."""
+    if example is not None and component is not None:
+        raise typer.BadParameter("give --example or --component, not both")
+    write_answer(_store(context).inputs(example, component), output, file)
+
+
+@query_app.command()
 def components(context: typer.Context, output: Format = None, file: File = None) -> None:
     """Show the table of components, one row for each."""
     write_answer(_store(context).components_table(), output, file)

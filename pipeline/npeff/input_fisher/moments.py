@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from npeff.input_fisher.flat_inputs import FlatInputs
@@ -44,6 +45,11 @@ class Moments:
             values = values[inputs.used_BP][:, None]
         mean_PF = values.mean(0) if len(values) else values.new_zeros(values.shape[1:])
         return cls(len(values), mean_PF, _products(values - mean_PF, kind))
+
+    def on(self, device: torch.device) -> Moments:
+        """Return the moments on a device."""
+        products = {name: values.to(device) for name, values in self.products.items()}
+        return Moments(self.n, self.mean_PF.to(device), products)
 
     def merged(self, other: Moments) -> Moments:
         """Return the moments of the samples of both."""

@@ -202,8 +202,7 @@ class LoadedModel:
 
     def flat_inputs(self, batch: Any, n_examples: int | None = None) -> FlatInputs:
         """Return the inputs of a batch as positions and features. Arguments and errors are those of `inputs`."""
-        inputs = self.inputs(batch, n_examples)
-        return FlatInputs.of(inputs.values, inputs.logits, inputs.positions, inputs.mask, inputs.exchangeable)
+        return flattened(self.inputs(batch, n_examples))
 
     def check_inputs(self, indices: Sequence[int]) -> None:
         """Check the inputs of some examples: whether their logits are those of the task, up to rounding.
@@ -381,6 +380,11 @@ class LoadedModel:
     @cached_property
     def _n_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def flattened(inputs: Inputs) -> FlatInputs:
+    """Return inputs as positions and features."""
+    return FlatInputs.of(inputs.values, inputs.logits, inputs.positions, inputs.mask, inputs.exchangeable)
 
 
 def _kind(value: object) -> str:

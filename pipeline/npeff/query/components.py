@@ -445,6 +445,32 @@ class ComponentStore:
         self._check_component(component)
         return self.tables.read("verification", None, pc.field("component") == component)
 
+    def inputs(self, example: int | str | None = None, component: int | None = None) -> pa.Table:
+        """Return the Fisher information of the inputs, which `npeff inputs` computes.
+
+        Args:
+            example: Row number or id, as in `example`: return the share of each position of this example.
+            component: Return the mean share of each position, or of each token, over the top examples of this
+                component (`npeff.query.input_information.mean_shares`).
+
+        Returns:
+            The table `inputs` by default. Otherwise the shares, largest first.
+
+        Raises:
+            QueryError: The stage has not explained the examples, or both arguments are given.
+        """
+        from npeff.query.input_information import mean_shares, shares_of_example
+
+        if example is not None and component is not None:
+            raise QueryError("give an example or a component, not both")
+        if example is not None:
+            return shares_of_example(self.tables, self._example_index(example))
+        if component is None:
+            return self.tables.read("inputs")
+        self._check_component(component)
+        top = self.tables.read("top_examples", ["example"], pc.field("component") == component)
+        return mean_shares(self.tables, top["example"].unique().to_pylist())
+
     def sql(self, query: str, most_rows: int | None = None, timeout_s: float | None = None) -> pa.Table:
         """Run one SELECT statement over all tables of the run, in DuckDB's dialect. It has no other access.
 

@@ -35,6 +35,7 @@ from pydantic import (
 from npeff import variables
 from npeff.errors import printable
 from npeff.runs import yaml_text
+from npeff.runs.config_input_sections import InputsConfig
 from npeff.runs.config_reading import ConfigError, one_line, read_run_file, with_settings_resolved
 from npeff.runs.config_sections import (
     ExecutorConfig,
@@ -59,7 +60,7 @@ _MAX_ITERATIONS = "factorization.max_iterations"
 
 
 _FREE: dict[str, Any] = {
-    **dict.fromkeys(("run_dir", "executor", "selection", "repair", "report"), True),
+    **dict.fromkeys(("run_dir", "executor", "selection", "inputs", "repair", "report"), True),
     "lift": {"memory_limit_mb", "components"},
     "factorization": {"name", "memory_limit_mb", "checkpoint_every", "metrics"},
 }
@@ -67,8 +68,11 @@ _FREE: dict[str, Any] = {
 
 _NOT_HASHED: dict[str, Any] = _FREE | {"fishers": {"from_"}}
 
-FACTORIZATION_SECTIONS = ("factorization", "lift", "verification", "repair", "report")
+FACTORIZATION_SECTIONS = ("factorization", "lift", "verification", "inputs", "repair", "report")
 """The sections of a factorization. The others belong to the run, and all factorizations of the run share them."""
+
+OPTIONAL_SECTIONS = ("inputs",)
+"""Sections whose stages `npeff run` includes only if the section is given. The results depend on these sections."""
 
 FISHER_SECTIONS = ("task", "parameters", "fishers", "seed")
 """The sections that the stored Fishers depend on."""
@@ -91,6 +95,8 @@ class RunConfig(Section):
     selection: SelectionConfig = SelectionConfig()
     lift: LiftConfig = LiftConfig()
     verification: VerificationConfig = VerificationConfig()
+    inputs: InputsConfig | None = None
+    """None: ``npeff run`` does not compute the information of the inputs, and ``npeff inputs`` uses the defaults."""
     repair: RepairConfig = RepairConfig()
     report: ReportConfig = ReportConfig()
     executor: ExecutorConfig = ExecutorConfig()
@@ -211,6 +217,11 @@ class RunConfig(Section):
         """Return this configuration with some values of ``lift`` replaced."""
         return self._with_section("lift", changes)
 
+    @property
+    def inputs_or_default(self) -> InputsConfig:
+        """The options of the stage `inputs`: the defaults if the run file does not have the section."""
+        return self.inputs or InputsConfig()
+
     def _with_section(self, name: str, changes: dict[str, Any]) -> RunConfig:
         section: Section = getattr(self, name)
         try:
@@ -252,6 +263,11 @@ class RunConfig(Section):
         if shared == mine:
             return self
         return type(self).model_validate(_merged(self.model_dump(mode="json"), shared))
+
+    def with_sections_of(self, stored: RunConfig) -> RunConfig:
+        """Return this configuration with the optional sections of an earlier one that this one lacks."""
+        lacking = [name for name in OPTIONAL_SECTIONS if getattr(self, name) is None]
+        return self.model_copy(update={name: getattr(stored, name) for name in lacking})
 
     def with_max_iterations(self, max_iterations: int) -> RunConfig:
         """Return this configuration with another limit on the iterations of the solver."""

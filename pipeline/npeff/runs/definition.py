@@ -57,7 +57,7 @@ class StageDefinition:
     """``(run, *, executor=None, progress=None)``: runs the stage, or returns the record of a complete stage."""
     after: StageDefinition | None = None
     """The stage whose results this stage needs."""
-    in_every_run: bool = True
+    in_run: Callable[[RunConfig], bool] = lambda config: True
     """Whether ``npeff run`` includes the stage."""
     leaves: str | None = None
     """The name of the stage whose record this stage writes, if it replaces that stage."""

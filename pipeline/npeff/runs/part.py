@@ -56,12 +56,12 @@ def metadata_parts(group: Path, error: StoreError, record: Path) -> Iterator[Par
     yield Part(f"metadata of {group.name}", named, verify, deleted, recomputable=recomputable, remedy=error.remedy)
 
 
-def unit_parts(run: RunDirectory, stage: StageDefinition, what: str) -> Iterator[Part]:
-    """Yield the results of each finished component of a stage that works by components."""
-    for component in finished_components(run, stage.name):
+def unit_parts(run: RunDirectory, stage: StageDefinition, what: str, unit: str = "component") -> Iterator[Part]:
+    """Yield the results of each finished unit of a stage that works by components, or by other numbered units."""
+    for component in finished_units(run, stage.name):
         files = unit_files(run, stage, component, intact_record(run, stage.name))
         verify, deleted = partial(_verify_unit, run, stage, component), (*files.values(), run.record_file(stage.record))
-        yield Part(f"{what} of component {component}", deleted[0], verify, deleted)
+        yield Part(f"{what} of {unit} {component}", deleted[0], verify, deleted)
 
 
 def _verify_unit(run: RunDirectory, stage: StageDefinition, component: int) -> None:
@@ -70,13 +70,13 @@ def _verify_unit(run: RunDirectory, stage: StageDefinition, component: int) -> N
         read_table(path, name)
     for name, found in unit_checksums(run, stage, [component], record).items():
         if record is not None and found != record.get("units", {}).get(name, found):
-            raise StoreError(f"the results of {stage.name} for component {component} do not match their checksum")
+            raise StoreError(f"result {component} of {stage.name} does not match their checksum")
 
 
-def finished_components(run: RunDirectory, stage: str) -> list[int]:
-    """Return the components that a stage has finished, according to its result files and its record."""
+def finished_units(run: RunDirectory, stage: str) -> list[int]:
+    """Return the units that a stage has finished, according to its result files and its record."""
     record = intact_record(run, stage) or {}
-    return sorted({*finished(run.partial_results(stage)), *record.get("components", ())})
+    return sorted({*finished(run.partial_results(stage)), *record.get("components", range(record.get("n_blocks", 0)))})
 
 
 def verify_table(path: Path, checksum: str | None) -> None:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from npeff.runs.config import FACTORIZATION_SECTIONS, FISHER_SECTIONS, RunConfig
+from npeff.runs.config import FACTORIZATION_SECTIONS, FISHER_SECTIONS, OPTIONAL_SECTIONS, RunConfig
 from npeff.runs.config_reading import ConfigError
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.provenance import provenance
@@ -154,8 +154,10 @@ def settle(run: RunDirectory) -> None:
 
 
 def _is_changed(run: RunDirectory) -> bool:
-    stored = stored_config(run.path, run.name)
-    return stored.factorization != run.config.factorization or bool(run.config.differences(stored))
+    stored, config = stored_config(run.path, run.name), run.config
+    sections = ("factorization", *OPTIONAL_SECTIONS)
+    changed = any(getattr(stored, section) != getattr(config, section) for section in sections)
+    return changed or bool(config.differences(stored))
 
 
 def restore_provenance(run: RunDirectory) -> None:

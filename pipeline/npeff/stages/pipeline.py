@@ -38,7 +38,7 @@ def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = 
         NpeffError: a stage cannot be completed. The message is one line with the cause and the remedy.
     """
     directory = config if isinstance(config, RunDirectory) else RunDirectory.create(config)
-    stages = [stage for stage in STAGES if stage.in_every_run]
+    stages = [stage for stage in STAGES if stage.in_run(directory.config)]
     if progress is not None:
         progress.say(f"run {directory.path}")
     unfinished = any(recorded(directory, stage) is None for stage in stages)

@@ -9,13 +9,14 @@ from npeff.runs.definition import StageDefinition
 from npeff.stages.attribute import ATTRIBUTE
 from npeff.stages.factorize import FACTORIZE
 from npeff.stages.fishers import FISHERS
+from npeff.stages.inputs import INPUTS
 from npeff.stages.lift import LIFT
 from npeff.stages.repair import REPAIR
 from npeff.stages.select import SELECT
 from npeff.stages.transform import TRANSFORM
 from npeff.stages.verify import VERIFY
 
-STAGES = (FISHERS, SELECT, TRANSFORM, FACTORIZE, LIFT, VERIFY, ATTRIBUTE, REPAIR)
+STAGES = (FISHERS, SELECT, TRANSFORM, FACTORIZE, LIFT, VERIFY, ATTRIBUTE, INPUTS, REPAIR)
 
 
 def stages_after(stage: StageDefinition) -> Iterator[StageDefinition]:

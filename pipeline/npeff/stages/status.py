@@ -30,7 +30,7 @@ def status(run: RunDirectory) -> list[StageStatus]:
         state = run.state(stage.record, tuple(run.store(stage.name, trace) for trace in traces))
         if record is None and state is StageState.COMPLETE:
             state = StageState.PARTIAL if stage.leaves is None else StageState.MISSING
-        if stage.in_every_run or state is not StageState.MISSING:
+        if stage.in_run(run.config) or state is not StageState.MISSING:
             units = stage.units(run) if stage.of_the_run or is_defined else None
             details = "" if record is None else stage.details(record)
             rows.append(StageStatus(stage.name, state, "" if units is None else str(units), details))

@@ -18,17 +18,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from npeff.storage.atomic import local_copy, write_file_atomically
-from npeff.storage.checksums import checksum
+from npeff.storage.atomic import local_copy
 from npeff.storage.errors import StoreError, damaged_file, os_errors_explained
 from npeff.storage.location import is_remote
 from npeff.storage.objects import read_range
+from npeff.store.array_files import arrays_of, write_arrays
 
 _MOST_SHARDS = 4
 """Largest number of shards of a unit. A call of a worker takes the time of a few shards, and a crash costs no more."""
@@ -84,7 +83,7 @@ class DiagonalSums:
                     f"the diagonal Fisher of {name} over shards {shards[0]} to {shards[-1]} overflows its precision: "
                     "exclude the parameter (parameters.exclude), or set fishers.diagonal.mean to false"
                 )
-        _write(self._path(unit), sums, {"signature": self.signature})
+        write_arrays(self._path(unit), sums, {"signature": self.signature})
 
     def fold(self, *, last: bool = False) -> None:
         """Add finished units to the total, in order.
@@ -102,7 +101,7 @@ class DiagonalSums:
         if end - n_folded >= (1 if last else _FOLDED_TOGETHER):
             parts = [self._total] if n_folded else []
             parts += [self._path(unit) for unit in range(n_folded, end)]
-            _write(self._total, self._added(parts), {"signature": self.signature, "units": str(end)})
+            write_arrays(self._total, self._added(parts), {"signature": self.signature, "units": str(end)})
             n_folded = end
         with os_errors_explained("write", self.folder):
             for unit in waiting:
@@ -120,7 +119,7 @@ class DiagonalSums:
             raise StoreError(problem, "run the same command again", path=self.folder)
         sums = self._added([self._total])
         mean = {name: (values / max(n_examples, 1)).astype(np.float32) for name, values in sums.items()}
-        _write(path, mean, {**metadata, "n_examples": str(n_examples)})
+        write_arrays(path, mean, {**metadata, "n_examples": str(n_examples)})
 
     @property
     def _total(self) -> Path:
@@ -145,7 +144,7 @@ class DiagonalSums:
         sums: dict[str, np.ndarray] = {}
         for path in paths:
             with self._opened(path) as file:
-                found = _read(file)
+                found = arrays_of(file)
                 if found is None or (sums and sums.keys() != found.keys()):
                     raise damaged_file(path)  # if the total is deleted, its units are missing and are recomputed
                 for name, values in found.items():
@@ -183,47 +182,3 @@ def _header(path: Path) -> dict[str, Any]:
     length = int.from_bytes(read_range(path, 0, 8), "little")
     header: dict[str, Any] = json.loads(read_range(path, 8, 8 + length))
     return header
-
-
-def read_diagonal(path: Path) -> dict[str, np.ndarray]:
-    """Read a safetensors file of this module and return its arrays by parameter name.
-
-    Raises:
-        StoreError: The file is missing or damaged.
-    """
-    try:
-        with os_errors_explained("read", path), local_copy(path) as copy, safe_open(copy, "numpy") as file:
-            found = _read(file)
-    except SafetensorError:
-        found = None
-    if found is None:
-        raise damaged_file(path)
-    return found
-
-
-def _read(file: safe_open) -> dict[str, np.ndarray] | None:
-    """Return the arrays of a file; None if they do not match the checksum."""
-    arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is not a mapping
-    expected = (file.metadata() or {}).get("checksum")
-    return arrays if expected in (None, checksum(arrays)) else None
-
-
-def _write(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file: the length of the header in 8 bytes, the header, the arrays."""
-    # numpy operations turn 0-d arrays into scalars, and safetensors ignores strides
-    plain = {name: np.asarray(values, order="C") for name, values in arrays.items()}
-    metadata = {**metadata, "checksum": checksum(plain)}
-    content = memoryview(save(plain, metadata))
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(bytes(content[8 : 8 + length]))
-    # safetensors writes the metadata in a random order, but equal arrays must give equal files
-    header["__metadata__"] = dict(sorted(metadata.items()))
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
-
-    def write(stream: BinaryIO) -> None:
-        stream.write(len(text).to_bytes(8, "little"))
-        stream.write(text)
-        stream.write(content[8 + length :])
-
-    write_file_atomically(path, write)

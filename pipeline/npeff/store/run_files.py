@@ -3,7 +3,7 @@
     RUN/                        the run and its Fishers: run.yaml, provenance.json, fishers.zarr, shards/, task/
       tables/ stages/ partial/  tables, records and partial results of the stages of the run (`OF_THE_RUN`)
       factorizations/NAME/      one factorization: factorization.yaml, factorization.zarr, checkpoints/,
-                                directions.zarr, report/, repair/, metrics/
+                                directions.zarr, input_covariance.safetensors, report/, repair/, metrics/
         tables/ stages/ partial/   those of the stages of a factorization
 
 In the former layout, the files of the factorization ``default`` lie in RUN itself. `npeff.runs.migration` moves them.
@@ -38,6 +38,7 @@ FILES = (
     "repair",
     *(f"partial/{stage}" for stage in _STAGES),
     *(f"tables/{table}.parquet" for table in TABLES),
+    "input_covariance.safetensors",
     "directions.zarr",
     "factorization.zarr",
     "checkpoints",
@@ -110,6 +111,11 @@ class FilesOfRun:
     @property
     def directions(self) -> Path:
         return self.home / "directions.zarr"
+
+    @property
+    def input_covariance(self) -> Path:
+        """The mean of the inputs and the factor of their covariance, of the stage inputs."""
+        return self.home / "input_covariance.safetensors"
 
     @property
     def metrics(self) -> Path:

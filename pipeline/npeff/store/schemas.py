@@ -97,6 +97,14 @@ SCHEMAS: dict[str, pa.Schema] = {
         "examples_passed:int"
     ),
     "position_shares": _schema("component:int example:int position:int start:int? stop:int? token:str? share:float"),
+    "inputs": _schema(
+        "example:int class:int? n_samples:int information:float? information_se:float? entropy:float? "
+        "entropy_se:float? prediction_stable:float? shape:ints"
+    ),
+    "input_shares": _schema(
+        "example:int position:int group:str? start:int? stop:int? token:str? share:float? information:float"
+    ),
+    "input_groups": _schema("example:int group:str information:float share:float?"),
     "repair": _schema("component:int n_top:int n_wrong:int odds_ratio:float p_value:float q_value:float"),
     "repair_steps": _schema(
         "edit:int component:int? sign:int? step:float n_target:int mended_target:int gained:int broken:int "
@@ -173,6 +181,16 @@ joint_ablation: the step of the verification for the informative sign, after the
 position_shares: the evidence ‖A_i ĝ_j‖² of a top example for a direction, split over the tokens of the example.
     `share` is a fraction of the evidence and may be negative; the rest to 1 belongs to layers without positions.
     `start` and `stop` are characters of the example's text, null for a token that is not in the text.
+inputs: the functional Fisher information of an example in nats, ½ E[⟨Σ∇f, ∇f⟩ / f] for the probability f of `class`, or
+    ½ E[tr(Σ F)] if `class` is null, with its standard error over `n_samples` draws of N(0, Σ). `entropy` is the
+    functional entropy that it bounds, estimated from the same draws, and `prediction_stable` is the fraction of draws
+    with the same prediction. `shape` is the shape of the positions, such as 8 and 8 for pixels. All are null for an
+    example with logits or gradients that are not finite, and entropies are null for a single draw or several
+    predictions.
+input_shares: the information split over the positions of the example. `share` is the fraction of the sum over the
+    positions, null if that sum is 0, and `position` is a number in row-major order. `token` is the token of a text or
+    the name of the position; `start` and `stop` are characters of the example's text.
+input_groups: sums of `input_shares` over groups of positions, such as modalities, segments or columns.
 repair: number of wrong predictions among each component's top examples, with a one-sided hypergeometric test and its
     Benjamini-Hochberg q-value; smallest p-value first.
 repair_steps: one row per step tried. `mended_target` is the number of wrong top examples that the step corrects;

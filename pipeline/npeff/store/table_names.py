@@ -20,6 +20,9 @@ WRITTEN_BY = {
     "ablation": "verify",
     "joint_ablation": "verify",
     "position_shares": "attribute",
+    "inputs": "inputs",
+    "input_shares": "inputs",
+    "input_groups": "inputs",
     "repair": "repair",
     "repair_steps": "repair",
 }

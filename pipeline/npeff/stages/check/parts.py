@@ -20,7 +20,7 @@ from npeff.stages.registry import STAGES
 from npeff.storage.atomic import is_committed
 from npeff.storage.checksums import read_json
 from npeff.storage.errors import StoreError
-from npeff.store.diagonal_store import read_diagonal
+from npeff.store.array_files import read_arrays
 
 
 def complete_stages(run: RunDirectory) -> list[StageDefinition]:
@@ -122,7 +122,7 @@ def _stage_parts(run: RunDirectory, stage: StageDefinition, checksums: Mapping[s
         if not is_committed(path) and record.exists():
             yield Part(path.name, path, partial(missing, path))
         elif path.suffix == ".safetensors" and path.exists():
-            yield Part("diagonal Fisher", path, partial(read_diagonal, path), (path, record))
+            yield Part(path.name, path, partial(read_arrays, path), (path, record))
 
 
 def _verify_fit(run: RunDirectory, stage: StageDefinition) -> None:

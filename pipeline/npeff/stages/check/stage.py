@@ -19,7 +19,7 @@ from npeff.reports.report import write_report
 from npeff.runs.definition import StageDefinition
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
-from npeff.runs.part import Part, delete, finished_components, intact_record
+from npeff.runs.part import Part, delete, finished_units, intact_record
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.settings import restore_provenance
 from npeff.runs.stage import recorded
@@ -146,7 +146,7 @@ def _as_lifted(run: RunDirectory) -> RunDirectory:
 
     These components may have been chosen on the command line. Polishing always lifts all components.
     """
-    lifted = tuple(finished_components(run, "lift"))
+    lifted = tuple(finished_units(run, "lift"))
     if not lifted or run.config.lift.polish_steps:
         return run
     return run.with_config(run.config.with_lift(components=lifted))

@@ -10,7 +10,7 @@ from npeff.runs.directory import RunDirectory
 from npeff.runs.part import Part, intact_record, metadata_parts, missing
 from npeff.storage.atomic import is_committed
 from npeff.storage.errors import StoreError
-from npeff.store.diagonal_store import read_diagonal
+from npeff.store.array_files import read_arrays
 from npeff.store.fisher_store import FisherStore
 from npeff.store.shard_records import ShardRecords
 
@@ -23,7 +23,7 @@ def fisher_parts(run: RunDirectory) -> Iterator[Part]:
         yield Part(f"Fishers of {other}", run.fishers, verify, recomputable=False, remedy=remedy)
         return
     for path in sorted(run.partial_results("diagonal").glob("*.safetensors")):
-        yield Part(f"sums of diagonals {path.stem}", path, partial(read_diagonal, path), (path, record))
+        yield Part(f"sums of diagonals {path.stem}", path, partial(read_arrays, path), (path, record))
     if not is_committed(run.fishers):
         return
     try:

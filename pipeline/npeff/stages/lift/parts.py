@@ -10,7 +10,7 @@ from pathlib import Path
 from npeff.runs.definition import Summary, finished
 from npeff.runs.directory import RunDirectory
 from npeff.runs.lineage import lineage_of, made_from
-from npeff.runs.part import Part, finished_components, intact_record, metadata_parts
+from npeff.runs.part import Part, finished_units, intact_record, metadata_parts
 from npeff.stages.lift import LIFT
 from npeff.storage.atomic import is_committed
 from npeff.storage.checksums import read_json
@@ -30,7 +30,7 @@ def lift_parts(run: RunDirectory) -> Iterator[Part]:
         yield from metadata_parts(run.directions, error, record)
         return
     yield Part("directions", run.directions, partial(_verify_store, run), (run.directions, results, record))
-    for component in finished_components(run, "lift"):
+    for component in finished_units(run, "lift"):
         path = results / f"{component:05d}.json"
         yield Part(f"direction {component}", path, partial(_verify_direction, store, path, component), (path, record))
 

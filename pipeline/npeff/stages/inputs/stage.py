@@ -1,0 +1,193 @@
+"""The stage `inputs`: the Fisher information of the inputs of some examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from npeff.execution.executor import Executor, WorkerSpec
+from npeff.input_fisher.moments import Moments, merged
+from npeff.runs.config_input_sections import InputsConfig
+from npeff.runs.config_reading import ConfigError
+from npeff.runs.definition import Summary, finished
+from npeff.runs.directory import RunDirectory
+from npeff.runs.progress import ProgressDisplay, SilentProgress
+from npeff.runs.stage import Stage, forget_other_requests, open_stage, unit_checksums
+from npeff.stages.earlier_results import fingerprint_of
+from npeff.stages.inputs import INPUTS
+from npeff.stages.inputs.covariance import EVERY, InputFacts, is_current, refuse_covariance, write_covariances
+from npeff.stages.inputs.worker import TABLES, InputPaths, InputWorker, block_files
+from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
+from npeff.storage.checksums import json_checksum
+from npeff.store.fisher_store import FisherStore
+from npeff.store.schemas import SCHEMAS
+from npeff.store.splits import Splits
+from npeff.store.tables import read_table, write_table
+
+_BLOCK = 16
+"""Examples of a block, which one call of a worker computes."""
+_INSPECTED = 2
+
+
+def inputs(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
+    """Compute the Fisher information of the inputs of some examples, split over their positions.
+
+    Args:
+        run: the run.
+        executor: executor for the work. A new one is created if None.
+        progress: display for the progress. No progress is shown if None.
+
+    Returns:
+        The record of the stage.
+
+    Raises:
+        NpeffError: the stage cannot be completed. The message is one line with the cause and the remedy.
+    """
+    with open_stage(run, INPUTS) as stage:
+        options = run.config.inputs_or_default
+        examples = read_table(run.table("examples"), "examples", ["example", "label", "split", "valid"])
+        chosen = _chosen(run, options, examples)
+        request = json_checksum({"examples": chosen})
+        if stage.done and stage.done["request"] == request:
+            return stage.done
+        _refuse_missing_labels(options, examples, chosen)
+        progress, results = progress or SilentProgress(), run.partial_results("inputs")
+        forget_other_requests(results, request)
+        stage.discard_foreign_units(progress)
+        blocks = [chosen[start : start + _BLOCK] for start in range(0, len(chosen), _BLOCK)]
+        worker = _worker(run, stage, options, blocks)
+        with executor_for(run, executor) as workers:
+            facts = _inspect(workers, worker, options, chosen)
+            covariances = _covariances(run, options, examples, chosen)
+            refuse_covariance(options, facts, len(covariances))
+            if not is_current(run.input_covariance, covariances, stage.lineage):
+                fitted, n_parts = np.flatnonzero(Splits.of(examples).fit_N), facts.n_parts(options, len(covariances))
+                moments = _moments(workers, worker, fitted, n_parts, progress)
+                write_covariances(run.input_covariance, moments, options, facts, covariances, stage.lineage)
+            missing = sorted(set(range(len(blocks))) - finished(results).keys())
+            n_done = len(blocks) - len(missing)
+            with progress.stage("inputs", len(blocks), "blocks of examples", done=n_done) as tick:
+                for _ in workers.map(worker, "compute", missing, keep_going=True):
+                    n_done += 1
+                    tick(n_done)
+        tables = _write_tables(run, stage, len(blocks))
+        found = tables["inputs"]["information"].drop_null().to_numpy()
+        if n_invalid := len(chosen) - len(found):
+            progress.say(f"{n_invalid} of {len(chosen)} examples have non-finite logits or gradients and are left out")
+        summary = {
+            "request": request,
+            "n_examples": len(chosen),
+            "n_invalid": n_invalid,
+            "n_blocks": len(blocks),
+            "covariance": options.covariance,
+            "ridge": options.ridge,
+            "median_information": float(np.median(found)) if len(found) else None,
+            "units": unit_checksums(run, INPUTS, range(len(blocks))),
+        }
+        return stage.complete(summary)
+
+
+def _chosen(run: RunDirectory, options: InputsConfig, examples: pa.Table) -> list[int]:
+    """Return the numbers of the examples to explain, in ascending order."""
+    if options.examples == "top":
+        top = read_table(run.table("top_examples"), "top_examples", ["rank", "example"])
+        shown = top["rank"].to_numpy() < run.config.report.top_examples
+        return sorted(set(top["example"].to_numpy()[shown].tolist()))
+    valid = np.flatnonzero(examples["valid"].to_numpy())
+    if options.examples != "all" and options.examples < len(valid):
+        valid = np.random.default_rng([run.config.seed, len(examples)]).choice(valid, options.examples, replace=False)
+    return sorted(valid.tolist())
+
+
+def _refuse_missing_labels(options: InputsConfig, examples: pa.Table, chosen: Sequence[int]) -> None:
+    """Check that the examples have the labels that the options need.
+
+    Raises:
+        ConfigError: An example has no label.
+    """
+    needed = [key for key in ("label", "scope") if getattr(options, key) in ("label", "class")]
+    n_missing = examples["label"].take(pa.array(chosen, pa.int64())).null_count
+    if needed and n_missing:
+        key = needed[0]
+        other = {"label": "prediction", "scope": "all"}[key]
+        raise ConfigError(
+            f"inputs.{key}: {getattr(options, key)} needs labels, and {n_missing} of {len(chosen)} examples have none: "
+            f"set inputs.{key} to {other}, or add labels"
+        )
+
+
+def _worker(run: RunDirectory, stage: Stage, options: InputsConfig, blocks: Sequence[Sequence[int]]) -> WorkerSpec:
+    labels = run.config.fishers.label_spec(run.config.seed)
+    if options.label == "all" and labels.kind == "empirical":
+        raise ConfigError(
+            "inputs.label: all needs the label rows of a Fisher, and this run has fishers.labels: empirical: set "
+            "inputs.label to prediction"
+        )
+    return worker_spec(
+        run,
+        InputWorker,
+        model=model_spec(run, fingerprint_of(run)),
+        labels=labels,
+        options=options,
+        seed=run.config.seed,
+        batch_size=int(FisherStore.read_attributes(run.fishers)["batch_size"]),
+        paths=InputPaths(run.input_covariance, run.partial_results("inputs"), stage.lineage),
+        blocks=blocks,
+    )
+
+
+def _inspect(workers: Executor, worker: WorkerSpec, options: InputsConfig, chosen: Sequence[int]) -> InputFacts:
+    """Return facts about the inputs of the first examples, after all checks that are possible without the others."""
+    facts: InputFacts = next(iter(workers.map(worker, "inspect", [tuple(chosen[:_INSPECTED])])))[1]
+    if facts.several_predictions and options.label != "all":
+        raise ConfigError(
+            f"inputs.label: {options.label} explains one prediction, and the examples of this task have several: set "
+            "inputs.label to all"
+        )
+    return facts
+
+
+def _covariances(run: RunDirectory, options: InputsConfig, examples: pa.Table, chosen: Sequence[int]) -> dict[int, str]:
+    """Return the number of each covariance, and the name of its class."""
+    if options.scope == "all":
+        return {EVERY: ""}
+    classes = read_table(run.table("classes"), "classes")
+    names = dict(zip(classes["class"].to_pylist(), classes["name"].to_pylist(), strict=True))
+    numbers = examples["label"].take(pa.array(chosen, pa.int64())).unique().to_pylist()
+    return {number: names.get(number, str(number)) for number in sorted(numbers)}
+
+
+def _moments(
+    workers: Executor, worker: WorkerSpec, fitted: NDArray[np.int64], n_parts: int, progress: ProgressDisplay
+) -> dict[int, Moments]:
+    """Return the moments of the inputs of the fitted examples, by the number of the covariance.
+
+    The parts do not depend on the workers, and are merged in order.
+    """
+    parts = [tuple(part.tolist()) for part in np.array_split(fitted, min(n_parts, len(fitted)))]
+    found: dict[tuple[int, ...], dict[int, Moments]] = {}
+    n_left_out = 0
+    with progress.stage("covariance", len(parts), "parts") as tick:
+        for part, (moments, n_not_finite) in workers.map(worker, "moments", parts):
+            found[part] = moments
+            n_left_out += n_not_finite
+            tick(len(found))
+    if n_left_out:
+        progress.say(f"{n_left_out} examples with inputs that are not finite are left out of the covariance")
+    in_order = [found[part] for part in parts]
+    numbers = {number for moments in in_order for number in moments}
+    return {number: merged(each[number] for each in in_order if number in each) for number in numbers}
+
+
+def _write_tables(run: RunDirectory, stage: Stage, n_blocks: int) -> dict[str, pa.Table]:
+    """Write the tables of the stage from the results of the blocks, and return them."""
+    files = [block_files(run.partial_results("inputs"), block) for block in range(n_blocks)]
+    tables = {}
+    for name in TABLES:
+        parts = [SCHEMAS[name].empty_table(), *(read_table(each[name], name) for each in files)]
+        tables[name] = pa.concat_tables(parts)
+        write_table(run.table(name), name, tables[name], stage.lineage)
+    return tables

@@ -1,0 +1,189 @@
+"""The worker of the stage `inputs`: moments of the inputs, and the information in the inputs of some examples.
+
+An item is a block of examples. Legend: B examples of a batch, P positions, F features, D = P·F entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npeff.gradients import LabelSpec
+from npeff.input_fisher.attribution import InputInformation, input_information
+from npeff.input_fisher.flat_inputs import FlatInputs
+from npeff.input_fisher.moments import Moments, merged
+from npeff.input_fisher.noise import InputNoise
+from npeff.models.loaded import ModelSpec, flattened
+from npeff.runs.config_input_sections import InputsConfig
+from npeff.stages.inputs.covariance import EVERY, InputFacts, read_noises
+from npeff.stages.inputs.positions import Positions, group_rows, positions_of, share_rows
+from npeff.store.schemas import SCHEMAS
+from npeff.store.tables import write_table
+
+TABLES = ("inputs", "input_shares", "input_groups")
+"""The tables of the stage. The file of the first is written last."""
+
+
+@dataclass(frozen=True)
+class InputPaths:
+    covariance: Path
+    """File of the mean and the factors, which the driver writes before `InputWorker.compute` is called."""
+    results: Path
+    """Folder of the result files of the blocks."""
+    lineage: str | None = None
+
+
+class InputWorker:
+    """Computes moments of the inputs, and the information in the inputs, one block of examples per call.
+
+    Args:
+        model: the run's model.
+        labels: label rows, for the information about all classes.
+        options: options of the stage.
+        seed: seed of the noise.
+        batch_size: largest number of examples of a batch.
+        paths: files of the covariance and of the results.
+        blocks: numbers of the examples of each block of results.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        labels: LabelSpec,
+        options: InputsConfig,
+        seed: int,
+        batch_size: int,
+        paths: InputPaths,
+        blocks: Sequence[Sequence[int]],
+    ) -> None:
+        self._loaded = model.load()
+        self._labels, self._options, self._seed, self._batch_size = labels, options, seed, batch_size
+        self._paths, self._blocks = paths, blocks
+
+    def inspect(self, examples: Sequence[int]) -> InputFacts:
+        """Check the inputs of some examples. Raises as `LoadedModel.check_inputs`."""
+        self._loaded.check_inputs(examples)
+        flat = self._loaded.flat_inputs(self._loaded.batch(examples), len(examples))
+        with torch.no_grad():
+            logits = flat.logits(flat.values_BPF)
+        _, n_positions, n_features = flat.values_BPF.shape
+        return InputFacts(n_positions, n_features, flat.exchangeable, logits.dim() > 2)
+
+    def moments(self, examples: Sequence[int]) -> tuple[dict[int, Moments], int]:
+        """Compute the moments of the inputs of some examples.
+
+        Args:
+            examples: numbers of the examples.
+
+        Returns:
+            The moments, by class or for `EVERY`, and the number of examples left out because their inputs are not
+            finite.
+        """
+        parts: dict[int, list[Moments]] = {}
+        n_left_out = 0
+        for group, members in self._groups(examples).items():
+            for chosen in self._loaded.batches(members, self._batch_size):
+                flat = self._loaded.flat_inputs(self._loaded.batch(chosen), len(chosen))
+                finite_B = (flat.values_BPF.isfinite().all(2) | ~flat.used_BP).all(1)
+                n_left_out += int((~finite_B).sum())
+                kept = FlatInputs(flat.values_BPF[finite_B], flat.logits, flat.used_BP[finite_B], flat.exchangeable)
+                parts.setdefault(group, []).append(Moments.of(kept, self._options.covariance))
+        return {group: merged(found).on(torch.device("cpu")) for group, found in parts.items()}, n_left_out
+
+    def compute(self, block: int) -> int:
+        """Write the tables of a block of examples. Returns the number of examples that are not finite."""
+        rows: dict[str, dict[int, list[dict[str, Any]]]] = {table: {} for table in TABLES}
+        for group, members in self._groups(self._blocks[block]).items():
+            for chosen in self._loaded.batches(members, self._batch_size):
+                for table, example, found in self._rows(chosen, self._noises[group]):
+                    rows[table][example] = found
+        for table, path in block_files(self._paths.results, block).items():
+            ordered = [row for example in self._blocks[block] for row in rows[table][example]]
+            columns = {name: [row[name] for row in ordered] for name in SCHEMAS[table].names}
+            write_table(path, table, columns, self._paths.lineage)
+        return sum(row["information"] is None for (row,) in rows["inputs"].values())
+
+    def _rows(self, chosen: Sequence[int], noise: InputNoise) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
+        """Yield the rows of each table and example of a batch."""
+        batch, targets = self._loaded.with_targets(chosen)
+        inputs = self._loaded.inputs(batch, len(chosen))
+        flat = flattened(inputs)
+        classes_B = self._classes(flat, targets)
+        found = input_information(
+            flat,
+            noise,
+            chosen,
+            samples=self._options.samples,
+            classes_B=classes_B,
+            labels=self._labels,
+            targets=targets,
+            conditional=self._options.split == "conditional",
+        )
+        tokens = self._loaded.input_tokens(chosen) if inputs.exchangeable else None
+        for row, (example, positions) in enumerate(zip(chosen, positions_of(inputs, tokens), strict=True)):
+            shares = share_rows(example, positions, found.positions_BP[row])
+            yield "inputs", example, [self._row(example, row, found, classes_B, positions)]
+            yield "input_shares", example, shares
+            yield "input_groups", example, group_rows(example, shares)
+
+    def _classes(self, flat: FlatInputs, targets: Tensor) -> Tensor | None:
+        """Return the class of each example that is explained; None for all classes."""
+        if self._options.label == "all":
+            return None
+        if self._options.label == "label":
+            return targets
+        with torch.no_grad():
+            return flat.logits(flat.values_BPF).argmax(-1)
+
+    def _row(
+        self, example: int, row: int, found: InputInformation, classes_B: Tensor | None, positions: Positions
+    ) -> dict[str, Any]:
+        """Return the row of the table `inputs`."""
+        numbers = {
+            "information": found.information_B,
+            "information_se": found.information_se_B,
+            "entropy": found.entropy_B,
+            "entropy_se": found.entropy_se_B,
+            "prediction_stable": found.stable_B,
+        }
+        finite = bool(found.information_B[row].isfinite())
+        return {
+            "example": example,
+            "class": None if classes_B is None else int(classes_B[row]),
+            "n_samples": self._options.samples,
+            "shape": list(positions.shape),
+            **{name: _number(values[row]) if finite else None for name, values in numbers.items()},
+        }
+
+    def _groups(self, examples: Sequence[int]) -> dict[int, list[int]]:
+        """Return the examples by the number of their covariance, in ascending order."""
+        if self._options.scope == "all":
+            return {EVERY: list(examples)}
+        found: dict[int, list[int]] = {}
+        for example in examples:
+            found.setdefault(int(self._loaded.labels_N[example]), []).append(example)
+        return dict(sorted(found.items()))
+
+    @cached_property
+    def _noises(self) -> dict[int, InputNoise]:
+        """The noise of each covariance, by its number."""
+        return read_noises(self._paths.covariance, self._options.spread, self._seed, self._loaded.device)
+
+
+def block_files(results: Path, block: int) -> dict[str, Path]:
+    """Return the result files of a block, by table. They are where `npeff.runs.stage.unit_files` looks for them."""
+    first, *others = TABLES
+    name = f"{block:05d}.parquet"
+    # the file of the first table marks the block as finished, and is written last
+    return {table: results / table / name for table in others} | {first: results / name}
+
+
+def _number(value: Tensor) -> float | None:
+    """Return a number of a table: null if it is not known."""
+    return float(value) if bool(value.isfinite()) else None

@@ -1,0 +1,362 @@
+"""The stage `inputs` on digits, a table and texts: values, invariances, resumption, damage, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import npeff
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from in_process import command, refused
+from npeff.execution.executor import WorkerSpec
+from npeff.input_fisher.noise import InputCovarianceError
+from npeff.models.loaded import LoadedModel
+from npeff.query.components import ComponentStore
+from npeff.query.errors import QueryError
+from npeff.runs.config import RunConfig
+from npeff.runs.config_reading import ConfigError
+from npeff.runs.directory import RunDirectory
+from npeff.stages.earlier_results import fingerprint_of
+from npeff.stages.inputs.worker import InputWorker
+from npeff.stages.worker_specs import model_spec
+from npeff.store.array_files import read_arrays
+from npeff.store.tables import read_table
+from npeff.tasks import TaskError
+
+TABLES = ("inputs", "input_shares", "input_groups")
+N = 110
+DIGITS = {"name": "digits", "options": {"limit": N, "epochs": 3}}
+
+
+def config(path: Path, task: dict[str, Any] = DIGITS, **sections: Any) -> RunConfig:
+    document: dict[str, Any] = {
+        "run_dir": str(path),
+        "task": task,
+        "fishers": {"sketch": {"kind": "tensorsketch", "dim": 128}, "shard_size": 30},
+        "factorization": {"n_components": 3, "n_starts": 1, "max_iterations": 5, "stability_examples": 0},
+        "report": {"top_examples": 5},
+        "inputs": {"samples": 4},
+        "executor": {"kind": "serial"},
+    }
+    for name, values in sections.items():
+        document[name] = document.get(name, {}) | values
+    return RunConfig.model_validate(document)
+
+
+def factorized(path: Path, **sections: Any) -> RunDirectory:
+    run = RunDirectory.create(config(path, **sections))
+    npeff.compute_fishers(run)
+    npeff.factorize(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A factorized run on digits, without the stage."""
+    return factorized(tmp_path_factory.mktemp("inputs") / "run")
+
+
+@pytest.fixture(scope="module")
+def explained(digits: RunDirectory) -> RunDirectory:
+    copy = copied(digits, digits.path.with_name("explained"))
+    npeff.inputs(copy)
+    return copy
+
+
+def copied(run: RunDirectory, path: Path, **inputs: Any) -> RunDirectory:
+    shutil.copytree(run.path, path)
+    return RunDirectory.create(config(path, inputs=inputs)) if inputs else RunDirectory.open(path)
+
+
+def rows(run: RunDirectory, name: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = read_table(run.table(name), name).to_pylist()
+    return found
+
+
+def contents(run: RunDirectory) -> dict[str, bytes]:
+    paths = [*(run.table(name) for name in TABLES), run.input_covariance]
+    return {path.name: path.read_bytes() for path in paths}
+
+
+def test_the_covariance_is_that_of_the_fitted_examples(explained: RunDirectory) -> None:
+    loaded = model_spec(explained, fingerprint_of(explained)).load()
+    examples = read_table(explained.table("examples"), "examples")
+    fitted = np.flatnonzero(np.asarray(examples["split"].to_pylist()) == "fit")
+    pixels = loaded.batch(fitted.tolist()).double().flatten(1).numpy()
+    arrays = read_arrays(explained.input_covariance)[0]
+    np.testing.assert_allclose(arrays["mean"].ravel(), pixels.mean(0), rtol=1e-12)
+    expected = np.cov(pixels, rowvar=False)
+    expected += 1e-4 * np.trace(expected) / 64 * np.eye(64)
+    np.testing.assert_allclose(arrays["joint"] @ arrays["joint"].T, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_information_is_that_of_a_dense_computation(explained: RunDirectory) -> None:
+    loaded = model_spec(explained, fingerprint_of(explained)).load()
+    factor = read_arrays(explained.input_covariance)[0]["joint"]
+    row = rows(explained, "inputs")[3]
+    model, x = loaded.model.double(), loaded.batch([row["example"]]).double()
+    predicted = int(model(x).argmax())
+    parts = []
+    for draw in range(4):
+        bits = np.random.Philox(key=np.array([0, row["example"]], np.uint64), counter=[0, 0, draw, 1])
+        noise = 0.15**0.5 * factor @ np.random.Generator(bits).standard_normal(64)
+        z = (x + torch.from_numpy(noise).view(x.shape)).requires_grad_()
+        f = model(z).softmax(-1)[0, predicted]
+        g = torch.autograd.grad(f, z)[0].flatten().numpy()
+        parts.append(0.15 * (factor @ (factor.T @ g)) * g / f.item() / 2)
+    expected = np.mean(parts, axis=0)
+    assert (row["class"], row["n_samples"], row["shape"]) == (predicted, 4, [8, 8])
+    assert row["information"] == pytest.approx(expected.sum(), rel=1e-4)
+    shares = [each for each in rows(explained, "input_shares") if each["example"] == row["example"]]
+    assert [each["position"] for each in shares] == list(range(64))
+    np.testing.assert_allclose([each["information"] for each in shares], expected, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose([each["share"] for each in shares], expected / expected.sum(), rtol=1e-3, atol=1e-5)
+
+
+def test_the_top_examples_are_explained_and_shares_sum_to_one(explained: RunDirectory) -> None:
+    top = rows(explained, "top_examples")
+    expected = sorted({row["example"] for row in top if row["rank"] < 5})
+    assert [row["example"] for row in rows(explained, "inputs")] == expected
+    for row in rows(explained, "inputs"):
+        shares = [each["share"] for each in rows(explained, "input_shares") if each["example"] == row["example"]]
+        assert sum(shares) == pytest.approx(1, abs=1e-9)
+    assert rows(explained, "input_groups") == []  # a digit has no groups
+
+
+def test_the_information_bounds_the_mutual_information(digits: RunDirectory, tmp_path: Path) -> None:
+    run = copied(digits, tmp_path / "run", samples=40, label="all", examples=20)
+    npeff.inputs(run)
+    found = rows(run, "inputs")
+    assert len(found) == 20
+    for row in found:
+        assert row["class"] is None
+        slack = 3 * np.hypot(row["entropy_se"], row["information_se"])
+        assert 0 < row["entropy"] <= row["information"] + slack
+
+
+class InReverse:
+    """An executor of two workers in this process, which take items in reverse order."""
+
+    workers = 2
+
+    def map(self, spec: WorkerSpec, method: str, items: Iterable[Any], **_: Any) -> Iterator[tuple[Any, Any]]:
+        made = [spec.worker_class(**spec.arguments) for _ in range(2)]
+        for place, item in enumerate(reversed(list(items))):
+            yield item, getattr(made[place % 2], method)(item)
+
+
+def test_the_bits_do_not_depend_on_the_workers(explained: RunDirectory, digits: RunDirectory, tmp_path: Path) -> None:
+    other = copied(digits, tmp_path / "run")
+    npeff.inputs(other, executor=InReverse())
+    assert contents(other) == contents(explained)
+
+
+def test_an_interrupted_stage_continues_and_ends_with_the_same_bits(
+    explained: RunDirectory, digits: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("npeff.stages.inputs.stage._BLOCK", 4)
+    whole, killed = copied(digits, tmp_path / "whole"), copied(digits, tmp_path / "killed")
+    npeff.inputs(whole)
+    compute, computed = InputWorker.compute, list[int]()
+
+    def until_the_third(worker: InputWorker, block: int) -> int:
+        computed.append(block)
+        if len(computed) == 3:
+            raise KeyboardInterrupt
+        return compute(worker, block)
+
+    monkeypatch.setattr(InputWorker, "compute", until_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        npeff.inputs(killed)
+    moments = monkeypatch.setattr(InputWorker, "moments", None)  # the covariance is there
+    assert moments is None
+    npeff.inputs(killed)
+    assert sorted(set(computed)) == list(range(len(rows(whole, "inputs")) // 4 + bool(len(rows(whole, "inputs")) % 4)))
+    assert contents(killed) == contents(whole)
+    assert [row["information"] for row in rows(whole, "inputs")] == pytest.approx(
+        [row["information"] for row in rows(explained, "inputs")], rel=1e-5
+    )
+
+
+def test_a_complete_stage_is_not_repeated_and_other_settings_are_computed_again(
+    explained: RunDirectory, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    copy = copied(explained, tmp_path / "run")
+    before = contents(copy)
+    record = copy.record_file("inputs").read_bytes()
+    npeff.inputs(copy)
+    assert copy.record_file("inputs").read_bytes() == record
+    changed = RunDirectory.create(config(copy.path, inputs={"samples": 4, "spread": 0.3}))
+    npeff.inputs(changed)
+    other = contents(changed)
+    assert other != before
+    without = config(copy.path).model_copy(update={"inputs": None})  # the stored section stays
+    npeff.inputs(RunDirectory.create(without))
+    assert command("inputs", copy.path) == 0
+    assert contents(copy) == other
+    npeff.inputs(RunDirectory.create(config(copy.path)))
+    assert contents(copy) == before
+    more = RunDirectory.create(config(copy.path, inputs={"samples": 4, "examples": "all"}))
+    npeff.inputs(more)
+    assert len(rows(more, "inputs")) == N
+
+
+def test_damage_is_found_and_recomputed(explained: RunDirectory, tmp_path: Path, capfd: Any) -> None:
+    copy = copied(explained, tmp_path / "run")
+    before = contents(copy)
+    for path in (copy.table("input_shares"), copy.partial_results("inputs") / "00000.parquet", copy.input_covariance):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 16
+        path.write_bytes(content)
+    assert command("check", copy.path) != 0
+    printed = capfd.readouterr().out
+    assert "table input_shares" in printed
+    assert "information of block of examples 0" in printed
+    assert "input_covariance.safetensors" in printed
+    assert command("check", copy.path, "--recompute") == 0
+    assert contents(copy) == before
+
+
+def test_npeff_run_includes_the_stage_only_if_the_run_file_has_the_section(
+    explained: RunDirectory, tmp_path: Path, capfd: Any
+) -> None:
+    from npeff.stages.inputs import INPUTS
+
+    assert INPUTS.in_run(config(tmp_path))
+    without = config(tmp_path).model_dump(mode="json") | {"inputs": None}
+    assert not INPUTS.in_run(RunConfig.model_validate(without))
+    assert command("status", explained.path) == 0
+    assert "inputs" in capfd.readouterr().out
+
+
+def test_queries(explained: RunDirectory, digits: RunDirectory, capfd: Any) -> None:
+    store = ComponentStore.open(explained.path)
+    example = store.inputs()["example"][0].as_py()
+    shares = store.inputs(example=example)
+    assert len(shares) == 64
+    assert shares["share"].to_pylist() == sorted(shares["share"].to_pylist(), reverse=True)
+    means = store.inputs(component=1)
+    top = {row["example"] for row in rows(explained, "top_examples") if row["component"] == 1}
+    shown = [row for row in rows(explained, "input_shares") if row["example"] in top and row["position"] == 20]
+    (mean,) = (row for row in means.to_pylist() if row["position"] == 20)
+    assert mean["share"] == pytest.approx(np.mean([row["share"] for row in shown]))
+    assert mean["n_examples"] == len(shown) > 0
+    missing = next(number for number in range(N) if number not in store.inputs()["example"].to_pylist())
+    with pytest.raises(QueryError, match=r"not explained: set inputs.examples to all .* run `npeff inputs"):
+        store.inputs(example=missing)
+    with pytest.raises(QueryError, match="not both"):
+        store.inputs(example=example, component=1)
+    with pytest.raises(QueryError, match="run `npeff inputs"):
+        ComponentStore.open(digits.path).inputs()
+    assert command("query", explained.path, "inputs", "--component", "1", "--format", "json") == 0
+    assert json.loads(capfd.readouterr().out)[0]["share"] == means["share"][0].as_py()
+    assert "not both" in refused(capfd, "query", explained.path, "inputs", "-c", "1", "-e", "3")
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"scope": "class"}, r"class '0' has \d+ fitted examples .* covariance needs 128: set inputs.scope to all"),
+        ({"ridge": 0.0}, "singular with inputs.ridge: 0: raise inputs.ridge"),
+    ],
+)
+def test_covariances_that_cannot_be_computed_are_refused(
+    digits: RunDirectory, tmp_path: Path, sections: dict[str, Any], message: str, capfd: Any
+) -> None:
+    run = copied(digits, tmp_path / "run", **sections)
+    with pytest.raises(InputCovarianceError, match=message):
+        npeff.inputs(run)
+    assert not run.record_file("inputs").exists()
+    refused(capfd, "inputs", run.path)
+
+
+def test_a_covariance_of_each_class(digits: RunDirectory, tmp_path: Path) -> None:
+    run = copied(digits, tmp_path / "run", scope="class", covariance="diagonal", label="label", samples=2)
+    npeff.inputs(run)
+    labels = read_table(run.table("examples"), "examples")["label"].to_pylist()
+    assert all(row["class"] == labels[row["example"]] for row in rows(run, "inputs"))
+    arrays = read_arrays(run.input_covariance)[0]
+    assert {name.rpartition(" ")[0] for name in arrays} == {
+        f"class {labels[row['example']]}" for row in rows(run, "inputs")
+    }
+
+
+def test_labels_that_are_missing_are_refused(digits: RunDirectory, tmp_path: Path) -> None:
+    run = copied(digits, tmp_path / "run", label="label")
+    path = run.table("examples")
+    table = pq.read_table(path)
+    column = table.schema.get_field_index("label")
+    pq.write_table(table.set_column(column, table.schema.field("label"), pa.nulls(len(table), pa.int64())), path)
+    with pytest.raises(ConfigError, match=r"inputs.label: label needs labels, and 12 of 12|examples have none"):
+        npeff.inputs(run)
+
+
+class WithoutInputs(npeff.Task):
+    """Digits as integers, which have no gradient."""
+
+    def __init__(self, **options: Any) -> None:
+        from npeff.tasks.digits import DigitsTask
+
+        self._digits = DigitsTask(**options)
+        self.prepare, self.model = self._digits.prepare, self._digits.model
+
+    def model(self, cache: Path) -> Any: ...
+
+    def examples(self, cache: Path) -> Any:
+        examples = self._digits.examples(cache)
+        batch = examples.batch
+        examples.batch = lambda indices: (16 * batch(indices)).long()
+        return examples
+
+    def logits(self, model: Any, batch: Any) -> Any:
+        return model(batch.float() / 16)
+
+
+def test_a_task_without_real_inputs_is_refused(tmp_path: Path, capfd: Any) -> None:
+    task = {"name": "end_to_end.test_inputs:WithoutInputs", "options": {"limit": 30, "epochs": 1}}
+    run = factorized(tmp_path / "run", task=task)
+    line = refused(capfd, "inputs", run.path)
+    assert "has no floating-point inputs: give the task an `inputs` method" in line
+    with pytest.raises(TaskError):
+        npeff.inputs(run)
+
+
+def test_examples_whose_gradients_are_not_finite_are_left_out_and_counted(
+    digits: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copied(digits, tmp_path / "run", examples="all", samples=1)
+    batch = LoadedModel.batch
+
+    def with_a_nan(loaded: LoadedModel, indices: Any) -> Any:
+        values = batch(loaded, indices).clone()
+        values[torch.tensor([index == 7 for index in indices])] = torch.nan
+        return values
+
+    monkeypatch.setattr(LoadedModel, "batch", with_a_nan)
+    record = npeff.inputs(run)
+    assert (record["n_examples"], record["n_invalid"]) == (N, 1)
+    assert [row["example"] for row in rows(run, "inputs") if row["information"] is None] == [7]
+    assert 7 not in {row["example"] for row in rows(run, "input_shares")}
+    with pytest.raises(QueryError, match="not finite"):
+        ComponentStore.open(run.path).inputs(example=7)
+
+
+def test_columns_of_a_table_have_names_and_groups(tmp_path: Path) -> None:
+    task = {"name": "sklearn-table", "options": {"data": "sklearn:wine", "epochs": 3}}
+    run = factorized(tmp_path / "run", task=task)
+    npeff.inputs(run)
+    shares = rows(run, "input_shares")
+    names = {row["token"] for row in shares}
+    assert {"alcohol", "proline"} <= names
+    groups = rows(run, "input_groups")
+    assert {row["group"] for row in groups} == names
+    first = [row for row in groups if row["example"] == groups[0]["example"]]
+    assert sum(row["share"] for row in first) == pytest.approx(1)
+    assert set(ComponentStore.open(run.path).inputs(component=0)["token"].to_pylist()) == names
