@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
-from npeff.tasks import IGNORED, load_task
+from npeff.models.loaded import LoadedModel, ModelSpec
+from npeff.tasks import IGNORED, Examples, Inputs, load_task
+from torch import Tensor, nn
 
 pytest.importorskip("transformers", reason="needs pip install 'npeff-pipeline[hf]'")
 
@@ -26,6 +31,10 @@ def options_in(text: str) -> set[str]:
     """Names in the first column of tables of options."""
     first = re.findall(r"^\| (`[a-z_`, ]+`) \|", text, re.MULTILINE)
     return {name for cell in first for name in re.findall(r"`(\w+)`", cell)}
+
+
+def sources(title: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", section(title), re.DOTALL | re.MULTILINE)
 
 
 def section(title: str) -> str:
@@ -47,7 +56,7 @@ def test_the_options_of_a_task_are_all_described(name: str) -> None:
 
 
 def test_the_task_of_the_page_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (source,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    (source,) = sources("A task of your own")
     (tmp_path / "sum_task.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -64,3 +73,53 @@ def test_the_task_of_the_page_works(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert live.sum(1).tolist() == loaded.column("terms") == list(loaded.examples.lengths() or [])
     first = torch.arange(targets.shape[1]).expand_as(targets) == 0
     assert (logits.argmax(-1) == targets)[live & first].float().mean() > 0.9, "the sum of one digit is easy"
+
+
+def test_the_table_of_inputs_has_all_tasks_and_fields() -> None:
+    tasks = re.findall(r"^\| `([a-z0-9-]+)` \|", section("Inputs"), re.MULTILINE)
+    fields_of_inputs = options_in(section("Inputs").split("| field |")[1])
+    assert tasks[: len(_BUILT_IN)] == list(_BUILT_IN)
+    assert fields_of_inputs == {field.name for field in fields(Inputs)}
+
+
+def test_two_modalities_of_the_page_are_two_groups() -> None:
+    (source,) = sources("Inputs")
+    namespace: dict[str, Any] = {}
+    exec(source, namespace)
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.picture, self.sound = nn.Linear(192, 3), nn.Linear(40, 3)
+
+        def forward(self, picture: Tensor, sound: Tensor) -> Tensor:
+            return self.picture(picture.flatten(1)).tanh() * self.sound(sound)
+
+    class Drawn(Examples):
+        class_names = ("a", "b", "c")
+
+        def __len__(self) -> int:
+            return 4
+
+        def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+            generator = torch.Generator().manual_seed(0)
+            picture, sound = (torch.randn(4, *shape, generator=generator) for shape in ((3, 8, 8), (40,)))
+            return {"picture": picture[list(indices)], "sound": sound[list(indices)]}
+
+        def table(self) -> pa.Table:
+            return pa.table({"id": list("abcd"), "label": [0, 1, 2, 0]})
+
+    class Whole(namespace["PictureAndSound"]):  # type: ignore[misc]
+        def model(self, cache: Path) -> nn.Module:
+            return Sum()
+
+        def examples(self, cache: Path) -> Examples:
+            return Drawn()
+
+    task = Whole()
+    spec = ModelSpec("page:Whole", {}, Path("unused"), ("*",), (), "cpu")
+    loaded = LoadedModel(spec, task, Sum(), Drawn(), torch.device("cpu"))
+    loaded.check_inputs([0, 1, 2])
+    inputs = loaded.inputs(loaded.batch([0, 1]), 2)
+    assert inputs.group_of is not None
+    assert torch.bincount(inputs.group_of).tolist() == [192, 40]

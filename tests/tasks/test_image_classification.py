@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from npeff.models.loaded import ModelSpec
 from npeff.tasks import TaskError
 from PIL import Image
 
@@ -185,3 +186,29 @@ def test_images_of_16_bits_and_turned_images_reach_the_model_as_they_are_shown(m
     torch.testing.assert_close(pixels[0], pixels[1], rtol=0, atol=0)
     shown = loaded.column("image")
     assert shown[0] == shown[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_inputs_are_the_pixels_that_the_model_gets(
+    dtype: str, model: Path, images: list[Image.Image], tmp_path: Path
+) -> None:
+    """Not those of the stored images, which have other sizes."""
+    data = tiny.write(tmp_path / "data.parquet", columns(tmp_path))
+    options = {"model": str(model), "data": data, "image_column": "bytes", "dtype": dtype}
+    loaded = ModelSpec("huggingface-image-classification", options, tmp_path, ("*",), (), "cpu").load()
+    loaded.check_inputs([0, 1, 2])
+    batch = loaded.batch([0, 1, 2])
+    inputs, flat = loaded.inputs(batch, 3), loaded.flat_inputs(batch)
+    assert inputs.positions == (2, 3)
+    assert torch.equal(inputs.values, batch["pixel_values"])
+    assert flat.values_BPF.shape == (3, 64, 3)
+    values = inputs.values.requires_grad_()
+    (gradient,) = torch.autograd.grad(inputs.logits(values).sum(), values)
+    assert gradient.dtype == torch.float32
+    assert gradient.abs().amax((1, 2, 3)).min() > 1e-4
+
+
+def test_inputs_that_are_no_images_are_refused(model: Path, images: list[Image.Image], tmp_path: Path) -> None:
+    loaded = load(model, tiny.write(tmp_path / "data.parquet", columns(tmp_path)))
+    with pytest.raises(TaskError, match=r"inputs of shape \(2, 3, 8\), not \(images, channels, height, width\)"):
+        loaded.task.inputs(loaded.model, {"pixel_values": torch.zeros(2, 3, 8)})

@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 from npeff.tasks.base import IGNORED, UNKNOWN, Examples, Inputs, Task, TaskError, Token, to_device
+from npeff.tasks.embedded_tokens import TokenTable, token_inputs
 from npeff.tasks.option_types import check_types
 from npeff.tasks.user_code import user_code
 
@@ -18,8 +19,10 @@ __all__ = [
     "Task",
     "TaskError",
     "Token",
+    "TokenTable",
     "load_task",
     "to_device",
+    "token_inputs",
     "user_code",
 ]
 

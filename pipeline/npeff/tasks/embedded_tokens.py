@@ -4,12 +4,12 @@ A forward pass gets the token ids, and its embedding layer returns given values 
 else the model derives from the ids, such as positions, the end of a text or a mask, is as before. The logits at the
 embeddings of the tokens are therefore exactly those of the tokens, for every model.
 
-Legend: B batch, T tokens, D features of an embedding.
+Legend: B batch, T tokens, D features of an embedding, P positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from npeff.tasks.base import TaskError
+from npeff.tasks.base import Inputs, TaskError
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,15 @@ class TokenTable:
         found: Tensor = self.layer(tokens)
         return found.detach()
 
+    def logits(self, tokens_BT: Tensor, logits: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Return the logits of a batch with these tokens as a function of their embeddings."""
+
+        def of_values(values_BTD: Tensor) -> Tensor:
+            with self.replaced(tokens_BT, values_BTD):
+                return logits()
+
+        return of_values
+
     @contextmanager
     def replaced(self, tokens_BT: Tensor, values_BTD: Tensor) -> Iterator[None]:
         """Replace the embeddings of these tokens by values, in one forward pass of the model.
@@ -48,6 +57,41 @@ class TokenTable:
             with decoder:
                 yield
         _check(done)
+
+
+def token_inputs(
+    table: TokenTable,
+    tokens: Tensor,
+    present: Tensor,
+    segments: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    texts: Sequence[str] = (),
+) -> Inputs:
+    """Return the embeddings of the tokens of a batch as inputs.
+
+    Position t of an example is its token t, which lies after the padding where this is on the left: the positions of
+    the tokens are those where `Inputs.present` is true.
+
+    Args:
+        table: The layer that embeds the tokens.
+        tokens: Token ids, int64 (B, ..., T).
+        present: False at padding (B, ..., T).
+        segments: Number of the text of each token (B, ..., T), -1 at padding and for a special token. A token of a
+            text without a name has no group.
+        logits: Function of embeddings (B, ..., T, D).
+        texts: Names of the texts, which are groups if there are several.
+    """
+    segments_BP, groups = segments.flatten(1), tuple(texts) if len(texts) > 1 else ()
+    return Inputs(
+        values=table.values(tokens),
+        logits=logits,
+        positions=tuple(range(1, tokens.dim())),
+        exchangeable=True,
+        mask=segments_BP >= 0,
+        present=present.flatten(1),
+        groups=groups,
+        group_of=segments_BP.where(segments_BP < len(groups), -1) if groups else None,
+    )
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import pytest
 import torch
 from npeff.fisher import PerExampleFishers
 from npeff.gradients import select_parameters
+from npeff.models.loaded import ModelSpec
 from npeff.sketches import SketchSpec, make_sketch
 from npeff.tasks import TaskError, load_task
 from npeff.tasks.planted.compiled import CompiledRulesTask
@@ -290,3 +291,18 @@ def test_options_that_cannot_be_used_are_refused_in_one_line(options: dict[str, 
         load_task("compiled-rules", options)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("separate_outputs", [False, True])
+def test_the_inputs_are_the_embeddings_of_the_words(separate_outputs: bool, tmp_path: Path) -> None:
+    options = {"n_examples": 20, "separate_outputs": separate_outputs}
+    loaded = ModelSpec("compiled-rules", options, tmp_path, ("*",), (), "cpu").load()
+    loaded.check_inputs(range(20))
+    inputs = loaded.inputs(loaded.batch(range(20)), 20)
+    assert inputs.mask is not None
+    assert inputs.group_of is not None
+    for tokens, mask, groups in zip(loaded.tokens(range(20)) or [], inputs.mask, inputs.group_of, strict=True):
+        words = [token.text for token in tokens]
+        assert [word not in (START, TURN) for word in words] == mask.tolist()
+        turn = words.index(TURN)
+        assert groups.tolist() == [-1, *[0] * (turn - 1), -1, *[1] * (LENGTH - turn - 1)]

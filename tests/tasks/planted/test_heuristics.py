@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from npeff.models.loaded import LoadedModel, ModelSpec
 from npeff.tasks import TaskError, load_task
 from npeff.tasks.planted.heuristics import PlantedHeuristicsTask
 from npeff.tasks.planted.sentence_pairs import (
@@ -228,3 +229,20 @@ def test_tokens_are_the_words_and_marks_that_the_model_reads(tmp_path: Path) -> 
         words = [texts[index][token.start : token.stop] for token in tokens if token.start is not None]
         assert words == [token.text for token in tokens if token.start is not None]
         assert words == texts[index].replace(" → ", " ").split()
+
+
+def test_the_inputs_are_the_embeddings_of_the_words() -> None:
+    task = PlantedHeuristicsTask(n_train=30, n_examples=30, width=8)
+    examples, spec = task.examples(Path()), ModelSpec(NAME, {}, Path(), ("*",), (), "cpu")
+    loaded = LoadedModel(spec, task, task._network(), examples, torch.device("cpu"))
+    loaded.check_inputs(range(30))
+    inputs, table = loaded.inputs(loaded.batch(range(30)), 30), examples.table()
+    assert (inputs.mask is None, inputs.group_of is None, inputs.present is None) == (False, False, False)
+    parts = zip(loaded.tokens(range(30)) or [], inputs.mask, inputs.group_of, inputs.present, strict=True)
+    for number, (tokens, mask, groups, present) in enumerate(parts):
+        words = [token.text for token in tokens]
+        assert [word not in ("[CLS]", "[SEP]") for word in words] == mask[present].tolist()
+        for group, name in enumerate(inputs.groups):
+            chosen = [word for word, own in zip(words, groups[present].tolist(), strict=True) if own == group]
+            assert " ".join(map(str, chosen)) == table[name][number].as_py()
+        assert not mask[~present].any()

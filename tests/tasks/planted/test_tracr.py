@@ -14,6 +14,7 @@ import pytest
 import torch
 from npeff.fisher import PerExampleFishers
 from npeff.gradients import select_parameters
+from npeff.models.loaded import ModelSpec
 from npeff.sketches import SketchSpec, make_sketch
 from npeff.tasks import TaskError, load_task
 from npeff.tasks.planted.tracr import TracrProgramTask
@@ -204,3 +205,13 @@ def test_an_exported_program_computes_what_tracr_computes(name: str, tmp_path: P
         assert decided == output.decoded[1] == program.output(words)[0]
         for rule, values in program.rules.items():
             assert table[f"rule_{rule}"][i].as_py() == bool(values(words)[0])
+
+
+def test_the_inputs_are_the_embeddings_of_the_letters(tmp_path: Path) -> None:
+    loaded = ModelSpec("tracr-program", {"folder": str(written(tmp_path))}, tmp_path, ("*",), (), "cpu").load()
+    loaded.check_inputs(range(6))
+    tokens_BT = loaded.batch(range(6))
+    inputs = loaded.inputs(tokens_BT, 6)
+    assert inputs.mask is not None
+    assert torch.equal(inputs.mask, tokens_BT != TINY.vocabulary.index("[start]"))
+    assert torch.equal(inputs.values, loaded.model.get_parameter("tokens.weight")[tokens_BT])

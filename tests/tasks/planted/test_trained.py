@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from npeff.models.loaded import LoadedModel, ModelSpec
 from npeff.tasks import TaskError, load_task
 from npeff.tasks.planted.trained import CLASSES, N_RULES, PUSHES, TrainedRulesTask, program_logits, strengths
 from tasks.planted.training import check_trained_once
@@ -114,3 +115,15 @@ def test_bad_options_are_refused_in_one_line(options: dict[str, object], said: s
         load_task(NAME, options)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_cues_of_a_rule_are_a_group_of_inputs(trained: tuple[TrainedRulesTask, Path]) -> None:
+    task, folder = trained
+    spec = ModelSpec(NAME, {}, folder, ("*",), (), "cpu")
+    loaded = LoadedModel(spec, task, task.model(folder), task.examples(folder), torch.device("cpu"))
+    loaded.check_inputs([0, 1, 2])
+    inputs = loaded.inputs(loaded.batch([0, 1, 2]), 3)
+    assert inputs.names[:4] == ("a00", "b00", "a01", "b01")
+    assert inputs.group_of is not None
+    assert inputs.group_of.tolist() == [*np.repeat(range(N_RULES), 2), *[-1] * 8]
+    assert [name.removeprefix("pair_") for name in inputs.groups] == [name[1:] for name in inputs.names[:24:2]]

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from npeff.tasks.base import IGNORED, Examples, TaskError, Token
+from npeff.tasks.base import IGNORED, Examples, Inputs, TaskError, Token
+from npeff.tasks.embedded_tokens import token_inputs
 from npeff.tasks.huggingface.limits import Limits
 from npeff.tasks.huggingface.predictions import PredictionOptions, Predictions, at_places, marked
 from npeff.tasks.huggingface.pretrained import PretrainedTask
+from npeff.tasks.huggingface.token_table import token_table
 from npeff.tasks.huggingface.tokens import pad_token_id, placed_tokens, token_texts, tokenize
 from npeff.tasks.tables import texts
 
@@ -30,6 +32,11 @@ class CausalLMOptions(PredictionOptions):
     """Column of the prompts, which directly precede the texts. Their tokens are input only."""
     max_length: int = 512
     """Largest number of tokens of prompt and text together. Longer examples are truncated."""
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """Columns of the parts of an example."""
+        return [self.text_column] if self.prompt_column is None else [self.prompt_column, self.text_column]
 
 
 class CausalLMTask(PretrainedTask[CausalLMOptions]):
@@ -56,6 +63,17 @@ class CausalLMTask(PretrainedTask[CausalLMOptions]):
     def targets(self, batch: Mapping[str, Any]) -> Tensor | None:
         return batch.get("targets")
 
+    def inputs(self, model: nn.Module, batch: Mapping[str, Any]) -> Inputs:
+        table, tokens = token_table(model, self.options), batch["inputs"]["input_ids"]
+        return token_inputs(
+            table,
+            tokens,
+            batch["inputs"]["attention_mask"] != 0,
+            batch["segments"],
+            table.logits(tokens, lambda: self.logits(model, batch)),
+            self.options.texts,
+        )
+
 
 class _Texts(Examples):
     class_names = ()
@@ -81,6 +99,8 @@ class _Texts(Examples):
         )
         targets = [_next_tokens(*row) for row in zip(self._tokens.ids, prompt_lengths, strict=True)]
         self._predictions = Predictions.of(targets, options)
+        if options.prompt_column is not None:
+            self._tokens = self._tokens.divided(prompt_lengths)
 
     def __len__(self) -> int:
         return len(self._predictions)
@@ -92,16 +112,22 @@ class _Texts(Examples):
         return result
 
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
-        """Return ``inputs``, ``kept`` (the positions of the needed logits), and the targets or places in ``kept``."""
+        """Return a batch.
+
+        It has ``inputs``, ``segments`` (the text of each token), ``kept`` (the positions of the needed logits), and the
+        targets or places in ``kept``.
+        """
         rows = self._predictions.rows[list(indices)].tolist()
         made = self._predictions.batch(indices)
         if "places" in made:
-            inputs = self._tokens.batch(rows, stop=(made["places"] + 1).tolist())
+            stop = (made["places"] + 1).tolist()
+            inputs, segments = self._tokens.batch(rows, stop=stop), self._tokens.segments(rows, stop=stop)
             kept, places = made["places"].unique(return_inverse=True)
-            return {"inputs": inputs, "kept": kept, "places": places}
+            return {"inputs": inputs, "segments": segments, "kept": kept, "places": places}
         live = (made["targets"] != IGNORED).any(0)
         kept = live.nonzero()[:, 0] if live.any() else torch.zeros(1, dtype=torch.int64)
-        return {"inputs": self._tokens.batch(rows), "kept": kept, "targets": made["targets"][:, kept]}
+        inputs, segments = self._tokens.batch(rows), self._tokens.segments(rows)
+        return {"inputs": inputs, "segments": segments, "kept": kept, "targets": made["targets"][:, kept]}
 
     def tokens(self, indices: Sequence[int]) -> list[list[Token]]:
         """Return the tokens, without characters if the displayed text contains a mark."""

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
-from npeff.tasks.base import Examples, TaskError
+from npeff.tasks.base import Examples, Inputs, TaskError
 from npeff.tasks.huggingface.images import Channels, ImageError, read_image
 from npeff.tasks.huggingface.pretrained import PretrainedOptions, PretrainedTask, classes
 from npeff.tasks.tables import LabelOptions, example_table
@@ -48,6 +48,17 @@ class ImageClassificationTask(PretrainedTask[ImageClassificationOptions]):
         dtype = next(model.parameters()).dtype
         result: Tensor = model(**{name: value.to(dtype) for name, value in batch.items()}).logits
         return result
+
+    def inputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Inputs:
+        """Return the pixels that the model gets, after the image processor has resized and cropped the images."""
+        self.options.check_single_precision()
+        pixels = batch["pixel_values"]
+        if pixels.dim() != 4:
+            raise TaskError(
+                f"the image processor of {self.options.model!r} gives inputs of shape {tuple(pixels.shape)}, not "
+                "(images, channels, height, width): use another model, or a task of your own with an `inputs` method"
+            )
+        return Inputs(pixels, lambda values: self.logits(model, {**batch, "pixel_values": values}), (2, 3))
 
 
 class _Images(Examples):

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForMultipleChoice
 
-from npeff.tasks.base import Examples, TaskError
+from npeff.tasks.base import Examples, Inputs, TaskError, Token
+from npeff.tasks.embedded_tokens import token_inputs
 from npeff.tasks.huggingface.limits import Limits
 from npeff.tasks.huggingface.pretrained import PretrainedTask
-from npeff.tasks.huggingface.tokens import TextOptions, pad_token_id, padding_side, tokenize
+from npeff.tasks.huggingface.token_table import token_table
+from npeff.tasks.huggingface.tokens import TextOptions, pad_token_id, padding_side, placed_tokens, tokenize
 from npeff.tasks.tables import LabelOptions, distinct_names, example_table, texts, type_of
 
 
@@ -51,8 +53,31 @@ class MultipleChoiceTask(PretrainedTask[MultipleChoiceOptions]):
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         # one choice at a time, so that the first axis of every layer is the examples, which separates their Fishers
         n_choices = batch["input_ids"].shape[1]
-        choices = [{name: value[:, [choice]] for name, value in batch.items()} for choice in range(n_choices)]
-        return torch.cat([model(**choice).logits for choice in choices], dim=1)
+        return torch.cat([_choice_logits(model, batch, choice) for choice in range(n_choices)], dim=1)
+
+    def inputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Inputs:
+        """Return the embeddings (B, n, T, D). The prompt and each choice are groups."""
+        ids, segments, table = batch["input_ids"], batch["segments"], token_table(model, self.options, decoder=True)
+        n_choices, columns = ids.shape[1], self.options.choice_columns
+        names = columns if len(columns) > 1 else [f"{columns[0]}[{choice}]" for choice in range(n_choices)]
+        own = 1 + torch.arange(n_choices, device=ids.device)[:, None]
+        segments = torch.where(segments == 1, own, segments)
+
+        def logits(values: Tensor) -> Tensor:
+            found = []
+            for choice in range(n_choices):
+                with table.replaced(ids[:, choice], values[:, choice]):
+                    found.append(_choice_logits(model, batch, choice))
+            return torch.cat(found, dim=1)
+
+        texts_of_choices = [self.options.prompt_column, *names]
+        return token_inputs(table, ids, batch["attention_mask"] != 0, segments, logits, texts_of_choices)
+
+
+def _choice_logits(model: nn.Module, batch: Mapping[str, Tensor], choice: int) -> Tensor:
+    """Return the logits (B, 1) of one choice."""
+    logits: Tensor = model(**{name: value[:, [choice]] for name, value in batch.items() if name != "segments"}).logits
+    return logits
 
 
 class _Questions(Examples):
@@ -82,6 +107,7 @@ class _Questions(Examples):
             limits=Limits.of(options, AutoModelForMultipleChoice),
         )
         self._n_choices, self._side = n_choices, padding_side(config)
+        self._tokenizer, self._options = tokenizer, options
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -92,8 +118,23 @@ class _Questions(Examples):
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         n = self._n_choices
-        flat = self._tokens.batch([index * n + choice for index in indices for choice in range(n)], self._side)
+        rows = [index * n + choice for index in indices for choice in range(n)]
+        flat = {**self._tokens.batch(rows, self._side), "segments": self._tokens.segments(rows, self._side)}
         return {name: value.unflatten(0, (len(indices), n)) for name, value in flat.items()}
+
+    def input_tokens(self, indices: Sequence[int]) -> list[list[Token]]:
+        """Return the tokens of the texts of all choices, one after another. Each text begins with the prompt."""
+        found = []
+        for index in indices:
+            row: list[Token] = []
+            start = len(self._prompts[index])
+            for name, choice in zip(self.class_names, self._choices[index], strict=True):
+                start += len(f"\n{name}: ")
+                parts = self._prompts[index], choice
+                row += placed_tokens(self._tokenizer, self._options, *parts, starts=(0, start))
+                start += len(choice)
+            found.append(row)
+        return found
 
     def table(self) -> pa.Table:
         text = [

@@ -12,11 +12,13 @@ import pyarrow as pa
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM
 
-from npeff.tasks.base import IGNORED, Examples
+from npeff.tasks.base import IGNORED, Examples, Inputs, Token
+from npeff.tasks.embedded_tokens import token_inputs
 from npeff.tasks.huggingface.limits import Limits
 from npeff.tasks.huggingface.predictions import PredictionOptions, Predictions, at_places, marked
 from npeff.tasks.huggingface.pretrained import PretrainedTask
-from npeff.tasks.huggingface.tokens import pad_token_id, padded, token_texts, tokenize
+from npeff.tasks.huggingface.token_table import token_table
+from npeff.tasks.huggingface.tokens import pad_token_id, padded, placed_tokens, token_texts, tokenize
 from npeff.tasks.tables import texts
 
 
@@ -49,6 +51,17 @@ class Seq2SeqLMTask(PretrainedTask[Seq2SeqLMOptions]):
     def targets(self, batch: Mapping[str, Any]) -> Tensor | None:
         return batch.get("targets")
 
+    def inputs(self, model: nn.Module, batch: Mapping[str, Any]) -> Inputs:
+        """Return the embeddings of the source, the inputs of the encoder."""
+        table, tokens = token_table(model, self.options), batch["inputs"]["input_ids"]
+        return token_inputs(
+            table,
+            tokens,
+            batch["inputs"]["attention_mask"] != 0,
+            batch["segments"],
+            table.logits(tokens, lambda: self.logits(model, batch)),
+        )
+
 
 def _decoder_inputs(model: Any, labels: Tensor) -> dict[str, Tensor]:
     """Return the input of the decoder, which the model makes of the labels: how a target starts depends on the model.
@@ -67,7 +80,7 @@ class _Pairs(Examples):
         self._used = [options.source_column, options.target_column]
         self._rows = options.read(self._used)
         self._source, self._target = (texts(self._rows, column, options.data) for column in self._used)
-        self._tokenizer = options.tokenizer()
+        self._tokenizer, self._options = options.tokenizer(), options
         ids, padding = self._rows["id"].to_pylist(), pad_token_id(self._tokenizer, options.config())
         self._source_tokens, _ = tokenize(
             self._tokenizer, padding, options, ids, self._source, limits=Limits.of(options, AutoModelForSeq2SeqLM)
@@ -96,7 +109,13 @@ class _Pairs(Examples):
         """Return a batch with whole targets. The logits at a predicted token depend on the preceding tokens only."""
         rows = self._predictions.rows[list(indices)].tolist()
         labels = padded([self._target_tokens.ids[row] for row in rows], IGNORED)
-        return {"inputs": self._source_tokens.batch(rows), "labels": labels, **self._predictions.batch(indices)}
+        inputs, segments = self._source_tokens.batch(rows), self._source_tokens.segments(rows)
+        return {"inputs": inputs, "segments": segments, "labels": labels, **self._predictions.batch(indices)}
+
+    def input_tokens(self, indices: Sequence[int]) -> list[list[Token]]:
+        """Return the tokens of the sources, with which the displayed texts begin."""
+        sources = [self._source[row] for row in self._predictions.rows[list(indices)]]
+        return [placed_tokens(self._tokenizer, self._options, source, starts=(0,)) for source in sources]
 
     def class_texts(self, classes: Sequence[int]) -> list[str | None]:
         return token_texts(self._tokenizer, classes)

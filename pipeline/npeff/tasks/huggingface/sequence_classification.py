@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from npeff.tasks.base import Examples, Inputs, TaskError, Token
+from npeff.tasks.embedded_tokens import token_inputs
 from npeff.tasks.huggingface.limits import Limits
 from npeff.tasks.huggingface.pretrained import PretrainedTask, classes
-from npeff.tasks.huggingface.token_inputs import token_inputs, token_table
+from npeff.tasks.huggingface.token_table import token_table
 from npeff.tasks.huggingface.tokens import (
     TextOptions,
     Tokens,
@@ -56,13 +57,15 @@ class SequenceClassificationTask(PretrainedTask[SequenceClassificationOptions]):
         return result
 
     def inputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Inputs:
-        table = token_table(model, self.options, decoder=True)
-
-        def logits(values_BTD: Tensor) -> Tensor:
-            with table.replaced(batch["input_ids"], values_BTD):
-                return self.logits(model, batch)
-
-        return token_inputs(table, batch, batch["segments"], logits, self.options.text_columns)
+        table, tokens = token_table(model, self.options, decoder=True), batch["input_ids"]
+        return token_inputs(
+            table,
+            tokens,
+            batch["attention_mask"] != 0,
+            batch["segments"],
+            table.logits(tokens, lambda: self.logits(model, batch)),
+            self.options.text_columns,
+        )
 
 
 def _model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,10 +12,12 @@ import pyarrow as pa
 from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification
 
-from npeff.tasks.base import IGNORED, UNKNOWN, Examples, TaskError, Token, placed_words
+from npeff.tasks.base import IGNORED, UNKNOWN, Examples, Inputs, TaskError, Token, placed_words
+from npeff.tasks.embedded_tokens import token_inputs
 from npeff.tasks.huggingface.limits import Limits
 from npeff.tasks.huggingface.predictions import PredictionOptions, Predictions, at_places
 from npeff.tasks.huggingface.pretrained import PretrainedTask, classes
+from npeff.tasks.huggingface.token_table import token_table
 from npeff.tasks.huggingface.tokens import pad_token_id, placed_tokens, tokenize
 from npeff.tasks.tables import LabelOptions, class_numbers, type_of
 
@@ -48,6 +50,16 @@ class TokenClassificationTask(PretrainedTask[TokenClassificationOptions]):
 
     def targets(self, batch: Mapping[str, Any]) -> Tensor | None:
         return batch.get("targets")
+
+    def inputs(self, model: nn.Module, batch: Mapping[str, Any]) -> Inputs:
+        table, tokens = token_table(model, self.options), batch["inputs"]["input_ids"]
+        return token_inputs(
+            table,
+            tokens,
+            batch["inputs"]["attention_mask"] != 0,
+            batch["segments"],
+            table.logits(tokens, lambda: self.logits(model, batch)),
+        )
 
 
 class _Words(Examples):
@@ -109,7 +121,8 @@ class _Words(Examples):
 
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
         rows = self._predictions.rows[list(indices)].tolist()
-        return {"inputs": self._tokens.batch(rows), **self._predictions.batch(indices)}
+        made = self._predictions.batch(indices)
+        return {"inputs": self._tokens.batch(rows), "segments": self._tokens.segments(rows), **made}
 
     def tokens(self, indices: Sequence[int]) -> list[list[Token]]:
         found = []

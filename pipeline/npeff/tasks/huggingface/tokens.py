@@ -9,7 +9,7 @@ Legend: B batch, T tokens of the longest example in it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -28,7 +28,7 @@ _TEXTS_AT_ONCE = 1024
 _WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"
 """Beginning of a SentencePiece token that starts with a space, which decoding omits."""
 
-NO_TEXT, SOME_TEXT = -1, 2
+NO_TEXT, SOME_TEXT = -1, 2**15 - 1
 """Entries of `Tokens.text_of` besides 0 and 1."""
 
 Side = Literal["left", "right"]
@@ -67,6 +67,12 @@ class Tokens:
     def lengths(self) -> list[int]:
         """Return the number of tokens of each text."""
         return [len(row) for row in self.ids]
+
+    def divided(self, lengths: Sequence[int]) -> Tokens:
+        """Return single texts as pairs whose first text has the given number of tokens."""
+        second = [np.arange(len(row)) >= length for row, length in zip(self.text_of, lengths, strict=True)]
+        text_of = [np.where((row == 0) & rest, 1, row) for row, rest in zip(self.text_of, second, strict=True)]
+        return replace(self, text_of=text_of)
 
     def segments(self, indices: Sequence[int], side: Side = "right", stop: Sequence[int] | None = None) -> Tensor:
         """Return `text_of` of some texts (B, T), with `NO_TEXT` at padding. The arguments are those of `batch`."""
@@ -170,9 +176,9 @@ def _text_of(encoded: Any, n_texts: int) -> list[np.ndarray]:
     """
     special = [np.asarray(row, np.bool_) for row in encoded["special_tokens_mask"]]
     if encoded.encodings is None:
-        return [np.where(row, NO_TEXT, 0 if n_texts == 1 else SOME_TEXT).astype(np.int8) for row in special]
+        return [np.where(row, NO_TEXT, 0 if n_texts == 1 else SOME_TEXT).astype(np.int16) for row in special]
     owners = [
-        np.array([NO_TEXT if owner is None else owner for owner in encoding.sequence_ids], np.int8)
+        np.array([NO_TEXT if owner is None else owner for owner in encoding.sequence_ids], np.int16)
         for encoding in encoded.encodings
     ]
     return [np.where(row, NO_TEXT, numbers) for row, numbers in zip(special, owners, strict=True)]

@@ -14,7 +14,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from npeff.tasks.base import Examples, Task, TaskError, Token, placed_words
+from npeff.tasks.base import Examples, Inputs, Task, TaskError, Token, placed_words
+from npeff.tasks.embedded_tokens import TokenTable, token_inputs
 from npeff.tasks.planted.active_rules import check_active, draw_count
 from npeff.tasks.planted.compiled_program import (
     CLASSES,
@@ -22,6 +23,7 @@ from npeff.tasks.planted.compiled_program import (
     FIRST,
     LENGTH,
     RULES,
+    SECOND,
     START,
     TURN,
     VOCABULARY,
@@ -143,6 +145,17 @@ class CompiledRulesTask(Task):
             return logits_BC
         on_BT = model(batch["tokens"])
         return torch.stack([torch.zeros_like(on_BT), on_BT], dim=2)
+
+    def inputs(self, model: nn.Module, batch: Any) -> Inputs:
+        """Return the embeddings of the words. The segments are groups."""
+        tokens_BT = batch["tokens"] if self._separate_outputs else batch
+        table = TokenTable(model.get_submodule("token_embedding"))
+        segments_T = torch.full((LENGTH,), -1, device=tokens_BT.device)
+        segments_T[list(FIRST)], segments_T[list(SECOND)] = 0, 1
+        segments_BT = segments_T.expand_as(tokens_BT)
+        logits = table.logits(tokens_BT, lambda: self.logits(model, batch))
+        names = "first segment", "second segment"
+        return token_inputs(table, tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool), segments_BT, logits, names)
 
     def targets(self, batch: Any) -> Tensor | None:
         return batch["fired"] if self._separate_outputs else None

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from npeff.tasks.base import Examples, Task, TaskError, Token, placed_words
+from npeff.tasks.base import Examples, Inputs, Task, TaskError, Token, placed_words
+from npeff.tasks.embedded_tokens import TokenTable, token_inputs
 from npeff.tasks.planted.sentence_pairs import (
     ANTONYMS,
     CLASSES,
@@ -146,6 +147,12 @@ class _Block(nn.Module):
         return result
 
 
+def _sides(tokens_BT: Tensor) -> Tensor:
+    """Return 0 for the tokens up to the first [SEP], and 1 for the others."""
+    ends_BT = tokens_BT == _NUMBERS[_SEP]
+    return ((ends_BT.cumsum(1) - ends_BT.int()) > 0).long()
+
+
 class _Network(nn.Module):
     """Transformer from token numbers (B, T) to logits (B, C), which are computed at the first token, [CLS]."""
 
@@ -160,10 +167,8 @@ class _Network(nn.Module):
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         live_BT = tokens_BT != 0
-        ends_BT = tokens_BT == _NUMBERS[_SEP]
-        sides_BT = ((ends_BT.cumsum(1) - ends_BT.int()) > 0).long()
         positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
-        hidden_BTw = self.words(tokens_BT) + self.positions(positions_BT) + self.sides(sides_BT)
+        hidden_BTw = self.words(tokens_BT) + self.positions(positions_BT) + self.sides(_sides(tokens_BT))
         for block in self.blocks:
             hidden_BTw = block(hidden_BTw, live_BT[:, None, None])
         result: Tensor = self.classifier(self.norm(hidden_BTw[:, 0]))
@@ -249,6 +254,14 @@ class PlantedHeuristicsTask(Task):
     def logits(self, model: nn.Module, batch: Tensor) -> Tensor:
         logits_BC: Tensor = model(batch)
         return logits_BC
+
+    def inputs(self, model: nn.Module, batch: Tensor) -> Inputs:
+        """Return the embeddings of the words. Premise and hypothesis are groups."""
+        table = TokenTable(model.get_submodule("words"))
+        special_BT = (batch == _NUMBERS[_PAD]) | (batch == _NUMBERS[_CLS]) | (batch == _NUMBERS[_SEP])
+        segments_BT = _sides(batch).masked_fill(special_BT, -1)
+        logits = table.logits(batch, lambda: self.logits(model, batch))
+        return token_inputs(table, batch, batch != _NUMBERS[_PAD], segments_BT, logits, ("premise", "hypothesis"))
 
     def _network(self) -> nn.Module:
         with torch.random.fork_rng(devices=[]):

@@ -11,10 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from npeff.tasks.base import Examples, Task, TaskError, Token, placed_words
+from npeff.tasks.base import Examples, Inputs, Task, TaskError, Token, placed_words
+from npeff.tasks.embedded_tokens import TokenTable, token_inputs
 from npeff.tasks.planted.tracr_model import (
     EXAMPLE_RULES,
     EXAMPLE_TOKENS,
+    START,
     WEIGHTS_FILE,
     Program,
     TracrTransformer,
@@ -66,6 +68,14 @@ class TracrProgramTask(Task):
     def logits(self, model: nn.Module, batch: Tensor) -> Tensor:
         logits_BC: Tensor = self._strength * model(batch)
         return logits_BC
+
+    def inputs(self, model: nn.Module, batch: Tensor) -> Inputs:
+        """Return the embeddings of the letters."""
+        table = TokenTable(model.get_submodule("tokens"))
+        starts = [number for number, name in enumerate(self.program.vocabulary) if name == START]
+        segments_BT = -torch.isin(batch, torch.tensor(starts, device=batch.device)).long()
+        logits = table.logits(batch, lambda: self.logits(model, batch))
+        return token_inputs(table, batch, torch.ones_like(batch, dtype=torch.bool), segments_BT, logits)
 
 
 def _mismatch(arrays: dict[str, Tensor], model: nn.Module) -> str | None:

@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 from tracr.compiler import compiling
 from tracr.rasp import rasp
 
-from npeff.tasks.planted.tracr_model import EXAMPLE_RULES, EXAMPLE_TOKENS, PROGRAM_FILE, WEIGHTS_FILE, Program
+from npeff.tasks.planted.tracr_model import EXAMPLE_RULES, EXAMPLE_TOKENS, PROGRAM_FILE, START, WEIGHTS_FILE, Program
 
-START, PAD = "[start]", "[pad]"
+PAD = "[pad]"
 LETTERS, LENGTH = tuple("abcde"), 8
 _CLASSES = ("stay", "left", "right")
 _POOL = 4

@@ -31,6 +31,8 @@ from npeff.tasks.base import TaskError
 
 WEIGHTS_FILE, PROGRAM_FILE = "model.safetensors", "program.json"
 EXAMPLE_TOKENS, EXAMPLE_RULES = "example_tokens", "example_rules"
+START = "[start]"
+"""Name of the token with which every sequence begins."""
 
 
 @dataclass(frozen=True)

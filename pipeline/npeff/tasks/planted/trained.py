@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from npeff.tasks.base import Examples, Task, TaskError
+from npeff.tasks.base import Examples, Inputs, Task, TaskError
 from npeff.tasks.planted.active_rules import check_active, draw_count
 from npeff.tasks.trained_model import train_once, with_weights
 
@@ -31,6 +31,11 @@ PUSHES = tuple(2.0 + 0.1 * rule for rule in range(N_RULES))
 """Increase of the logit of class r mod 4 by rule r, for value 1."""
 RULES = tuple(f"pair_{rule:02d}" for rule in range(N_RULES))
 _CUES = 2 * N_RULES + N_FILLERS
+_NAMES = (
+    *(f"{'ab'[side]}{rule:02d}" for rule in range(N_RULES) for side in range(2)),
+    *(f"filler{filler:02d}" for filler in range(N_FILLERS)),
+)
+"""Names of the cues."""
 _LEAST, _LARGEST = 0.7, 1.3
 """Bounds of the value of a cue. Two cues together exceed the largest value of one, so that one unit can tell them."""
 _MOST_ACTIVE = 6
@@ -143,6 +148,11 @@ class TrainedRulesTask(Task):
         logits_BC: Tensor = model(batch)
         return logits_BC
 
+    def inputs(self, model: nn.Module, batch: Tensor) -> Inputs:
+        """Return the cues. The cues of a rule are a group."""
+        group_of = torch.tensor([cue // 2 if cue < 2 * N_RULES else -1 for cue in range(_CUES)])
+        return Inputs(batch, lambda values: self.logits(model, values), names=_NAMES, groups=RULES, group_of=group_of)
+
     def _parameters(self) -> dict[str, Tensor]:
         return dict(self._network().named_parameters())
 
@@ -184,9 +194,7 @@ class _CueExamples(Examples):
 
     def table(self) -> pa.Table:
         strengths_NR = strengths(self._cues_NE)
-        names = [f"{'ab'[side]}{rule:02d}" for rule in range(N_RULES) for side in range(2)]
-        names += [f"filler{filler:02d}" for filler in range(N_FILLERS)]
-        texts = [" ".join(f"{names[e]}={cues_E[e]:.2f}" for e in np.flatnonzero(cues_E)) for cues_E in self._cues_NE]
+        texts = [" ".join(f"{_NAMES[e]}={cues_E[e]:.2f}" for e in np.flatnonzero(cues_E)) for cues_E in self._cues_NE]
         columns = {
             "id": pa.array([f"cues-{i:05d}" for i in range(len(self))], pa.string()),
             "label": pa.array(program_logits(self._cues_NE).argmax(1), pa.int64()),

@@ -1,0 +1,42 @@
+"""The layer that embeds the tokens of a pretrained model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from npeff.tasks.base import TaskError
+from npeff.tasks.embedded_tokens import TokenTable
+from npeff.tasks.huggingface.pretrained import PretrainedOptions
+
+
+def token_table(model: Any, options: PretrainedOptions, *, decoder: bool = False) -> TokenTable:
+    """Return the layer that embeds the tokens of the texts, that of the encoder if there is one.
+
+    Args:
+        model: The model.
+        options: Options of the model.
+        decoder: Whether the decoder of an encoder-decoder model reads the same tokens, as in classification.
+
+    Raises:
+        TaskError: The model has no such layer, or runs in half precision only.
+    """
+    options.check_single_precision()
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # under a PEFT adapter
+    two_parts = inner.config.is_encoder_decoder
+    layer = _embedding(inner.get_encoder() if two_parts else inner)
+    if layer is None:
+        raise TaskError(
+            f"{options.model!r} has no table of token embeddings, which would be its floating-point inputs: use a "
+            "model with one, or a task of your own with an `inputs` method"
+        )
+    return TokenTable(layer, _embedding(inner.get_decoder()) if two_parts and decoder else None)
+
+
+def _embedding(model: Any) -> nn.Module | None:
+    try:
+        layer: nn.Module | None = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # a model without a table of tokens (Canine)
+        return None
+    return layer
