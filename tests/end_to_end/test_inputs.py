@@ -17,6 +17,7 @@ import torch
 from in_process import command, refused
 from npeff.execution.executor import WorkerSpec
 from npeff.input_fisher.noise import InputCovarianceError
+from npeff.input_fisher.opponents import OPPONENTS
 from npeff.models.loaded import LoadedModel
 from npeff.query.components import ComponentStore
 from npeff.query.errors import QueryError
@@ -258,6 +259,49 @@ def test_queries(explained: RunDirectory, digits: RunDirectory, capfd: Any) -> N
     assert command("query", explained.path, "inputs", "--component", "1", "--format", "json") == 0
     assert json.loads(capfd.readouterr().out)[0]["share"] == means["share"][0].as_py()
     assert "not both" in refused(capfd, "query", explained.path, "inputs", "-c", "1", "-e", "3")
+
+
+def test_attributions_are_compared_by_one_test(digits: RunDirectory, tmp_path: Path) -> None:
+    run = copied(digits, tmp_path / "run", faithfulness={"examples": 5, "steps": 4}, samples=4)
+    npeff.inputs(run)
+    scores, means = rows(run, "faithfulness_scores"), rows(run, "faithfulness")
+    splits = read_table(run.table("examples"), "examples")["split"].to_pylist()
+    tested = {row["example"] for row in scores}
+    assert len(tested) == 5
+    assert {splits[example] for example in tested} == {"held_out"}
+    assert tested <= {row["example"] for row in rows(run, "inputs")}
+    methods = {"functional_information", *OPPONENTS}
+    assert {(row["method"], row["metric"], row["replacement"]) for row in means} == {
+        (method, metric, replacement)
+        for method in methods
+        for metric, replacement in [
+            *((curve, name) for curve in ("deletion", "insertion") for name in ("mean", "resample")),
+            ("information", "resample"),
+            ("information", "given_the_rest"),
+        ]
+    }
+    ours: dict[tuple[str, str], dict[int, float]] = {}
+    by_key: dict[tuple[str, str, str], dict[int, float]] = {}
+    for row in scores:
+        by_key.setdefault((row["method"], row["metric"], row["replacement"]), {})[row["example"]] = row["score"]
+        if row["method"] == "functional_information":
+            ours.setdefault((row["metric"], row["replacement"]), {})[row["example"]] = row["score"]
+    for row in means:
+        values = by_key[row["method"], row["metric"], row["replacement"]]
+        assert row["n_examples"] == 5
+        assert row["mean"] == pytest.approx(np.mean(list(values.values())))
+        assert row["low"] <= row["mean"] <= row["high"]
+        differences = [ours[row["metric"], row["replacement"]][example] - values[example] for example in values]
+        expected = None if row["method"] == "functional_information" else pytest.approx(np.mean(differences))
+        assert row["difference"] == expected
+    known = {(row["method"], row["replacement"]) for row in means if row["knows_replacement"]}
+    assert known == {
+        ("functional_information", "given_the_rest"),
+        ("integrated_gradients_mean", "mean"),
+        ("occlusion", "mean"),
+    }
+    passes = {row["method"]: row["passes_per_example"] for row in means}
+    assert (passes["functional_information"], passes["occlusion"], passes["random"]) == (8, 65, 0)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ are independent and have the same covariance (F, F).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from npeff.errors import NpeffError
 from npeff.input_fisher.flat_inputs import FlatInputs
 from npeff.input_fisher.moments import CovarianceKind, Moments
+from npeff.input_fisher.seeded import generator
 
 
 class InputCovarianceError(NpeffError, ValueError):
@@ -71,13 +72,11 @@ class InputNoise:
         normal_BPF = np.zeros(shape)
         used_BP = inputs.used_BP.cpu().numpy()
         for row, example in enumerate(examples):
-            # label draws use the same key, and counters whose last word is 0
-            bits = np.random.Philox(key=np.array([self.seed, example], np.uint64), counter=[0, 0, draw, 1])
-            generator = np.random.Generator(bits)
+            numbers = generator(self.seed, example, "noise", draw)
             if inputs.exchangeable:
-                normal_BPF[row, used_BP[row]] = generator.standard_normal((int(used_BP[row].sum()), shape[2]))
+                normal_BPF[row, used_BP[row]] = numbers.standard_normal((int(used_BP[row].sum()), shape[2]))
             else:
-                normal_BPF[row] = generator.standard_normal(shape[1:])
+                normal_BPF[row] = numbers.standard_normal(shape[1:])
         drawn_BPF = torch.from_numpy(normal_BPF).to(self.mean_PF)
         noise_BPF: Tensor = self.spread**0.5 * self._root.times(drawn_BPF) * inputs.used_BP[..., None]
         return noise_BPF.to(inputs.values_BPF.device, inputs.values_BPF.dtype)
@@ -94,6 +93,15 @@ class InputNoise:
         used_BP1 = used_BP[..., None]
         values_BPF = self._root.conditional_times(gradients_BPF.to(self.mean_PF) * used_BP1)
         return self.spread * values_BPF * used_BP1
+
+
+def isotropic(noise: InputNoise) -> InputNoise:
+    """Return noise with the same mean, spread and seed, and the mean variance of the covariance for every entry."""
+    variances = [factor.square().sum(1) for factor in noise.factors.values()]
+    if "deviations" in noise.factors:
+        variances = [noise.factors["deviations"].square().flatten()]
+    mean = torch.stack([values.mean() for values in variances]).prod()
+    return replace(noise, factors={"deviations": mean.sqrt().view(1, 1)})
 
 
 def factor_covariance(moments: Moments, kind: CovarianceKind, ridge: float) -> dict[str, Tensor]:

@@ -9,13 +9,13 @@ from typing import Literal
 
 import numpy as np
 
-_USES = {"replacement": 2, "ties": 3, "random attribution": 4}
-"""Last word of the counter. Draws of labels have 0, draws of noise have 1."""
+Use = Literal["noise", "replacement", "ties", "random attribution"]
+
+_USES: dict[Use, int] = {"noise": 1, "replacement": 2, "ties": 3, "random attribution": 4}
+"""Last word of the counter. Draws of labels (`npeff.gradients.labels`) have 0."""
 
 
-def generator(
-    seed: int, example: int, use: Literal["replacement", "ties", "random attribution"], draw: int = 0
-) -> np.random.Generator:
+def generator(seed: int, example: int, use: Use, draw: int = 0) -> np.random.Generator:
     """Return the generator of the random numbers of an example.
 
     Args:

@@ -352,7 +352,7 @@ class LoadedModel:
     def _predictions(self, chosen: list[int]) -> Predictions:
         """Return the predictions on one batch."""
         batch = self.batch(chosen)
-        with computing_threads(self._threads(len(chosen))):
+        with computing_threads(self.threads(len(chosen))):
             logits, targets = self.logits(self.model, batch), self.targets(batch, chosen)
         if logits.shape[:-1] != targets.shape or logits.dim() < 2 or len(logits) != len(chosen):
             found_shape = " x ".join(map(str, logits.shape)) or "a single number"
@@ -373,8 +373,8 @@ class LoadedModel:
             [row[which].reshape(-1).cpu() for row, which in classes],
         )
 
-    def _threads(self, n_examples: int) -> int:
-        """Threads for a forward pass: one where its operations are too small to be divided."""
+    def threads(self, n_examples: int) -> int:
+        """Return the number of threads for passes of a batch: one if the operations are too small to be divided."""
         return torch.get_num_threads() if n_examples * self._n_parameters > _DIVISIBLE else 1
 
     @cached_property

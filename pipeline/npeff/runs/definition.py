@@ -65,6 +65,8 @@ class StageDefinition:
     """Files and folders that the stage writes besides its tables, relative to the run or the factorization."""
     optional: Mapping[str, str] = field(default_factory=dict)
     """Tables and stores that are written only if a key of the run file is neither false nor 0: name to dotted key."""
+    whole: tuple[str, ...] = ()
+    """Tables that are computed from the results of all units, and not for each unit."""
     added: tuple[str, ...] = ()
     """Tables that earlier versions of the program did not write. Their records stay valid without these tables."""
     completes: tuple[str, ...] = ()

@@ -98,7 +98,7 @@ def unit_files(
     With a record, those of the complete stage that wrote it.
     """
     results, name = run.partial_results(stage.name), f"{component:05d}.parquet"
-    first, *others = tables_of(run, stage, record)
+    first, *others = (table for table in tables_of(run, stage, record) if table not in stage.whole)
     return {first: results / name} | {table: results / table / name for table in others}
 
 

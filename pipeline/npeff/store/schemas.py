@@ -105,6 +105,11 @@ SCHEMAS: dict[str, pa.Schema] = {
         "example:int position:int group:str? start:int? stop:int? token:str? share:float? information:float"
     ),
     "input_groups": _schema("example:int group:str information:float share:float?"),
+    "faithfulness_scores": _schema("example:int method:str replacement:str metric:str score:float passes:int"),
+    "faithfulness": _schema(
+        "method:str replacement:str metric:str n_examples:int mean:float low:float high:float difference:float? "
+        "difference_low:float? difference_high:float? knows_replacement:bool passes_per_example:float"
+    ),
     "repair": _schema("component:int n_top:int n_wrong:int odds_ratio:float p_value:float q_value:float"),
     "repair_steps": _schema(
         "edit:int component:int? sign:int? step:float n_target:int mended_target:int gained:int broken:int "
@@ -190,6 +195,12 @@ inputs: the functional Fisher information of an example in nats, ½ E[⟨Σ∇f,
 input_shares: the information split over the positions of the example. `share` is the fraction of the sum over the
     positions, null if that sum is 0, and `position` is a number in row-major order. `token` is the token of a text or
     the name of the position; `start` and `stop` are characters of the example's text.
+faithfulness_scores: how well an attribution names the inputs on which a prediction depends, for one example. `metric`
+    is "deletion" (low is good), "insertion" or "information" (high is good), see `npeff.input_fisher.faithfulness`;
+    `passes` is the number of forward and backward passes of the attribution. NaN for an example that is not finite.
+faithfulness: means over `n_examples` examples, with the ends of a 95% bootstrap interval. `difference` is the score of
+    the functional Fisher information minus that of the method, on the same examples. `knows_replacement` is whether
+    the method is made from the values that the test puts in place of inputs.
 input_groups: sums of `input_shares` over groups of positions, such as modalities, segments or columns.
 repair: number of wrong predictions among each component's top examples, with a one-sided hypergeometric test and its
     Benjamini-Hochberg q-value; smallest p-value first.

@@ -23,6 +23,8 @@ WRITTEN_BY = {
     "inputs": "inputs",
     "input_shares": "inputs",
     "input_groups": "inputs",
+    "faithfulness_scores": "inputs",
+    "faithfulness": "inputs",
     "repair": "repair",
     "repair_steps": "repair",
 }

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def _settings(config: RunConfig) -> Any:
-    return config.inputs_or_default.model_dump(mode="json", exclude={"examples"})
+    return config.inputs_or_default.model_dump(mode="json", exclude={"examples": True, "faithfulness": {"examples"}})
 
 
 def _units(run: RunDirectory) -> UnitProgress:
@@ -34,6 +34,7 @@ INPUTS = StageDefinition(
     after=FACTORIZE,
     in_run=lambda config: config.inputs is not None,
     stores=("input_covariance.safetensors",),
+    whole=("faithfulness",),
     parts="npeff.stages.inputs.parts:input_parts",
     units=_units,
     details=_details,

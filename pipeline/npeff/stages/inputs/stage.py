@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from npeff.execution.executor import Executor, WorkerSpec
@@ -19,12 +20,13 @@ from npeff.runs.stage import Stage, forget_other_requests, open_stage, unit_chec
 from npeff.stages.earlier_results import fingerprint_of
 from npeff.stages.inputs import INPUTS
 from npeff.stages.inputs.covariance import EVERY, InputFacts, is_current, refuse_covariance, write_covariances
+from npeff.stages.inputs.examples import ChosenExamples
+from npeff.stages.inputs.scores import mean_scores
 from npeff.stages.inputs.worker import TABLES, InputPaths, InputWorker, block_files
 from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
 from npeff.storage.checksums import json_checksum
 from npeff.store.fisher_store import FisherStore
 from npeff.store.schemas import SCHEMAS
-from npeff.store.splits import Splits
 from npeff.store.tables import read_table, write_table
 
 _BLOCK = 16
@@ -48,24 +50,21 @@ def inputs(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
     """
     with open_stage(run, INPUTS) as stage:
         options = run.config.inputs_or_default
-        examples = read_table(run.table("examples"), "examples", ["example", "label", "split", "valid"])
-        chosen = _chosen(run, options, examples)
-        request = json_checksum({"examples": chosen})
+        chosen = ChosenExamples.of(run, options)
+        request = json_checksum({"examples": chosen.explained, "tested": chosen.tested})
         if stage.done and stage.done["request"] == request:
             return stage.done
-        _refuse_missing_labels(options, examples, chosen)
         progress, results = progress or SilentProgress(), run.partial_results("inputs")
         forget_other_requests(results, request)
         stage.discard_foreign_units(progress)
-        blocks = [chosen[start : start + _BLOCK] for start in range(0, len(chosen), _BLOCK)]
-        worker = _worker(run, stage, options, blocks)
+        explained, blocks = chosen.explained, chosen.blocks(_BLOCK)
+        worker = _worker(run, stage, options, blocks, chosen)
         with executor_for(run, executor) as workers:
-            facts = _inspect(workers, worker, options, chosen)
-            covariances = _covariances(run, options, examples, chosen)
+            facts = _inspect(workers, worker, options, explained)
+            covariances = _covariances(run, options, chosen)
             refuse_covariance(options, facts, len(covariances))
             if not is_current(run.input_covariance, covariances, stage.lineage):
-                fitted, n_parts = np.flatnonzero(Splits.of(examples).fit_N), facts.n_parts(options, len(covariances))
-                moments = _moments(workers, worker, fitted, n_parts, progress)
+                moments = _moments(workers, worker, chosen.fitted, facts.n_parts(options, len(covariances)), progress)
                 write_covariances(run.input_covariance, moments, options, facts, covariances, stage.lineage)
             missing = sorted(set(range(len(blocks))) - finished(results).keys())
             n_done = len(blocks) - len(missing)
@@ -75,11 +74,13 @@ def inputs(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
                     tick(n_done)
         tables = _write_tables(run, stage, len(blocks))
         found = tables["inputs"]["information"].drop_null().to_numpy()
-        if n_invalid := len(chosen) - len(found):
-            progress.say(f"{n_invalid} of {len(chosen)} examples have non-finite logits or gradients and are left out")
+        if n_invalid := len(explained) - len(found):
+            progress.say(
+                f"{n_invalid} of {len(explained)} examples have non-finite logits or gradients and are left out"
+            )
         summary = {
             "request": request,
-            "n_examples": len(chosen),
+            "n_examples": len(explained),
             "n_invalid": n_invalid,
             "n_blocks": len(blocks),
             "covariance": options.covariance,
@@ -90,36 +91,9 @@ def inputs(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         return stage.complete(summary)
 
 
-def _chosen(run: RunDirectory, options: InputsConfig, examples: pa.Table) -> list[int]:
-    """Return the numbers of the examples to explain, in ascending order."""
-    if options.examples == "top":
-        top = read_table(run.table("top_examples"), "top_examples", ["rank", "example"])
-        shown = top["rank"].to_numpy() < run.config.report.top_examples
-        return sorted(set(top["example"].to_numpy()[shown].tolist()))
-    valid = np.flatnonzero(examples["valid"].to_numpy())
-    if options.examples != "all" and options.examples < len(valid):
-        valid = np.random.default_rng([run.config.seed, len(examples)]).choice(valid, options.examples, replace=False)
-    return sorted(valid.tolist())
-
-
-def _refuse_missing_labels(options: InputsConfig, examples: pa.Table, chosen: Sequence[int]) -> None:
-    """Check that the examples have the labels that the options need.
-
-    Raises:
-        ConfigError: An example has no label.
-    """
-    needed = [key for key in ("label", "scope") if getattr(options, key) in ("label", "class")]
-    n_missing = examples["label"].take(pa.array(chosen, pa.int64())).null_count
-    if needed and n_missing:
-        key = needed[0]
-        other = {"label": "prediction", "scope": "all"}[key]
-        raise ConfigError(
-            f"inputs.{key}: {getattr(options, key)} needs labels, and {n_missing} of {len(chosen)} examples have none: "
-            f"set inputs.{key} to {other}, or add labels"
-        )
-
-
-def _worker(run: RunDirectory, stage: Stage, options: InputsConfig, blocks: Sequence[Sequence[int]]) -> WorkerSpec:
+def _worker(
+    run: RunDirectory, stage: Stage, options: InputsConfig, blocks: Sequence[Sequence[int]], chosen: ChosenExamples
+) -> WorkerSpec:
     labels = run.config.fishers.label_spec(run.config.seed)
     if options.label == "all" and labels.kind == "empirical":
         raise ConfigError(
@@ -136,28 +110,34 @@ def _worker(run: RunDirectory, stage: Stage, options: InputsConfig, blocks: Sequ
         batch_size=int(FisherStore.read_attributes(run.fishers)["batch_size"]),
         paths=InputPaths(run.input_covariance, run.partial_results("inputs"), stage.lineage),
         blocks=blocks,
+        tested=chosen.tested,
+        donors=chosen.donors,
     )
 
 
-def _inspect(workers: Executor, worker: WorkerSpec, options: InputsConfig, chosen: Sequence[int]) -> InputFacts:
+def _inspect(workers: Executor, worker: WorkerSpec, options: InputsConfig, explained: Sequence[int]) -> InputFacts:
     """Return facts about the inputs of the first examples, after all checks that are possible without the others."""
-    facts: InputFacts = next(iter(workers.map(worker, "inspect", [tuple(chosen[:_INSPECTED])])))[1]
+    facts: InputFacts = next(iter(workers.map(worker, "inspect", [tuple(explained[:_INSPECTED])])))[1]
     if facts.several_predictions and options.label != "all":
         raise ConfigError(
             f"inputs.label: {options.label} explains one prediction, and the examples of this task have several: set "
             "inputs.label to all"
         )
+    if facts.several_predictions and options.faithfulness.examples:
+        raise ConfigError(
+            "inputs.faithfulness tests the attributions of one prediction, and the examples of this task have several: "
+            "set inputs.faithfulness.examples to 0"
+        )
     return facts
 
 
-def _covariances(run: RunDirectory, options: InputsConfig, examples: pa.Table, chosen: Sequence[int]) -> dict[int, str]:
+def _covariances(run: RunDirectory, options: InputsConfig, chosen: ChosenExamples) -> dict[int, str]:
     """Return the number of each covariance, and the name of its class."""
     if options.scope == "all":
         return {EVERY: ""}
     classes = read_table(run.table("classes"), "classes")
     names = dict(zip(classes["class"].to_pylist(), classes["name"].to_pylist(), strict=True))
-    numbers = examples["label"].take(pa.array(chosen, pa.int64())).unique().to_pylist()
-    return {number: names.get(number, str(number)) for number in sorted(numbers)}
+    return {number: names.get(number, str(number)) for number in sorted(chosen.labels.unique().to_pylist())}
 
 
 def _moments(
@@ -188,6 +168,10 @@ def _write_tables(run: RunDirectory, stage: Stage, n_blocks: int) -> dict[str, p
     tables = {}
     for name in TABLES:
         parts = [SCHEMAS[name].empty_table(), *(read_table(each[name], name) for each in files)]
-        tables[name] = pa.concat_tables(parts)
+        whole = pa.concat_tables(parts)
+        tables[name] = whole.take(pc.array_sort_indices(whole["example"]))  # a stable sort
         write_table(run.table(name), name, tables[name], stage.lineage)
+    means = mean_scores(tables["faithfulness_scores"], run.config.seed)
+    columns = {name: [row[name] for row in means] for name in SCHEMAS["faithfulness"].names}
+    write_table(run.table("faithfulness"), "faithfulness", columns, stage.lineage)
     return tables

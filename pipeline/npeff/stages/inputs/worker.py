@@ -5,7 +5,7 @@ An item is a block of examples. Legend: B examples of a batch, P positions, F fe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,19 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npeff.execution.serial import computing_threads
 from npeff.gradients import LabelSpec
 from npeff.input_fisher.attribution import InputInformation, input_information
 from npeff.input_fisher.flat_inputs import FlatInputs
 from npeff.input_fisher.moments import Moments, merged
 from npeff.input_fisher.noise import InputNoise
+from npeff.input_fisher.replacements import OtherExamples
 from npeff.models.loaded import ModelSpec, flattened
 from npeff.runs.config_input_sections import InputsConfig
 from npeff.stages.inputs.covariance import EVERY, InputFacts, read_noises
 from npeff.stages.inputs.positions import Positions, group_rows, positions_of, share_rows
+from npeff.stages.inputs.scores import score_rows
 from npeff.store.schemas import SCHEMAS
 from npeff.store.tables import write_table
 
-TABLES = ("inputs", "input_shares", "input_groups")
+TABLES = ("inputs", "input_shares", "input_groups", "faithfulness_scores")
 """The tables of the stage. The file of the first is written last."""
 
 
@@ -50,6 +53,8 @@ class InputWorker:
         batch_size: largest number of examples of a batch.
         paths: files of the covariance and of the results.
         blocks: numbers of the examples of each block of results.
+        tested: numbers of the examples on which attributions are compared.
+        donors: numbers of the examples whose inputs replace those of tested examples.
     """
 
     def __init__(
@@ -61,10 +66,13 @@ class InputWorker:
         batch_size: int,
         paths: InputPaths,
         blocks: Sequence[Sequence[int]],
+        tested: Collection[int] = (),
+        donors: Sequence[int] = (),
     ) -> None:
         self._loaded = model.load()
         self._labels, self._options, self._seed, self._batch_size = labels, options, seed, batch_size
         self._paths, self._blocks = paths, blocks
+        self._tested, self._donors = frozenset(tested), donors
 
     def inspect(self, examples: Sequence[int]) -> InputFacts:
         """Check the inputs of some examples. Raises as `LoadedModel.check_inputs`."""
@@ -101,10 +109,11 @@ class InputWorker:
         rows: dict[str, dict[int, list[dict[str, Any]]]] = {table: {} for table in TABLES}
         for group, members in self._groups(self._blocks[block]).items():
             for chosen in self._loaded.batches(members, self._batch_size):
-                for table, example, found in self._rows(chosen, self._noises[group]):
-                    rows[table][example] = found
+                with computing_threads(self._loaded.threads(len(chosen))):
+                    for table, example, found in self._rows(chosen, self._noises[group]):
+                        rows[table][example] = found
         for table, path in block_files(self._paths.results, block).items():
-            ordered = [row for example in self._blocks[block] for row in rows[table][example]]
+            ordered = [row for example in self._blocks[block] for row in rows[table].get(example, ())]
             columns = {name: [row[name] for row in ordered] for name in SCHEMAS[table].names}
             write_table(path, table, columns, self._paths.lineage)
         return sum(row["information"] is None for (row,) in rows["inputs"].values())
@@ -131,6 +140,11 @@ class InputWorker:
             yield "inputs", example, [self._row(example, row, found, classes_B, positions)]
             yield "input_shares", example, shares
             yield "input_groups", example, group_rows(example, shares)
+        if chosen[0] in self._tested:
+            samples, steps = self._options.samples, self._options.faithfulness.steps
+            scores = score_rows(flat, chosen, found.positions_BP, noise, self._others, samples, steps)
+            for example, rows in scores.items():
+                yield "faithfulness_scores", example, rows
 
     def _classes(self, flat: FlatInputs, targets: Tensor) -> Tensor | None:
         """Return the class of each example that is explained; None for all classes."""
@@ -169,6 +183,13 @@ class InputWorker:
         for example in examples:
             found.setdefault(int(self._loaded.labels_N[example]), []).append(example)
         return dict(sorted(found.items()))
+
+    @cached_property
+    def _others(self) -> OtherExamples:
+        """The examples whose inputs replace those of tested examples."""
+        batches = self._loaded.batches(self._donors, self._batch_size)
+        parts = ((self._loaded.flat_inputs(self._loaded.batch(chosen), len(chosen)), chosen) for chosen in batches)
+        return OtherExamples.of(parts, self._seed)
 
     @cached_property
     def _noises(self) -> dict[int, InputNoise]:
