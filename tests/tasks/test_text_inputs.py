@@ -1,4 +1,5 @@
-"""The embeddings of the tokens as inputs of text models: the logits at them are those of the tokens, in every model."""
+"""The embeddings of the tokens as inputs of classifiers of texts: the logits at them are those of the tokens, in every
+model."""
 
 from __future__ import annotations
 
@@ -6,119 +7,23 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from npeff.models.loaded import LoadedModel, ModelSpec
-from npeff.tasks import Inputs, TaskError
+from npeff.models.loaded import LoadedModel
+from npeff.tasks import TaskError
 from torch import Tensor, nn
 
 pytest.importorskip("transformers", reason="needs pip install 'npeff-pipeline[hf]'")
 
 import tiny
+from text_models import CLASSIFIERS, PAIR, SMALL, T5, TEXTS, check_equal, classifier, spec, tokens_of
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForMultipleChoice,
-    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    BartConfig,
-    BertConfig,
     ByT5Tokenizer,
     CanineConfig,
     CanineForSequenceClassification,
-    DistilBertConfig,
-    Gemma3TextConfig,
-    GemmaConfig,
-    GPT2Config,
-    LlamaConfig,
-    LongformerConfig,
-    MarianConfig,
-    PegasusConfig,
-    RobertaConfig,
     T5Config,
-    XLNetConfig,
 )
-
-TEXTS = ["a small cat", "the dog sleeps and the cat sings", "dog", "a bird sings in the small tree near the dog"]
-OTHERS = ["the cat is small ?", "a dog", "the bird", "the tree"]
-PAIR = ["text", "other"]
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-LLAMA = {**SMALL, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 40, "eos_token_id": tiny.END}
-BART = {
-    "d_model": 16,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24,
-    "max_position_embeddings": 40,
-    "pad_token_id": tiny.PAD,
-    "bos_token_id": tiny.START,
-    "eos_token_id": tiny.END,
-    "decoder_start_token_id": tiny.END,
-    "scale_embedding": True,
-}
-T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "pad_token_id": tiny.PAD}
-CLASSIFIERS: dict[str, Any] = {
-    "bert": BertConfig(**SMALL, **tiny.SIZE, num_labels=3),
-    "roberta": RobertaConfig(**SMALL, **tiny.SIZE, num_labels=3, pad_token_id=0, max_position_embeddings=42),
-    "distilbert": DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=24, num_labels=3, **tiny.SIZE),
-    "gpt2": GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=40, num_labels=3, bos_token_id=2, **tiny.SIZE),
-    "llama": LlamaConfig(**LLAMA, **tiny.SIZE, num_labels=3),
-    "gemma": GemmaConfig(**LLAMA, **tiny.SIZE, num_labels=3),
-    "xlnet": XLNetConfig(d_model=16, n_layer=1, n_head=2, d_inner=24, num_labels=3, **tiny.SIZE),
-    "longformer": LongformerConfig(
-        **SMALL, **tiny.SIZE, num_labels=3, attention_window=8, pad_token_id=0, max_position_embeddings=50
-    ),
-    "bart": BartConfig(**BART, **tiny.SIZE, num_labels=3),
-    "t5": T5Config(**T5, **tiny.SIZE, num_labels=3, eos_token_id=tiny.END, decoder_start_token_id=tiny.PAD),
-}
-
-
-def spec(family: str, folder: Path, data: str, **options: Any) -> ModelSpec:
-    return ModelSpec(
-        f"huggingface-{family}", {"model": str(folder), "data": data, **options}, Path("unused"), ("*",), (), "cpu"
-    )
-
-
-def classifier(folder: Path, config: Any, **options: Any) -> LoadedModel:
-    template = {"xlnet": "$A [SEP] [CLS]", "t5": "$A [SEP]"}.get(config.model_type, "[CLS] $A [SEP]")
-    tiny.save_model(folder, AutoModelForSequenceClassification, config)
-    tiny.save_tokenizer(folder, template, types=config.model_type == "bert")
-    data = tiny.write(folder / "data.parquet", {"text": TEXTS, "other": OTHERS})
-    return spec("sequence-classification", folder, data, **{"text_columns": PAIR, **options}).load()
-
-
-def check_equal(loaded: LoadedModel, indices: list[int]) -> tuple[Any, Inputs]:
-    """The logits at the embeddings of a batch are those of its tokens, to the last bits."""
-    loaded.check_inputs(indices)
-    batch = loaded.batch(indices)
-    inputs = loaded.inputs(batch, len(indices))
-    with torch.no_grad():
-        torch.testing.assert_close(inputs.logits(inputs.values), loaded.logits(loaded.model, batch), rtol=1e-6, atol=0)
-        changed = inputs.logits(inputs.values.flip(-1))
-        assert not torch.allclose(changed, inputs.logits(inputs.values), atol=1e-3)
-        torch.testing.assert_close(loaded.logits(loaded.model, batch), inputs.logits(inputs.values), rtol=1e-6, atol=0)
-    return batch, inputs
-
-
-def tokens_of(inputs: Inputs, loaded: LoadedModel, indices: list[int]) -> list[list[tuple[str | None, bool, str]]]:
-    """Text, mask and group of each position that is no padding."""
-    assert inputs.mask is not None
-    assert inputs.present is not None
-    tokens = loaded.input_tokens(indices)
-    assert tokens is not None
-    group_of = torch.full_like(inputs.mask, -1, dtype=torch.int64) if inputs.group_of is None else inputs.group_of
-    found = []
-    for row, mask, present, groups in zip(tokens, inputs.mask, inputs.present, group_of, strict=True):
-        assert int(present.sum()) == len(row)
-        names = [inputs.groups[group] if group >= 0 else "" for group in groups[present].tolist()]
-        found.append(list(zip((token.text for token in row), mask[present].tolist(), names, strict=True)))
-        assert not mask[~present].any()
-        assert (groups[~present] == -1).all()
-    return found
 
 
 def weight_gradient(loaded: LoadedModel, layer: nn.Module, batch: Any, direction: Tensor) -> Tensor:
@@ -250,144 +155,6 @@ def test_the_embeddings_of_a_real_model_give_its_logits() -> None:
             assert "".join(token or "" for token, _, group in tokens if group == column).lower() == "".join(
                 sentence.split()
             )
-    norms = inputs.values.norm(dim=2)
-    assert np.isfinite(norms.numpy()).all()
-
-
-def made(
-    folder: Path, family: str, factory: Any, config: Any, template: str, columns: dict[str, Any], **options: Any
-) -> LoadedModel:
-    tiny.save_model(folder, factory, config)
-    tiny.save_tokenizer(folder, template, types=config.model_type == "bert")
-    return spec(family, folder, tiny.write(folder / "data.parquet", columns), **options).load()
-
-
-WORDS = [text.split() for text in TEXTS]
-GENERATORS: dict[str, Any] = {
-    "gpt2": GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=40, bos_token_id=2, eos_token_id=3, **tiny.SIZE),
-    "llama": LlamaConfig(**LLAMA, **tiny.SIZE),
-    "gemma": GemmaConfig(**LLAMA, **tiny.SIZE),
-    "gemma3": Gemma3TextConfig(**LLAMA, **tiny.SIZE),
-    "bart": BartConfig(**BART, **tiny.SIZE, is_decoder=True),
-}
-TRANSLATORS: dict[str, Any] = {
-    "t5": T5Config(**T5, **tiny.SIZE, eos_token_id=tiny.END, decoder_start_token_id=tiny.PAD),
-    "bart": BartConfig(**BART, **tiny.SIZE),
-    "marian": MarianConfig(**BART, **tiny.SIZE),
-    "pegasus": PegasusConfig(**BART, **tiny.SIZE),
-}
-
-
-@pytest.mark.parametrize("examples", ["sequences", "positions"])
-@pytest.mark.parametrize("name", ["bert", "roberta"])
-def test_tagged_words(name: str, examples: str, tmp_path: Path) -> None:
-    loaded = made(
-        tmp_path,
-        "token-classification",
-        AutoModelForTokenClassification,
-        CLASSIFIERS[name],
-        "[CLS] $A [SEP]",
-        {"words": WORDS},
-        words_column="words",
-        examples=examples,
-    )
-    indices = [0, 1, 2, 3]
-    _, inputs = check_equal(loaded, indices)
-    assert not inputs.groups
-    last = tokens_of(inputs, loaded, indices)[3]
-    texts = WORDS[1] if examples == "positions" else WORDS[3]
-    assert [token for token, used, _ in last if used] == " ".join(texts).replace("sleeps", "sleep s").split()
-
-
-@pytest.mark.parametrize("examples", ["sequences", "positions"])
-@pytest.mark.parametrize("name", GENERATORS)
-def test_generated_texts_with_prompts(name: str, examples: str, tmp_path: Path) -> None:
-    loaded = made(
-        tmp_path,
-        "causal-lm",
-        AutoModelForCausalLM,
-        GENERATORS[name],
-        "[CLS] $A",
-        {"text": TEXTS, "prompt": [f"{text} " for text in OTHERS]},
-        text_column="text",
-        prompt_column="prompt",
-        examples=examples,
-    )
-    indices = [0, 1, 5, 6] if examples == "positions" else [0, 1, 2, 3]
-    _, inputs = check_equal(loaded, indices)
-    assert list(inputs.groups) == ["prompt", "text"]
-    first = tokens_of(inputs, loaded, indices)[1]
-    expected = [("[CLS]", False, ""), *((word, True, "prompt") for word in OTHERS[0].split())]
-    if examples == "positions":  # the second token of the first text, before which is its first
-        expected = [*expected, ("a", True, "text")]
-    else:
-        words = [
-            ("the", True),
-            ("dog", True),
-            ("sleep", True),
-            ("s", True),
-            ("and", True),
-            ("the", True),
-            ("cat", True),
-        ]
-        expected = [("[CLS]", False, ""), ("a", True, "prompt"), ("dog", True, "prompt")]
-        expected += [(word, used, "text") for word, used in [*words, ("sings", True)]]
-    assert first == expected
-
-
-@pytest.mark.parametrize("examples", ["sequences", "positions"])
-@pytest.mark.parametrize("name", TRANSLATORS)
-def test_sources_of_targets(name: str, examples: str, tmp_path: Path) -> None:
-    """Also of a target that is the source, with the same tokens in the decoder."""
-    loaded = made(
-        tmp_path,
-        "seq2seq-lm",
-        AutoModelForSeq2SeqLM,
-        TRANSLATORS[name],
-        "$A [SEP]",
-        {"text": TEXTS, "other": [TEXTS[0], *OTHERS[1:]]},
-        source_column="text",
-        target_column="other",
-        examples=examples,
-    )
-    _, inputs = check_equal(loaded, [0, 1, 2, 3])
-    tokens = tokens_of(inputs, loaded, [0, 1, 2, 3])
-    assert tokens[0] == [("a", True, ""), ("small", True, ""), ("cat", True, ""), ("[SEP]", False, "")]
-    assert not inputs.groups
-    shown = loaded.examples.table()["text"].to_pylist()
-    for text, row in zip(shown, loaded.input_tokens([0, 1, 2, 3]) or [], strict=False):
-        assert all(text[token.start : token.stop] == token.text for token in row if token.start is not None)
-
-
-CHOICES = [["a cat", "the bird sings"], ["sleeps", "in the tree ?"], ["is small", "a dog"], ["near", "and"]]
-
-
-@pytest.mark.parametrize("lists", [False, True])
-@pytest.mark.parametrize("name", ["bert", "roberta", "xlnet"])
-def test_choices(name: str, lists: bool, tmp_path: Path) -> None:
-    columns = {"prompt": OTHERS, "A": [a for a, _ in CHOICES], "B": [b for _, b in CHOICES], "both": CHOICES}
-    loaded = made(
-        tmp_path,
-        "multiple-choice",
-        AutoModelForMultipleChoice,
-        CLASSIFIERS[name],
-        "$A [SEP] [CLS]" if name == "xlnet" else "[CLS] $A [SEP]",
-        columns,
-        prompt_column="prompt",
-        choice_columns=["both"] if lists else ["A", "B"],
-    )
-    batch, inputs = check_equal(loaded, [0, 1])
-    assert inputs.positions == (1, 2)
-    assert inputs.values.shape == (*batch["input_ids"].shape, 16)
-    names = ["both[0]", "both[1]"] if lists else ["A", "B"]
-    assert list(inputs.groups) == ["prompt", *names]
-    found = [(token, group) for token, used, group in tokens_of(inputs, loaded, [0, 1])[1] if used]
-    prompt = [("a", "prompt"), ("dog", "prompt")]
-    second = [(word, names[1]) for word in CHOICES[1][1].split()]
-    assert found == [*prompt, ("sleep", names[0]), ("s", names[0]), *prompt, *second]
-    shown = loaded.examples.table()["text"].to_pylist()
-    for text, row in zip(shown, loaded.input_tokens([0, 1, 2, 3]) or [], strict=True):
-        assert all(text[token.start : token.stop] == token.text for token in row if token.start is not None)
 
 
 def test_a_text_with_the_text_of_a_special_token_is_an_input(tmp_path: Path) -> None:
@@ -419,31 +186,6 @@ def test_an_adapter_of_the_embeddings_takes_part(tmp_path: Path) -> None:
     assert not torch.allclose(plain.inputs(batch).values, inputs.values, atol=1e-3)
 
 
-def test_only_the_encoder_gets_other_values_if_the_decoder_embeds_in_the_same_layer(tmp_path: Path) -> None:
-    """Here, even the tokens are the same, and the slow definition is a model that takes embeddings."""
-    text = " ".join(["[SEP]"] * 3)
-    loaded = made(
-        tmp_path,
-        "seq2seq-lm",
-        AutoModelForSeq2SeqLM,
-        TRANSLATORS["bart"],
-        "$A [SEP]",
-        {"text": [text], "other": [text]},
-        source_column="text",
-        target_column="other",
-    )
-    model: Any = loaded.model
-    model.set_input_embeddings(model.get_input_embeddings())
-    assert model.get_encoder().embed_tokens is model.get_decoder().embed_tokens
-    inputs = loaded.inputs(loaded.batch([0]))
-    loaded.check_inputs([0])
-    values = inputs.values + torch.randn(inputs.values.shape, generator=torch.Generator().manual_seed(0))
-    decoder = torch.full((1, 4), tiny.END)
-    with torch.no_grad():
-        expected = model(inputs_embeds=values, decoder_input_ids=decoder).logits
-        torch.testing.assert_close(inputs.logits(values), expected, rtol=1e-5, atol=1e-5)
-
-
 def test_a_tokenizer_that_does_not_tell_texts_apart_gives_no_groups(tmp_path: Path) -> None:
     config = T5Config(**T5, vocab_size=384, num_labels=3, eos_token_id=1, decoder_start_token_id=0)
     tiny.save_model(tmp_path, AutoModelForSequenceClassification, config)
@@ -457,3 +199,11 @@ def test_a_tokenizer_that_does_not_tell_texts_apart_gives_no_groups(tmp_path: Pa
     ]
     assert inputs.group_of is not None
     assert (inputs.group_of == -1).all()
+
+
+def test_a_column_that_is_used_twice_is_two_groups(tmp_path: Path) -> None:
+    loaded = classifier(tmp_path, CLASSIFIERS["bert"], text_columns=["text", "text"])
+    inputs = loaded.inputs(loaded.batch([2]))
+    assert list(inputs.groups) == ["text", "text (2)"]
+    found = [(token, group) for token, used, group in tokens_of(inputs, loaded, [2])[0] if used]
+    assert found == [("dog", "text"), ("dog", "text (2)")]

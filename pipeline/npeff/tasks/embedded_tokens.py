@@ -81,7 +81,7 @@ def token_inputs(
         logits: Function of embeddings (B, ..., T, D).
         texts: Names of the texts, which are groups if there are several.
     """
-    segments_BP, groups = segments.flatten(1), tuple(texts) if len(texts) > 1 else ()
+    segments_BP, groups = segments.flatten(1), _distinct(texts) if len(texts) > 1 else ()
     return Inputs(
         values=table.values(tokens),
         logits=logits,
@@ -92,6 +92,11 @@ def token_inputs(
         groups=groups,
         group_of=segments_BP.where(segments_BP < len(groups), -1) if groups else None,
     )
+
+
+def _distinct(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names, with a number after a name that occurs before, as a column does that is used twice."""
+    return tuple(f"{name} ({place + 1})" if name in names[:place] else name for place, name in enumerate(names))
 
 
 @contextmanager
