@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from end_to_end.commands import Command
 from in_process import command, refused
 from npeff.execution.executor import WorkerSpec
 from npeff.input_fisher.noise import InputCovarianceError
@@ -28,10 +31,12 @@ from npeff.stages.earlier_results import fingerprint_of
 from npeff.stages.inputs.worker import InputWorker
 from npeff.stages.worker_specs import model_spec
 from npeff.store.array_files import read_arrays
+from npeff.store.fisher_store import FisherStore
 from npeff.store.tables import read_table
 from npeff.tasks import TaskError
 
 TABLES = ("inputs", "input_shares", "input_groups")
+READ = FisherStore.read_attributes
 N = 110
 DIGITS = {"name": "digits", "options": {"limit": N, "epochs": 3}}
 
@@ -404,3 +409,70 @@ def test_columns_of_a_table_have_names_and_groups(tmp_path: Path) -> None:
     first = [row for row in groups if row["example"] == groups[0]["example"]]
     assert sum(row["share"] for row in first) == pytest.approx(1)
     assert set(ComponentStore.open(run.path).inputs(component=0)["token"].to_pylist()) == names
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_killed_command_with_two_workers_is_continued_and_ends_with_the_same_bits(tmp_path: Path) -> None:
+    options = {"name": "digits", "options": {"limit": 600, "epochs": 3}}
+    inputs = {"samples": 8, "examples": 320, "faithfulness": {"examples": 160, "steps": 4}}
+    whole = factorized(tmp_path / "whole", task=options, inputs=inputs, executor={"kind": "auto"})
+    killed = copied_path(whole, tmp_path / "killed")
+    npeff.inputs(whole)
+    results = killed.partial_results("inputs")
+    for attempt, wanted in enumerate((3, 7)):
+        with Command("inputs", killed.path, "--workers", "2", log=tmp_path / f"{attempt}.log") as stopped:
+            stopped.wait_for(partial(has_blocks, results, wanted), f"{wanted} blocks are written")
+            stopped.driver.kill()
+    assert not killed.record_file("inputs").exists()
+    with Command("inputs", killed.path, "--workers", "2", log=tmp_path / "last.log") as last:
+        assert last.exit_code() == 0, last.output
+    assert contents(killed) == contents(whole)
+    assert killed.table("faithfulness").read_bytes() == whole.table("faithfulness").read_bytes()
+
+
+def has_blocks(results: Path, wanted: int) -> bool:
+    return len(list(results.glob("*.parquet"))) >= wanted
+
+
+def copied_path(run: RunDirectory, path: Path) -> RunDirectory:
+    return RunDirectory.open(shutil.copytree(run.path, path))
+
+
+@pytest.mark.slow
+def test_the_bound_holds_for_every_pair_of_sentences(tmp_path: Path) -> None:
+    shared = os.environ.get("NPEFF_SHARED_DATA")
+    if shared is None or not Path(shared, "models/minilm-sick").is_dir():
+        pytest.skip("needs NPEFF_SHARED_DATA with models/minilm-sick and data/sick")
+    task = {
+        "name": "huggingface-sequence-classification",
+        "options": {
+            "model": f"{shared}/models/minilm-sick",
+            "data": f"{shared}/data/sick/SICK_test_annotated.txt",
+            "text_columns": ["sentence_A", "sentence_B"],
+            "label_column": "entailment_judgment",
+            "id_column": "pair_ID",
+            "max_length": 64,
+            "limit": 24,
+        },
+    }
+    inputs = {"samples": 16, "label": "all", "examples": "all", "spread": 1.0}
+    parameters = {"include": ["classifier.*"]}
+    run = factorized(tmp_path / "run", task=task, inputs=inputs, parameters=parameters)
+    npeff.inputs(run)
+    found = rows(run, "inputs")
+    assert len(found) == 24
+    for row in found:
+        slack = 3 * np.hypot(row["entropy_se"], row["information_se"])
+        assert row["entropy"] <= row["information"] + slack
+    tokens = {row["token"] for row in rows(run, "input_shares")}
+    assert not tokens & {"[CLS]", "[SEP]", "[PAD]"}
+    assert {row["group"] for row in rows(run, "input_groups")} == {"sentence_A", "sentence_B"}
+    one_at_a_time = copied_path(run, tmp_path / "small")
+    shutil.rmtree(one_at_a_time.partial_results("inputs"))
+    one_at_a_time.record_file("inputs").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FisherStore, "read_attributes", lambda path: READ(path) | {"batch_size": 1})
+        npeff.inputs(one_at_a_time)
+    for mine, theirs in zip(rows(one_at_a_time, "inputs"), found, strict=True):
+        assert mine["information"] == pytest.approx(theirs["information"], rel=1e-3, abs=1e-7)
