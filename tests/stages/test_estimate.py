@@ -10,6 +10,7 @@ from npeff.gradients import LeftOut
 from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory
 from npeff.stages.fishers.estimate import estimate, rows
+from npeff.stages.inputs.trial import largest_number, passes_per_example
 from npeff.store.fisher_store import FisherStore
 from npeff.store.tables import read_table
 
@@ -78,3 +79,16 @@ def test_the_command_says_it_in_a_table_and_mistakes_in_one_line(
     assert (code, out) == (2, "")
     assert err.startswith("npeff: error: unknown task 'unknown-task'")
     assert err.count("\n") == 1
+
+
+def test_the_stage_inputs_is_estimated_where_the_run_file_has_its_section(tmp_path: Path) -> None:
+    path = run_file(tmp_path)
+    document = yaml.safe_load(path.read_text()) | {"inputs": {"faithfulness": {"examples": 3}}}
+    path.write_text(yaml.safe_dump(document))
+    config = RunConfig.from_yaml(path)
+    found = dict(rows(estimate(config), config))
+    assert "inputs, up to 72 examples, without faithfulness" in found
+    assert passes_per_example(config, rank=9) == 32
+    all_classes = RunConfig.model_validate(document | {"inputs": {"label": "all", "samples": 4, "examples": 500}})
+    assert passes_per_example(all_classes, rank=9) == 20
+    assert largest_number(all_classes, 120) == 120

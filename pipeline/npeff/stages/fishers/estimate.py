@@ -11,6 +11,7 @@ from npeff.execution.executor import WorkerSpec
 from npeff.runs.config import RunConfig
 from npeff.stages.factorize.stored_factors import kept_precision
 from npeff.stages.fishers.trial import Trial, TrialWorker
+from npeff.stages.inputs.trial import largest_number, passes_per_example
 from npeff.stages.worker_specs import device_of, inspection_of, model_of, new_executor
 from npeff.store.fisher_arrays import fisher_store_bytes
 
@@ -46,7 +47,7 @@ def estimate(config: RunConfig) -> Estimate:
         "top_entries": wanted.diagonal.top_entries,
         "groups": wanted.diagonal.groups,
     }
-    item = (*inspection_of(config), store)
+    item = (*inspection_of(config), store, config.inputs is not None)
     with new_executor(config) as executor:
         trial: Trial = next(iter(executor.map(spec, "try_out", [item])))[1]
         start_up = time.monotonic() - began - trial.trial_seconds
@@ -120,6 +121,7 @@ def rows(found: Estimate, config: RunConfig) -> list[tuple[str, str]]:
         ("start", _duration(found.start_up_seconds)),
         ("one example", f"{1e3 * trial.seconds_per_example:.3g} ms"),
         (f"fishers, {found.workers} worker{'s' if found.workers > 1 else ''}", _duration(found.seconds)),
+        *_input_rows(found, config),
         ("fishers.zarr", _size(found.store_bytes)),
         (
             "Fishers in memory of a solver's worker",
@@ -127,6 +129,17 @@ def rows(found: Estimate, config: RunConfig) -> list[tuple[str, str]]:
         ),
         ("directions.zarr", _size(found.direction_bytes)),
     ]
+
+
+def _input_rows(found: Estimate, config: RunConfig) -> list[tuple[str, str]]:
+    """Return the row of the stage `inputs`, if the run file has its section."""
+    if (seconds := found.trial.seconds_per_input_pass) is None:
+        return []
+    facts = found.trial.facts
+    n_explained = largest_number(config, len(facts.examples))
+    total = n_explained * passes_per_example(config, facts.rank) * seconds / found.workers
+    without = ", without faithfulness" if config.inputs_or_default.faithfulness.examples else ""
+    return [(f"inputs, up to {n_explained:,} examples{without}", _duration(total))]
 
 
 def _size(count: float) -> str:

@@ -14,6 +14,7 @@ from npeff.models.loaded import ModelSpec
 from npeff.sketches import SketchSpec
 from npeff.stages.fishers.inspection import TaskFacts, TaskWorker
 from npeff.stages.fishers.worker import FisherWorker
+from npeff.stages.inputs.trial import seconds_per_pass
 from npeff.store.fisher_store import FisherStore
 from npeff.store.shard_records import ShardRecords
 
@@ -31,6 +32,8 @@ class Trial:
     """Time on one worker, including writing."""
     peak_bytes: int
     """Peak memory of the worker's process, or of its GPU."""
+    seconds_per_input_pass: float | None
+    """Time of a forward pass and a backward pass to the inputs, for one example; None if it is not asked for."""
     trial_seconds: float
     """Time of the trial shards, which a real run does not compute."""
 
@@ -41,16 +44,16 @@ class TrialWorker:
     def __init__(self, model: ModelSpec, labels: LabelSpec, seed: int) -> None:
         self._spec, self._labels, self._seed = model, labels, seed
 
-    def try_out(self, wanted: tuple[SketchSpec, int | Literal["auto"], int, dict[str, Any]]) -> Trial:
+    def try_out(self, wanted: tuple[SketchSpec, int | Literal["auto"], int, dict[str, Any], bool]) -> Trial:
         """Prepare and inspect the task, then compute and store a few small shards.
 
         Args:
-            wanted: the arguments of `TaskWorker.inspect`, and the options of the store: ``shard_size``,
-                ``store_dtype``, ``top_entries``, ``groups``.
+            wanted: the arguments of `TaskWorker.inspect`, the options of the store (``shard_size``, ``store_dtype``,
+                ``top_entries``, ``groups``), and whether to time a pass to the inputs.
 
         Raises the errors of `TaskWorker.inspect`.
         """
-        sketch, _, _, store = wanted
+        sketch, _, _, store, with_inputs = wanted
         with tempfile.TemporaryDirectory(prefix="npeff-") as folder:
             spec = replace(self._spec, cache=Path(folder) / "task")
             facts = TaskWorker(spec, self._labels, self._seed).inspect(wanted[:3])
@@ -90,4 +93,5 @@ class TrialWorker:
             records = [record for shard in sorted(shards) for record in timed.compute((shard,))]
             end = time.monotonic()
             n_examples = sum(record.stop - record.start for record in records)
-            return Trial(facts, (end - start) / n_examples, peak_bytes(timed.device), end - began)
+            per_pass = seconds_per_pass(spec.load(), facts.batch_size) if with_inputs else None
+            return Trial(facts, (end - start) / n_examples, peak_bytes(timed.device), per_pass, end - began)
