@@ -390,8 +390,8 @@ class ExecutorConfig(Section):
     timeout_s: Annotated[float, Field(gt=0.0, le=LARGEST_TIME_S)] = 600.0
     """Maximum time in seconds for one call of a Ray actor. An actor that takes longer counts as hung and is replaced.
     One call is the preparation of the task (for example training), up to two shards of Fishers, reading the Fishers and
-    initializing the solver, a solver step, a block of directions, the verification or attribution of one component, or
-    a fit of ``npeff select`` or of the stability."""
+    initializing the solver, a solver step, a block of directions, the verification or attribution of one component, a
+    block of examples of ``npeff inputs``, or a fit of ``npeff select`` or of the stability."""
 
     @model_validator(mode="after")
     def _serial_is_one_worker(self) -> Self:

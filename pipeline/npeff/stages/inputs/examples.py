@@ -57,10 +57,11 @@ class ChosenExamples:
         donors = _some(fitted, _DONORS, seed) if tested else set()
         return cls(numbers, sorted(tested), sorted(donors), fitted, labels)
 
-    def blocks(self, size: int) -> list[list[int]]:
+    def blocks(self, size: int, tested_size: int) -> list[list[int]]:
         """Return the explained examples in blocks. The tested examples are in blocks of their own, which come first."""
         others = sorted(set(self.explained) - set(self.tested))
-        return [part[start : start + size] for part in (self.tested, others) for start in range(0, len(part), size)]
+        parts = ((self.tested, tested_size), (others, size))
+        return [part[start : start + length] for part, length in parts for start in range(0, len(part), length)]
 
 
 def _some(examples: NDArray[np.int64], count: int, seed: int) -> set[int]:

@@ -16,8 +16,9 @@ from npeff.runs.config_reading import ConfigError
 from npeff.runs.definition import Summary, finished
 from npeff.runs.directory import RunDirectory
 from npeff.runs.progress import ProgressDisplay, SilentProgress
-from npeff.runs.stage import Stage, forget_other_requests, open_stage, unit_checksums
+from npeff.runs.stage import Stage, forget_other_requests, open_stage, record_of, unit_checksums
 from npeff.stages.earlier_results import fingerprint_of
+from npeff.stages.fishers import FISHERS
 from npeff.stages.inputs import INPUTS
 from npeff.stages.inputs.covariance import EVERY, InputFacts, is_current, refuse_covariance, write_covariances
 from npeff.stages.inputs.examples import ChosenExamples
@@ -31,6 +32,9 @@ from npeff.store.tables import read_table, write_table
 
 _BLOCK = 16
 """Examples of a block, which one call of a worker computes."""
+_TESTED_BLOCK, _SMALL_MODEL = 4, 1_000_000
+"""Tested examples of a block for models with more parameters than this. A test takes thousands of passes, and a call
+must end within ``executor.timeout_s``."""
 _INSPECTED = 2
 
 
@@ -57,7 +61,9 @@ def inputs(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         progress, results = progress or SilentProgress(), run.partial_results("inputs")
         forget_other_requests(results, request)
         stage.discard_foreign_units(progress)
-        explained, blocks = chosen.explained, chosen.blocks(_BLOCK)
+        explained = chosen.explained
+        is_small = record_of(run, FISHERS)["n_parameters"] <= _SMALL_MODEL
+        blocks = chosen.blocks(_BLOCK, _BLOCK if is_small else _TESTED_BLOCK)
         worker = _worker(run, stage, options, blocks, chosen)
         with executor_for(run, executor) as workers:
             facts = _inspect(workers, worker, options, explained)
