@@ -26,7 +26,7 @@ from npeff.input_fisher.attribution import functional_entropy
 from npeff.input_fisher.flat_inputs import FlatInputs
 from npeff.input_fisher.predictions import FaithfulnessError, probabilities
 from npeff.input_fisher.replacements import Curve, Replacement
-from npeff.input_fisher.seeded import generator
+from npeff.input_fisher.seeded import SeededNumbers
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ class _Ranking(NamedTuple):
     @classmethod
     def of(cls, values_BP: Tensor, used_BP: Tensor, examples: Sequence[int], seed: int) -> _Ranking:
         # attributions that are zero in many positions must not profit from the order of the positions
-        keys = [torch.from_numpy(generator(seed, example, "ties").random(used_BP.shape[1])) for example in examples]
+        numbers, n_positions = SeededNumbers(seed, "ties"), used_BP.shape[1]
+        keys = [torch.from_numpy(numbers.at(example).random(n_positions)) for example in examples]
         keys_BP = torch.stack(keys).to(used_BP.device)
         values_BP = values_BP.double().where(used_BP, 0)
         known_B = used_BP.any(1) & values_BP.isfinite().all(1)

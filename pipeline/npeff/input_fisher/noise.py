@@ -17,7 +17,7 @@ from torch import Tensor
 from npeff.errors import NpeffError
 from npeff.input_fisher.flat_inputs import FlatInputs
 from npeff.input_fisher.moments import CovarianceKind, Moments
-from npeff.input_fisher.seeded import generator
+from npeff.input_fisher.seeded import SeededNumbers
 
 
 class InputCovarianceError(NpeffError, ValueError):
@@ -70,13 +70,13 @@ class InputNoise:
         """
         shape = inputs.values_BPF.shape
         normal_BPF = np.zeros(shape)
-        used_BP = inputs.used_BP.cpu().numpy()
+        used_BP, numbers = inputs.used_BP.cpu().numpy(), SeededNumbers(self.seed, "noise")
         for row, example in enumerate(examples):
-            numbers = generator(self.seed, example, "noise", draw)
+            generator = numbers.at(example, draw)
             if inputs.exchangeable:
                 normal_BPF[row, used_BP[row]] = numbers.standard_normal((int(used_BP[row].sum()), shape[2]))
             else:
-                normal_BPF[row] = numbers.standard_normal(shape[1:])
+                generator.standard_normal(out=normal_BPF[row])
         drawn_BPF = torch.from_numpy(normal_BPF).to(self.mean_PF)
         noise_BPF: Tensor = self.spread**0.5 * self._root.times(drawn_BPF) * inputs.used_BP[..., None]
         return noise_BPF.to(inputs.values_BPF.device, inputs.values_BPF.dtype)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from npeff.input_fisher.flat_inputs import FlatInputs
 from npeff.input_fisher.predictions import probabilities, probability_gradients
-from npeff.input_fisher.seeded import generator
+from npeff.input_fisher.seeded import SeededNumbers
 
 
 class Noise(Protocol):
@@ -76,9 +76,9 @@ class Opponent:
 def random(inputs: FlatInputs, explained: Explained) -> Tensor:
     """Return uniform random numbers of the used positions."""
     drawn_BP = torch.zeros(inputs.used_BP.shape, dtype=torch.float64)
+    numbers = SeededNumbers(explained.seed, "random attribution")
     for row, example in enumerate(explained.examples):
-        numbers_P = generator(explained.seed, example, "random attribution").random(drawn_BP.shape[1])
-        drawn_BP[row] = torch.from_numpy(numbers_P)
+        drawn_BP[row] = torch.from_numpy(numbers.at(example).random(drawn_BP.shape[1]))
     return drawn_BP.to(inputs.used_BP.device) * inputs.used_BP
 
 

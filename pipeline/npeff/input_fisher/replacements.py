@@ -16,7 +16,7 @@ from torch import Tensor
 from npeff.input_fisher.flat_inputs import FlatInputs
 from npeff.input_fisher.noise import InputNoise
 from npeff.input_fisher.predictions import FaithfulnessError
-from npeff.input_fisher.seeded import generator
+from npeff.input_fisher.seeded import SeededNumbers
 
 Curve = Literal["deletion", "insertion", "information"]
 
@@ -103,7 +103,7 @@ class OtherExamples(Replacement):
         return cls(torch.cat(pools), numbers, seed)
 
     def draws(self, inputs: FlatInputs, examples: Sequence[int], count: int) -> Tensor:
-        numbers_M = torch.tensor(self.examples)
+        numbers_M, numbers = torch.tensor(self.examples), SeededNumbers(self.seed, "replacement")
         n_positions = inputs.values_BPF.shape[1]
         donors_DBP = torch.zeros(count, len(examples), n_positions, dtype=torch.int64)
         for row, example in enumerate(examples):
@@ -113,7 +113,7 @@ class OtherExamples(Replacement):
             used_P = inputs.used_BP[row].cpu()
             size = int(used_P.sum()) if inputs.exchangeable else 1
             for draw in range(count):
-                drawn = generator(self.seed, example, "replacement", draw).integers(len(others), size=size)
+                drawn = numbers.at(example, draw).integers(len(others), size=size)
                 donors_DBP[draw, row, used_P] = others[torch.from_numpy(drawn)]
         donors_DBP = donors_DBP.to(self.pool_MPF.device)
         if inputs.exchangeable:
