@@ -167,7 +167,7 @@ def test_the_bits_do_not_depend_on_the_workers(explained: RunDirectory, digits: 
 def test_an_interrupted_stage_continues_and_ends_with_the_same_bits(
     explained: RunDirectory, digits: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("npeff.stages.inputs.stage._BLOCK", 4)
+    monkeypatch.setattr("npeff.stages.inputs.stage._BLOCK", 1)  # of 4 examples: the model is small
     whole, killed = copied(digits, tmp_path / "whole"), copied(digits, tmp_path / "killed")
     npeff.inputs(whole)
     compute, computed = InputWorker.compute, list[int]()

@@ -1,5 +1,7 @@
 """Functional Fisher information and functional entropy, against closed forms and dense definitions in float64."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -174,3 +176,17 @@ def test_several_predictions_have_one_information_and_no_entropy():
     slack = 4 * (found.information_se_B**2 + one.information_se_B**2).sqrt()
     assert ((found.information_B - one.information_B).abs() < slack).all()
     assert found.entropy_B.isnan().all()
+
+
+@pytest.mark.parametrize("labels", [EXACT, LabelSpec("sampled", rank=3), None])
+def test_several_draws_of_a_pass_are_those_of_several_passes(labels):
+    inputs, _, noise = problem()
+    classes = None if labels else torch.tensor([0, 1, 2, 3])
+    options = {"samples": 6, "labels": labels, "classes_B": classes, "conditional": True}
+    one = input_information(inputs, noise, [5, 4, 2, 9], **options)
+    repeated = FlatInputs(inputs.values_BPF.repeat(3, 1, 1), inputs.logits, inputs.used_BP.repeat(3, 1))
+    before = inputs.logits(inputs.values_BPF).argmax(1)
+    three = input_information(repeated, noise, [5, 4, 2, 9], repeats=3, before=before, **options)
+    for field in dataclasses.fields(one):
+        mine, theirs = getattr(three, field.name), getattr(one, field.name)
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)

@@ -17,7 +17,7 @@ Legend: B examples, P positions, F features, C classes, S draws.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from torch import Tensor
 from npeff.gradients import IGNORED, LabelSpec, UnsupportedModelError, label_rows
 from npeff.input_fisher.flat_inputs import FlatInputs
 from npeff.input_fisher.noise import InputNoise
+
+_BITS = 40
+"""The number of a draw is added to that of an example, above so many bits, to seed the draws of labels."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ def input_information(
     examples: Sequence[int],
     *,
     samples: int,
+    repeats: int = 1,
+    before: Tensor | None = None,
     classes_B: Tensor | None = None,
     labels: LabelSpec | None = None,
     targets: Tensor | None = None,
@@ -63,10 +68,13 @@ def input_information(
     """Estimate the functional Fisher information of each example, and the entropy that it bounds, from draws of noise.
 
     Args:
-        inputs: The inputs of a batch.
+        inputs: The inputs of a batch. It holds all examples, in order, `repeats` times: one pass then computes as many
+            draws, which takes less time for small models.
         noise: The noise.
-        examples: The numbers of the examples in the data set, which seed the draws.
-        samples: Number S of draws of noise for each example.
+        examples: The numbers of the B examples in the data set, which seed the draws.
+        samples: Number S of draws of noise for each example, a multiple of `repeats`.
+        repeats: Number r of times that the batch holds each example.
+        before: The predicted classes (B,) or (B, T) without noise. By default they are computed.
         classes_B: The class y of each example whose probability is explained. The examples must have one prediction.
             None: all classes, by label rows.
         labels: The label rows, if `classes_B` is None.
@@ -77,23 +85,29 @@ def input_information(
     Returns:
         The information of each example.
     """
-    sums = _Sums(inputs, noise, conditional)
-    with torch.no_grad():
-        before = inputs.logits(inputs.values_BPF).argmax(-1)
-    for draw in range(samples):
-        values_BPF = (inputs.values_BPF.detach() + noise.draw(inputs, examples, draw)).requires_grad_()
+    numbers, n_examples = list(examples) * repeats, len(examples)
+    sums = _Sums(inputs, noise, n_examples, conditional)
+    if before is None:
+        with torch.no_grad():
+            before = inputs.logits(inputs.values_BPF).argmax(-1)[:n_examples]
+    before = torch.cat([before] * repeats)
+    classes = None if classes_B is None else classes_B.repeat(repeats)
+    ignored = torch.zeros_like(before, dtype=torch.bool)
+    if targets is not None and targets.shape == before.shape:
+        ignored = targets == IGNORED
+    for start in range(0, samples, repeats):
+        draws = [start + repeat for repeat in range(repeats) for _ in examples]
+        values_BPF = (inputs.values_BPF.detach() + noise.draw(inputs, numbers, draws)).requires_grad_()
         logits = inputs.logits(values_BPF)
         p_BX = logits.detach().double().softmax(-1) if logits.dim() == 2 else None
-        ignored = torch.zeros_like(before, dtype=torch.bool)
-        if targets is not None and targets.shape == before.shape:
-            ignored = targets == IGNORED
-        if classes_B is not None:
+        if classes is not None:
             assert p_BX is not None
-            rows, p_BX = _of_class(logits, values_BPF, classes_B), p_BX.gather(-1, classes_B[:, None])
+            rows, p_BX = _of_class(logits, values_BPF, classes), p_BX.gather(-1, classes[:, None])
         else:
             assert labels is not None
-            spec = replace(labels, seed=(labels.seed + draw) % 2**63)  # each draw of noise has its own draws of labels
-            rows = _of_all_classes(logits, values_BPF, spec, examples, targets)
+            # each draw of noise has its own draws of labels
+            seeds = [number + (draw << _BITS) for number, draw in zip(numbers, draws, strict=True)]
+            rows = _of_all_classes(logits, values_BPF, labels, seeds, targets)
         stable = (logits.argmax(-1) == before) | ignored
         finite = logits.isfinite().all(-1) | ignored
         sums.add(rows, p_BX, stable.view(len(stable), -1).all(1), finite.view(len(finite), -1).all(1))
@@ -135,19 +149,21 @@ def _gradient(outputs_B: Tensor, values_BPF: Tensor, *, keep_graph: bool = False
 
 
 class _Sums:
-    """What the draws add up to."""
+    """What the draws add up to. A batch holds the examples one or more times."""
 
-    def __init__(self, inputs: FlatInputs, noise: InputNoise, conditional: bool) -> None:
+    def __init__(self, inputs: FlatInputs, noise: InputNoise, n_examples: int, conditional: bool) -> None:
         self._used_BP, self._noise, self._conditional = inputs.used_BP, noise, conditional
-        self._positions_BP = torch.zeros(inputs.used_BP.shape, dtype=torch.float64, device=inputs.used_BP.device)
-        self._information_SB: list[Tensor] = []
-        self._p_SBX: list[Tensor] = []
-        self._stable_SB: list[Tensor] = []
+        self._n_examples = n_examples
+        shape = (n_examples, inputs.used_BP.shape[1])
+        self._positions_BP = torch.zeros(shape, dtype=torch.float64, device=inputs.used_BP.device)
+        self._information: list[Tensor] = []
+        self._p: list[Tensor] = []
+        self._stable: list[Tensor] = []
 
     def add(
         self, rows: Iterable[tuple[Tensor, Tensor]], p_BX: Tensor | None, stable_B: Tensor, finite_B: Tensor
     ) -> None:
-        """Add one draw.
+        """Add the draws of one pass.
 
         Args:
             rows: Gradients, each with its weight.
@@ -155,7 +171,7 @@ class _Sums:
             stable_B: Whether the predicted classes are those without noise.
             finite_B: Whether the logits are finite.
         """
-        information_B = torch.zeros_like(self._positions_BP[:, 0])
+        information_B = torch.zeros(len(finite_B), dtype=torch.float64, device=finite_B.device)
         for gradients_BPF, weights_B in rows:
             gradients = gradients_BPF.double()
             parts_BP = (self._noise.times(gradients, self._used_BP) * gradients).sum(2) * weights_B[:, None] / 2
@@ -163,19 +179,19 @@ class _Sums:
             if self._conditional:
                 moved_BPF = self._noise.conditional_times(gradients, self._used_BP)
                 parts_BP = (moved_BPF * gradients).sum(2) * weights_B[:, None] / 2
-            self._positions_BP += parts_BP
-        self._information_SB.append(information_B.where(finite_B, torch.nan))
-        self._stable_SB.append(stable_B.double())
+            self._positions_BP += parts_BP.view(-1, *self._positions_BP.shape).sum(0)
+        self._information.append(information_B.where(finite_B, torch.nan).view(-1, self._n_examples))
+        self._stable.append(stable_B.double().view(-1, self._n_examples))
         if p_BX is not None:
-            self._p_SBX.append(p_BX)
+            self._p.append(p_BX.view(-1, self._n_examples, p_BX.shape[1]))
 
     def result(self) -> InputInformation:
-        information_SB, n = torch.stack(self._information_SB), len(self._information_SB)
-        information_B = information_SB.mean(0)
+        information_SB = torch.cat(self._information)
+        n, information_B = len(information_SB), information_SB.mean(0)
         nothing_B = torch.full_like(information_B, torch.nan)
         entropy_B, entropy_se_B = nothing_B, nothing_B
-        if self._p_SBX and n > 1:
-            entropy_B, entropy_se_B = functional_entropy(torch.stack(self._p_SBX))
+        if self._p and n > 1:
+            entropy_B, entropy_se_B = functional_entropy(torch.cat(self._p))
         finite_B = information_B.isfinite()
         return InputInformation(
             information_B=information_B.where(finite_B, torch.nan),
@@ -183,7 +199,7 @@ class _Sums:
             positions_BP=(self._positions_BP / n).where(finite_B[:, None], torch.nan),
             entropy_B=entropy_B.where(finite_B, torch.nan),
             entropy_se_B=entropy_se_B.where(finite_B, torch.nan),
-            stable_B=torch.stack(self._stable_SB).mean(0),
+            stable_B=torch.cat(self._stable).mean(0),
         )
 
 

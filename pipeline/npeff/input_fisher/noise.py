@@ -58,7 +58,7 @@ class InputNoise:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_root", _root_of(self.factors))
 
-    def draw(self, inputs: FlatInputs, examples: Sequence[int], draw: int) -> Tensor:
+    def draw(self, inputs: FlatInputs, examples: Sequence[int], draw: int | Sequence[int]) -> Tensor:
         """Return one draw (B, P, F) for each example, zero at unused positions.
 
         The draw of an example depends only on the seed, the number of the example and the number of the draw.
@@ -66,15 +66,16 @@ class InputNoise:
         Args:
             inputs: The inputs of the examples.
             examples: The numbers of the examples in the data set.
-            draw: The number of the draw.
+            draw: The number of the draw, or one for each example.
         """
+        draws = [draw] * len(examples) if isinstance(draw, int) else draw
         shape = inputs.values_BPF.shape
         normal_BPF = np.zeros(shape)
         used_BP, numbers = inputs.used_BP.cpu().numpy(), SeededNumbers(self.seed, "noise")
-        for row, example in enumerate(examples):
-            generator = numbers.at(example, draw)
+        for row, (example, number) in enumerate(zip(examples, draws, strict=True)):
+            generator = numbers.at(example, number)
             if inputs.exchangeable:
-                normal_BPF[row, used_BP[row]] = numbers.standard_normal((int(used_BP[row].sum()), shape[2]))
+                normal_BPF[row, used_BP[row]] = generator.standard_normal((int(used_BP[row].sum()), shape[2]))
             else:
                 generator.standard_normal(out=normal_BPF[row])
         drawn_BPF = torch.from_numpy(normal_BPF).to(self.mean_PF)

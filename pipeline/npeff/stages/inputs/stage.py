@@ -30,11 +30,11 @@ from npeff.store.fisher_store import FisherStore
 from npeff.store.schemas import SCHEMAS
 from npeff.store.tables import read_table, write_table
 
-_BLOCK = 16
-"""Examples of a block, which one call of a worker computes."""
-_TESTED_BLOCK, _SMALL_MODEL = 4, 1_000_000
-"""Tested examples of a block for models with more parameters than this. A test takes thousands of passes, and a call
-must end within ``executor.timeout_s``."""
+_BLOCK, _TESTED_BLOCK = 16, 4
+"""Examples of a block, which one call of a worker computes, and tested examples of a block. A test takes thousands of
+passes, and a call must end within ``executor.timeout_s``."""
+_SMALL_MODEL, _LARGER = 1_000_000, 4
+"""For models with at most so many parameters, blocks are larger by this factor."""
 _INSPECTED = 2
 
 
@@ -62,8 +62,8 @@ def inputs(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         forget_other_requests(results, request)
         stage.discard_foreign_units(progress)
         explained = chosen.explained
-        is_small = record_of(run, FISHERS)["n_parameters"] <= _SMALL_MODEL
-        blocks = chosen.blocks(_BLOCK, _BLOCK if is_small else _TESTED_BLOCK)
+        factor = _LARGER if record_of(run, FISHERS)["n_parameters"] <= _SMALL_MODEL else 1
+        blocks = chosen.blocks(factor * _BLOCK, factor * _TESTED_BLOCK)
         worker = _worker(run, stage, options, blocks, chosen)
         with executor_for(run, executor) as workers:
             facts = _inspect(workers, worker, options, explained)
@@ -106,6 +106,8 @@ def _worker(
             "inputs.label: all needs the label rows of a Fisher, and this run has fishers.labels: empirical: set "
             "inputs.label to prediction"
         )
+    attributes = FisherStore.read_attributes(run.fishers)
+    batch_size = int(attributes["batch_size"])
     return worker_spec(
         run,
         InputWorker,
@@ -113,7 +115,8 @@ def _worker(
         labels=labels,
         options=options,
         seed=run.config.seed,
-        batch_size=int(FisherStore.read_attributes(run.fishers)["batch_size"]),
+        batch_size=batch_size,
+        rows_per_pass=batch_size * max(1, int(attributes["rank"]) // 2),
         paths=InputPaths(run.input_covariance, run.partial_results("inputs"), stage.lineage),
         blocks=blocks,
         tested=chosen.tested,

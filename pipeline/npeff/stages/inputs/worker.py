@@ -51,6 +51,7 @@ class InputWorker:
         options: options of the stage.
         seed: seed of the noise.
         batch_size: largest number of examples of a batch.
+        rows_per_pass: largest number of examples times draws of a pass, for examples with one prediction.
         paths: files of the covariance and of the results.
         blocks: numbers of the examples of each block of results.
         tested: numbers of the examples on which attributions are compared.
@@ -64,6 +65,7 @@ class InputWorker:
         options: InputsConfig,
         seed: int,
         batch_size: int,
+        rows_per_pass: int,
         paths: InputPaths,
         blocks: Sequence[Sequence[int]],
         tested: Collection[int] = (),
@@ -71,7 +73,7 @@ class InputWorker:
     ) -> None:
         self._loaded = model.load()
         self._labels, self._options, self._seed, self._batch_size = labels, options, seed, batch_size
-        self._paths, self._blocks = paths, blocks
+        self._rows_per_pass, self._paths, self._blocks = rows_per_pass, paths, blocks
         self._tested, self._donors = frozenset(tested), donors
 
     def inspect(self, examples: Sequence[int]) -> InputFacts:
@@ -123,17 +125,10 @@ class InputWorker:
         batch, targets = self._loaded.with_targets(chosen)
         inputs = self._loaded.inputs(batch, len(chosen))
         flat = flattened(inputs)
-        classes_B = self._classes(flat, targets)
-        found = input_information(
-            flat,
-            noise,
-            chosen,
-            samples=self._options.samples,
-            classes_B=classes_B,
-            labels=self._labels,
-            targets=targets,
-            conditional=self._options.split == "conditional",
-        )
+        with torch.no_grad():
+            before = flat.logits(flat.values_BPF).argmax(-1)
+        classes_B = {"prediction": before, "label": targets, "all": None}[self._options.label]
+        found = self._information(chosen, noise, before, classes_B)
         tokens = self._loaded.input_tokens(chosen) if inputs.exchangeable else None
         for row, (example, positions) in enumerate(zip(chosen, positions_of(inputs, tokens), strict=True)):
             shares = share_rows(example, positions, found.positions_BP[row])
@@ -146,14 +141,28 @@ class InputWorker:
             for example, rows in scores.items():
                 yield "faithfulness_scores", example, rows
 
-    def _classes(self, flat: FlatInputs, targets: Tensor) -> Tensor | None:
-        """Return the class of each example that is explained; None for all classes."""
-        if self._options.label == "all":
-            return None
-        if self._options.label == "label":
-            return targets
-        with torch.no_grad():
-            return flat.logits(flat.values_BPF).argmax(-1)
+    def _information(
+        self, chosen: Sequence[int], noise: InputNoise, before: Tensor, classes_B: Tensor | None
+    ) -> InputInformation:
+        """Return the information in the inputs of a batch, whose predicted classes are ``before``."""
+        samples = self._options.samples
+        n_rows = self._rows_per_pass if before.dim() == 1 else self._batch_size
+        affordable = max(1, n_rows // len(chosen))
+        repeats = next(count for count in range(min(samples, affordable), 0, -1) if samples % count == 0)
+        repeated = list(chosen) * repeats
+        batch, targets = self._loaded.with_targets(repeated)
+        return input_information(
+            self._loaded.flat_inputs(batch, len(repeated)),
+            noise,
+            chosen,
+            samples=samples,
+            repeats=repeats,
+            before=before,
+            classes_B=classes_B,
+            labels=self._labels,
+            targets=targets,
+            conditional=self._options.split == "conditional",
+        )
 
     def _row(
         self, example: int, row: int, found: InputInformation, classes_B: Tensor | None, positions: Positions
