@@ -33,7 +33,7 @@ from npeff.stages.worker_specs import model_spec
 from npeff.store.array_files import read_arrays
 from npeff.store.fisher_store import FisherStore
 from npeff.store.tables import read_table
-from npeff.tasks import TaskError
+from npeff.tasks import Inputs, TaskError
 
 TABLES = ("inputs", "input_shares", "input_groups")
 READ = FisherStore.read_attributes
@@ -476,3 +476,80 @@ def test_the_bound_holds_for_every_pair_of_sentences(tmp_path: Path) -> None:
         npeff.inputs(one_at_a_time)
     for mine, theirs in zip(rows(one_at_a_time, "inputs"), found, strict=True):
         assert mine["information"] == pytest.approx(theirs["information"], rel=1e-3, abs=1e-7)
+
+
+class Sequences(npeff.Task):
+    """Two numbers a step for five steps, and a class for each step; the examples differ in their last steps."""
+
+    def model(self, cache: Path) -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Linear(2, 3)
+
+    def examples(self, cache: Path) -> Any:
+        return SequenceExamples()
+
+    def logits(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        found: torch.Tensor = model(batch["steps"])
+        return found
+
+    def targets(self, batch: Any) -> torch.Tensor:
+        steps = torch.arange(5) < batch["length"][:, None]
+        return torch.where(steps, -1, -100)
+
+    def inputs(self, model: torch.nn.Module, batch: Any) -> Inputs:
+        steps = batch["steps"]
+        return Inputs(
+            steps,
+            lambda values: self.logits(model, batch | {"steps": values}),
+            positions=(1,),
+            mask=torch.arange(5) < batch["length"][:, None],
+            groups=("first", "later"),
+            group_of=torch.tensor([0, 1, 1, 1, 1]),
+        )
+
+
+class SequenceExamples(npeff.Examples):
+    class_names = ("a", "b", "c")
+
+    def __len__(self) -> int:
+        return 40
+
+    def batch(self, indices: Any) -> dict[str, torch.Tensor]:
+        rows = [torch.randn(5, 2, generator=torch.Generator().manual_seed(index)) for index in indices]
+        return {"steps": torch.stack(rows), "length": torch.tensor([3 + index % 3 for index in indices])}
+
+    def table(self) -> pa.Table:
+        return pa.table({"id": [str(i) for i in range(40)], "label": pa.nulls(40, pa.int64())})
+
+
+def test_examples_with_several_predictions_have_the_information_about_all_of_them(tmp_path: Path, capfd: Any) -> None:
+    task = {"name": "end_to_end.test_inputs:Sequences", "options": {}}
+    fishers = {"labels": "sampled", "rank": 4, "sketch": {"kind": "identity"}, "shard_size": 20}
+    run = factorized(tmp_path / "run", task=task, fishers=fishers, inputs={"samples": 30, "label": "all"})
+    npeff.inputs(run)
+    for row in rows(run, "inputs"):
+        length = 3 + row["example"] % 3
+        shares = [each for each in rows(run, "input_shares") if each["example"] == row["example"]]
+        assert [each["position"] for each in shares] == list(range(length))
+        assert row["entropy"] is None
+        assert row["information"] > 0
+        groups = {
+            each["group"]: each["share"] for each in rows(run, "input_groups") if each["example"] == row["example"]
+        }
+        assert groups == {"first": pytest.approx(shares[0]["share"]), "later": pytest.approx(1 - shares[0]["share"])}
+    again = RunDirectory.create(config(run.path, task=task, fishers=fishers, inputs={"label": "prediction"}))
+    with pytest.raises(
+        ConfigError, match=r"explains one prediction, and the examples .* have several: set inputs.label"
+    ):
+        npeff.inputs(again)
+    tested = {"label": "all", "faithfulness": {"examples": 3}}
+    with pytest.raises(ConfigError, match=r"set inputs\.faithfulness\.examples to 0"):
+        npeff.inputs(RunDirectory.create(config(run.path, task=task, fishers=fishers, inputs=tested)))
+
+
+def test_options_out_of_bounds_are_refused_in_one_line(tmp_path: Path, capfd: Any) -> None:
+    for wrong in ("{samples: 0}", "{spread: 0}", "{examples: some}", "{faithfulness: {steps: 1}}", "{covariance: big}"):
+        file = tmp_path / "run.yaml"
+        text = f"run_dir: {tmp_path}/run\ntask: {{name: digits}}\nfactorization: {{n_components: 3}}\ninputs: {wrong}\n"
+        file.write_text(text)
+        assert "inputs." in refused(capfd, "inputs", file)
