@@ -32,7 +32,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "tasks": (
         TENSORS
         | {"transformers", "sklearn", "pyarrow", "safetensors", "PIL", "datasets", "peft", "tokenizers", "tracr"},
-        {"errors"},
+        {"errors", "perception"},
     ),
     "storage": ({"numpy", "zarr", "zarrs", "obstore"}, {"errors"}),
     "store": ({"zarr", "pyarrow", "numpy", "safetensors"}, {"errors", "storage"}),

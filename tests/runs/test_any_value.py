@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from in_process import command
 from npeff.errors import printable
 from npeff.runs.config import RunConfig
-from npeff.runs.config_reading import ConfigError
+from npeff.runs.config_reading import ConfigError, section_of
 from pydantic import BaseModel
 
 MINIMAL: dict[str, Any] = {"run_dir": "runs/x", "task": {"name": "digits"}, "factorization": {"n_components": 4}}
@@ -31,7 +31,7 @@ def keys_of(model: Any, section: tuple[str, ...] = ()) -> Iterator[tuple[str, ..
         for name, field in model.model_fields.items():
             key = (*section, field.alias or name)
             yield key
-            yield from keys_of(field.annotation, key)
+            yield from keys_of(section_of(field.annotation) or field.annotation, key)
 
 
 KEYS = [*keys_of(RunConfig), ("no_such_key",), ("fishers", "no_such_key"), ("task", "options", "of_the_task")]

@@ -1,72 +1,103 @@
-"""``npeff scale``: perceptual scales from people's answers in a difference scaling experiment."""
+"""``npeff scale``: the perceptual scale of a model, and those of people from their answers in an experiment."""
 
 from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+import npeff
 from npeff.cli.app import app
-from npeff.cli.options import File, Format
+from npeff.cli.observers import OBSERVER, Intervals, as_table, scales_of_people, with_model
+from npeff.cli.options import Address, Factorization, File, Format, RunDir, Workers, open_run, progress_of
 from npeff.cli.output import write_answer
 from npeff.errors import NpeffError, as_one_line
+from npeff.stages.scale import SCALE
+from npeff.storage.location import location
+
+if TYPE_CHECKING:
+    from npeff.runs.directory import RunDirectory
 
 _COLUMNS = ("i", "j", "k", "response")
-_OBSERVER = "observer"
 _LONGEST = 15
 """Largest number of characters of a level."""
 
 
-@app.command("scale")
+@app.command(SCALE.name, help=SCALE.help)
 def scale_command(
+    run: Annotated[
+        Path | None,
+        typer.Argument(
+            parser=location,
+            metavar="[RUN]",
+            help="A run file (YAML), or the directory of an existing run, whose model's scale is computed.",
+            show_default=False,
+        ),
+    ] = None,
     responses: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             metavar="FILE",
             dir_okay=False,
             help="CSV file with the columns i, j, k (three levels, from 0) and response (1 if the difference between j "
-            "and k looks larger than that between i and j, otherwise 0). A column observer separates several people.",
+            "and k looks larger than that between i and j, otherwise 0). A column observer separates several people. "
+            "With RUN, people and the model are in one table.",
         ),
-    ],
+    ] = None,
+    pairs: Annotated[
+        int | None, typer.Option(min=1, help="Number of random pairs of examples, or of examples with --along.")
+    ] = None,
+    along: Annotated[
+        str | None, typer.Option(metavar="PARAMETER", help="Change this stimulus parameter of the task.")
+    ] = None,
+    space: Annotated[
+        Literal["model", "input", "gaussian"] | None,
+        typer.Option(help="A prediction to compare with the model: of the inputs, or of Gaussian textures."),
+    ] = None,
+    component: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--component", "-c", min=0, help="Compute this component's share of paths. Repeat for several components."
+        ),
+    ] = None,
     confidence_level: Annotated[float, typer.Option(min=0.5, max=0.999, help="Probability of the intervals.")] = 0.99,
     draws: Annotated[int, typer.Option(min=100, max=100_000, help="Number of bootstrap draws.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
     output: Format = None,
     file: File = None,
+    run_dir: RunDir = None,
+    workers: Workers = None,
+    address: Address = None,
+    factorization: Factorization = None,
 ) -> None:
-    """Estimate the perceptual scale of each observer from answers about triplets, with bootstrap intervals."""
-    import pyarrow as pa
+    if run is None and responses is None:
+        raise typer.BadParameter("give RUN, --responses FILE, or both")
+    asked = {"pairs": pairs, "along": along, "space": space, "components": tuple(component) if component else None}
+    changes = {name: value for name, value in asked.items() if value is not None}
+    if run is None and (changes or run_dir is not None or factorization is not None):
+        raise typer.BadParameter("--pairs, --along, --space, --component, --run-dir and --factorization need RUN")
+    intervals = Intervals(confidence_level, draws, seed)
+    people = [] if responses is None else scales_of_people(_read(responses), responses, intervals)
+    if run is None:
+        write_answer(as_table(people), output, file)
+        return
+    opened = _with_scale(open_run(run, run_dir, workers, address, factorization=factorization), changes)
+    progress = progress_of(opened)
+    SCALE(opened, progress=progress)
+    progress.say(f"scale: complete, in {opened.home}")
+    if people:
+        write_answer(as_table(with_model(people, opened, intervals)), output, file)
+    elif output is not None or file is not None:
+        write_answer(npeff.ComponentStore.open(opened.path, opened.name).table("paths"), output, file)
 
-    from npeff.perception.difference_scaling import DifferenceScaling
 
-    rows = []
-    for observer, answers in _read(responses).items():
-        try:
-            fitted = DifferenceScaling().fit(answers)
-            found = fitted.intervals(confidence_level, n_draws=draws, seed=seed)
-        except ValueError as error:
-            whose = "" if observer is None else f"observer {observer!r}: "
-            raise NpeffError(f"{responses}: {whose}{error}", path=responses) from None
-        for number, psi in enumerate(fitted.psi_.tolist()):
-            rows.append(
-                {
-                    _OBSERVER: observer,
-                    "level": number,
-                    "psi": psi,
-                    "low": float(found.low_n[number]),
-                    "high": float(found.high_n[number]),
-                    "sigma": fitted.sigma_,
-                    "sigma_low": found.sigma[0],
-                    "sigma_high": found.sigma[1],
-                    "n_trials": len(answers),
-                    "n_draws": draws - found.n_left_out,
-                }
-            )
-    kinds = {_OBSERVER: pa.string(), "level": pa.int64(), "n_trials": pa.int64(), "n_draws": pa.int64()}
-    schema = pa.schema([(name, kinds.get(name, pa.float64())) for name in rows[0]])
-    write_answer(pa.Table.from_pylist(rows, schema), output, file)
+def _with_scale(run: RunDirectory, changes: dict[str, Any]) -> RunDirectory:
+    """Return the run with options of the command line in its section ``scale``, which is stored with the results."""
+    from npeff.runs.directory import RunDirectory
+
+    return RunDirectory.create(run.config.with_scale(**changes))
 
 
 def _read(path: Path) -> dict[str | None, list[tuple[int, ...]]]:
@@ -80,7 +111,7 @@ def _read(path: Path) -> dict[str | None, list[tuple[int, ...]]]:
                 problem = f"{path} has no column {missing[0]!r}"
                 raise NpeffError(problem, "its first line must name the columns i, j, k and response", path=path)
             for row in reader:
-                found.setdefault(row.get(_OBSERVER), []).append(_answer(path, reader.line_num, row))
+                found.setdefault(row.get(OBSERVER), []).append(_answer(path, reader.line_num, row))
     except (OSError, UnicodeError, csv.Error) as error:
         raise NpeffError(f"cannot read {path}: {as_one_line(error)}", "give a CSV file", path=path) from None
     if not found:

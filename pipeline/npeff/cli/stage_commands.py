@@ -27,6 +27,7 @@ from npeff.stages.factorize import FACTORIZE
 from npeff.stages.lift import LIFT
 from npeff.stages.registry import STAGES
 from npeff.stages.repair import REPAIR
+from npeff.stages.scale import SCALE
 from npeff.stages.select import SELECT
 from npeff.stages.transform import TRANSFORM
 from npeff.storage.location import location
@@ -205,7 +206,7 @@ def _print_outcome(run: RunDirectory) -> None:
         say(line)
 
 
-_WITH_OWN_OPTIONS = (FACTORIZE, LIFT, TRANSFORM, SELECT, REPAIR)
+_WITH_OWN_OPTIONS = (FACTORIZE, LIFT, TRANSFORM, SELECT, REPAIR, SCALE)
 
 
 def _stage_command(stage: StageDefinition) -> None:

@@ -15,6 +15,8 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from npeff.errors import ItemError
+
 
 class Derivative:
     """A function of tensors, and its derivative in a direction.
@@ -37,7 +39,7 @@ class Derivative:
             if self._forward_mode:
                 try:
                     return self._by_forward_mode(at, direction)
-                except (NotImplementedError, RuntimeError):
+                except (NotImplementedError, RuntimeError, ItemError):
                     self._forward_mode = False  # an error of the function itself is raised again below
             return self._by_double_backward(at, direction)
 

@@ -10,6 +10,7 @@ distributions.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike, NDArray
 
+_ANGLES = 8193
+"""Angles at which the distribution of orientations is tabulated."""
 _LARGE_KAPPA = 1e3
 """Above this concentration, the series of A′ is exact to rounding, and its closed form loses digits."""
 
@@ -65,6 +68,60 @@ def spread_information(spread: ArrayLike) -> NDArray[np.float64]:
     closed = 1 - mean / kappa - mean**2
     series = 1 / (2 * kappa**2) + 1 / (4 * kappa**3) + 3 / (8 * kappa**4) + 25 / (32 * kappa**5)
     return np.where(kappa > _LARGE_KAPPA, series, closed) / (4 * sigma**6)
+
+
+def element_frequencies(frequency: ArrayLike, bandwidth: ArrayLike, normal: ArrayLike) -> NDArray[np.float64]:
+    """Return spatial frequencies of elements, as a smooth function of the parameters for given noise.
+
+    Args:
+        frequency: Mode z₀ of the spatial frequency, positive.
+        bandwidth: Bandwidth b in octaves, positive.
+        normal: Standard normal noise of each element.
+    """
+    variance = math.log(2) / 8 * _positive("bandwidth", bandwidth) ** 2
+    exponent = variance + np.sqrt(variance) * np.asarray(normal, np.float64)
+    frequencies: NDArray[np.float64] = _positive("frequency", frequency) * np.exp(exponent)
+    return frequencies
+
+
+def element_orientations(spread: float, uniform: ArrayLike) -> NDArray[np.float64]:
+    """Return orientations of elements in radians, around 0, as a smooth function of the spread for given noise.
+
+    Args:
+        spread: Spread σ_θ of the orientation in radians, positive.
+        uniform: Uniform noise from 0 to 1 of each element.
+    """
+    doubled, cumulative = _doubled_angles(1 / (4 * float(_positive("spread", spread)) ** 2))
+    return np.asarray(np.interp(uniform, cumulative, doubled)) / 2
+
+
+@functools.lru_cache(maxsize=8)
+def _doubled_angles(kappa: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return angles from −π to π, and the cumulative von Mises distribution there."""
+    doubled = np.linspace(-np.pi, np.pi, _ANGLES)
+    density = np.exp(kappa * (np.cos(doubled) - 1))
+    cumulative = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return doubled, cumulative / cumulative[-1]
+
+
+def texture_spectrum(size: int, frequency: float, bandwidth: float, spread: float) -> NDArray[np.float64]:
+    """Return the power spectrum of a Gaussian texture with pixels of variance 1, with the frequency 0 first.
+
+    Args:
+        size: Width and height of the image in pixels.
+        frequency: Mode z₀ of the spatial frequency in cycles per image.
+        bandwidth: Bandwidth b in octaves.
+        spread: Spread σ_θ of the orientation in radians.
+    """
+    axis = np.fft.fftfreq(size) * size
+    vertical, horizontal = np.meshgrid(axis, axis, indexing="ij")
+    radius, angle = np.hypot(vertical, horizontal), np.arctan2(vertical, horizontal)
+    variance, kappa = math.log(2) / 8 * bandwidth**2, 1 / (4 * spread**2)
+    radius[0, 0] = 1.0
+    exponent = -((np.log(radius / frequency) - variance) ** 2) / (2 * variance) + kappa * (np.cos(2 * angle) - 1)
+    density: NDArray[np.float64] = np.exp(exponent) / radius**2  # per frequency and orientation, and per area
+    density[0, 0] = 0.0
+    return density * (size**2 / density.sum())
 
 
 @dataclass(frozen=True)

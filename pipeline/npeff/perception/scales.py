@@ -6,7 +6,7 @@ to s (Vacher & Mamassian 2024, section 2). Equal steps of ψ are equally disting
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,40 @@ class Scale:
     """The scale at the levels: 0 at the first and 1 at the last. NaN if the length is 0."""
     length: float
     """The Fisher-Rao length ∫ √I ds from the first to the last level."""
+
+
+@dataclass(frozen=True)
+class MeanScale:
+    """The mean of several scales at equidistant levels, with a bootstrap interval over the scales."""
+
+    psi_n: NDArray[np.float64]
+    low_n: NDArray[np.float64]
+    high_n: NDArray[np.float64]
+
+
+def mean_scale(
+    scales: Sequence[tuple[Sequence[float], Sequence[float]]],
+    n_levels: int,
+    confidence_level: float = 0.99,
+    *,
+    n_draws: int = 1000,
+    seed: int = 0,
+) -> MeanScale:
+    """Compute the mean of scales at n equidistant levels.
+
+    Args:
+        scales: Positions from 0 to 1, and values there, of each scale.
+        n_levels: Number of levels n.
+        confidence_level: Probability of the intervals.
+        n_draws: Number of draws of scales with replacement.
+        seed: Seed of the draws.
+    """
+    levels_n = np.linspace(0.0, 1.0, n_levels)
+    psi_Pn = np.array([np.interp(levels_n, positions, values) for positions, values in scales])
+    drawn = np.random.default_rng(seed).integers(len(psi_Pn), size=(n_draws, len(psi_Pn)))
+    tails = [(1 - confidence_level) / 2, (1 + confidence_level) / 2]
+    low_n, high_n = np.quantile([psi_Pn[chosen].mean(0) for chosen in drawn], tails, axis=0)
+    return MeanScale(psi_Pn.mean(0), low_n, high_n)
 
 
 def perceptual_scale(

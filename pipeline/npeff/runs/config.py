@@ -35,7 +35,7 @@ from pydantic import (
 from npeff import variables
 from npeff.errors import printable
 from npeff.runs import yaml_text
-from npeff.runs.config_input_sections import InputsConfig
+from npeff.runs.config_input_sections import InputsConfig, ScaleConfig
 from npeff.runs.config_reading import ConfigError, one_line, read_run_file, with_settings_resolved
 from npeff.runs.config_sections import (
     ExecutorConfig,
@@ -60,7 +60,7 @@ _MAX_ITERATIONS = "factorization.max_iterations"
 
 
 _FREE: dict[str, Any] = {
-    **dict.fromkeys(("run_dir", "executor", "selection", "inputs", "repair", "report"), True),
+    **dict.fromkeys(("run_dir", "executor", "selection", "inputs", "repair", "scale", "report"), True),
     "lift": {"memory_limit_mb", "components"},
     "factorization": {"name", "memory_limit_mb", "checkpoint_every", "metrics"},
 }
@@ -68,10 +68,10 @@ _FREE: dict[str, Any] = {
 
 _NOT_HASHED: dict[str, Any] = _FREE | {"fishers": {"from_"}}
 
-FACTORIZATION_SECTIONS = ("factorization", "lift", "verification", "inputs", "repair", "report")
+FACTORIZATION_SECTIONS = ("factorization", "lift", "verification", "inputs", "repair", "scale", "report")
 """The sections of a factorization. The others belong to the run, and all factorizations of the run share them."""
 
-OPTIONAL_SECTIONS = ("inputs",)
+OPTIONAL_SECTIONS = ("inputs", "scale")
 """Sections whose stages `npeff run` includes only if the section is given. The results depend on these sections."""
 
 FISHER_SECTIONS = ("task", "parameters", "fishers", "seed")
@@ -98,6 +98,8 @@ class RunConfig(Section):
     inputs: InputsConfig | None = None
     """None: ``npeff run`` does not compute the information of the inputs, and ``npeff inputs`` uses the defaults."""
     repair: RepairConfig = RepairConfig()
+    scale: ScaleConfig | None = None
+    """If it is given, ``npeff run`` includes the stage `scale`."""
     report: ReportConfig = ReportConfig()
     executor: ExecutorConfig = ExecutorConfig()
 
@@ -221,6 +223,15 @@ class RunConfig(Section):
     def inputs_or_default(self) -> InputsConfig:
         """The options of the stage `inputs`: the defaults if the run file does not have the section."""
         return self.inputs or InputsConfig()
+
+    @property
+    def scale_or_default(self) -> ScaleConfig:
+        """The options of the stage `scale`: the defaults if the run file does not have the section."""
+        return self.scale or ScaleConfig()
+
+    def with_scale(self, **changes: Any) -> RunConfig:
+        """Return this configuration with some values of ``scale`` replaced, in the defaults if it has no section."""
+        return self.model_copy(update={"scale": self.scale_or_default})._with_section("scale", changes)
 
     def _with_section(self, name: str, changes: dict[str, Any]) -> RunConfig:
         section: Section = getattr(self, name)

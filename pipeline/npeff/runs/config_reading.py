@@ -61,14 +61,21 @@ def with_settings_resolved(document: dict[str, Any], model: type[BaseModel], pre
     for name, value in document.items():
         field = model.model_fields.get(name)
         kind = None if field is None else field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            section = isinstance(value, dict)
-            found[name] = with_settings_resolved(value, kind, f"{prefix}{name}.") if section else value
+        if (section := section_of(kind)) is not None:
+            given = isinstance(value, dict)
+            found[name] = with_settings_resolved(value, section, f"{prefix}{name}.") if given else value
         else:
             found[name] = (
                 value if kind is None or _holds_texts(kind) else resolved(value, f"{prefix}{name}", plain_value)
             )
     return found
+
+
+def section_of(kind: Any) -> type[BaseModel] | None:
+    """Return the section whose values have this type, which may be one that can be absent; None for another type."""
+    kinds = [each for each in get_args(kind) or (kind,) if each is not type(None)]
+    only = kinds[0] if len(kinds) == 1 else None
+    return only if isinstance(only, type) and issubclass(only, BaseModel) else None
 
 
 def _holds_texts(kind: Any) -> bool:
@@ -171,7 +178,7 @@ def _known_keys(model: type[BaseModel], section: tuple[int | str, ...]) -> list[
         inner = model.model_fields[str(name)].annotation
         if is_dataclass(inner):
             return [field.name for field in fields(inner)]
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+        if (found := section_of(inner)) is None:
             return []
-        model = inner
+        model = found
     return [field.alias or name for name, field in model.model_fields.items()]

@@ -62,12 +62,12 @@ class RunDirectory(FilesOfRun):
         """Create a run directory, or open an existing one with the same configuration.
 
         Some keys may differ from the stored configuration: ``executor``, ``selection``, ``inputs``, ``repair``,
-        ``report``, ``run_dir``, ``lift.components`` and the memory limits, because no result of another stage depends
-        on them. All keys of ``factorization``, ``lift`` and ``verification`` may differ as long as nothing is
-        factorized, for example after `npeff select`, and a name in ``factorization.name`` that the run does not have
-        adds a factorization. ``factorization.max_iterations`` may be any number that is not smaller than the number of
-        steps done. Any other difference raises an error, and nothing is written. If ``config`` lacks the section
-        ``inputs``, the stored one applies.
+        ``scale``, ``report``, ``run_dir``, ``lift.components`` and the memory limits, because no result of another
+        stage depends on them. All keys of ``factorization``, ``lift`` and ``verification`` may differ as long as
+        nothing is factorized, for example after `npeff select`, and a name in ``factorization.name`` that the run does
+        not have adds a factorization. ``factorization.max_iterations`` may be any number that is not smaller than the
+        number of steps done. Any other difference raises an error, and nothing is written. If ``config`` lacks the
+        section ``inputs`` or ``scale``, the stored one applies.
 
         Args:
             config: The configuration of the run.

@@ -12,11 +12,12 @@ from npeff.stages.fishers import FISHERS
 from npeff.stages.inputs import INPUTS
 from npeff.stages.lift import LIFT
 from npeff.stages.repair import REPAIR
+from npeff.stages.scale import SCALE
 from npeff.stages.select import SELECT
 from npeff.stages.transform import TRANSFORM
 from npeff.stages.verify import VERIFY
 
-STAGES = (FISHERS, SELECT, TRANSFORM, FACTORIZE, LIFT, VERIFY, ATTRIBUTE, INPUTS, REPAIR)
+STAGES = (FISHERS, SELECT, TRANSFORM, FACTORIZE, LIFT, VERIFY, ATTRIBUTE, INPUTS, REPAIR, SCALE)
 
 
 def stages_after(stage: StageDefinition) -> Iterator[StageDefinition]:

@@ -115,6 +115,13 @@ SCHEMAS: dict[str, pa.Schema] = {
         "edit:int component:int? sign:int? step:float n_target:int mended_target:int gained:int broken:int "
         "accuracy_tuning:float chosen:bool"
     ),
+    "paths": _schema(
+        "path:int space:str component:int? from_example:int to_example:int? length:float? distance:float? "
+        "efficiency:float? half_at:float? n_points:int tolerance_met:bool share:float? matching:float? "
+        "largest_difference:float?"
+    ),
+    "scales": _schema("path:int space:str s:float fisher:float psi:float?"),
+    "morphs": _schema("path:int by:str step:int s:float image:bytes"),
     "selectivity": _schema("moved:int component:int examples:str sign:int n_examples:int kl:float kl_checked:float?"),
 }
 """Schemas by table name.
@@ -209,6 +216,16 @@ repair_steps: one row per step tried. `mended_target` is the number of wrong top
     before any edit and are wrong after the step; `accuracy_tuning` is the accuracy on the tuning examples; `edit` is
     the number of steps taken before. For a step along several components, `component` and `sign` are null and `step` is
     the total length.
+paths: one row per path and space: `model`, and one prediction to compare it with, `input` or `gaussian`. A path leads
+    from an example to another or, if `to_example` is null, along a stimulus parameter. `length` is the Fisher-Rao
+    length ∫ √I ds, and `distance` that of the ends, null if it is not known; `efficiency` is their ratio; `half_at` is
+    the position where ψ = ½. They are null if the information is not finite somewhere, the last two also for a length
+    of 0. `tolerance_met` is whether the length is at most the sum of chords times 1 + tolerance. `share` is the
+    fraction of the length in the direction in which `component` changes the predictions, null without a component.
+    `matching` is the area matching score of a prediction, `largest_difference` the largest distance between its scale
+    and that of the model; both are null for the model.
+scales: the information and the scale ψ at positions s from 0 to 1 of a path. `psi` is null if the path has no scale.
+morphs: images on the first paths between images, at equal steps of ψ (`by` is "psi") and of s (`by` is "s").
 """
 
 _SINCE: dict[int, dict[str, tuple[str, ...]]] = {

@@ -27,6 +27,9 @@ WRITTEN_BY = {
     "faithfulness": "inputs",
     "repair": "repair",
     "repair_steps": "repair",
+    "paths": "scale",
+    "scales": "scale",
+    "morphs": "scale",
 }
 """Table name to the stage that writes the table, in the order of the stages."""
 

@@ -30,6 +30,7 @@ _HUGGING_FACE = "npeff.tasks.huggingface"
 _BUILT_IN = {
     "digits": "npeff.tasks.digits:DigitsTask",
     "sklearn-table": "npeff.tasks.sklearn_table:SklearnTableTask",
+    "gaussian-textures": "npeff.tasks.gaussian_textures:GaussianTexturesTask",
     "compiled-rules": "npeff.tasks.planted.compiled:CompiledRulesTask",
     "trained-rules": "npeff.tasks.planted.trained:TrainedRulesTask",
     "tracr-program": "npeff.tasks.planted.tracr:TracrProgramTask",

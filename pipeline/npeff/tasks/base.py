@@ -89,6 +89,33 @@ class Examples(ABC):
         """
         return None
 
+    def stimulus(self, parameter: str, s: Sequence[float], indices: Sequence[int]) -> Any | None:
+        """Return a batch of some examples with changed values of a stimulus parameter, for `npeff scale`.
+
+        The tensors are those of `batch`, with the parameter moved from its first level, s = 0, to its last, s = 1. All
+        else of an example stays as it is, such as its noise, so that its inputs are a smooth function of s.
+
+        Args:
+            parameter: Name of the parameter, such as the spatial frequency.
+            s: The position of each example between the levels, from 0 to 1.
+            indices: Numbers of the examples, as many as positions. They may repeat.
+
+        Returns:
+            The batch; None if the examples have no such parameter.
+        """
+        return None
+
+    def stimulus_information(self, parameter: str, s: Sequence[float]) -> Sequence[float] | None:
+        """Return the Fisher information about s of the stimuli's own distribution, that of an ideal observer.
+
+        `npeff scale` compares it with the model (``scale.space: gaussian``). Return None if it is not known.
+
+        Args:
+            parameter: Name of the parameter.
+            s: Positions between the levels, from 0 to 1.
+        """
+        return None
+
 
 def placed_words(words: Sequence[str], start: int = 0) -> list[Token]:
     """Return the tokens of words that are separated by single spaces in a text, from character ``start``."""
