@@ -92,7 +92,7 @@ def element_orientations(spread: float, uniform: ArrayLike) -> NDArray[np.float6
         uniform: Uniform noise from 0 to 1 of each element.
     """
     doubled, cumulative = _doubled_angles(1 / (4 * float(_positive("spread", spread)) ** 2))
-    return np.asarray(np.interp(uniform, cumulative, doubled)) / 2
+    return np.asarray(np.interp(np.asarray(uniform, np.float64), cumulative, doubled)) / 2
 
 
 @functools.lru_cache(maxsize=8)
@@ -121,7 +121,7 @@ def texture_spectrum(size: int, frequency: float, bandwidth: float, spread: floa
     exponent = -((np.log(radius / frequency) - variance) ** 2) / (2 * variance) + kappa * (np.cos(2 * angle) - 1)
     density: NDArray[np.float64] = np.exp(exponent) / radius**2  # per frequency and orientation, and per area
     density[0, 0] = 0.0
-    return density * (size**2 / density.sum())
+    return density * float(size**2 / density.sum())
 
 
 @dataclass(frozen=True)

@@ -193,12 +193,14 @@ class _Stimuli:
             change = (higher - lower) / (2 * _DIFFERENCE)
             return float(np.square(change / (here + self.noise**2)).sum() / 2)
         z0, b_z, spread = self._parameters(s)
-        per_element = {
-            "z0": lambda: gaussian_texture.frequency_information(z0, b_z),
-            "b_z": lambda: gaussian_texture.bandwidth_information(b_z),
-            "sigma_theta": lambda: gaussian_texture.spread_information(spread) * math.radians(1.0) ** 2,
-        }[self.parameter]
-        return float(self.elements * per_element() * (self.high - self.low) ** 2)
+        match self.parameter:
+            case "z0":
+                of_one = gaussian_texture.frequency_information(z0, b_z)
+            case "b_z":
+                of_one = gaussian_texture.bandwidth_information(b_z)
+            case _:
+                of_one = gaussian_texture.spread_information(spread) * math.radians(1.0) ** 2
+        return float(self.elements * of_one * (self.high - self.low) ** 2)
 
     def _parameters(self, s: float) -> tuple[float, float, float]:
         """Return the spatial frequency, the bandwidth, and the spread of the orientation in radians."""
