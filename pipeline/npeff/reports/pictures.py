@@ -52,7 +52,7 @@ class Album:
 
     def __init__(self, images: Mapping[int, bytes | None], budget_bytes: int = _BUDGET_BYTES) -> None:
         found = {example: data for example, data in images.items() if data is not None and _is_png(data)}
-        self._images = {example: Image(f"i{example}", *_size(data)) for example, data in found.items()}
+        self._images = {example: Image(f"i{example}", *png_size(data)) for example, data in found.items()}
         self.rules = {
             self._images[example].name: data_uri(data) for example, data in _within(budget_bytes, found).items()
         }
@@ -86,7 +86,7 @@ def _is_png(data: bytes) -> bool:
     return data.startswith(_PNG_SIGNATURE) and len(data) >= 24
 
 
-def _size(png: bytes) -> tuple[int, int]:
+def png_size(png: bytes) -> tuple[int, int]:
     """Return the height and width of an image, at least 1."""
     width, height = struct.unpack(">II", png[16:24])
     return max(height, 1), max(width, 1)

@@ -23,6 +23,7 @@ from npeff.query.factorizations import factorizations_of
 from npeff.reports.cards import Card, CardWriter
 from npeff.reports.charts import log_axis, loss_chart, ratio_chart
 from npeff.reports.comparison import Comparison, comparison
+from npeff.reports.scale_section import scale_section
 from npeff.reports.selection_chart import selection_chart
 from npeff.reports.selectivity_chart import SIDE, selectivity_charts
 from npeff.statistics.joint_ablation import joint_ablations
@@ -127,6 +128,7 @@ def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
         "selectivity_side": SIDE,
         "removals": joint_ablations(store.table("joint_ablation").to_pylist()) if tables.has("joint_ablation") else [],
         "comparison": _comparison(store),
+        "scale": scale_section(store),
         "stability": _stability(cards),
         "cards": cards,
         "lazy": len(cards) > CARDS_AT_ONCE,

@@ -77,8 +77,16 @@ def scale(run: RunDirectory, *, executor: Executor | None = None, progress: Prog
         for name, table in tables.items():
             write_table(run.table(name), name, table, stage.lineage)
         units = unit_checksums(run, SCALE, numbers)
-        summary = {"request": request, "n_blocks": len(blocks), **_summary(tables["paths"]), "units": units}
+        summary = {
+            "request": request,
+            "n_blocks": len(blocks),
+            **_summary(tables["paths"]),
+            "texts": _are_texts(run),
+            "units": units,
+        }
         progress.say(f"scale: {headline(summary)}")
+        if summary["texts"]:
+            progress.say("scale: points between embedded tokens are no texts, so the paths lead through unknown inputs")
         return stage.complete(summary)
 
 
@@ -201,6 +209,12 @@ def _blocks(ends: Sequence[Ends]) -> list[Block]:
 def _joined(run: RunDirectory, table: str, blocks: Sequence[int]) -> pa.Table:
     files = [unit_files(run, SCALE, block)[table] for block in blocks]
     return pa.concat_tables([SCHEMAS[table].empty_table(), *(read_table(file, table) for file in files)])
+
+
+def _are_texts(run: RunDirectory) -> bool:
+    """Return whether the examples are texts, so that the paths lead from tokens to tokens."""
+    texts = read_table(run.table("examples"), "examples", ["text"])["text"]
+    return run.config.scale_or_default.along is None and texts.null_count < len(texts)
 
 
 def _summary(paths: pa.Table) -> Summary:
