@@ -31,6 +31,7 @@ SMALL = {
     "fishers": {"sketch": {"dim": 128}, "shard_size": 30},
     "factorization": {"n_components": 6, "max_iterations": 10, "stability_examples": 0},
     "verification": {"top_examples": 4, "baseline_examples": 8, "correlation_examples": 8, "epsilon": 0.1},
+    "scale": {"pairs": 3, "points": 8},
     "repair": {"kl_steps": [0.1], "joint_passes": 2},
     "executor": {"kind": "serial"},
 }

@@ -191,6 +191,19 @@ def inputs(
 
 
 @query_app.command()
+def paths(
+    context: typer.Context,
+    component: Annotated[
+        int | None, typer.Option("--component", "-c", help="Show only the paths of this component.")
+    ] = None,
+    output: Format = None,
+    file: File = None,
+) -> None:
+    """Show the lengths of the paths of `npeff scale`, one row for each path and prediction."""
+    write_answer(_store(context).paths(component), output, file)
+
+
+@query_app.command()
 def components(context: typer.Context, output: Format = None, file: File = None) -> None:
     """Show the table of components, one row for each."""
     write_answer(_store(context).components_table(), output, file)

@@ -31,6 +31,7 @@ from npeff.query.evidence import (
     refuse_diagonals,
     stored_evidence,
 )
+from npeff.query.paths import paths_of
 from npeff.query.summary import components_table, summary
 from npeff.query.tables import EXAMPLE_COLUMNS, NAMED_CLASSES, RunTables, StoredRun, missing
 from npeff.storage.atomic import is_committed
@@ -470,6 +471,10 @@ class ComponentStore:
         self._check_component(component)
         top = self.tables.read("top_examples", ["example"], pc.field("component") == component)
         return mean_shares(self.tables, top["example"].unique().to_pylist())
+
+    def paths(self, component: int | None = None) -> pa.Table:
+        """Return the paths of the stage `scale`, or those of a component; see `npeff.query.paths.paths_of`."""
+        return paths_of(self.tables, component)
 
     def sql(self, query: str, most_rows: int | None = None, timeout_s: float | None = None) -> pa.Table:
         """Run one SELECT statement over all tables of the run, in DuckDB's dialect. It has no other access.
