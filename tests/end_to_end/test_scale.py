@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import torch
 from in_process import command, refused
 from npeff.input_fisher.path import chord
 from npeff.models.loaded import LoadedModel
+from npeff.perception.difference_scaling import answer_probability, triplets
+from npeff.perception.matching import area_matching_score
 from npeff.runs.config import RunConfig
 from npeff.runs.config_reading import ConfigError
 from npeff.runs.directory import RunDirectory
@@ -24,7 +28,7 @@ from npeff.stages.status import status
 from npeff.stages.worker_specs import model_spec
 from npeff.storage.checksums import file_checksum
 from npeff.store.tables import read_table
-from npeff.tasks import TaskError
+from npeff.tasks import Inputs, TaskError
 from npeff.tasks.digits import DigitsTask
 
 TABLES = ("paths", "scales", "morphs")
@@ -273,6 +277,60 @@ def test_the_command_writes_the_table_of_paths(
     assert "scale: complete" in capfd.readouterr().out
     assert out.read_text().count("\n") == 1 + 4 + 12
     assert "has no component 9: choose one of 0 to 2" in refused(capfd, "scale", copy.path, "-c", "9")
+
+
+def test_paths_are_queried_with_the_ids_of_their_ends(run: RunDirectory) -> None:
+    store, ids = npeff.ComponentStore.open(run.path), [row["id"] for row in rows(run, "examples")]
+    found = store.paths().to_pylist()
+    assert len(found) == 6 * 2 + 12
+    assert all(row["from_id"] == ids[row["from_example"]] for row in found)
+    assert all(row["to_id"] == ids[row["to_example"]] for row in found)
+    assert {row["component"] for row in store.paths(1).to_pylist()} == {1}
+
+
+def test_the_report_shows_curves_paths_and_images(run: RunDirectory) -> None:
+    page = npeff.report(run).read_text(encoding="utf-8")
+    section = page.partition('<section id="scale"')[2].partition("</section>")[0]
+    assert section.count('class="scale path" points') == 6
+    assert section.count(">equal steps of ψ<") == 2
+    assert all(name in page.partition("<style>")[2] for name in re.findall(r'"image (m\d+-\w+-\d)"', section))
+    assert len(re.findall(r'"image (m\d+-\w+-\d)"', section)) == 2 * 2 * 9
+    assert "Gaussian textures of the same spectra" in section
+    assert section.count('href="#component-1"') == 12
+
+
+def test_people_and_the_model_are_in_one_table(
+    copy: RunDirectory, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shown = np.repeat(triplets(5), 30, axis=0)
+    drawn = np.random.default_rng(0).random(len(shown)) < answer_probability(np.linspace(0, 1, 5), 0.2, shown)
+    lines = [",".join(map(str, row)) for row in np.column_stack([shown, drawn]).astype(int).tolist()]
+    (tmp_path / "answers.csv").write_text("\n".join(["i,j,k,response", *lines]))
+    asked = ("scale", copy.path, "--responses", tmp_path / "answers.csv", "--draws", "100")
+    assert "do not lead over the levels of the answers" in refused(capfd, *asked)
+    npeff.scale(with_scale(copy, pairs=[["3", "5"]], components=(), space="model"))
+    assert command(*asked, "--output", tmp_path / "both.json") == 0
+    found = json.loads((tmp_path / "both.json").read_text())
+    model = [row for row in found if row["observer"] == "model"]
+    people = [row for row in found if row["observer"] is None]
+    scale = [(row["s"], row["psi"]) for row in rows(copy, "scales")]
+    expected = np.interp(np.linspace(0, 1, 5), *zip(*scale, strict=True))
+    np.testing.assert_allclose([row["psi"] for row in model], expected)
+    measured = [row["psi"] for row in people]
+    score = area_matching_score(np.linspace(0, 1, 5), measured, expected)
+    assert [row["matching"] for row in people] == pytest.approx([score] * 5)
+
+
+def test_inputs_that_are_no_images_or_no_numbers_are_refused(
+    copy: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat = lambda task, model, batch: Inputs(batch, lambda values: task.logits(model, values))  # noqa: E731
+    monkeypatch.setattr(DigitsTask, "inputs", flat)
+    with pytest.raises(TaskError, match=r"scale\.space: gaussian needs images"):
+        npeff.scale(with_scale(copy, pairs=2, components=()))
+    monkeypatch.setattr(DigitsTask, "inputs", lambda task, model, batch: None)
+    with pytest.raises(TaskError, match="has no floating-point inputs: give the task an `inputs` method"):
+        npeff.scale(with_scale(copy, pairs=3, components=()))
 
 
 def test_a_component_must_be_lifted(copy: RunDirectory) -> None:

@@ -68,6 +68,30 @@ def scales_of_people(
     return rows
 
 
+def check_levels(people: Sequence[Row], run: RunDirectory) -> None:
+    """Check that the paths of a run lead over the levels of the answers.
+
+    Raises:
+        NpeffError: The paths are not those of one stimulus, or the observers have different numbers of levels.
+    """
+    wanted = run.config.scale_or_default
+    n_pairs = wanted.pairs if isinstance(wanted.pairs, int) else len(wanted.pairs)
+    if wanted.along is None and n_pairs > 1:
+        raise NpeffError(
+            f"the paths of {run.path} do not lead over the levels of the answers",
+            "give --along with the stimulus parameter of the answers, or one pair in scale.pairs",
+        )
+    if len({len(scale) for scale in _scales(people).values()}) > 1:
+        raise NpeffError("the observers have different numbers of levels", "put them into different files")
+
+
+def _scales(people: Sequence[Row]) -> dict[str | None, list[float]]:
+    scales: dict[str | None, list[float]] = {}
+    for row in people:
+        scales.setdefault(row[OBSERVER], []).append(row["psi"])
+    return scales
+
+
 def with_model(people: Sequence[Row], run: RunDirectory, intervals: Intervals) -> list[Row]:
     """Return the rows of people with those of the model of a run, whose paths lead over the same levels.
 
@@ -75,36 +99,31 @@ def with_model(people: Sequence[Row], run: RunDirectory, intervals: Intervals) -
     is the area matching score of the model with the scale of each observer.
 
     Raises:
-        NpeffError: The paths are not those of one stimulus, or the observers have different numbers of levels.
+        NpeffError: No path has a scale, because no prediction changes.
     """
     from npeff.perception.matching import area_matching_score
     from npeff.perception.scales import mean_scale
 
+    store = npeff.ComponentStore.open(run.path, run.name)
+    plain = {row["path"] for row in store.table("paths").to_pylist() if row["component"] is None}
     paths: dict[int, tuple[list[float], list[float]]] = {}
-    for row in npeff.ComponentStore.open(run.path, run.name).table("scales").to_pylist():
-        if row["space"] == _MODEL and row["psi"] is not None:
+    for row in store.table("scales").to_pylist():
+        if row["space"] == _MODEL and row["path"] in plain and row["psi"] is not None:
             positions, values = paths.setdefault(row["path"], ([], []))
             positions.append(row["s"])
             values.append(row["psi"])
-    along = run.config.scale is not None and run.config.scale.along is not None
-    if not paths or (not along and len(paths) > 1):
-        raise NpeffError(
-            f"the paths of {run.path} do not lead over the levels of the answers",
-            "give --along with the stimulus parameter of the answers, or one pair in scale.pairs",
-        )
-    scales: dict[str | None, list[float]] = {}
-    for row in people:
-        scales.setdefault(row[OBSERVER], []).append(row["psi"])
-    if len(counts := {len(scale) for scale in scales.values()}) > 1:
-        raise NpeffError("the observers have different numbers of levels", "put them into different files")
+    if not paths:
+        raise NpeffError(f"no path of {run.path} has a scale", "choose examples whose predictions change")
+    scales = _scales(people)
+    n_levels = len(next(iter(scales.values())))
     mean = mean_scale(
         list(paths.values()),
-        counts.pop(),
+        n_levels,
         intervals.confidence_level,
         n_draws=intervals.draws,
         seed=intervals.seed,
     )
-    levels = [level / (len(mean.psi_n) - 1) for level in range(len(mean.psi_n))]
+    levels = [level / (n_levels - 1) for level in range(n_levels)]
     matching = {observer: area_matching_score(levels, scale, mean.psi_n) for observer, scale in scales.items()}
     columns = (mean.psi_n.tolist(), mean.low_n.tolist(), mean.high_n.tolist())
     rows = [

@@ -10,7 +10,7 @@ import typer
 
 import npeff
 from npeff.cli.app import app
-from npeff.cli.observers import OBSERVER, Intervals, as_table, scales_of_people, with_model
+from npeff.cli.observers import OBSERVER, Intervals, as_table, check_levels, scales_of_people, with_model
 from npeff.cli.options import Address, Factorization, File, Format, RunDir, Workers, open_run, progress_of
 from npeff.cli.output import write_answer
 from npeff.errors import NpeffError, as_one_line
@@ -84,6 +84,8 @@ def scale_command(
         write_answer(as_table(people), output, file)
         return
     opened = _with_scale(open_run(run, run_dir, workers, address, factorization=factorization), changes)
+    if people:
+        check_levels(people, opened)
     progress = progress_of(opened)
     SCALE(opened, progress=progress)
     progress.say(f"scale: complete, in {opened.home}")
