@@ -25,27 +25,31 @@ _LONGEST = 15
 """Largest number of characters of a level."""
 
 
+ScaledRun = Annotated[
+    Path | None,
+    typer.Argument(
+        parser=location,
+        metavar="[RUN]",
+        help="A run file (YAML), or the directory of an existing run, whose model's scale is computed.",
+        show_default=False,
+    ),
+]
+Responses = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        dir_okay=False,
+        help="CSV file with the columns i, j, k (three levels, from 0) and response (1 if the difference between j and "
+        "k looks larger than that between i and j, otherwise 0). A column observer separates several people. With RUN, "
+        "people and the model are in one table.",
+    ),
+]
+
+
 @app.command(SCALE.name, help=SCALE.help)
 def scale_command(
-    run: Annotated[
-        Path | None,
-        typer.Argument(
-            parser=location,
-            metavar="[RUN]",
-            help="A run file (YAML), or the directory of an existing run, whose model's scale is computed.",
-            show_default=False,
-        ),
-    ] = None,
-    responses: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            dir_okay=False,
-            help="CSV file with the columns i, j, k (three levels, from 0) and response (1 if the difference between j "
-            "and k looks larger than that between i and j, otherwise 0). A column observer separates several people. "
-            "With RUN, people and the model are in one table.",
-        ),
-    ] = None,
+    run: ScaledRun = None,
+    responses: Responses = None,
     pairs: Annotated[
         int | None, typer.Option(min=1, help="Number of random pairs of examples, or of examples with --along.")
     ] = None,

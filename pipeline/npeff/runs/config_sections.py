@@ -391,8 +391,7 @@ class ExecutorConfig(Section):
     """Maximum time in seconds for one call of a Ray actor. An actor that takes longer counts as hung and is replaced.
     One call is the preparation of the task (for example training), up to two shards of Fishers, reading the Fishers and
     initializing the solver, a solver step, a block of directions, the verification or attribution of one component, a
-    block of examples of ``npeff inputs``, four paths of ``npeff scale``, or a fit of ``npeff select`` or of the
-    stability."""
+    block of examples of ``npeff inputs``, four paths of ``npeff scale``, or a fit of ``select`` or the stability."""
 
     @model_validator(mode="after")
     def _serial_is_one_worker(self) -> Self:
