@@ -1,13 +1,15 @@
 """Faithfulness of input attributions: functional Fisher information beside the published attributions.
 
-    python tests/benchmarks/inputs.py [digits breast-cancer wine minilm captum cost] [--folder FOLDER] [--output FILE]
+    python tests/benchmarks/inputs.py [digits breast-cancer wine minilm captum cost stage]
+        [--folder FOLDER] [--output FILE]
 
 Every method gives an attribution of each input of an example. They are compared by deletion, insertion and information
 (`npeff.input_fisher.faithfulness`) on examples that the model was not trained on. All methods with noise have the same
 number of draws, and a spread of 0.15 or 1, which the validation examples choose for each method, score and model.
 Covariance, mean and the other examples that replace inputs come from examples that are not tested. `minilm` needs
 NPEFF_SHARED_DATA. `captum` makes an environment with captum in the folder, and compares the attributions themselves.
-`cost` divides the CPU time of our attribution by that of the passes that it needs. The folder keeps what was measured.
+`cost` divides the CPU time of our attribution by that of the passes that it needs, and `stage` that of the whole stage;
+it compares two workers with one as well. The folder keeps what was measured.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ import torch
 from inputs_stage.captum_agreement import agreement
 from inputs_stage.cost import costs
 from inputs_stage.problems import problems
+from inputs_stage.stage import stage_costs
 from inputs_stage.tables import summary
 from inputs_stage.trials import record
 from quickstart import machine
 
 
 def main() -> None:
-    known = [*problems(), "captum", "cost"]
+    known = [*problems(), "captum", "cost", "stage"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", help=f"{', '.join(known)}; all unless given")
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmarks/inputs"))
@@ -46,6 +49,8 @@ def main() -> None:
             found = agreement(arguments.folder)
         elif section == "cost":
             found = costs(arguments.folder)
+        elif section == "stage":
+            found = stage_costs(arguments.folder)
         else:
             problem = problems()[section]
             found = summary(problem, [record(problem, seed, arguments.folder) for seed in problem.seeds])

@@ -28,6 +28,7 @@ from npeff.runs.config import RunConfig
 from npeff.runs.config_reading import ConfigError
 from npeff.runs.directory import RunDirectory
 from npeff.stages.earlier_results import fingerprint_of
+from npeff.stages.inputs.examples import Block
 from npeff.stages.inputs.worker import InputWorker
 from npeff.stages.worker_specs import model_spec
 from npeff.store.array_files import read_arrays
@@ -172,8 +173,8 @@ def test_an_interrupted_stage_continues_and_ends_with_the_same_bits(
     npeff.inputs(whole)
     compute, computed = InputWorker.compute, list[int]()
 
-    def until_the_third(worker: InputWorker, block: int) -> int:
-        computed.append(block)
+    def until_the_third(worker: InputWorker, block: Block) -> int:
+        computed.append(block.number)
         if len(computed) == 3:
             raise KeyboardInterrupt
         return compute(worker, block)

@@ -19,9 +19,9 @@ from npeff.stages.inputs.covariance import (
     write_covariances,
 )
 
-TEXT = InputFacts(n_positions=30, n_features=384, exchangeable=True, several_predictions=False)
-PHOTO = InputFacts(n_positions=224 * 224, n_features=3, exchangeable=False, several_predictions=False)
-THUMBNAIL = InputFacts(n_positions=1600, n_features=3, exchangeable=False, several_predictions=False)
+TEXT = InputFacts(n_positions=30, n_features=384, exchangeable=True, several_predictions=False, n_parameters=9)
+PHOTO = InputFacts(n_positions=224 * 224, n_features=3, exchangeable=False, several_predictions=False, n_parameters=9)
+THUMBNAIL = InputFacts(n_positions=1600, n_features=3, exchangeable=False, several_predictions=False, n_parameters=9)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_the_file_holds_what_was_written(tmp_path: Path, covariance):
     values = torch.randn(30, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     used = torch.ones(30, 4, dtype=torch.bool)
     moments = {EVERY: Moments.of(FlatInputs(values, lambda v: v, used), covariance)}
-    facts = InputFacts(4, 2, exchangeable=False, several_predictions=False)
+    facts = InputFacts(4, 2, exchangeable=False, several_predictions=False, n_parameters=9)
     path = tmp_path / "covariance.safetensors"
     write_covariances(path, moments, InputsConfig(covariance=covariance), facts, {EVERY: ""}, "lineage")
     noise = read_noises(path, 0.5, 3, torch.device("cpu"))[EVERY]
@@ -68,7 +68,7 @@ def test_the_file_holds_what_was_written(tmp_path: Path, covariance):
 
 
 def test_classes_without_examples_are_refused(tmp_path: Path):
-    facts = InputFacts(4, 2, exchangeable=False, several_predictions=False)
+    facts = InputFacts(4, 2, exchangeable=False, several_predictions=False, n_parameters=9)
     options = InputsConfig(scope="class")
     with pytest.raises(
         InputCovarianceError, match=r"class 'cat' has 0 fitted examples .* covariance needs 16: set inp"

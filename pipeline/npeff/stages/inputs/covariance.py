@@ -26,13 +26,15 @@ _MOST_PARTS = 64
 
 @dataclass(frozen=True)
 class InputFacts:
-    """Facts about the inputs of a task, from some of its examples."""
+    """Facts about the model and the inputs of a task, from some of its examples."""
 
     n_positions: int
     n_features: int
     exchangeable: bool
     several_predictions: bool
     """Whether an example has several predictions."""
+    n_parameters: int
+    """Number of all parameters of the model."""
 
     @property
     def dimension(self) -> int:

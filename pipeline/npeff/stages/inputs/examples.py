@@ -19,6 +19,17 @@ _DONORS = 64
 
 
 @dataclass(frozen=True)
+class Block:
+    """Examples that one call of a worker explains."""
+
+    number: int
+    examples: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"block {self.number} (examples {self.examples[0]} to {self.examples[-1]})"
+
+
+@dataclass(frozen=True)
 class ChosenExamples:
     """Numbers of examples, in ascending order."""
 
@@ -57,11 +68,12 @@ class ChosenExamples:
         donors = _some(fitted, _DONORS, seed) if tested else set()
         return cls(numbers, sorted(tested), sorted(donors), fitted, labels)
 
-    def blocks(self, size: int, tested_size: int) -> list[list[int]]:
+    def blocks(self, size: int, tested_size: int) -> list[Block]:
         """Return the explained examples in blocks. The tested examples are in blocks of their own, which come first."""
         others = sorted(set(self.explained) - set(self.tested))
         parts = ((self.tested, tested_size), (others, size))
-        return [part[start : start + length] for part, length in parts for start in range(0, len(part), length)]
+        chosen = [part[start : start + length] for part, length in parts for start in range(0, len(part), length)]
+        return [Block(number, tuple(examples)) for number, examples in enumerate(chosen)]
 
 
 def _some(examples: NDArray[np.int64], count: int, seed: int) -> set[int]:

@@ -16,9 +16,8 @@ from npeff.runs.config_reading import ConfigError
 from npeff.runs.definition import Summary, finished
 from npeff.runs.directory import RunDirectory
 from npeff.runs.progress import ProgressDisplay, SilentProgress
-from npeff.runs.stage import Stage, forget_other_requests, open_stage, record_of, unit_checksums
+from npeff.runs.stage import Stage, forget_other_requests, open_stage, unit_checksums
 from npeff.stages.earlier_results import fingerprint_of
-from npeff.stages.fishers import FISHERS
 from npeff.stages.inputs import INPUTS
 from npeff.stages.inputs.covariance import EVERY, InputFacts, is_current, refuse_covariance, write_covariances
 from npeff.stages.inputs.examples import ChosenExamples
@@ -61,10 +60,7 @@ def inputs(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         progress, results = progress or SilentProgress(), run.partial_results("inputs")
         forget_other_requests(results, request)
         stage.discard_foreign_units(progress)
-        explained = chosen.explained
-        factor = _LARGER if record_of(run, FISHERS)["n_parameters"] <= _SMALL_MODEL else 1
-        blocks = chosen.blocks(factor * _BLOCK, factor * _TESTED_BLOCK)
-        worker = _worker(run, stage, options, blocks, chosen)
+        explained, worker = chosen.explained, _worker(run, stage, options, chosen)
         with executor_for(run, executor) as workers:
             facts = _inspect(workers, worker, options, explained)
             covariances = _covariances(run, options, chosen)
@@ -72,7 +68,9 @@ def inputs(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
             if not is_current(run.input_covariance, covariances, stage.lineage):
                 moments = _moments(workers, worker, chosen.fitted, facts.n_parts(options, len(covariances)), progress)
                 write_covariances(run.input_covariance, moments, options, facts, covariances, stage.lineage)
-            missing = sorted(set(range(len(blocks))) - finished(results).keys())
+            factor = _LARGER if facts.n_parameters <= _SMALL_MODEL else 1
+            blocks, done = chosen.blocks(factor * _BLOCK, factor * _TESTED_BLOCK), finished(results)
+            missing = [block for block in blocks if block.number not in done]
             n_done = len(blocks) - len(missing)
             with progress.stage("inputs", len(blocks), "blocks of examples", done=n_done) as tick:
                 for _ in workers.map(worker, "compute", missing, keep_going=True):
@@ -97,9 +95,7 @@ def inputs(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         return stage.complete(summary)
 
 
-def _worker(
-    run: RunDirectory, stage: Stage, options: InputsConfig, blocks: Sequence[Sequence[int]], chosen: ChosenExamples
-) -> WorkerSpec:
+def _worker(run: RunDirectory, stage: Stage, options: InputsConfig, chosen: ChosenExamples) -> WorkerSpec:
     labels = run.config.fishers.label_spec(run.config.seed)
     if options.label == "all" and labels.kind == "empirical":
         raise ConfigError(
@@ -118,7 +114,6 @@ def _worker(
         batch_size=batch_size,
         rows_per_pass=batch_size * max(1, int(attributes["rank"]) // 2),
         paths=InputPaths(run.input_covariance, run.partial_results("inputs"), stage.lineage),
-        blocks=blocks,
         tested=chosen.tested,
         donors=chosen.donors,
     )

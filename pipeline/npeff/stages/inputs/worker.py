@@ -24,6 +24,7 @@ from npeff.input_fisher.replacements import OtherExamples
 from npeff.models.loaded import ModelSpec, flattened
 from npeff.runs.config_input_sections import InputsConfig
 from npeff.stages.inputs.covariance import EVERY, InputFacts, read_noises
+from npeff.stages.inputs.examples import Block
 from npeff.stages.inputs.positions import Positions, group_rows, positions_of, share_rows
 from npeff.stages.inputs.scores import score_rows
 from npeff.store.schemas import SCHEMAS
@@ -53,7 +54,6 @@ class InputWorker:
         batch_size: largest number of examples of a batch.
         rows_per_pass: largest number of examples times draws of a pass, for examples with one prediction.
         paths: files of the covariance and of the results.
-        blocks: numbers of the examples of each block of results.
         tested: numbers of the examples on which attributions are compared.
         donors: numbers of the examples whose inputs replace those of tested examples.
     """
@@ -67,13 +67,12 @@ class InputWorker:
         batch_size: int,
         rows_per_pass: int,
         paths: InputPaths,
-        blocks: Sequence[Sequence[int]],
         tested: Collection[int] = (),
         donors: Sequence[int] = (),
     ) -> None:
         self._loaded = model.load()
         self._labels, self._options, self._seed, self._batch_size = labels, options, seed, batch_size
-        self._rows_per_pass, self._paths, self._blocks = rows_per_pass, paths, blocks
+        self._rows_per_pass, self._paths = rows_per_pass, paths
         self._tested, self._donors = frozenset(tested), donors
 
     def inspect(self, examples: Sequence[int]) -> InputFacts:
@@ -83,7 +82,8 @@ class InputWorker:
         with torch.no_grad():
             logits = flat.logits(flat.values_BPF)
         _, n_positions, n_features = flat.values_BPF.shape
-        return InputFacts(n_positions, n_features, flat.exchangeable, logits.dim() > 2)
+        n_parameters = sum(parameter.numel() for parameter in self._loaded.model.parameters())
+        return InputFacts(n_positions, n_features, flat.exchangeable, logits.dim() > 2, n_parameters)
 
     def moments(self, examples: Sequence[int]) -> tuple[dict[int, Moments], int]:
         """Compute the moments of the inputs of some examples.
@@ -106,16 +106,16 @@ class InputWorker:
                 parts.setdefault(group, []).append(Moments.of(kept, self._options.covariance))
         return {group: merged(found).on(torch.device("cpu")) for group, found in parts.items()}, n_left_out
 
-    def compute(self, block: int) -> int:
+    def compute(self, block: Block) -> int:
         """Write the tables of a block of examples. Returns the number of examples that are not finite."""
         rows: dict[str, dict[int, list[dict[str, Any]]]] = {table: {} for table in TABLES}
-        for group, members in self._groups(self._blocks[block]).items():
+        for group, members in self._groups(block.examples).items():
             for chosen in self._loaded.batches(members, self._batch_size):
                 with computing_threads(self._loaded.threads(len(chosen))):
                     for table, example, found in self._rows(chosen, self._noises[group]):
                         rows[table][example] = found
-        for table, path in block_files(self._paths.results, block).items():
-            ordered = [row for example in self._blocks[block] for row in rows[table].get(example, ())]
+        for table, path in block_files(self._paths.results, block.number).items():
+            ordered = [row for example in block.examples for row in rows[table].get(example, ())]
             columns = {name: [row[name] for row in ordered] for name in SCHEMAS[table].names}
             write_table(path, table, columns, self._paths.lineage)
         return sum(row["information"] is None for (row,) in rows["inputs"].values())
