@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from npeff.store.component_store import write_factorization
 from npeff.store.direction_store import DirectionStore
-from npeff.store.tables import write_table
+from npeff.store.tables import rows_to_columns, write_table
 from PIL import Image
 from places import place
 from sklearn.cluster import KMeans
@@ -53,6 +53,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SyntheticRun:
     return write_run(tmp_path_factory.mktemp("runs") / "digits")
 
 
+@pytest.fixture(scope="session")
+def informed_run(tmp_path_factory: pytest.TempPathFactory) -> SyntheticRun:
+    """A run of three components with shares of positions and of inputs. Read only."""
+    return write_run(tmp_path_factory.mktemp("runs") / "informed", n_components=3, shares=True, inputs=True)
+
+
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., SyntheticRun]:
     """Writes a run of a test's own under its temporary folder."""
@@ -70,6 +76,7 @@ def write_run(
     hostile_text: str | None = None,
     text_instead_of_images: bool = False,
     shares: bool = False,
+    inputs: bool = False,
 ) -> SyntheticRun:
     """Write every stage's files; `hostile_text` goes wherever a data set or a model can put text of its own."""
     rng = np.random.default_rng(0)
@@ -112,6 +119,9 @@ def write_run(
     if shares:
         table = _position_shares(rng, tables["top_examples"], tables["examples"], hostile)
         pq.write_table(table, path / place("tables/position_shares.parquet"))
+    if inputs:
+        for name, rows in input_tables(tables["top_examples"], tables["examples"], hostile).items():
+            write_table(path / place(f"tables/{name}.parquet"), name, rows_to_columns(rows, name))
     _write_arrays(path, rng, coefficients, components)
     _write_records(path, hostile)
     return SyntheticRun(path, coefficients, components, split, valid)
@@ -279,6 +289,54 @@ def _position_shares(rng: np.random.Generator, top: pa.Table, examples: pa.Table
     kinds = [("component", pa.int64()), ("example", pa.int64()), ("position", pa.int64()), ("start", pa.int64()),
              ("stop", pa.int64()), ("token", pa.string()), ("share", pa.float64())]  # fmt: skip
     return pa.Table.from_pylist(rows, schema=pa.schema(kinds))
+
+
+def input_tables(top: pa.Table, examples: pa.Table, hostile: str = "") -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of the tables of the stage `inputs`. The first example is not finite."""
+    rng = np.random.default_rng(1)
+    inputs, shares, groups = list[dict[str, Any]](), list[dict[str, Any]](), list[dict[str, Any]]()
+    for number, example in enumerate(sorted(top["example"].unique().to_pylist())):
+        text = examples["text"][example].as_py()
+        spans = [(None, None, None)] * 64 if text is None else [(*m.span(), m.group()) for m in WORD.finditer(text)]
+        row: dict[str, Any] = {"example": example, "class": examples["prediction"][example].as_py(), "n_samples": 32}
+        known = {"information": 0.5, "information_se": 0.1, "entropy": 0.2, "entropy_se": 0.01}
+        known |= {"prediction_stable": 0.75}
+        finite = number > 0
+        inputs.append(row | {name: value if finite else None for name, value in known.items()})
+        inputs[-1]["shape"] = [8, 8] if text is None else [len(spans)]
+        if not finite:
+            continue
+        values = rng.dirichlet(np.ones(len(spans)))
+        values[3], values[0] = 1.0, -0.5
+        values /= values.sum()
+        for position, ((start, stop, word), value) in enumerate(zip(spans, values.tolist(), strict=True)):
+            group = f"{'first' if position < 4 else 'second'}{hostile}"
+            token = word and f"{word}{hostile}"
+            place_of = {"example": example, "position": position, "start": start, "stop": stop}
+            shares.append(place_of | {"group": group, "token": token, "share": value, "information": 0.5 * value})
+        for group, part in ((f"first{hostile}", values[:4].sum()), (f"second{hostile}", values[4:].sum())):
+            groups.append({"example": example, "group": group, "information": 0.5 * part, "share": part})
+    return {"inputs": inputs, "input_shares": shares, "input_groups": groups, "faithfulness": _faithfulness(hostile)}
+
+
+def _faithfulness(hostile: str) -> list[dict[str, Any]]:
+    """By deletion, `occlusion` is better than ours, and knows the replacement; ours is the best by the information."""
+    rows = []
+    for metric, replacement, means in (
+        ("deletion", "mean", {"functional_information": 0.3, "occlusion": 0.1, "random": 0.6}),
+        ("information", "resample", {"functional_information": 0.8, "occlusion": 0.7, "random": 0.2}),
+    ):
+        ours = means["functional_information"]
+        for method, mean in means.items():
+            is_ours = mean == ours
+            difference = {"difference": ours - mean, "difference_low": ours - mean - 0.05}
+            difference |= {"difference_high": ours - mean + 0.05}
+            row = {"method": method if is_ours else f"{method}{hostile}", "replacement": replacement, "metric": metric}
+            row |= {"n_examples": 100, "mean": mean, "low": mean - 0.04, "high": mean + 0.04}
+            row |= {name: None if is_ours else value for name, value in difference.items()}
+            knows = method == "occlusion" and replacement == "mean"
+            rows.append(row | {"knows_replacement": knows, "passes_per_example": 64.0})
+    return rows
 
 
 def _verification(rng: np.random.Generator, n_components: int) -> pa.Table:

@@ -45,7 +45,7 @@ def test_the_same_run_gives_the_same_report(run) -> None:
 
 
 def test_text_of_the_data_set_is_escaped_everywhere(make_run: Callable) -> None:
-    page = write_report(make_run(n_components=4, hostile_text=HOSTILE).path).read_text(encoding="utf-8")
+    page = write_report(make_run(n_components=4, hostile_text=HOSTILE, inputs=True).path).read_text(encoding="utf-8")
     assert "<img src=x" not in page
     assert "<script>alert" not in page
     assert page.count(str(escape("<img src=x"))) > 100
@@ -54,12 +54,12 @@ def test_text_of_the_data_set_is_escaped_everywhere(make_run: Callable) -> None:
 @pytest.mark.parametrize(
     ("gone", "commands"),
     [
-        (["verification"], {"verify"}),
-        (["verification", "layer_energy"], {"verify", "lift"}),
+        (["verification"], {"verify", "inputs"}),
+        (["verification", "layer_energy"], {"verify", "inputs", "lift"}),
         (["verification", "layer_energy", "components", "top_examples", "coefficients", "history"],
-         {"verify", "factorize"}),
+         {"verify", "inputs", "factorize"}),
         (["verification", "layer_energy", "components", "top_examples", "coefficients", "history", "examples",
-          "classes"], {"verify", "factorize"}),
+          "classes"], {"verify", "inputs", "factorize"}),
     ],
 )  # fmt: skip
 def test_sections_of_stages_that_have_not_run_name_their_command(

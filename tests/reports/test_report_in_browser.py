@@ -71,7 +71,7 @@ def test_text_of_the_data_set_is_shown_as_text(
 ) -> None:
     monkeypatch.setattr(report, "CARDS_AT_ONCE", at_once)
     monkeypatch.setattr(in_common, "SIGNIFICANT", 2.0)
-    run = make_run(n_components=4, hostile_text=HOSTILE, text_instead_of_images=texts, shares=True)
+    run = make_run(n_components=4, hostile_text=HOSTILE, text_instead_of_images=texts, shares=True, inputs=True)
     browser.open(write_report(run.path))
     browser.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert browser.complaints == []
@@ -79,8 +79,9 @@ def test_text_of_the_data_set_is_shown_as_text(
     assert browser.evaluate("document.scripts.length") == 1
     assert browser.evaluate("document.images.length") == 0
     places = ["h1", ".finding b", ".caption", ".mix th[scope=row]", ".energy th[scope=row]", ".common th",
-              "details th[scope=row]", "pre", "#provenance dd"]  # fmt: skip
-    for place in places + (["#component-0 .text", ".tokens b", ".text q"] if texts else []):
+              "details th[scope=row]", "pre", "#provenance dd",
+              ".nats", ".groups th[scope=row]", ".methods th[scope=row]", "svg.dots title"]  # fmt: skip
+    for place in places + (["#component-0 .text", ".evidence .text", ".tokens b", ".text q"] if texts else []):
         seen = browser.evaluate(f"[...document.querySelectorAll('{place}')].map((e) => e.textContent).join(' ')")
         assert HOSTILE in seen, place
 
@@ -246,6 +247,32 @@ def test_shares_are_laid_over_images_and_can_be_hidden(browser: Browser, make_ru
     assert browser.evaluate(shown)
     browser.evaluate("document.getElementById('heat').click()")
     assert not browser.evaluate(shown)
+
+
+SMALLEST_TEXT = """[...document.querySelectorAll('svg.dots')].map((svg) =>
+  parseFloat(getComputedStyle(svg.querySelector('text')).fontSize) * svg.getScreenCTM().a)"""
+LABELS_INSIDE = """[...document.querySelectorAll('svg.dots text')].every((text) => {
+  const [a, b] = [text, text.ownerSVGElement].map((e) => e.getBoundingClientRect());
+  return b.left <= a.left && a.right <= b.right && a.bottom <= b.bottom;
+})"""
+HEAT_WIDTHS = "[...document.querySelectorAll('.side-by-side .heat')].map((e) => e.getBoundingClientRect().width)"
+
+
+@pytest.mark.parametrize("width", [1400, 400])
+def test_the_evidence_of_the_inputs_is_readable(browser: Browser, informed_run, width: int) -> None:
+    browser.open(write_report(informed_run.path), width=width)
+    assert browser.complaints == []
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert min(browser.evaluate(SMALLEST_TEXT)) > 10
+    assert browser.evaluate(LABELS_INSIDE)
+    assert min(browser.evaluate(HEAT_WIDTHS)) > 40
+    seen = browser.evaluate("document.querySelector('.gallery li').innerText").split("\n")
+    assert [line for line in seen if line in ("parameters", "inputs")] == ["parameters", "inputs"]
+    assert browser.evaluate("[...document.querySelectorAll('.nats')].every((e) => e.checkVisibility())")
+    colours = [f"getComputedStyle(document.querySelector('.legend .{name}6')).backgroundColor" for name in "sn"]
+    assert len({browser.evaluate(colour) for colour in colours}) == 2
+    browser.evaluate("document.getElementById('heat').click()")
+    assert browser.evaluate(HEAT_WIDTHS + ".every((width) => width === 0)")
 
 
 LONG_VALUES = {

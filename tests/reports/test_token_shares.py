@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,12 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from heat_maps import pixels
 from npeff.query.tables import RunTables
 from npeff.reports.report import write_report
 from npeff.reports.token_shares import LEVELS, Piece, ShareReader, shaded_text
 from npeff.store.schemas import SCHEMAS
 from npeff.store.tables import write_table
-from PIL import Image
 from places import place
 
 
@@ -28,9 +26,7 @@ def reader(path: Path, **columns: list) -> ShareReader:
 
 
 def opacity(uri: str | None) -> np.ndarray:
-    assert uri is not None
-    picture = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
-    return np.asarray(picture.convert("RGBA"))[:, :, 3] / 255
+    return pixels(uri)[:, :, 3] / 255
 
 
 def test_a_shaded_text_is_the_text() -> None:

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from npeff.query.components import ComponentStore
 from npeff.reports.contrast import Contrast, contrast_examples
 from npeff.reports.in_common import Common, in_common
+from npeff.reports.input_evidence import InputEvidence, InputReader, Shown
+from npeff.reports.input_groups import GroupOfComponent
+from npeff.reports.inputs_section import InputsSection, inputs_section
 from npeff.reports.pictures import Album, Image
 from npeff.reports.selectivity_chart import Selectivity, selectivity_by_component
 from npeff.reports.shifts import ShiftReader, StepEffect
@@ -26,6 +29,7 @@ NEIGHBOURS_SHOWN = 5
 CONTRAST_SHOWN = 12
 VALUES_SHOWN = 6
 WORDS_SHOWN = 12
+INPUT_GROUPS_SHOWN = 6
 METADATA_LENGTH = 40
 
 
@@ -46,8 +50,17 @@ class Example:
     image: Image | None
     metadata: list[str]
     shares: Shares | None = None
+    """Shares of the positions for the component: the evidence of the parameters."""
+    inputs: InputEvidence | None = None
+    """The information in the inputs, which is the same on every card."""
     alike: float | None = None
     """For a contrast example, the cosine between its other coefficients and those of the top examples."""
+
+    @property
+    def heats(self) -> list[tuple[str, str]]:
+        """The heat maps to draw over the image of the example, each with its name."""
+        found = {"parameters": self.shares, "inputs": self.inputs.shares if self.inputs is not None else None}
+        return [(name, shares.heat) for name, shares in found.items() if shares is not None and shares.heat is not None]
 
 
 @dataclass(frozen=True)
@@ -88,11 +101,16 @@ class Card:
     selectivity: list[Selectivity]
     common: Common
     energy: list[Bar]
+    input_groups: list[GroupOfComponent]
     neighbours: list[dict[str, Any]]
 
     @property
     def examples(self) -> list[Example]:
         return self.held_out + self.fit
+
+    @property
+    def has_inputs(self) -> bool:
+        return any(example.inputs is not None for example in self.examples + self.contrast)
 
     @property
     def thumbnails(self) -> list[Example]:
@@ -140,6 +158,8 @@ class CardWriter:
         self._examples = self._read_examples()
         self.album = Album({example: row.get("image") for example, row in self._examples.items()})
         self._shares = ShareReader(store.tables, sorted({example for top in members.values() for example in top}))
+        self._inputs = InputReader(store.tables, self._names, self._shown())
+        self.inputs: InputsSection | None = inputs_section(store.tables, members)
         self._base = _Mix.of(
             store.tables.read("examples", ["label", "prediction", "correct"], pc.field("valid")).to_pylist()
         )
@@ -174,12 +194,31 @@ class CardWriter:
             selectivity=self._selectivity.get(component, []),
             common=Common(common.values[:VALUES_SHOWN], common.words[:WORDS_SHOWN], common.numbers),
             energy=_bars(self._energy.get(component, [])),
+            input_groups=self._groups_of(component),
             neighbours=self._store.similar_components(component, NEIGHBOURS_SHOWN).to_pylist(),
         )
 
+    def _chosen(self, top: Sequence[dict[str, Any]], split: str) -> list[dict[str, Any]]:
+        """Return the rows of the top examples of a split that the card lists."""
+        return [row for row in top if row["split"] == split][: self._examples_shown]
+
     def _listed(self, top: Sequence[dict[str, Any]], split: str) -> list[Example]:
-        chosen = [row for row in top if row["split"] == split][: self._examples_shown]
+        chosen = self._chosen(top, split)
         return [self._example(row["component"], row["example"], row["coefficient"], top) for row in chosen]
+
+    def _shown(self) -> dict[int, Shown]:
+        """Return the examples that any card lists."""
+        listed = [
+            row for top in self._top.values() for split in ("held_out", "fit") for row in self._chosen(top, split)
+        ]
+        numbers = {row["example"] for row in listed} | {each.example for c in self._contrast.values() for each in c}
+        return {n: Shown(self._examples[n].get("text"), self.album.image(n)) for n in sorted(numbers)}
+
+    def _groups_of(self, component: int) -> list[GroupOfComponent]:
+        """Return the groups of inputs with the largest mean shares among the top examples."""
+        groups = self.inputs.groups if self.inputs is not None else None
+        found = groups.of_component.get(component, []) if groups is not None else []
+        return sorted(found, key=lambda group: -group.share)[:INPUT_GROUPS_SHOWN]
 
     def _contrasting(self, found: Contrast, top: Sequence[dict[str, Any]]) -> Example:
         return replace(self._example(None, found.example, found.coefficient, top), alike=found.cosine)
@@ -205,6 +244,7 @@ class CardWriter:
             image=image,
             metadata=[_short(row[name]) for name in self._metadata],
             shares=None if component is None else self._shares.shares(component, example, text, shape),
+            inputs=self._inputs.evidence(example),
         )
 
     def _class(self, number: int | None) -> str | None:

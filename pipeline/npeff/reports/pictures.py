@@ -21,7 +21,12 @@ _SMALLER_SIDES = (96, 64, 48, 32)
 _SAMPLE = 64
 """Number of images in the sample that determines the size."""
 _LEVELS = 9
-_ACCENT = (222, 92, 20)
+
+Colour = tuple[int, int, int]
+ORANGE: Colour = (222, 92, 20)
+"""Colour of the evidence of parameters. It is `--heat` of the style sheet."""
+BLUE: Colour = (30, 127, 216)
+"""Colour of the information in the inputs, `--heat-2` of the style sheet. Everyone can tell it from orange."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +67,14 @@ class Album:
         return self._images.get(example)
 
 
-def heat_map(values_HW: NDArray[np.floating]) -> str:
+def heat_map(values_HW: NDArray[np.floating], colour: Colour = ORANGE) -> str:
     """Return a heat map as a data URI. The opacity is proportional to the value; values below zero are transparent."""
     largest = float(values_HW.max(initial=0.0))
     shares = np.clip(values_HW / largest, 0.0, 1.0) if largest > 0 else np.zeros_like(values_HW)
     levels_HW = np.rint((_LEVELS - 1) * shares).astype(np.uint8)
     opacities = np.rint(np.linspace(0, 255, _LEVELS)).astype(np.uint8)
     pixels_HW4 = np.empty((*levels_HW.shape, 4), np.uint8)
-    pixels_HW4[..., :3] = _ACCENT
+    pixels_HW4[..., :3] = colour
     pixels_HW4[..., 3] = opacities[levels_HW]
     stream = io.BytesIO()
     Pillow.fromarray(pixels_HW4).save(stream, format="WEBP", lossless=True, exact=True)

@@ -135,6 +135,8 @@ def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
         "images": writer.album.rules if writer is not None else {},
         "has_common": any(card.common.values or card.common.words for card in cards),
         "has_shares": tables.has("position_shares") and tables.n_rows("position_shares") > 0,
+        "inputs": writer.inputs if writer is not None else None,
+        "has_inputs": any(card.has_inputs for card in cards),
         "metadata": store.metadata_columns() if tables.has("examples") else [],
     }
 

@@ -1,8 +1,9 @@
-"""Position shares of an example for a component, as shaded text or as a heat map of an image.
+"""Shares of the positions of an example, as shaded text or as a heat map of an image.
 
 The table `position_shares` has a row per component, example and position: the `share` of the evidence and, for texts,
-the `token` with its characters `start` to `stop` of the example's text if these are known. Shares are shown relative to
-the largest share of the example. Negative shares (a position that opposes the others) are shown as zero.
+the `token` with its characters `start` to `stop` of the example's text if these are known. The table `input_shares` has
+the same columns, without the component (`npeff.reports.input_evidence`). Shares are shown relative to the largest share
+of the example. Negative shares (a position that opposes the others) are shown as zero.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from npeff.query.tables import RunTables
-from npeff.reports.pictures import heat_map
+from npeff.reports.pictures import ORANGE, Colour, heat_map
 
 LEVELS = 6
 _STRONGEST = 3
@@ -75,21 +76,43 @@ class ShareReader:
         if where is None:
             return None
         rows = self._table.slice(where[0], where[1] - where[0])
-        shares = np.nan_to_num(rows["share"].to_numpy().astype(float))
-        positions = rows["position"].to_numpy()
-        tokens = [
-            f"#{p}" if token is None else token for token, p in zip(rows["token"].to_pylist(), positions, strict=True)
-        ]
-        levels = _levels(shares)
-        order = np.argsort(-shares, kind="stable")[:_STRONGEST]
-        strongest = [(tokens[i], float(shares[i])) for i in order.tolist() if shares[i] > 0]
         if shape is not None:
-            return Shares([], False, [], _heat(positions, shares, self._n_positions, shape))
-        spans = list(zip(rows["start"].to_pylist(), rows["stop"].to_pylist(), levels, strict=True))
-        pieces = None if text is None else shaded_text(text, spans)
-        if pieces is not None:
-            return Shares(pieces, False, strongest, None)
-        return Shares([Piece(*pair) for pair in zip(tokens, levels, strict=True)], True, strongest, None)
+            return Shares([], False, [], shaded_image(rows, grid_of(self._n_positions, shape), ORANGE))
+        return shaded_tokens(rows, text)
+
+
+def shaded_tokens(rows: pa.Table, text: str | None) -> Shares:
+    """Return the shades of a text, or of a list of its tokens if their places are unknown.
+
+    Args:
+        rows: The shares of one example: position, start, stop, token and share.
+        text: The text of the example.
+    """
+    levels = _levels(_shares_of(rows))
+    strongest = largest_shares(rows, _STRONGEST)
+    spans = list(zip(rows["start"].to_pylist(), rows["stop"].to_pylist(), levels, strict=True))
+    pieces = None if text is None else shaded_text(text, spans)
+    if pieces is not None:
+        return Shares(pieces, False, strongest, None)
+    return Shares([Piece(*pair) for pair in zip(_names(rows), levels, strict=True)], True, strongest, None)
+
+
+def largest_shares(rows: pa.Table, count: int) -> list[tuple[str, float]]:
+    """Return the tokens with the largest positive shares of one example, and their shares, largest first."""
+    shares, names = _shares_of(rows), _names(rows)
+    order = np.argsort(-shares, kind="stable")[:count]
+    return [(names[i], float(shares[i])) for i in order.tolist() if shares[i] > 0]
+
+
+def _shares_of(rows: pa.Table) -> NDArray[np.float64]:
+    shares: NDArray[np.float64] = np.nan_to_num(rows["share"].to_numpy().astype(float))
+    return shares
+
+
+def _names(rows: pa.Table) -> list[str]:
+    positions = rows["position"].to_pylist()
+    tokens = rows["token"].to_pylist()
+    return [f"#{position}" if token is None else token for token, position in zip(tokens, positions, strict=True)]
 
 
 def shaded_text(text: str, spans: Sequence[tuple[int | None, int | None, int]]) -> list[Piece] | None:
@@ -114,28 +137,44 @@ def _levels(shares: NDArray[np.float64]) -> list[int]:
     return result
 
 
-def _heat(
-    positions: NDArray[np.int64], shares: NDArray[np.float64], n_positions: int, shape: tuple[int, int]
-) -> str | None:
-    """Return the heat map of an image, or None.
+@dataclass(frozen=True)
+class Grid:
+    """Positions in rows and columns, in row-major order."""
+
+    height: int
+    width: int
+    first: int = 0
+    """The position in the first row and column. Earlier positions are not in the grid."""
+
+
+def grid_of(n_positions: int, shape: tuple[int, int]) -> Grid | None:
+    """Return the grid of the positions of an image, or None.
 
     The positions are the pixels of the image or a square grid of patches, which may follow one position that is not in
     the image, such as a class token.
+
+    Args:
+        n_positions: The number of positions.
+        shape: Height and width of the image.
     """
     height, width = shape
-    side = math.isqrt(n_positions)
-    skipped = 0
-    if n_positions != height * width:
-        height = width = side
-        if side * side != n_positions:
-            height = width = math.isqrt(n_positions - 1)
-            skipped = 1
-            if height * width != n_positions - 1 or height < 2:
-                return None
-    grid = np.zeros(height * width)
-    places = positions - skipped
-    grid[places[places >= 0]] = shares[places >= 0]
-    return heat_map(_coarser(grid.reshape(height, width)))
+    if n_positions == height * width:
+        return Grid(height, width)
+    for first in (0, 1):
+        side = math.isqrt(max(n_positions - first, 0))
+        if side * side == n_positions - first and (side > 1 or not first):
+            return Grid(side, side, first)
+    return None
+
+
+def shaded_image(rows: pa.Table, grid: Grid | None, colour: Colour) -> str | None:
+    """Return the heat map of the shares of one example; None if they have no grid."""
+    if grid is None:
+        return None
+    values = np.zeros(grid.height * grid.width)
+    places, shares = rows["position"].to_numpy() - grid.first, _shares_of(rows)
+    values[places[places >= 0]] = shares[places >= 0]
+    return heat_map(_coarser(values.reshape(grid.height, grid.width)), colour)
 
 
 def _coarser(grid_HW: NDArray[np.float64]) -> NDArray[np.float64]:
