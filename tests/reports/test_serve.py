@@ -94,6 +94,23 @@ def test_questions_are_answered_and_nothing_is_written(server: Server, run) -> N
     assert digest(run.path) == before
 
 
+def test_the_inputs_of_an_example_are_drawn_and_those_of_a_component_are_listed(informed_run) -> None:
+    for server in running(informed_run.path):
+        drawn = ask(server, question("inputs", example=20, component=""))[2]
+        assert 'src="/image?example=20"' in drawn
+        assert drawn.count('src="data:image/webp;base64,') == 1
+        assert "0.500 nats for" in drawn
+        assert 'id="answer-title">64 rows' in drawn
+        assert "style=" not in drawn  # the policy of the page refuses it
+        listed = ask(server, question("inputs", component=1, example=""))[2]
+        assert 'id="answer-title">64 rows' in listed
+        assert "data:image/webp" not in listed
+        for query, reason in (({}, "give an example or a component"), ({"example": 1, "component": 1}, "not both")):
+            status, _, page = ask(server, question("inputs", **query))
+            assert status == 400
+            assert reason in page
+
+
 def test_images_come_one_by_one(server: Server) -> None:
     status, headers, content = ask(server, "/image?example=3")
     assert (status, headers["Content-Type"]) == (200, "image/png")
@@ -110,6 +127,7 @@ def test_images_come_one_by_one(server: Server) -> None:
         ("/top", "component must be a whole number"),
         (question("example", example="nobody"), "there is no example"),
         (question("top", component=1, n=501), "n must be at most 500"),
+        (question("inputs", example=3), "does not exist yet"),
         (question("sql", query="drop table examples"), "a query must be one SELECT"),
         (question("sql", query="select * from read_text('/etc/hostname')"), "SQL:"),
     ],
@@ -173,11 +191,13 @@ def test_it_listens_on_the_loopback_interface_only(server: Server) -> None:
 
 
 def test_text_of_the_data_set_and_of_the_question_is_escaped(make_run: Callable) -> None:
-    path = make_run(n_components=3, hostile_text=HOSTILE, text_instead_of_images=True).path
+    path = make_run(n_components=3, hostile_text=HOSTILE, text_instead_of_images=True, inputs=True).path
     for server in running(path):
         pages = [
             ask(server, question("top", component=0, n=5, split=HOSTILE))[2],
             ask(server, question("example", example=HOSTILE))[2],
+            ask(server, question("inputs", example=20))[2],
+            ask(server, question("inputs", component=0))[2],
             ask(server, question("sql", query=f"select '{HOSTILE.replace(chr(39), '')}' as \"<b>\", * from examples"))[
                 2
             ],

@@ -263,7 +263,7 @@ class ComponentStore:
             coefficients or evidence), rank (0-based, among all examples of the component).
         """
         check_by(by)
-        index = self._example_index(example)
+        index = self.example_number(example)
         if by == "coefficient":
             weights_K = self._weights(index)
         else:
@@ -300,7 +300,7 @@ class ComponentStore:
             `top_examples`. The example itself and examples without a shared component are left out.
         """
         _check_number(n, "examples")
-        index = self._example_index(example)
+        index = self.example_number(example)
         stored = self._factorization.coefficient_norms
         if stored is None:
             norms_N = neighbours.norms(self.tables, self._n_examples)
@@ -465,7 +465,7 @@ class ComponentStore:
         if example is not None and component is not None:
             raise QueryError("give an example or a component, not both")
         if example is not None:
-            return shares_of_example(self.tables, self._example_index(example))
+            return shares_of_example(self.tables, self.example_number(example))
         if component is None:
             return self.tables.read("inputs")
         self._check_component(component)
@@ -598,7 +598,12 @@ class ComponentStore:
         except StoreError as error:
             raise QueryError.of(error) from error
 
-    def _example_index(self, example: int | str) -> int:
+    def example_number(self, example: int | str) -> int:
+        """Return the row number of an example, given as in `example`.
+
+        Raises:
+            QueryError: There is no such example, or it is not the only one with this id, or it is not valid.
+        """
         is_id = isinstance(example, str) and not any("\ud800" <= letter <= "\udfff" for letter in example)
         rows = self._examples_called("id", example) if is_id else []  # bytes that are not UTF-8 are no id
         if not rows and isinstance(example, int):

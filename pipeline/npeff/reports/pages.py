@@ -19,6 +19,8 @@ import pyarrow.compute as pc
 from npeff.errors import hide_value_of, without_values
 from npeff.query.components import ComponentStore
 from npeff.query.errors import QueryError
+from npeff.reports.input_evidence import InputEvidence, InputReader, Shown
+from npeff.reports.pictures import Album
 from npeff.reports.report import environment, render_report
 from npeff.storage import objects
 from npeff.storage.location import is_remote
@@ -65,6 +67,16 @@ class Page:
         return cls(**{**json.loads(facts), "content": content})
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """An example above the result, with the information in its inputs."""
+
+    example: int
+    id: str
+    text: str | None
+    inputs: InputEvidence
+
+
 def answer(view: View, path: str, asked: dict[str, str], known: str) -> bytes:
     """Return a page as bytes.
 
@@ -92,7 +104,8 @@ def _page(view: View, path: str, asked: dict[str, str], known: str) -> Page:
         return _image(store, _whole(asked, "example"))
     found = QUESTIONS[path](store, asked)
     pictured = _pictured(store, found) if path == "/top" else set()
-    return forms(view, path, asked, HTTPStatus.OK, found, pictured)
+    drawn = _drawn(store, asked["example"]) if path == "/inputs" and asked.get("example") else None
+    return forms(view, path, asked, HTTPStatus.OK, found, pictured, drawn)
 
 
 def forms(
@@ -102,6 +115,7 @@ def forms(
     status: HTTPStatus,
     found: pa.Table | None = None,
     pictured: Set[int] = frozenset(),
+    drawn: Drawn | None = None,
     problem: str = "",
 ) -> Page:
     """Return the page with the query forms, the current query, and its result or error."""
@@ -111,6 +125,7 @@ def forms(
         asked=asked,
         problem=problem,
         pictured=pictured,
+        drawn=drawn,
         most_rows=ROWS_SHOWN,
         **_shown(found),
     )  # fmt: skip
@@ -163,6 +178,14 @@ def _example(store: ComponentStore, asked: dict[str, str]) -> pa.Table:
     return store.example(asked.get("example", ""))
 
 
+def _inputs(store: ComponentStore, asked: dict[str, str]) -> pa.Table:
+    component = _whole(asked, "component") if asked.get("component") else None
+    example = asked.get("example") or None
+    if example is None and component is None:
+        raise QueryError("give an example or a component")
+    return store.inputs(example, component)
+
+
 def _similar(store: ComponentStore, asked: dict[str, str]) -> pa.Table:
     return store.similar_components(_whole(asked, "component"), _number(asked, 10))
 
@@ -175,6 +198,7 @@ QUESTIONS: dict[str, Callable[[ComponentStore, dict[str, str]], pa.Table]] = {
     "/top": _top,
     "/enriched": _enriched,
     "/example": _example,
+    "/inputs": _inputs,
     "/similar": _similar,
     "/sql": _sql,
 }
@@ -199,6 +223,17 @@ def _pictured(store: ComponentStore, found: pa.Table) -> set[int]:
     """Return the examples of the result that have an image."""
     where = pc.field("example").isin(found["example"].combine_chunks()) & pc.field("image").is_valid()
     return set(store.tables.read("examples", ["example"], where)["example"].to_pylist())
+
+
+def _drawn(store: ComponentStore, asked: str) -> Drawn | None:
+    """Return an example with the information in its inputs; None if it is neither an image nor tokens."""
+    example = store.example_number(asked)
+    row = store.tables.read("examples", ["id", "text", "image"], pc.field("example") == example).to_pylist()[0]
+    image = Album({example: row["image"]}).image(example)
+    found = InputReader(store.tables, store.class_names(), {example: Shown(row["text"], image)}).evidence(example)
+    if found is None or found.shares is None:
+        return None
+    return Drawn(example, row["id"], row["text"], found)
 
 
 def _shown(found: pa.Table | None) -> dict[str, Any]:
