@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,10 +69,23 @@ class ChosenExamples:
         donors = _some(fitted, _DONORS, seed) if tested else set()
         return cls(numbers, sorted(tested), sorted(donors), fitted, labels)
 
-    def blocks(self, size: int, tested_size: int) -> list[Block]:
-        """Return the explained examples in blocks. The tested examples are in blocks of their own, which come first."""
-        others = sorted(set(self.explained) - set(self.tested))
-        parts = ((self.tested, tested_size), (others, size))
+    def blocks(self, size: int, tested_size: int, lengths: Sequence[int] | None) -> list[Block]:
+        """Return the explained examples in blocks of similar lengths, to reduce padding.
+
+        Args:
+            size: Number of examples of a block.
+            tested_size: Number of tested examples of a block. They are in blocks of their own, which come first.
+            lengths: The length of each explained example; None if all lengths are equal.
+        """
+        in_order = self.explained
+        if lengths is not None:
+            length = dict(zip(self.explained, lengths, strict=True))
+            in_order = sorted(self.explained, key=length.__getitem__)
+        tested = set(self.tested)
+        parts = (
+            ([example for example in in_order if example in tested], tested_size),
+            ([example for example in in_order if example not in tested], size),
+        )
         chosen = [part[start : start + length] for part, length in parts for start in range(0, len(part), length)]
         return [Block(number, tuple(examples)) for number, examples in enumerate(chosen)]
 

@@ -34,7 +34,6 @@ _BLOCK, _TESTED_BLOCK = 16, 4
 passes, and a call must end within ``executor.timeout_s``."""
 _SMALL_MODEL, _LARGER = 1_000_000, 4
 """For models with at most so many parameters, blocks are larger by this factor."""
-_INSPECTED = 2
 
 
 def inputs(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
@@ -62,14 +61,14 @@ def inputs(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         stage.discard_foreign_units(progress)
         explained, worker = chosen.explained, _worker(run, stage, options, chosen)
         with executor_for(run, executor) as workers:
-            facts = _inspect(workers, worker, options, explained)
+            facts, lengths = _inspect(workers, worker, options, explained)
             covariances = _covariances(run, options, chosen)
             refuse_covariance(options, facts, len(covariances))
             if not is_current(run.input_covariance, covariances, stage.lineage):
                 moments = _moments(workers, worker, chosen.fitted, facts.n_parts(options, len(covariances)), progress)
                 write_covariances(run.input_covariance, moments, options, facts, covariances, stage.lineage)
             factor = _LARGER if facts.n_parameters <= _SMALL_MODEL else 1
-            blocks, done = chosen.blocks(factor * _BLOCK, factor * _TESTED_BLOCK), finished(results)
+            blocks, done = chosen.blocks(factor * _BLOCK, factor * _TESTED_BLOCK, lengths), finished(results)
             missing = [block for block in blocks if block.number not in done]
             n_done = len(blocks) - len(missing)
             with progress.stage("inputs", len(blocks), "blocks of examples", done=n_done) as tick:
@@ -119,9 +118,12 @@ def _worker(run: RunDirectory, stage: Stage, options: InputsConfig, chosen: Chos
     )
 
 
-def _inspect(workers: Executor, worker: WorkerSpec, options: InputsConfig, explained: Sequence[int]) -> InputFacts:
-    """Return facts about the inputs of the first examples, after all checks that are possible without the others."""
-    facts: InputFacts = next(iter(workers.map(worker, "inspect", [tuple(explained[:_INSPECTED])])))[1]
+def _inspect(
+    workers: Executor, worker: WorkerSpec, options: InputsConfig, explained: Sequence[int]
+) -> tuple[InputFacts, list[int] | None]:
+    """Return facts about the inputs and the lengths of the explained examples, after the checks that need no others."""
+    facts: InputFacts
+    facts, lengths = next(iter(workers.map(worker, "inspect", [tuple(explained)])))[1]
     if facts.several_predictions and options.label != "all":
         raise ConfigError(
             f"inputs.label: {options.label} explains one prediction, and the examples of this task have several: set "
@@ -132,7 +134,7 @@ def _inspect(workers: Executor, worker: WorkerSpec, options: InputsConfig, expla
             "inputs.faithfulness tests the attributions of one prediction, and the examples of this task have several: "
             "set inputs.faithfulness.examples to 0"
         )
-    return facts
+    return facts, lengths
 
 
 def _covariances(run: RunDirectory, options: InputsConfig, chosen: ChosenExamples) -> dict[int, str]:

@@ -32,6 +32,7 @@ from npeff.store.tables import write_table
 
 TABLES = ("inputs", "input_shares", "input_groups", "faithfulness_scores")
 """The tables of the stage. The file of the first is written last."""
+_INSPECTED = 2
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,28 @@ class InputWorker:
         self._rows_per_pass, self._paths = rows_per_pass, paths
         self._tested, self._donors = frozenset(tested), donors
 
-    def inspect(self, examples: Sequence[int]) -> InputFacts:
-        """Check the inputs of some examples. Raises as `LoadedModel.check_inputs`."""
-        self._loaded.check_inputs(examples)
-        flat = self._loaded.flat_inputs(self._loaded.batch(examples), len(examples))
+    def inspect(self, examples: Sequence[int]) -> tuple[InputFacts, list[int] | None]:
+        """Check the inputs of the first examples.
+
+        Args:
+            examples: numbers of all explained examples.
+
+        Returns:
+            Facts about the model and the inputs, and the length of each example, None if all lengths are equal.
+
+        Raises:
+            TaskError: as `LoadedModel.check_inputs`.
+        """
+        first = examples[:_INSPECTED]
+        self._loaded.check_inputs(first)
+        flat = self._loaded.flat_inputs(self._loaded.batch(first), len(first))
         with torch.no_grad():
             logits = flat.logits(flat.values_BPF)
         _, n_positions, n_features = flat.values_BPF.shape
         n_parameters = sum(parameter.numel() for parameter in self._loaded.model.parameters())
-        return InputFacts(n_positions, n_features, flat.exchangeable, logits.dim() > 2, n_parameters)
+        facts = InputFacts(n_positions, n_features, flat.exchangeable, logits.dim() > 2, n_parameters)
+        lengths = self._loaded.lengths
+        return facts, None if lengths is None else [int(lengths[example]) for example in examples]
 
     def moments(self, examples: Sequence[int]) -> tuple[dict[int, Moments], int]:
         """Compute the moments of the inputs of some examples.
