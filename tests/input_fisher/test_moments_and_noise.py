@@ -103,15 +103,43 @@ def test_exchangeable_positions_have_one_covariance_and_padding_changes_nothing(
     assert not noise.times(torch.ones_like(padded.values_BPF), long)[~long].any()
 
 
-def test_the_ridge_is_a_fraction_of_the_mean_variance():
-    x = torch.cat([values(), torch.zeros(40, 3, 1, dtype=torch.float64)], dim=2)  # constant features
+def test_the_ridge_is_a_fraction_of_each_variance():
+    x = values(4)  # fewer samples than entries
     moments = Moments.of(flat(x), "full")
     with pytest.raises(InputCovarianceError, match="raise inputs"):
         factor_covariance(moments, "full", 0.0)
     factor = factor_covariance(moments, "full", 1e-3)["joint"]
     covariance = dense("full", x)
-    expected = covariance + 1e-3 * np.trace(covariance) / 9 * np.eye(9)
+    expected = covariance + 1e-3 * np.diag(np.diag(covariance))
     np.testing.assert_allclose((factor @ factor.T).numpy(), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["full", "diagonal"])
+def test_other_units_and_constant_inputs_change_nothing_else(kind):
+    x, g = values(), values(5, seed=1)
+    used = torch.ones(5, 3, dtype=torch.bool)
+    units = torch.tensor([1e-5, 1e4], dtype=torch.float64)  # of the two features
+
+    def noise_of(rows):
+        moments = Moments.of(flat(rows), kind)
+        return InputNoise(moments.mean_PF, factor_covariance(moments, kind, 1e-4), spread=0.3)
+
+    plain, other = noise_of(x), noise_of(x * units)
+    drawn = plain.draw(flat(g), range(5), 0)
+    torch.testing.assert_close(other.draw(flat(g), range(5), 0), drawn * units, rtol=1e-9, atol=0)
+    for method in ("times", "conditional_times"):
+        mine, theirs = (getattr(each, method)(gradient, used) for each, gradient in ((plain, g), (other, g / units)))
+        torch.testing.assert_close(theirs, mine * units, rtol=1e-8, atol=0)
+    x[:, 1, 0] = 3.0
+    constant = noise_of(x)
+    for found in (constant.draw(flat(g), range(5), 0), *(constant.conditional_times(g, used), constant.times(g, used))):
+        assert not found[:, 1, 0].any()
+    rest = [0, 1, 3, 4, 5]
+    block = torch.from_numpy(dense(kind, x)[np.ix_(rest, rest)])
+    block = block + 1e-4 * block.diagonal().diag()
+    torch.testing.assert_close(
+        constant.times(g, used).flatten(1)[:, rest], 0.3 * g.flatten(1)[:, rest] @ block, rtol=1e-9, atol=1e-9
+    )
 
 
 def test_constant_inputs_and_single_samples_are_refused():

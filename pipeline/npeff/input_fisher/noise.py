@@ -19,6 +19,9 @@ from npeff.input_fisher.flat_inputs import FlatInputs
 from npeff.input_fisher.moments import CovarianceKind, Moments
 from npeff.input_fisher.seeded import SeededNumbers
 
+_SINGULAR = 1e-6
+"""A pivot of the Cholesky factor of correlations below this number is rounding."""
+
 
 class InputCovarianceError(NpeffError, ValueError):
     """A covariance of the inputs that cannot be used. The message contains the fix."""
@@ -96,13 +99,16 @@ class InputNoise:
         return self.spread * values_BPF * used_BP1
 
 
-def isotropic(noise: InputNoise) -> InputNoise:
-    """Return noise with the same mean, spread and seed, and the mean variance of the covariance for every entry."""
-    variances = [factor.square().sum(1) for factor in noise.factors.values()]
-    if "deviations" in noise.factors:
-        variances = [noise.factors["deviations"].square().flatten()]
-    mean = torch.stack([values.mean() for values in variances]).prod()
-    return replace(noise, factors={"deviations": mean.sqrt().view(1, 1)})
+def independent(noise: InputNoise) -> InputNoise:
+    """Return noise with the same mean, variances, spread and seed, and without covariances."""
+    factors = {name: factor.square().sum(1) for name, factor in noise.factors.items()}
+    if "deviations" in factors:
+        return noise
+    if "joint" in factors:
+        variances_PF = factors["joint"].view_as(noise.mean_PF)
+    else:
+        variances_PF = factors["positions"][:, None] * factors["features"]
+    return replace(noise, factors={"deviations": variances_PF.sqrt()})
 
 
 def factor_covariance(moments: Moments, kind: CovarianceKind, ridge: float) -> dict[str, Tensor]:
@@ -113,11 +119,12 @@ def factor_covariance(moments: Moments, kind: CovarianceKind, ridge: float) -> d
         kind: The kind of covariance. ``kronecker`` is Σ = A ⊗ B / tr, with the second moments A of the positions and B
             of the features; it has the trace of the full covariance, and is exact if the covariance is a Kronecker
             product.
-        ridge: Fraction of the mean variance that is added to the diagonal, for every Cholesky factor.
+        ridge: Fraction of each variance that is added to it, for every Cholesky factor. The result does not depend on
+            the units of the inputs.
 
     Returns:
         ``full``: joint (D, D). ``kronecker``: positions (P, P) and features (F, F). ``diagonal``: deviations (P, F).
-        ``isotropic``: deviations (1, 1).
+        ``isotropic``: deviations (1, 1). The rows of constant inputs are zero.
 
     Raises:
         InputCovarianceError: There are fewer than two samples, all inputs are constant, or the covariance is not
@@ -139,22 +146,30 @@ def factor_covariance(moments: Moments, kind: CovarianceKind, ridge: float) -> d
             positions_PP, features_FF = products["positions"], products["features"]
             return {"positions": _cholesky(positions_PP, ridge), "features": _cholesky(features_FF / trace, ridge)}
         case "diagonal":
-            variances_PF = products["squares"]
-            return {"deviations": (variances_PF + ridge * variances_PF.mean()).sqrt()}
+            return {"deviations": ((1 + ridge) * products["squares"]).sqrt()}
         case "isotropic":
             return {"deviations": products["squares"].mean().sqrt().view(1, 1)}
 
 
 def _cholesky(covariance: Tensor, ridge: float) -> Tensor:
-    mean_variance = covariance.diagonal().mean()
-    eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    """Return the Cholesky factor of a covariance with a ridge, by way of the correlations."""
+    deviations = covariance.diagonal().sqrt()
+    inverse = torch.where(deviations > 0, 1 / deviations, 0.0)
+    correlations = inverse[:, None] * covariance * inverse
+    correlations.diagonal().fill_(1 + ridge)  # and those of constant inputs, which the deviations take out again
     factor: Tensor
-    factor, failed = torch.linalg.cholesky_ex(covariance + ridge * mean_variance * eye)
-    if int(failed):
+    factor, failed = torch.linalg.cholesky_ex(correlations)
+    if int(failed) or float(factor.diagonal().min()) < _SINGULAR:  # a singular matrix may pass by rounding
         raise InputCovarianceError(
             f"the covariance of the inputs is singular with inputs.ridge: {ridge:g}: raise inputs.ridge, such as 1e-4"
         )
-    return factor
+    return deviations[:, None] * factor
+
+
+def _precision(factor: Tensor) -> Tensor:
+    """Return the inverse of the covariance of a factor: the identity for constant inputs."""
+    constant = (factor.diagonal() == 0).to(factor)
+    return torch.cholesky_inverse(factor + constant.diag())
 
 
 def _root_of(factors: Mapping[str, Tensor]) -> _Root:
@@ -182,10 +197,11 @@ class _Joint:
         if self._of_one_position(values_BPF):
             return self.times(self.transposed_times(values_BPF))  # positions are independent
         n_positions = values_BPF.shape[1]
-        inverse = torch.cholesky_inverse(self.factor).view(n_positions, n_features, n_positions, n_features)
+        inverse = _precision(self.factor).view(n_positions, n_features, n_positions, n_features)
         blocks_PFF = inverse.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         solved_PFB: Tensor = torch.linalg.solve(blocks_PFF, values_BPF.permute(1, 2, 0))
-        return solved_PFB.permute(2, 0, 1)
+        varying_PF = (self.factor.diagonal() > 0).view(n_positions, n_features)
+        return solved_PFB.permute(2, 0, 1) * varying_PF
 
     def _rows(self, values_BPF: Tensor, matrix: Tensor) -> Tensor:
         if self._of_one_position(values_BPF):
@@ -210,8 +226,9 @@ class _Separate:
         return self.positions.T @ values_BPF @ self.features
 
     def conditional_times(self, values_BPF: Tensor) -> Tensor:
-        precisions_P: Tensor = torch.cholesky_inverse(self.positions).diagonal()
-        return values_BPF @ self.features @ self.features.T / precisions_P[:, None]
+        precisions_P: Tensor = _precision(self.positions).diagonal()
+        varying_P = self.positions.diagonal() > 0
+        return values_BPF @ self.features @ self.features.T * (varying_P / precisions_P)[:, None]
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,8 @@ class GivenTheRest(Replacement):
 
 def _expected(covariance_xx: Tensor, known_Bx: Tensor, values_Bxy: Tensor) -> Tensor:
     """Return the conditional expectations (B, x, y) of all entries given the known ones. Unknown values are 0."""
+    known_Bx = known_Bx & (covariance_xx.diagonal() > 0)  # a constant entry tells nothing
+    values_Bxy = values_Bxy * known_Bx[..., None]
     both_Bxx = known_Bx[:, :, None] & known_Bx[:, None]
     identity_xx = torch.eye(len(covariance_xx), dtype=covariance_xx.dtype, device=covariance_xx.device)
     known_Bxx = torch.where(both_Bxx, covariance_xx, identity_xx)

@@ -47,15 +47,15 @@ def problem_of_inputs(inputs: Inputs, n_examples: int | None) -> str | None:
     return _problem_of_names(inputs, n_positions) or _problem_of_groups(inputs, (len(values), n_positions))
 
 
-def problem_of_logits(found: Tensor, expected: Tensor) -> str | None:
+def problem_of_logits(values: Tensor, found: Tensor, expected: Tensor) -> str | None:
     """Return what is wrong with the logits at the values of a batch; None if they are those of the task, up to
-    rounding.
+    rounding, and a differentiable function of the values.
 
     Logits that are not finite are not compared: the tokens that a model excludes have the logit -inf.
     """
     if found.shape != expected.shape:
         return f"have the shape {tuple(found.shape)}, not {tuple(expected.shape)} as those of logits()"
-    if not found.requires_grad:
+    if not found.requires_grad or torch.autograd.grad(found.sum(), values, allow_unused=True)[0] is None:
         return (
             "do not depend on the values by differentiable operations: compute them from the values, without detach()"
         )

@@ -197,7 +197,8 @@ class LoadedModel:
             return found
 
         values = batch_in_single_precision(inputs.values.detach())
-        masks = {name: getattr(inputs, name) for name in ("mask", "present", "group_of")}
+        mask = inputs.present if inputs.mask is None else inputs.mask  # padding is no input
+        masks = {"mask": mask, "present": inputs.present, "group_of": inputs.group_of}
         return replace(inputs, values=values, logits=logits, **to_device(masks, values.device))
 
     def flat_inputs(self, batch: Any, n_examples: int | None = None) -> FlatInputs:
@@ -216,8 +217,9 @@ class LoadedModel:
         with torch.no_grad():
             expected = self.logits(self.single_precision_model, batch_in_single_precision(batch))
         with torch.enable_grad():
-            found = inputs.logits(inputs.values.clone().requires_grad_())
-        if problem := problem_of_logits(found, expected):
+            values = inputs.values.clone().requires_grad_()
+            problem = problem_of_logits(values, inputs.logits(values), expected)
+        if problem:
             raise TaskError(f"task {self.spec.task!r}: the logits of inputs() {problem}")
         tokens = self.input_tokens(indices) if inputs.exchangeable else None
         if tokens is None:

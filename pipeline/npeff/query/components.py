@@ -455,19 +455,19 @@ class ComponentStore:
                 component (`npeff.query.input_information.mean_shares`).
 
         Returns:
-            The table `inputs` by default. Otherwise the shares, largest first.
+            The table `inputs` by default, with the columns `id` and `class_name`. Otherwise the shares, largest first.
 
         Raises:
             QueryError: The stage has not explained the examples, or both arguments are given.
         """
-        from npeff.query.input_information import mean_shares, shares_of_example
+        from npeff.query.input_information import explained_examples, mean_shares, shares_of_example
 
         if example is not None and component is not None:
             raise QueryError("give an example or a component, not both")
         if example is not None:
             return shares_of_example(self.tables, self.example_number(example))
         if component is None:
-            return self.tables.read("inputs")
+            return explained_examples(self.tables)
         self._check_component(component)
         top = self.tables.read("top_examples", ["example"], pc.field("component") == component)
         return mean_shares(self.tables, top["example"].unique().to_pylist())

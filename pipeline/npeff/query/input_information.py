@@ -13,6 +13,16 @@ from npeff.query.tables import RunTables
 _LARGEST_FIRST = [("share", "descending"), ("position", "ascending")]
 
 
+def explained_examples(tables: RunTables) -> pa.Table:
+    """Return the table `inputs` with the ids of the examples and the names of the classes."""
+    found, ids = tables.read("inputs"), tables.read("examples", ["id"])["id"]
+    classes = tables.read("classes")
+    names = dict(zip(classes["class"].to_pylist(), classes["name"].to_pylist(), strict=True))
+    named = pa.array([names.get(number) for number in found["class"].to_pylist()], pa.string())
+    found = found.add_column(1, "id", ids.take(found["example"]))
+    return found.add_column(found.column_names.index("class") + 1, "class_name", named)
+
+
 def shares_of_example(tables: RunTables, example: int) -> pa.Table:
     """Return the rows of an example in the table `input_shares`, largest share first.
 
@@ -42,13 +52,13 @@ def mean_shares(tables: RunTables, examples: Sequence[int]) -> pa.Table:
         examples: The numbers of the examples.
 
     Returns:
-        Columns: position (the smallest of the group), token, n_examples (with this position), share (the mean over
-        these examples), information (in nats, likewise).
+        Columns: position (the smallest number), token, group (the first in alphabetic order), n_examples (with this
+        position), share (the mean over these examples), information (in nats, likewise).
 
     Raises:
         QueryError: The stage `inputs` explained none of the examples.
     """
-    columns = ["example", "position", "token", "share", "information"]
+    columns = ["example", "position", "token", "group", "share", "information"]
     rows = tables.read("input_shares", columns, pc.field("example").isin(list(examples)))
     if not len(rows):
         raise QueryError(
@@ -58,15 +68,21 @@ def mean_shares(tables: RunTables, examples: Sequence[int]) -> pa.Table:
     named = rows["token"].null_count < len(rows)
     by = "token" if named else "position"
     keys = ["example", by]
-    sums = rows.group_by(keys).aggregate([("share", "sum"), ("information", "sum"), ("position", "min")])
+    sums = rows.group_by(keys).aggregate(
+        [("share", "sum"), ("information", "sum"), ("position", "min"), ("group", "min")]
+    )
     means = sums.group_by(by).aggregate(
-        [("share_sum", "mean"), ("information_sum", "mean"), ("position_min", "min"), ("example", "count")]
+        [
+            *(("share_sum", "mean"), ("information_sum", "mean"), ("position_min", "min"), ("group_min", "min")),
+            ("example", "count"),
+        ]
     )
     nothing = pa.nulls(len(means), pa.string())
     return pa.table(
         {
             "position": means["position_min_min"],
             "token": means["token"] if named else nothing,
+            "group": means["group_min_min"],
             "n_examples": means["example_count"],
             "share": means["share_sum_mean"],
             "information": means["information_sum_mean"],

@@ -179,6 +179,7 @@ class RunConfig(Section):
     @classmethod
     def _validated(cls, document: dict[str, Any], path: Path) -> RunConfig:
         """Return the configuration of a document that was read from ``path``. Raises ConfigError."""
+        document |= {name: {} for name in OPTIONAL_SECTIONS if name in document and document[name] is None}
         try:
             return cls.model_validate(with_settings_resolved(document, cls))
         except variables.VariableError as error:
@@ -189,6 +190,7 @@ class RunConfig(Section):
     def to_yaml(self, sections: Collection[str] | None = None) -> str:
         """Return the configuration, or some of its sections, as the text of a run file with all defaults."""
         document = self.model_dump(mode="json", include=None if sections is None else set(sections))
+        document = {name: value for name, value in document.items() if value is not None}  # sections that are not given
         return yaml_text.write(document)
 
     def resolved(self, key: str) -> Any:

@@ -155,7 +155,7 @@ def settle(run: RunDirectory) -> None:
 
 def _is_changed(run: RunDirectory) -> bool:
     stored, config = stored_config(run.path, run.name), run.config
-    sections = ("factorization", *OPTIONAL_SECTIONS)
+    sections = ("factorization", "report", *OPTIONAL_SECTIONS)
     changed = any(getattr(stored, section) != getattr(config, section) for section in sections)
     return changed or bool(config.differences(stored))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from npeff.input_fisher.faithfulness import FaithfulnessTest, faithfulness
 from npeff.input_fisher.flat_inputs import FlatInputs
-from npeff.input_fisher.noise import InputNoise, isotropic
+from npeff.input_fisher.noise import InputNoise, independent
 from npeff.input_fisher.opponents import OPPONENTS, Explained
 from npeff.input_fisher.predictions import probabilities
 from npeff.input_fisher.replacements import GivenTheRest, MeanInput, OtherExamples
@@ -41,14 +41,15 @@ def score_rows(
         inputs: The inputs of the batch.
         examples: The numbers of its examples.
         information_BP: The functional Fisher information at each position.
-        noise: The noise of the information. The published attributions use isotropic noise of the same variance.
+        noise: The noise of the information. The published attributions use independent noise of the same
+            variances.
         others: Examples whose inputs replace those of the batch.
         samples: Number of draws of noise of each example, for all methods.
         steps: Number of steps of the curves.
     """
     with torch.no_grad():
         classes_B = probabilities(inputs, inputs.values_BPF).argmax(1)
-    explained = Explained(examples, classes_B, isotropic(noise), samples=samples, steps=samples, seed=noise.seed)
+    explained = Explained(examples, classes_B, independent(noise), samples=samples, steps=samples, seed=noise.seed)
     attributions = {OURS: information_BP}
     attributions |= {name: opponent.attribution(inputs, explained) for name, opponent in OPPONENTS.items()}
     replacements = {"mean": MeanInput(noise.mean_PF), "resample": others, _GIVEN_THE_REST: GivenTheRest(noise)}

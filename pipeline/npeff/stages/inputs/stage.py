@@ -53,10 +53,12 @@ def inputs(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
     with open_stage(run, INPUTS) as stage:
         options = run.config.inputs_or_default
         chosen = ChosenExamples.of(run, options)
-        request = json_checksum({"examples": chosen.explained, "tested": chosen.tested})
+        facts_of_request = {"examples": chosen.explained, "tested": chosen.tested, "lineage": stage.lineage}
+        request = json_checksum(facts_of_request | {"settings": INPUTS.settings(run.config), "seed": run.config.seed})
         if stage.done and stage.done["request"] == request:
             return stage.done
         progress, results = progress or SilentProgress(), run.partial_results("inputs")
+        run.reopen("inputs")
         forget_other_requests(results, request)
         stage.discard_foreign_units(progress)
         explained, worker = chosen.explained, _worker(run, stage, options, chosen)
@@ -81,6 +83,9 @@ def inputs(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
             progress.say(
                 f"{n_invalid} of {len(explained)} examples have non-finite logits or gradients and are left out"
             )
+        with_shares = pc.count_distinct(tables["input_shares"]["example"]).as_py()
+        if n_without := len(found) - with_shares:
+            progress.say(f"{n_without} of {len(explained)} examples have no positions that are inputs")
         summary = {
             "request": request,
             "n_examples": len(explained),

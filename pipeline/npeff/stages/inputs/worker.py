@@ -114,7 +114,10 @@ class InputWorker:
         for group, members in self._groups(examples).items():
             for chosen in self._loaded.batches(members, self._batch_size):
                 flat = self._loaded.flat_inputs(self._loaded.batch(chosen), len(chosen))
-                finite_B = (flat.values_BPF.isfinite().all(2) | ~flat.used_BP).all(1)
+                finite_BP = flat.values_BPF.isfinite().all(2)
+                if flat.exchangeable:
+                    finite_BP |= ~flat.used_BP  # the moments are those of the used positions
+                finite_B = finite_BP.all(1)
                 n_left_out += int((~finite_B).sum())
                 kept = FlatInputs(flat.values_BPF[finite_B], flat.logits, flat.used_BP[finite_B], flat.exchangeable)
                 parts.setdefault(group, []).append(Moments.of(kept, self._options.covariance))
