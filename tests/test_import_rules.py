@@ -26,6 +26,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "sketches": (TENSORS, {"gradients", "options"}),
     "fisher": (TENSORS, {"gradients", "sketches"}),
     "input_fisher": (TENSORS, {"errors", "gradients", "fisher"}),
+    "training": ({"torch", "safetensors"}, {"errors", "gradients", "fisher", "input_fisher"}),
     "factorization": (TENSORS | {"scipy", "sklearn"}, {"errors", "options"}),
     "directions": (TENSORS, {"gradients", "fisher"}),
     "verification": (TENSORS | {"scipy"}, {"directions", "statistics"}),
@@ -124,6 +125,16 @@ def test_only_one_folder_imports_ray_and_only_where_ray_was_chosen() -> None:
 @pytest.mark.process
 def test_importing_the_package_is_cheap() -> None:
     script = "import sys, npeff; print([name for name in ('torch', 'ray', 'zarr') if name in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert shown.stdout.strip() == "[]"
+
+
+@pytest.mark.process
+def test_training_needs_no_run() -> None:
+    script = (
+        "import sys, npeff.training; wanted = ('ray', 'zarr', 'dask', 'transformers', 'pydantic', 'npeff.runs');"
+        "print([name for name in wanted if name in sys.modules])"
+    )
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert shown.stdout.strip() == "[]"
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from npeff.gradients.errors import UnsupportedModelError
 
@@ -121,10 +121,14 @@ def left_out(model: nn.Module, layout: ParameterLayout, exclude: Sequence[str] =
 
 def model_fingerprint(model: nn.Module, layout: ParameterLayout) -> str:
     """Compute the SHA-256 hash of the names, shapes, dtypes and bytes of the selected parameters."""
-    parameters = dict(model.named_parameters())
+    return fingerprint_of(dict(model.named_parameters()), layout.names)
+
+
+def fingerprint_of(tensors: Mapping[str, Tensor], names: Iterable[str]) -> str:
+    """Compute the fingerprint of a model from its parameters by name, in the order of `names`."""
     digest = hashlib.sha256()
-    for name in layout.names:
-        value = parameters[name].detach()
+    for name in names:
+        value = tensors[name].detach()
         digest.update(f"{name}|{tuple(value.shape)}|{value.dtype}|".encode())
         digest.update(value.reshape(-1).contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
