@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from npeff.stages.attribute.stage import attribute as attribute
     from npeff.stages.check.stage import check as check
     from npeff.stages.compare import compare as compare
+    from npeff.stages.ewc import ewc as ewc
     from npeff.stages.factorize.stage import factorize as factorize
     from npeff.stages.fishers.stage import compute_fishers as compute_fishers
     from npeff.stages.inputs.stage import inputs as inputs
@@ -51,6 +52,7 @@ _MODULES = {
     "check": "npeff.stages.check.stage",
     "compare": "npeff.stages.compare",
     "compare_factorizations": "npeff.query.factorizations",
+    "ewc": "npeff.stages.ewc",
     "migrate": "npeff.runs.migration",
     "remove_factorization": "npeff.runs.removal",
     "report": "npeff.stages.pipeline",
