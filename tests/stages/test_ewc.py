@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import npeff
 import pytest
 import torch
 from npeff.errors import NpeffError
-from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory
 from safetensors.torch import load_file
+from training.runs import prepared
 from training.tiny_task import TinyTask
-
-
-def prepared(path: Path, seed: int = 0, **fishers: Any) -> RunDirectory:
-    document = {
-        "run_dir": str(path),
-        "task": {"name": "training.tiny_task:TinyTask", "options": {"seed": seed}},
-        "fishers": {"sketch": {"kind": "identity"}, "diagonal": {"mean": True}, **fishers},
-        "factorization": {"n_components": 2},
-        "executor": {"kind": "serial"},
-    }
-    run = RunDirectory.create(RunConfig.model_validate(document))
-    npeff.compute_fishers(run)
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ def by_definition(
     lr: float = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    epsilon: str = "fixed",
+    epsilon: str = "rms",
     clip: float | None = 1.0,
     power: float = 0.5,
     weight_decay: float = 0.1,
@@ -77,7 +77,8 @@ def by_definition(
     "options",
     [
         {},
-        {"epsilon": "rms", "eps": 0.5},
+        {"eps": 0.5},
+        {"epsilon": "fixed", "eps": 0.5},
         {"clip": 0.3, "weight_decay": 0.02, "betas": (0.8, 0.95)},
         {"clip": None, "weight_decay": 0.0},
         {"power": 0.7, "eps": 1e-4},

@@ -11,11 +11,11 @@ momentum is that of preconditioned gradients, it is clipped for each tensor, and
 as well. f is the square of the gradient of a *batch mean*. It is not the Fisher, and not the mean of squared gradients
 of examples (Kunstner et al. 2019).
 
-Sources. The last version of the paper was not at hand. Four public implementations were compared. They disagree on ε̂:
-ε max(1, RMS(g)) (lessw2020/FAdam_PyTorch), ε min(1, RMS(g)) (earlier forms of it and of pytorch_optimizer), and
-min(ε, 0.01 RMS(g))^(2p) (a later pytorch_optimizer). Here, `epsilon="fixed"` is ε^(2p), and `epsilon="rms"` is the last
-form, with ε^(2p) for a gradient of zeros. In these implementations, c also multiplies what was below the limit. Here it
-is a limit only. For c = 1 and p = 1/2 there is no difference.
+Sources. The last version of the paper was not at hand. Public implementations were compared, and they disagree on ε̂:
+ε max(1, RMS(g)) in lessw2020/FAdam_PyTorch, ε min(1, RMS(g)) in earlier forms of it and of pytorch_optimizer, and
+min(ε, 0.01 RMS(g))^(2p) in pytorch_optimizer 4.1.0. `epsilon="rms"` is the last of them, with ε^(2p) for a gradient of
+zeros, and `epsilon="fixed"` is ε^(2p). All but pytorch_optimizer 4.1.0 multiply by c what is below the limit, too. Here
+c is a limit only.
 
 An entry whose gradient has always been zero (a dead unit, an embedding that is not used) has f = 0 and w̄ = θ / ε̂, which
 is very large. The limit on RMS(w̄) then gives almost all of the decay of a tensor to such entries.
@@ -54,7 +54,7 @@ class FAdam(Optimizer):
         lr: Step size η.
         betas: β1 of the momentum and β2 of the Fisher.
         eps: ε.
-        epsilon: ``fixed`` for a constant ε̂, ``rms`` for one that is smaller for small gradients.
+        epsilon: ``rms`` for an ε̂ that is smaller for small gradients, ``fixed`` for a constant.
         clip: Limit c on the RMS of a tensor's natural gradient and decay. None for no limit.
         power: Exponent p of the Fisher.
         weight_decay: λ.
@@ -78,7 +78,7 @@ class FAdam(Optimizer):
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        epsilon: Literal["fixed", "rms"] = "fixed",
+        epsilon: Literal["fixed", "rms"] = "rms",
         clip: float | None = 1.0,
         power: float = 0.5,
         weight_decay: float = 0.1,
