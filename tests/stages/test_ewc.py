@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import npeff
@@ -9,6 +10,7 @@ import pytest
 import torch
 from npeff.errors import NpeffError
 from npeff.runs.directory import RunDirectory
+from npeff.store.array_files import read_arrays, write_arrays
 from safetensors.torch import load_file
 from training.runs import prepared
 from training.tiny_task import TinyTask
@@ -38,12 +40,14 @@ def test_the_model_of_another_fingerprint_is_refused(runs: list[RunDirectory], m
 
 
 def test_empirical_labels_and_runs_without_a_mean_are_refused(tmp_path: Path, runs: list[RunDirectory]) -> None:
-    empirical = prepared(tmp_path / "empirical", labels="empirical")
+    other = RunDirectory.open(shutil.copytree(runs[0].path, tmp_path / "run"))
+    arrays, metadata = read_arrays(other.diagonal_fisher)
+    write_arrays(other.diagonal_fisher, arrays, {**metadata, "labels": "empirical"})
     with pytest.raises(NpeffError, match="set allow_empirical=True"):
-        npeff.ewc([empirical], weight=1)
-    npeff.ewc([empirical], weight=1, allow_empirical=True)
-    without = prepared(tmp_path / "without", diagonal={"mean": False})
-    for given, message in (([without], "has no diagonal_fisher.safetensors"), (runs[0], r"give \[run\]")):
+        npeff.ewc([other], weight=1)
+    npeff.ewc([other], weight=1, allow_empirical=True)
+    other.diagonal_fisher.unlink()
+    for given, message in (([other], "has no diagonal_fisher.safetensors"), (runs[0], r"give \[run\]")):
         with pytest.raises(NpeffError, match=message) as caught:
             npeff.ewc(given, weight=1)  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)

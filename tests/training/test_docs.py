@@ -1,0 +1,91 @@
+"""docs/training.md: its code runs, and its options are those that there are."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from npeff.training import EWC, FAdam
+from torch import Tensor, nn
+from training.runs import prepared
+from training.tiny_task import TinyTask
+
+PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+SOURCES = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+
+
+def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = prepared(tmp_path / "runs" / "digits-diagonals")
+    task = TinyTask()
+    model = task.model(tmp_path)
+    batches = [(task.batch(range(6)), torch.arange(6) % 3)] * 3
+    names: dict[str, Any] = {"model": model, "batches": batches, "torch": torch, "fisher": {"weight": torch.ones(3, 4)}}
+    before = model(batches[0][0]).detach()
+    for source in SOURCES[:4]:
+        exec(source, names)
+    assert not torch.equal(model(batches[0][0]), before)
+    assert isinstance(names["optimizer"], FAdam)
+    assert names["penalty"].item() == 0
+    assert run.path == tmp_path / "runs" / "digits-diagonals"
+
+
+def test_the_table_has_every_option_with_its_default() -> None:
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)?) \| ([^|]*) \|", PAGE, re.MULTILINE)
+    said: dict[str, str] = {}
+    for names, defaults in rows:
+        options = re.findall(r"`(\w+)`", names)
+        said |= dict(zip(options, defaults.split(", ") if len(options) > 1 else [defaults], strict=True))
+    expected = {
+        name: option.default for name, option in inspect.signature(FAdam).parameters.items() if name != "params"
+    }
+    assert list(said) == list(expected)
+    for name, text in said.items():
+        value = expected[name]
+        shown = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        assert text.strip("`") == shown or float(text) == value, name
+
+
+class Regression(nn.Module):
+    """A model as the Trainer wants it: it takes names and returns its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 1, bias=False)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, inputs: Tensor, labels: Tensor, **more: Any) -> dict[str, Tensor]:
+        found = self.linear(inputs)[:, 0]
+        return {"loss": (found - labels).square().mean(), "logits": found}
+
+
+@pytest.mark.slow
+def test_the_trainer_of_the_page_adds_the_penalty_once(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    model = Regression()
+    examples = [{"inputs": torch.tensor([1.0, i]), "labels": torch.tensor(2.0 * i)} for i in range(8)]
+    fisher, anchor = torch.tensor([[3.0, 5.0]]), torch.tensor([[1.0, -1.0]])
+    ewc = EWC([{"linear.weight": fisher}], [{"linear.weight": anchor}], weight=2)
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=1, use_cpu=True,
+        report_to=[], disable_tqdm=True, max_grad_norm=0.0, save_strategy="no", logging_strategy="no",
+    )  # fmt: skip
+    names = {"model": model, "arguments": arguments, "examples": examples, "ewc": ewc, "FAdam": FAdam}
+    definition, _, training = SOURCES[4].partition("optimizer = ")
+    exec(definition, names)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)  # shows the gradient
+    trainer = names["EWCTrainer"](model, arguments, train_dataset=examples, ewc=ewc, optimizers=(optimizer, None))
+    expected = nn.Parameter(torch.zeros(1, 2))
+    inputs, labels = (torch.stack([example[key] for example in examples]) for key in ("inputs", "labels"))
+    loss = ((inputs @ expected.T)[:, 0] - labels).square().mean()
+    loss = loss + (fisher * (expected - anchor).square()).sum()
+    loss.backward()
+    trainer.train()
+    assert expected.grad is not None
+    torch.testing.assert_close(model.linear.weight.detach(), -0.25 * expected.grad)
+    exec("optimizer = " + training, names)
