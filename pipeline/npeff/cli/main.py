@@ -45,6 +45,7 @@ COMMANDS = (
 """Modules that add commands to `app`."""
 
 EXIT_USER_ERROR, EXIT_DEFECT = 2, 70
+_COLLECTIONS_PER_FULL_ONE = 100
 _RESUME = "finished work is kept: run the same command again to resume"
 _SYSTEM_ERRORS = {
     errno.ENOSPC: "the disk is full; finished work is kept: free some space and run the same command again to resume",
@@ -77,6 +78,8 @@ class _WithoutPandas(MetaPathFinder):
 def command() -> NoReturn:
     """Run the ``npeff`` command as a process: the entry point of the console script."""
     atexit.register(_leave_objects_uncollected)
+    # A full collection reads the objects of all modules. During the import of torch there would be four.
+    gc.set_threshold(*gc.get_threshold()[:2], _COLLECTIONS_PER_FULL_ONE)
     # Torch's threads sleep while they wait for each other. Spinning threads would take cores from other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if sys.argv[1:2] in (["query"], ["demo"]):
