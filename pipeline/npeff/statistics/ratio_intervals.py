@@ -15,6 +15,7 @@ Legend: n top examples, m distinct baseline examples, S draws.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,9 +107,7 @@ def confidence(own: Measured, controls: Sequence[Measured], seed: int) -> Confid
     """
     if math.isnan(own.ratio):
         return Confidence(math.nan, math.nan, False)
-    generator = np.random.default_rng(seed)
-    top_Sn = generator.integers(len(own.top_n), size=(DRAWS, len(own.top_n)))
-    baseline_Sm = generator.integers(len(own.baseline_m), size=(DRAWS, len(own.baseline_m)))
+    top_Sn, baseline_Sm = _draws(seed, len(own.top_n), len(own.baseline_m))
 
     def ratios(measured: Measured) -> NDArray[np.float64]:
         with np.errstate(invalid="ignore"):
@@ -153,9 +152,18 @@ def _mean(values: NDArray[np.float64], counts: NDArray[np.int64]) -> float:
     return float((np.where(counts > 0, values, 0.0) * counts).sum() / total) if total else math.nan
 
 
+@functools.lru_cache(maxsize=2)  # both signs of a direction have the same two baselines
+def _draws(seed: int, n_top: int, n_baseline: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Draw positions of top examples (S, n) and of baseline examples (S, m). Callers do not change them."""
+    generator = np.random.default_rng(seed)
+    top_Sn = generator.integers(n_top, size=(DRAWS, n_top))
+    return top_Sn, generator.integers(n_baseline, size=(DRAWS, n_baseline))
+
+
 def _means(values: NDArray[np.float64], counts: NDArray[np.int64], drawn: NDArray[np.int64]) -> NDArray[np.float64]:
     """Compute the mean of each draw, with the counts of the values; NaN if all counts of a draw are 0."""
-    totals = counts[drawn].sum(axis=1)
-    sums = (np.where(counts > 0, values, 0.0) * counts)[drawn].sum(axis=1)
+    counted_once = bool((counts == 1).all())
+    totals = np.full(len(drawn), drawn.shape[1]) if counted_once else counts.take(drawn).sum(axis=1)
+    sums = (np.where(counts > 0, values, 0.0) * counts).take(drawn).sum(axis=1)  # faster than an index
     result: NDArray[np.float64] = np.divide(sums, totals, out=np.full(len(drawn), np.nan), where=totals > 0)
     return result
