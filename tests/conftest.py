@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import signal
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 started_processes.install()
+atexit.register(gc.unfreeze)  # see pytest_collection; DuckDB reports objects that are not collected at the exit
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,23 +50,35 @@ class SyntheticRun:
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> SyntheticRun:
-    """A complete run: 360 examples, two of them invalid, 12 components, the last one dead. Read only."""
-    return write_run(tmp_path_factory.mktemp("runs") / "digits")
+def written_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., SyntheticRun]:
+    """Writes a run once for each combination of options. Read only."""
+
+    @functools.cache
+    def written(**options: Any) -> SyntheticRun:
+        return write_run(tmp_path_factory.mktemp("runs") / "digits", **options)
+
+    return written
 
 
 @pytest.fixture(scope="session")
-def informed_run(tmp_path_factory: pytest.TempPathFactory) -> SyntheticRun:
+def run(written_run: Callable[..., SyntheticRun]) -> SyntheticRun:
+    """A complete run: 360 examples, two of them invalid, 12 components, the last one dead. Read only."""
+    return written_run()
+
+
+@pytest.fixture(scope="session")
+def informed_run(written_run: Callable[..., SyntheticRun]) -> SyntheticRun:
     """A run of three components with shares of positions and of inputs. Read only."""
-    return write_run(tmp_path_factory.mktemp("runs") / "informed", n_components=3, shares=True, inputs=True)
+    return written_run(n_components=3, shares=True, inputs=True)
 
 
 @pytest.fixture
-def make_run(tmp_path: Path) -> Callable[..., SyntheticRun]:
-    """Writes a run of a test's own under its temporary folder."""
+def make_run(written_run: Callable[..., SyntheticRun], tmp_path: Path) -> Callable[..., SyntheticRun]:
+    """Copies a run to the temporary folder of a test, which may change it."""
 
     def make(**options: Any) -> SyntheticRun:
-        return write_run(tmp_path / "digits", **options)
+        original = written_run(**options)
+        return replace(original, path=Path(shutil.copytree(original.path, tmp_path / "digits")))
 
     return make
 

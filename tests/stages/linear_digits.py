@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from npeff.tasks import Examples, Task
@@ -16,15 +18,21 @@ from torch import Tensor, nn
 N, K = 600, 8
 
 
+@functools.cache
+def _fitted() -> tuple[np.ndarray, np.ndarray, LogisticRegression]:
+    images, labels = load_digits(return_X_y=True)
+    fitted = LogisticRegression(C=0.1, max_iter=300).fit(images[N:] / 16, labels[N:])
+    return images[:N] / 16, labels[:N], fitted
+
+
 class LinearDigits(Task, Examples):
     """The examples are images that the regression was not fitted on."""
 
     class_names = tuple("0123456789")
 
     def __init__(self) -> None:
-        images, labels = load_digits(return_X_y=True)
-        self._pixels, self._labels = torch.from_numpy(images[:N] / 16).float(), labels[:N]
-        self._fitted = LogisticRegression(C=0.1, max_iter=300).fit(images[N:] / 16, labels[N:])
+        pixels, self._labels, self._fitted = _fitted()
+        self._pixels = torch.from_numpy(pixels).float()
 
     def model(self, cache: Path) -> nn.Module:
         model = nn.Linear(64, 10)

@@ -76,6 +76,17 @@ def words_N() -> list[list[str]]:
     return [[START, *first, TURN, *second] for first, second in SEQUENCES]
 
 
+@pytest.fixture(scope="module")
+def tokens_NT(words_N: list[list[str]]) -> Tensor:
+    return tokens_of(words_N)
+
+
+@pytest.fixture(scope="module")
+def before_NC(tokens_NT: Tensor) -> Tensor:
+    """The logits of the unchanged model."""
+    return logits_of(compile_rules(1.0)[0], tokens_NT)
+
+
 def test_a_rule_fires_where_the_reference_says(words_N: list[list[str]]) -> None:
     assert list(REFERENCE) == [rule.name for rule in RULES]
     expected = [[rule(*segments) for rule in REFERENCE.values()] for segments in SEQUENCES]
@@ -84,21 +95,19 @@ def test_a_rule_fires_where_the_reference_says(words_N: list[list[str]]) -> None
     assert ((often > 0.02) & (often < 0.6)).all(), "every rule is tried both ways"
 
 
-def test_the_model_computes_the_program(words_N: list[list[str]]) -> None:
-    model, _ = compile_rules(1.0)
+def test_the_model_computes_the_program(words_N: list[list[str]], before_NC: Tensor) -> None:
     expected_NC = torch.tensor([program_logits(words) for words in words_N])
-    logits_NC = logits_of(model, tokens_of(words_N))
-    torch.testing.assert_close(logits_NC, expected_NC, atol=1e-5, rtol=1e-5)
-    assert (logits_NC.argmax(1) == expected_NC.argmax(1)).all()
+    torch.testing.assert_close(before_NC, expected_NC, atol=1e-5, rtol=1e-5)
+    assert (before_NC.argmax(1) == expected_NC.argmax(1)).all()
 
 
 def test_a_units_activation_is_its_rules_score_and_exactly_zero_where_it_does_not_fire(
-    words_N: list[list[str]],
+    words_N: list[list[str]], tokens_NT: Tensor
 ) -> None:
     model, _ = compile_rules(1.0)
     read: list[Tensor] = []
     model.readout.register_forward_hook(lambda module, inputs, output: read.append(output))
-    logits_of(model, tokens_of(words_N))
+    logits_of(model, tokens_NT)
     fires = torch.tensor([fired(words) for words in words_N])
     units_NR = read[0].relu()
     assert torch.equal(units_NR > 0, fires)
@@ -118,19 +127,20 @@ def test_every_weight_but_the_heads_bias_is_one_rules() -> None:
 
 
 @pytest.mark.parametrize("off", REFERENCE)
-def test_without_its_weights_a_rule_is_off_and_the_others_are_as_they_were(off: str, words_N: list[list[str]]) -> None:
+def test_without_its_weights_a_rule_is_off_and_the_others_are_as_they_were(
+    off: str, words_N: list[list[str]], tokens_NT: Tensor, before_NC: Tensor
+) -> None:
     model, masks = compile_rules(1.0)
-    tokens_NT = tokens_of(words_N)
-    before_NC = logits_of(model, tokens_NT)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter[masks[off][name]] = 0
     after_NC = logits_of(model, tokens_NT)
     (rule,) = (rule for rule in RULES if rule.name == off)
     expected_NC = before_NC.clone()
-    expected_NC[:, rule.pushes] -= torch.tensor([rule.push * max(rule.score(words), 0) for words in words_N])
+    scores_N = torch.tensor([rule.score(words) for words in words_N])
+    expected_NC[:, rule.pushes] -= rule.push * scores_N.clamp_min(0)
     torch.testing.assert_close(after_NC, expected_NC, atol=1e-5, rtol=1e-5)
-    fires_N = torch.tensor([rule.score(words) > 0 for words in words_N])
+    fires_N = scores_N > 0
     torch.testing.assert_close(after_NC[~fires_N], before_NC[~fires_N], atol=1e-6, rtol=0)
 
 
