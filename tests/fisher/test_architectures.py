@@ -6,6 +6,7 @@ Everything is in float64 (`InFloat64`) unless a test says otherwise, and all par
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -173,6 +174,12 @@ def compute(
     return fishers_of(family, model)(inputs, list(indices), targets)
 
 
+@functools.cache
+def plain_fishers(family: str) -> FisherBatch:
+    """The Fishers of all examples, padded on the right to the longest, by the model as `build` makes it."""
+    return compute(family, build(family))
+
+
 def plain_rows(model: nn.Module, layout: ParameterLayout, family: str, index: int) -> Tensor:
     """Rows A (n, P) with F = AᵀA of one example by itself, without padding, from plain autograd.
 
@@ -232,7 +239,7 @@ def check_same(value: FisherBatch, expected: FisherBatch, tolerance: float = ROU
 def test_fishers_equal_those_of_plain_autograd(family: str) -> None:
     model = build(family)
     layout = select_parameters(model)
-    result = compute(family, model)
+    result = plain_fishers(family)
     assert result.valid_B.all()
     expected = [plain_rows(model, layout, family, index) for index in range(N_EXAMPLES)]
     check_factors(result.factors_BRD, expected, layout, ROUNDING)
@@ -251,9 +258,7 @@ def test_the_check_of_coverage_passes(family: str) -> None:
 
 @pytest.mark.parametrize("family", few(ALL))
 def test_batch_composition_changes_nothing(family: str) -> None:
-    model = build(family)
-    whole = compute(family, model)
-    fishers = fishers_of(family, model)
+    whole, fishers = plain_fishers(family), fishers_of(family, build(family))
     for indices in ([4], [7, 0, 5], [2], range(N_EXAMPLES), [1]):
         inputs, targets = batch_of(family, indices)
         result = fishers(inputs, list(indices), targets)
@@ -262,38 +267,33 @@ def test_batch_composition_changes_nothing(family: str) -> None:
 
 @pytest.mark.parametrize("family", few([name for name in ALL if name not in IMAGES]))
 def test_padding_on_the_right_changes_nothing(family: str) -> None:
-    model = build(family)
-    check_same(compute(family, model, extra=4), compute(family, model))
+    check_same(compute(family, build(family), extra=4), plain_fishers(family))
 
 
 # the others classify what stands at the first position, or (T5) read it first without a mask
 @pytest.mark.parametrize("family", ["gpt2", "llama", *LANGUAGE_MODELS])
 def test_padding_on_the_left_changes_nothing(family: str) -> None:
     model = build(family)
-    plain = compute(family, model)
     for extra in (0, 4):
-        check_same(compute(family, model, side="left", extra=extra), plain)
+        check_same(compute(family, model, side="left", extra=extra), plain_fishers(family))
 
 
 @pytest.mark.parametrize("family", few([name for name in ALL if name != "resnet"]))
 def test_the_implementation_of_attention_changes_nothing(family: str) -> None:
     model = build(family)
-    results = []
-    for implementation in ("sdpa", "eager"):
-        model.set_attn_implementation(implementation)  # type: ignore[operator]
-        assert model.config._attn_implementation == implementation  # type: ignore[union-attr]
-        results.append(compute(family, model))
-    check_same(results[1], results[0])
+    assert model.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    assert model.config._attn_implementation == "eager"  # type: ignore[union-attr]
+    check_same(compute(family, model), plain_fishers(family))
 
 
 @pytest.mark.filterwarnings(RENAMED)
 @pytest.mark.parametrize("family", few([name for name in ALL if name != "resnet"]))
 def test_gradient_checkpointing_changes_nothing(family: str) -> None:
     model = build(family)
-    plain = compute(family, model)
     model.gradient_checkpointing_enable()  # type: ignore[operator]
     model.train()
-    check_same(compute(family, model), plain)
+    check_same(compute(family, model), plain_fishers(family))
     assert model.training
 
 
