@@ -26,7 +26,8 @@ def error_classes() -> list[type[Exception]]:
     """All that the package defines."""
     found = []
     for path in SOURCES:
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        source = path.read_text(encoding="utf-8")
+        for node in ast.parse(source).body if "Error(" in source else ():
             if isinstance(node, ast.ClassDef) and node.name.endswith("Error"):
                 module = ".".join(("npeff", *path.relative_to(PACKAGE).with_suffix("").parts))
                 found.append(getattr(importlib.import_module(module), node.name))
