@@ -117,7 +117,12 @@ class ComponentStore:
     @cached_property
     def coefficients(self) -> da.Array:
         """The coefficients W (N, K), non-negative, with NaN rows for invalid examples."""
-        return _as_dask(self._factorization.coefficients)
+        return _as_dask(self.stored_coefficients)
+
+    @property
+    def stored_coefficients(self) -> zarr.Array[Any]:
+        """The stored array of `coefficients`. A slice of it is read at once, as a numpy array."""
+        return self._factorization.coefficients
 
     @cached_property
     def evidence(self) -> da.Array:

@@ -153,7 +153,7 @@ class CardWriter:
         self._metadata = store.metadata_columns()
         self._top = _grouped(store.table("top_examples").sort_by([("split", "ascending"), ("rank", "ascending")]))
         members = {component: [row["example"] for row in rows] for component, rows in self._top.items()}
-        self._contrast = contrast_examples(store.coefficients, members, self._classes(), CONTRAST_SHOWN)
+        self._contrast = contrast_examples(store.stored_coefficients, members, self._classes(), CONTRAST_SHOWN)
         self._common = in_common(store.tables, self._metadata, members)
         self._examples = self._read_examples()
         self.album = Album({example: row.get("image") for example, row in self._examples.items()})
