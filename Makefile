@@ -14,7 +14,7 @@ check test test-slow test-numerics test-oldest benchmarks: export OMP_NUM_THREAD
 # The tests write thousands of files durably. In memory, none of them waits for a disk. See tmp_path in pytest's manual.
 MEMORY := $(shell df --output=avail /dev/shm 2>/dev/null | awk 'NR == 2 && $$1 > 4194304 { print "/dev/shm" }')
 ifneq ($(MEMORY),)
-check test test-slow test-numerics test-oldest tests tests-of-rooms: export PYTEST_DEBUG_TEMPROOT ?= $(MEMORY)
+check test test-numerics test-oldest tests tests-of-rooms: export PYTEST_DEBUG_TEMPROOT ?= $(MEMORY)
 endif
 # Otherwise, every process of a test would compile all modules that it imports, which takes seconds.
 unexport PYTHONDONTWRITEBYTECODE
