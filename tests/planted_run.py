@@ -56,7 +56,7 @@ def run_with_fishers(
         n_classes=rank + 1,
         shard_size=shard_size,
         store_dtype=run.config.fishers.store_dtype,
-        attrs={"model_fingerprint": "none"},
+        attrs={"model_fingerprint": "none", "labels": {"kind": "exact"}},
     )
     records = ShardRecords(run.shard_records, SIGNATURE)
     for shard, (start, stop) in enumerate(store.plan):
@@ -66,6 +66,7 @@ def run_with_fishers(
     write_example_tables(run, pa.table({"id": ids}), [f"class {c}" for c in range(rank + 1)])
     write_parameter_table(run, {"weight": (dim,)}, {})
     summary = {"n_examples": n_examples, "n_invalid": 0, "n_classes": rank + 1, "rank": rank, "sketch_dim": dim}
+    summary["n_parameters"] = dim
     run.complete("fishers", {**summary, "n_shards": store.plan.n_shards, "signature": SIGNATURE})
     return run
 

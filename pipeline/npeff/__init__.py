@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from npeff.stages.pipeline import run as run
     from npeff.stages.repair.stage import repair as repair
     from npeff.stages.select.stage import select as select
+    from npeff.stages.spectrum.stage import spectrum as spectrum
     from npeff.stages.transform.stage import transform as transform
     from npeff.stages.verify.stage import verify as verify
     from npeff.tasks import Examples as Examples

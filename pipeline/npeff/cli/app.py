@@ -8,8 +8,9 @@ import typer
 from typer.core import TyperGroup
 
 _ORDER = (
-    *("demo", "run", "fishers", "factorize", "lift", "verify", "attribute", "inputs", "report", "query"),
-    *("select", "repair", "transform", "scale", "estimate", "check", "status", "submit", "import", "export"),
+    *("demo", "run", "fishers", "spectrum", "factorize", "lift", "verify", "attribute", "inputs", "report"),
+    *("query", "select", "repair", "transform", "scale", "estimate", "check", "status", "submit", "import"),
+    "export",
 )
 """The commands in the order of the help text."""
 

@@ -216,6 +216,12 @@ def selection(context: typer.Context, output: Format = None, file: File = None) 
 
 
 @query_app.command()
+def spectrum(context: typer.Context, output: Format = None, file: File = None) -> None:
+    """Show the statistics of the spectrum of the mean Fisher, with 95% intervals."""
+    write_answer(_store(context).table("spectrum_statistics"), output, file)
+
+
+@query_app.command()
 def sql(
     context: typer.Context,
     query: Annotated[str, typer.Argument(help="One SELECT statement over the tables. SHOW TABLES lists the tables.")],

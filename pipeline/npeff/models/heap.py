@@ -21,3 +21,9 @@ def keep_freed_memory() -> bool:
     libc = ctypes.CDLL(None)
     # setting one threshold disables the automatic adjustment of the other, so set both or none
     return bool(libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_ON_HEAP) and libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def return_freed_memory() -> None:
+    """Return the freed memory on the heap to the system (with glibc only), which otherwise keeps up to 64 MiB."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

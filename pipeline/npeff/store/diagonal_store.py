@@ -177,6 +177,21 @@ class DiagonalSums:
             raise damaged_file(path) from error
 
 
+def read_traces(path: Path) -> dict[str, float]:
+    """Return the sum over each parameter of a mean diagonal Fisher that `DiagonalSums.write_mean` wrote.
+
+    One parameter is in memory at a time. The checksum of the file is not verified.
+
+    Raises:
+        StoreError: The file is missing or damaged.
+    """
+    try:
+        with os_errors_explained("read", path), local_copy(path) as copy, safe_open(copy, "numpy") as file:
+            return {name: float(file.get_tensor(name).sum(dtype=np.float64)) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise damaged_file(path) from error
+
+
 def _header(path: Path) -> dict[str, Any]:
     """Read the header of a safetensors object: a JSON text after its length in 8 bytes."""
     length = int.from_bytes(read_range(path, 0, 8), "little")

@@ -38,6 +38,10 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "classes": _schema("class:int name:str"),
     "parameters": _schema("parameter:str shape:str? size:int? taken:bool reason:str?"),
+    "spectrum": _schema("index:int eigenvalue:float cumulative:float?"),
+    "spectrum_statistics": _schema(
+        "name:str parameter_group:str? labels:str n_examples:int value:float? low:float? high:float?"
+    ),
     "components": _schema(
         "component:int n_active:int mass:float energy:float nearest_component:int? nearest_cosine:float? "
         "lift_cosine:float? cosine_own:float? stability:float?"
@@ -133,6 +137,13 @@ examples: one row per example. `split` is "fit" or "held_out"; `image` is a PNG;
 classes: the names of the model's classes.
 parameters: the parameters of the model. `shape`, such as 384x384, and `size` are those of the `taken` parameters;
     `reason` is why a parameter is not taken.
+spectrum: the eigenvalues of the mean Fisher F̄ of the valid examples, descending, with the share of the trace in the
+    eigenvalues up to each one, null for a Fisher of zero.
+spectrum_statistics: statistics of the eigenvalues (`npeff.fisher.spectrum`) of F̄ of `n_examples` examples: of all, of
+    about a half and of about a quarter. `parameter_group` is null for all parameters; the traces of layers are from the
+    mean diagonal. `cap` is the largest number of eigenvalues that can differ from 0, `labels` the kind of the labels.
+    `low` and `high` are the ends of a 95% interval by a jackknife over eight groups of examples, null if it is not
+    known.
 components: `mass` Σ_i W_ij and `energy` Σ_i W_ij² over the fit examples; `nearest_*` by |cos| in the sketch, null for a
     single component; `lift_cosine` between the sketched direction and the component or, for whitened directions, the
     combination of components, and `cosine_own` between the direction and the component's own direction, both null

@@ -6,6 +6,8 @@ WRITTEN_BY = {
     "examples": "fishers",
     "classes": "fishers",
     "parameters": "fishers",
+    "spectrum": "spectrum",
+    "spectrum_statistics": "spectrum",
     "components": "factorize",
     "top_examples": "factorize",
     "coefficients": "factorize",
@@ -33,5 +35,5 @@ WRITTEN_BY = {
 }
 """Table name to the stage that writes the table, in the order of the stages."""
 
-OF_THE_RUN = frozenset({"fishers", "select", "diagonal"})
+OF_THE_RUN = frozenset({"fishers", "spectrum", "select", "diagonal"})
 """The stages, and the part ``diagonal`` of the stage ``fishers``, whose results all factorizations of a run share."""
