@@ -129,3 +129,13 @@ def test_the_plot_of_a_search_has_a_point_for_every_number_and_leaves_out_what_w
         assert [x for x, _ in series.points] == sorted(x for x, _ in series.points)
     assert {y for _, y in chart.series[1].points} == {chart.y_axis.position(0.5)}
     assert selection_chart([]) is None
+    assert (chart.information, chart.rank, chart.rank_x) == (None, None, None)
+    shares = [0.3, 0.5, 0.6, 0.7, 0.75]
+    with_spectrum = selection_chart(rows, shares, 2.5)
+    assert with_spectrum is not None
+    x, y = chart.x_axis.position, chart.y_axis.position
+    assert with_spectrum.information == " ".join(f"{x(k)},{y(share)}" for k, share in enumerate(shares, start=1))
+    assert with_spectrum.rank_x == x(2.5)
+    outside = selection_chart(rows, shares, 40.0)
+    assert outside is not None
+    assert (outside.rank, outside.rank_x) == (40.0, None)

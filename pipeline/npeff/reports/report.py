@@ -24,8 +24,9 @@ from npeff.reports.cards import Card, CardWriter
 from npeff.reports.charts import log_axis, loss_chart, ratio_chart
 from npeff.reports.comparison import Comparison, comparison
 from npeff.reports.scale_section import scale_section
-from npeff.reports.selection_chart import selection_chart
+from npeff.reports.selection_chart import SelectionChart, selection_chart
 from npeff.reports.selectivity_chart import SIDE, selectivity_charts
+from npeff.reports.spectrum_section import cumulative_curve, spectrum_section
 from npeff.statistics.joint_ablation import joint_ablations
 from npeff.statistics.verdict import LEAST_MATCHED, MOST_TRACE_RATIO, Verdict, scoreboard, verdicts
 from npeff.storage.atomic import write_file_atomically
@@ -115,7 +116,7 @@ def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
         "provenance": _flat(provenance),
         "configuration": "".join(configuration) or None,
         "loss": loss_chart(store.table("history").to_pylist()) if tables.has("history") else None,
-        "selection": selection_chart(store.table("selection").to_pylist()) if tables.has("selection") else None,
+        "selection": _selection(store) if tables.has("selection") else None,
         "selection_reason": tables.record("select").get("reason"),
         "scores": scores,
         "failure": next((score.failure for score in scores), None),
@@ -128,6 +129,7 @@ def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
         "selectivity_side": SIDE,
         "removals": joint_ablations(store.table("joint_ablation").to_pylist()) if tables.has("joint_ablation") else [],
         "comparison": _comparison(store),
+        "spectrum": spectrum_section(store),
         "scale": scale_section(store),
         "stability": _stability(cards),
         "cards": cards,
@@ -139,6 +141,11 @@ def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
         "has_inputs": any(card.has_inputs for card in cards),
         "metadata": store.metadata_columns() if tables.has("examples") else [],
     }
+
+
+def _selection(store: ComponentStore) -> SelectionChart | None:
+    shares_D, rank = cumulative_curve(store)
+    return selection_chart(store.table("selection").to_pylist(), shares_D.tolist(), rank)
 
 
 def _comparison(store: ComponentStore) -> Comparison | None:

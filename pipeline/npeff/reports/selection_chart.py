@@ -52,10 +52,30 @@ class SelectionChart:
     points: list[SelectionPoint]
     recommended: int
     recommended_x: float
+    information: str | None = None
+    """Points of the curve of the share of the trace in as many directions of the mean Fisher."""
+    rank: float | None = None
+    """The effective rank of the mean Fisher."""
+    rank_x: float | None = None
+    """Its position, if the axis contains it."""
 
 
-def selection_chart(table: Sequence[dict[str, Any]], width: float = 1120, height: float = 340) -> SelectionChart | None:
-    """Lay out the table `selection`; None if the table is empty."""
+def selection_chart(
+    table: Sequence[dict[str, Any]],
+    information: Sequence[float] = (),
+    rank: float | None = None,
+    width: float = 1120,
+    height: float = 340,
+) -> SelectionChart | None:
+    """Lay out the table `selection`; None if the table is empty.
+
+    Args:
+        table: The rows.
+        information: Share of the trace of the mean Fisher in its first 1, 2, ... directions; none if it is not known.
+        rank: The effective rank of the mean Fisher.
+        width: Width of the plot.
+        height: Height of the plot.
+    """
     rows = sorted(table, key=lambda row: row["n_components"])
     if not rows:
         return None
@@ -78,7 +98,20 @@ def selection_chart(table: Sequence[dict[str, Any]], width: float = 1120, height
         for name, label in _SERIES.items()
     ]
     recommended = next(row["n_components"] for row in rows if row["recommended"])
-    return SelectionChart(width, height, x_axis, y_axis, series, points, recommended, x_axis.position(recommended))
+    counts = range(max(1, min(numbers) - 1), min(max(numbers) + 1, len(information)) + 1)
+    return SelectionChart(
+        width,
+        height,
+        x_axis,
+        y_axis,
+        series,
+        points,
+        recommended,
+        x_axis.position(recommended),
+        " ".join(f"{x_axis.position(n)},{y_axis.position(information[n - 1])}" for n in counts) or None,
+        rank,
+        x_axis.position(rank) if rank is not None and x_axis.low <= rank <= x_axis.high else None,
+    )
 
 
 def _shares(row: dict[str, Any]) -> dict[str, float]:
