@@ -66,17 +66,13 @@ def test_it_is_read_and_verified_as_it_is(former: Path) -> None:
     before = contents(former)
     run = RunDirectory.open(former)
     assert (run.name, run.home, run.factorizations()) == ("default", former, ["default"])
-    states = {row.stage: row.state for row in status(run)}
-    assert states.pop("spectrum") is StageState.MISSING, "that version did not have the stage"
-    assert set(states.values()) == {StageState.COMPLETE}
+    assert {row.state for row in status(run)} == {StageState.COMPLETE}
     (shown,) = factorizations(run)
     assert (shown.n_components, shown.state) == (2, StageState.COMPLETE)
     assert all(answers(former))
     assert npeff.check(run) == []
     assert npeff.run(run).config == run.config
-    spectrum = {"stages/spectrum.json", "tables/spectrum.parquet", "tables/spectrum_statistics.parquet"}
-    changed = {name for name, content in contents(former).items() if before.get(name) != content}
-    assert changed == {"report/index.html", *spectrum}
+    assert {name for name, content in contents(former).items() if before.get(name) != content} == {"report/index.html"}
 
 
 def test_it_is_resumed_where_it_is(former: Path) -> None:
@@ -126,7 +122,7 @@ def test_a_migrated_run_gives_the_same_answers(former: Path, capfd: pytest.Captu
     assert len(found) == len(files) + 1
     assert answers(former) == before
     assert npeff.check(run) == []
-    assert {row.state for row in status(run) if row.stage != "spectrum"} == {StageState.COMPLETE}
+    assert {row.state for row in status(run)} == {StageState.COMPLETE}
     after = contents(former)
     npeff.migrate(former)
     assert contents(former) == after, "there is nothing left to do"

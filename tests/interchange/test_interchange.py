@@ -499,8 +499,8 @@ def test_a_decomposition_and_its_fishers_become_a_factorized_run(
     assert record["loss"] == pytest.approx(residuals, rel=1e-5)
     assert record["explained"] == pytest.approx(1 - residuals / squares, rel=1e-4)
     assert {row.stage: str(row.state) for row in status(run)} == {
-        "fishers": "complete", "spectrum": "missing", "factorize": "complete", "lift": "missing", "verify": "missing",
-        "attribute": "missing", "report": "missing",
+        "fishers": "complete", "factorize": "complete", "lift": "missing", "verify": "missing", "attribute": "missing",
+        "report": "missing",
     }  # fmt: skip
     assert npeff.factorize(run)["stopped"] == "imported"
     top = ComponentStore.open(run.path).top_examples(1, n=4)["example"].to_pylist()
