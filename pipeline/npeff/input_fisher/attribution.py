@@ -136,15 +136,14 @@ def _gradient(outputs_B: Tensor, values_BPF: Tensor, *, keep_graph: bool = False
     Raises:
         UnsupportedModelError: The outputs are not a differentiable function of the inputs.
     """
-    try:
-        (gradient,) = torch.autograd.grad(outputs_B.sum(), values_BPF, retain_graph=keep_graph)
-    except RuntimeError as error:
-        if "require grad" not in str(error) and "appears to not have been used" not in str(error):
-            raise
+    gradient = None
+    if outputs_B.requires_grad:
+        gradient = torch.autograd.grad(outputs_B.sum(), values_BPF, retain_graph=keep_graph, allow_unused=True)[0]
+    if gradient is None:
         raise UnsupportedModelError(
             "the logits are no differentiable function of the inputs: the method `inputs` of the task must compute "
             "them from the values that it is given, with gradients"
-        ) from error
+        )
     return gradient
 
 
