@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from in_process import command
 from npeff.errors import printable
 from npeff.runs.config import RunConfig
-from npeff.runs.config_reading import ConfigError, section_of
+from npeff.runs.config_reading import ConfigError
+from npeff.runs.sections import section_of
 from pydantic import BaseModel
 
 MINIMAL: dict[str, Any] = {"run_dir": "runs/x", "task": {"name": "digits"}, "factorization": {"n_components": 4}}

@@ -71,6 +71,24 @@ def test_the_resolved_configuration_reads_back_as_the_same(tmp_path: Path) -> No
         (MINIMAL + "parameters: {include: '*'}\n", "parameters.include must be a list, such as [\"*\"], not '*'"),
         (MINIMAL.replace("4", "many"), "factorization.n_components must be a whole number, not 'many'"),
         ("", "is not a run file: it must contain the keys"),
+        (
+            MINIMAL + "inputs: {examples: 0}\n",
+            ": inputs.examples must be 'top', 'all' or a whole number greater than 0, not 0",
+        ),
+        (MINIMAL + "inputs: {examples: few}\n", "must be 'top', 'all' or a whole number greater than 0, not 'few'"),
+        (
+            MINIMAL + "inputs: {examples: 3000000000}\n",
+            "'top', 'all' or a whole number less than or equal to 2147483647, not 3000000000",
+        ),
+        (
+            MINIMAL + "fishers: {batch_size: [1]}\n",
+            "batch_size must be a whole number greater than 0 or 'auto', not [1]",
+        ),
+        (MINIMAL + "scale: {pairs: 0}\n", ": scale.pairs must be a list or a whole number greater than 0, not 0"),
+        (
+            MINIMAL + "seed: x\ninputs: {examples: 0, samples: 0}\n",
+            ": seed must be a whole number, not 'x'; inputs.samples must be greater than 0, not 0; inputs.examples",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(tmp_path: Path, text: str, said: str) -> None:
@@ -193,7 +211,10 @@ def test_settings_have_the_value_of_a_variable(tmp_path: Path, monkeypatch: pyte
         (MINIMAL.replace("4}", "'${NUMBER}'}"), "n_components must be greater than 0, not '${NUMBER}'"),
         (MINIMAL + "selection: {components: '${WORD}'}\n", "'${WORD}' is not a list of numbers of components"),
         (MINIMAL + "lift: {components: ['${WORD}']}\n", "must be a whole number, not '${WORD}'"),
-        (MINIMAL + "executor: {cpus_per_worker: '${WORD}'}\n", "not '${WORD}'"),
+        (
+            MINIMAL + "executor: {cpus_per_worker: '${WORD}'}\n",
+            "executor.cpus_per_worker must be a whole number greater than 0 or 'auto', not '${WORD}'",
+        ),
         (MINIMAL + "executor: {workers: ['${WORD}']}\n", "must be a whole number, not ['${WORD}']"),
         (MINIMAL.replace("{name: digits}", "'${WORD}'"), "task must be a mapping, such as {key: value}, not '${WORD}'"),
     ],

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from npeff.errors import NpeffError, as_one_line, printable, without_values
 from npeff.options.bounds import OutOfBoundsError, shown
-from npeff.runs import yaml_text
+from npeff.runs import union_errors, yaml_text
+from npeff.runs.sections import section_of
 from npeff.runs.yaml_text import plain_value
 from npeff.variables import resolved
 
@@ -71,13 +72,6 @@ def with_settings_resolved(document: dict[str, Any], model: type[BaseModel], pre
     return found
 
 
-def section_of(kind: Any) -> type[BaseModel] | None:
-    """Return the section whose values have this type, which may be one that can be absent; None for another type."""
-    kinds = [each for each in get_args(kind) or (kind,) if each is not type(None)]
-    only = kinds[0] if len(kinds) == 1 else None
-    return only if isinstance(only, type) and issubclass(only, BaseModel) else None
-
-
 def _holds_texts(kind: Any) -> bool:
     """Return whether a value of this type, or a part of it, is any text."""
     return kind in (str, Any) or (get_origin(kind) is not Literal and any(map(_holds_texts, get_args(kind))))
@@ -123,7 +117,7 @@ def one_line(error: ValidationError, model: type[BaseModel], document: dict[str,
         model: The type of the validated values.
         document: The mapping of the run file. Values are shown as they are written there.
     """
-    problems = error.errors()
+    problems = union_errors.merged(error.errors(), model)
     parts = [part for problem in problems[:_MOST_SHOWN] for part in _described(problem, model, document)]
     if len(problems) > _MOST_SHOWN:
         parts.append(f"and {len(problems) - _MOST_SHOWN} more")
@@ -142,6 +136,8 @@ def _described(problem: Mapping[str, Any], model: type[BaseModel], document: dic
             return [f"missing key '{key}'"]
         case "value_error":
             return _refused_values(key, problem["ctx"]["error"], given)
+        case union_errors.NONE_OF_THESE:
+            return [f"{key} {problem['msg']}, not {shown(given)}"]
     message = _PLAIN.get(problem["type"], problem["msg"].replace("Input should", "must", 1))
     return [f"{key or 'run file'} {message}, not {shown(given)}"]
 
