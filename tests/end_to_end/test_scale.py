@@ -10,6 +10,7 @@ from typing import Any
 
 import npeff
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from in_process import command, refused
@@ -27,8 +28,8 @@ from npeff.stages.scale.worker import ScaleWorker
 from npeff.stages.status import status
 from npeff.stages.worker_specs import model_spec
 from npeff.storage.checksums import file_checksum
-from npeff.store.tables import read_table
-from npeff.tasks import Inputs, TaskError
+from npeff.store.tables import read_table, table_lineage, write_table
+from npeff.tasks import Inputs, TaskError, Token
 from npeff.tasks.digits import DigitsTask
 
 TABLES = ("paths", "scales", "morphs")
@@ -227,7 +228,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("scale", "problem"),
     [
-        ({"pairs": 0}, "scale.pairs"),
+        ({"pairs": 0}, "scale.pairs must be a list or a whole number greater than 0, not 0$"),
         ({"pairs": [["a"]]}, "give a number of pairs, or a list of pairs of ids"),
         ({"pairs": [["a", "a"]]}, "a pair has the example 'a' twice"),
         ({"points": 1}, "scale.points must be greater than or equal to 2"),
@@ -276,7 +277,93 @@ def test_the_command_writes_the_table_of_paths(
     assert command("scale", copy.path, "--pairs", "2", "--output", out) == 0
     assert "scale: complete" in capfd.readouterr().out
     assert out.read_text().count("\n") == 1 + 4 + 12
-    assert "has no component 9: choose one of 0 to 2" in refused(capfd, "scale", copy.path, "-c", "9")
+
+
+def contents(run: RunDirectory) -> dict[str, bytes]:
+    """The files of a run, without those of its lock."""
+    files = [path for path in run.path.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    return {str(path): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("-c", "9"), "has no component 9: choose one of 0 to 2"),
+        (("-c", "2"), "component 2 is not lifted: run `npeff lift"),
+        (("--along", "foo"), "components need pairs of examples"),
+    ],
+)
+def test_a_refused_option_changes_nothing(
+    copy: RunDirectory, capfd: pytest.CaptureFixture[str], options: tuple[str, ...], said: str
+) -> None:
+    record = copy.record("lift") or {}
+    copy.complete("lift", {**record, "checksum": None, "components": [0, 1]})
+    before = contents(copy)
+    assert said in refused(capfd, "scale", copy.path, *options)
+    assert contents(copy) == before
+
+
+def test_options_refused_by_a_worker_or_for_given_pairs_change_nothing(
+    copy: RunDirectory, capfd: pytest.CaptureFixture[str]
+) -> None:
+    npeff.scale(with_scale(copy, pairs=2, components=(), space="model"))
+    before = contents(copy)
+    assert "no stimulus parameter 'foo': change scale.along" in refused(capfd, "scale", copy.path, "--along", "foo")
+    for pairs, said in (([["digit-9999", "0"]], "there is no example"), ([["0", "999"]], "no example '999'")):
+        other = copy.with_config(copy.config.with_scale(pairs=pairs, components=()))
+        with pytest.raises(RunDirectoryError, match=said):
+            npeff.scale(other)
+    assert contents(copy) == before
+    assert command("scale", copy.path) == 0
+    assert contents(copy) == before
+
+
+def test_options_hold_for_one_command(copy: RunDirectory, tmp_path: Path) -> None:
+    settings, before = copy.settings.read_text(), bits(copy)
+    assert command("scale", copy.path, "--pairs", "2", "--space", "input") == 0
+    assert len(rows(copy, "paths")) == 2 * 2 + 12
+    assert copy.settings.read_text() == settings
+    (state,) = (row for row in status(RunDirectory.open(copy.path)) if row.stage == "scale")
+    assert state.state.value == "complete"
+    chosen = bits(copy)
+    assert npeff.check(RunDirectory.open(copy.path)) == []
+    copy.table("paths").unlink()
+    (copy.partial_results("scale") / "00000.parquet").write_bytes(b"")
+    assert npeff.check(RunDirectory.open(copy.path), recompute=True) == []
+    assert bits(copy) == chosen
+    file = tmp_path / "run.yaml"
+    given = config(copy.path, scale={"pairs": 3})
+    file.write_text(given.to_yaml())
+    assert command("scale", file, "--pairs", "1") == 0
+    assert len(rows(copy, "paths")) == 1
+    assert RunDirectory.open(copy.path).config.scale == given.scale
+    npeff.scale(RunDirectory.create(config(copy.path)))
+    assert bits(copy) == before
+
+
+@pytest.mark.parametrize(
+    ("exchangeable", "tokens", "texts"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+def test_lines_lead_between_texts_if_the_positions_are_tokens(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, exchangeable: bool, tokens: bool, texts: bool
+) -> None:
+    class Positions(DigitsTask):
+        def inputs(self, model: torch.nn.Module, batch: torch.Tensor) -> Inputs:
+            return Inputs(batch, lambda values: model(values), (2, 3), exchangeable)
+
+    monkeypatch.setattr(DigitsTask, "inputs", Positions.inputs)
+    named = [[Token("a")] * 64] if tokens else None
+    monkeypatch.setattr(type(loaded.examples), "input_tokens", lambda examples, indices: named)
+    assert Curves(loaded, None).are_between_texts(0) == texts
+    assert not Curves(loaded, "z").are_between_texts(0)
+
+
+def test_a_column_of_texts_makes_no_texts(copy: RunDirectory) -> None:
+    table = read_table(copy.table("examples"), "examples")
+    texts = pa.array(["a text to show"] * len(table), table.schema.field("text").type)
+    changed = table.set_column(table.schema.get_field_index("text"), table.schema.field("text"), texts)
+    write_table(copy.table("examples"), "examples", changed, table_lineage(copy.table("examples")))
+    assert not npeff.scale(with_scale(copy, pairs=1, components=()))["texts"]
 
 
 def test_paths_are_queried_with_the_ids_of_their_ends(run: RunDirectory) -> None:

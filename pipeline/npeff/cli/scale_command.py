@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,9 +16,6 @@ from npeff.cli.output import write_answer
 from npeff.errors import NpeffError, as_one_line
 from npeff.stages.scale import SCALE
 from npeff.storage.location import location
-
-if TYPE_CHECKING:
-    from npeff.runs.directory import RunDirectory
 
 _COLUMNS = ("i", "j", "k", "response")
 _LONGEST = 15
@@ -87,7 +84,9 @@ def scale_command(
     if run is None:
         write_answer(as_table(people), output, file)
         return
-    opened = _with_scale(open_run(run, run_dir, workers, address, factorization=factorization), changes)
+    opened = open_run(run, run_dir, workers, address, factorization=factorization)
+    if changes:
+        opened = opened.with_config(opened.config.with_scale(**changes))
     if people:
         check_levels(people, opened)
     progress = progress_of(opened)
@@ -97,13 +96,6 @@ def scale_command(
         write_answer(as_table(with_model(people, opened, intervals)), output, file)
     elif output is not None or file is not None:
         write_answer(npeff.ComponentStore.open(opened.path, opened.name).table("paths"), output, file)
-
-
-def _with_scale(run: RunDirectory, changes: dict[str, Any]) -> RunDirectory:
-    """Return the run with options of the command line in its section ``scale``, which is stored with the results."""
-    from npeff.runs.directory import RunDirectory
-
-    return RunDirectory.create(run.config.with_scale(**changes))
 
 
 def _read(path: Path) -> dict[str | None, list[tuple[int, ...]]]:

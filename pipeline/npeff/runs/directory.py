@@ -56,6 +56,8 @@ class RunDirectory(FilesOfRun):
     config: RunConfig
     unsettled: bool = field(default=False, repr=False, compare=False)
     """Whether the configuration is to be written when the run is locked."""
+    stored_as: RunConfig | None = field(default=None, repr=False, compare=False)
+    """The configuration that is then written, if that of this command is another one."""
 
     @classmethod
     def create(cls, config: RunConfig) -> RunDirectory:
@@ -157,8 +159,8 @@ class RunDirectory(FilesOfRun):
         return other.with_config(other.config.model_copy(update={"executor": self.config.executor}))
 
     def with_config(self, config: RunConfig) -> RunDirectory:
-        """Return the run with another configuration, for one command."""
-        return replace(self, config=config)
+        """Return the run with another configuration, for one command. It is not stored."""
+        return replace(self, config=config, stored_as=self.stored_as or self.config)
 
     def is_defined(self) -> bool:
         """Return whether the settings of the factorization are stored, or are stored when the run is locked."""
@@ -184,7 +186,7 @@ class RunDirectory(FilesOfRun):
         """
         with run_lock(self.path):
             if self.unsettled:
-                settings.settle(self)
+                settings.settle(replace(self, config=self.stored_as or self.config))
                 object.__setattr__(self, "unsettled", False)
             yield
 

@@ -22,6 +22,8 @@ from npeff.storage.location import is_remote
 from npeff.store.lineage import group_lineage, refuse_foreign
 from npeff.store.tables import table_lineage
 
+_REQUEST = "request.json"
+
 
 def recorded(run: RunDirectory, stage: StageDefinition) -> Summary | None:
     """Return the record of a complete stage; None if the stage is not complete.
@@ -247,11 +249,16 @@ def record_of(run: RunDirectory, stage: StageDefinition) -> Summary:
     return record
 
 
+def is_request(results: Path, request: str) -> bool:
+    """Return whether the results in ``results`` belong to this request."""
+    asked = results / _REQUEST
+    return asked.exists() and bool(read_json(asked)["request"] == request)
+
+
 def forget_other_requests(results: Path, request: str) -> bool:
     """Delete the results in ``results`` if they belong to another request, and return whether they were deleted."""
-    asked = results / "request.json"
-    if asked.exists() and read_json(asked)["request"] == request:
+    if is_request(results, request):
         return False
     remove_directory(results)
-    write_json_atomically(asked, {"request": request})
+    write_json_atomically(results / _REQUEST, {"request": request})
     return True

@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from npeff.runs.definition import StageDefinition, Summary, UnitProgress, finished
 from npeff.stages.factorize import FACTORIZE
-
-if TYPE_CHECKING:
-    from npeff.runs.config import RunConfig
-
-
-def _settings(config: RunConfig) -> Any:
-    return config.scale_or_default.model_dump(mode="json")
 
 
 def headline(record: Summary) -> str:
@@ -40,5 +31,4 @@ SCALE = StageDefinition(
     parts="npeff.stages.scale.parts:scale_parts",
     units=lambda run: UnitProgress(len(finished(run.partial_results("scale"))), None, "blocks of paths"),
     details=headline,
-    settings=_settings,
 )

@@ -62,6 +62,12 @@ class Curves:
         _, channels, height, width = inputs.values.shape
         return height, width, channels
 
+    def are_between_texts(self, example: int) -> bool:
+        """Return whether the curves are straight lines between embedded tokens, from the inputs of an example."""
+        if self._along is not None or not self._loaded.inputs(self._batch([example])).exchangeable:
+            return False
+        return self._loaded.input_tokens([example]) is not None
+
     def connects(self, start: int, end: int) -> bool:
         """Return whether the straight line from one example leads to the other: whether the logits at its end are
         those of the other example.

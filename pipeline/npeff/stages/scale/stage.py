@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from npeff.runs.definition import Summary, finished
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import ProgressDisplay, SilentProgress
-from npeff.runs.stage import Stage, forget_other_requests, open_stage, record_of, unit_checksums, unit_files
+from npeff.runs.stage import Stage, forget_other_requests, is_request, open_stage, record_of, unit_checksums, unit_files
 from npeff.stages.earlier_results import (
     direction_checksums,
     fingerprint_of,
@@ -37,6 +38,7 @@ from npeff.verification import top_examples
 _PATHS_OF_BLOCK = 4
 """Paths of one item. The number is fixed, so that results do not depend on the number of workers."""
 _MOST_AT_ONCE = 64
+_PLAN = "plan.json"
 
 
 def scale(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
@@ -54,16 +56,19 @@ def scale(run: RunDirectory, *, executor: Executor | None = None, progress: Prog
         NpeffError: the stage cannot be completed. The message is one line with the cause and the remedy.
     """
     with open_stage(run, SCALE) as stage:
-        progress, results, wanted = progress or SilentProgress(), run.partial_results("scale"), _settings(run)
+        progress, results, wanted = progress or SilentProgress(), run.partial_results("scale"), _wanted(run)
         request = _request(run, stage, wanted)
         if stage.done and stage.done["request"] == request:
             return stage.done
-        run.reopen("scale")
-        forget_other_requests(results, request)
-        stage.discard_foreign_units(progress)
+        asked = _wanted_paths(run, wanted)
         with executor_for(run, executor) as workers:
             worker = _worker(run, wanted, stage.lineage)
-            blocks = _blocks(_ends(run, wanted, workers, worker))
+            plan = _plan(results, request, asked, workers, worker)
+            run.reopen("scale")  # from here on, nothing that was asked for is refused
+            forget_other_requests(results, request)
+            write_json_atomically(results / _PLAN, plan)
+            stage.discard_foreign_units(progress)
+            blocks = _blocks([(component, start, end) for component, start, end in plan["ends"]])
             done = finished(results)
             missing = [block for block in blocks if block.number not in done]
             n_paths = sum(len(block.paths) for block in blocks)
@@ -79,9 +84,10 @@ def scale(run: RunDirectory, *, executor: Executor | None = None, progress: Prog
         units = unit_checksums(run, SCALE, numbers)
         summary = {
             "request": request,
+            "settings": _settings(run),
             "n_blocks": len(blocks),
             **_summary(tables["paths"]),
-            "texts": _are_texts(run),
+            "texts": plan["texts"],
             "units": units,
         }
         progress.say(f"scale: {headline(summary)}")
@@ -90,8 +96,13 @@ def scale(run: RunDirectory, *, executor: Executor | None = None, progress: Prog
         return stage.complete(summary)
 
 
-def _settings(run: RunDirectory) -> ScaleConfig:
-    """Return the section of the run file, or its defaults, with the values of environment variables."""
+def _settings(run: RunDirectory) -> dict[str, Any]:
+    """Return the settings for the record. They may be options of the command, and contain names of variables."""
+    return run.config.scale_or_default.model_dump(mode="json")
+
+
+def _wanted(run: RunDirectory) -> ScaleConfig:
+    """Return the settings of the command, with the values of environment variables."""
     wanted = run.config.scale_or_default
     texts = {name: resolved(getattr(wanted, name), f"scale.{name}") for name in ("pairs", "along")}
     return wanted.model_copy(update=texts)
@@ -99,7 +110,7 @@ def _settings(run: RunDirectory) -> ScaleConfig:
 
 def _request(run: RunDirectory, stage: Stage, wanted: ScaleConfig) -> str:
     """Return a hash of the settings and the results that the paths depend on."""
-    facts: list[Any] = [for_hash(SCALE.settings(run.config)), run.config.seed, stage.lineage]
+    facts: list[Any] = [for_hash(_settings(run)), run.config.seed, stage.lineage]
     if wanted.components:
         facts.append(record_of(run, LIFT).get("lineage"))
         facts.append(open_factorization(run.factorization).attrs["checksums"])
@@ -118,13 +129,14 @@ def _worker(run: RunDirectory, wanted: ScaleConfig, lineage: str | None) -> Work
     )
 
 
-def _ends(run: RunDirectory, wanted: ScaleConfig, workers: Executor, worker: WorkerSpec) -> Sequence[Ends]:
-    """Return the ends of all paths, which a worker chooses once."""
-    file = run.partial_results("scale") / "plan.json"
-    if not file.exists():
-        ((_, ends),) = workers.map(worker, "plan", [_wanted_paths(run, wanted)])
-        write_json_atomically(file, {"ends": [list(each) for each in ends]})
-    return [(component, start, end) for component, start, end in read_json(file)["ends"]]
+def _plan(results: Path, request: str, asked: Request, workers: Executor, worker: WorkerSpec) -> dict[str, Any]:
+    """Return the ends of all paths, which a worker chooses once, and whether they lead from texts to texts."""
+    file = results / _PLAN
+    if file.exists() and is_request(results, request):
+        planned: dict[str, Any] = read_json(file)
+        return planned
+    ((_, (ends, texts)),) = workers.map(worker, "plan", [asked])
+    return {"ends": [list(each) for each in ends], "texts": texts}
 
 
 def _wanted_paths(run: RunDirectory, wanted: ScaleConfig) -> Request:
@@ -209,12 +221,6 @@ def _blocks(ends: Sequence[Ends]) -> list[Block]:
 def _joined(run: RunDirectory, table: str, blocks: Sequence[int]) -> pa.Table:
     files = [unit_files(run, SCALE, block)[table] for block in blocks]
     return pa.concat_tables([SCHEMAS[table].empty_table(), *(read_table(file, table) for file in files)])
-
-
-def _are_texts(run: RunDirectory) -> bool:
-    """Return whether the examples are texts, so that the paths lead from tokens to tokens."""
-    texts = read_table(run.table("examples"), "examples", ["text"])["text"]
-    return run.config.scale_or_default.along is None and texts.null_count < len(texts)
 
 
 def _summary(paths: pa.Table) -> Summary:

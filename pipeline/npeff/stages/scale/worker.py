@@ -65,12 +65,15 @@ class ScaleWorker:
         self._paths, self._options = paths, options
         self._curves = Curves(self._loaded, options.along)
 
-    def plan(self, request: Request) -> list[Ends]:
-        """Return the ends of all paths. An error of the first path in the further space is raised here."""
+    def plan(self, request: Request) -> tuple[list[Ends], bool]:
+        """Return the ends of all paths, and whether they lead from texts to texts.
+
+        An error of the first path in the further space is raised here.
+        """
         ends = chosen(request, self._loaded, self._curves)
         first = PlannedPath(0, *ends[0])
         self._other(first, self._curves.of(first.start, first.end), self._curves.image_shape(first.start))
-        return ends
+        return ends, self._curves.are_between_texts(first.start)
 
     def measure(self, block: Block) -> int:
         """Write the rows of a block to files. Returns the number of paths."""
