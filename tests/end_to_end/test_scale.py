@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -364,6 +365,23 @@ def test_a_column_of_texts_makes_no_texts(copy: RunDirectory) -> None:
     changed = table.set_column(table.schema.get_field_index("text"), table.schema.field("text"), texts)
     write_table(copy.table("examples"), "examples", changed, table_lineage(copy.table("examples")))
     assert not npeff.scale(with_scale(copy, pairs=1, components=()))["texts"]
+
+
+LOGITS: dict[str, tuple[Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor], str]] = {
+    "of the first": (lambda model, batch, values: model(values[:1].expand_as(values)), "differ from those of logits()"),
+    "of the batch": (lambda model, batch, values: model(batch), "do not depend on the values by differentiable op"),
+}
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_logits_that_are_not_those_of_the_values_are_refused_for_this_cause(
+    copy: RunDirectory, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    logits, said = LOGITS[name]
+    own = lambda task, model, batch: Inputs(batch, lambda values: logits(model, batch, values), (2, 3))  # noqa: E731
+    monkeypatch.setattr(DigitsTask, "inputs", own)
+    with pytest.raises(TaskError, match=re.escape(said)):
+        npeff.scale(with_scale(copy, pairs=1, components=()))
 
 
 def test_paths_are_queried_with_the_ids_of_their_ends(run: RunDirectory) -> None:

@@ -21,6 +21,9 @@ PAIRS_OF_COMPONENT = 12
 _TRIED = 50
 """Examples that are tried for each random pair that is wanted, and for each top example of a component."""
 
+_CHECKED = 4
+"""Examples whose inputs are checked before any path is chosen."""
+
 Ends = tuple[int | None, int, int | None]
 """A component or None, an example, and another one or None."""
 
@@ -70,7 +73,7 @@ def chosen(request: Request, loaded: LoadedModel, curves: Curves) -> list[Ends]:
     """
     generator = np.random.default_rng([request.seed, *b"scale"])
     order = generator.permutation(np.array(request.candidates, np.int64)).tolist()
-    loaded.check_inputs(order[:1])
+    loaded.check_inputs(order[:_CHECKED])
     if request.along is not None:
         assert isinstance(request.pairs, int)
         curves.check_stimulus(order[0])
@@ -84,7 +87,8 @@ def chosen(request: Request, loaded: LoadedModel, curves: Curves) -> list[Ends]:
     if not pairs:
         raise TaskError(
             f"task {loaded.spec.task!r}: no two examples of different predicted classes have inputs of the same shape, "
-            "which a straight line needs: give scale.pairs, or more examples"
+            "and equal further inputs of the model (such as segments), which a straight line needs: give scale.pairs, "
+            "or more examples"
         )
     found: list[Ends] = [(None, start, end) for start, end in pairs]
     for component, tops in request.tops.items():
