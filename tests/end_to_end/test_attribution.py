@@ -251,8 +251,11 @@ def test_an_origin_at_the_model_itself_leaves_nothing_to_take_out(
     assert table(run, "ablation") == before
 
 
-def test_a_task_without_tokens_has_an_empty_table(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_without_tokens_has_an_empty_table(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("npeff.tasks.planted.compiled._Sequences.tokens", lambda *_: None)
+    run = copied(run, tmp_path / "run")
     other = again(run, report={"top_examples": 1})
     assert npeff.attribute(other)["n_rows"] == 0
     assert not table(other, "position_shares")

@@ -82,6 +82,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for words in (
             ["run", "jobs/quickstart.yaml"],
             ["run", "RUN.yaml"],
+            ["spectrum", "runs/digits"],
             ["select", "jobs/quickstart.yaml", "--components", "2,3", "--seeds", "2"],
             ["export", "runs/digits", "pefs.h5", "--values", "64"],
             ["export", "runs/digits", "decomposition.h5", "--what", "factorization"],
