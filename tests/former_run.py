@@ -11,5 +11,7 @@ ARCHIVE = Path(__file__).parent / "data" / "former-layout.tar.xz"
 def unpack(folder: Path) -> Path:
     """The run directory, a new folder in `folder`."""
     with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(folder, filter="data")
+        if hasattr(tarfile, "data_filter"):  # since Python 3.11.4
+            archive.extraction_filter = tarfile.data_filter
+        archive.extractall(folder)
     return folder / "digits"
