@@ -80,7 +80,7 @@ class ChosenExamples:
         in_order = self.explained
         if lengths is not None:
             length = dict(zip(self.explained, lengths, strict=True))
-            in_order = sorted(self.explained, key=length.__getitem__)
+            in_order = sorted(self.explained, key=length.__getitem__, reverse=True)  # the longest work first
         tested = set(self.tested)
         parts = (
             ([example for example in in_order if example in tested], tested_size),
