@@ -154,6 +154,7 @@ def test_a_container_that_is_not_there_and_a_wrong_key_are_told_of(
 
 
 def test_a_run_there_is_the_same_as_on_a_disk(azure: None, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="the other Pythons of make test-pythons have no torch")
     settings = {
         "task": {"name": "digits", "options": {"limit": 40, "epochs": 1}},
         "fishers": {"sketch": {"kind": "tensorsketch", "dim": 64}, "shard_size": 10},
