@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from npeff.tasks.base import IGNORED, Examples, Inputs, TaskError, Token
-from npeff.tasks.embedded_tokens import token_inputs
 from npeff.tasks.huggingface.limits import Limits
 from npeff.tasks.huggingface.predictions import PredictionOptions, Predictions, at_places, marked
 from npeff.tasks.huggingface.pretrained import PretrainedTask
-from npeff.tasks.huggingface.token_table import token_table
+from npeff.tasks.huggingface.token_table import text_inputs, token_table
 from npeff.tasks.huggingface.tokens import pad_token_id, placed_tokens, token_texts, tokenize
 from npeff.tasks.tables import texts
 
@@ -64,14 +63,9 @@ class CausalLMTask(PretrainedTask[CausalLMOptions]):
         return batch.get("targets")
 
     def inputs(self, model: nn.Module, batch: Mapping[str, Any]) -> Inputs:
-        table, tokens = token_table(model, self.options), batch["inputs"]["input_ids"]
-        return token_inputs(
-            table,
-            tokens,
-            batch["inputs"]["attention_mask"] != 0,
-            batch["segments"],
-            table.logits(tokens, lambda: self.logits(model, batch)),
-            self.options.texts,
+        table = token_table(model, self.options)
+        return text_inputs(
+            table, batch["inputs"], batch["segments"], lambda: self.logits(model, batch), self.options.texts
         )
 
 

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM
 
 from npeff.tasks.base import IGNORED, Examples, Inputs, Token
-from npeff.tasks.embedded_tokens import token_inputs
 from npeff.tasks.huggingface.limits import Limits
 from npeff.tasks.huggingface.predictions import PredictionOptions, Predictions, at_places, marked
 from npeff.tasks.huggingface.pretrained import PretrainedTask
-from npeff.tasks.huggingface.token_table import token_table
+from npeff.tasks.huggingface.token_table import text_inputs, token_table
 from npeff.tasks.huggingface.tokens import pad_token_id, padded, placed_tokens, token_texts, tokenize
 from npeff.tasks.tables import texts
 
@@ -53,14 +52,8 @@ class Seq2SeqLMTask(PretrainedTask[Seq2SeqLMOptions]):
 
     def inputs(self, model: nn.Module, batch: Mapping[str, Any]) -> Inputs:
         """Return the embeddings of the source, the inputs of the encoder."""
-        table, tokens = token_table(model, self.options), batch["inputs"]["input_ids"]
-        return token_inputs(
-            table,
-            tokens,
-            batch["inputs"]["attention_mask"] != 0,
-            batch["segments"],
-            table.logits(tokens, lambda: self.logits(model, batch)),
-        )
+        table = token_table(model, self.options)
+        return text_inputs(table, batch["inputs"], batch["segments"], lambda: self.logits(model, batch))
 
 
 def _decoder_inputs(model: Any, labels: Tensor) -> dict[str, Tensor]:

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from npeff.tasks.base import Examples, Inputs, TaskError, Token
-from npeff.tasks.embedded_tokens import token_inputs
 from npeff.tasks.huggingface.limits import Limits
 from npeff.tasks.huggingface.pretrained import PretrainedTask, classes
-from npeff.tasks.huggingface.token_table import token_table
+from npeff.tasks.huggingface.token_table import text_inputs, token_table
 from npeff.tasks.huggingface.tokens import (
     TextOptions,
     Tokens,
@@ -57,14 +56,9 @@ class SequenceClassificationTask(PretrainedTask[SequenceClassificationOptions]):
         return result
 
     def inputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Inputs:
-        table, tokens = token_table(model, self.options, decoder=True), batch["input_ids"]
-        return token_inputs(
-            table,
-            tokens,
-            batch["attention_mask"] != 0,
-            batch["segments"],
-            table.logits(tokens, lambda: self.logits(model, batch)),
-            self.options.text_columns,
+        table = token_table(model, self.options, decoder=True)
+        return text_inputs(
+            table, batch, batch["segments"], lambda: self.logits(model, batch), self.options.text_columns
         )
 
 

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification
 
 from npeff.tasks.base import IGNORED, UNKNOWN, Examples, Inputs, TaskError, Token, placed_words
-from npeff.tasks.embedded_tokens import token_inputs
 from npeff.tasks.huggingface.limits import Limits
 from npeff.tasks.huggingface.predictions import PredictionOptions, Predictions, at_places
 from npeff.tasks.huggingface.pretrained import PretrainedTask, classes
-from npeff.tasks.huggingface.token_table import token_table
+from npeff.tasks.huggingface.token_table import text_inputs, token_table
 from npeff.tasks.huggingface.tokens import pad_token_id, placed_tokens, tokenize
 from npeff.tasks.tables import LabelOptions, class_numbers, type_of
 
@@ -52,14 +51,8 @@ class TokenClassificationTask(PretrainedTask[TokenClassificationOptions]):
         return batch.get("targets")
 
     def inputs(self, model: nn.Module, batch: Mapping[str, Any]) -> Inputs:
-        table, tokens = token_table(model, self.options), batch["inputs"]["input_ids"]
-        return token_inputs(
-            table,
-            tokens,
-            batch["inputs"]["attention_mask"] != 0,
-            batch["segments"],
-            table.logits(tokens, lambda: self.logits(model, batch)),
-        )
+        table = token_table(model, self.options)
+        return text_inputs(table, batch["inputs"], batch["segments"], lambda: self.logits(model, batch))
 
 
 class _Words(Examples):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from npeff.tasks.base import TaskError
-from npeff.tasks.embedded_tokens import TokenTable
+from npeff.tasks.base import Inputs, TaskError
+from npeff.tasks.embedded_tokens import TokenTable, token_inputs
 from npeff.tasks.huggingface.pretrained import PretrainedOptions
 
 
@@ -32,6 +33,26 @@ def token_table(model: Any, options: PretrainedOptions, *, decoder: bool = False
             "model with one, or a task of your own with an `inputs` method"
         )
     return TokenTable(layer, _embedding(inner.get_decoder()) if two_parts and decoder else None)
+
+
+def text_inputs(
+    table: TokenTable,
+    given: Mapping[str, Tensor],
+    segments_BT: Tensor,
+    logits: Callable[[], Tensor],
+    texts: Sequence[str] = (),
+) -> Inputs:
+    """Return the embeddings of the tokens of texts as inputs.
+
+    Args:
+        table: The layer that embeds the tokens.
+        given: The inputs of the model, ``input_ids`` and ``attention_mask`` among them.
+        segments_BT: Number of the text of each token, as in `Tokens.segments`.
+        logits: Function that returns the logits of the batch.
+        texts: Names of the texts.
+    """
+    tokens_BT, present_BT = given["input_ids"], given["attention_mask"] != 0
+    return token_inputs(table, tokens_BT, present_BT, segments_BT, table.logits(tokens_BT, logits), texts)
 
 
 def _embedding(model: Any) -> nn.Module | None:

@@ -154,7 +154,16 @@ def tokenize(
             raise TaskError(f"the tokenizer of {options.model!r} has no character offsets: use a fast tokenizer")
         if note is not None:
             notes += [note(start + number, encoding) for number, encoding in enumerate(encoded.encodings)]
-    for example, row in zip(ids, inputs["input_ids"], strict=True):
+    _check_lengths(ids, inputs["input_ids"], options)
+    known.check(options)
+    limits.check(inputs, ids, options)
+    padding = {"input_ids": pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+    return Tokens(inputs, padding, text_of), notes
+
+
+def _check_lengths(ids: Sequence[str], rows: Sequence[np.ndarray], options: TextOptions) -> None:
+    """Check that each text has tokens, and that the tokenizer truncates."""
+    for example, row in zip(ids, rows, strict=True):
         if not len(row):
             raise TaskError(f"{options.data}: the text of row {example!r} has no tokens: exclude the row with filter")
         if len(row) > options.max_length:
@@ -163,10 +172,6 @@ def tokenize(
                 f"{len(row)} tokens, not to {options.max_length}: raise max_length, or set processor to the tokenizer "
                 "of the model"
             )
-    known.check(options)
-    limits.check(inputs, ids, options)
-    padding = {"input_ids": pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-    return Tokens(inputs, padding, text_of), notes
 
 
 def _text_of(encoded: Any, n_texts: int) -> list[np.ndarray]:
