@@ -36,6 +36,14 @@ def finished(folder: Path) -> dict[int, Path]:
     return {int(path.stem): path for path in sorted(folder.glob("*.*")) if path.stem.isdecimal()}
 
 
+def unit_file(results: Path, unit: int, table: str, *, first: str) -> Path:
+    """Return the file with a unit's rows of a table, in the folder of the partial results of a stage.
+
+    The file of the table ``first`` marks the unit as finished. It is written last.
+    """
+    return (results if table == first else results / table) / f"{unit:05d}.parquet"
+
+
 def units_by_component(run: RunDirectory, stage: str, unit: str) -> UnitProgress:
     """Return the progress of a stage that writes a result file for each component."""
     return UnitProgress(len(finished(run.partial_results(stage))), run.config.factorization.n_components, unit)

@@ -70,7 +70,7 @@ def _verify_unit(run: RunDirectory, stage: StageDefinition, component: int) -> N
         read_table(path, name)
     for name, found in unit_checksums(run, stage, [component], record).items():
         if record is not None and found != record.get("units", {}).get(name, found):
-            raise StoreError(f"result {component} of {stage.name} does not match their checksum")
+            raise StoreError(f"result {component} of {stage.name} does not match its checksum")
 
 
 def finished_units(run: RunDirectory, stage: str) -> list[int]:

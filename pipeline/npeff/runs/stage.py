@@ -11,7 +11,7 @@ from pathlib import Path
 
 from npeff.errors import first_line
 from npeff.execution.executor import ExecutorError, out_of_memory
-from npeff.runs.definition import StageDefinition, Summary, finished
+from npeff.runs.definition import StageDefinition, Summary, finished, unit_file
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError, damaged_record
 from npeff.runs.lineage import MadeFrom, lineage_of, made_from, misfit, refuse_misfit, unit_lineage
@@ -99,9 +99,9 @@ def unit_files(
 
     With a record, those of the complete stage that wrote it.
     """
-    results, name = run.partial_results(stage.name), f"{component:05d}.parquet"
-    first, *others = (table for table in tables_of(run, stage, record) if table not in stage.whole)
-    return {first: results / name} | {table: results / table / name for table in others}
+    results = run.partial_results(stage.name)
+    tables = [table for table in tables_of(run, stage, record) if table not in stage.whole]
+    return {table: unit_file(results, component, table, first=tables[0]) for table in tables}
 
 
 def unit_checksums(

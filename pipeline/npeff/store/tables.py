@@ -224,6 +224,11 @@ def _same_kind(found: pa.DataType, wanted: pa.DataType) -> bool:
     return both_numbers or found == wanted or pa.types.is_null(found)
 
 
+def read_tables(paths: Iterable[str | Path], name: str) -> pa.Table:
+    """Read table `name` from several files, one after another. There may be no files. Raises as `read_table`."""
+    return pa.concat_tables([SCHEMAS[name].empty_table(), *(read_table(path, name) for path in paths)])
+
+
 def rows_to_columns(rows: Sequence[dict[str, Any]], table: str) -> dict[str, list[Any]]:
     """Convert the rows (dictionaries) of a table to columns. There may be no rows."""
     return {name: [row[name] for row in rows] for name in SCHEMAS[table].names}

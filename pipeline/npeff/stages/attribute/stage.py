@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pyarrow as pa
-
 from npeff.execution.executor import Executor
 from npeff.runs.definition import Summary, finished
 from npeff.runs.directory import RunDirectory
@@ -13,8 +11,7 @@ from npeff.stages.attribute import ATTRIBUTE
 from npeff.stages.attribute.worker import AttributionPaths, AttributionWorker
 from npeff.stages.earlier_results import direction_checksums, fingerprint_of, lifted_components
 from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
-from npeff.store.schemas import SCHEMAS
-from npeff.store.tables import read_table, write_table
+from npeff.store.tables import read_table, read_tables, write_table
 
 _TABLE = "position_shares"
 
@@ -66,9 +63,7 @@ def attribute(
                 n_done += 1
                 tick(n_done)
         files = finished(results)
-        table = pa.concat_tables(
-            [SCHEMAS[_TABLE].empty_table(), *(read_table(files[component], _TABLE) for component in components)]
-        )
+        table = read_tables((files[component] for component in components), _TABLE)
         write_table(run.table(_TABLE), _TABLE, table, stage.lineage)
         units = unit_checksums(run, ATTRIBUTE, components)
         return stage.complete({"top_examples": count, "components": components, "n_rows": len(table), "units": units})

@@ -15,9 +15,9 @@ import torch
 
 from npeff.gradients import GradientCollector, LabelSpec, position_shares
 from npeff.models.loaded import ModelSpec
+from npeff.runs.definition import unit_file
 from npeff.store.direction_store import DirectionStore
-from npeff.store.schemas import SCHEMAS
-from npeff.store.tables import write_table
+from npeff.store.tables import rows_to_columns, write_table
 from npeff.tasks import Token
 
 _TABLE = "position_shares"
@@ -68,8 +68,8 @@ class AttributionWorker:
             directions = {name: torch.from_numpy(values)[None].to(device) for name, values in stored.items()}
             for example, row in zip(examples, tokens, strict=True):
                 rows += self._rows(component, example, row, directions)
-        columns = {name: [row[name] for row in rows] for name in SCHEMAS[_TABLE].names}
-        write_table(self._paths.results / f"{component:05d}.parquet", _TABLE, columns, self._paths.lineage)
+        file = unit_file(self._paths.results, component, _TABLE, first=_TABLE)
+        write_table(file, _TABLE, rows_to_columns(rows, _TABLE), self._paths.lineage)
         return len(rows)
 
     def _rows(

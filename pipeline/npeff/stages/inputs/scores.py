@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -24,6 +23,8 @@ from npeff.statistics.paired_bootstrap import mean_interval, paired_difference
 OURS = "functional_information"
 """Name of the functional Fisher information among the methods."""
 _GIVEN_THE_REST = "given_the_rest"
+_MOST_POSITIONS = 4096
+"""Largest number of positions whose covariance is factored again for each example, for the last replacement."""
 
 
 def score_rows(
@@ -53,7 +54,7 @@ def score_rows(
     attributions = {OURS: information_BP}
     attributions |= {name: opponent.attribution(inputs, explained) for name, opponent in OPPONENTS.items()}
     replacements = {"mean": MeanInput(noise.mean_PF), "resample": others, _GIVEN_THE_REST: GivenTheRest(noise)}
-    if "features" in noise.factors and inputs.used_BP.shape[1] > 4096:
+    if "features" in noise.factors and inputs.used_BP.shape[1] > _MOST_POSITIONS:
         del replacements[_GIVEN_THE_REST]
     test = FaithfulnessTest(steps=steps, seed=noise.seed)
     found = faithfulness(inputs, examples, classes_B, attributions, replacements, test)
@@ -79,14 +80,14 @@ def score_rows(
 
 def mean_scores(scores: pa.Table, seed: int) -> list[dict[str, Any]]:
     """Return the rows of the table `faithfulness`: means of the scores with intervals, and differences from ours."""
-    names = [scores[name].to_pylist() for name in ("metric", "replacement", "method")]
-    columns = {name: scores[name].to_numpy() for name in ("example", "score", "passes")}
-    keys = list(zip(*names, strict=True))
-    places = {key: np.array([place for place, each in enumerate(keys) if each == key]) for key in dict.fromkeys(keys)}
+    names = (scores[name].to_pylist() for name in ("metric", "replacement", "method"))
+    scores_N, passes_N = (scores[name].to_numpy() for name in ("score", "passes"))
+    places: dict[tuple[str, str, str], list[int]] = {}
+    for place, key in enumerate(zip(*names, strict=True)):
+        places.setdefault(key, []).append(place)
     rows = []
     for (metric, replacement, method), at in places.items():
-        values_N = columns["score"][at]
-        ours_N = columns["score"][places[metric, replacement, OURS]]
+        values_N, ours_N = scores_N[at], scores_N[places[metric, replacement, OURS]]
         mean, difference = mean_interval(values_N, seed=seed), paired_difference(ours_N, values_N, seed=seed)
         is_ours = method == OURS
         rows.append(
@@ -102,7 +103,7 @@ def mean_scores(scores: pa.Table, seed: int) -> list[dict[str, Any]]:
                 "difference_low": None if is_ours else difference.low,
                 "difference_high": None if is_ours else difference.high,
                 "knows_replacement": _knows(method, replacement),
-                "passes_per_example": float(columns["passes"][at].mean()),
+                "passes_per_example": float(passes_N[at].mean()),
             }
         )
     return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -16,18 +16,17 @@ from npeff.runs.config_reading import ConfigError
 from npeff.runs.definition import Summary, finished
 from npeff.runs.directory import RunDirectory
 from npeff.runs.progress import ProgressDisplay, SilentProgress
-from npeff.runs.stage import Stage, forget_other_requests, open_stage, unit_checksums
+from npeff.runs.stage import Stage, forget_other_requests, open_stage, unit_checksums, unit_files
 from npeff.stages.earlier_results import fingerprint_of
 from npeff.stages.inputs import INPUTS
 from npeff.stages.inputs.covariance import EVERY, InputFacts, is_current, refuse_covariance, write_covariances
 from npeff.stages.inputs.examples import ChosenExamples
 from npeff.stages.inputs.scores import mean_scores
-from npeff.stages.inputs.worker import TABLES, InputPaths, InputWorker, block_files
+from npeff.stages.inputs.worker import TABLES, InputPaths, InputWorker
 from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
 from npeff.storage.checksums import json_checksum
 from npeff.store.fisher_store import FisherStore
-from npeff.store.schemas import SCHEMAS
-from npeff.store.tables import read_table, write_table
+from npeff.store.tables import read_table, read_tables, rows_to_columns, write_table
 
 _BLOCK, _TESTED_BLOCK = 16, 4
 """Examples of a block, which one call of a worker computes, and tested examples of a block. A test takes thousands of
@@ -79,17 +78,11 @@ def inputs(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
                     tick(n_done)
         tables = _write_tables(run, stage, len(blocks))
         found = tables["inputs"]["information"].drop_null().to_numpy()
-        if n_invalid := len(explained) - len(found):
-            progress.say(
-                f"{n_invalid} of {len(explained)} examples have non-finite logits or gradients and are left out"
-            )
-        with_shares = pc.count_distinct(tables["input_shares"]["example"]).as_py()
-        if n_without := len(found) - with_shares:
-            progress.say(f"{n_without} of {len(explained)} examples have no positions that are inputs")
+        _say_what_is_left_out(tables, len(found), progress)
         summary = {
             "request": request,
             "n_examples": len(explained),
-            "n_invalid": n_invalid,
+            "n_invalid": len(explained) - len(found),
             "n_blocks": len(blocks),
             "covariance": options.covariance,
             "ridge": options.ridge,
@@ -97,6 +90,15 @@ def inputs(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
             "units": unit_checksums(run, INPUTS, range(len(blocks))),
         }
         return stage.complete(summary)
+
+
+def _say_what_is_left_out(tables: Mapping[str, pa.Table], n_finite: int, progress: ProgressDisplay) -> None:
+    """Name the numbers of examples without information, and without positions."""
+    n_explained = len(tables["inputs"])
+    if n_invalid := n_explained - n_finite:
+        progress.say(f"{n_invalid} of {n_explained} examples have non-finite logits or gradients and are left out")
+    if n_without := n_finite - pc.count_distinct(tables["input_shares"]["example"]).as_py():
+        progress.say(f"{n_without} of {n_explained} examples have no positions that are inputs")
 
 
 def _worker(run: RunDirectory, stage: Stage, options: InputsConfig, chosen: ChosenExamples) -> WorkerSpec:
@@ -175,14 +177,12 @@ def _moments(
 
 def _write_tables(run: RunDirectory, stage: Stage, n_blocks: int) -> dict[str, pa.Table]:
     """Write the tables of the stage from the results of the blocks, and return them."""
-    files = [block_files(run.partial_results("inputs"), block) for block in range(n_blocks)]
+    files = [unit_files(run, INPUTS, block) for block in range(n_blocks)]
     tables = {}
     for name in TABLES:
-        parts = [SCHEMAS[name].empty_table(), *(read_table(each[name], name) for each in files)]
-        whole = pa.concat_tables(parts)
+        whole = read_tables((each[name] for each in files), name)
         tables[name] = whole.take(pc.array_sort_indices(whole["example"]))  # a stable sort
         write_table(run.table(name), name, tables[name], stage.lineage)
     means = mean_scores(tables["faithfulness_scores"], run.config.seed)
-    columns = {name: [row[name] for row in means] for name in SCHEMAS["faithfulness"].names}
-    write_table(run.table("faithfulness"), "faithfulness", columns, stage.lineage)
+    write_table(run.table("faithfulness"), "faithfulness", rows_to_columns(means, "faithfulness"), stage.lineage)
     return tables

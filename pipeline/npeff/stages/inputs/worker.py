@@ -23,15 +23,15 @@ from npeff.input_fisher.noise import InputNoise
 from npeff.input_fisher.replacements import OtherExamples
 from npeff.models.loaded import ModelSpec, flattened
 from npeff.runs.config_input_sections import InputsConfig
+from npeff.runs.definition import unit_file
 from npeff.stages.inputs.covariance import EVERY, InputFacts, read_noises
 from npeff.stages.inputs.examples import Block
 from npeff.stages.inputs.positions import Positions, group_rows, positions_of, share_rows
 from npeff.stages.inputs.scores import score_rows
-from npeff.store.schemas import SCHEMAS
-from npeff.store.tables import write_table
+from npeff.store.tables import rows_to_columns, write_table
 
 TABLES = ("inputs", "input_shares", "input_groups", "faithfulness_scores")
-"""The tables of the stage. The file of the first is written last."""
+"""The tables with rows of each block."""
 _INSPECTED = 2
 
 
@@ -111,7 +111,7 @@ class InputWorker:
         """
         parts: dict[int, list[Moments]] = {}
         n_left_out = 0
-        for group, members in self._groups(examples).items():
+        for covariance, members in self._by_covariance(examples).items():
             for chosen in self._loaded.batches(members, self._batch_size):
                 flat = self._loaded.flat_inputs(self._loaded.batch(chosen), len(chosen))
                 finite_BP = flat.values_BPF.isfinite().all(2)
@@ -120,21 +120,21 @@ class InputWorker:
                 finite_B = finite_BP.all(1)
                 n_left_out += int((~finite_B).sum())
                 kept = FlatInputs(flat.values_BPF[finite_B], flat.logits, flat.used_BP[finite_B], flat.exchangeable)
-                parts.setdefault(group, []).append(Moments.of(kept, self._options.covariance))
-        return {group: merged(found).on(torch.device("cpu")) for group, found in parts.items()}, n_left_out
+                parts.setdefault(covariance, []).append(Moments.of(kept, self._options.covariance))
+        return {number: merged(found).on(torch.device("cpu")) for number, found in parts.items()}, n_left_out
 
     def compute(self, block: Block) -> int:
         """Write the tables of a block of examples. Returns the number of examples that are not finite."""
         rows: dict[str, dict[int, list[dict[str, Any]]]] = {table: {} for table in TABLES}
-        for group, members in self._groups(block.examples).items():
+        for covariance, members in self._by_covariance(block.examples).items():
             for chosen in self._loaded.batches(members, self._batch_size):
                 with computing_threads(self._loaded.threads(len(chosen))):
-                    for table, example, found in self._rows(chosen, self._noises[group]):
+                    for table, example, found in self._rows(chosen, self._noises[covariance]):
                         rows[table][example] = found
-        for table, path in block_files(self._paths.results, block.number).items():
-            ordered = [row for example in block.examples for row in rows[table].get(example, ())]
-            columns = {name: [row[name] for row in ordered] for name in SCHEMAS[table].names}
-            write_table(path, table, columns, self._paths.lineage)
+        for table, by_example in reversed(rows.items()):  # last the table whose file marks a finished block
+            ordered = [row for example in block.examples for row in by_example.get(example, ())]
+            file = unit_file(self._paths.results, block.number, table, first=TABLES[0])
+            write_table(file, table, rows_to_columns(ordered, table), self._paths.lineage)
         return sum(row["information"] is None for (row,) in rows["inputs"].values())
 
     def _rows(self, chosen: Sequence[int], noise: InputNoise) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
@@ -201,7 +201,7 @@ class InputWorker:
             **{name: _number(values[row]) if finite else None for name, values in numbers.items()},
         }
 
-    def _groups(self, examples: Sequence[int]) -> dict[int, list[int]]:
+    def _by_covariance(self, examples: Sequence[int]) -> dict[int, list[int]]:
         """Return the examples by the number of their covariance, in ascending order."""
         if self._options.scope == "all":
             return {EVERY: list(examples)}
@@ -221,14 +221,6 @@ class InputWorker:
     def _noises(self) -> dict[int, InputNoise]:
         """The noise of each covariance, by its number."""
         return read_noises(self._paths.covariance, self._options.spread, self._seed, self._loaded.device)
-
-
-def block_files(results: Path, block: int) -> dict[str, Path]:
-    """Return the result files of a block, by table. They are where `npeff.runs.stage.unit_files` looks for them."""
-    first, *others = TABLES
-    name = f"{block:05d}.parquet"
-    # the file of the first table marks the block as finished, and is written last
-    return {table: results / table / name for table in others} | {first: results / name}
 
 
 def _number(value: Tensor) -> float | None:

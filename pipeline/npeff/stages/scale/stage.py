@@ -30,8 +30,7 @@ from npeff.stages.scale.worker import ScaleOptions, ScalePaths, ScaleWorker
 from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
 from npeff.storage.checksums import json_checksum, read_json, write_json_atomically
 from npeff.store.component_store import open_factorization
-from npeff.store.schemas import SCHEMAS
-from npeff.store.tables import read_table, write_table
+from npeff.store.tables import read_table, read_tables, write_table
 from npeff.variables import for_hash, resolved
 from npeff.verification import top_examples
 
@@ -219,8 +218,7 @@ def _blocks(ends: Sequence[Ends]) -> list[Block]:
 
 
 def _joined(run: RunDirectory, table: str, blocks: Sequence[int]) -> pa.Table:
-    files = [unit_files(run, SCALE, block)[table] for block in blocks]
-    return pa.concat_tables([SCHEMAS[table].empty_table(), *(read_table(file, table) for file in files)])
+    return read_tables((unit_files(run, SCALE, block)[table] for block in blocks), table)
 
 
 def _summary(paths: pa.Table) -> Summary:

@@ -12,6 +12,7 @@ import torch
 
 from npeff.input_fisher.path import Curve, FisherPath, fisher_path
 from npeff.models.loaded import ModelSpec
+from npeff.runs.definition import unit_file
 from npeff.stages.scale import other_spaces
 from npeff.stages.scale.curves import Curves
 from npeff.stages.scale.plan import Block, Ends, PlannedPath, Request, chosen
@@ -81,9 +82,8 @@ class ScaleWorker:
         for planned in block.paths:
             self._add(planned, tables)
         for table, rows in tables.items():  # last the table whose file marks a finished block
-            folder = self._paths.results if table == "paths" else self._paths.results / table
-            columns = rows_to_columns(rows, table)
-            write_table(folder / f"{block.number:05d}.parquet", table, columns, self._paths.lineage)
+            file = unit_file(self._paths.results, block.number, table, first="paths")
+            write_table(file, table, rows_to_columns(rows, table), self._paths.lineage)
         return len(block.paths)
 
     def _add(self, planned: PlannedPath, tables: dict[str, list[Row]]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from npeff.runs.definition import unit_file
 from npeff.runs.directory import RunDirectory
 from npeff.stages.earlier_results import checksums_of
 from npeff.store.shard_records import ShardChecksums
@@ -51,8 +52,7 @@ class VerificationPaths:
 
     def file(self, table: str, component: int) -> Path:
         """Return the file of a component with its rows of a table."""
-        folder = self.results if table == "verification" else self.results / table
-        return folder / f"{component:05d}.parquet"
+        return unit_file(self.results, component, table, first="verification")
 
 
 @dataclass(frozen=True)

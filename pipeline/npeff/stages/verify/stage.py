@@ -24,7 +24,7 @@ from npeff.statistics.verdict import scoreboard, verdicts
 from npeff.storage.atomic import is_committed
 from npeff.storage.location import absolute_location
 from npeff.store.component_store import open_factorization
-from npeff.store.tables import read_table, rows_to_columns, write_table
+from npeff.store.tables import read_table, read_tables, rows_to_columns, write_table
 
 
 def verify(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
@@ -112,7 +112,7 @@ def _join(
     run: RunDirectory, table: str, paths: VerificationPaths, components: list[int], lineage: str | None
 ) -> pa.Table:
     """Write a table of all components from the files of the components. Returns the table."""
-    joined = pa.concat_tables([read_table(paths.file(table, component), table) for component in components])
+    joined = read_tables((paths.file(table, component) for component in components), table)
     write_table(run.table(table), table, joined, lineage)
     return joined
 
