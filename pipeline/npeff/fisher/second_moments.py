@@ -17,6 +17,7 @@ import numpy as np
 import scipy  # imports its subpackages on first use
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 _PANELS = 8
@@ -163,9 +164,11 @@ def _eigenvalues(matrix_nn: Tensor) -> NDArray[np.float64]:
     """Return the eigenvalues of a symmetric matrix, whose memory is used for the computation."""
     if matrix_nn.device.type == "cpu":  # torch and numpy copy the matrix, and torch takes a third longer
         columns_nn = matrix_nn.numpy().T
-        found_n: NDArray[np.float64] = scipy.linalg.eigvalsh(
-            columns_nn, overwrite_a=True, check_finite=False, driver="ev"
-        )
+        # scipy's BLAS does not know torch's number of threads, and its threads spin while they wait
+        with threadpool_limits(torch.get_num_threads(), user_api="blas"):
+            found_n: NDArray[np.float64] = scipy.linalg.eigvalsh(
+                columns_nn, overwrite_a=True, check_finite=False, driver="ev"
+            )
     else:
         found_n = torch.linalg.eigvalsh(matrix_nn).cpu().numpy()
     return found_n

@@ -31,7 +31,6 @@ SPECTRUM = StageDefinition(
     help="Compute the eigenvalues of the mean Fisher: how many directions hold the information of the parameters.",
     function="npeff.stages.spectrum.stage:spectrum",
     after=FISHERS,
-    in_run=lambda config: False,
     units=_units,
     details=headline,
 )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from npeff.execution.executor import Executor
 from npeff.factorization import InvalidProblemError, explained, near_duplicates
@@ -49,28 +52,19 @@ def transform(
         RunDirectoryError: the model, parameters, sketch or seed of the runs differ, or the run has been factorized.
         InvalidProblemError: ``factorization.n_components`` of the run is not the number of components.
     """
-    progress, config = progress or SilentProgress(), run.config
+    progress = progress or SilentProgress()
     given = source if isinstance(source, RunDirectory) else RunDirectory.open(source)  # raises before any computation
     record_of(given, FACTORIZE)
-    if (wanted := config.factorization.n_components) != given.config.factorization.n_components:
-        raise InvalidProblemError(
-            f"{given.path} has {given.config.factorization.n_components} components, and the new run has "
-            f"factorization.n_components: {wanted}: set it to the number of components of {given.path}"
-        )
+    _refuse_another_number(run, given, given.config.factorization.n_components)
     with run.lock(), executor_for(run, executor) as workers:
         compute_fishers(run, executor=workers, progress=progress)
         components_KD = components_of(run, given)
-        if len(components_KD) != config.factorization.n_components:
-            raise InvalidProblemError(
-                f"{given.path} has {len(components_KD)} components: set factorization.n_components of the new run to "
-                f"{len(components_KD)}"
-            )
+        _refuse_another_number(run, given, len(components_KD))
         origin = str(given.path if given.name == DEFAULT else given.home)
         with open_stage(run, FACTORIZE) as stage:
             there = record_of(given, FACTORIZE).get("lineage")
             sources = None if stage.made_from is None or there is None else stage.made_from | {"source": there}
-            same_source = stage.done is not None and stage.done.get("transformed_from") == origin
-            if stage.done and same_source:
+            if stage.done and stage.done.get("transformed_from") == origin:
                 if sources is None or stage.done.get("made_from", sources) == sources:
                     return stage.done
                 progress.say(f"the components of {given.path} have changed; computing the coefficients again")
@@ -80,31 +74,17 @@ def transform(
                     "set another factorization.name, or use --name NAME",
                 )
             ensure_split(run)
-            checksums = checksums_of(run)
             in_order: list[ShardCoefficients] = over_shards(
                 run,
                 workers,
                 progress,
                 "transform",
-                checksums,
+                checksums_of(run),
                 components_KD,
-                l1=config.factorization.l1,
+                l1=run.config.factorization.l1,
                 title="transform",
             )
-            loss = sum(float(part.losses_N.sum()) for part in in_order)
-            total = sum(float(part.squares_N.sum()) for part in in_order)
-            if not total > 0:
-                raise InvalidProblemError("no example has a valid, nonzero Fisher: check the examples and the model")
-            summary = {
-                "n_components": len(components_KD),
-                "loss": loss,
-                "explained": explained(loss, total),
-                "explained_held_out": None,
-                "n_iter": 0,
-                "stopped": "transformed",
-                "transformed_from": origin,
-                "near_duplicates": near_duplicates(torch.from_numpy(components_KD)),
-            }
+            summary = _summary(in_order, components_KD) | {"transformed_from": origin}
             coefficients_NK = StackedRows([part.coefficients_NK for part in in_order])
             evidence_NK = StackedRows([part.evidence_NK for part in in_order])
             summary |= write_solution(
@@ -112,3 +92,29 @@ def transform(
             )
             progress.say(f"explained {summary['explained']:.4f} of the Fishers")
             return stage.complete(summary | own_examples(run))
+
+
+def _refuse_another_number(run: RunDirectory, given: RunDirectory, n_components: int) -> None:
+    """Raise an error unless the settings of the run name this number of components."""
+    if (wanted := run.config.factorization.n_components) != n_components:
+        raise InvalidProblemError(
+            f"{given.path} has {n_components} components, and the new run has factorization.n_components: {wanted}: "
+            f"set it to the number of components of {given.path}"
+        )
+
+
+def _summary(in_order: Sequence[ShardCoefficients], components_KD: NDArray[np.float32]) -> Summary:
+    """Return what the record says of the coefficients of all shards."""
+    loss = sum(float(part.losses_N.sum()) for part in in_order)
+    total = sum(float(part.squares_N.sum()) for part in in_order)
+    if not total > 0:
+        raise InvalidProblemError("no example has a valid, nonzero Fisher: check the examples and the model")
+    return {
+        "n_components": len(components_KD),
+        "loss": loss,
+        "explained": explained(loss, total),
+        "explained_held_out": None,
+        "n_iter": 0,
+        "stopped": "transformed",
+        "near_duplicates": near_duplicates(torch.from_numpy(components_KD)),
+    }
