@@ -7,7 +7,8 @@ Every method gives an attribution of each input of an example. They are compared
 (`npeff.input_fisher.faithfulness`) on examples that the model was not trained on. All methods with noise have the same
 number of draws, and a spread of 0.15 or 1, which the validation examples choose for each method, score and model.
 Covariance, mean and the other examples that replace inputs come from examples that are not tested. `minilm` needs
-NPEFF_SHARED_DATA. `captum` makes an environment with captum in the folder, and compares the attributions themselves.
+NPEFF_SHARED_DATA. Shapley values are estimated by captum in an environment of its own in the folder, and left out if
+pip cannot make it. `captum` compares the attributions themselves.
 `cost` divides the CPU time of our attribution by that of the passes that it needs, and `stage` that of the whole stage;
 it compares two workers with one as well. The folder keeps what was measured.
 """

@@ -5,20 +5,18 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from environments import environment
 from npeff.input_fisher.flat_inputs import FlatInputs
 from npeff.input_fisher.opponents import OPPONENTS, Explained
 from npeff.input_fisher.predictions import probabilities
 from torch import Tensor
 
 from inputs_stage.problems import prepared, problems
+from inputs_stage.shapley import captum_environment
 
-CAPTUM = "captum==0.9.0"
 SCRIPT = Path(__file__).with_name("captum_attributions.py")
 N_IMAGES = 40
 LIMIT = 1e-5
@@ -38,7 +36,7 @@ class _SameNoise:
 
 def agreement(folder: Path) -> dict[str, float] | None:
     """Print and return the largest difference of each attribution, divided by its largest value."""
-    python = environment(folder / "captum", [CAPTUM, f"torch=={version('torch').split('+')[0]}", "matplotlib"])
+    python = captum_environment(folder)
     if python is None:
         return None
     made = prepared(problems()["digits"], 0, folder)

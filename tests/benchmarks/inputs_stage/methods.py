@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from npeff.gradients import LabelSpec
 from npeff.input_fisher.attribution import input_information
 from npeff.input_fisher.flat_inputs import FlatInputs
@@ -14,6 +15,7 @@ from npeff.input_fisher.opponents import OPPONENTS, Explained
 from torch import Tensor
 
 from inputs_stage.problems import Prepared
+from inputs_stage.shapley import NAMES
 
 SPREADS = (0.15, 1.0)
 
@@ -26,6 +28,8 @@ class Method:
     attribution: Attribution
     noise: CovarianceKind | None
     """Covariance of its noise; None for a method without noise."""
+    by_class: bool = False
+    """Whether the covariance is that of the examples with the predicted class as their label."""
     replacement: str | None = None
     """The replacement that the method knows."""
     signed: bool = False
@@ -53,9 +57,13 @@ def _information(*, label_free: bool = False, conditional: bool = False) -> Attr
     return attribution
 
 
+def _elsewhere(inputs: FlatInputs, explained: Explained) -> Tensor:
+    raise AssertionError("computed in the environment of captum")
+
+
 def _opponent(name: str, of: str, noise: CovarianceKind | None) -> Method:
     opponent = OPPONENTS[of]
-    return Method(name, opponent.attribution, noise, opponent.replacement, opponent.signed)
+    return Method(name, opponent.attribution, noise, replacement=opponent.replacement, signed=opponent.signed)
 
 
 FI, DIAGONAL, ISOTROPIC, LABEL_FREE = "FI, covariance", "FI, diagonal", "FI, isotropic", "input Fisher, all classes"
@@ -71,6 +79,7 @@ METHODS = {
         _opponent("integrated gradients, zero", "integrated_gradients_zero", None),
         _opponent(PATH, "integrated_gradients_mean", None),
         _opponent(OCCLUSION, "occlusion", None),
+        *(Method(name, _elsewhere, None, replacement=name.split(", ")[1], signed=True) for name in NAMES),
         _opponent("SmoothGrad", "smooth_grad", "isotropic"),
         _opponent("SmoothGrad × input", "smooth_grad_times_input", "isotropic"),
         _opponent(SQUARED, "smooth_grad_squared", "isotropic"),
@@ -80,6 +89,7 @@ METHODS = {
         Method(ISOTROPIC, _information(), "isotropic"),
         Method(DIAGONAL, _information(), "diagonal"),
         Method(FI, _information(), "full"),
+        Method("FI, covariance of the class", _information(), "full", by_class=True),
         Method("FI, split given the rest", _information(conditional=True), "full"),
         Method(LABEL_FREE, _information(label_free=True), "full"),
     )
@@ -98,8 +108,18 @@ def attribution(
 ) -> Tensor:
     """Return the attributions (B, P) of a batch."""
     method, problem = METHODS[variant.method], made.problem
-    noise = made.noises["full" if method.noise is None else method.noise]
-    if variant.spread is not None:
-        noise = replace(noise, spread=variant.spread)
-    explained = Explained(examples, classes_B, noise, samples=problem.samples, steps=problem.steps)
-    return method.attribution(inputs, explained)
+
+    def with_noise(noise: InputNoise, inputs: FlatInputs, examples: Sequence[int], classes_B: Tensor) -> Tensor:
+        if variant.spread is not None:
+            noise = replace(noise, spread=variant.spread)
+        explained = Explained(examples, classes_B, noise, samples=problem.samples, steps=problem.steps)
+        return method.attribution(inputs, explained)
+
+    if not method.by_class:
+        return with_noise(made.noises["full" if method.noise is None else method.noise], inputs, examples, classes_B)
+    found_BP = torch.zeros(inputs.used_BP.shape, dtype=torch.float64)
+    for label in classes_B.unique().tolist():
+        rows = (classes_B == label).nonzero()[:, 0].tolist()
+        chosen = [examples[row] for row in rows]
+        found_BP[rows] = with_noise(made.class_noises[label], made.inputs(chosen), chosen, classes_B[rows])
+    return found_BP

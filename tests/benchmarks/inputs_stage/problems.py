@@ -19,7 +19,12 @@ from torch import Tensor
 
 KINDS: tuple[CovarianceKind, ...] = ("full", "diagonal", "isotropic")
 RIDGE = 1e-4
-FOR_TEXTS = ("SmoothGrad", "VarGrad, noise of the covariance", "FI, split given the rest")
+FOR_TEXTS = (
+    "SmoothGrad",
+    "VarGrad, noise of the covariance",
+    "FI, covariance of the class",
+    "FI, split given the rest",
+)
 """Methods that are left out for texts. The last one is the same as FI there, as positions are independent."""
 
 
@@ -82,6 +87,8 @@ class Prepared:
     ids: dict[int, str]
     noises: dict[CovarianceKind, InputNoise]
     """With spread 1."""
+    class_noises: dict[int, InputNoise]
+    """By label, with the full covariance of its examples and spread 1. A ridge makes those of few examples regular."""
     others: OtherExamples
     standard: tuple[Tensor, Tensor] | None
     """Mean and deviation of the columns."""
@@ -116,6 +123,13 @@ def prepared(problem: Problem, seed: int | None, folder: Path) -> Prepared:
         moments = merged([Moments.of(inputs, kind) for inputs, _ in parts])
         noises[kind] = InputNoise(moments.mean_PF, factor_covariance(moments, kind, RIDGE), 1.0)
     labels_N, right = loaded.labels_N, 0
+    class_noises = {}
+    if "FI, covariance of the class" not in problem.without:
+        for label in sorted(set(labels_N[rest].tolist())):
+            of_class = [example for example in rest if labels_N[example] == label]
+            inputs = _standardized(loaded.flat_inputs(loaded.batch(of_class)), standard)
+            moments = Moments.of(inputs, "full")
+            class_noises[label] = InputNoise(moments.mean_PF, factor_covariance(moments, "full", RIDGE), 1.0)
     for batch in loaded.batches(tested, problem.batch_size):
         logits_BC = loaded.logits(loaded.model, loaded.batch(batch))
         right += int((logits_BC.argmax(1).numpy() == labels_N[batch]).sum())
@@ -126,6 +140,7 @@ def prepared(problem: Problem, seed: int | None, folder: Path) -> Prepared:
         validation=rest[: problem.n_validation],
         ids=dict(enumerate(table["id"].to_pylist())),
         noises=noises,
+        class_noises=class_noises,
         others=OtherExamples.of(parts),
         standard=standard,
         accuracy=right / len(tested),

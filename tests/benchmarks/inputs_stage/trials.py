@@ -13,9 +13,11 @@ import torch
 from npeff.input_fisher.faithfulness import Score, faithfulness
 from npeff.input_fisher.predictions import probabilities
 from npeff.input_fisher.replacements import GivenTheRest, MeanInput, Replacement
+from torch import Tensor
 
 from inputs_stage.methods import METHODS, Variant, attribution, variants
 from inputs_stage.problems import Prepared, Problem, prepared
+from inputs_stage.shapley import NAMES, shapley_values
 
 COLUMNS: dict[str, tuple[str, str, int]] = {
     "deletion, mean": ("deletion", "mean", -1),
@@ -39,15 +41,18 @@ def record(problem: Problem, seed: int | None, folder: Path) -> dict[str, Any]:
         return found
     began = time.process_time()
     made = prepared(problem, seed, folder)
-    names = [name for name in METHODS if name not in problem.without]
-    tried, _ = _measured(made, made.validation, variants(names))
+    shapley, shapley_seconds = shapley_values(made, folder)
+    missing = {*problem.without, *(set(NAMES) - set(shapley))}
+    names = [name for name in METHODS if name not in missing]
+    tried, _ = _measured(made, made.validation, variants(names), shapley)
     spreads = {name: {column: _best(tried, name, column) for column in COLUMNS} for name in names}
     used = [
         variant
         for variant in variants(names)
         if variant.spread is None or variant.spread in spreads[variant.method].values()
     ]
-    values, seconds = _measured(made, made.tested, used)
+    values, seconds = _measured(made, made.tested, used, shapley)
+    seconds |= {_key(Variant(name, None)): each for name, each in shapley_seconds.items()}
     found = {
         "ids": [made.ids[example] for example in made.tested],
         "accuracy": made.accuracy,
@@ -76,7 +81,9 @@ def _best(tried: Values, name: str, column: str) -> float | None:
     )
 
 
-def _measured(made: Prepared, examples: Sequence[int], chosen: Sequence[Variant]) -> tuple[Values, dict[str, float]]:
+def _measured(
+    made: Prepared, examples: Sequence[int], chosen: Sequence[Variant], shapley: dict[str, dict[int, Tensor]]
+) -> tuple[Values, dict[str, float]]:
     """Return the scores of the examples, in their order, and the seconds of CPU time of an attribution per example."""
     noise = made.noises["full"]
     replacements: dict[str, Replacement] = {
@@ -94,7 +101,10 @@ def _measured(made: Prepared, examples: Sequence[int], chosen: Sequence[Variant]
         attributions = {}
         for each in chosen:
             began = time.process_time()
-            attributions[_key(each)] = attribution(made, each, inputs, batch, classes_B)
+            if each.method in shapley:
+                attributions[_key(each)] = torch.stack([shapley[each.method][example] for example in batch])
+            else:
+                attributions[_key(each)] = attribution(made, each, inputs, batch, classes_B)
             seconds[_key(each)] += (time.process_time() - began) / len(examples)
         found = faithfulness(inputs, batch, classes_B, attributions, replacements, made.problem.test)
         for key, columns in values.items():
