@@ -24,7 +24,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "perception": (ARRAYS, set()),
     "gradients": (TENSORS, {"errors", "options"}),
     "sketches": (TENSORS, {"gradients", "options"}),
-    "fisher": (TENSORS | {"scipy"}, {"gradients", "sketches"}),
+    "fisher": (TENSORS | {"scipy", "threadpoolctl"}, {"gradients", "sketches"}),
     "input_fisher": (TENSORS, {"errors", "gradients", "fisher"}),
     "training": ({"torch", "safetensors"}, {"errors", "gradients", "fisher", "input_fisher"}),
     "factorization": (TENSORS | {"scipy", "sklearn"}, {"errors", "options"}),
