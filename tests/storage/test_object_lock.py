@@ -12,7 +12,7 @@ import pytest
 from moto.s3 import models
 from npeff.storage import object_lock, objects
 from npeff.storage.buckets import guards
-from npeff.storage.errors import ObjectStoreError
+from npeff.storage.errors import ObjectStoreError, StoreError
 from npeff.storage.location import location
 from npeff.storage.object_lock import HeldError
 from npeff.storage.object_lock import object_lock as hold
@@ -82,6 +82,25 @@ def test_a_lock_that_nobody_renews_is_taken_over_and_its_holder_writes_no_more(s
     assert s3.objects()["run/a"].value == b"first"
     assert b"process 2" in s3.objects()[KEY].value, "the loser leaves the lock to its holder"
     second.release()
+    assert s3.released(KEY)
+
+
+def test_an_error_after_a_loss_is_that_of_the_loss(s3: ObjectStore) -> None:
+    """The new holder may have deleted the file that the former one reads."""
+
+    def overtaken() -> None:
+        with hold(location(LOCK), "process 1 on here"):
+            age(s3, object_lock.STALE_S + 2)
+            object_lock._ObjectLock(location(LOCK), "process 2 on there").acquire()
+            location(FILE).read_bytes()
+
+    with pytest.raises(ObjectStoreError, match=r"another process \(process 2 on there"):
+        overtaken()
+
+
+def test_an_error_without_a_loss_stays_as_it_is(s3: ObjectStore) -> None:
+    with pytest.raises(StoreError, match="of the body"), hold(location(LOCK), "process 1 on here"):
+        raise StoreError("of the body", "mend it", path=location(FILE))
     assert s3.released(KEY)
 
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from npeff.errors import NpeffError
 from npeff.storage import objects
 from npeff.storage.buckets import guards
 from npeff.storage.errors import ObjectStoreError
@@ -59,7 +60,8 @@ def object_lock(path: Path, owner: str) -> Iterator[None]:
 
     Raises:
         HeldError: Another process renews the lock.
-        ObjectStoreError: A request fails. If the lock was taken over, the writes of the body raise this error.
+        ObjectStoreError: A request fails. If the lock was taken over, the writes of the body raise this error, and
+            it replaces other errors of the body.
     """
     lock = _ObjectLock(path, owner)
     lock.acquire()
@@ -69,6 +71,9 @@ def object_lock(path: Path, owner: str) -> Iterator[None]:
     keeper.start()
     try:
         yield
+    except (NpeffError, OSError):
+        lock.explain()
+        raise
     finally:
         lock.ended.set()
         keeper.join()
@@ -124,6 +129,15 @@ class _ObjectLock:
                     "is kept: check the network and run the same command again to resume"
                 )
             time.sleep(_POLL_S / 4)
+        self._refuse_if_lost()
+
+    def explain(self) -> None:
+        """Raise the error of a lost lock, which can be the cause of another error: the new holder deletes files."""
+        with suppress(ObjectStoreError):
+            self._renew()
+        self._refuse_if_lost()
+
+    def _refuse_if_lost(self) -> None:
         if self._lost_to is not None:
             raise ObjectStoreError(
                 f"another process ({self._lost_to}) took over {self._path.parent}, because this process did not renew "
