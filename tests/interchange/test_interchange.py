@@ -499,9 +499,13 @@ def test_a_decomposition_and_its_fishers_become_a_factorized_run(
     assert record["loss"] == pytest.approx(residuals, rel=1e-5)
     assert record["explained"] == pytest.approx(1 - residuals / squares, rel=1e-4)
     assert {row.stage: str(row.state) for row in status(run)} == {
-        "fishers": "complete", "factorize": "complete", "lift": "missing", "verify": "missing", "attribute": "missing",
-        "report": "missing",
+        "fishers": "complete", "spectrum": "missing", "factorize": "complete", "lift": "missing", "verify": "missing",
+        "attribute": "missing", "report": "missing",
     }  # fmt: skip
+    npeff.spectrum(run)
+    statistics = read_table(run.table("spectrum_statistics"), "spectrum_statistics").to_pylist()
+    (trace,) = [row["value"] for row in statistics if row["name"] == "trace" and row["n_examples"] == N]
+    assert trace == pytest.approx(np.mean([np.square(rows.astype(float)).sum() for rows in pefs.rows]), rel=1e-5)
     assert npeff.factorize(run)["stopped"] == "imported"
     top = ComponentStore.open(run.path).top_examples(1, n=4)["example"].to_pylist()
     assert top == np.argsort(-w_NK[:, 1], kind="stable")[:4].tolist()
