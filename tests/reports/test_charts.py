@@ -11,6 +11,27 @@ from npeff.reports.selection_chart import selection_chart
 from npeff.statistics.verdict import verdicts
 
 positive = st.floats(1e-6, 1e6)
+RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+
+
+def value_of(label: str) -> float:
+    """The number that a label shows: 0.01, 1000 or 10⁻⁶."""
+    plain = label.translate(RAISED)
+    return float(label) if plain == label else 10.0 ** int(plain.removeprefix("10"))
+
+
+@given(st.floats(-300, 0), st.floats(0, 300), st.floats(60, 1200), st.integers(2, 12), st.booleans())
+def test_labels_of_an_axis_are_apart_at_any_range(
+    low: float, high: float, length: float, at_most: int, log: bool
+) -> None:
+    axis = Axis(10.0**low, 10.0 ** (high + 0.3), 0, length, log=True) if log else Axis(low, high + 1e-3, 0, length)
+    level = axis.level_ticks(at_most=at_most)
+    assert 1 <= len(level) <= at_most + 1
+    for a, b in pairwise(level):
+        assert b.position - a.position >= 7 * (len(a.label) + len(b.label)) / 2
+    if log:
+        assert any(tick.value == 1 for tick in level)
+        assert all(b.position - a.position >= 15.9 for a, b in pairwise(axis.ticks()))
 
 
 @given(st.lists(positive, max_size=20))
@@ -21,7 +42,8 @@ def test_a_log_axis_holds_all_values_and_one_between_labelled_decades(values: li
     ticks = axis.ticks()
     assert ticks[0].position == 300
     assert ticks[-1].position == 10
-    assert float(ticks[0].label) == pytest.approx(axis.low)
+    assert value_of(ticks[0].label) == pytest.approx(axis.low)
+    assert all(value_of(tick.label) == pytest.approx(tick.value) for tick in ticks)
     assert axis.position(0.0) == 300
     assert axis.position(math.inf) == 10
 

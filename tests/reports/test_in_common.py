@@ -34,6 +34,7 @@ def test_words_are_counted_once_per_example_without_case_or_punctuation() -> Non
         "1",
         "öl",
     }
+    assert words_of("width 0.2, length 3.80 and 12.") == {"width", "0.2", "length", "3.80", "and", "12"}
     assert words_of(None) == set()
 
 

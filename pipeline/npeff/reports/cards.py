@@ -76,10 +76,11 @@ class Share:
 
 @dataclass(frozen=True)
 class Bar:
-    """The fraction of a direction's energy in one parameter."""
+    """The fraction of a direction's energy in one parameter, or in all that have no bar."""
 
     name: str
     energy: float
+    of_others: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ class Card:
 
     @property
     def top_parameter(self) -> Bar | None:
-        return max(self.energy, key=lambda bar: bar.energy, default=None)
+        named = [bar for bar in self.energy if not bar.of_others]
+        return max(named, key=lambda bar: bar.energy, default=None)
 
     def ratio(self, examples: str, sign: int | None) -> float | None:
         """Return the KL ratio of one verification row, that of the informative sign if ``sign`` is None."""
@@ -329,7 +331,7 @@ def _bars(rows: Iterable[dict[str, Any]]) -> list[Bar]:
     kept = sorted(bars, key=lambda bar: -bar.energy)[: PARAMETERS_SHOWN - 1]
     others = [bar for bar in bars if bar not in kept]
     return [bar for bar in bars if bar in kept] + [
-        Bar(f"{len(others)} other parameters", sum(bar.energy for bar in others))
+        Bar(f"{len(others)} other parameters", sum(bar.energy for bar in others), of_others=True)
     ]
 
 

@@ -9,9 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from npeff.statistics.verdict import Verdict
+
+_LINE = 16.0
+"""Height of a line of text, such as the label of a tick."""
+_CHARACTER = 7.0
+"""Width of a digit of a label."""
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,7 @@ class Tick:
 
     position: float
     label: str
+    value: float
 
 
 @dataclass(frozen=True)
@@ -43,20 +51,38 @@ class Axis:
         return round(self.start + (self.stop - self.start) * (inside - low) / (high - low), 2)
 
     def ticks(self, about: int = 5) -> list[Tick]:
-        """Return ticks at round values: powers of ten on a log axis, steps of 1, 2 or 5 on a linear axis."""
+        """Return ticks at round values: powers of ten on a log axis, steps of 1, 2 or 5 on a linear axis.
+
+        On a log axis with many decades, ticks are at every second, third, ... power, a line of text apart.
+        """
         if self.log:
             decades = range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)
-            return [Tick(self.position(10.0**power), f"{10.0**power:g}") for power in decades]
+            every = math.ceil(_LINE * len(decades) / abs(self.stop - self.start))
+            return [self._tick(10.0**power, _power(power)) for power in decades if power % every == 0]
         step = _round_step((self.high - self.low) / about)
         if math.floor(self.high / step + 1e-9) <= math.ceil(self.low / step - 1e-9):
             step = _round_step(0.4 * step)  # the next smaller step, since there are fewer than two ticks
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
-        return [Tick(self.position(i * step), f"{i * step:.{_decimals(step)}f}") for i in range(first, last + 1)]
+        return [self._tick(i * step, f"{i * step:.{_decimals(step)}f}") for i in range(first, last + 1)]
 
-    def spaced_ticks(self, at_most: int) -> list[Tick]:
-        """Return every tick, or every second, third, ... tick, so that there are about `at_most` ticks."""
-        ticks = self.ticks()
-        return ticks[:: max(1, math.ceil(len(ticks) / at_most))]
+    def level_ticks(self, about: int = 5, at_most: int = 99, character: float = _CHARACTER) -> list[Tick]:
+        """Return ticks of a horizontal axis: every tick, or every second, third, ... tick, so that no labels touch.
+
+        Args:
+            about: As in `ticks`.
+            at_most: Largest number of ticks, about.
+            character: Width of a character of the labels. Labels are centred at their ticks.
+        """
+        ticks = self.ticks(about)
+        one = next((place for place, tick in enumerate(ticks) if tick.value == 1), 0) if self.log else 0
+        for every in range(max(1, math.ceil(len(ticks) / at_most)), len(ticks)):
+            kept = ticks[one % every :: every]
+            if all(_apart(a, b, character) for a, b in pairwise(kept)):
+                return kept
+        return ticks[one : one + 1]
+
+    def _tick(self, value: float, label: str) -> Tick:
+        return Tick(self.position(value), label, value)
 
     def minor_ticks(self) -> list[float]:
         """Return the positions of the multiples 2..9 of the powers of ten."""
@@ -141,7 +167,7 @@ def _explained_ticks(steps: Sequence[LossStep], y_axis: Axis) -> list[Tick]:
             if total > 0:
                 axis = Axis(1 - y_axis.high / total, 1 - y_axis.low / total, y_axis.start, y_axis.stop)
                 flipped = Axis(axis.low, axis.high, axis.stop, axis.start)
-                return [Tick(tick.position, tick.label) for tick in flipped.ticks()]
+                return flipped.ticks()
     return []
 
 
@@ -206,7 +232,7 @@ def ratio_chart(examples: str, rows: Sequence[Verdict], y_axis: Axis, width: flo
     left, right = 62.0, 14.0
     step = (width - left - right) / len(order)
     middle = {component: left + step * (position + 0.5) for position, component in enumerate(order)}
-    every = max(1, math.ceil(24 / step))
+    every = max(1, math.ceil(_CHARACTER * (len(str(max(order))) + 1) / step))
     slots = [Slot(j, round(middle[j], 2), position % every == 0) for position, j in enumerate(order)]
     offset = min(0.2 * step, 9.0)
     lollipops = [_lollipop(row, middle[row.component] - row.sign * offset, y_axis) for row in chosen]
@@ -236,6 +262,18 @@ def _lollipop(row: Verdict, x: float, axis: Axis) -> Lollipop:
         other_y=position(row.other_control),
         verdict=row,
     )
+
+
+def _apart(first: Tick, second: Tick, character: float) -> bool:
+    """Return whether there is room for a character between the labels of two ticks."""
+    return abs(second.position - first.position) >= character * ((len(first.label) + len(second.label)) / 2 + 1)
+
+
+def _power(exponent: int) -> str:
+    """Return a power of ten as a short text."""
+    if -4 < exponent < 5:
+        return f"{10.0**exponent:g}"
+    return "10" + str(exponent).translate(_RAISED)
 
 
 def _round_step(rough: float) -> float:

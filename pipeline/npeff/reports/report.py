@@ -10,6 +10,7 @@ import base64
 import functools
 import hashlib
 import math
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from npeff.reports.scale_section import scale_section
 from npeff.reports.selection_chart import SelectionChart, selection_chart
 from npeff.reports.selectivity_chart import SIDE, selectivity_charts
 from npeff.reports.spectrum_section import cumulative_curve, spectrum_section
+from npeff.reports.texts import breakable, on_one_line, parts
 from npeff.statistics.joint_ablation import joint_ablations
 from npeff.statistics.verdict import LEAST_MATCHED, MOST_TRACE_RATIO, Verdict, scoreboard, verdicts
 from npeff.storage.atomic import write_file_atomically
@@ -34,6 +36,7 @@ from npeff.storage.atomic import write_file_atomically
 CARDS_AT_ONCE = 64
 """With more components than this, a card is added to the page when it is about to be visible (see `report.js`)."""
 
+_CHECKSUM = re.compile(r"[0-9a-f]{16,}(-[0-9a-f]{8,})?")
 _MOST_LISTED = 16
 """Largest number of list items to show from a stage's record, such as the lifted components."""
 
@@ -81,6 +84,7 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     templates.filters |= {"number": number, "percent": percent, "duration": duration, "ratio": ratio}
+    templates.filters |= {"parts": parts, "on_one_line": on_one_line, "breakable": breakable}
     return templates
 
 
@@ -119,6 +123,7 @@ def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
         "selection": _selection(store) if tables.has("selection") else None,
         "selection_reason": tables.record("select").get("reason"),
         "scores": scores,
+        "broken": [verdict for verdict in found if verdict.broken],
         "failure": next((score.failure for score in scores), None),
         "control_a": "Fisher norms" if found and found[0].informative is None else "traces",
         "least_matched": LEAST_MATCHED,
@@ -175,8 +180,11 @@ def _ratios(found: list[Verdict]) -> list[float | None]:
 
 
 def _stage(name: str, record: dict[str, Any]) -> dict[str, Any]:
-    facts = {key: value for key, value in record.items() if key not in ("stage", "seconds")}
-    return {"name": name, "seconds": record.get("seconds"), "facts": _flat(facts)}
+    """Return the results of a stage, and its checksums apart."""
+    facts = _flat({key: value for key, value in record.items() if key not in ("stage", "seconds")})
+    checksums = {key: value for key, value in facts.items() if _CHECKSUM.fullmatch(value)}
+    results = {key: value for key, value in facts.items() if key not in checksums}
+    return {"name": name, "seconds": record.get("seconds"), "facts": results, "checksums": checksums}
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -204,6 +212,8 @@ def number(value: float | None) -> str:
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
     size = abs(value)
+    if size >= 1e7 and not isinstance(value, int):
+        return f"{value:.1e}".replace("e+", "e").replace("-", "−")
     if isinstance(value, int) or size >= 100:
         return f"{value:,.0f}".replace("-", "−")
     if size == 0:

@@ -27,10 +27,30 @@ MOST_TRACE_RATIO = 1.25
 """Largest ratio of the mean traces of the top examples and of the matched baseline, or its inverse, of a component that
 counts as matched."""
 
+BREAKS = 1 / 3
+"""Least fraction of the correct predictions that is lost by a step that breaks the model."""
+
 
 def is_matched(n_distinct: int, trace_ratio: float) -> bool:
     """Return whether the matched baseline of a component is large and near enough for the headline."""
     return n_distinct >= LEAST_MATCHED and 1 / MOST_TRACE_RATIO <= trace_ratio <= MOST_TRACE_RATIO
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The accuracy of the model on a group of examples before and after a step; None without labels."""
+
+    examples: str
+    """The group in words."""
+    before: float | None
+    after: float | None
+
+    @property
+    def breaks(self) -> bool:
+        """Whether at least a third of the correct predictions is lost."""
+        if self.before is None or self.after is None:
+            return False
+        return self.before > 0 and self.after <= (1 - BREAKS) * self.before
 
 
 @dataclass(frozen=True)
@@ -64,6 +84,22 @@ class Verdict:
         if self.kl_ratio is None or self.best_control is None:
             return None
         return self.kl_ratio > self.best_control
+
+    @property
+    def accuracies(self) -> list[Accuracy]:
+        """The accuracy on the top examples, and on the random baseline examples."""
+        groups = {"top": "top examples", "baseline": "random baseline examples"}
+        return [
+            Accuracy(
+                words, _measured(self.row[f"accuracy_{group}_before"]), _measured(self.row[f"accuracy_{group}_after"])
+            )
+            for group, words in groups.items()
+        ]
+
+    @property
+    def broken(self) -> list[Accuracy]:
+        """The groups of examples on which the step breaks the model."""
+        return [accuracy for accuracy in self.accuracies if accuracy.breaks]
 
 
 def verdicts(rows: Iterable[dict[str, Any]]) -> list[Verdict]:
