@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from npeff.errors import NpeffError
 from npeff.fisher import PerExampleFishers
 from npeff.models.loaded import LoadedModel
 from npeff.models.streams import n_streams
@@ -29,11 +30,14 @@ def largest_batch_size(loaded: LoadedModel, fishers: PerExampleFishers, limit: i
 
     Returns:
         The batch size, at least 1.
+
+    Raises:
+        NpeffError: A batch of one example needs more than the limit.
     """
     ordered = [example for batch in loaded.batches(range(len(loaded.examples)), 1) for example in batch]
-    size, before = 1, _held_bytes(loaded.device)
-    while 2 * size <= min(_LARGEST[loaded.device.type], len(ordered)):
-        examples = ordered[-2 * size :]
+    tried, before = 1, _held_bytes(loaded.device)
+    while tried <= min(_LARGEST[loaded.device.type], len(ordered)):
+        examples, former_peak = ordered[-tried:], peak_bytes(loaded.device)
         try:
             if loaded.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(loaded.device)
@@ -41,10 +45,24 @@ def largest_batch_size(loaded: LoadedModel, fishers: PerExampleFishers, limit: i
             fishers(batch, examples, targets)
         except torch.OutOfMemoryError:
             break
-        if n_streams(loaded.device) * (peak_bytes(loaded.device) - before) > limit:
+        peak = peak_bytes(loaded.device)
+        needed = n_streams(loaded.device) * (peak - before)
+        if needed > limit:
+            # a lower peak of a process is not known: the memory of the trial may be less
+            is_known = loaded.device.type == "cuda" or peak > former_peak
+            if tried == 1 and is_known:
+                raise _limit_too_low(needed)
             break
-        size *= 2
-    return size
+        tried *= 2
+    return max(1, tried // 2)
+
+
+def _limit_too_low(needed: int) -> NpeffError:
+    return NpeffError(
+        f"a batch of one example takes {-(-needed // 2**20):,} MiB, which is more than fishers.memory_limit_mb",
+        "set fishers.memory_limit_mb to this or more, or lower executor.cpus_per_worker, which is the number of "
+        "concurrent batches up to four",
+    )
 
 
 def _held_bytes(device: torch.device) -> int:

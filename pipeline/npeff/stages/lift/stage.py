@@ -63,6 +63,7 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
         fishers, checksums = FisherStore.read_attributes(run.fishers), checksums_of(run)
         layout = fishers["parameter_layout"]
         shapes = {name: tuple(shape) for name, shape in zip(layout["names"], layout["shapes"], strict=True)}
+        fitting = _fitting(config, sum(math.prod(shape) for shape in shapes.values()))
         model = model_spec(run, fingerprint_of(run))  # raises before anything is written if there is no model
         results, progress = run.partial_results("lift"), progress or SilentProgress()
         _prepare_store(run, shapes, fishers["dim"], stage.lineage, progress)
@@ -79,7 +80,7 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
                 map=partial(workers.map, worker, keep_going=True),
                 workers=workers.workers,
                 n_shards=len(checksums),
-                fitting=_fitting(config, sum(math.prod(shape) for shape in shapes.values())),
+                fitting=fitting,
                 paths=paths,
                 lifted=lifted,
                 progress=progress,
@@ -188,11 +189,22 @@ def _write_tables(run: RunDirectory, lifted: dict[int, dict[str, Any]], lineage:
 
 
 def _fitting(config: RunConfig, n_parameters: int) -> int:
-    """Return the number of components whose sums fit a worker's memory limit."""
-    fitting = config.lift.memory_limit_mb * 2**20 // (4 * n_parameters)
-    if is_diagonal(config.factorization.kind):
-        fitting = (fitting - 1) // 2  # diagonals and gradients of the components, and the sum of all diagonals
-    return max(1, fitting)
+    """Return the number of components whose sums fit a worker's memory limit.
+
+    Raises:
+        RunDirectoryError: not even those of one component fit.
+    """
+    vectors, limit = config.lift.memory_limit_mb * 2**20 // (4 * n_parameters), "lift.memory_limit_mb"
+    diagonal = is_diagonal(config.factorization.kind)
+    # diagonals and gradients of the components, and the sum of all diagonals
+    fitting = (vectors - 1) // 2 if diagonal else vectors
+    if fitting < 1:
+        needed = (3 if diagonal else 1) * 4 * n_parameters
+        raise RunDirectoryError(
+            f"the direction of one component takes {-(-needed // 2**20):,} MiB, which is more than {limit}",
+            f"set {limit} to this or more",
+        )
+    return fitting
 
 
 _GROUPS = 64
