@@ -9,7 +9,7 @@ from npeff.cli.main import main
 from npeff.gradients import LeftOut
 from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory
-from npeff.stages.fishers.estimate import estimate, rows
+from npeff.stages.fishers.estimate import _stages_without_estimate, estimate, rows
 from npeff.stages.inputs.trial import largest_number, passes_per_example
 from npeff.store.fisher_store import FisherStore
 from npeff.store.tables import read_table
@@ -92,3 +92,9 @@ def test_the_stage_inputs_is_estimated_where_the_run_file_has_its_section(tmp_pa
     all_classes = RunConfig.model_validate(document | {"inputs": {"label": "all", "samples": 4, "examples": 500}})
     assert passes_per_example(all_classes, rank=9) == 20
     assert largest_number(all_classes, 120) == 120
+
+
+def test_the_stages_without_an_estimate_are_named(tmp_path: Path) -> None:
+    config = RunConfig.from_yaml(run_file(tmp_path))
+    assert _stages_without_estimate(config) == ["spectrum", "factorize", "lift", "verify", "attribute"]
+    assert _stages_without_estimate(config.model_copy(update={"inputs": config.inputs_or_default}))[-1] == "attribute"

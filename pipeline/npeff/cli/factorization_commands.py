@@ -20,7 +20,8 @@ from npeff.storage.location import location
 def compare_command(
     run_dir: ExistingRun,
     other: Annotated[
-        Path | None, typer.Argument(parser=location, metavar="[RUN_DIR]", help="Directory of another run of the model.")
+        Path | None,
+        typer.Argument(parser=location, metavar="OTHER_RUN_DIR", help="Directory of another run of the model."),
     ] = None,
     factorization: Annotated[
         list[str],

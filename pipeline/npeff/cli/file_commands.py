@@ -44,7 +44,8 @@ def estimate_command(
 ) -> None:
     """Estimate the memory, disk space and time that a run needs, from a short trial. Writes no files.
 
-    The time is that of the stage fishers.
+    The time is that of the stage fishers, and of inputs if the run file has this section. The other stages take time
+    too; the last line names them.
     """
     from rich.console import Console
 
@@ -116,7 +117,13 @@ def import_command(
         int, typer.Option(min=1, help="Drop parameters with fewer values than this in the file.")
     ] = 1,
     held_out: Annotated[
-        float, typer.Option(min=0, max=1, help="Fraction of the examples to hold out of the fit; below 1.")
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            show_default=False,
+            help="Fraction of the examples to hold out of the fit; below 1. Default: a third.",
+        ),
     ] = 1 / 3,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the hashes, the split and the factorization.")] = 0,
     class_names: Annotated[

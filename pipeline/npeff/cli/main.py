@@ -29,7 +29,8 @@ from npeff.cli import (
     scale_command,
     stage_commands,
 )
-from npeff.cli.app import app
+from npeff.cli.app import DEBUG, app
+from npeff.cli.help_texts import command_path
 from npeff.cli.job_commands import EXIT_INTERRUPTED
 from npeff.errors import NpeffError, as_one_line, printable, printable_traceback, without_values
 
@@ -100,6 +101,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     Args:
         arguments: Command-line arguments without the program name; by default, those of the process.
     """
+    words = sys.argv[1:] if arguments is None else arguments
+    debug = DEBUG in (words[: words.index("--")] if "--" in words else words)
 
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
@@ -117,9 +120,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             sys.stdout.flush()
         raise SystemExit(code)
     except NpeffError as error:
-        _fail(str(error))
+        _fail(str(error), shown=error if debug else None)
     except TyperException as error:
-        _fail(_usage(error))
+        _fail(_usage(error), shown=error if debug else None)
     except (KeyboardInterrupt, typer.Abort):
         print("npeff: interrupted; run the same command again to resume", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from None
@@ -129,9 +132,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except MemoryError:
         _fail(_SYSTEM_ERRORS[errno.ENOMEM])
     except Exception as error:
+        shown = error if debug else None
         if isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS:
-            _fail(f"{error.filename or 'writing'}: {_SYSTEM_ERRORS[error.errno]}")
-        _fail(f"{type(error).__name__}: {as_one_line(error)} ({_logged(error)})", EXIT_DEFECT)
+            _fail(f"{error.filename or 'writing'}: {_SYSTEM_ERRORS[error.errno]}", shown=shown)
+        _fail(f"{type(error).__name__}: {as_one_line(error)} ({_logged(error)})", EXIT_DEFECT, shown)
 
 
 def _leave_objects_uncollected() -> None:
@@ -175,11 +179,13 @@ def _usage(error: TyperException) -> str:
     context = getattr(error, "ctx", None)
     if context is None:
         return message
-    command = context.command_path.replace("{", "").replace("}", "")
-    return f"{message.rstrip('.')} (see: {command} --help)"
+    return f"{message.rstrip('.')} (see: {command_path(context)} --help)"
 
 
-def _fail(message: str, code: int = EXIT_USER_ERROR) -> NoReturn:
+def _fail(message: str, code: int = EXIT_USER_ERROR, shown: BaseException | None = None) -> NoReturn:
+    """Print an error as one line and exit. With ``--debug``, the traceback of `shown` and its causes precedes it."""
+    if shown is not None:
+        print(printable_traceback(shown), end="", file=sys.stderr)
     print("npeff: error: " + printable(" ".join(without_values(message).split())), file=sys.stderr)
     try:
         if sys.stdout is not None:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperGroup
 
 import npeff
-from npeff.cli.app import HELP, app
+from npeff.cli.app import HELP, Application, app
+from npeff.cli.help_texts import GroupWithHelp
 from npeff.cli.options import Factorization, File, Format
 from npeff.cli.output import write_answer
 from npeff.storage.location import location
@@ -17,7 +17,7 @@ from npeff.storage.location import location
 _OPTION = "--factorization"
 
 
-class _Group(TyperGroup):
+class _Group(GroupWithHelp):
     """The group of the queries, whose option ``--factorization`` may be given anywhere after ``query``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -30,7 +30,7 @@ class _Group(TyperGroup):
         return super().parse_args(ctx, moved + rest)
 
 
-query_app = typer.Typer(cls=_Group, help="Query the components of a run.")
+query_app = Application(cls=_Group, help="Query the components of a run.")
 app.add_typer(query_app, name="query", context_settings=HELP)
 
 Component = Annotated[int, typer.Option("--component", "-c", help="Number of the component.")]

@@ -26,7 +26,7 @@ ScaledRun = Annotated[
     Path | None,
     typer.Argument(
         parser=location,
-        metavar="[RUN]",
+        metavar="RUN",
         help="A run file (YAML), or the directory of an existing run, whose model's scale is computed.",
         show_default=False,
     ),

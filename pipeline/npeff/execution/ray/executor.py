@@ -207,7 +207,7 @@ class RayExecutor:
                         result = ray.get(ref, timeout=self._timeout_s)
                     except RayTaskError as error:
                         raised = error.cause or error
-                        raise raised from None
+                        raise raised from (error if error.cause else None)  # its text is the worker's traceback
                     except RayError as error:
                         retry(ref, f"its worker was lost ({type(error).__name__})")
                         continue
@@ -323,8 +323,8 @@ class RayExecutor:
                     "machine is less busy, or set executor.workers: 1 and executor.kind: serial"
                 ) from None
             raise ExecutorError(
-                f"cannot reach Ray at {address!r} ({first_line(error)}): start it with `ray start --head`, "
-                "or set executor.address: local"
+                f"cannot reach Ray at {address!r} ({first_line(error)}): start it with `ray start --head`, give this "
+                "machine the authentication token of the cluster, or set executor.address: local"
             ) from None
 
     @property
@@ -366,7 +366,7 @@ class _RayGroup:
                 results |= {ref: ray.get(ref, timeout=self._timeout_s) for ref in finished}
                 waiting = [ref for ref in waiting if ref not in results]
         except RayTaskError as error:
-            raise error.cause or error from None
+            raise error.cause or error from (error if error.cause else None)
         except (RayError, ConnectionError) as error:
             raise WorkerLostError(f"{method}: a worker was lost ({type(error).__name__})") from None
         return [results[ref] for ref in refs]

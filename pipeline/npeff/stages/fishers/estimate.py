@@ -12,6 +12,7 @@ from npeff.runs.config import RunConfig
 from npeff.stages.factorize.stored_factors import kept_precision
 from npeff.stages.fishers.trial import Trial, TrialWorker
 from npeff.stages.inputs.trial import largest_number, passes_per_example
+from npeff.stages.registry import STAGES
 from npeff.stages.worker_specs import device_of, inspection_of, model_of, new_executor
 from npeff.store.fisher_arrays import fisher_store_bytes
 
@@ -128,7 +129,14 @@ def rows(found: Estimate, config: RunConfig) -> list[tuple[str, str]]:
             _size(found.solver_bytes) if found.solver_bytes else "none: streamed",
         ),
         ("directions.zarr", _size(found.direction_bytes)),
+        ("no estimate of the time of", ", ".join(_stages_without_estimate(config))),
     ]
+
+
+def _stages_without_estimate(config: RunConfig) -> list[str]:
+    """Return the further stages of `npeff run`, whose times depend on how fast they converge."""
+    estimated = {"fishers"} | ({"inputs"} if config.inputs is not None else set())
+    return [stage.name for stage in STAGES if stage.in_run(config) and stage.name not in estimated]
 
 
 def _input_rows(found: Estimate, config: RunConfig) -> list[tuple[str, str]]:
