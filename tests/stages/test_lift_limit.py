@@ -12,7 +12,7 @@ from npeff.stages.lift.stage import _fitting
 MIB_OF_NUMBERS = 2**18
 
 
-def config(limit: int, kind: str) -> RunConfig:
+def config(limit: int | str, kind: str) -> RunConfig:
     document: dict[str, Any] = {"run_dir": "run", "task": {"name": "digits"}, "lift": {"memory_limit_mb": limit}}
     document["factorization"] = {"n_components": 9, "kind": kind}
     document["fishers"] = {"diagonal": {"groups": True}}
@@ -34,3 +34,10 @@ def test_a_limit_below_one_direction_is_refused(limit: int, kind: str, needed: i
     n_parameters = {2: MIB_OF_NUMBERS + 1, 4: MIB_OF_NUMBERS + 1, 6: 2 * MIB_OF_NUMBERS}[needed]
     with pytest.raises(RunDirectoryError, match=rf"takes {needed} MiB.*set lift\.memory_limit_mb to this or more"):
         _fitting(config(limit, kind), n_parameters)
+
+
+@pytest.mark.parametrize(
+    ("directions", "kind", "fitting"), [(2048, "fishers", 2048), (0.4, "fishers", 1), (0.4, "diagonal_groups", 1)]
+)
+def test_without_a_limit_there_is_room_for_one_direction(directions: float, kind: str, fitting: int) -> None:
+    assert _fitting(config("auto", kind), int(2048 / directions) * MIB_OF_NUMBERS) == fitting

@@ -274,9 +274,9 @@ def component_numbers(text: str) -> tuple[int, ...]:
 
 
 class LiftConfig(Section):
-    memory_limit_mb: Count = 2048
-    """Memory in MiB for the directions that one worker accumulates at a time. It determines how many components are
-    lifted in one pass over the examples."""
+    memory_limit_mb: Count | Literal["auto"] = "auto"
+    """Memory in MiB for the directions that one worker accumulates at a time, which are lifted in one pass over the
+    examples. ``auto``: 2048, or what the direction of one component takes if that is more."""
     components: Annotated[tuple[CountOrZero, ...], Strict(False)] | None = None
     """Components to lift and to verify; all by default. A later lift with other components adds these."""
     direction: Literal["own", "whitened"] = "whitened"

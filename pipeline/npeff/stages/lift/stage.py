@@ -36,6 +36,8 @@ from npeff.store.lineage import group_lineage
 from npeff.store.shard_records import ShardChecksums
 from npeff.store.tables import read_table, rows_to_columns, table_lineage, write_table
 
+_DEFAULT_LIMIT_MB = 2048
+
 
 def lift(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
     """Lift the components from the sketch to directions in parameter space.
@@ -194,17 +196,18 @@ def _fitting(config: RunConfig, n_parameters: int) -> int:
     Raises:
         RunDirectoryError: not even those of one component fit.
     """
-    vectors, limit = config.lift.memory_limit_mb * 2**20 // (4 * n_parameters), "lift.memory_limit_mb"
-    diagonal = is_diagonal(config.factorization.kind)
+    limit, diagonal = config.lift.memory_limit_mb, is_diagonal(config.factorization.kind)
+    vectors = (_DEFAULT_LIMIT_MB if limit == "auto" else limit) * 2**20 // (4 * n_parameters)
     # diagonals and gradients of the components, and the sum of all diagonals
     fitting = (vectors - 1) // 2 if diagonal else vectors
-    if fitting < 1:
+    if fitting < 1 and limit != "auto":
         needed = (3 if diagonal else 1) * 4 * n_parameters
         raise RunDirectoryError(
-            f"the direction of one component takes {-(-needed // 2**20):,} MiB, which is more than {limit}",
-            f"set {limit} to this or more",
+            f"the direction of one component takes {-(-needed // 2**20):,} MiB, which is more than "
+            "lift.memory_limit_mb",
+            "set lift.memory_limit_mb to this or more, or to auto",
         )
-    return fitting
+    return max(1, fitting)
 
 
 _GROUPS = 64
