@@ -33,7 +33,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "tasks": (
         TENSORS
         | {"transformers", "sklearn", "pyarrow", "safetensors", "PIL", "datasets", "peft", "tokenizers", "tracr"},
-        {"errors", "perception"},
+        {"errors", "perception", "training"},
     ),
     "storage": ({"numpy", "zarr", "zarrs", "obstore"}, {"errors"}),
     "store": ({"zarr", "pyarrow", "numpy", "safetensors"}, {"errors", "storage"}),

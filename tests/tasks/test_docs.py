@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ import tiny
 from npeff.tasks import _BUILT_IN
 from npeff.tasks.huggingface.pretrained import PretrainedOptions
 from npeff.tasks.huggingface.tokens import TextOptions
+from npeff.tasks.planted import coloured_digits
+from npeff.tasks.planted.coloured_digits import ColouredDigitsTask
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
 FAMILIES = [name for name in _BUILT_IN if name.startswith("huggingface-")]
@@ -53,6 +56,21 @@ def test_the_options_of_a_task_are_all_described(name: str) -> None:
     described = section("Options of each task").split(f"\n`{name}`")[1].split("\n`huggingface-")[0]
     assert options_in(described) == options - {option.name for option in fields(TextOptions)}
     assert f"| `{name}` |" in PAGE
+
+
+def test_the_options_of_coloured_digits_are_all_described_with_their_defaults() -> None:
+    described = section("Ground truth").split("**`coloured-digits`**")[1].split("**`planted-heuristics`**")[0]
+    options = inspect.signature(ColouredDigitsTask).parameters
+    assert options_in(described) == set(options)
+    for name, said in re.findall(r"^\| `(\w+)` \| ([^|]*) \|", described, re.MULTILINE):
+        default = options[name].default
+        if name == "strength":
+            assert float(said) == coloured_digits._STRENGTH
+        elif name == "weight":
+            weights = [coloured_digits._WEIGHTS[each] for each in ("share", "balance", "reciprocal", "dropout")]
+            assert [float(each) for each in said.split(", ")] == weights
+        else:
+            assert said.strip("`") == ("none" if default is None else str(default))
 
 
 def test_the_task_of_the_page_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

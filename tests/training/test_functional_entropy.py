@@ -209,8 +209,8 @@ def test_share_raises_the_share_of_its_target() -> None:
             made.penalty(information, target=target, weight=1.0).backward()
             optimizer.step()
         shares[target] = (information[0] / information.sum()).item()
-    assert shares["image"] > 0.8
-    assert shares["colour"] < 0.2
+    assert shares["image"] > 0.85  # 0.76 before
+    assert shares["colour"] < 0.5
 
 
 def test_measuring_without_gradients_gives_the_same_values() -> None:

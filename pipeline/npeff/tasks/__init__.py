@@ -34,6 +34,7 @@ _BUILT_IN = {
     "compiled-rules": "npeff.tasks.planted.compiled:CompiledRulesTask",
     "trained-rules": "npeff.tasks.planted.trained:TrainedRulesTask",
     "tracr-program": "npeff.tasks.planted.tracr:TracrProgramTask",
+    "coloured-digits": "npeff.tasks.planted.coloured_digits:ColouredDigitsTask",
     "planted-heuristics": "npeff.tasks.planted.heuristics:PlantedHeuristicsTask",
     "huggingface-sequence-classification": f"{_HUGGING_FACE}.sequence_classification:SequenceClassificationTask",
     "huggingface-token-classification": f"{_HUGGING_FACE}.token_classification:TokenClassificationTask",

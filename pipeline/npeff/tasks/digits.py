@@ -35,7 +35,7 @@ class DigitsTask(Task):
     """
 
     def __init__(self, seed: int = 0, train_examples: int = 597, epochs: int = 12, limit: int | None = None) -> None:
-        pixels, targets = _images()
+        pixels, targets = images_of_digits()
         if not 10 <= train_examples < len(pixels):
             raise TaskError(f"digits: train_examples must be between 10 and {len(pixels) - 1}, not {train_examples}")
         if epochs < 1:
@@ -89,7 +89,7 @@ class _Digits(Examples):
 
 
 @functools.cache
-def _images() -> tuple[Tensor, Tensor]:
+def images_of_digits() -> tuple[Tensor, Tensor]:
     """All images (1797, 1, 8, 8), from 0 to 1, and their classes (1797,)."""
     rows = np.loadtxt(_images_file(), delimiter=",", dtype=np.float32)
     pixels = torch.from_numpy(rows[:, :-1] / 16).reshape(-1, 1, 8, 8)
@@ -112,7 +112,7 @@ def _images_file() -> Path:
 
 @functools.cache
 def _png(position: int) -> bytes:
-    image, buffer = _images()[0][position, 0], io.BytesIO()
+    image, buffer = images_of_digits()[0][position, 0], io.BytesIO()
     Image.fromarray((255 * (1 - image)).round().to(torch.uint8).numpy()).save(buffer, format="PNG")
     return buffer.getvalue()
 
