@@ -1,11 +1,13 @@
-"""FAdam and elastic weight consolidation: the time of a step, equal tuning on the digits, five tasks one by one.
+"""FAdam, elastic weight consolidation and functional information: the time of a step, equal tuning, five tasks.
 
-    python tests/benchmarks/training.py [sections] [--output FILE] [--figure FILE]
+    python tests/benchmarks/training.py [sections] [--output FILE] [--figure FILE] [--modalities-figure FILE]
 
-Sections: steps, start, tuned, continual; all by default. pytorch_optimizer is installed into a folder of its own. Each
-optimizer has 12 trials, which are compared on 300 validation images with two seeds. The best one is measured on 900
-test images with five other seeds. Intervals are paired bootstraps that draw the test images (95%); the seeds are
-listed beside them. `--figure` writes the picture of docs/training.md from the section ``start`` of the output file.
+Sections: steps, start, tuned, continual, modalities, cost; all by default. pytorch_optimizer is installed into a folder
+of its own. Each optimizer has 12 trials, which are compared on 300 validation images with two seeds. The best one is
+measured on 900 test images with five other seeds. Intervals are paired bootstraps that draw the test images (95%); the
+seeds are listed beside them. `training_loops/modalities.py` describes the section ``modalities``. `--figure` writes the
+first picture of docs/training.md from the section ``start`` of the output file, and `--modalities-figure` the second
+one from the section ``modalities``.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 from environments import environment
 from quickstart import machine
-from training_loops import continual, optimizers, steps
+from training_loops import continual, modalities, modality_figure, optimizers, steps
 
 OTHER = ["--no-deps", "pytorch-optimizer==4.1.0"]
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 460, 320, 52, 50, 44
@@ -31,31 +33,49 @@ COLOURS = {"AdamW": "#1f5fa8", "FAdam": "#b4531f", "FAdam, debiased momentum": "
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sections", nargs="*", help="steps, start, tuned, continual")
+    parser.add_argument("sections", nargs="*", help="steps, start, tuned, continual, modalities, cost")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/training.json"))
     parser.add_argument("--figure", type=Path, help="an SVG file")
+    parser.add_argument("--methods", nargs="+", default=list(modalities.METHODS), help="of the section modalities")
+    parser.add_argument("--modalities-figure", type=Path, help="an SVG file")
     arguments = parser.parse_args()
     output: Path = arguments.output
     found = json.loads(output.read_text()) if output.exists() else {}
     if arguments.figure is not None:
         arguments.figure.write_text(figure(found["start"]), encoding="utf-8")
+    if arguments.modalities_figure is not None:
+        arguments.modalities_figure.write_text(modality_figure.figure(found["modalities"]), encoding="utf-8")
+    if arguments.figure is not None or arguments.modalities_figure is not None:
         return
     torch.set_num_threads(1)
     output.parent.mkdir(parents=True, exist_ok=True)
+
+    def save() -> None:
+        output.write_text(json.dumps(found, indent=2) + "\n")
+
     sections: dict[str, Callable[[], dict[str, Any]]] = {
         "steps": lambda: steps.measured(other(output.parent)),
         "start": lambda: optimizers.from_the_start(other(output.parent)),
         "tuned": optimizers.fine_tuned,
         "continual": continual.compared,
+        "modalities": lambda: resumed(found.setdefault("modalities", {}), arguments.methods, save),
+        "cost": modalities.cost,
     }
+
     found["machine"] = machine()
     for name in arguments.sections or sections:
         began = time.process_time()
         found[name] = sections[name]()
         print(f"\n{name}: {time.process_time() - began:.0f} s of CPU time\n")
         show(name, found[name])
-        output.write_text(json.dumps(found, indent=2) + "\n")
+        save()
     print(f"written to {output}")
+
+
+def resumed(found: dict[str, Any], methods: list[str], save: Callable[[], None]) -> dict[str, Any]:
+    """The comparison of regularizers takes minutes: methods with results are not measured again."""
+    modalities.compared(found, methods, save)
+    return found
 
 
 def other(folder: Path) -> type | None:
@@ -76,6 +96,10 @@ def show(name: str, found: dict[str, Any]) -> None:
             median, low, high = found["relative"][method]
             print(f"| {method} | {ms:.1f} | {median:.2f} ({low:.2f} to {high:.2f}) |")
         print(f"\nlargest difference to pytorch_optimizer: {found['difference']}")
+    elif name == "cost":
+        modality_figure.show_cost(found)
+    elif name == "modalities":
+        modality_figure.show(found)
     elif name == "continual":
         print("| method | weight | accuracy | of seeds | minus none | forgetting |\n" + "|---" * 6 + "|")
         for method, row in found.items():

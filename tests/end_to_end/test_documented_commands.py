@@ -22,7 +22,7 @@ from npeff.cli.main import main
 from npeff.execution.ray.jobs import Job, Submission
 from npeff.perception.difference_scaling import answer_probability, triplets
 from npeff.tasks import load_task
-from test_documents import PAGES, ROOT, commands
+from test_documents import PAGES, ROOT, blocks, commands
 
 pytestmark = pytest.mark.process
 
@@ -70,6 +70,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "NEW.yaml": other,
     }.items():
         (folder / name).write_text(yaml.safe_dump(document))
+    for name, text in zip(("plain.yaml", "share.yaml"), blocks("yaml", PAGES["docs/training.md"]), strict=True):
+        document = yaml.safe_load(text)
+        document["task"].setdefault("options", {}).update(SMALL["task"]["options"])
+        (folder / name).write_text(yaml.safe_dump(SMALL | document | {"factorization": SMALL["factorization"]}))
     shutil.copy(ROOT / "jobs/sst2-on-gpus.yaml", folder / "jobs")
     if has_pairs:
         document = yaml.safe_load((ROOT / "jobs/minilm-sick.yaml").read_text())

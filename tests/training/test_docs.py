@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from npeff.training import EWC, FAdam
+from npeff.training import EWC, FAdam, FunctionalInformation
 from torch import Tensor, nn
 from training.runs import prepared
 from training.tiny_task import TinyTask
@@ -34,15 +34,45 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert run.path == tmp_path / "runs" / "digits-diagonals"
 
 
-def test_the_table_has_every_option_with_its_default() -> None:
-    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)?) \| ([^|]*) \|", PAGE, re.MULTILINE)
+class ImageAndColour(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.colour = nn.Linear(4, 3), nn.Linear(2, 3)
+
+    def forward(self, image: Tensor, colour: Tensor) -> Tensor:
+        return self.image(image).tanh() + self.colour(colour)
+
+
+def test_the_code_about_modalities_raises_the_share_of_the_image() -> None:
+    (source,) = (each for each in SOURCES if "FunctionalInformation" in each)
+    torch.manual_seed(0)
+    model = ImageAndColour()
+    inputs = {"image": torch.randn(30, 4), "colour": torch.randn(30, 2)}
+    batches = [(inputs, torch.arange(30) % 3)] * 40
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    names: dict[str, Any] = {"model": model, "batches": batches, "torch": torch, "optimizer": optimizer}
+    made = FunctionalInformation(["image", "colour"], samples=50)
+
+    def share() -> float:
+        with torch.no_grad():
+            found = made(lambda given: model(given["image"], given["colour"]), inputs)
+        return (found[0] / found.sum()).item()
+
+    before = share()
+    exec(source, names)
+    assert share() > before + 0.1
+
+
+@pytest.mark.parametrize("described", [FAdam, FunctionalInformation])
+def test_the_table_has_every_option_with_its_default(described: type) -> None:
+    (table,) = re.findall(rf"^\| option of `{described.__name__}` .*\n((?:\|.*\n)+)", PAGE, re.MULTILINE)
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)?) \| ([^|]*) \|", table, re.MULTILINE)
     said: dict[str, str] = {}
     for names, defaults in rows:
         options = re.findall(r"`(\w+)`", names)
         said |= dict(zip(options, defaults.split(", ") if len(options) > 1 else [defaults], strict=True))
-    expected = {
-        name: option.default for name, option in inspect.signature(FAdam).parameters.items() if name != "params"
-    }
+    parameters = inspect.signature(described).parameters.items()
+    expected = {name: option.default for name, option in parameters if name not in ("params", "modalities")}
     assert list(said) == list(expected)
     for name, text in said.items():
         value = expected[name]
@@ -76,7 +106,7 @@ def test_the_trainer_of_the_page_adds_the_penalty_once(tmp_path: Path) -> None:
         report_to=[], disable_tqdm=True, max_grad_norm=0.0, save_strategy="no", logging_strategy="no",
     )  # fmt: skip
     names = {"model": model, "arguments": arguments, "examples": examples, "ewc": ewc, "FAdam": FAdam}
-    definition, _, training = SOURCES[4].partition("optimizer = ")
+    definition, _, training = SOURCES[-1].partition("optimizer = ")
     exec(definition, names)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25)  # shows the gradient
     trainer = names["EWCTrainer"](model, arguments, train_dataset=examples, ewc=ewc, optimizers=(optimizer, None))

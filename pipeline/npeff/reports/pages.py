@@ -44,6 +44,8 @@ class View:
     run_dir: str
     factorization: str | None
     top_examples: int
+    beside: str | None = None
+    """Directory of another run, whose groups of inputs are in the report."""
     hidden: frozenset[str] = frozenset()
     """Environment variables whose values are not shown."""
 
@@ -98,7 +100,9 @@ def _page(view: View, path: str, asked: dict[str, str], known: str) -> Page:
     store = ComponentStore.open(view.run_dir, view.factorization)
     if path == "/report":
         state = state_of(store)
-        content = b"" if state == known else render_report(store, view.top_examples).encode()
+        if view.beside is not None:
+            state += state_of(ComponentStore.open(view.beside))
+        content = b"" if state == known else render_report(store, view.top_examples, view.beside).encode()
         return Page(HTTPStatus.OK, HTML, content, state)
     if path == "/image":
         return _image(store, _whole(asked, "example"))

@@ -24,6 +24,7 @@ from npeff.query.factorizations import factorizations_of
 from npeff.reports.cards import Card, CardWriter
 from npeff.reports.charts import log_axis, loss_chart, ratio_chart
 from npeff.reports.comparison import Comparison, comparison
+from npeff.reports.groups_beside import GroupsBeside, groups_beside
 from npeff.reports.scale_section import scale_section
 from npeff.reports.selection_chart import SelectionChart, selection_chart
 from npeff.reports.selectivity_chart import SIDE, selectivity_charts
@@ -41,7 +42,9 @@ _MOST_LISTED = 16
 """Largest number of list items to show from a stage's record, such as the lifted components."""
 
 
-def write_report(run_dir: str | Path, *, factorization: str | None = None, top_examples: int = 24) -> Path:
+def write_report(
+    run_dir: str | Path, *, factorization: str | None = None, top_examples: int = 24, beside: str | None = None
+) -> Path:
     """Write the report of a factorization, `report/index.html` in its folder, atomically and return its path.
 
     A section whose stage has not run yet shows the command that produces it.
@@ -50,25 +53,27 @@ def write_report(run_dir: str | Path, *, factorization: str | None = None, top_e
         run_dir: The run directory.
         factorization: Name of the factorization. The default is as in `ComponentStore.open`.
         top_examples: Largest number of held-out examples, and of fit examples, on a card. A row has up to twelve.
+        beside: Directory of another run, whose groups of inputs are shown beside those of this run.
 
     Raises:
-        QueryError: The path is not a run directory, or a table is damaged.
+        QueryError: The path is not a run directory, a table is damaged, or the other run has no comparable groups.
         StoreError: The report cannot be written.
     """
     store = ComponentStore.open(run_dir, factorization)
     path = store.run.report
-    page = render_report(store, top_examples)
+    page = render_report(store, top_examples, beside)
     write_file_atomically(path, lambda stream: stream.write(page.encode()))
     return path
 
 
-def render_report(store: ComponentStore, top_examples: int) -> str:
-    """Return the report as HTML text."""
+def render_report(store: ComponentStore, top_examples: int, beside: str | None = None) -> str:
+    """Return the report as HTML text. Arguments and errors are those of `write_report`."""
     templates = environment()
     script = templates.get_template("report.js").render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     return templates.get_template("report.html.j2").render(
         **_page(store, top_examples),
+        beside=_beside(store, beside),
         script_hash=f"sha256-{digest}",
     )
 
@@ -159,6 +164,13 @@ def _comparison(store: ComponentStore) -> Comparison | None:
         return comparison(factorizations_of(store.run_dir))
     except QueryError:  # a table of another factorization is damaged, which is told by its own report
         return None
+
+
+def _beside(store: ComponentStore, other: str | None) -> GroupsBeside | None:
+    """Return the groups of inputs of two runs; None if this run has none yet."""
+    if other is None or not store.tables.has("input_groups"):
+        return None
+    return groups_beside(store.tables, other)
 
 
 def _stability(cards: list[Card]) -> tuple[float, int, int] | None:

@@ -84,6 +84,7 @@ def serve(
     say: Callable[[str], None],
     *,
     factorization: str | None = None,
+    beside: str | None = None,
 ) -> None:
     """Serve a run until Ctrl-C.
 
@@ -93,12 +94,13 @@ def serve(
         top_examples: Number of top examples on a card of the report.
         say: Prints a line, such as the address.
         factorization: Name of the factorization. The default is as in `ComponentStore.open`.
+        beside: Directory of another run, whose groups of inputs the report shows beside those of this run.
 
     Raises:
         QueryError: The path is not a run directory, or the port is not available.
     """
     ComponentStore.open(run_dir, factorization)
-    with make_server(run_dir, port, top_examples, factorization) as server:
+    with make_server(run_dir, port, top_examples, factorization, beside) as server:
         try:
             say(f"serving {run_dir} at http://{LOOPBACK}:{server.server_port}/ until Ctrl-C")
             server.serve_forever()
@@ -147,10 +149,15 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 def make_server(
-    run_dir: str | Path, port: int, top_examples: int, factorization: str | None = None, limits: Limits | None = None
+    run_dir: str | Path,
+    port: int,
+    top_examples: int,
+    factorization: str | None = None,
+    beside: str | None = None,
+    limits: Limits | None = None,
 ) -> Server:
     """Return a listening server, which the caller must close. Raises `QueryError` if the port is not available."""
-    view = View(str(run_dir), factorization, top_examples, hidden_variables())
+    view = View(str(run_dir), factorization, top_examples, beside, hidden_variables())
     try:
         server = Server(view, port, limits or Limits())
     except OSError as error:

@@ -37,6 +37,7 @@ from npeff.errors import printable
 from npeff.runs import yaml_text
 from npeff.runs.config_input_sections import InputsConfig, ScaleConfig
 from npeff.runs.config_reading import ConfigError, one_line, read_run_file, with_settings_resolved
+from npeff.runs.config_report_section import ReportConfig
 from npeff.runs.config_sections import (
     ExecutorConfig,
     FactorizationConfig,
@@ -44,7 +45,6 @@ from npeff.runs.config_sections import (
     LiftConfig,
     ParametersConfig,
     RepairConfig,
-    ReportConfig,
     Section,
     SelectionConfig,
     TaskConfig,

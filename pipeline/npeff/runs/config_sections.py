@@ -367,11 +367,6 @@ class RepairConfig(Section):
         return tuple(sorted(set(value)))
 
 
-class ReportConfig(Section):
-    top_examples: Count = 12
-    """Number of top examples in a component's card."""
-
-
 class ExecutorConfig(Section):
     kind: Literal["auto", "ray", "serial"] = "auto"
     """``auto`` uses Ray only if it is needed: for several workers, for GPUs, for an address other than ``local``, and

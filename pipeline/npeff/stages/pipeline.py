@@ -54,12 +54,12 @@ def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = 
 def report(run: RunDirectory, *, progress: ProgressDisplay | None = None) -> Path:
     """Write the report, one HTML file, from the available results. Returns its path."""
     with run.lock():
-        return write_report(run.path, factorization=run.name, top_examples=run.config.report.top_examples)
+        return write_report(run.path, factorization=run.name, **run.config.report.arguments())
 
 
 def serve_report(run: RunDirectory, port: int, say: Callable[[str], None]) -> None:
     """Serve the report and a view for queries on this machine only, until Ctrl-C. This writes no files."""
-    serve(run.path, port, run.config.report.top_examples, say, factorization=run.name)
+    serve(run.path, port, say=say, factorization=run.name, **run.config.report.arguments())
 
 
 def export_direction(run: RunDirectory, component: int, file: str | Path) -> None:

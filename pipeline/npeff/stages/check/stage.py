@@ -180,7 +180,7 @@ def _recompute(
         if each.reported:
             run = each.run
             try:
-                write_report(run.path, factorization=run.name, top_examples=run.config.report.top_examples)
+                write_report(run.path, factorization=run.name, **run.config.report.arguments())
             except QueryError as error:  # this round could not recompute a damaged table
                 progress.say(str(error))
 

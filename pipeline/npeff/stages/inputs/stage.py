@@ -84,8 +84,7 @@ def inputs(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
             "n_examples": len(explained),
             "n_invalid": len(explained) - len(found),
             "n_blocks": len(blocks),
-            "covariance": options.covariance,
-            "ridge": options.ridge,
+            **{key: getattr(options, key) for key in ("label", "covariance", "scope", "spread", "split", "ridge")},
             "median_information": float(np.median(found)) if len(found) else None,
             "units": unit_checksums(run, INPUTS, range(len(blocks))),
         }
