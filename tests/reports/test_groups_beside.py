@@ -95,6 +95,6 @@ def test_the_report_has_the_table_if_another_run_is_named(informed_run: Any, mak
     page = write_report(informed_run.path, beside=str(informed_run.path)).read_text("utf-8")
     table = page[page.index("Groups of inputs of two runs") :].partition("</table>")[0]
     assert str(informed_run.path) in table
-    assert "(0 to 0)" in table  # the same run
+    assert "(0.0% to 0.0%)" in table  # the same run
     without = make_run(n_components=3, inputs=False)
     assert "Groups of inputs of two runs" not in write_report(without.path, beside=str(without.path)).read_text("utf-8")
