@@ -9,7 +9,6 @@ which each further task multiplies the earlier ones by ``decay``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from npeff.gradients.parameters import fingerprint_of
+from npeff.training.checks import is_number
 from npeff.training.diagonals import Tensors, check_diagonal, check_shape, named_tensors
 from npeff.training.errors import TrainingError
 
@@ -181,7 +181,7 @@ def _merged(tasks: list[_Task], decay: float) -> _Task:
 
 
 def _check_options(weight: float, mode: str, decay: float | None) -> None:
-    if not _is_number(weight) or weight < 0:
+    if not is_number(weight) or weight < 0:
         raise TrainingError(f"weight must be a number that is not negative, not {weight!r}")
     if mode not in ("separate", "online"):
         raise TrainingError(f"mode must be 'separate' or 'online', not {mode!r}")
@@ -189,9 +189,5 @@ def _check_options(weight: float, mode: str, decay: float | None) -> None:
         return
     if mode == "separate":
         raise TrainingError("decay applies to mode='online': remove it, or choose that mode")
-    if not _is_number(decay) or not 0 <= decay <= 1:
+    if not is_number(decay) or not 0 <= decay <= 1:
         raise TrainingError(f"decay must be a number from 0 to 1, not {decay!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from npeff.training.checks import is_number
 from npeff.training.diagonals import Tensors, check_diagonal, check_shape, named_tensors
 from npeff.training.errors import TrainingError
 
@@ -300,24 +301,20 @@ def _rms(norms: list[Any], tensors: list[Tensor]) -> list[float]:
 def _check_options(options: dict[str, Any]) -> None:
     """Raise an error that names an option that is out of bounds."""
     betas = options["betas"]
-    if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)):
+    if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(is_number(b) and 0 <= b < 1 for b in betas)):
         raise TrainingError(f"betas must be two numbers from 0 to below 1, not {betas!r}")
     for name in ("lr", "weight_decay"):
-        if not (_is_number(options[name]) and options[name] >= 0):
+        if not (is_number(options[name]) and options[name] >= 0):
             raise TrainingError(f"{name} must be a number that is not negative, not {options[name]!r}")
     for name in ("eps", "power", "clip"):
         if options[name] is None and name == "clip":
             continue
-        if not (_is_number(options[name]) and options[name] > 0):
+        if not (is_number(options[name]) and options[name] > 0):
             raise TrainingError(f"{name} must be a number above 0, not {options[name]!r}")
     if options["eps"] ** (2 * options["power"]) < torch.finfo(torch.float32).tiny:
         raise TrainingError("eps to the power 2 · power is 0 in float32: give a larger eps")
     if options["epsilon"] not in ("fixed", "rms"):
         raise TrainingError(f"epsilon must be 'fixed' or 'rms', not {options['epsilon']!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_count(value: object) -> bool:
