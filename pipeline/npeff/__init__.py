@@ -31,11 +31,13 @@ if TYPE_CHECKING:
     from npeff.stages.fishers.stage import compute_fishers as compute_fishers
     from npeff.stages.inputs.stage import inputs as inputs
     from npeff.stages.lift.stage import lift as lift
+    from npeff.stages.natural_gradient import natural_gradient as natural_gradient
     from npeff.stages.pipeline import report as report
     from npeff.stages.pipeline import run as run
     from npeff.stages.repair.stage import repair as repair
     from npeff.stages.select.stage import select as select
     from npeff.stages.spectrum.stage import spectrum as spectrum
+    from npeff.stages.step.stage import step as step
     from npeff.stages.transform.stage import transform as transform
     from npeff.stages.verify.stage import verify as verify
     from npeff.tasks import Examples as Examples
@@ -55,6 +57,7 @@ _MODULES = {
     "compare_factorizations": "npeff.query.factorizations",
     "ewc": "npeff.stages.ewc",
     "migrate": "npeff.runs.migration",
+    "natural_gradient": "npeff.stages.natural_gradient",
     "remove_factorization": "npeff.runs.removal",
     "report": "npeff.stages.pipeline",
     "run": "npeff.stages.pipeline",

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from npeff.cli import demo_command, job_commands
@@ -33,6 +35,7 @@ SMALL = {
     "verification": {"top_examples": 4, "baseline_examples": 8, "correlation_examples": 8, "epsilon": 0.1},
     "scale": {"pairs": 3, "points": 8},
     "repair": {"kl_steps": [0.1], "joint_passes": 2},
+    "step": {"kl_steps": [0.1], "tolerance": 0.1},
     "executor": {"kind": "serial"},
 }
 SMALLER = {
@@ -63,6 +66,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     answered = rng.random(len(shown)) < answer_probability(np.linspace(0, 1, 5) ** 2, 0.2, shown)
     lines = [",".join(map(str, (*triplet, int(answer)))) for triplet, answer in zip(shown, answered, strict=True)]
     (folder / "answers.csv").write_text("\n".join(["i,j,k,response", *lines]))
+    pq.write_table(pa.table({"example": [0, 1, 2], "label": [1, 2, 3]}), folder / "labels.parquet")
     other = {**SMALL, "task": {"name": "digits", "options": {"limit": 30, "epochs": 3}}, "run_dir": "runs/new"}
     for name, document in {
         "jobs/quickstart.yaml": {**SMALL, "run_dir": "runs/digits"},

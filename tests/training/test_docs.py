@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,6 +17,21 @@ from training.tiny_task import TinyTask
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 SOURCES = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+
+
+class Rows:
+    """Gradient rows of a weight. Those of the bias are zero."""
+
+    shapes: ClassVar = {"weight": (3, 4), "bias": (3,)}
+
+    def __init__(self, rows_n34: Tensor) -> None:
+        self._rows_nx = rows_n34.flatten(1).double()
+
+    def products(self, direction: Mapping[str, Tensor]) -> Tensor:
+        return self._rows_nx @ direction["weight"].flatten().double()
+
+    def weighted_sum(self, weights_n: Tensor) -> dict[str, Tensor]:
+        return {"weight": (weights_n @ self._rows_nx).reshape(3, 4), "bias": torch.zeros(3)}
 
 
 def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,6 +47,16 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not torch.equal(model(batches[0][0]), before)
     assert isinstance(names["optimizer"], FAdam)
     assert names["penalty"].item() == 0
+    before = model(batches[0][0]).detach()
+    exec(SOURCES[5], names)
+    assert not torch.equal(model(batches[0][0]), before)
+    rows_n34, diagonal = (
+        torch.randn(7, 3, 4),
+        {name: torch.ones_like(value) for name, value in names["direction"].items()},
+    )
+    names |= {"rows": Rows(rows_n34), "sketched": rows_n34.flatten(1)[:, :9], "diagonal": diagonal}
+    exec(SOURCES[6], names)
+    assert names["direction"].keys() == diagonal.keys()
     assert run.path == tmp_path / "runs" / "digits-diagonals"
 
 

@@ -19,7 +19,7 @@ SECTIONS = {
         *("fishers", "spectrum", "select", "factorize", "lift", "verify", "attribute", "inputs", "report"),
     ),
     "Questions to a run": ("query", "compare"),
-    "More stages": ("transform", "repair", "scale"),
+    "More stages": ("transform", "repair", "step", "scale"),
     "Clusters": ("submit",),
     "Files": ("check", "export", "import", "rm", "migrate"),
 }

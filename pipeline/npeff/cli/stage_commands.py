@@ -29,8 +29,10 @@ from npeff.stages.registry import STAGES
 from npeff.stages.repair import REPAIR
 from npeff.stages.scale import SCALE
 from npeff.stages.select import SELECT
+from npeff.stages.step import STEP
 from npeff.stages.transform import TRANSFORM
 from npeff.storage.location import location
+from npeff.variables import literal
 
 if TYPE_CHECKING:
     from npeff.runs.definition import StageDefinition
@@ -182,6 +184,40 @@ def select_command(
     say(f"plot: {npeff.report(opened)}#selection")
 
 
+@app.command(STEP.name, help=STEP.help)
+def step_command(
+    run: Run,
+    towards: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Parquet file with the columns id (or example) and label. Default: the labels of the fitted examples.",
+            show_default=False,
+        ),
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(metavar="KIND", help="exact (the default), low_rank, kfac, or diagonal.")
+    ] = None,
+    damping: Annotated[float | None, typer.Option(help="Damping λ of the Fisher, above 0.")] = None,
+    step_size: Annotated[
+        float | None, typer.Option("--step-size", help="Factor of the step, above 0. Default: the best of several.")
+    ] = None,
+    run_dir: RunDir = None,
+    workers: Workers = None,
+    address: Address = None,
+) -> None:
+    opened = open_run(run, run_dir, workers, address, any_factorization=True)
+    asked = {"kind": kind, "damping": damping, "step_size": step_size}
+    changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    if towards is not None:
+        changes["towards"] = literal(towards)
+    opened = opened.with_config(opened.config.with_step(**changes))
+    summary = npeff.step(opened, progress=progress_of(opened))
+    print_table(npeff.ComponentStore.open(opened.path).table("step"), OutputFormat.TABLE)
+    if summary["step"] is not None:
+        say(f"edited model: {opened.stepped / 'model.safetensors'}; its record: {opened.stepped / 'step.json'}")
+
+
 @app.command(REPAIR.name, help=REPAIR.help)
 def repair_command(
     run: Run,
@@ -206,7 +242,7 @@ def _print_outcome(run: RunDirectory) -> None:
         say(line)
 
 
-_WITH_OWN_OPTIONS = (FACTORIZE, LIFT, TRANSFORM, SELECT, REPAIR, SCALE)
+_WITH_OWN_OPTIONS = (FACTORIZE, LIFT, TRANSFORM, SELECT, STEP, REPAIR, SCALE)
 
 
 def _stage_command(stage: StageDefinition) -> None:

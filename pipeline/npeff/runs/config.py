@@ -50,6 +50,7 @@ from npeff.runs.config_sections import (
     TaskConfig,
     VerificationConfig,
 )
+from npeff.runs.config_step_section import StepConfig
 from npeff.storage.atomic import is_committed
 from npeff.storage.commands import DEFAULT
 from npeff.storage.errors import StoreError
@@ -60,7 +61,7 @@ _MAX_ITERATIONS = "factorization.max_iterations"
 
 
 _FREE: dict[str, Any] = {
-    **dict.fromkeys(("run_dir", "executor", "selection", "inputs", "repair", "scale", "report"), True),
+    **dict.fromkeys(("run_dir", "executor", "selection", "inputs", "step", "repair", "scale", "report"), True),
     "lift": {"memory_limit_mb", "components"},
     "factorization": {"name", "memory_limit_mb", "checkpoint_every", "metrics"},
 }
@@ -97,6 +98,7 @@ class RunConfig(Section):
     verification: VerificationConfig = VerificationConfig()
     inputs: InputsConfig | None = None
     """None: ``npeff run`` does not compute the information of the inputs, and ``npeff inputs`` uses the defaults."""
+    step: StepConfig = StepConfig()
     repair: RepairConfig = RepairConfig()
     scale: ScaleConfig | None = None
     """If it is given, ``npeff run`` includes the stage `scale`."""
@@ -220,6 +222,10 @@ class RunConfig(Section):
     def with_lift(self, **changes: Any) -> RunConfig:
         """Return this configuration with some values of ``lift`` replaced."""
         return self._with_section("lift", changes)
+
+    def with_step(self, **changes: Any) -> RunConfig:
+        """Return this configuration with some values of ``step`` replaced."""
+        return self._with_section("step", changes)
 
     @property
     def inputs_or_default(self) -> InputsConfig:

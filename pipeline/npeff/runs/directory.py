@@ -63,12 +63,12 @@ class RunDirectory(FilesOfRun):
     def create(cls, config: RunConfig) -> RunDirectory:
         """Create a run directory, or open an existing one with the same configuration.
 
-        Some keys may differ from the stored configuration: ``executor``, ``selection``, ``inputs``, ``repair``,
-        ``scale``, ``report``, ``run_dir``, ``lift.components`` and the memory limits, because no result of another
-        stage depends on them. All keys of ``factorization``, ``lift`` and ``verification`` may differ as long as
-        nothing is factorized, for example after `npeff select`, and a name in ``factorization.name`` that the run does
-        not have adds a factorization. ``factorization.max_iterations`` may be any number that is not smaller than the
-        number of steps done. Any other difference raises an error, and nothing is written. If ``config`` lacks the
+        Some keys may differ from the stored configuration: ``executor``, ``selection``, ``inputs``, ``step``,
+        ``repair``, ``scale``, ``report``, ``run_dir``, ``lift.components`` and the memory limits, because no result of
+        another stage depends on them. All keys of ``factorization``, ``lift`` and ``verification`` may differ as long
+        as nothing is factorized, for example after `npeff select`, and a name in ``factorization.name`` that the run
+        does not have adds a factorization. ``factorization.max_iterations`` may be any number that is not smaller than
+        the number of steps done. Any other difference raises an error, and nothing is written. If ``config`` lacks the
         section ``inputs`` or ``scale``, the stored one applies.
 
         Args:

@@ -56,7 +56,12 @@ def _opened(run: RunDirectory | str | Path) -> RunDirectory:
     return run if isinstance(run, RunDirectory) else RunDirectory.open_any(run)
 
 
-def _fisher_and_parameters(run: RunDirectory, allow_empirical: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def stored_diagonal(run: RunDirectory) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the mean diagonal Fisher of a run and the texts in the header of its file.
+
+    Raises:
+        NpeffError: The run has none, or the file is damaged.
+    """
     path = run.diagonal_fisher
     if not path.exists():
         raise RunDirectoryError(
@@ -65,9 +70,14 @@ def _fisher_and_parameters(run: RunDirectory, allow_empirical: bool) -> tuple[di
             path=path,
         )
     arrays, metadata = read_arrays(path)
-    refuse_empirical(metadata.get("labels"), str(run.path), allow_empirical)
     if "model_fingerprint" not in metadata:
         raise damaged_file(path)
+    return {name: torch.from_numpy(values) for name, values in arrays.items()}, metadata
+
+
+def _fisher_and_parameters(run: RunDirectory, allow_empirical: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    fisher, metadata = stored_diagonal(run)
+    refuse_empirical(metadata.get("labels"), str(run.path), allow_empirical)
     loaded = replace(model_spec(run, metadata["model_fingerprint"]), device="cpu").load()
     parameters = {name: parameter.detach() for name, parameter in loaded.model.named_parameters()}
-    return {name: torch.from_numpy(values) for name, values in arrays.items()}, parameters
+    return fisher, parameters

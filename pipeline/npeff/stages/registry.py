@@ -15,10 +15,11 @@ from npeff.stages.repair import REPAIR
 from npeff.stages.scale import SCALE
 from npeff.stages.select import SELECT
 from npeff.stages.spectrum import SPECTRUM
+from npeff.stages.step import STEP
 from npeff.stages.transform import TRANSFORM
 from npeff.stages.verify import VERIFY
 
-STAGES = (FISHERS, SPECTRUM, SELECT, TRANSFORM, FACTORIZE, LIFT, VERIFY, ATTRIBUTE, INPUTS, REPAIR, SCALE)
+STAGES = (FISHERS, SPECTRUM, STEP, SELECT, TRANSFORM, FACTORIZE, LIFT, VERIFY, ATTRIBUTE, INPUTS, REPAIR, SCALE)
 
 
 def stages_after(stage: StageDefinition) -> Iterator[StageDefinition]:

@@ -1,6 +1,6 @@
 """Where the files of a run lie.
 
-    RUN/                        the run and its Fishers: run.yaml, provenance.json, fishers.zarr, shards/, task/
+    RUN/                        the run and its Fishers: run.yaml, provenance.json, fishers.zarr, shards/, task/, step/
       tables/ stages/ partial/  tables, records and partial results of the stages of the run (`OF_THE_RUN`)
       factorizations/NAME/      one factorization: factorization.yaml, factorization.zarr, checkpoints/,
                                 directions.zarr, input_covariance.safetensors, report/, repair/, metrics/
@@ -129,6 +129,11 @@ class FilesOfRun:
     def repaired(self) -> Path:
         """The edited model of the stage repair, and the record of the edits."""
         return self.home / "repair"
+
+    @property
+    def stepped(self) -> Path:
+        """The edited model of the stage step, and the record of the step."""
+        return self.path / "step"
 
     def folder_of(self, stage: str) -> Path:
         """Return the folder with the tables, the record and the partial results of a stage."""

@@ -114,6 +114,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         "method:str replacement:str metric:str n_examples:int mean:float low:float high:float difference:float? "
         "difference_low:float? difference_high:float? knows_replacement:bool passes_per_example:float"
     ),
+    "step": _schema("step:float kl:float loss:float gained:int broken:int accuracy_tuning:float chosen:bool"),
     "repair": _schema("component:int n_top:int n_wrong:int odds_ratio:float p_value:float q_value:float"),
     "repair_steps": _schema(
         "edit:int component:int? sign:int? step:float n_target:int mended_target:int gained:int broken:int "
@@ -220,6 +221,8 @@ faithfulness: means over `n_examples` examples, with the ends of a 95% bootstrap
     the functional Fisher information minus that of the method, on the same examples. `knows_replacement` is whether
     the method is made from the values that the test puts in place of inputs.
 input_groups: sums of `input_shares` over groups of positions, such as modalities, segments or columns.
+step: one row per step size tried, on the labelled examples. `kl` is the mean KL divergence from the model of the run,
+    `loss` the mean loss after the step, `gained` the increase of the number of right predictions.
 repair: number of wrong predictions among each component's top examples, with a one-sided hypergeometric test and its
     Benjamini-Hochberg q-value; smallest p-value first.
 repair_steps: one row per step tried. `mended_target` is the number of wrong top examples that the step corrects;

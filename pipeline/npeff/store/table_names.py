@@ -12,6 +12,7 @@ WRITTEN_BY = {
     "top_examples": "factorize",
     "coefficients": "factorize",
     "history": "factorize",
+    "step": "step",
     "selection": "select",
     "selection_fits": "select",
     "layer_energy": "lift",
@@ -35,5 +36,5 @@ WRITTEN_BY = {
 }
 """Table name to the stage that writes the table, in the order of the stages."""
 
-OF_THE_RUN = frozenset({"fishers", "spectrum", "select", "diagonal"})
+OF_THE_RUN = frozenset({"fishers", "spectrum", "select", "step", "diagonal"})
 """The stages, and the part ``diagonal`` of the stage ``fishers``, whose results all factorizations of a run share."""

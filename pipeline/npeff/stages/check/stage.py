@@ -75,7 +75,7 @@ def check(
         runs = [run if name == run.name else run.with_factorization(name) for name in names] or [run]
         damaged = _damaged(runs, progress)
         if recompute:
-            done = [_Done(_as_scaled(_as_lifted(each)), _recomputations(each), each.report.exists()) for each in runs]
+            done = [_Done(_as_recorded(_as_lifted(each)), _recomputations(each), each.report.exists()) for each in runs]
             for _ in range(_ROUNDS):
                 recomputable = [part for part, _ in damaged if part.recomputable]
                 if not recomputable:
@@ -152,10 +152,12 @@ def _as_lifted(run: RunDirectory) -> RunDirectory:
     return run.with_config(run.config.with_lift(components=lifted))
 
 
-def _as_scaled(run: RunDirectory) -> RunDirectory:
-    """Return the run, configured to measure the paths of its record, which may have been chosen on the command line."""
-    settings = (intact_record(run, "scale") or {}).get("settings")
-    return run if settings is None else run.with_config(run.config.with_scale(**settings))
+def _as_recorded(run: RunDirectory) -> RunDirectory:
+    """Return the run, configured for the paths and the step of its records, which may have been chosen on the command
+    line."""
+    scale, step = ((intact_record(run, stage) or {}).get("settings") for stage in ("scale", "step"))
+    config = run.config if scale is None else run.config.with_scale(**scale)
+    return run.with_config(config if step is None else config.with_step(**step))
 
 
 def _recompute(

@@ -55,6 +55,7 @@ from npeff.stages.lift.factors import (
     WeightsOf,
 )
 from npeff.stages.lift.files import LiftBlock, LiftPaths, read_tensors, write_tensors
+from npeff.stages.shard_batches import batches_of_shard
 from npeff.storage.atomic import is_committed
 from npeff.storage.checksums import read_json, write_json_atomically
 from npeff.store.component_store import open_factorization
@@ -306,15 +307,7 @@ class LiftWorker:
         return {name: torch.from_numpy(array) for name, array in stored.items()}
 
     def _batches(self, shard: range, used: list[int]) -> list[list[int]]:
-        """Return batches of a shard that contain the used examples.
-
-        For sampled labels, the batches are those in which the Fishers were computed: with other padding, the logits
-        could round differently and change a sampled label.
-        """
-        if self._collector.labels.kind != "sampled":
-            return self._loaded.batches(used, self._batch_size)
-        batches = self._loaded.batches(shard, self._batch_size)
-        return [examples for examples in batches if not set(used).isdisjoint(examples)]
+        return batches_of_shard(self._loaded, self._collector.labels, shard, used, self._batch_size)
 
     def _write(
         self,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import partial
 
 from npeff.runs.directory import RunDirectory
 from npeff.runs.part import Part, intact_record
-from npeff.storage.checksums import file_checksum, read_json
-from npeff.storage.errors import StoreError
+from npeff.stages.edited_model import verify_edited_model
+from npeff.storage.checksums import read_json
 
 
 def repair_parts(run: RunDirectory) -> Iterator[Part]:
@@ -21,12 +20,4 @@ def repair_parts(run: RunDirectory) -> Iterator[Part]:
 
 
 def _verify_edited_model(run: RunDirectory) -> None:
-    path = run.repaired / "model.safetensors"
-    try:
-        json.loads((run.repaired / "repair.json").read_bytes())
-        found = file_checksum(path)
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{run.repaired} is damaged", path=run.repaired) from error
-    record = intact_record(run, "repair")
-    if record is not None and found != record.get("model_checksum", found):
-        raise StoreError(f"{path} does not match its checksum", path=path)
+    verify_edited_model(run.repaired, "repair", (intact_record(run, "repair") or {}).get("model_checksum"))

@@ -7,7 +7,6 @@ item is a batch of examples: the worker computes the loss at given steps and the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_model
 
 from npeff.directions import parameter_norm
 from npeff.models.loaded import ModelSpec
+from npeff.models.loss_gradient import loss_gradient
 from npeff.models.predictions import Predictions
-from npeff.storage.atomic import replacing_directory
-from npeff.storage.checksums import file_checksum, write_json_atomically
+from npeff.stages.edited_model import write_edited_model
+from npeff.storage.checksums import write_json_atomically
 from npeff.store.direction_store import DirectionStore
 from npeff.verification import Edit, find_step_size, moved
 
@@ -151,10 +150,8 @@ class RepairWorker:
     def save(self, wanted: tuple[tuple[Edit, ...], Path, dict[str, Any]]) -> str:
         """Write the edited model and the record of the edits to a folder. Returns the checksum of the model's file."""
         edits, folder, record = wanted
-        with self._edited(edits), replacing_directory(folder) as partial:
-            save_model(self._loaded.model, str(partial / "model.safetensors"), {"npeff": json.dumps(record)})
-            (partial / "repair.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            return file_checksum(partial / "model.safetensors")
+        with self._edited(edits):
+            return write_edited_model(self._loaded.model, folder, "repair", record)
 
     @contextmanager
     def _edited(self, edits: Sequence[Edit]) -> Iterator[None]:
@@ -175,28 +172,8 @@ class RepairWorker:
         return direction
 
     def _gradient(self, chosen: list[int], weights: list[float]) -> tuple[float, dict[str, torch.Tensor]]:
-        loaded, weights_B = self._loaded, torch.tensor(weights, dtype=torch.float64)
-        parameters = {name: loaded.model.get_parameter(name) for name in self._directions.arrays}
-        with _requiring_grad(parameters):
-            batch = loaded.batch(chosen)
-            logits, targets = loaded.logits(loaded.model, batch), loaded.targets(batch, chosen)
-            made = targets >= 0
-            losses = torch.nn.functional.cross_entropy(logits[made].float(), targets[made], reduction="none")
-            loss = losses.double() @ weights_B.to(losses.device)[made.nonzero()[:, 0]]
-            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
-        return float(loss.detach()), dict(zip(parameters, gradients, strict=True))
+        batch, targets = self._loaded.with_targets(chosen)
+        return loss_gradient(self._loaded, batch, targets, weights, self._directions.arrays)
 
     def _predict(self, examples: NDArray[np.int64]) -> Predictions:
         return self._loaded.predict(examples.tolist(), self._batch_size)
-
-
-@contextmanager
-def _requiring_grad(parameters: dict[str, torch.nn.Parameter]) -> Iterator[None]:
-    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    try:
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(before[name])

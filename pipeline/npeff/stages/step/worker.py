@@ -1,0 +1,147 @@
+"""The worker of the stage `step`: the gradient of the loss, and the model after steps of several sizes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from npeff.directions import parameter_norm
+from npeff.models.loaded import ModelSpec
+from npeff.models.loss_gradient import loss_gradient
+from npeff.models.predictions import Predictions
+from npeff.runs.errors import RunDirectoryError
+from npeff.stages.edited_model import write_edited_model
+from npeff.storage.checksums import write_json_atomically
+from npeff.store.array_files import read_arrays
+from npeff.verification import find_step_size, moved
+
+
+@dataclass(frozen=True)
+class Size:
+    """An item: a step of a given size, or of the size that reaches a mean KL divergence."""
+
+    number: int
+    step: float | None
+    kl: float | None
+
+
+class StepWorker:
+    """Computes gradients, and evaluates steps.
+
+    Args:
+        model: the run's model.
+        results: folder of the direction and of one JSON file for each step size.
+        examples_n: numbers of the labelled examples.
+        classes_n: their labels.
+        batch_size: batch size of the predictions.
+        gradient_batch_size: batch size of the gradients.
+        lineage: what the results are made from, see `npeff.runs.lineage`.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        results: Path,
+        examples_n: NDArray[np.int64],
+        classes_n: NDArray[np.int64],
+        batch_size: int,
+        gradient_batch_size: int,
+        lineage: str | None,
+    ) -> None:
+        self._loaded, self._results, self._lineage = model.load(), results, lineage
+        self._examples_n, self._class_of = examples_n, dict(zip(examples_n.tolist(), classes_n.tolist(), strict=True))
+        self._classes_n = torch.from_numpy(classes_n)
+        self._batch_size, self._gradient_batch_size = batch_size, gradient_batch_size
+        self._direction: dict[str, Tensor] | None = None
+
+    def gradient(self, part: tuple[int, tuple[int, ...]]) -> tuple[float, dict[str, Tensor]]:
+        """Return the part of some labelled examples in the mean loss and in its gradient."""
+        total, gradients = 0.0, dict[str, Tensor]()
+        for chosen in self._loaded.batches(part[1], self._gradient_batch_size):
+            batch = self._loaded.batch(chosen)
+            self._check_classes(batch, chosen)
+            targets = torch.tensor([self._class_of[number] for number in chosen], device=self._loaded.device)
+            weights = [1 / len(self._examples_n)] * len(chosen)
+            loss, found = loss_gradient(self._loaded, batch, targets, weights, self._loaded.layout.names)
+            total += loss
+            gradients = {name: gradients[name] + found[name] for name in found} if gradients else found
+        return total, {name: value.cpu() for name, value in gradients.items()}
+
+    def trial(self, size: Size) -> dict[str, Any]:
+        """Return the step size, its mean KL divergence, loss and right predictions, and store them in a file.
+
+        If no step of at most the norm of the parameters reaches the KL divergence, the step size is None.
+        """
+        direction, step = self._read_direction(), size.step
+        before = self._predict()
+        longest = parameter_norm(self._loaded.model, direction) / _length(direction)
+        if step is None:
+            assert size.kl is not None
+            found = find_step_size(lambda step: self._kl(before, step), size.kl, longest=longest)
+            step = found.epsilon if found.reached_target else None
+        trial: dict[str, Any] = {"step": step, "lineage": self._lineage}
+        if step is not None:
+            with moved(self._loaded.model, direction, -step):
+                after = self._predict()
+            trial |= {"kl": float(after.kl(before).mean()), **self._scores(after)}
+        write_json_atomically(self._results / f"trial-{size.number:03d}.json", trial)
+        return trial
+
+    def unedited(self, item: None) -> dict[str, Any]:
+        """Return the loss and the right predictions of the model of the run."""
+        return self._scores(self._predict())
+
+    def judge(self, wanted: tuple[float, NDArray[np.int64]]) -> list[list[bool]]:
+        """Return whether each held-out example is predicted correctly, before and after the step."""
+        step, examples = wanted
+        before = self._loaded.predict(examples.tolist(), self._batch_size).correct()
+        with moved(self._loaded.model, self._read_direction(), -step):
+            after = self._loaded.predict(examples.tolist(), self._batch_size).correct()
+        return [before.tolist(), after.tolist()]
+
+    def save(self, wanted: tuple[float, Path, dict[str, Any]]) -> str:
+        """Write the edited model and the record of the step to a folder. Returns the checksum of the model's file."""
+        step, folder, record = wanted
+        with moved(self._loaded.model, self._read_direction(), -step):
+            return write_edited_model(self._loaded.model, folder, "step", record)
+
+    def _kl(self, before: Predictions, step: float) -> float:
+        with moved(self._loaded.model, self._read_direction(), -step):
+            return float(self._predict().kl(before).mean())
+
+    def _predict(self) -> Predictions:
+        return self._loaded.predict(self._examples_n.tolist(), self._batch_size)
+
+    def _scores(self, predictions: Predictions) -> dict[str, Any]:
+        assert isinstance(predictions.logits, Tensor), "one prediction for each example"
+        logits_nC = predictions.logits[:, 0]
+        right = logits_nC.argmax(-1) == self._classes_n
+        loss = float(torch.nn.functional.cross_entropy(logits_nC.double(), self._classes_n))
+        return {"loss": loss if math.isfinite(loss) else None, "correct": right.nonzero()[:, 0].tolist()}
+
+    def _read_direction(self) -> dict[str, Tensor]:
+        if self._direction is None:
+            arrays, _ = read_arrays(self._results / "direction.safetensors")
+            self._direction = {name: torch.from_numpy(values) for name, values in arrays.items()}
+        return self._direction
+
+    def _check_classes(self, batch: Any, chosen: list[int]) -> None:
+        with torch.no_grad():
+            n_classes = self._loaded.logits(self._loaded.model, batch).shape[-1]
+        wrong = [number for number in chosen if self._class_of[number] >= n_classes]
+        if wrong:
+            raise RunDirectoryError(
+                f"the label of example {wrong[0]} is {self._class_of[wrong[0]]}, and the model has the classes 0 to "
+                f"{n_classes - 1}: correct the labels"
+            )
+
+
+def _length(direction: dict[str, Tensor]) -> float:
+    return math.sqrt(sum(float(value.double().square().sum()) for value in direction.values()))
