@@ -3,11 +3,12 @@
     python tests/benchmarks/repair.py [--problems heuristics digits] [--seeds …] [--validation-only]
                                       [--folder FOLDER] [--output FILE]
 
-Methods: the search of the stage `repair` along whitened and along own directions, fine-tuning of all parameters, and
-LoRA of all Linear layers. All have the same tuning examples: all fitted examples, or 50 of them, of which up to half
-have a wrong prediction. A third of the tuning examples, the validation part, chooses one of six trials of each method,
-or none of them. The rest trains it. All results are on the held-out examples, which take part in no choice. Their 95%
-intervals are bootstrap intervals over the examples, within each seed. They do not contain the variation over models.
+Methods: the search of the stage `repair` along whitened and along own directions, one natural-gradient step with the
+Fisher of all fitted examples, fine-tuning of all parameters, and LoRA of all Linear layers. All have the same tuning
+examples: all fitted examples, or 50 of them, of which up to half have a wrong prediction. A third of the tuning
+examples, the validation part, chooses one of six trials of each method, or none of them. The rest trains it. All
+results are on the held-out examples, which take part in no choice. Their 95% intervals are bootstrap intervals over the
+examples, within each seed. They do not contain the variation over models.
 
 Everything is kept in the folder, and the same command goes on where it stopped. `--validation-only` prints the results
 on the validation part and judges nothing. `README.md` beside this file keeps results.

@@ -21,7 +21,7 @@ from npeff.stages.worker_specs import model_spec
 from npeff.store.tables import read_table
 from numpy.typing import NDArray
 
-QUICKSTART = Path(__file__).parents[3] / "jobs" / "quickstart.yaml"
+JOBS = Path(__file__).parents[3] / "jobs"
 DIRECTIONS = {"whitened": "default", "own": "own"}
 """The factorization that has the directions of a kind."""
 SMALL = 50
@@ -38,6 +38,9 @@ class Problem:
     seeds: tuple[int, ...]
     learning_rates: tuple[float, float, float]
     """Tried by fine-tuning. LoRA tries ten times these rates."""
+    trains: bool = True
+    """Whether the task trains a model for each seed. Otherwise, the model is the same, and the held-out examples are
+    others."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,21 @@ class Prepared:
 def problems() -> dict[str, Problem]:
     """Return the problems by name."""
     rates = (1e-4, 3e-4, 1e-3)
-    digits = _document(RunConfig.from_yaml(QUICKSTART).model_dump())
+    digits = _document(RunConfig.from_yaml(JOBS / "quickstart.yaml").model_dump())
     planted = _document({"task": {"name": "planted-heuristics", "options": {"n_examples": 2400}}}, 24, 0.5)
     return {
         "heuristics": Problem("heuristics", planted, (0, 1), rates),
         "digits": Problem("digits", digits, (0, 1, 2), rates),
+        "sick": Problem("sick", _sick(), (0, 1), (1e-5, 3e-5, 1e-4), trains=False),
     }
+
+
+def _sick() -> dict[str, Any]:
+    """MiniLM on pairs of SICK, which `NPEFF_SHARED_DATA` must contain."""
+    document = _document(RunConfig.from_yaml(JOBS / "minilm-sick.yaml").model_dump())
+    document["task"]["options"]["limit"] = 1200
+    document["factorization"]["held_out_fraction"] = 0.5
+    return document
 
 
 def _document(
@@ -93,7 +105,8 @@ def prepared(problem: Problem, seed: int, folder: Path) -> Prepared:
         document["factorization"] = document["factorization"] | {"name": name}
         document["lift"] = {"direction": direction}
         task = document["task"]
-        document["task"] = task | {"options": task["options"] | {"seed": seed}}  # the task trains another model
+        if problem.trains:
+            document["task"] = task | {"options": task["options"] | {"seed": seed}}
         run = runs[direction] = RunDirectory.create(RunConfig.model_validate(document))
         npeff.compute_fishers(run)
         npeff.factorize(run)

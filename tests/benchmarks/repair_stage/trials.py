@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from repair_stage.problems import Prepared, Problem, Tuning
+from repair_stage.steps import stepped
 
 _BATCH = 32
 _TOP_EXAMPLES, _MAX_HARM = 64, 0.01
@@ -74,6 +75,7 @@ def methods(problem: Problem) -> dict[str, Callable[[Prepared, Tuning, int], Ite
     return {
         "repair, whitened": lambda prepared, tuning, seed: _repaired(prepared, tuning, "whitened"),
         "repair, own": lambda prepared, tuning, seed: _repaired(prepared, tuning, "own"),
+        "natural gradient": lambda prepared, tuning, seed: stepped(prepared, tuning, batch_size_of(prepared)),
         "fine-tuning": lambda prepared, tuning, seed: _trained(prepared, tuning, seed, rates, lora=False),
         "LoRA": lambda prepared, tuning, seed: _trained(prepared, tuning, seed, rates, lora=True),
     }
