@@ -61,8 +61,6 @@ def _show_iterations(rows: list[dict[str, Any]]) -> None:
 def _show_losses(found: dict[str, Any]) -> None:
     print("| direction | damping of seeds | test loss | of seeds | minus gradient | of seeds |\n" + "|---" * 6 + "|")
     for kind, row in found.items():
-        if kind == "n_seeds":
-            continue
         dampings = ", ".join(f"{each['damping']:g}" for each in row["chosen"])
         difference = "{:.3f} ({:.3f} to {:.3f})".format(*row["difference"])
         spans = [f"{min(row[key]):.3f} to {max(row[key]):.3f}" for key in ("loss_of_seeds", "difference_of_seeds")]

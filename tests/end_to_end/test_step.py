@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from stages.small_net import N, SmallNet, document, prepared
 from torch import Tensor
 
-STEP = {"damping": 0.05, "tolerance": 1e-12, "max_harm": 0.2}
+STEP = {"damping": 0.05, "tolerance": 1e-9, "max_harm": 0.2}
 
 
 @pytest.fixture(scope="module")

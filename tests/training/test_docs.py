@@ -19,6 +19,11 @@ PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="
 SOURCES = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 
 
+def source_with(text: str) -> str:
+    (source,) = (each for each in SOURCES if text in each)
+    return source
+
+
 class Rows:
     """Gradient rows of a weight. Those of the bias are zero."""
 
@@ -48,14 +53,14 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert isinstance(names["optimizer"], FAdam)
     assert names["penalty"].item() == 0
     before = model(batches[0][0]).detach()
-    exec(SOURCES[5], names)
+    exec(source_with("npeff.natural_gradient"), names)
     assert not torch.equal(model(batches[0][0]), before)
     rows_n34, diagonal = (
         torch.randn(7, 3, 4),
         {name: torch.ones_like(value) for name, value in names["direction"].items()},
     )
     names |= {"rows": Rows(rows_n34), "sketched": rows_n34.flatten(1)[:, :9], "diagonal": diagonal}
-    exec(SOURCES[6], names)
+    exec(source_with("DiagonalPreconditioner"), names)
     assert names["direction"].keys() == diagonal.keys()
     assert run.path == tmp_path / "runs" / "digits-diagonals"
 
@@ -132,7 +137,7 @@ def test_the_trainer_of_the_page_adds_the_penalty_once(tmp_path: Path) -> None:
         report_to=[], disable_tqdm=True, max_grad_norm=0.0, save_strategy="no", logging_strategy="no",
     )  # fmt: skip
     names = {"model": model, "arguments": arguments, "examples": examples, "ewc": ewc, "FAdam": FAdam}
-    definition, _, training = SOURCES[-1].partition("optimizer = ")
+    definition, _, training = source_with("EWCTrainer").partition("optimizer = ")
     exec(definition, names)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25)  # shows the gradient
     trainer = names["EWCTrainer"](model, arguments, train_dataset=examples, ewc=ewc, optimizers=(optimizer, None))

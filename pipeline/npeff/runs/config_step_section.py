@@ -20,8 +20,8 @@ class StepConfig(Section):
     """λ of (F̄ + λI)⁻¹."""
     rank: Count = 16
     """Number of directions of ``low_rank``. A worker holds tensors of so many times the size of the model."""
-    tolerance: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-4
-    """Relative residual at which the iterations of ``exact`` end."""
+    tolerance: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
+    """Estimated relative error of the direction at which the iterations of ``exact`` end."""
     max_iterations: Count = 100
     """Largest number of iterations of ``exact``. Each takes two passes over the fitted examples."""
     step_size: PositiveFloat | None = None

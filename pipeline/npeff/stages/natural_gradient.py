@@ -25,7 +25,7 @@ def natural_gradient(
     kind: Kind = "exact",
     damping: float,
     rank: int = 16,
-    tolerance: float = 1e-4,
+    tolerance: float = 0.01,
     max_iterations: int = 100,
     allow_empirical: bool = False,
     executor: Executor | None = None,
@@ -43,7 +43,7 @@ def natural_gradient(
             passes in each iteration of `precondition`.
         damping: λ, above 0.
         rank: Number of directions of ``low_rank``.
-        tolerance: Relative residual at which the iterations of ``exact`` end.
+        tolerance: Estimated relative error of the direction at which the iterations of ``exact`` end.
         max_iterations: Largest number of iterations of ``exact``.
         allow_empirical: Accept Fishers that were computed with the labels of the data.
         executor: Executor for the passes. They run in this process if None.
@@ -65,5 +65,7 @@ def natural_gradient(
     if kind == "diagonal":
         return DiagonalPreconditioner(stored_diagonal(opened)[0], damping=damping)
     valid_N = read_table(opened.table("examples"), "examples", ["valid"])["valid"].to_numpy()
+    if not valid_N.any():
+        raise RunDirectoryError(f"no example of {opened.path} has finite logits and gradients: check the examples")
     rows = RunRows(opened, executor or SerialExecutor(), valid_N, progress or SilentProgress())
     return preconditioner(rows, kind, damping, rank, tolerance, max_iterations)

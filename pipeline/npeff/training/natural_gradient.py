@@ -139,8 +139,8 @@ class Solution:
 
     direction: Direction
     iterations: int
-    relative_residual: float
-    """‖(λI + BBᵀ) y − B g‖/‖B g‖."""
+    relative_error: float
+    """Estimate of the relative error of the direction."""
     converged: bool
 
 
@@ -152,7 +152,7 @@ class ExactPreconditioner:
         damping: λ.
         sketched_rows: The sketched rows (n, D), or a function that returns them in blocks. They precondition the
             iterations. None for plain conjugate gradients.
-        tolerance: Relative residual at which the iterations end.
+        tolerance: Estimated relative error of the natural gradient at which the iterations end.
         max_iterations: Largest number of iterations. Each takes a product with Bᵀ and one with B.
 
     Raises:
@@ -165,7 +165,7 @@ class ExactPreconditioner:
         *,
         damping: float,
         sketched_rows: Tensor | Blocks | None = None,
-        tolerance: float = 1e-4,
+        tolerance: float = 0.01,
         max_iterations: int = 100,
     ) -> None:
         self._rows, self.damping = rows, checked_damping(damping)
@@ -188,8 +188,8 @@ class ExactPreconditioner:
         found = self.solve(gradients)
         if not found.converged:
             raise TrainingError(
-                f"conjugate gradients do not converge in {found.iterations} iterations (relative residual "
-                f"{found.relative_residual:.1e})",
+                f"conjugate gradients do not converge in {found.iterations} iterations (estimated relative "
+                f"error {found.relative_error:.1e})",
                 "raise max_iterations, tolerance or damping",
             )
         return found.direction
@@ -217,7 +217,10 @@ class ExactPreconditioner:
         if state is None:
             state = conjugate_gradients.start(self._rows.products(gradients), self._inverse)
             after(state)
-        while state.relative_residual > self.tolerance and state.iteration < self.max_iterations:
+        squared_norm = sum(float(g.double().square().sum()) for g in gradients.values())
+        while (
+            state.relative_error(self.damping, squared_norm) > self.tolerance and state.iteration < self.max_iterations
+        ):
             state = conjugate_gradients.step(state, self._apply, self._inverse)
             after(state)
         sums = self._rows.weighted_sum(state.solution_n)
@@ -225,8 +228,8 @@ class ExactPreconditioner:
         for name, g in gradients.items():
             dtype = _wider(sums[name], g)
             direction[name] = ((g.to(dtype) - sums[name].to(g.device, dtype)) / self.damping).to(g.dtype)
-        residual = state.relative_residual
-        return Solution(direction, state.iteration, residual, residual <= self.tolerance)
+        error = state.relative_error(self.damping, squared_norm)
+        return Solution(direction, state.iteration, error, error <= self.tolerance)
 
     def _apply(self, vector_n: Tensor) -> Tensor:
         return self.damping * vector_n + self._rows.products(self._rows.weighted_sum(vector_n))

@@ -35,8 +35,8 @@ def compared(folder: Path) -> dict[str, Any] | None:
         "two layers": (nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 10)), images),
         "convolutions": (
             nn.Sequential(
-                *(nn.Conv2d(1, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 8, 3, stride=2), nn.Tanh()),
-                *(nn.Flatten(), nn.Linear(72, 10)),
+                *(nn.Conv2d(1, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 8, 3), nn.Tanh()),
+                *(nn.Flatten(), nn.Linear(288, 10)),
             ),
             images,
         ),
@@ -58,9 +58,13 @@ def compared(folder: Path) -> dict[str, Any] | None:
             return sums
 
         def theirs(model: Any = model, loader: Any = loader) -> Any:
-            return metrics.FIM(
-                model=model, loader=loader, representation=objects.PMatKFAC, n_output=10, variant="classif_logits"
-            )
+            torch.set_default_dtype(torch.float64)  # it makes matrices of the default type
+            try:
+                return metrics.FIM(
+                    model=model, loader=loader, representation=objects.PMatKFAC, variant="classif_logits"
+                )
+            finally:
+                torch.set_default_dtype(torch.float32)
 
         times: dict[str, list[float]] = {"ours": [], "nngeometry": []}
         for _ in range(ROUNDS):

@@ -35,7 +35,7 @@ def stepped(prepared: Prepared, tuning: Tuning, batch_size: int) -> Iterator[tup
     before, found = _logits(loaded, loaded.model, tuning.train, batch_size), {}
     for damping, kl, weight in TRIALS:
         if (damping, weight) not in found:
-            made = preconditioner(rows, "exact", damping, 16, 1e-4, 200)
+            made = preconditioner(rows, "exact", damping, 16, 0.01, 200)
             found[damping, weight] = made.precondition(_gradient(prepared, tuning.train, weight, batch_size, rows))
         direction = found[damping, weight]
         length = sum(float(value.double().square().sum()) for value in direction.values()) ** 0.5

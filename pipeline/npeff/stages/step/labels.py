@@ -53,6 +53,11 @@ class Labelled:
             raise RunDirectoryError(
                 f"the examples of {run.path} have several predictions each: use a run with one prediction for each"
             )
+        if not (valid_N & fit_N).any():
+            raise RunDirectoryError(
+                f"no fitted example of {run.path} has finite logits and gradients: check the examples, or lower "
+                "factorization.held_out_fraction in a new run_dir"
+            )
         towards = run.config.resolved("step.towards")
         if towards is None:
             examples_n = np.flatnonzero(known_N & fit_N)

@@ -114,7 +114,7 @@ class _Step:
         file = self._results / "direction.safetensors"
         if not file.exists():
             loss, gradient = self._gradient()
-            facts: Summary = {"loss_before": loss, "iterations": None, "relative_residual": None, "converged": True}
+            facts: Summary = {"loss_before": loss, "iterations": None, "relative_error": None, "converged": True}
             wanted = self._run.config.step
             shown = SilentProgress() if wanted.kind == "exact" else self._progress  # it shows the iterations instead
             rows = RunRows(self._run, self._workers, self._labelled.fitted_N, shown)
@@ -123,7 +123,7 @@ class _Step:
             if isinstance(made, ExactPreconditioner):
                 solution = self._solved(made, gradient)
                 direction = solution.direction
-                for name in ("iterations", "relative_residual", "converged"):
+                for name in ("iterations", "relative_error", "converged"):
                     facts[name] = getattr(solution, name)
             else:
                 direction = made.precondition(gradient)
@@ -182,6 +182,11 @@ class _Step:
                 gradient[name] += values
         if not all(bool(torch.isfinite(values).all()) for values in gradient.values()):
             raise RunDirectoryError("the gradient of the loss is not finite: check the labelled examples")
+        if not any(bool(values.any()) for values in gradient.values()):
+            raise RunDirectoryError(
+                "the gradient of the loss is zero: the model is certain of the given labels, or the selected "
+                "parameters do not change the logits"
+            )
         return loss, gradient
 
     def _trials(self, sizes: list[Size]) -> dict[int, dict[str, Any]]:
@@ -198,12 +203,13 @@ class _Step:
     def _solved(self, made: ExactPreconditioner, gradient: dict[str, torch.Tensor]) -> Solution:
         """Return the solution of the iterations, each of which is stored."""
         state = self._stored_state()
-        done = 0 if state is None else _share(state, made.tolerance)
-        with self._progress.stage("iterations", 100, "% of the decrease of the residual", done=done) as tick:
+        squared_norm = sum(float(values.double().square().sum()) for values in gradient.values())
+        with self._progress.stage("iterations", 100, "% of the decrease of the error") as tick:
 
             def after(state: CGState) -> None:
                 self._store_state(state)
-                tick(min(99, _share(state, made.tolerance)), f"residual {state.relative_residual:.1e}")
+                error = state.relative_error(made.damping, squared_norm)
+                tick(min(99, _share(error, made.tolerance)), f"iteration {state.iteration}, error {error:.1e}")
 
             solution = made.solve(gradient, state, after)
             tick(100, f"{solution.iterations} iterations", last=True)
@@ -219,7 +225,7 @@ class _Step:
 
     def _store_state(self, state: CGState) -> None:
         arrays: dict[str, NDArray[Any]] = {name: getattr(state, name).numpy() for name in _VECTORS}
-        numbers = {name: getattr(state, name) for name in ("iteration", "slope", "norm")}
+        numbers = {name: getattr(state, name) for name in ("iteration", "slope", "decreases")}
         write_arrays(self._results / "iterations.safetensors", arrays, {"numbers": json.dumps(numbers)})
 
     @cached_property
@@ -237,13 +243,12 @@ class _Step:
         )
 
 
-_VECTORS = ("solution_n", "residual_n", "search_n")
+_VECTORS = ("solution_n", "residual_n", "search_n", "right_n")
 
 
-def _share(state: CGState, tolerance: float) -> int:
-    """Return the share of the logarithmic decrease of the residual, in percent."""
-    residual = min(1.0, max(state.relative_residual, tolerance))
-    return int(100 * math.log(residual) / math.log(tolerance))
+def _share(error: float, tolerance: float) -> int:
+    """Return the share of the logarithmic decrease of the error to the tolerance, in percent."""
+    return int(100 * math.log(min(1.0, max(error, tolerance))) / math.log(tolerance))
 
 
 def _mask(places: list[int], n: int) -> NDArray[np.bool_]:
@@ -268,7 +273,7 @@ def _refuse_empirical(run: RunDirectory) -> None:
 def _outcome(summary: Summary) -> str:
     iterations = "" if summary["iterations"] is None else f" after {summary['iterations']} iterations"
     if not summary["converged"]:
-        iterations += f", which end at a relative residual of {summary['relative_residual']:.1e}"
+        iterations += f", which end at a relative error of {summary['relative_error']:.1e}"
     if summary["step"] is None:
         return f"step{iterations}: no step size corrects wrong predictions without harm; the model is unchanged"
     begin, found = f"step: size {summary['step']:.3g}{iterations}", summary["held_out"]

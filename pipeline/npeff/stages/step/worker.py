@@ -64,14 +64,17 @@ class StepWorker:
     def gradient(self, part: tuple[int, tuple[int, ...]]) -> tuple[float, dict[str, Tensor]]:
         """Return the part of some labelled examples in the mean loss and in its gradient."""
         total, gradients = 0.0, dict[str, Tensor]()
-        for chosen in self._loaded.batches(part[1], self._gradient_batch_size):
+        for place, chosen in enumerate(self._loaded.batches(part[1], self._gradient_batch_size)):
             batch = self._loaded.batch(chosen)
-            self._check_classes(batch, chosen)
+            if not place:
+                self._check_classes(batch)
             targets = torch.tensor([self._class_of[number] for number in chosen], device=self._loaded.device)
             weights = [1 / len(self._examples_n)] * len(chosen)
             loss, found = loss_gradient(self._loaded, batch, targets, weights, self._loaded.layout.names)
             total += loss
-            gradients = {name: gradients[name] + found[name] for name in found} if gradients else found
+            for name, value in found.items():  # sums of half precision are in float32
+                wide = value.to(torch.promote_types(value.dtype, torch.float32))
+                gradients[name] = gradients[name] + wide if name in gradients else wide
         return total, {name: value.cpu() for name, value in gradients.items()}
 
     def trial(self, size: Size) -> dict[str, Any]:
@@ -132,15 +135,16 @@ class StepWorker:
             self._direction = {name: torch.from_numpy(values) for name, values in arrays.items()}
         return self._direction
 
-    def _check_classes(self, batch: Any, chosen: list[int]) -> None:
+    def _check_classes(self, batch: Any) -> None:
+        """Compare all labels with the number of classes of the model."""
         with torch.no_grad():
             n_classes = self._loaded.logits(self._loaded.model, batch).shape[-1]
-        wrong = [number for number in chosen if self._class_of[number] >= n_classes]
-        if wrong:
-            raise RunDirectoryError(
-                f"the label of example {wrong[0]} is {self._class_of[wrong[0]]}, and the model has the classes 0 to "
-                f"{n_classes - 1}: correct the labels"
-            )
+        for number, label in self._class_of.items():
+            if label >= n_classes:
+                raise RunDirectoryError(
+                    f"the label of example {number} is {label}, and the model has the classes 0 to {n_classes - 1}: "
+                    "correct the labels"
+                )
 
 
 def _length(direction: dict[str, Tensor]) -> float:
