@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -213,7 +214,11 @@ def test_the_step_depends_neither_on_the_worker_nor_on_the_order_of_the_parts(
 
 
 @pytest.mark.ray
-def test_two_workers_take_the_same_step(fishers: RunDirectory, stepped: RunDirectory, tmp_path: Path) -> None:
+def test_two_workers_take_the_same_step(
+    fishers: RunDirectory, stepped: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tests = str(Path(__file__).parents[1])  # where the workers find the task
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")]))
     run = copied(fishers, tmp_path / "run", {"kind": "ray", "workers": 2})
     summary, expected = npeff.step(run), stepped.record("step")
     assert expected is not None
@@ -255,7 +260,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "null": (lambda path: labels_file(path, ["x1", "x2"], [0, None]), "column label must have a class number"),
     "negative": (lambda path: labels_file(path, ["x1"], [-1]), "column label must have a class number"),
     "large": (lambda path: labels_file(path, ["x1"], [4]), "the label of example 1 is 4, and the model has the"),
-    "unknown id": (lambda path: labels_file(path, ["x1", "y"], [0, 1]), "has no example with id 'y': give the"),
+    "unknown id": (lambda path: labels_file(path, ["x1", "y"], [0, 1]), "has no example with id 'y': give examples of"),
     "unknown number": (lambda path: labels_file(path, [N], [0], "example"), f"has no example with example {N}"),
     "twice": (lambda path: labels_file(path, ["x1", "x1"], [0, 1]), "has an example twice"),
 }

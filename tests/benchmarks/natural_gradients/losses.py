@@ -23,10 +23,10 @@ from training_loops.digits import Part, convolutional, losses, parts
 from natural_gradients.rows import dense_rows, logits, loss_gradient, sketched_rows
 
 N, RANK, DIM = 150, 16, 4096
-DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
+DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 LENGTHS = np.geomspace(0.02, 10, 16)
 """Lengths ‖η d‖ of the steps that are tried."""
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
 
 
 def compared() -> dict[str, Any]:
