@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from repair_stage.problems import Prepared, Tuning
 
-TRIALS = ((0.01, 0.01, 5), (0.01, 0.1, 5), (0.1, 0.03, 5), (0.1, 0.1, 5), (0.1, 0.03, 10), (1.0, 0.1, 1))
+TRIALS = ((0.01, 0.1, 5), (0.01, 0.3, 5), (0.1, 0.3, 5), (0.1, 1.0, 5), (0.1, 0.3, 1), (1.0, 0.3, 1))
 """Damping, mean KL divergence of the step on the training part, and weight of the right predictions in the loss."""
 
 
