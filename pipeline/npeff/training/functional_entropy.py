@@ -21,13 +21,13 @@ Legend: B examples, S draws, M modalities, C classes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from npeff.training.checks import is_number
 from npeff.training.errors import TrainingError
 
 Form = Literal["share", "balance", "reciprocal"]
@@ -136,7 +136,7 @@ class FunctionalInformation:
         """
         if form not in _FORMS:
             raise TrainingError(f"form must be one of {', '.join(_FORMS)}, not {form!r}")
-        if not _is_number(weight) or weight < 0:
+        if not is_number(weight) or weight < 0:
             raise TrainingError(f"weight must be a number that is not negative, not {weight!r}")
         n, names = len(self.modalities), ", ".join(self.modalities)
         if not isinstance(information, Tensor) or information.shape != (n,):
@@ -280,7 +280,3 @@ def _check_second_derivatives(information: Tensor, drawn: Sequence[Tensor]) -> N
             f"the model has an operation without a second derivative, such as fused attention ({reason})",
             "use eager attention (attn_implementation='eager'), and no cuDNN RNN",
         ) from None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
