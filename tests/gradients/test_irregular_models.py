@@ -108,6 +108,41 @@ class Reused(Text):
         return F.linear(torch.tanh(self.mix(values)), self.mix.weight)
 
 
+class Listed(Text):
+    """A layer's weight is also in a list, with which the outputs are scaled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = [self.mix.weight]
+
+    def mixed(self, values: Tensor, mask: Tensor) -> Tensor:
+        return torch.tanh(self.mix(values)) * self.scales[0].sum()
+
+
+class Transposed(Text):
+    """A view of a layer's weight was stored before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.double()
+        self.again = [self.mix.weight.t()]
+
+    def mixed(self, values: Tensor, mask: Tensor) -> Tensor:
+        return torch.tanh(self.mix(values)) @ self.again[0]
+
+
+class Constant(Text):
+    """A detached weight is a constant, which has no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.double()
+        self.scales = [self.mix.weight.detach()]
+
+    def mixed(self, values: Tensor, mask: Tensor) -> Tensor:
+        return torch.tanh(self.mix(values)) * self.scales[0].sum() * self.mix.weight.detach().sum()
+
+
 class Depth(Text):
     """A layer is called once for every third word of the longest text."""
 
@@ -237,7 +272,7 @@ def mixtral() -> nn.Module:
 
 SUPPORTED: tuple[Make, ...] = (
     Text, Ragged, RaggedByNumbers, Regrouped, RegroupedBySelection, UncalledBranch, Routed, Positions, Depth, Views,
-    WrongBatchingRule, MixedDerivative, Packed, SharedTower, mixtral,
+    WrongBatchingRule, MixedDerivative, Packed, SharedTower, Constant, mixtral,
 )  # fmt: skip
 
 
@@ -254,6 +289,8 @@ def test_fishers_are_right_whatever_later_batches_do(make: Make, size: int) -> N
     [
         (Branch, "'mix.weight' at module 'mix' (Linear) are not its gradient, because the model uses it outside"),
         (Reused, "'mix.weight' at module 'mix' (Linear) are not its gradient, because the model uses it outside"),
+        (Listed, "'mix.weight' at module 'mix' (Linear) are not its gradient, because the model uses it outside"),
+        (Transposed, "'mix.weight' at module 'mix' (Linear) are not its gradient"),
         (InPlace, "modified in place after it is used"),
     ],
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from npeff.gradients.backward_seed import backward_seed
 from npeff.gradients.calls import Collected
@@ -113,10 +115,41 @@ def _compared_gradients(
     try:
         for module, local, parameter in places:
             module._parameters[local] = copies[names[id(parameter)]]
-        yield copies
+        with _Copies({parameter: copies[name] for parameter, name in names.items()}):
+            yield copies
     finally:
         for module, local, parameter in places:
             module._parameters[local] = parameter
+
+
+class _Copies(TorchFunctionMode):
+    """Passes copies to torch functions in place of parameters that a model also holds elsewhere, as in a list.
+
+    A view of a parameter that was made before, such as a stored transpose, becomes the same view of the copy.
+
+    Args:
+        copies: The copies, by `id` of the parameter.
+    """
+
+    def __init__(self, copies: Mapping[int, nn.Parameter]) -> None:
+        super().__init__()
+        self._copies = copies
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*map(self._of, args), **{name: self._of(value) for name, value in (kwargs or {}).items()})
+
+    def _of(self, value: Any) -> Any:
+        if type(value) in (list, tuple):
+            return type(value)(map(self._of, value))
+        if not isinstance(value, Tensor):
+            return value
+        if (copy := self._copies.get(id(value))) is not None:
+            return copy
+        if value.requires_grad and value._is_view() and (copy := self._copies.get(id(value._base))) is not None:
+            return copy.as_strided(value.shape, value.stride(), value.storage_offset())
+        return value
 
 
 def why_wrong(model: nn.Module, run: Callable[[], Tensor], name: str, outside: bool, n_examples: int) -> str:
