@@ -1,11 +1,12 @@
 """What does `npeff spectrum` cost, and what does the sketch do to the statistics?
 
-    python tests/benchmarks/spectrum.py [--examples 100000] [--dim 4096] [--skip-cost] [--output FILE]
+    python tests/benchmarks/spectrum.py [--examples 100000] [--dim 4096] [--skip-cost] [--output FILE] [--figure FILE]
 
 Cost: the time of the pass over a store of random Fishers of rank 2, against the product of as many rows (float32 blocks
 added up in float64, measured on an eighth of the rows in the same process), the time of the eigenvalues, and the
 largest memory above that of the process before the stage. Digits: the statistics of sketches of 1,024 and 4,096
-dimensions relative to those of the whole mean Fisher. Prints tables and writes JSON.
+dimensions relative to those of the whole mean Fisher. Prints tables and writes JSON. `--figure` writes the picture of
+docs/spectrum.md from the output file.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ def cost(n_examples: int, dim: int) -> dict[str, float]:
     return found
 
 
-def statistics(folder: Path, name: str, sketch: dict[str, Any]) -> dict[str, float]:
+def statistics(folder: Path, name: str, sketch: dict[str, Any]) -> tuple[dict[str, float], list[float]]:
+    """Return the statistics of the digits with a sketch, and the eigenvalues."""
     document = {
         "run_dir": str(folder / name),
         "task": {"name": "digits", "options": {"limit": 150}},
@@ -118,15 +120,68 @@ def statistics(folder: Path, name: str, sketch: dict[str, Any]) -> dict[str, flo
     npeff.compute_fishers(run)
     npeff.spectrum(run)
     rows = read_table(run.table("spectrum_statistics"), "spectrum_statistics").to_pylist()
-    return {row["name"]: row["value"] for row in rows if row["n_examples"] == max(each["n_examples"] for each in rows)}
+    n_examples = max(each["n_examples"] for each in rows)
+    values = {row["name"]: row["value"] for row in rows if row["n_examples"] == n_examples}
+    eigenvalues = read_table(run.table("spectrum"), "spectrum")["eigenvalue"].to_pylist()
+    return values, [value for value in eigenvalues if value > 1e-9 * eigenvalues[0]]
 
 
-def digits() -> dict[str, dict[str, float]]:
+def digits() -> tuple[dict[str, dict[str, float]], dict[str, list[float]]]:
+    """Return the statistics and the eigenvalues of the digits for each sketch."""
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
-        found = {"exact": statistics(Path(folder), "exact", {"kind": "identity"})}
+        found["exact"] = statistics(Path(folder), "exact", {"kind": "identity"})
         for dim in (1024, 4096):
             found[str(dim)] = statistics(Path(folder), str(dim), {"kind": "tensorsketch", "dim": dim})
-    return found
+    return {name: values for name, (values, _) in found.items()}, {name: list_ for name, (_, list_) in found.items()}
+
+
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 460, 320, 52, 50, 44
+CURVES = {
+    "exact": ("identity", "#1f5fa8"),
+    "4096": ("D = 4,096 (on it)", "#3b7a3b"),
+    "1024": ("D = 1,024 (on it)", "#b4531f"),
+}
+
+
+def figure(eigenvalues: dict[str, list[float]], n_parameters: int) -> str:
+    """Return the picture of the documentation: the share of the trace in the first directions, for each sketch."""
+    most = max(len(values) for values in eigenvalues.values())
+
+    def x(number: float) -> float:
+        return LEFT + np.log(number) / np.log(most) * (WIDTH - LEFT - 16)
+
+    def y(share: float) -> float:
+        return HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP)
+
+    marks = []
+    for row, (name, (label, colour)) in enumerate(CURVES.items()):
+        shares = np.cumsum(eigenvalues[name]) / np.sum(eigenvalues[name])
+        points = " ".join(f"{x(i + 1):.1f},{y(share):.1f}" for i, share in enumerate(shares))
+        marks.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        marks.append(f'<text x="{x(most) - 130:.0f}" y="{y(0.3) + 18 * row:.0f}" fill="{colour}">{label}</text>')
+        if name != "exact":
+            continue
+        for share in (0.9, 0.99):
+            count = int(np.searchsorted(shares, share)) + 1
+            marks.append(f'<path d="M{LEFT} {y(share):.1f}H{x(count):.1f}V{y(0):.1f}" fill="none" stroke="#bbb"/>')
+            marks.append(f'<text x="{x(count) + 4:.1f}" y="{y(0.03):.1f}">{count} for {share:.0%}</text>')
+    ticks = [f'<text x="{x(n):.1f}" y="{y(0) + 18:.1f}" text-anchor="middle">{n:,}</text>' for n in (1, 10, 100)]
+    ticks += [f'<text x="{LEFT - 8}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.0%}</text>' for v in (0, 0.5, 1)]
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
+            ' font-family="sans-serif" font-size="12" fill="#1c2126">',
+            f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
+            f'<text x="{LEFT}" y="20">Share of the information in the first directions: network for digits,</text>',
+            f'<text x="{LEFT}" y="36">{n_parameters:,} parameters, 150 examples</text>',
+            f'<path d="M{LEFT} {TOP}V{y(0):.1f}H{WIDTH - 16}" fill="none" stroke="#888"/>',
+            *marks,
+            *ticks,
+            f'<text x="{x(most**0.5):.0f}" y="{HEIGHT - 8}" text-anchor="middle">number of directions</text>',
+            "</svg>\n",
+        ]
+    )
 
 
 def main() -> None:
@@ -135,14 +190,19 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=4096)
     parser.add_argument("--skip-cost", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/spectrum.json"))
+    parser.add_argument("--figure", type=Path, help="an SVG file")
     arguments = parser.parse_args()
-    found = digits()
+    if arguments.figure is not None:
+        eigenvalues = json.loads(arguments.output.read_text())["eigenvalues"]
+        arguments.figure.write_text(figure(eigenvalues, 9802), encoding="utf-8")
+        return
+    found, eigenvalues = digits()
     exact = found["exact"]
     print(f"{'statistic':<28}{'exact':>12}{'D = 1,024':>12}{'D = 4,096':>12}")
     for name, value in exact.items():
         relative = [found[dim][name] / value if value else float("nan") for dim in ("1024", "4096")]
         print(f"{name:<28}{value:>12.5g}{relative[0]:>12.4f}{relative[1]:>12.4f}")
-    result: dict[str, Any] = {"machine": machine(), "digits": found}
+    result: dict[str, Any] = {"machine": machine(), "digits": found, "eigenvalues": eigenvalues}
     if not arguments.skip_cost:
         result["cost"] = cost(arguments.examples, arguments.dim)
         for name, value in result["cost"].items():

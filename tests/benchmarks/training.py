@@ -2,12 +2,14 @@
 
     python tests/benchmarks/training.py [sections] [--output FILE] [--figure FILE] [--modalities-figure FILE]
 
-Sections: steps, start, tuned, continual, modalities, cost; all by default. pytorch_optimizer is installed into a folder
-of its own. Each optimizer has 12 trials, which are compared on 300 validation images with two seeds. The best one is
-measured on 900 test images with five other seeds. Intervals are paired bootstraps that draw the test images (95%); the
-seeds are listed beside them. `training_loops/modalities.py` describes the section ``modalities``. `--figure` writes the
-first picture of docs/training.md from the section ``start`` of the output file, and `--modalities-figure` the second
-one from the section ``modalities``.
+Sections: steps, start, tuned, characters, pairs, continual, modalities, cost; all by default. `pairs` needs
+NPEFF_SHARED_DATA. pytorch_optimizer is installed into a folder of its own. Each optimizer has 12 trials, which are
+compared on validation data (300 images) with two seeds. The best one is measured on test data (900 images) with five
+other seeds. Intervals are paired bootstraps that draw the test examples (95%); the seeds are listed beside them.
+`training_loops/modalities.py` describes the section ``modalities``. `--figure` writes the first picture of
+docs/training.md from the section ``start`` of the output file, and `--modalities-figure` the second one from the
+section ``modalities``. The results of single trainings are in the folder `trainings` beside it, from which an
+interrupted section continues.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any
 import torch
 from environments import environment
 from quickstart import machine
-from training_loops import continual, modalities, modality_figure, optimizers, steps
+from training_loops import continual, modalities, modality_figure, optimizers, steps, text
 
 OTHER = ["--no-deps", "pytorch-optimizer==4.1.0"]
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 460, 320, 52, 50, 44
@@ -33,7 +35,9 @@ COLOURS = {"AdamW": "#1f5fa8", "FAdam": "#b4531f", "FAdam, debiased momentum": "
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sections", nargs="*", help="steps, start, tuned, continual, modalities, cost")
+    parser.add_argument(
+        "sections", nargs="*", help="steps, start, tuned, characters, pairs, continual, modalities, cost"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/training.json"))
     parser.add_argument("--figure", type=Path, help="an SVG file")
     parser.add_argument("--methods", nargs="+", default=list(modalities.METHODS), help="of the section modalities")
@@ -49,23 +53,28 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     output.parent.mkdir(parents=True, exist_ok=True)
+    trainings = output.parent / "trainings"
 
     def save() -> None:
         output.write_text(json.dumps(found, indent=2) + "\n")
 
-    sections: dict[str, Callable[[], dict[str, Any]]] = {
+    sections: dict[str, Callable[[], dict[str, Any] | None]] = {
         "steps": lambda: steps.measured(other(output.parent)),
-        "start": lambda: optimizers.from_the_start(other(output.parent)),
-        "tuned": optimizers.fine_tuned,
-        "continual": continual.compared,
+        "start": lambda: optimizers.from_the_start(other(output.parent), trainings / "start"),
+        "tuned": lambda: optimizers.fine_tuned(trainings / "tuned"),
+        "characters": lambda: text.characters(other(output.parent), trainings / "characters"),
+        "pairs": lambda: text.pairs(other(output.parent), trainings / "pairs"),
+        "continual": lambda: continual.compared(trainings / "continual"),
         "modalities": lambda: resumed(found.setdefault("modalities", {}), arguments.methods, save),
         "cost": modalities.cost,
     }
-
     found["machine"] = machine()
     for name in arguments.sections or sections:
         began = time.process_time()
-        found[name] = sections[name]()
+        measured = sections[name]()
+        if measured is None:
+            continue
+        found[name] = measured
         print(f"\n{name}: {time.process_time() - began:.0f} s of CPU time\n")
         show(name, found[name])
         save()
@@ -101,12 +110,12 @@ def show(name: str, found: dict[str, Any]) -> None:
     elif name == "modalities":
         modality_figure.show(found)
     elif name == "continual":
-        print("| method | weight | accuracy | of seeds | minus none | forgetting |\n" + "|---" * 6 + "|")
+        print("| method | weight | accuracy | of seeds | minus none | minus exact | forgetting |\n" + "|---" * 7 + "|")
         for method, row in found.items():
             seeds = _range(row["accuracy_of_seeds"])
             print(
                 f"| {method} | {row['weight']:g} | {row['accuracy']:.3f} | {seeds} | {_interval(row['difference'])} | "
-                f"{row['forgetting']:.3f} |"
+                f"{_interval(row['minus_exact'])} | {row['forgetting']:.3f} |"
             )
     else:
         print("| optimizer | options | test loss | of seeds | minus AdamW | of seeds |\n" + "|---" * 6 + "|")

@@ -46,9 +46,12 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     model = task.model(tmp_path)
     batches = [(task.batch(range(6)), torch.arange(6) % 3)] * 3
     names: dict[str, Any] = {"model": model, "batches": batches, "torch": torch, "fisher": {"weight": torch.ones(3, 4)}}
+    names["rows"] = {"weight": torch.ones(5, 3, 4)}
     before = model(batches[0][0]).detach()
-    for source in SOURCES[:4]:
+    for source in SOURCES[:6]:
         exec(source, names)
+        if "low_rank" in source and "runs/" in source:
+            assert names["penalty"].item() > 0  # the training has left the parameters of the run
     assert not torch.equal(model(batches[0][0]), before)
     assert isinstance(names["optimizer"], FAdam)
     assert names["penalty"].item() == 0
@@ -124,29 +127,39 @@ class Regression(nn.Module):
         return {"loss": (found - labels).square().mean(), "logits": found}
 
 
+FISHER, ANCHOR = torch.tensor([[3.0, 5.0]]), torch.tensor([[1.0, -1.0]])
+
+
 @pytest.mark.slow
-def test_the_trainer_of_the_page_adds_the_penalty_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["EWCTrainer", "EWCCallback"])
+def test_the_trainers_of_the_page_add_the_penalty_once(form: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     model = Regression()
     examples = [{"inputs": torch.tensor([1.0, i]), "labels": torch.tensor(2.0 * i)} for i in range(8)]
-    fisher, anchor = torch.tensor([[3.0, 5.0]]), torch.tensor([[1.0, -1.0]])
-    ewc = EWC([{"linear.weight": fisher}], [{"linear.weight": anchor}], weight=2)
+    ewc = EWC([{"linear.weight": FISHER}], [{"linear.weight": ANCHOR}], weight=2)
     arguments = transformers.TrainingArguments(
         str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=1, use_cpu=True,
         report_to=[], disable_tqdm=True, max_grad_norm=0.0, save_strategy="no", logging_strategy="no",
     )  # fmt: skip
     names = {"model": model, "arguments": arguments, "examples": examples, "ewc": ewc, "FAdam": FAdam}
-    definition, _, training = source_with("EWCTrainer").partition("optimizer = ")
+    names["Trainer"] = transformers.Trainer
+    source = source_with(f"class {form}")
+    definition, first, training = source.partition("optimizer = " if form == "EWCTrainer" else "trainer = ")
     exec(definition, names)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25)  # shows the gradient
-    trainer = names["EWCTrainer"](model, arguments, train_dataset=examples, ewc=ewc, optimizers=(optimizer, None))
+    options = {"train_dataset": examples, "optimizers": (optimizer, None)}
+    if form == "EWCTrainer":
+        trainer = names[form](model, arguments, ewc=ewc, **options)
+    else:
+        trainer = transformers.Trainer(model, arguments, callbacks=[names[form](ewc)], **options)
+        trainer.model_accepts_loss_kwargs = False  # the model would have to average accumulated batches itself
     expected = nn.Parameter(torch.zeros(1, 2))
     inputs, labels = (torch.stack([example[key] for example in examples]) for key in ("inputs", "labels"))
     loss = ((inputs @ expected.T)[:, 0] - labels).square().mean()
-    loss = loss + (fisher * (expected - anchor).square()).sum()
+    loss = loss + (FISHER * (expected - ANCHOR).square()).sum()
     loss.backward()
     trainer.train()
     assert expected.grad is not None
     torch.testing.assert_close(model.linear.weight.detach(), -0.25 * expected.grad)
-    exec("optimizer = " + training, names)
+    exec(first + training, names)

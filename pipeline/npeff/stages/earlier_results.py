@@ -5,21 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from npeff.factorization import InvalidProblemError, validate_size
+from npeff.gradients import ParameterLayout
 from npeff.options.kinds import rows_per_example
 from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.stage import record_of
+from npeff.sketches import Sketch, SketchSpec, make_sketch
 from npeff.stages.factorize import FACTORIZE
 from npeff.stages.fishers import FISHERS
 from npeff.stages.lift import LIFT
 from npeff.stages.worker_specs import fitted_examples
-from npeff.storage.checksums import json_checksum
-from npeff.storage.errors import StoreError
+from npeff.storage.checksums import file_checksum, json_checksum
+from npeff.storage.errors import StoreError, os_errors_explained
+from npeff.store.array_files import is_intact
 from npeff.store.component_store import open_factorization
 from npeff.store.fisher_store import FisherStore
 from npeff.store.same_space import differences_in_space
@@ -37,6 +41,16 @@ def lifted_components(run: RunDirectory) -> list[int]:
 def fingerprint_of(run: RunDirectory) -> str:
     """Return the fingerprint of the model that the stored Fishers were computed for."""
     return str(FisherStore.read_attributes(run.fishers)["model_fingerprint"])
+
+
+def sketch_of(attributes: Mapping[str, Any], layout: ParameterLayout) -> Sketch:
+    """Return the sketch of a Fisher store with these attributes, for the parameters of a layout."""
+    spec = dict(attributes["sketch"])
+    seed = spec.pop("seed")
+    # the store records the width of every sketch, but only a tensor sketch takes it
+    if spec["kind"] != "tensorsketch":
+        spec["dim"] = None
+    return make_sketch(SketchSpec(**spec), layout, seed)
 
 
 def prediction_batch_size(run: RunDirectory) -> int:
@@ -91,6 +105,28 @@ def checksums_of(run: RunDirectory) -> dict[int, ShardChecksums]:
             path=run.shard_records,
         )
     return {shard: record.checksums for shard, record in records.items()}
+
+
+def verified_diagonal(run: RunDirectory) -> Path:
+    """Return the file of the mean diagonal Fisher, which is compared with the record of the stage ``fishers`` first.
+
+    The records of earlier versions have no checksum of it. The checksum of the arrays in the file is verified instead.
+
+    Raises:
+        RunDirectoryError: The run has no mean diagonal Fisher, or its Fishers are not complete.
+        StoreError: The file does not match its checksum.
+    """
+    path, home = run.diagonal_fisher, RunDirectory.open_any(run.fishers_home)
+    if not home.config.fishers.diagonal.mean:
+        remedy = "set fishers.diagonal.mean: true in a run file with another run_dir, and run `npeff fishers` on it"
+        raise RunDirectoryError(f"{home.path} has no {path.name}", remedy, path=path)
+    expected = record_of(home, FISHERS).get("diagonal_fisher")
+    with os_errors_explained("read", path):
+        intact = is_intact(path) if expected is None else file_checksum(path) == expected
+    if not intact:
+        remedy = f"run `npeff check --recompute {home.path}`, which computes it again"
+        raise StoreError(f"{path} does not match its checksum", remedy, path=path)
+    return path
 
 
 def shards_checksum(records: Mapping[int, CompletionRecord]) -> str:

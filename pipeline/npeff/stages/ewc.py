@@ -1,40 +1,53 @@
-"""The penalty of elastic weight consolidation from runs: their diagonal Fishers and the parameters of their models."""
+"""The penalty of elastic weight consolidation from runs: their Fishers and the parameters of their models."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from npeff.fisher.second_moments import MomentSum
+from npeff.gradients import ParameterLayout
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
+from npeff.stages.earlier_results import checksums_of, sketch_of, verified_diagonal
 from npeff.stages.worker_specs import model_spec
 from npeff.storage.errors import damaged_file
 from npeff.store.array_files import read_arrays
+from npeff.store.fisher_store import FisherStore
+from npeff.training.diagonals import Tensors
 from npeff.training.ewc import EWC, refuse_empirical
+from npeff.training.low_rank_penalty import LowRankFisher
 
 
 def ewc(
     runs: Sequence[RunDirectory | str | Path],
     *,
     weight: float,
+    low_rank: bool = False,
+    directions: int | None = None,
     mode: Literal["separate", "online"] = "separate",
     decay: float | None = None,
     allow_empirical: bool = False,
 ) -> EWC:
     """Construct the penalty that keeps a model near the models of runs.
 
-    The runs must have the mean diagonal Fisher (``fishers.diagonal.mean: true``). The models are loaded as their tasks
-    load them, on the CPU.
+    The models are loaded as their tasks load them, on the CPU.
 
     Args:
         runs: The runs, one for each earlier task, in the order of the tasks.
         weight: Factor of the penalty.
-        mode: ``separate`` for a term for each run, ``online`` for one term.
+        low_rank: Use the stored low-rank Fishers, in the coordinates of the run's sketch. By default, the mean diagonal
+            Fishers, which the runs must have (``fishers.diagonal.mean: true``).
+        directions: With ``low_rank``, keep only this number of leading eigenvectors of each mean Fisher, which makes a
+            step cheaper. By default, all rows are kept.
+        mode: ``separate`` for a term for each run at its own parameters, ``online`` for the parameters of the last.
         decay: Factor of earlier Fishers at each further run, only for ``online``. The default is 1.
         allow_empirical: Accept Fishers that were computed with the labels of the data.
 
@@ -42,14 +55,35 @@ def ewc(
         The penalty.
 
     Raises:
-        NpeffError: A run has no diagonal Fisher, its model is no longer the one of its Fishers, or an option is out of
-            bounds. The message is one line with the cause and the remedy.
+        NpeffError: A run has no such Fisher, its files are damaged, its model is no longer the one of its Fishers, or
+            an option is out of bounds. The message is one line with the cause and the remedy.
     """
     if isinstance(runs, RunDirectory | str | Path):
         raise RunDirectoryError("npeff.ewc takes a list of runs", "give [run]")
-    found = [_fisher_and_parameters(_opened(run), allow_empirical) for run in runs]
-    fishers, anchors = [fisher for fisher, _ in found], [anchor for _, anchor in found]
-    return EWC(fishers, anchors, weight=weight, mode=mode, decay=decay, allow_empirical=allow_empirical)
+    if directions is not None and (not low_rank or isinstance(directions, bool) or directions < 1):
+        raise RunDirectoryError(
+            f"directions must be a whole number of at least 1, and needs low_rank=True, not {directions!r}",
+            "set low_rank=True, or leave directions out",
+        )
+    fishers: list[Tensors | LowRankFisher] = []
+    anchors = []
+    for run in map(_opened, runs):
+        fisher, labels, fingerprint = mean_low_rank(run) if low_rank else _diagonal(run)
+        refuse_empirical(labels, str(run.path), allow_empirical)  # before the model is loaded
+        if directions is not None and isinstance(fisher, LowRankFisher):
+            fisher = fisher.leading(directions)
+        loaded = replace(model_spec(run, fingerprint), device="cpu").load()
+        fishers.append(fisher)
+        anchors.append({name: parameter.detach() for name, parameter in loaded.model.named_parameters()})
+    return EWC(
+        fishers,
+        anchors,
+        weight=weight,
+        low_rank=low_rank,
+        mode=mode,
+        decay=decay,
+        allow_empirical=allow_empirical,
+    )
 
 
 def _opened(run: RunDirectory | str | Path) -> RunDirectory:
@@ -57,27 +91,71 @@ def _opened(run: RunDirectory | str | Path) -> RunDirectory:
 
 
 def stored_diagonal(run: RunDirectory) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the mean diagonal Fisher of a run and the texts in the header of its file.
+    """Return the mean diagonal Fisher of a run and the texts in the header of its file, after verification.
 
     Raises:
-        NpeffError: The run has none, or the file is damaged.
+        NpeffError: The run has none, its Fishers are not complete, or the file is damaged.
     """
-    path = run.diagonal_fisher
-    if not path.exists():
-        raise RunDirectoryError(
-            f"{run.path} has no {path.name}",
-            "set fishers.diagonal.mean: true in a run file with another run_dir, and run `npeff fishers` on it",
-            path=path,
-        )
+    path = verified_diagonal(run)
     arrays, metadata = read_arrays(path)
     if "model_fingerprint" not in metadata:
         raise damaged_file(path)
     return {name: torch.from_numpy(values) for name, values in arrays.items()}, metadata
 
 
-def _fisher_and_parameters(run: RunDirectory, allow_empirical: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _diagonal(run: RunDirectory) -> tuple[dict[str, Tensor], str | None, str]:
+    """Return the mean diagonal Fisher of a run, the kind of its labels, and the fingerprint of its model."""
     fisher, metadata = stored_diagonal(run)
-    refuse_empirical(metadata.get("labels"), str(run.path), allow_empirical)
-    loaded = replace(model_spec(run, metadata["model_fingerprint"]), device="cpu").load()
-    parameters = {name: parameter.detach() for name, parameter in loaded.model.named_parameters()}
-    return fisher, parameters
+    return fisher, metadata.get("labels"), metadata["model_fingerprint"]
+
+
+def mean_low_rank(run: RunDirectory) -> tuple[LowRankFisher, str, str]:
+    """Read the mean of the stored Fishers of a run, and verify the shards.
+
+    In memory are the rows of all examples, or a matrix of D×D in float64 if there are more than D rows.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The Fisher, the kind of its labels, and the fingerprint of its model.
+
+    Raises:
+        NpeffError: The Fishers are not complete, a shard is damaged, or the sketch is not linear.
+    """
+    checksums, store = checksums_of(run), FisherStore.open(run.fishers)
+    if store.attrs["sketch"]["kind"] == "topk":
+        raise RunDirectoryError(
+            f"{run.path} has the sketch topk, which is not linear",
+            "use the mean diagonal (low_rank=False), or a run with another fishers.sketch",
+        )
+    layout = ParameterLayout.from_json(store.attrs["parameter_layout"])
+    names = ["valid", "ranks", "frobenius_norms"]
+    counts = [store.read_shard(shard, each, names) for shard, each in sorted(checksums.items())]
+    n_rows = sum(int(each["ranks"][each["valid"]].sum()) for each in counts)
+    n_examples = sum(int(each["valid"].sum()) for each in counts)
+    moments = MomentSum(store.dim) if n_rows > store.dim else None
+    kept = []
+    for shard, each in sorted(checksums.items()):
+        rows_nD = _rows(store.read_shard(shard, each, [*names, "factors"])) / max(n_examples, 1) ** 0.5
+        if moments is None:
+            kept.append(rows_nD)
+        else:
+            moments.add(rows_nD)
+    labels, fingerprint = str(store.attrs["labels"]["kind"]), str(store.attrs["model_fingerprint"])
+    fisher = LowRankFisher(
+        shapes=dict(zip(layout.names, layout.shapes, strict=True)),
+        linear_map=sketch_of(store.attrs, layout),
+        rows_nD=torch.cat(kept) if moments is None else None,
+        moments_DD=None if moments is None else moments.matrix().float(),
+        labels=labels,
+    )
+    return fisher, labels, fingerprint
+
+
+def _rows(arrays: dict[str, NDArray[Any]]) -> Tensor:
+    """Return the rows (n, D) of the valid examples of a shard, multiplied by the roots of the Fishers' norms."""
+    valid_B, ranks_B = arrays["valid"], arrays["ranks"]
+    used_BR = valid_B[:, None] & (np.arange(arrays["factors"].shape[1]) < ranks_B[:, None])
+    roots_n = np.sqrt(arrays["frobenius_norms"][valid_B]).repeat(ranks_B[valid_B])
+    return torch.from_numpy(arrays["factors"][used_BR]) * torch.from_numpy(roots_n).float()[:, None]

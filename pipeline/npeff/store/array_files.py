@@ -38,6 +38,19 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     return found, metadata
 
 
+def is_intact(path: Path) -> bool:
+    """Return whether a file that `write_arrays` wrote can be read and matches the checksum in it.
+
+    Raises:
+        StoreError: The file is missing.
+    """
+    try:
+        with os_errors_explained("read", path), local_copy(path) as copy, safe_open(copy, "numpy") as file:
+            return arrays_of(file) is not None
+    except SafetensorError:
+        return False
+
+
 def arrays_of(file: safe_open) -> dict[str, np.ndarray] | None:
     """Return the arrays of an open file; None if they do not match the checksum."""
     arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is not a mapping

@@ -180,7 +180,7 @@ class DiagonalSums:
 def read_traces(path: Path) -> dict[str, float]:
     """Return the sum over each parameter of a mean diagonal Fisher that `DiagonalSums.write_mean` wrote.
 
-    One parameter is in memory at a time. The checksum of the file is not verified.
+    One parameter is in memory at a time. The checksum of the file is not verified: the caller has done so.
 
     Raises:
         StoreError: The file is missing or damaged.

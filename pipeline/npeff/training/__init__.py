@@ -8,6 +8,7 @@ from npeff.training.ewc import EWC
 from npeff.training.fadam import FAdam
 from npeff.training.functional_entropy import FunctionalInformation
 from npeff.training.kfac import KroneckerPreconditioner, KroneckerSums, kronecker_layers
+from npeff.training.low_rank_penalty import LowRankFisher
 from npeff.training.natural_gradient import (
     DiagonalPreconditioner,
     ExactPreconditioner,
@@ -25,6 +26,7 @@ __all__ = [
     "FunctionalInformation",
     "KroneckerPreconditioner",
     "KroneckerSums",
+    "LowRankFisher",
     "LowRankPreconditioner",
     "Preconditioner",
     "TrainingError",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,50 @@ class NamedTensors:
 
     values: dict[str, Tensor]
     metadata: dict[str, str]
+
+
+@dataclass
+class Diagonal:
+    """A diagonal Fisher, with the kind of its labels and the fingerprint of the model if they are known."""
+
+    values: dict[str, Tensor]
+    labels: str | None = None
+    fingerprint: str | None = None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(value.shape) for name, value in self.values.items()}
+
+    def quadratic(self, change: Mapping[str, Tensor]) -> Tensor:
+        """Return Σ_k F_k Δ_k² for a change Δ of the parameters, a scalar with a gradient."""
+        total: Tensor | None = None
+        for name, value in change.items():
+            self.values[name] = self.values[name].to(value.device)  # moved once, not in every step
+            term = (self.values[name].to(value) * value.square()).sum()
+            total = term if total is None else total + term.to(total.device)
+        assert total is not None, "a Fisher has at least one parameter"
+        return total
+
+    @classmethod
+    def sum_of(cls, fishers: Sequence[tuple[Diagonal, float]]) -> Diagonal:
+        """Return the sum of diagonal Fishers with factors, in float32 at least."""
+        total: dict[str, Tensor] = {}
+        for fisher, factor in fishers:
+            for name, values in fisher.values.items():
+                values = factor * values.to(torch.promote_types(values.dtype, torch.float32))
+                total[name] = total[name] + values.to(total[name]) if name in total else values
+        return cls(total)
+
+
+def diagonal_of(found: NamedTensors, what: str) -> Diagonal:
+    """Return the diagonal Fisher with these tensors, which are copied.
+
+    Raises:
+        TrainingError: As in `check_diagonal`.
+    """
+    check_diagonal(found.values, what)
+    own = {name: values.detach().clone() for name, values in found.values.items()}
+    return Diagonal(own, found.metadata.get("labels"), found.metadata.get("model_fingerprint"))
 
 
 def named_tensors(source: Tensors, what: str) -> NamedTensors:
@@ -65,15 +111,15 @@ def check_diagonal(values: Mapping[str, Tensor], what: str) -> None:
             )
 
 
-def check_shape(name: str, found: Tensor, expected: Tensor, what: str) -> None:
-    """Check that a tensor has the shape of another one.
+def check_shape(name: str, shape: tuple[int, ...], expected: Tensor, what: str) -> None:
+    """Check that a shape is that of a parameter.
 
     Raises:
         TrainingError: The shapes differ.
     """
-    if found.shape != expected.shape:
+    if shape != tuple(expected.shape):
         raise TrainingError(
-            f"{what}: {name!r} has the shape {tuple(found.shape)}, and the parameter has {tuple(expected.shape)}",
+            f"{what}: {name!r} has the shape {shape}, and the parameter has {tuple(expected.shape)}",
             "use the Fisher and the parameters of one model",
         )
 
@@ -82,7 +128,7 @@ def _read(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, "pt") as file:
             values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is not a mapping
-            return values, dict(file.metadata() or {})
+            metadata = dict(file.metadata() or {})
     except FileNotFoundError:
         raise TrainingError(
             f"{what}: {path} does not exist", "give the path of a safetensors file", path=path
@@ -91,3 +137,21 @@ def _read(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise TrainingError(
             f"{what}: {path} cannot be read as a safetensors file", "give another file", path=path
         ) from None
+    if metadata.get("checksum") not in (None, _checksum(values)):
+        raise TrainingError(
+            f"{what}: {path} is damaged: it does not match its checksum",
+            f"run `npeff check --recompute {path.parent}` if the file is that of a run",
+            path=path,
+        )
+    return values, metadata
+
+
+def _checksum(values: Mapping[str, Tensor]) -> str:
+    """Return the checksum that a run stores in its files: of the name, dtype, shape and bytes of every array."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(values):
+        array = values[name].contiguous()
+        dtype = array.numpy().dtype.str if array.dtype != torch.bfloat16 else "bfloat16"
+        digest.update(json.dumps([name, dtype, list(array.shape)]).encode())
+        digest.update(array.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

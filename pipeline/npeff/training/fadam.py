@@ -183,7 +183,7 @@ class FAdam(Optimizer):
                 raise TrainingError(
                     f"{what}: {name!r} is no parameter of the optimizer", "rename the entry or leave it out"
                 )
-            check_shape(name, values, own[name], what)
+            check_shape(name, tuple(values.shape), own[name], what)
         for name, values in fisher.items():
             state = self._state_of(own[name])
             state["fisher"].copy_(values.to(state["fisher"]) / batch_size)

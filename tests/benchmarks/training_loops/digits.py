@@ -23,7 +23,7 @@ TRAIN, VALIDATION, BATCH = 597, 300, 32
 
 @dataclass(frozen=True)
 class Part:
-    """Images (N, 1, 8, 8), from 0 to 1, and their classes."""
+    """Images (N, 1, 8, 8), from 0 to 1, or other inputs, and their classes."""
 
     images: Tensor
     classes: Tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from npeff.training import FAdam
 from torch import Tensor, nn
 
 from training_loops.digits import BATCH, Part, convolutional, diagonal_fisher, losses, parts, train
+from training_loops.kept import kept
 
 RATES, DECAYS = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), (0.01, 0.1)
 FEW_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
@@ -33,7 +35,7 @@ class Method:
     trials: list[dict[str, float]]
 
 
-def from_the_start(other: type | None) -> dict[str, Any]:
+def from_the_start(other: type | None, folder: Path) -> dict[str, Any]:
     """Train the network of the digits with each method."""
     training, validation, test = parts()
     trials = [{"lr": lr, "weight_decay": decay} for lr, decay in itertools.product(RATES, DECAYS)]
@@ -52,10 +54,10 @@ def from_the_start(other: type | None) -> dict[str, Any]:
         optimizer = method.make(model, options)
         return torch.stack(train(model, training, optimizer, EPOCHS, seed, after_epoch=lambda: losses(model, on)))
 
-    return _compared(methods, trained, validation, test)
+    return compared(methods, trained, validation, test, folder)
 
 
-def fine_tuned() -> dict[str, Any]:
+def fine_tuned(folder: Path) -> dict[str, Any]:
     """Adapt a trained network to turned images, of which there are few."""
     training, validation, test = parts()
     few = training.some(torch.arange(FEW)).turned()
@@ -81,37 +83,52 @@ def fine_tuned() -> dict[str, Any]:
         optimizer = method.make(model, options)
         return torch.stack(train(model, few, optimizer, FEW_EPOCHS, seed, after_epoch=lambda: losses(model, on)))
 
-    return _compared(methods, trained, validation.turned(), test.turned())
+    return compared(methods, trained, validation.turned(), test.turned(), folder)
 
 
-def _compared(
+def compared(
     methods: list[Method],
     trained: Callable[[Method, dict[str, float], int, Part], Tensor],
     validation: Part,
     test: Part,
+    folder: Path,
 ) -> dict[str, Any]:
-    """Choose the options of each method on the validation images, and measure the last loss on the test images."""
+    """Choose the options of each method on the validation part, and measure the last loss on the test part.
+
+    Args:
+        methods: The methods.
+        trained: Trains with a method, its options and a seed. Returns the losses of a part, (epoch, example).
+        validation: The part to choose on.
+        test: The part to measure on.
+        folder: Folder of the losses of every training, from which an interrupted benchmark continues.
+    """
+
+    def losses_of(method: Method, options: dict[str, float], seed: int, on: str) -> np.ndarray:
+        part = validation if on == "validation" else test
+        name = f"{method.name} {options} {seed} {on}"
+        return kept(folder, name, lambda: trained(method, options, seed, part).numpy())
+
     found: dict[str, Any] = {}
     last: dict[str, np.ndarray] = {}
     for method in methods:
         scores = []
         for options in method.trials:
-            scores.append(float(np.mean([trained(method, options, s, validation)[-1].mean() for s in TUNING_SEEDS])))
+            scores.append(np.mean([losses_of(method, options, seed, "validation")[-1] for seed in TUNING_SEEDS]))
         options, rates = method.trials[int(np.nanargmin(scores))], sorted(trial["lr"] for trial in method.trials)
-        curves = torch.stack([trained(method, options, seed, test) for seed in SEEDS]).double()  # seed, epoch, example
-        last[method.name] = curves[:, -1].numpy()
+        curves = np.stack([losses_of(method, options, seed, "test") for seed in SEEDS]).astype(float)
+        last[method.name] = curves[:, -1]  # of seed, epoch, example
         found[method.name] = {
             "options": options,
             "at_the_edge": options["lr"] in (rates[0], rates[-1]),
             "loss": float(curves[:, -1].mean()),
             "loss_of_seeds": curves[:, -1].mean(1).tolist(),
             "curve": curves.mean((0, 2)).tolist(),
-            "low": curves.mean(2).amin(0).tolist(),
-            "high": curves.mean(2).amax(0).tolist(),
+            "low": curves.mean(2).min(0).tolist(),
+            "high": curves.mean(2).max(0).tolist(),
         }
-    images = np.tile(np.arange(len(test.images)), len(SEEDS))
+    examples = np.tile(np.arange(len(test.images)), len(SEEDS))
     for name, values in last.items():
-        interval = paired_difference(values.ravel(), last["AdamW"].ravel(), images)
+        interval = paired_difference(values.ravel(), last["AdamW"].ravel(), examples)
         found[name]["difference"] = [interval.mean, interval.low, interval.high]
         found[name]["difference_of_seeds"] = (values - last["AdamW"]).mean(1).tolist()
     return found

@@ -18,7 +18,7 @@ from npeff.stages.factorize import FACTORIZE
 from npeff.stages.fishers import FISHERS
 from npeff.stages.registry import STAGES
 from npeff.storage.atomic import is_committed
-from npeff.storage.checksums import read_json
+from npeff.storage.checksums import file_checksum, read_json
 from npeff.storage.errors import StoreError
 from npeff.store.array_files import read_arrays
 
@@ -122,7 +122,15 @@ def _stage_parts(run: RunDirectory, stage: StageDefinition, checksums: Mapping[s
         if not is_committed(path) and record.exists():
             yield Part(path.name, path, partial(missing, path))
         elif path.suffix == ".safetensors" and path.exists():
-            yield Part(path.name, path, partial(read_arrays, path), (path, record))
+            expected = (content or {}).get(path.stem)
+            yield Part(path.name, path, partial(_verify_arrays, path, expected), (path, record))
+
+
+def _verify_arrays(path: Path, expected: str | None) -> None:
+    """Read a file of arrays, and compare it with its checksum in the record of the stage if there is one."""
+    read_arrays(path)
+    if expected not in (None, file_checksum(path)):
+        raise StoreError(f"{path} does not match its checksum", path=path)
 
 
 def _verify_fit(run: RunDirectory, stage: StageDefinition) -> None:

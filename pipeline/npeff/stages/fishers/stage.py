@@ -22,6 +22,7 @@ from npeff.stages.fishers.worker import FisherWorker
 from npeff.stages.fitted_examples import example_weights
 from npeff.stages.worker_specs import executor_for, inspection_of, model_spec, worker_spec
 from npeff.storage.atomic import is_committed, remove_directory
+from npeff.storage.checksums import file_checksum
 from npeff.storage.errors import StoreError
 from npeff.store.diagonal_store import DiagonalSums
 from npeff.store.fisher_store import FisherStore
@@ -105,6 +106,7 @@ def compute_fishers(
                 "n_shards": store.plan.n_shards,
                 "worker_seconds": sum(record.seconds for record in complete.values()),
                 "signature": records.signature,
+                **({"diagonal_fisher": file_checksum(run.diagonal_fisher)} if config.fishers.diagonal.mean else {}),
             },
         )
 

@@ -10,7 +10,7 @@ from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import forget_other_requests, open_stage, record_of
-from npeff.stages.earlier_results import checksums_of
+from npeff.stages.earlier_results import checksums_of, verified_diagonal
 from npeff.stages.fishers import FISHERS
 from npeff.stages.spectrum import SPECTRUM, headline
 from npeff.stages.spectrum.group_sums import GroupFiles
@@ -46,6 +46,7 @@ def spectrum(
             return stage.done
         progress, folder = progress or SilentProgress(), run.partial_results("spectrum")
         checksums, attributes = checksums_of(run), FisherStore.read_attributes(run.fishers)
+        diagonal = verified_diagonal(run) if run.config.fishers.diagonal.mean else None
         n_parameters = int(record_of(run, FISHERS)["n_parameters"])
         plan = _plan(run, attributes["dim"], attributes["rank"], attributes["shard_size"], len(checksums))
         signature = json_checksum({"shards": {str(shard): each for shard, each in checksums.items()}})
@@ -65,7 +66,7 @@ def spectrum(
             totals = next(iter(workers.map(worker, "totals", [None])))[1]
             sums = _eigenvalues(workers, worker, plan, progress)
         found = Found(sums, totals, plan, n_parameters, attributes["labels"]["kind"])
-        traces = read_traces(run.diagonal_fisher) if run.config.fishers.diagonal.mean else {}
+        traces = {} if diagonal is None else read_traces(diagonal)
         rows = statistics_rows(found, traces)
         write_tables(run, found, rows, stage.lineage)
         remove_directory(folder)

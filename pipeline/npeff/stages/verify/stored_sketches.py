@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from npeff.gradients import ParameterLayout, exact_label_factor, truncated_label_factor
-from npeff.sketches import Sketch, SketchSpec, make_sketch
+from npeff.sketches import Sketch
+from npeff.stages.earlier_results import sketch_of
 from npeff.store.fisher_store import FisherStore
 from npeff.store.shard_records import ShardChecksums
 from npeff.verification.linearized import Linearized, orthogonal_changes, triangular_changes
@@ -43,14 +44,9 @@ class StoredSketches:
         self._labels = self._store.attrs["labels"]
         self._kept: dict[str, NDArray[Any]] | None = None
         self._sketch: Sketch | None = None
-        spec = dict(self._store.attrs["sketch"])
         # a top-k sketch is not linear, and the rows of empirical labels do not predict KL divergences
-        if spec["kind"] != "topk" and self._labels["kind"] != "empirical":
-            seed = spec.pop("seed")
-            # the store records the width of every sketch, but an identity sketch takes no dim
-            if spec["kind"] != "tensorsketch":
-                spec["dim"] = None
-            self._sketch = make_sketch(SketchSpec(**spec), layout, seed)
+        if self._store.attrs["sketch"]["kind"] != "topk" and self._labels["kind"] != "empirical":
+            self._sketch = sketch_of(self._store.attrs, layout)
 
     @property
     def predict(self) -> bool:
