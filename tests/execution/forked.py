@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
 from npeff.execution.executor import Group, WorkerLostError, WorkerSpec
 
 _FORK = multiprocessing.get_context("fork")
@@ -68,6 +69,7 @@ class ForkedGroup:
 
 
 def _serve(spec: WorkerSpec, rank: int, size: int, pipe: Connection) -> None:
+    torch.set_num_threads(1)  # the threads of OpenMP do not survive a fork, and a product would wait for them forever
     # the address of this machine, for which the solver's worker asks Ray
     sys.modules["npeff.execution.ray.placement"] = types.SimpleNamespace(node_address=lambda: "127.0.0.1")  # type: ignore[assignment]
     worker: Any = None

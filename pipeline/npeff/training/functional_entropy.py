@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from npeff.errors import first_line
 from npeff.training.checks import is_number
 from npeff.training.errors import TrainingError
 
@@ -275,8 +276,7 @@ def _check_second_derivatives(information: Tensor, drawn: Sequence[Tensor]) -> N
     try:
         torch.autograd.grad(information.sum(), drawn, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
-        reason = (str(error).splitlines() or [""])[0]
         raise TrainingError(
-            f"the model has an operation without a second derivative, such as fused attention ({reason})",
+            f"the model has an operation without a second derivative, such as fused attention ({first_line(error)})",
             "use eager attention (attn_implementation='eager'), and no cuDNN RNN",
         ) from None
