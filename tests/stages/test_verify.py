@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -22,15 +22,17 @@ from npeff.reports.report import write_report
 from npeff.runs.directory import RunDirectory
 from npeff.runs.progress import SilentProgress
 from npeff.runs.stage import recorded
-from npeff.stages.verify import VERIFY, headline
+from npeff.stages.verify import VERIFY, headline, rows
 from npeff.stages.verify.options import VerificationOptions, VerificationPaths
 from npeff.stages.verify.worker import VerificationWorker
 from npeff.stages.worker_specs import model_spec
+from npeff.statistics.ratio_intervals import Confidence, Measured, confidence
 from npeff.storage.errors import StoreError
 from npeff.store.component_store import open_factorization
 from npeff.store.direction_store import DirectionStore
 from npeff.store.fisher_store import FisherStore
 from npeff.store.tables import read_table
+from npeff.verification import random_direction
 from stages.linear_digits import K
 
 Row = dict[str, Any]
@@ -115,6 +117,43 @@ def test_every_row_is_that_of_its_definition(lifted: RunDirectory, fast: list[Ro
             most = float(-p_NC[range(len(p_NC)), predicted_N].log()[top].mean())
             assert row["target_kl"] == pytest.approx(min(0.05, most / 2), rel=1e-4)
             assert row["kl_ratio"] is None
+
+
+def test_the_three_controls_are_compared_example_by_example(
+    worker_of: Callable[..., VerificationWorker], lifted: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Controls (b) and (c) in float64 from the directions. Control (a) are the traces of the Fishers."""
+    compared: list[tuple[Measured, Sequence[Measured], int]] = []
+
+    def recorded_confidence(own: Measured, controls: Sequence[Measured], seed: int) -> Confidence:
+        compared.append((own, controls, seed))
+        return confidence(own, controls, seed)
+
+    monkeypatch.setattr(rows, "confidence", recorded_confidence)
+    worker, directions = worker_of(exact=True), DirectionStore.open(lifted.directions)
+    model = npeff.tasks.load_task(lifted.config.task.name, {}).model(lifted.task_cache)
+    pixels_NP = worker._loaded.examples.batch(range(len(worker._scores_NK))).double()
+    before_NC = pixels_NP @ model.weight.detach().double().T + model.bias.detach().double()
+    informative = {row["examples"]: row for row in of(worker.verify(1), True)}
+    found = [each for each in compared if each[1]]  # without those of the random baseline, which have no controls
+    assert len(found) == 4
+    for split, (own, controls, seed) in zip(("fit", "held_out"), found[::2], strict=True):
+        row, groups = informative[split], worker._candidates.groups(1, split, 24, 50, seed)
+        traces, *moved = controls
+        examples = [groups.top, groups.matched.examples_m]
+        g = {name: torch.from_numpy(value) for name, value in directions.read(1).items()}
+        steps = {
+            "random": random_direction(g, seed=worker._seed(1, "random direction")),
+            "other": {name: torch.from_numpy(v) for name, v in directions.read(row["other_component"]).items()},
+        }
+        for (name, direction), control in zip(steps.items(), moved, strict=True):
+            along_NC = pixels_NP @ direction["weight"].double().T + direction["bias"].double()
+            kl_N = kl_divergence(before_NC + row["sign"] * row[f"{name}_epsilon"] * along_NC, before_NC).numpy()
+            for values, group in zip((control.top_n, control.baseline_m), examples, strict=True):
+                np.testing.assert_allclose(values, kl_N[group], rtol=1e-2, atol=1e-5)
+        for values, group in zip((traces.top_n, traces.baseline_m), examples, strict=True):
+            np.testing.assert_array_equal(values, worker._candidates.traces_N[group])
+        assert row["above_controls"] is confidence(own, controls, seed).above_controls
 
 
 def test_a_sign_that_can_change_nothing_is_unreachable(worker_of: Callable[..., VerificationWorker]) -> None:

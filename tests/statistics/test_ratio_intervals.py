@@ -45,6 +45,17 @@ def test_it_must_be_above_one_and_every_control(own: float, controls: list[float
     assert confidence(drawn(rng, own), [drawn(rng, control) for control in controls], 0).above_controls is sure
 
 
+@pytest.mark.parametrize("place", range(3))
+def test_every_control_is_drawn_again_with_the_examples(place: int) -> None:
+    """All values of one control are those of two examples: its ratio is 2, and 3 or more in a third of the draws."""
+    own, steady = (Measured(np.full(32, ratio), np.ones(50)) for ratio in (3.0, 2.0))
+    uneven = Measured(np.append(np.zeros(30), [32.0, 32.0]), np.ones(50))
+    assert uneven.ratio == steady.ratio
+    assert confidence(own, [steady] * 3, 0).above_controls
+    controls = [uneven if number == place else steady for number in range(3)]
+    assert not confidence(own, controls, 0).above_controls
+
+
 def test_examples_without_a_kl_are_left_out_and_infinite_ones_are_not() -> None:
     rng = np.random.default_rng(3)
     plain = drawn(rng, 5.0)

@@ -107,18 +107,20 @@ def confidence(own: Measured, controls: Sequence[Measured], seed: int) -> Confid
     """
     if math.isnan(own.ratio):
         return Confidence(math.nan, math.nan, False)
-    top_Sn, baseline_Sm = _draws(seed, len(own.top_n), len(own.baseline_m))
-
-    def ratios(measured: Measured) -> NDArray[np.float64]:
-        with np.errstate(invalid="ignore"):
-            top_S = _means(measured.top_n, (~np.isnan(measured.top_n)).astype(np.int64), top_Sn)
-            baseline_S = _means(measured.baseline_m, measured.baseline_counts_m, baseline_Sm)
-            return top_S / np.maximum(baseline_S, KL_ROUNDING)
-
-    own_S = ratios(own)
-    threshold_S = np.max([np.ones(DRAWS), *(ratios(control) for control in controls)], axis=0)
+    own_S = ratio_draws(own, seed)
+    threshold_S = np.max([np.ones(DRAWS), *(ratio_draws(control, seed) for control in controls)], axis=0)
     low, high = np.nanquantile(own_S, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
     return Confidence(float(low), float(high), bool(np.mean(own_S > threshold_S) >= LEVEL))
+
+
+def ratio_draws(measured: Measured, seed: int) -> NDArray[np.float64]:
+    """Return the ratio in each draw of the examples, (S,). With the same seed, the draws are those of `confidence`."""
+    top_Sn, baseline_Sm = _draws(seed, len(measured.top_n), len(measured.baseline_m))
+    with np.errstate(invalid="ignore"):
+        top_S = _means(measured.top_n, (~np.isnan(measured.top_n)).astype(np.int64), top_Sn)
+        baseline_S = _means(measured.baseline_m, measured.baseline_counts_m, baseline_Sm)
+        ratios_S: NDArray[np.float64] = top_S / np.maximum(baseline_S, KL_ROUNDING)
+    return ratios_S
 
 
 def median_interval(values: NDArray[np.floating], seed: int = 0) -> tuple[float, float]:
