@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.stages.earlier_results import fingerprint_of
 from npeff.stages.repair import stage as repair_stage
+from npeff.stages.repair.directions import RepairDirections, own_directions
 from npeff.stages.repair.worker import Batch, RepairWorker
 from npeff.stages.worker_specs import model_spec
 from npeff.statistics.mcnemar import mcnemar
@@ -67,15 +69,46 @@ def copied(run: RunDirectory, path: Path, **repair: Any) -> RunDirectory:
     return RunDirectory.open(path)
 
 
-def correct(run: RunDirectory, edits: list[dict[str, Any]]) -> np.ndarray:
+Directions = list[dict[str, torch.Tensor]]
+
+
+def own_directions_of(run: RunDirectory) -> Directions:
+    """The combinations of the stored directions whose sketches are nearest to the components, by least squares."""
+    store, facts = DirectionStore.open(run.directions), run.partial_results("lift")
+    sketches_KD, stored = store.read_sketches(), stored_directions_of(run)
+    assert sketches_KD is not None
+    components_KD = open_factorization(run.factorization).read_components().astype(np.float64)
+    coefficients_KK = np.linalg.lstsq(sketches_KD.T.astype(np.float64), components_KD.T, rcond=None)[0].T
+    coefficients_KK /= np.linalg.norm(coefficients_KK @ sketches_KD, axis=1, keepdims=True)
+    lengths = [json.loads((facts / f"{component:05d}.json").read_text())["length"] for component in range(len(stored))]
+    return [
+        {
+            name: sum(a * length * d[name] for a, length, d in zip(row, lengths, stored, strict=True))
+            for name in stored[0]
+        }
+        for row in coefficients_KK
+    ]
+
+
+def stored_directions_of(run: RunDirectory) -> Directions:
+    store = DirectionStore.open(run.directions)
+    return [
+        {name: torch.from_numpy(value) for name, value in store.read(component).items()}
+        for component in range(store.n_components)
+    ]
+
+
+def correct(
+    run: RunDirectory, edits: list[dict[str, Any]], directions_of: Callable[[RunDirectory], Directions] | None = None
+) -> np.ndarray:
     """Which examples the network gets right after the edits, with nothing of the workers' code."""
     task = load_task(run.config.task.name, run.config.task.options)
     model, examples = task.model(run.task_cache), task.examples(run.task_cache)
-    directions = DirectionStore.open(run.directions)
+    directions = (directions_of or own_directions_of)(run)
     with torch.no_grad():
         for edit in edits:
-            for name, value in directions.read(edit["component"]).items():
-                model.get_parameter(name).add_(torch.from_numpy(value), alpha=edit["step"])
+            for name, value in directions[edit["component"]].items():
+                model.get_parameter(name).add_(value, alpha=edit["step"])
         predictions = task.logits(model, examples.batch(range(LIMIT))).argmax(-1).numpy()
     return predictions == np.array(examples.table()["label"])
 
@@ -130,11 +163,11 @@ def test_the_edited_model_is_saved_with_a_record_and_the_runs_own_is_not_touched
     task = load_task(repaired.config.task.name, repaired.config.task.options)
     model = task.model(repaired.task_cache)
     saved = load_file(repaired.repaired / "model.safetensors")
-    directions = DirectionStore.open(repaired.directions)
+    directions = own_directions_of(repaired)
     for name, value in model.state_dict().items():
         for edit in summary["edits"]:
-            value = value + edit["step"] * torch.from_numpy(directions.read(edit["component"])[name])
-        torch.testing.assert_close(saved[name], value, rtol=1e-6, atol=1e-7)
+            value = value + edit["step"] * directions[edit["component"]][name]
+        torch.testing.assert_close(saved[name], value, rtol=1e-5, atol=1e-6)
     with safe_open(repaired.repaired / "model.safetensors", "pt") as file:
         record = json.loads(file.metadata()["npeff"])
     assert record == json.loads((repaired.repaired / "repair.json").read_text())
@@ -188,9 +221,60 @@ def test_components_that_are_lifted_later_are_tried_too(
     run.reopen("lift")
     few = RunDirectory(run.path, run.config.with_lift(components=(other,)))
     npeff.lift(few)
-    assert {edit["component"] for edit in npeff.repair(few)["edits"]} <= {other}
+    with pytest.raises(RunDirectoryError, match="directions of all components, and 7 are not lifted: set repair"):
+        npeff.repair(few)
+    along_stored = few.config.repair.model_copy(update={"direction": "lifted"})
+    along_stored = few.config.model_copy(update={"repair": along_stored})
+    assert {edit["component"] for edit in npeff.repair(RunDirectory(run.path, along_stored))["edits"]} <= {other}
     npeff.lift(run)
     assert {edit["component"] for edit in npeff.repair(run)["edits"]} == edited
+
+
+def test_own_directions_that_are_far_from_the_components_are_refused(
+    lifted: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factorization = open_factorization(lifted.factorization)
+    components_KD = factorization.read_components()
+    components_KD[5] = np.random.default_rng(0).standard_normal(components_KD.shape[1])
+    monkeypatch.setattr(type(factorization), "read_components", lambda _: components_KD)
+    with pytest.raises(RunDirectoryError, match=r"do not contain component 5: the cosine .* is 0\.[0-7]"):
+        own_directions(lifted)
+
+
+def test_own_directions_are_those_of_a_lift_of_own_directions(lifted: RunDirectory, tmp_path: Path) -> None:
+    """The sketch has 128 coordinates, so that the lengths in the sketch are wrong by several percent."""
+    document = config(tmp_path / "own").model_dump() | {"lift": {"direction": "own"}}
+    shutil.copytree(lifted.path, tmp_path / "own")
+    shutil.rmtree(tmp_path / "own" / lifted.directions.relative_to(lifted.path))
+    shutil.rmtree(tmp_path / "own" / lifted.partial_results("lift").relative_to(lifted.path))
+    write_configuration(tmp_path / "own", RunConfig.model_validate(document))
+    own = RunDirectory.open(tmp_path / "own")
+    own.reopen("lift")
+    npeff.lift(own)
+    found = own_directions(lifted)
+    assert found is not None
+    assert own_directions(own) is None, "stored directions are taken as they are"
+    directions = RepairDirections(DirectionStore.open(lifted.directions), found.coefficients_KK)
+    pairs = zip(stored_directions_of(own), own_directions_of(lifted), strict=True)
+    for component, (expected, mine) in enumerate(pairs):
+        direction = directions.of(component)
+        products = [sum(float((a[name] * b[name]).sum()) for name in expected) for a, b in [
+            (direction, expected), (direction, direction), (direction, mine), (mine, mine)
+        ]]  # fmt: skip
+        assert products[0] / products[1] ** 0.5 > 0.9999
+        assert products[2] == pytest.approx((products[1] * products[3]) ** 0.5, rel=1e-6)
+        assert products[1] ** 0.5 == pytest.approx(1, abs=0.1), "of unit length in the sketch"
+
+
+def test_steps_along_the_stored_directions(lifted: RunDirectory, tmp_path: Path) -> None:
+    run = copied(lifted, tmp_path / "run", direction="lifted", significance=1.0, max_edits=1, max_harm=0.2)
+    summary = npeff.repair(run)
+    assert summary["direction"] == "lifted"
+    fit = np.array(read_table(run.table("examples"), "examples")["split"].to_pylist()) == "fit"
+    after = correct(run, summary["edits"], stored_directions_of)
+    chosen = [row for row in read_table(run.table("repair_steps"), "repair_steps").to_pylist() if row["chosen"]]
+    assert len(summary["edits"]) == 1
+    assert chosen[-1]["accuracy_tuning"] == pytest.approx(after[fit].mean())
 
 
 def test_examples_without_labels_cannot_be_repaired(
@@ -263,10 +347,19 @@ def test_steps_at_once_are_the_same_in_any_parts_and_after_an_interruption(
     np.testing.assert_allclose(in_parts, [edit["step"] for edit in expected["edits"]], rtol=0.05, atol=1e-4)
 
 
-def test_derivatives_of_the_loss_are_those_of_autograd(lifted: RunDirectory) -> None:
-    directions, tuning = DirectionStore.open(lifted.directions), np.arange(0, LIMIT, 3)
+@pytest.mark.parametrize("own", [False, True])
+def test_derivatives_of_the_loss_are_those_of_autograd(lifted: RunDirectory, own: bool) -> None:
+    found, tuning = own_directions(lifted), np.arange(0, LIMIT, 3)
+    assert found is not None
+    directions = own_directions_of(lifted) if own else stored_directions_of(lifted)
     worker = RepairWorker(
-        model_spec(lifted, fingerprint_of(lifted)), lifted.directions, lifted.path, tuning, (0.1,), batch_size=16
+        model_spec(lifted, fingerprint_of(lifted)),
+        lifted.directions,
+        lifted.path,
+        tuning,
+        (0.1,),
+        batch_size=16,
+        coefficients_KK=found.coefficients_KK if own else None,
     )
     weights = np.linspace(0.1, 1.0, len(tuning))
     edits = (Edit(2, 0.3), Edit(5, -0.2), Edit(7, 0.0))
@@ -278,7 +371,7 @@ def test_derivatives_of_the_loss_are_those_of_autograd(lifted: RunDirectory) -> 
     steps = torch.tensor([edit.step for edit in edits], dtype=torch.float64, requires_grad=True)
     parameters = {
         name: value.detach() + sum(
-            step * torch.from_numpy(directions.read(edit.component)[name]).double()
+            step * directions[edit.component][name].double()
             for step, edit in zip(steps, edits, strict=True)
         )
         for name, value in model.named_parameters()

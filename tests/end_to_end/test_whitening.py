@@ -30,6 +30,7 @@ from npeff.sketches import make_sketch
 from npeff.stages.earlier_results import fingerprint_of
 from npeff.stages.lift import LIFT
 from npeff.stages.pipeline import export_direction
+from npeff.stages.repair.directions import own_directions
 from npeff.stages.worker_specs import model_spec
 from npeff.store.component_store import open_factorization
 from npeff.store.direction_sketches import direction_sketches
@@ -108,6 +109,10 @@ def test_polished_directions_are_whitened_with_products_in_all_parameters(narrow
     np.testing.assert_allclose(column(run, "cosine_own"), (expected * own).sum(1), atol=5e-3)
     np.testing.assert_allclose(column(run, "lift_cosine"), column(own_run, "lift_cosine"), atol=1e-5)
     assert not (run.partial_results("lift") / "polish").exists()
+    of_repair = own_directions(run)
+    assert of_repair is not None
+    repaired = of_repair.coefficients_KK @ found  # 48 coordinates determine them less well than all parameters
+    assert ((repaired * own).sum(1) / np.linalg.norm(repaired, axis=1)).min() > 0.98
     for units in (3 * K + 1, 4 * K + 1):  # during the last scores, and during whitening
         interrupted = whitened(tmp_path / f"{units}", narrow, polish_steps=1)
         with pytest.raises(_Interrupted):

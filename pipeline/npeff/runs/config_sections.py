@@ -343,6 +343,9 @@ class VerificationConfig(Section):
 
 
 class RepairConfig(Section):
+    direction: Literal["own", "lifted"] = "own"
+    """``own``: steps along the components' own directions, which are computed from the stored ones. This needs the
+    directions of all components. ``lifted``: steps along the stored directions."""
     top_examples: Count = 64
     """Number of labelled top examples of each component. Wrong predictions among them are counted and corrected."""
     significance: Annotated[float, Field(gt=0.0, le=1.0)] = 0.05

@@ -136,7 +136,8 @@ def _repaired(prepared: Prepared, tuning: Tuning, direction: str) -> Iterator[Ch
     )
     remove_directory(run.partial_results("repair"))
     for settings in repair_trials(0.1 if small else 0.03):
-        config = run.config.model_copy(update={"repair": run.config.repair.model_copy(update=fixed | settings)})
+        wanted = run.config.repair.model_copy(update=fixed | settings | {"direction": "lifted"})
+        config = run.config.model_copy(update={"repair": wanted})
         edits, n_tried = _edits(replace(run, config=config), examples)
         model = copy.deepcopy(prepared.loaded.model)
         _move(model, run, edits)
@@ -151,7 +152,7 @@ def _edits(run: RunDirectory, examples: _Examples) -> tuple[list[Edit], int]:
             file.unlink()  # of another first edit
     lifted, significance = lifted_components(run), run.config.repair.significance
     with executor_for(run, None) as workers:
-        search = _Search(run, workers, SilentProgress(), examples, None)
+        search = _Search(run, workers, SilentProgress(), examples, None, None)
         rows = search.over_represented()
         likely = [row["component"] for row in rows if row["q_value"] <= significance and row["component"] in lifted]
         edits, _ = search.edits(likely or lifted, lifted)

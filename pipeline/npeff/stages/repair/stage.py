@@ -21,6 +21,7 @@ from npeff.runs.stage import forget_other_requests, open_stage, record_of
 from npeff.stages.earlier_results import direction_checksums, fingerprint_of, lifted_components, prediction_batch_size
 from npeff.stages.lift import LIFT
 from npeff.stages.repair import REPAIR
+from npeff.stages.repair.directions import OwnDirections, own_directions
 from npeff.stages.repair.worker import Attempt, Batch, RepairWorker
 from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
 from npeff.statistics.mcnemar import mcnemar
@@ -63,18 +64,21 @@ def repair(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         if stage.done and stage.done["request"] == request and stage.done.get("components", lifted) == lifted:
             progress.say(_outcome(stage.done))
             return stage.done
+        own = own_directions(run)
         run.reopen("repair")
         if forget_other_requests(run.partial_results("repair"), request):
             remove_directory(run.repaired)
         examples = _Examples.of(run)
         with executor_for(run, executor) as workers:
-            search = _Search(run, workers, progress, examples, stage.lineage)
+            search = _Search(run, workers, progress, examples, stage.lineage, own)
             rows = search.over_represented()
             likely = [row["component"] for row in rows if row["q_value"] <= wanted.significance]
             edits, steps = search.edits([component for component in likely if component in lifted], lifted)
             summary: Summary = {
                 "request": request,
                 "components": lifted,
+                "direction": wanted.direction,
+                "median_cosine": None if own is None else float(np.median(own.cosines_K)),
                 "edits": [asdict(edit) for edit in edits],
                 "held_out": None,
             }
@@ -129,9 +133,10 @@ class _Search:
         progress: ProgressDisplay,
         examples: _Examples,
         lineage: str | None,
+        own: OwnDirections | None,
     ) -> None:
         self._run, self._workers, self._progress, self._examples = run, workers, progress, examples
-        self._lineage = lineage
+        self._lineage, self._own = lineage, own
         among_N = np.zeros(len(examples.wrong_N), dtype=bool)
         among_N[examples.tuning] = True
         self._among_N = among_N
@@ -276,6 +281,7 @@ class _Search:
             kl_steps=self._run.config.repair.kl_steps,
             batch_size=prediction_batch_size(self._run),
             checksums=direction_checksums(self._run),
+            coefficients_KK=None if self._own is None else self._own.coefficients_KK,
             lineage=self._lineage,
         )
 

@@ -22,12 +22,10 @@ from npeff.models.loaded import ModelSpec
 from npeff.models.loss_gradient import loss_gradient
 from npeff.models.predictions import Predictions
 from npeff.stages.edited_model import write_edited_model
+from npeff.stages.repair.directions import RepairDirections
 from npeff.storage.checksums import write_json_atomically
 from npeff.store.direction_store import DirectionStore
 from npeff.verification import Edit, find_step_size, moved
-
-_KEPT_BYTES = 512 * 2**20
-"""Memory limit in bytes for directions that a worker keeps between calls."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,7 @@ class RepairWorker:
         kl_steps: mean KL divergences on the top examples that the steps should reach.
         batch_size: batch size of the predictions.
         checksums: checksums of the directions.
+        coefficients_KK: coefficients of own directions, see `npeff.stages.repair.directions`; None for the stored ones.
         lineage: what the results are made from, see `npeff.runs.lineage`.
     """
 
@@ -88,17 +87,17 @@ class RepairWorker:
         kl_steps: Sequence[float],
         batch_size: int,
         checksums: Mapping[int, str] | None = None,
+        coefficients_KK: NDArray[np.float64] | None = None,
         lineage: str | None = None,
     ) -> None:
         self._loaded = model.load()
-        self._directions, self._results = DirectionStore.open(directions, checksums), results
-        self._lineage = lineage
-        self._kept: dict[int, dict[str, torch.Tensor]] = {}
+        self._directions = RepairDirections(DirectionStore.open(directions, checksums), coefficients_KK)
+        self._results, self._lineage = results, lineage
         self._tuning, self._kl_steps, self._batch_size = tuning, kl_steps, batch_size
 
     def attempt(self, wanted: Attempt) -> list[dict[str, Any]]:
         """Return a `Trial`, as a dictionary, for each sign and target KL divergence, and store them in a file."""
-        direction = self._direction(wanted.component)
+        direction = self._directions.of(wanted.component)
         trials: list[dict[str, Any]] = []
         with self._edited(wanted.edits):
             before, longest = self._predict(wanted.top), parameter_norm(self._loaded.model, direction)
@@ -128,11 +127,7 @@ class RepairWorker:
                 loss, found = self._gradient(chosen, [weight_of[index] for index in chosen])
                 total += loss
                 gradients = {name: gradients[name] + found[name] for name in found} if gradients else found
-        derivatives = [
-            sum(float((gradients[name].double() * tensor.to(gradients[name])).sum()) for name, tensor in each.items())
-            for each in (self._direction(edit.component) for edit in wanted.edits)
-        ]
-        return total, derivatives
+        return total, self._directions.products(gradients, [edit.component for edit in wanted.edits])
 
     def right_after(self, edits: tuple[Edit, ...]) -> list[int]:
         """Return the tuning examples that are predicted correctly after the edits, as positions among them."""
@@ -155,25 +150,12 @@ class RepairWorker:
 
     @contextmanager
     def _edited(self, edits: Sequence[Edit]) -> Iterator[None]:
-        total: dict[str, torch.Tensor] = {}
-        for edit in edits:
-            for name, tensor in self._direction(edit.component).items():
-                total[name] = edit.step * tensor if name not in total else total[name].add_(tensor, alpha=edit.step)
-        with moved(self._loaded.model, total, 1.0):
+        with moved(self._loaded.model, self._directions.sum(edits), 1.0):
             yield
-
-    def _direction(self, component: int) -> dict[str, torch.Tensor]:
-        if component in self._kept:
-            return self._kept[component]
-        direction = {name: torch.from_numpy(array) for name, array in self._directions.read(component).items()}
-        size = sum(tensor.nbytes for tensor in direction.values())
-        if (len(self._kept) + 1) * size <= _KEPT_BYTES:
-            self._kept[component] = direction
-        return direction
 
     def _gradient(self, chosen: list[int], weights: list[float]) -> tuple[float, dict[str, torch.Tensor]]:
         batch, targets = self._loaded.with_targets(chosen)
-        return loss_gradient(self._loaded, batch, targets, weights, self._directions.arrays)
+        return loss_gradient(self._loaded, batch, targets, weights, self._directions.parameters)
 
     def _predict(self, examples: NDArray[np.int64]) -> Predictions:
         return self._loaded.predict(examples.tolist(), self._batch_size)
