@@ -189,11 +189,10 @@ def test_blocks_and_workers_change_no_direction(
 
 
 def test_a_model_is_repaired_along_them(finished: RunDirectory) -> None:
-    with pytest.raises(RunDirectoryError, match="directions of diagonals do not determine them"):
-        npeff.repair(finished)
-    config = finished.config.repair.model_copy(update={"direction": "lifted"})
-    npeff.repair(RunDirectory(finished.path, finished.config.model_copy(update={"repair": config})))
-    assert finished.record("repair") is not None
+    config = finished.config.repair.model_copy(update={"direction": "own"})
+    with pytest.raises(RunDirectoryError, match="those of diagonals do not determine own ones"):
+        npeff.repair(RunDirectory(finished.path, finished.config.model_copy(update={"repair": config})))
+    assert npeff.repair(finished)["direction"] == "lifted"
 
 
 def test_the_component_store_answers(finished: RunDirectory) -> None:

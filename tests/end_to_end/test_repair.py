@@ -221,24 +221,30 @@ def test_components_that_are_lifted_later_are_tried_too(
     run.reopen("lift")
     few = RunDirectory(run.path, run.config.with_lift(components=(other,)))
     npeff.lift(few)
+    along_own = few.config.model_copy(update={"repair": few.config.repair.model_copy(update={"direction": "own"})})
     with pytest.raises(RunDirectoryError, match="directions of all components, and 7 are not lifted: set repair"):
-        npeff.repair(few)
-    along_stored = few.config.repair.model_copy(update={"direction": "lifted"})
-    along_stored = few.config.model_copy(update={"repair": along_stored})
-    assert {edit["component"] for edit in npeff.repair(RunDirectory(run.path, along_stored))["edits"]} <= {other}
+        npeff.repair(RunDirectory(run.path, along_own))
+    of_few = npeff.repair(few)
+    assert of_few["direction"] == "lifted"
+    assert {edit["component"] for edit in of_few["edits"]} <= {other}
     npeff.lift(run)
     assert {edit["component"] for edit in npeff.repair(run)["edits"]} == edited
 
 
-def test_own_directions_that_are_far_from_the_components_are_refused(
+def test_own_directions_that_are_far_from_the_components_are_not_used(
     lifted: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     factorization = open_factorization(lifted.factorization)
     components_KD = factorization.read_components()
     components_KD[5] = np.random.default_rng(0).standard_normal(components_KD.shape[1])
     monkeypatch.setattr(type(factorization), "read_components", lambda _: components_KD)
+    said: list[str] = []
+    assert own_directions(lifted, said.append) is None
+    assert said[0].startswith("repair: steps along whitened directions, because the directions do not contain")
+    along_own = lifted.config.repair.model_copy(update={"direction": "own"})
+    along_own = RunDirectory(lifted.path, lifted.config.model_copy(update={"repair": along_own}))
     with pytest.raises(RunDirectoryError, match=r"do not contain component 5: the cosine .* is 0\.[0-7]"):
-        own_directions(lifted)
+        own_directions(along_own)
 
 
 def test_own_directions_are_those_of_a_lift_of_own_directions(lifted: RunDirectory, tmp_path: Path) -> None:

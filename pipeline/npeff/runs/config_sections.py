@@ -343,9 +343,10 @@ class VerificationConfig(Section):
 
 
 class RepairConfig(Section):
-    direction: Literal["own", "lifted"] = "own"
+    direction: Literal["auto", "own", "lifted"] = "auto"
     """``own``: steps along the components' own directions, which are computed from the stored ones. This needs the
-    directions of all components. ``lifted``: steps along the stored directions."""
+    directions of all components. ``lifted``: steps along the stored directions. ``auto``: ``own`` where it is possible,
+    and otherwise ``lifted``."""
     top_examples: Count = 64
     """Number of labelled top examples of each component. Wrong predictions among them are counted and corrected."""
     significance: Annotated[float, Field(gt=0.0, le=1.0)] = 0.05

@@ -10,7 +10,7 @@ Shapes: K components, D sketch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,36 +51,45 @@ class OwnDirections:
     """Cosines with the components in the sketch. 1 for unused components."""
 
 
-def own_directions(run: RunDirectory) -> OwnDirections | None:
+def own_directions(run: RunDirectory, say: Callable[[str], None] = lambda line: None) -> OwnDirections | None:
     """Return the own directions of a run; None if a repair takes the directions as they are stored.
+
+    Args:
+        run: The run.
+        say: Called with a line if `repair.direction` is `auto` and own directions cannot be computed.
 
     Raises:
         RunDirectoryError: `repair.direction` is `own`, and the stored directions do not determine own directions.
         StoreError: A store is missing or damaged.
     """
-    store = DirectionStore.open(run.directions)
-    if run.config.repair.direction == "lifted" or store.attrs.get("direction", "own") == "own":
+    store, wanted = DirectionStore.open(run.directions), run.config.repair.direction
+    if wanted == "lifted" or store.attrs.get("direction", "own") == "own":
         return None
+    found = _determined(run, store)
+    if isinstance(found, OwnDirections):
+        return found
+    if wanted == "own":
+        raise RunDirectoryError(
+            f"{run.path} has no own directions for repair.direction: own, because {found}",
+            "set repair.direction: auto, or make another factorization with lift: {direction: own}",
+        )
+    say(f"repair: steps along whitened directions, because {found}")
+    return None
+
+
+def _determined(run: RunDirectory, store: DirectionStore) -> OwnDirections | str:
+    """Return the own directions, or the reason why whitened directions do not determine them."""
     if is_diagonal(run.config.factorization.kind):
-        raise _unavailable(run, "the whitened directions of diagonals do not determine them")
+        return "those of diagonals do not determine own ones"
     if n_missing := store.n_components - len(lifted_components(run)):
-        reason = f"they are combinations of the directions of all components, and {n_missing} are not lifted"
-        raise _unavailable(run, reason)
+        return f"own directions are combinations of the directions of all components, and {n_missing} are not lifted"
     sketches_KD, components_KD = store.read_sketches(), open_factorization(run.factorization).read_components()
     assert sketches_KD is not None  # earlier versions, which did not store them, have own directions
     found = nearest_combinations(sketches_KD.astype(np.float64), components_KD.astype(np.float64))
     if (least := float(found.cosines_K.min())) < _LEAST_COSINE:
         component = int(found.cosines_K.argmin())
-        reason = f"the directions do not contain component {component}: the cosine of the nearest one is {least:.2f}"
-        raise _unavailable(run, reason)
+        return f"the directions do not contain component {component}: the cosine of the nearest one is {least:.2f}"
     return OwnDirections(found.coefficients_KK * _lengths(run), found.cosines_K)
-
-
-def _unavailable(run: RunDirectory, reason: str) -> RunDirectoryError:
-    return RunDirectoryError(
-        f"{run.path} has no own directions for repair.direction: own, because {reason}",
-        "set repair.direction: lifted, or make another factorization with lift: {direction: own}",
-    )
 
 
 def _lengths(run: RunDirectory) -> NDArray[np.float64]:

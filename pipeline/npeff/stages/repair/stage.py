@@ -64,7 +64,7 @@ def repair(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         if stage.done and stage.done["request"] == request and stage.done.get("components", lifted) == lifted:
             progress.say(_outcome(stage.done))
             return stage.done
-        own = own_directions(run)
+        own = own_directions(run, progress.say)
         run.reopen("repair")
         if forget_other_requests(run.partial_results("repair"), request):
             remove_directory(run.repaired)
@@ -77,7 +77,7 @@ def repair(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
             summary: Summary = {
                 "request": request,
                 "components": lifted,
-                "direction": wanted.direction,
+                "direction": "lifted" if own is None else "own",
                 "median_cosine": None if own is None else float(np.median(own.cosines_K)),
                 "edits": [asdict(edit) for edit in edits],
                 "held_out": None,
