@@ -27,6 +27,9 @@ CORE = (
     "tests/fisher",
     "tests/directions",
     "tests/verification",
+    "tests/input_fisher",
+    "tests/training",
+    "tests/perception",
     "tests/models/test_streams.py",
     "tests/stages/test_solver_workers.py",
 )
