@@ -1,10 +1,10 @@
 """Natural gradients: iterations of conjugate gradients, the loss after one step, and K-FAC beside nngeometry.
 
-    python tests/benchmarks/natural_gradient.py [iterations] [losses] [kfac] [--output FILE]
+    python tests/benchmarks/natural_gradient.py [iterations] [losses] [kfac] [--output FILE] [--figure FILE]
 
 All sections by default. The network is that of the task ``digits``, with 9,802 parameters. nngeometry is installed into
 a folder of its own. `README.md` beside this file keeps results. `repair.py` compares the natural-gradient step with
-repair and with training.
+repair and with training. `--figure` writes the picture of docs/step.md from the section `losses`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from natural_gradients import iterations, kronecker, losses
+from natural_gradients.figure import figure
 from quickstart import machine
 
 
@@ -25,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", help="iterations, losses, kfac")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/natural_gradient.json"))
+    parser.add_argument("--figure", type=Path, help="write the picture of docs/step.md to this file")
     arguments = parser.parse_args()
     output: Path = arguments.output
     torch.set_num_threads(1)
@@ -42,6 +44,8 @@ def main() -> None:
         print(f"\n{name}: {time.process_time() - began:.0f} s of CPU time\n")
         SHOW[name](found[name])
         output.write_text(json.dumps(found, indent=2) + "\n")
+    if arguments.figure is not None:
+        arguments.figure.write_text(figure(found["losses"]), encoding="utf-8")
     print(f"\nwritten to {output}")
 
 
