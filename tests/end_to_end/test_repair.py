@@ -228,7 +228,13 @@ def test_components_that_are_lifted_later_are_tried_too(
     assert of_few["direction"] == "lifted"
     assert {edit["component"] for edit in of_few["edits"]} <= {other}
     npeff.lift(run)
-    assert {edit["component"] for edit in npeff.repair(run)["edits"]} == edited
+    of_all = npeff.repair(run)
+    assert of_all["direction"] == "own"
+    assert {edit["component"] for edit in of_all["edits"]} == edited
+    steps, fresh = (
+        read_table(each.table("repair_steps"), "repair_steps")["step"].to_numpy() for each in (run, repaired)
+    )
+    np.testing.assert_allclose(steps, fresh, rtol=1e-3)  # no trial along whitened directions is among them
 
 
 def test_own_directions_that_are_far_from_the_components_are_not_used(

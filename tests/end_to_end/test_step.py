@@ -257,6 +257,9 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "null": (lambda path: labels_file(path, ["x1", "x2"], [0, None]), "column label must have a class number"),
     "negative": (lambda path: labels_file(path, ["x1"], [-1]), "column label must have a class number"),
     "large": (lambda path: labels_file(path, ["x1"], [4]), "the label of example 1 is 4, and the model has the"),
+    "huge": (lambda path: labels_file(path, ["x1"], pa.array([2**64 - 100], pa.uint64())), "must have a class number"),
+    "lists": (lambda path: labels_file(path, [[0]], [0], "example"), "column example must have whole numbers"),
+    "structs": (lambda path: labels_file(path, [{"a": 1}], [0]), "column id must have texts"),
     "unknown id": (lambda path: labels_file(path, ["x1", "y"], [0, 1]), "has no example with id 'y': give examples of"),
     "unknown number": (lambda path: labels_file(path, [N], [0], "example"), f"has no example with example {N}"),
     "twice": (lambda path: labels_file(path, ["x1", "x1"], [0, 1]), "has an example twice"),
@@ -288,6 +291,20 @@ def test_bad_options_are_refused(
     options: tuple[str, ...], said: str, fishers: RunDirectory, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert said.split(".")[1] in refused(capfd, "step", fishers.path, *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--step-size", "1e300"), "are not finite: use a smaller step_size"),
+        (("--damping", "1e300"), "has the length 0 in the precision of the model: use another damping"),
+    ],
+)
+def test_steps_beyond_the_precision_are_refused(
+    options: tuple[str, ...], said: str, fishers: RunDirectory, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = copied(fishers, tmp_path / "run")
+    assert said in refused(capfd, "step", run.path, "--kind", "diagonal", *options)
 
 
 def test_runs_that_do_not_fit_are_refused(

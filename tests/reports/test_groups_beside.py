@@ -78,7 +78,11 @@ def test_runs_that_are_not_comparable_are_refused_in_one_line(tmp_path: Path) ->
     (empty / "tables").mkdir(parents=True)
     wider = written(tmp_path / "wider", ["a", "b"], shares, spread=0.3)
     others = written(tmp_path / "others", ["x", "c"], {"x": 0.5, "c": 0.5})
+    twice = written(tmp_path / "twice", ["a", "b", "a"], shares)
+    rows = [{"example": number, "group": "image", "share": 0.5, "information": 1.0} for number in range(3)]
+    write_table(twice / place("tables/input_groups.parquet"), "input_groups", rows_to_columns(rows, "input_groups"))
     for path, problem in (
+        (twice, r"report.beside: several examples of .*twice have the same id: give the examples different ids"),
         (tmp_path / "nowhere", "does not exist"),
         (empty, r"report.beside: .*empty has no groups of inputs: run `npeff inputs .*empty` first"),
         (wider, r"report.beside: inputs.spread is 0.15 in .*run and 0.3 in .*wider: give both runs the same settings"),

@@ -123,7 +123,7 @@ def test_other_labels(labels: dict[str, Any], tmp_path: Path) -> None:
         ({"damping": 0}, "damping must be a finite number above 0, not 0"),
         ({"damping": math.nan}, "damping must be a finite number above 0"),
         ({"damping": 1, "kind": "whole"}, "kind must be one of diagonal, kfac, low_rank, exact, not 'whole'"),
-        ({"damping": 1, "kind": "low_rank", "rank": 0}, "must be at least 1, not 0"),
+        ({"damping": 1, "kind": "low_rank", "rank": 0}, "must be a whole number of at least 1, not 0"),
         ({"damping": 1, "tolerance": 2}, "tolerance must be a number between 0 and 1"),
     ],
 )

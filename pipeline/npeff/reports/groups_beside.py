@@ -60,6 +60,11 @@ def groups_beside(tables: RunTables, other_run: str) -> GroupsBeside:
         )
     _refuse_other_settings(tables, other)
     before, after = _groups(other), _groups(tables)
+    for run, groups in ((other, before), (tables, after)):
+        if len(groups.group_by(["id", "group"]).aggregate([])) < len(groups):
+            raise QueryError(
+                f"report.beside: several examples of {run.run_dir} have the same id", "give the examples different ids"
+            )
     joined = before.join(after, ["id", "group"], join_type="inner", left_suffix=" before", right_suffix=" after")
     joined = joined.sort_by([("group", "ascending"), ("id", "ascending")])
     if not len(joined):

@@ -10,7 +10,7 @@ from npeff.runs.config_sections import Count, Section
 
 
 class StepConfig(Section):
-    towards: str | None = None
+    towards: Annotated[str, Field(min_length=1)] | None = None
     """Parquet file of examples and labels, with the columns ``id`` or ``example``, and ``label``. The default are the
     labels of the fitted examples of the run."""
     kind: Literal["diagonal", "kfac", "low_rank", "exact"] = "exact"

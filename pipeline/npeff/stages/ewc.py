@@ -21,6 +21,7 @@ from npeff.stages.worker_specs import model_spec
 from npeff.storage.errors import damaged_file
 from npeff.store.array_files import read_arrays
 from npeff.store.fisher_store import FisherStore
+from npeff.training.checks import is_count
 from npeff.training.diagonals import Tensors
 from npeff.training.ewc import EWC, refuse_empirical
 from npeff.training.low_rank_penalty import LowRankFisher
@@ -60,7 +61,7 @@ def ewc(
     """
     if isinstance(runs, RunDirectory | str | Path):
         raise RunDirectoryError("npeff.ewc takes a list of runs", "give [run]")
-    if directions is not None and (not low_rank or isinstance(directions, bool) or directions < 1):
+    if directions is not None and (not low_rank or not is_count(directions)):
         raise RunDirectoryError(
             f"directions must be a whole number of at least 1, and needs low_rank=True, not {directions!r}",
             "set low_rank=True, or leave directions out",

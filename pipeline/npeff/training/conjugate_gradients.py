@@ -140,7 +140,12 @@ class SketchPreconditioner:
                 moments.add(block_mD.double())  # rounding errors must be small beside λ
             matrix = moments.matrix()
         matrix.diagonal().add_(damping)
-        self._factor, self._n = torch.linalg.cholesky(matrix), n
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if int(failed):
+            raise TrainingError(
+                "rounding errors of the sketched rows are larger than the damping: use a larger damping"
+            )
+        self._factor, self._n = factor, n
 
     def __call__(self, vector_n: Tensor) -> Tensor:
         """Return M⁻¹ times a vector (n,), float64.

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from npeff.training.checks import is_number
+from npeff.training.checks import is_count, is_number
 from npeff.training.diagonals import Tensors, check_diagonal, check_shape, named_tensors
 from npeff.training.errors import TrainingError
 
@@ -166,9 +166,9 @@ class FAdam(Optimizer):
 
     def _start_from(self, source: Tensors, initial_steps: int, batch_size: int | None) -> None:
         what = "initial_fisher"
-        if not _is_count(initial_steps):
+        if not is_count(initial_steps):
             raise TrainingError(f"initial_steps must be a whole number of at least 1, not {initial_steps!r}")
-        if batch_size is None or not _is_count(batch_size):
+        if batch_size is None or not is_count(batch_size):
             raise TrainingError(
                 f"initial_fisher needs batch_size, the number of examples of a batch (at least 1), not {batch_size!r}"
             )
@@ -315,7 +315,3 @@ def _check_options(options: dict[str, Any]) -> None:
         raise TrainingError("eps to the power 2 · power is 0 in float32: give a larger eps")
     if options["epsilon"] not in ("fixed", "rms"):
         raise TrainingError(f"epsilon must be 'fixed' or 'rms', not {options['epsilon']!r}")
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

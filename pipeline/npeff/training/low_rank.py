@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from npeff.fisher.second_moments import MomentSum
+from npeff.training.checks import is_count
 from npeff.training.errors import TrainingError
 from npeff.training.natural_gradient import Blocks, Direction
 
@@ -32,8 +33,8 @@ def sketched_eigenvectors(rows: Blocks, count: int) -> Tensor:
     Raises:
         TrainingError: The count is below 1, or all rows are zero.
     """
-    if count < 1:
-        raise TrainingError(f"the rank of a low-rank Fisher must be at least 1, not {count}")
+    if not is_count(count):
+        raise TrainingError(f"the rank of a low-rank Fisher must be a whole number of at least 1, not {count!r}")
     n, dim = 0, 0
     for block_mD in rows():
         n, dim = n + len(block_mD), block_mD.shape[1]

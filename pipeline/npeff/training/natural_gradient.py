@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from npeff.training import conjugate_gradients
-from npeff.training.checks import check_gradients, checked_damping, is_number
+from npeff.training.checks import check_gradients, checked_damping, is_count, is_number
 from npeff.training.conjugate_gradients import CGState, SketchPreconditioner
 from npeff.training.diagonals import Tensors, check_diagonal, named_tensors
 from npeff.training.errors import TrainingError
@@ -171,7 +171,7 @@ class ExactPreconditioner:
         self._rows, self.damping = rows, checked_damping(damping)
         if not is_number(tolerance) or not 0 < tolerance < 1:
             raise TrainingError(f"tolerance must be a number between 0 and 1, not {tolerance!r}")
-        if isinstance(max_iterations, bool) or not isinstance(max_iterations, int) or max_iterations < 1:
+        if not is_count(max_iterations):
             raise TrainingError(f"max_iterations must be a number of iterations, at least 1, not {max_iterations!r}")
         self.tolerance, self.max_iterations = float(tolerance), max_iterations
         self._inverse: conjugate_gradients.Apply = lambda vector_n: vector_n

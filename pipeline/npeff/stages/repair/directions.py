@@ -99,7 +99,7 @@ def _lengths(run: RunDirectory) -> NDArray[np.float64]:
     therefore not quite in all parameters. The sketch of a polished direction is that of the unit direction.
     """
     facts = [read_json(path) for _, path in sorted(finished(run.partial_results("lift")).items())]
-    return np.array([1.0 if each["polished"] else each["length"] for each in facts])
+    return np.array([1.0 if each.get("polished") else each["length"] for each in facts])
 
 
 def nearest_combinations(sketches_KD: NDArray[np.float64], components_KD: NDArray[np.float64]) -> OwnDirections:

@@ -60,11 +60,11 @@ def repair(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
     """
     with open_stage(run, REPAIR) as stage:
         progress, wanted = progress or SilentProgress(), run.config.repair
-        request, lifted = _request(run), lifted_components(run)
+        own = own_directions(run, progress.say)
+        request, lifted = _request(run, own), lifted_components(run)
         if stage.done and stage.done["request"] == request and stage.done.get("components", lifted) == lifted:
             progress.say(_outcome(stage.done))
             return stage.done
-        own = own_directions(run, progress.say)
         run.reopen("repair")
         if forget_other_requests(run.partial_results("repair"), request):
             remove_directory(run.repaired)
@@ -309,12 +309,13 @@ def _step_row(
     }
 
 
-def _request(run: RunDirectory) -> str:
+def _request(run: RunDirectory, own: OwnDirections | None) -> str:
     """Return a hash of the settings and results that the repair depends on."""
     lift = record_of(run, LIFT)
     # the components and the settings of the lift determine the directions
     components = open_factorization(run.factorization).attrs["checksums"]
     facts = [run.config.repair.model_dump(mode="json"), components, *([lift["lineage"]] if "lineage" in lift else [])]
+    facts.append("lifted" if own is None else "own")  # which of them are used also depends on the lifted components
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

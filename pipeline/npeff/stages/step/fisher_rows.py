@@ -15,6 +15,7 @@ from torch import Tensor
 
 from npeff.execution.executor import Executor
 from npeff.runs.directory import RunDirectory
+from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import ProgressDisplay
 from npeff.stages.earlier_results import checksums_of, fingerprint_of
 from npeff.stages.step.fisher_worker import Direction, FisherWorker, Part
@@ -35,6 +36,8 @@ KINDS: tuple[Kind, ...] = ("diagonal", "kfac", "low_rank", "exact")
 
 _PARTS = 8
 """Largest number of parts of a pass. It does not depend on the workers, so neither does the rounding."""
+_LARGEST = 8192
+"""Largest number of rows of a matrix that is factorized. Above it, conjugate gradients are not preconditioned."""
 _KEPT_BYTES = 2**30
 """Largest size in bytes of sketched rows that stay in memory. Larger ones are read again for each product."""
 
@@ -71,6 +74,11 @@ class RunRows:
         self._parts = [Part(number, tuple(each.tolist())) for number, each in enumerate(shards)]
         self._sizes = [self._n_used(part.shards) * self._store.rank for part in self._parts]
         self._kept: list[Tensor] | None = None
+
+    @property
+    def dim(self) -> int:
+        """D, the number of coordinates of the sketch."""
+        return int(self._store.dim)
 
     @property
     def n_rows(self) -> int:
@@ -150,12 +158,22 @@ def preconditioner(
         return DiagonalPreconditioner(rows.diagonal(), damping=damping)
     if kind == "kfac":
         return KroneckerPreconditioner(rows.kronecker(), damping=damping)
+    size = min(rows.n_rows, rows.dim)
     if kind == "low_rank":
+        if size > _LARGEST:
+            raise RunDirectoryError(
+                f"the kind low_rank needs the eigenvectors of a matrix of {size:,} rows, more than {_LARGEST:,}",
+                "use the kind kfac, or a run with a fishers.sketch of fewer dimensions",
+            )
         vectors_kn = sketched_eigenvectors(rows.sketched, rank)
         values_k, directions = leading_eigenpairs(vectors_kn, rows.block_weighted_sums, rows.block_products)
         return LowRankPreconditioner(values_k, directions, damping=damping)
     return ExactPreconditioner(
-        rows, damping=damping, sketched_rows=rows.sketched, tolerance=tolerance, max_iterations=max_iterations
+        rows,
+        damping=damping,
+        sketched_rows=rows.sketched if size <= _LARGEST else None,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
     )
 
 

@@ -22,6 +22,7 @@ from npeff.store.tables import read_table
 
 _COLUMNS = "give a Parquet file with the columns id (or example) and label"
 _SHOWN = 3
+_LARGEST_CLASS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,12 @@ def _read(
     if not len(table):
         raise RunDirectoryError(f"{file} has no rows: {_COLUMNS}")
     labels = table["label"]
-    if not pa.types.is_integer(labels.type) or labels.null_count or min(labels.to_pylist()) < 0:
+    values = labels.to_pylist()
+    if not pa.types.is_integer(labels.type) or labels.null_count or min(values) < 0 or max(values) > _LARGEST_CLASS:
         raise RunDirectoryError(f"{file}: column label must have a class number (0, 1, …) in every row", path=file)
+    wanted, is_wanted = ("whole numbers", pa.types.is_integer) if key == "example" else ("texts", _is_text)
+    if not is_wanted(table[key].type):
+        raise RunDirectoryError(f"{file}: column {key} must have {wanted}, not values of type {table[key].type}")
     numbers = _numbers(table[key].to_pylist(), key, ids, str(file), run)
     examples_n = np.array(numbers, dtype=np.int64)
     if len(np.unique(examples_n)) < len(examples_n):
@@ -100,6 +105,12 @@ def _read(
         raise RunDirectoryError(f"{file}: example {wrong} of {run} has logits that are not finite: leave it out")
     order = examples_n.argsort()
     return examples_n[order], labels.to_numpy().astype(np.int64)[order]
+
+
+def _is_text(type_: pa.DataType) -> bool:
+    if pa.types.is_dictionary(type_):
+        type_ = type_.value_type
+    return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_))
 
 
 def _numbers(values: list[Any], key: str, ids: list[str], file: str, run: str) -> list[int]:

@@ -84,7 +84,12 @@ class StepWorker:
         """
         direction, step = self._read_direction(), size.step
         before = self._predict()
-        longest = parameter_norm(self._loaded.model, direction) / _length(direction)
+        length = _length(direction)
+        if not 0 < length < math.inf:
+            raise RunDirectoryError(
+                f"the natural gradient has the length {length:g} in the precision of the model: use another damping"
+            )
+        longest = parameter_norm(self._loaded.model, direction) / length
         if step is None:
             assert size.kl is not None
             found = find_step_size(lambda step: self._kl(before, step), size.kl, longest=longest)
@@ -93,7 +98,10 @@ class StepWorker:
         if step is not None:
             with moved(self._loaded.model, direction, -step):
                 after = self._predict()
-            trial |= {"kl": float(after.kl(before).mean()), **self._scores(after)}
+            kl = float(after.kl(before).mean())
+            if not math.isfinite(kl):
+                raise RunDirectoryError(f"the logits after a step of {step:g} are not finite: use a smaller step_size")
+            trial |= {"kl": kl, **self._scores(after)}
         write_json_atomically(self._results / f"trial-{size.number:03d}.json", trial)
         return trial
 
