@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from methods_stage import runs
 from npeff.runs.directory import RunDirectory
-from npeff.stages.earlier_results import fingerprint_of, lifted_components, prediction_batch_size
+from npeff.stages.earlier_results import fingerprint_of, lifted_components
 from npeff.stages.verify.examples import Effects
-from npeff.stages.verify.options import VerificationOptions, VerificationPaths
+from npeff.stages.verify.options import VerificationPaths
 from npeff.stages.verify.steps import Probe
 from npeff.stages.verify.worker import VerificationWorker
 from npeff.stages.worker_specs import model_spec
@@ -119,20 +119,8 @@ def _compared(run: RunDirectory, factorization: Path, n_directions: int) -> list
 
 
 def _worker(run: RunDirectory, factorization: Path) -> VerificationWorker:
-    wanted = run.config.verification
     paths = replace(VerificationPaths.of(run, run.partial_results("controls")), factorization=factorization)
-    options = VerificationOptions(
-        n_top=wanted.top_examples,
-        n_baseline=wanted.baseline_examples,
-        target_kl=wanted.target_kl,
-        epsilon=wanted.epsilon,
-        n_selectivity=0,
-        n_correlation=0,
-        seed=run.config.seed,
-        batch_size=prediction_batch_size(run),
-        lifted=lifted_components(run),
-    )
-    return VerificationWorker(model_spec(run, fingerprint_of(run)), paths, options)
+    return VerificationWorker(model_spec(run, fingerprint_of(run)), paths, runs.steps_only(run))
 
 
 def _summary(found: list[Compared]) -> dict[str, Any]:

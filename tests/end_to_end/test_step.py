@@ -106,6 +106,12 @@ def test_the_step_is_the_one_of_the_definition_and_is_judged_on_held_out_example
     assert chosen["gained"] == after.sum() - before.sum() > 0
     assert chosen["gained"] == max(row["gained"] for row in rows)
     assert chosen["loss"] < summary["loss_before"]
+    model, batch = SmallNet().model(Path()), SmallNet().batch(examples.tolist())
+    before_log = model(batch).log_softmax(-1)
+    model.load_state_dict(load_file(stepped.stepped / "model.safetensors"))
+    after_log = model(batch).log_softmax(-1)
+    of_definition = (after_log.exp() * (after_log - before_log)).sum(-1).mean().item()
+    assert chosen["kl"] == pytest.approx(of_definition, rel=1e-5)
     assert chosen["kl"] in [pytest.approx(kl, rel=0.011) for kl in stepped.config.step.kl_steps]
 
 

@@ -198,3 +198,8 @@ class Executor(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def result_of(executor: Executor, spec: WorkerSpec, method: str, item: Any) -> Any:
+    """Return ``method(item)`` of one worker. Raises as `Executor.map`."""
+    return next(iter(executor.map(spec, method, [item])))[1]

@@ -35,6 +35,7 @@ from pydantic import (
 from npeff import variables
 from npeff.errors import printable
 from npeff.runs import yaml_text
+from npeff.runs.config_edit_sections import RepairConfig, StepConfig
 from npeff.runs.config_input_sections import InputsConfig, ScaleConfig
 from npeff.runs.config_reading import ConfigError, one_line, read_run_file, with_settings_resolved
 from npeff.runs.config_report_section import ReportConfig
@@ -44,13 +45,11 @@ from npeff.runs.config_sections import (
     FishersConfig,
     LiftConfig,
     ParametersConfig,
-    RepairConfig,
     Section,
     SelectionConfig,
     TaskConfig,
     VerificationConfig,
 )
-from npeff.runs.config_step_section import StepConfig
 from npeff.storage.atomic import is_committed
 from npeff.storage.commands import DEFAULT
 from npeff.storage.errors import StoreError

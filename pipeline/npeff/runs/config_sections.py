@@ -342,35 +342,6 @@ class VerificationConfig(Section):
         return self
 
 
-class RepairConfig(Section):
-    direction: Literal["auto", "own", "lifted"] = "auto"
-    """``own``: steps along the components' own directions, which are computed from the stored ones. This needs the
-    directions of all components. ``lifted``: steps along the stored directions. ``auto``: ``own`` where it is possible,
-    and otherwise ``lifted``."""
-    top_examples: Count = 64
-    """Number of labelled top examples of each component. Wrong predictions among them are counted and corrected."""
-    significance: Annotated[float, Field(gt=0.0, le=1.0)] = 0.05
-    """False discovery rate of the test whether wrong predictions are over-represented in the top examples of a
-    component. Only components that pass the test are tried."""
-    kl_steps: Annotated[tuple[PositiveFloat, ...], Strict(False)] = (0.03, 0.1, 0.3, 1.0)
-    """Mean KL divergences in nats on the top examples for which steps of both signs are tried."""
-    max_harm: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
-    """Largest fraction of the right predictions on tuning examples that all edits together may turn into wrong ones."""
-    max_edits: Count = 3
-    """Largest number of steps along single components. Steps are added as long as they help."""
-    joint_passes: CountOrZero = 40
-    """Number of gradient evaluations on the tuning examples in the search for joint steps along all lifted components,
-    for each of three weights of the right predictions. It follows the steps along single components, and its result is
-    used if it corrects more predictions. 0 skips it. It needs a component with over-represented wrong predictions."""
-
-    @field_validator("kl_steps")
-    @classmethod
-    def _sort_steps(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if not value:
-            raise ValueError("give at least one mean KL to try, such as [0.1]")
-        return tuple(sorted(set(value)))
-
-
 class ExecutorConfig(Section):
     kind: Literal["auto", "ray", "serial"] = "auto"
     """``auto`` uses Ray only if it is needed: for several workers, for GPUs, for an address other than ``local``, and

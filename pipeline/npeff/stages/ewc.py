@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from npeff.fisher.second_moments import MomentSum
@@ -17,6 +15,7 @@ from npeff.gradients import ParameterLayout
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.stages.earlier_results import checksums_of, sketch_of, verified_diagonal
+from npeff.stages.scaled_rows import scaled_rows
 from npeff.stages.worker_specs import model_spec
 from npeff.storage.errors import damaged_file
 from npeff.store.array_files import read_arrays
@@ -138,7 +137,8 @@ def mean_low_rank(run: RunDirectory) -> tuple[LowRankFisher, str, str]:
     moments = MomentSum(store.dim) if n_rows > store.dim else None
     kept = []
     for shard, each in sorted(checksums.items()):
-        rows_nD = _rows(store.read_shard(shard, each, [*names, "factors"])) / max(n_examples, 1) ** 0.5
+        arrays = store.read_shard(shard, each, [*names, "factors"])
+        rows_nD = torch.from_numpy(scaled_rows(arrays, arrays["valid"])) / max(n_examples, 1) ** 0.5
         if moments is None:
             kept.append(rows_nD)
         else:
@@ -152,11 +152,3 @@ def mean_low_rank(run: RunDirectory) -> tuple[LowRankFisher, str, str]:
         labels=labels,
     )
     return fisher, labels, fingerprint
-
-
-def _rows(arrays: dict[str, NDArray[Any]]) -> Tensor:
-    """Return the rows (n, D) of the valid examples of a shard, multiplied by the roots of the Fishers' norms."""
-    valid_B, ranks_B = arrays["valid"], arrays["ranks"]
-    used_BR = valid_B[:, None] & (np.arange(arrays["factors"].shape[1]) < ranks_B[:, None])
-    roots_n = np.sqrt(arrays["frobenius_norms"][valid_B]).repeat(ranks_B[valid_B])
-    return torch.from_numpy(arrays["factors"][used_BR]) * torch.from_numpy(roots_n).float()[:, None]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from npeff.fisher.second_moments import MomentSum
 from npeff.training.errors import TrainingError
+from npeff.training.smaller_gram import Blocks, smaller_gram
 
 Apply = Callable[[Tensor], Tensor]
 """A linear map of vectors (n,), float64."""
@@ -124,28 +124,16 @@ class SketchPreconditioner:
         damping: λ.
     """
 
-    def __init__(self, rows: Callable[[], Iterable[Tensor]], damping: float) -> None:
+    def __init__(self, rows: Blocks, damping: float) -> None:
         self._rows, self._damping = rows, damping
-        n, dim = 0, 0
-        for block_mD in rows():
-            n, dim = n + len(block_mD), block_mD.shape[1]
-        self._by_rows = n <= dim
-        """Whether the matrix that is factorized is n × n: M itself. Otherwise it is λI + B̂ᵀB̂, D × D."""
-        if self._by_rows:
-            rows_nD = torch.cat([block_mD.double() for block_mD in rows()])
-            matrix = rows_nD @ rows_nD.T
-        else:
-            moments = MomentSum(dim)
-            for block_mD in rows():
-                moments.add(block_mD.double())  # rounding errors must be small beside λ
-            matrix = moments.matrix()
+        # M itself is factorized, or λI + B̂ᵀB̂ if that is smaller
+        matrix, self._by_rows, self._n = smaller_gram(rows)
         matrix.diagonal().add_(damping)
-        factor, failed = torch.linalg.cholesky_ex(matrix)
+        self._factor, failed = torch.linalg.cholesky_ex(matrix)
         if int(failed):
             raise TrainingError(
                 "rounding errors of the sketched rows are larger than the damping: use a larger damping"
             )
-        self._factor, self._n = factor, n
 
     def __call__(self, vector_n: Tensor) -> Tensor:
         """Return M⁻¹ times a vector (n,), float64.

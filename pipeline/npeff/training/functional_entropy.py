@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from npeff.errors import first_line
-from npeff.training.checks import is_number
+from npeff.training.checks import is_count, is_number
 from npeff.training.errors import TrainingError
 
 Form = Literal["share", "balance", "reciprocal"]
@@ -71,7 +71,7 @@ class FunctionalInformation:
             raise TrainingError(f"modalities must be a list of names of inputs, not {modalities!r}")
         if len(set(modalities)) < len(modalities):
             raise TrainingError(f"modalities must have different names, not {', '.join(modalities)}")
-        if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
+        if not is_count(samples):
             raise TrainingError(f"samples must be a whole number of at least 1, not {samples!r}")
         if estimate not in _ESTIMATES:
             raise TrainingError(f"estimate must be 'entropy' or 'variance', not {estimate!r}")

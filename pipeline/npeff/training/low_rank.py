@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from npeff.fisher.second_moments import MomentSum
 from npeff.training.checks import is_count
 from npeff.training.errors import TrainingError
-from npeff.training.natural_gradient import Blocks, Direction
+from npeff.training.natural_gradient import Direction
+from npeff.training.smaller_gram import Blocks, smaller_gram
 
 _RELATIVE = 1e-10
 """Eigenvalues below this fraction of the largest one are rounding errors."""
@@ -35,17 +35,11 @@ def sketched_eigenvectors(rows: Blocks, count: int) -> Tensor:
     """
     if not is_count(count):
         raise TrainingError(f"the rank of a low-rank Fisher must be a whole number of at least 1, not {count!r}")
-    n, dim = 0, 0
-    for block_mD in rows():
-        n, dim = n + len(block_mD), block_mD.shape[1]
-    if n <= dim:
-        rows_nD = torch.cat([block_mD.double() for block_mD in rows()])
-        return _leading(rows_nD @ rows_nD.T, count)[1].T
-    moments = MomentSum(dim)
-    for block_mD in rows():
-        moments.add(block_mD.double())
-    values_k, vectors_Dk = _leading(moments.matrix(), count)
-    return torch.cat([block_mD.double() @ vectors_Dk for block_mD in rows()]).T / values_k.sqrt()[:, None]
+    matrix, by_rows, _ = smaller_gram(rows)
+    values_k, vectors = _leading(matrix, count)
+    if by_rows:
+        return vectors.T
+    return torch.cat([block_mD.double() @ vectors for block_mD in rows()]).T / values_k.sqrt()[:, None]
 
 
 def leading_eigenpairs(

@@ -14,7 +14,7 @@ Legend: n rows of B, P parameters, k directions, D sketch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,11 +27,10 @@ from npeff.training.conjugate_gradients import CGState, SketchPreconditioner
 from npeff.training.diagonals import Tensors, check_diagonal, named_tensors
 from npeff.training.errors import TrainingError
 from npeff.training.ewc import refuse_empirical
+from npeff.training.smaller_gram import Blocks
 
 Direction = dict[str, Tensor]
 """A tensor for each parameter, by name."""
-Blocks = Callable[[], Iterable[Tensor]]
-"""Returns sketched rows in order, in blocks (m, D), as often as it is called."""
 
 
 class Preconditioner(Protocol):

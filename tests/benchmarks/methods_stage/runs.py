@@ -132,9 +132,22 @@ def verified_otherwise(
         factorization: Coefficients that choose the top examples; those of the run if None.
         level: Level of `above_controls` and of the intervals.
     """
-    wanted, components, folder = run.config.verification, lifted_components(run), run.partial_results(results)
+    components, folder = lifted_components(run), run.partial_results(results)
     paths = VerificationPaths.of(run, folder, **({} if factorization is None else {"factorization": factorization}))
-    options = VerificationOptions(
+    options = steps_only(run)
+    if missing := [component for component in components if component not in finished(folder)]:
+        worker = VerificationWorker(model_spec(run, fingerprint_of(run)), paths, options)
+        with patch.object(ratio_intervals, "LEVEL", level):
+            for component in missing:
+                worker.verify(component)
+    done = finished(folder)
+    return [row for each in components for row in read_table(done[each], "verification").to_pylist()]
+
+
+def steps_only(run: RunDirectory) -> VerificationOptions:
+    """Return the run's options of a verification, without selectivity and correlation."""
+    wanted = run.config.verification
+    return VerificationOptions(
         n_top=wanted.top_examples,
         n_baseline=wanted.baseline_examples,
         target_kl=wanted.target_kl,
@@ -143,15 +156,8 @@ def verified_otherwise(
         n_correlation=0,
         seed=run.config.seed,
         batch_size=prediction_batch_size(run),
-        lifted=components,
+        lifted=lifted_components(run),
     )
-    if missing := [component for component in components if component not in finished(folder)]:
-        worker = VerificationWorker(model_spec(run, fingerprint_of(run)), paths, options)
-        with patch.object(ratio_intervals, "LEVEL", level):
-            for component in missing:
-                worker.verify(component)
-    done = finished(folder)
-    return [row for each in components for row in read_table(done[each], "verification").to_pylist()]
 
 
 def with_squared_norms(run: RunDirectory) -> None:

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from npeff.execution.executor import WorkerSpec
+from npeff.execution.executor import WorkerSpec, result_of
 from npeff.runs.config import RunConfig
 from npeff.stages.factorize.stored_factors import kept_precision
 from npeff.stages.fishers.trial import Trial, TrialWorker
@@ -50,7 +50,7 @@ def estimate(config: RunConfig) -> Estimate:
     }
     item = (*inspection_of(config), store, config.inputs is not None)
     with new_executor(config) as executor:
-        trial: Trial = next(iter(executor.map(spec, "try_out", [item])))[1]
+        trial: Trial = result_of(executor, spec, "try_out", item)
         start_up = time.monotonic() - began - trial.trial_seconds
     facts = trial.facts
     n_examples = len(facts.examples)

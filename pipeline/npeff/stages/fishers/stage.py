@@ -6,7 +6,15 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from npeff.execution.executor import ATTEMPTS, Executor, ExecutorError, FailedItem, ItemsFailedError, WorkerSpec
+from npeff.execution.executor import (
+    ATTEMPTS,
+    Executor,
+    ExecutorError,
+    FailedItem,
+    ItemsFailedError,
+    WorkerSpec,
+    result_of,
+)
 from npeff.runs.config_reading import ConfigError
 from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
@@ -162,7 +170,7 @@ def _inspect(run: RunDirectory, workers: Executor) -> TaskFacts:
     wanted = run.config.fishers
     seed = run.config.seed
     inspection = worker_spec(run, TaskWorker, model=model_spec(run, None), labels=wanted.label_spec(seed), seed=seed)
-    facts: TaskFacts = next(iter(workers.map(inspection, "inspect", [inspection_of(run.config)])))[1]
+    facts: TaskFacts = result_of(workers, inspection, "inspect", inspection_of(run.config))
     n_examples = len(facts.examples)
     n_fit = n_examples - int(run.config.factorization.held_out_fraction * n_examples)
     validate_problem(run.config, n_fit, facts.rank)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from npeff.execution.executor import Executor, WorkerSpec
+from npeff.execution.executor import Executor, WorkerSpec, result_of
 from npeff.input_fisher.moments import Moments, merged
 from npeff.runs.config_input_sections import InputsConfig
 from npeff.runs.config_reading import ConfigError
@@ -129,7 +129,7 @@ def _inspect(
 ) -> tuple[InputFacts, list[int] | None]:
     """Return facts about the inputs and the lengths of the explained examples, after the checks that need no others."""
     facts: InputFacts
-    facts, lengths = next(iter(workers.map(worker, "inspect", [tuple(explained)])))[1]
+    facts, lengths = result_of(workers, worker, "inspect", tuple(explained))
     if facts.several_predictions and options.label != "all":
         raise ConfigError(
             f"inputs.label: {options.label} explains one prediction, and the examples of this task have several: set "

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from npeff.runs.directory import RunDirectory
-from npeff.runs.part import Part, intact_record
+from npeff.runs.part import Part
 from npeff.stages.edited_model import verify_edited_model
 from npeff.storage.checksums import read_json
 
@@ -16,8 +16,9 @@ def repair_parts(run: RunDirectory) -> Iterator[Part]:
     for path in sorted(run.partial_results("repair").glob("*.json")):
         yield Part(f"repair attempt {path.stem}", path, partial(read_json, path), (path, record))
     if run.repaired.is_dir():
-        yield Part("edited model", run.repaired, partial(_verify_edited_model, run), (run.repaired, record))
-
-
-def _verify_edited_model(run: RunDirectory) -> None:
-    verify_edited_model(run.repaired, "repair", (intact_record(run, "repair") or {}).get("model_checksum"))
+        yield Part(
+            "edited model",
+            run.repaired,
+            partial(verify_edited_model, run, run.repaired, "repair"),
+            (run.repaired, record),
+        )

@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from npeff.execution.executor import Executor, WorkerSpec
+from npeff.execution.executor import Executor, WorkerSpec, result_of
 from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import forget_other_requests, open_stage, record_of
 from npeff.stages.earlier_results import direction_checksums, fingerprint_of, lifted_components, prediction_batch_size
+from npeff.stages.held_out import held_out_record, held_out_text
 from npeff.stages.lift import LIFT
 from npeff.stages.repair import REPAIR
 from npeff.stages.repair.directions import OwnDirections, own_directions
 from npeff.stages.repair.worker import Attempt, Batch, RepairWorker
 from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
-from npeff.statistics.mcnemar import mcnemar
 from npeff.storage.atomic import remove_directory
 from npeff.storage.checksums import read_json, write_json_atomically
 from npeff.store.component_store import open_factorization
@@ -83,9 +83,7 @@ def repair(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
                 "held_out": None,
             }
             if edits and len(examples.held_out):
-                before, after = search.call("judge", (tuple(edits), examples.held_out))
-                result = mcnemar(np.array(before), np.array(after))
-                summary["held_out"] = {**asdict(result), "accuracy_before": float(np.mean(before))}
+                summary["held_out"] = held_out_record(*search.call("judge", (tuple(edits), examples.held_out)))
             if edits:
                 argument = (tuple(edits), run.repaired, {"run": run.path.name, **summary})
                 summary["model_checksum"] = search.call("save", argument)
@@ -254,7 +252,7 @@ class _Search:
 
     def call(self, method: str, argument: object) -> Any:
         """Call a method of one worker and return the result."""
-        return next(iter(self._workers.map(self._worker, method, [argument])))[1]
+        return result_of(self._workers, self._worker, method, argument)
 
     def _attempts(self, edits: tuple[Edit, ...], components: list[int]) -> dict[int, list[dict[str, Any]]]:
         attempts = [Attempt(edits, component, self._tops[component]) for component in components]
@@ -328,8 +326,4 @@ def _outcome(summary: Summary) -> str:
     found = summary["held_out"]
     if found is None:
         return f"repair: {edits}; not evaluated, because there are no held-out examples"
-    return (
-        f"repair: {edits}; held-out accuracy {found['accuracy_before']:.2%} → "
-        f"{found['accuracy_before'] + found['change']:.2%} ({found['mended']} corrected, {found['broken']} broken of "
-        f"{found['n']}; change {found['low']:+.2%} to {found['high']:+.2%}, p = {found['p_value']:.2g})"
-    )
+    return f"repair: {edits}; {held_out_text(found)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from npeff.execution.executor import Executor, WorkerSpec
+from npeff.execution.executor import Executor, WorkerSpec, result_of
 from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
 from npeff.runs.progress import ProgressDisplay, SilentProgress
@@ -63,7 +63,7 @@ def spectrum(
         )
         with executor_for(run, executor) as workers:
             _add_up(workers, worker, plan, files, progress)
-            totals = next(iter(workers.map(worker, "totals", [None])))[1]
+            totals = result_of(workers, worker, "totals", None)
             sums = _eigenvalues(workers, worker, plan, progress)
         found = Found(sums, totals, plan, n_parameters, attributes["labels"]["kind"])
         traces = {} if diagonal is None else read_traces(diagonal)

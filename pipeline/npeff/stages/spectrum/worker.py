@@ -16,6 +16,7 @@ from torch import Tensor
 from npeff.fisher.second_moments import Groups, MomentGroups, MomentSum, RowGroups
 from npeff.fisher.spectrum import nonnegative
 from npeff.models.heap import return_freed_memory
+from npeff.stages.scaled_rows import scaled_rows
 from npeff.stages.spectrum.group_sums import GroupFiles, GroupSums, Totals
 from npeff.stages.spectrum.plan import N_GROUPS, Piece, SpectrumPlan
 from npeff.store.fisher_store import FisherStore
@@ -135,8 +136,4 @@ class SpectrumWorker:
         totals = Totals(int(valid_n.sum()), int(ranks_n.sum()), float(traces_n.sum()), float(np.square(norms_n).sum()))
         if not with_rows:
             return totals, None
-        used_nR = valid_n[:, None] & (np.arange(self._store.rank) < arrays["ranks"][:, None])
-        roots_m = np.sqrt(norms_n).astype(np.float32).repeat(ranks_n)
-        rows_mD = torch.from_numpy(arrays.pop("factors")[used_nR]).to(self._device)
-        rows_mD *= torch.from_numpy(roots_m).to(self._device)[:, None]
-        return totals, rows_mD
+        return totals, torch.from_numpy(scaled_rows(arrays, valid_n, self._plan.scale)).to(self._device)

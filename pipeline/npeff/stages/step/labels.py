@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
+from npeff.runs.stage import record_of
+from npeff.stages.fishers import FISHERS
 from npeff.storage.atomic import local_copy
 from npeff.storage.errors import os_errors_explained
 from npeff.storage.location import location
@@ -69,6 +71,7 @@ class Labelled:
                 )
         else:
             examples_n, classes_n = _read(str(towards), table["id"].to_pylist(), valid_N & one_N, str(run.path))
+            _check_classes(examples_n, classes_n, record_of(run, FISHERS)["n_classes"])
         judged_N = known_N & ~fit_N
         judged_N[examples_n] = False
         return cls(examples_n, classes_n.astype(np.int64), np.flatnonzero(judged_N), valid_N & fit_N)
@@ -105,6 +108,15 @@ def _read(
         raise RunDirectoryError(f"{file}: example {wrong} of {run} has logits that are not finite: leave it out")
     order = examples_n.argsort()
     return examples_n[order], labels.to_numpy().astype(np.int64)[order]
+
+
+def _check_classes(examples_n: NDArray[np.int64], classes_n: NDArray[np.int64], n_classes: int) -> None:
+    for example, label in zip(examples_n.tolist(), classes_n.tolist(), strict=True):
+        if label >= n_classes:
+            raise RunDirectoryError(
+                f"the label of example {example} is {label}, and the model has the classes 0 to {n_classes - 1}: "
+                "correct the labels"
+            )
 
 
 def _is_text(type_: pa.DataType) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from npeff.runs.directory import RunDirectory
-from npeff.runs.part import Part, intact_record
+from npeff.runs.part import Part
 from npeff.stages.edited_model import verify_edited_model
 from npeff.storage.checksums import read_json
 from npeff.store.array_files import read_arrays
@@ -20,8 +20,9 @@ def step_parts(run: RunDirectory) -> Iterator[Part]:
         later = sorted(results.glob("trial-*.json"))  # they were measured with the direction
         yield Part(f"{path.stem} of the step", path, partial(read_arrays, path), (path, *later, record))
     if run.stepped.is_dir():
-        yield Part("model after the step", run.stepped, partial(_verify, run), (run.stepped, record))
-
-
-def _verify(run: RunDirectory) -> None:
-    verify_edited_model(run.stepped, "step", (intact_record(run, "step") or {}).get("model_checksum"))
+        yield Part(
+            "model after the step",
+            run.stepped,
+            partial(verify_edited_model, run, run.stepped, "step"),
+            (run.stepped, record),
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -12,19 +11,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from npeff.execution.executor import Executor, WorkerSpec
+from npeff.execution.executor import Executor, WorkerSpec, result_of
 from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import Stage, forget_other_requests, open_stage
 from npeff.stages.earlier_results import checksums_of, fingerprint_of, prediction_batch_size
+from npeff.stages.held_out import held_out_record, held_out_text
 from npeff.stages.step import STEP
 from npeff.stages.step.fisher_rows import RunRows, preconditioner
 from npeff.stages.step.labels import Labelled
 from npeff.stages.step.worker import Size, StepWorker
 from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
-from npeff.statistics.mcnemar import mcnemar
 from npeff.storage.atomic import remove_directory
 from npeff.storage.checksums import json_checksum, read_json
 from npeff.store.array_files import read_arrays, write_arrays
@@ -84,9 +83,7 @@ def step(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
                 "held_out": None,
             }
             if chosen is not None and len(labelled.held_out):
-                before, after = work.call("judge", (chosen["step"], labelled.held_out))
-                result = mcnemar(np.array(before), np.array(after))
-                summary["held_out"] = {**asdict(result), "accuracy_before": float(np.mean(before))}
+                summary["held_out"] = held_out_record(*work.call("judge", (chosen["step"], labelled.held_out)))
             if chosen is not None:
                 argument = (chosen["step"], run.stepped, {"run": run.path.name, **summary})
                 summary["model_checksum"] = work.call("save", argument)
@@ -163,7 +160,7 @@ class _Step:
 
     def call(self, method: str, argument: object) -> Any:
         """Call a method of one worker and return the result."""
-        return next(iter(self._workers.map(self._worker, method, [argument])))[1]
+        return result_of(self._workers, self._worker, method, argument)
 
     def _gradient(self) -> tuple[float, dict[str, torch.Tensor]]:
         """Return the mean loss of the labelled examples and its gradient."""
@@ -279,8 +276,4 @@ def _outcome(summary: Summary) -> str:
     begin, found = f"step: size {summary['step']:.3g}{iterations}", summary["held_out"]
     if found is None:
         return f"{begin}; not evaluated, because there are no other held-out examples with a label"
-    return (
-        f"{begin}; held-out accuracy {found['accuracy_before']:.2%} → {found['accuracy_before'] + found['change']:.2%} "
-        f"({found['mended']} corrected, {found['broken']} broken of {found['n']}; change {found['low']:+.2%} to "
-        f"{found['high']:+.2%}, p = {found['p_value']:.2g})"
-    )
+    return f"{begin}; {held_out_text(found)}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,18 +61,16 @@ class StepWorker:
         self._examples_n, self._class_of = examples_n, dict(zip(examples_n.tolist(), classes_n.tolist(), strict=True))
         self._classes_n = torch.from_numpy(classes_n)
         self._batch_size, self._gradient_batch_size = batch_size, gradient_batch_size
-        self._direction: dict[str, Tensor] | None = None
 
     def gradient(self, part: tuple[int, tuple[int, ...]]) -> tuple[float, dict[str, Tensor]]:
         """Return the part of some labelled examples in the mean loss and in its gradient."""
         total, gradients = 0.0, dict[str, Tensor]()
-        for place, chosen in enumerate(self._loaded.batches(part[1], self._gradient_batch_size)):
-            batch = self._loaded.batch(chosen)
-            if not place:
-                self._check_classes(batch)
+        for chosen in self._loaded.batches(part[1], self._gradient_batch_size):
             targets = torch.tensor([self._class_of[number] for number in chosen], device=self._loaded.device)
             weights = [1 / len(self._examples_n)] * len(chosen)
-            loss, found = loss_gradient(self._loaded, batch, targets, weights, self._loaded.layout.names)
+            loss, found = loss_gradient(
+                self._loaded, self._loaded.batch(chosen), targets, weights, self._loaded.layout.names
+            )
             total += loss
             for name, value in found.items():  # sums of half precision are in float32
                 wide = value.to(torch.promote_types(value.dtype, torch.float32))
@@ -82,8 +82,7 @@ class StepWorker:
 
         If no step of at most the norm of the parameters reaches the KL divergence, the step size is None.
         """
-        direction, step = self._read_direction(), size.step
-        before = self._predict()
+        direction, before, step = self._direction, self._unedited, size.step
         length = _length(direction)
         if not 0 < length < math.inf:
             raise RunDirectoryError(
@@ -96,7 +95,7 @@ class StepWorker:
             step = found.epsilon if found.reached_target else None
         trial: dict[str, Any] = {"step": step, "lineage": self._lineage}
         if step is not None:
-            with moved(self._loaded.model, direction, -step):
+            with self._stepped(step):
                 after = self._predict()
             kl = float(after.kl(before).mean())
             if not math.isfinite(kl):
@@ -107,25 +106,33 @@ class StepWorker:
 
     def unedited(self, item: None) -> dict[str, Any]:
         """Return the loss and the right predictions of the model of the run."""
-        return self._scores(self._predict())
+        return self._scores(self._unedited)
 
     def judge(self, wanted: tuple[float, NDArray[np.int64]]) -> list[list[bool]]:
         """Return whether each held-out example is predicted correctly, before and after the step."""
         step, examples = wanted
         before = self._loaded.predict(examples.tolist(), self._batch_size).correct()
-        with moved(self._loaded.model, self._read_direction(), -step):
+        with self._stepped(step):
             after = self._loaded.predict(examples.tolist(), self._batch_size).correct()
         return [before.tolist(), after.tolist()]
 
     def save(self, wanted: tuple[float, Path, dict[str, Any]]) -> str:
         """Write the edited model and the record of the step to a folder. Returns the checksum of the model's file."""
         step, folder, record = wanted
-        with moved(self._loaded.model, self._read_direction(), -step):
+        with self._stepped(step):
             return write_edited_model(self._loaded.model, folder, "step", record)
 
     def _kl(self, before: Predictions, step: float) -> float:
-        with moved(self._loaded.model, self._read_direction(), -step):
+        with self._stepped(step):
             return float(self._predict().kl(before).mean())
+
+    def _stepped(self, step: float) -> AbstractContextManager[None]:
+        return moved(self._loaded.model, self._direction, -step)
+
+    @cached_property
+    def _unedited(self) -> Predictions:
+        """The predictions before a step. They must not be computed inside `_stepped`."""
+        return self._predict()
 
     def _predict(self) -> Predictions:
         return self._loaded.predict(self._examples_n.tolist(), self._batch_size)
@@ -137,22 +144,10 @@ class StepWorker:
         loss = float(torch.nn.functional.cross_entropy(logits_nC.double(), self._classes_n))
         return {"loss": loss if math.isfinite(loss) else None, "correct": right.nonzero()[:, 0].tolist()}
 
-    def _read_direction(self) -> dict[str, Tensor]:
-        if self._direction is None:
-            arrays, _ = read_arrays(self._results / "direction.safetensors")
-            self._direction = {name: torch.from_numpy(values) for name, values in arrays.items()}
-        return self._direction
-
-    def _check_classes(self, batch: Any) -> None:
-        """Compare all labels with the number of classes of the model."""
-        with torch.no_grad():
-            n_classes = self._loaded.logits(self._loaded.model, batch).shape[-1]
-        for number, label in self._class_of.items():
-            if label >= n_classes:
-                raise RunDirectoryError(
-                    f"the label of example {number} is {label}, and the model has the classes 0 to {n_classes - 1}: "
-                    "correct the labels"
-                )
+    @cached_property
+    def _direction(self) -> dict[str, Tensor]:
+        arrays, _ = read_arrays(self._results / "direction.safetensors")
+        return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
 
 def _length(direction: dict[str, Tensor]) -> float:
