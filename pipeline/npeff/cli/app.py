@@ -14,7 +14,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 DEBUG = "--debug"
 
 SECTIONS = {
-    "Start": ("demo", "estimate", "run", "status"),
+    "Start": ("demo", "init", "validate", "estimate", "run", "status"),
     "Stages of a run, in order": (
         *("fishers", "spectrum", "select", "factorize", "lift", "verify", "attribute", "inputs", "report"),
     ),

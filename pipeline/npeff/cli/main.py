@@ -28,6 +28,7 @@ from npeff.cli import (
     query_commands,
     scale_command,
     stage_commands,
+    start_commands,
 )
 from npeff.cli.app import DEBUG, app
 from npeff.cli.help_texts import command_path
@@ -36,6 +37,7 @@ from npeff.errors import NpeffError, as_one_line, printable, printable_traceback
 
 COMMANDS = (
     demo_command,
+    start_commands,
     stage_commands,
     factorization_commands,
     file_commands,

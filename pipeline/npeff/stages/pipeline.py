@@ -18,9 +18,11 @@ from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import ProgressDisplay
 from npeff.runs.stage import record_of, recorded, refuse_foreign_results
 from npeff.stages.earlier_results import direction_checksums, lifted_components
+from npeff.stages.fishers import FISHERS
 from npeff.stages.lift import LIFT
 from npeff.stages.registry import STAGES
-from npeff.stages.worker_specs import executor_for
+from npeff.stages.validation import validate_for_workers
+from npeff.stages.worker_specs import executor_for, model_executor_for
 from npeff.store.direction_store import DirectionStore
 
 
@@ -37,14 +39,15 @@ def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = 
     Raises:
         NpeffError: a stage cannot be completed. The message is one line with the cause and the remedy.
     """
-    directory = config if isinstance(config, RunDirectory) else RunDirectory.create(config)
+    directory = config if isinstance(config, RunDirectory) else RunDirectory.create(config, validate_for_workers)
     stages = [stage for stage in STAGES if stage.in_run(directory.config)]
     if progress is not None:
         progress.say(f"run {directory.path}")
-    unfinished = any(recorded(directory, stage) is None for stage in stages)
+    unfinished = [stage for stage in stages if recorded(directory, stage) is None]
+    start = model_executor_for if FISHERS in unfinished else executor_for
     with directory.lock():
         # Workers are started once for all stages, and only if a stage is unfinished.
-        with executor_for(directory, None) if unfinished else nullcontext() as executor:
+        with start(directory, None) if unfinished else nullcontext() as executor:
             for stage in stages:
                 stage(directory, executor=executor, progress=progress)
         report(directory, progress=progress)

@@ -13,6 +13,7 @@ from npeff.stages.factorize.stored_factors import kept_precision
 from npeff.stages.fishers.trial import Trial, TrialWorker
 from npeff.stages.inputs.trial import largest_number, passes_per_example
 from npeff.stages.registry import STAGES
+from npeff.stages.validation import validate_for_workers
 from npeff.stages.worker_specs import device_of, inspection_of, model_of, new_executor
 from npeff.store.fisher_arrays import fisher_store_bytes
 
@@ -40,6 +41,7 @@ def estimate(config: RunConfig) -> Estimate:
     Raises the errors that the stage `fishers` raises before its first shard.
     """
     wanted, began = config.fishers, time.monotonic()
+    validate_for_workers(config)
     labels = wanted.label_spec(config.seed)
     spec = WorkerSpec(TrialWorker, {"model": model_of(config, Path(), None), "labels": labels, "seed": config.seed})
     store = {

@@ -28,7 +28,7 @@ from npeff.stages.fishers.other_run import use_other_fishers
 from npeff.stages.fishers.tables import write_example_tables, write_parameter_table
 from npeff.stages.fishers.worker import FisherWorker
 from npeff.stages.fitted_examples import example_weights
-from npeff.stages.worker_specs import executor_for, inspection_of, model_spec, worker_spec
+from npeff.stages.worker_specs import inspection_of, model_executor_for, model_spec, worker_spec
 from npeff.storage.atomic import is_committed, remove_directory
 from npeff.storage.checksums import file_checksum
 from npeff.storage.errors import StoreError
@@ -64,7 +64,7 @@ def compute_fishers(
         if run.fishers_home != run.path:
             return stage.complete(use_other_fishers(run))
         progress, config = progress or SilentProgress(), run.config
-        with executor_for(run, executor) as workers:
+        with model_executor_for(run, executor) as workers:
             with progress.stage("prepare", 1, "task") as tick:
                 facts = _inspect(run, workers)
                 tick(1)

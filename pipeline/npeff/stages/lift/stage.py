@@ -26,7 +26,7 @@ from npeff.stages.earlier_results import checksums_of, fingerprint_of, lifted_co
 from npeff.stages.lift import LIFT
 from npeff.stages.lift.files import Combinations, LiftBlock, LiftPaths
 from npeff.stages.lift.worker import LiftWorker
-from npeff.stages.worker_specs import executor_for, fitted_examples, model_spec, worker_spec
+from npeff.stages.worker_specs import fitted_examples, model_executor_for, model_spec, worker_spec
 from npeff.storage.atomic import is_committed, remove_directory
 from npeff.storage.checksums import read_json
 from npeff.storage.errors import StoreError
@@ -77,7 +77,7 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
             remove_directory(results)
         paths = LiftPaths(run.factorization, run.directions, results)
         worker = _worker(run, paths, model, checksums, damping, stage.lineage)
-        with executor_for(run, executor) as workers:
+        with model_executor_for(run, executor) as workers:
             work = _Work(
                 map=partial(workers.map, worker, keep_going=True),
                 workers=workers.workers,

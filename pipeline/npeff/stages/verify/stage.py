@@ -18,7 +18,7 @@ from npeff.stages.earlier_results import direction_checksums, fingerprint_of, li
 from npeff.stages.verify import VERIFY
 from npeff.stages.verify.options import VerificationOptions, VerificationPaths
 from npeff.stages.verify.worker import VerificationWorker
-from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
+from npeff.stages.worker_specs import model_executor_for, model_spec, worker_spec
 from npeff.statistics.joint_ablation import joint_ablations, summary
 from npeff.statistics.verdict import scoreboard, verdicts
 from npeff.storage.atomic import is_committed
@@ -63,7 +63,7 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         missing = [component for component in components if component not in verified]
         with (
             progress.stage("verify", len(components), "components", done=len(verified)) as tick,
-            executor_for(run, executor) as workers,
+            model_executor_for(run, executor) as workers,
         ):
             for component, rows in workers.map(worker, "verify", missing, keep_going=True):
                 verified[component] = rows
