@@ -44,8 +44,8 @@ def estimate_command(
 ) -> None:
     """Estimate the memory, disk space and time that a run needs, from a short trial. Writes no files.
 
-    The time is that of the stage fishers, and of inputs if the run file has this section. The other stages take time
-    too; the last line names them.
+    Times are those of this machine, with the work that it does now. Those of the stages after fishers are rough, since
+    their numbers of steps depend on the data.
     """
     from rich.console import Console
 
