@@ -5,7 +5,9 @@ import errno
 import fcntl
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -421,6 +423,31 @@ def test_a_cluster_that_is_not_there_is_refused_in_one_line(monkeypatch):
     with pytest.raises(ExecutorError, match=r"cannot reach Ray at '127\.0\.0\.1:1'") as error:
         RayExecutor("127.0.0.1:1", workers=1, cpus_per_worker=1, gpus_per_worker=0.0, timeout_s=5.0)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"", None])
+def test_a_server_that_is_not_rays_is_refused_in_one_line(monkeypatch, answer):
+    monkeypatch.setattr(ray_executor.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray_executor.ray, "init", no_ray)
+    monkeypatch.setattr(ray_executor, "_CONNECTS_WITHIN_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            connection, _ = server.accept()
+            with connection:
+                asked.append(connection.recv(100))
+                if answer is None:  # says nothing until the client leaves
+                    connection.recv(100)
+                else:
+                    connection.sendall(answer)
+
+        asked, address = [], f"127.0.0.1:{server.getsockname()[1]}"
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(ExecutorError, match=rf"^the server at '{address}' is not Ray's .*set executor\.address"):
+            RayExecutor(address, workers=1, cpus_per_worker=1, gpus_per_worker=0.0, timeout_s=5.0)
+        thread.join()
+    assert asked[0].startswith(b"PRI * HTTP/2.0")
 
 
 def test_a_worker_on_a_file_system_without_locks_is_one_line(monkeypatch, tmp_path):
