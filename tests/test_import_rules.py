@@ -54,7 +54,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "stages": (TENSORS | {"scipy", "pyarrow", "safetensors"}, {"*"}),
     "interchange": (
         {"h5py", "pyarrow", "torch", "numpy"},
-        {"errors", "variables", "stages", "runs", "store", "storage", "factorization"},
+        {"errors", "variables", "query", "reports", "stages", "runs", "store", "storage", "factorization"},
     ),
     "cli": (
         {"typer", "rich", "pyarrow"},

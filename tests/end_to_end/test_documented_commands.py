@@ -66,6 +66,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     answered = rng.random(len(shown)) < answer_probability(np.linspace(0, 1, 5) ** 2, 0.2, shown)
     lines = [",".join(map(str, (*triplet, int(answer)))) for triplet, answer in zip(shown, answered, strict=True)]
     (folder / "answers.csv").write_text("\n".join(["i,j,k,response", *lines]))
+    (folder / "names.csv").write_text("component,name,note\n0,loops,\n")
     pq.write_table(pa.table({"example": [0, 1, 2], "label": [1, 2, 3]}), folder / "labels.parquet")
     other = {**SMALL, "task": {"name": "digits", "options": {"limit": 30, "epochs": 3}}, "run_dir": "runs/new"}
     for name, document in {

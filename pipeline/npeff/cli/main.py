@@ -22,6 +22,7 @@ from typer.exceptions import TyperException
 
 from npeff.cli import (
     demo_command,
+    export_command,
     factorization_commands,
     file_commands,
     job_commands,
@@ -40,6 +41,7 @@ COMMANDS = (
     stage_commands,
     factorization_commands,
     file_commands,
+    export_command,
     job_commands,
     query_commands,
     label_command,
