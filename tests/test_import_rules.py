@@ -53,8 +53,19 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "stages": (TENSORS | {"scipy", "pyarrow", "safetensors"}, {"*"}),
     "interchange": (
-        {"h5py", "pyarrow", "torch", "numpy"},
-        {"errors", "variables", "query", "reports", "stages", "runs", "store", "storage", "factorization"},
+        {"h5py", "pyarrow", "safetensors", "torch", "numpy"},
+        {
+            "errors",
+            "variables",
+            "query",
+            "reports",
+            "verification",
+            "stages",
+            "runs",
+            "store",
+            "storage",
+            "factorization",
+        },
     ),
     "cli": (
         {"typer", "rich", "pyarrow"},

@@ -383,7 +383,7 @@ def test_a_question_that_cannot_be_answered_is_one_line(
         (("repair", "HERE/nowhere"), "no run file at"),
         (("repair", "RUN", "--run-dir", "HERE/x"), "--run-dir needs a run file"),
         (("export", "RUN", "HERE/x", "--what", "direction"), "--what direction needs --component"),
-        (("export", "RUN", "HERE/x", "-c", "1"), "--component needs --what direction"),
+        (("export", "RUN", "HERE/x", "-c", "1"), "--component needs --what direction or lora"),
         (("export", "RUN", "HERE/x", "--what", "examples", "--values", "1"), "--values needs --what fishers"),
         (("export", "RUN", "HERE/x", "--what", "direction", "-c", "99"), "has no component 99: choose one of 0 to 2"),
         (("export", "RUN", "HERE/x", "--what", "direction", "-c", "-1"), "'--component'"),
