@@ -53,7 +53,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "stages": (TENSORS | {"scipy", "pyarrow", "safetensors"}, {"*"}),
     "interchange": (
-        {"h5py", "pyarrow", "safetensors", "torch", "numpy"},
+        {"h5py", "huggingface_hub", "pyarrow", "safetensors", "torch", "numpy"},
         {
             "errors",
             "variables",

@@ -174,6 +174,7 @@ def test_every_command_of_the_page_does_its_work(
     shutil.copytree(workplace, tmp_path / "of this page")
     monkeypatch.chdir(tmp_path / "of this page")
     monkeypatch.setattr(job_commands, "JobServer", StubServer)
+    monkeypatch.setattr("npeff.interchange.push.push_bundle", lambda *_, **__: "https://a-hub.example")
     monkeypatch.setattr(demo_command, "QUICKSTART", Path("jobs/quickstart.yaml"))
     for name in ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "NPEFF_BUCKET"):
         monkeypatch.setenv(name, "given")

@@ -8,55 +8,28 @@ import re
 from pathlib import Path
 from typing import Any
 
-import npeff
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from in_process import command, refused
 from npeff.interchange.export_lora import export_lora
 from npeff.interchange.lora import lora_update, target_modules, tensors
-from npeff.runs.config import RunConfig
 from npeff.runs.config_reading import ConfigError
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.stages.edited_model import write_edited_model
 from npeff.stages.pipeline import stored_direction
 from safetensors.torch import save_file
-from torch import nn
 from tasks import tiny
-from transformers import AutoModelForSequenceClassification, BertConfig, GPT2Config, GPT2LMHeadModel
+from torch import nn
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'npeff-pipeline[hf]'")
 
-SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-CONFIG = BertConfig(max_position_embeddings=16, num_labels=3, **SMALL, **tiny.SIZE)
 
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """A run of a tiny BERT with two lifted components. Read only."""
-    folder = tmp_path_factory.mktemp("lora")
-    tiny.save_tokenizer(folder / "model", types=True)
-    tiny.save_model(folder / "model", AutoModelForSequenceClassification, CONFIG)
-    rng = np.random.default_rng(0)
-    texts = [" ".join(rng.choice(tiny.WORDS[:9], 5)) for _ in range(24)]
-    pq.write_table(pa.table({"text": texts, "label": rng.integers(0, 3, 24)}), folder / "data.parquet")
-    task = {"model": str(folder / "model"), "data": str(folder / "data.parquet"), "text_columns": ["text"],
-            "label_column": "label"}  # fmt: skip
-    config = {
-        "run_dir": str(folder / "run"),
-        "task": {"name": "huggingface-sequence-classification", "options": task},
-        "fishers": {"sketch": {"dim": 64}, "shard_size": 12},
-        "factorization": {"n_components": 2, "max_iterations": 5, "stability_examples": 0},
-        "verification": {"top_examples": 4, "baseline_examples": 4, "correlation_examples": 4},
-        "executor": {"kind": "serial"},
-    }
-    made = RunDirectory.create(RunConfig.model_validate(config))
-    for stage in (npeff.compute_fishers, npeff.factorize, npeff.lift):
-        stage(made)
-    return made
+@pytest.fixture
+def run(lifted_run: RunDirectory) -> RunDirectory:
+    return lifted_run
 
 
 def base_model(run: RunDirectory) -> Any:

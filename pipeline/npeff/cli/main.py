@@ -29,6 +29,7 @@ from npeff.cli import (
     label_command,
     query_commands,
     scale_command,
+    share_commands,
     stage_commands,
 )
 from npeff.cli.app import DEBUG, app
@@ -45,6 +46,7 @@ COMMANDS = (
     job_commands,
     query_commands,
     label_command,
+    share_commands,
     scale_command,
 )
 """Modules that add commands to `app`."""

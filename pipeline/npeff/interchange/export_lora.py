@@ -22,7 +22,7 @@ from npeff.stages.earlier_results import fingerprint_of, prediction_batch_size
 from npeff.stages.edited_model import edited_model_file, update_of
 from npeff.stages.pipeline import stored_direction
 from npeff.stages.worker_specs import model_spec
-from npeff.storage.atomic import replacing_directory
+from npeff.storage.atomic import refuse_not_empty, replacing_directory
 from npeff.storage.location import location
 from npeff.store.annotations import read_annotations
 from npeff.store.tables import read_table
@@ -127,16 +127,6 @@ def export_lora(
         save_file(dict(tensors(found)), partial / "adapter_model.safetensors", {"format": "pt"})
         (partial / "README.md").write_text(_readme(run, result, title, component), encoding="utf-8")
     return result
-
-
-def refuse_not_empty(folder: Path) -> None:
-    """Check that a folder does not exist or is empty.
-
-    Raises:
-        ConfigError: It is a file, or contains something.
-    """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists and is not an empty folder: choose another folder")
 
 
 def _logit_error(run: RunDirectory, loaded: Any, update: Mapping[str, Tensor], found: LoraUpdate) -> LogitDifference:
