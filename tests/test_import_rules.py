@@ -51,7 +51,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         ARRAYS | {"pyarrow", "jinja2", "markupsafe", "PIL"},
         {"errors", "query", "store", "storage", "statistics"},
     ),
-    "stages": (TENSORS | {"scipy", "pyarrow", "safetensors"}, {"*"}),
+    "stages": (TENSORS | {"scipy", "pyarrow", "safetensors", "mlflow", "wandb"}, {"*"}),
     "interchange": (
         {"h5py", "huggingface_hub", "pyarrow", "safetensors", "torch", "numpy"},
         {

@@ -1,10 +1,11 @@
-"""The solver's history during the run, as JSON lines or TensorBoard events."""
+"""The solver's history during the run: JSON lines, TensorBoard events, Weights & Biases, or MLflow."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +18,38 @@ Metrics = Callable[[dict[str, Any]], None]
 of the iteration and all later rows."""
 
 
+Kind = Literal["none", "jsonl", "tensorboard", "wandb", "mlflow"]
+"""The values of the run file's ``factorization.metrics``."""
+
+
+@contextmanager
+def history_written(folder: Path, kind: Kind, name: str) -> Iterator[Metrics]:
+    """Yield the writer for the run file's ``factorization.metrics``, and close it at the end.
+
+    Args:
+        folder: The folder ``metrics`` of the factorization.
+        kind: What is written.
+        name: Name of the run in Weights & Biases and in MLflow.
+
+    Raises:
+        ConfigError: A package is not installed, or the program does not start.
+    """
+    if kind != "wandb" and kind != "mlflow":
+        yield metrics_writer(folder, kind)
+        return
+    from npeff.stages.factorize.trackers import MLflow, WandB
+
+    tracker = WandB(folder, name) if kind == "wandb" else MLflow(folder, name)
+    try:
+        yield tracker
+    except BaseException:
+        tracker.close(failed=True)
+        raise
+    tracker.close()
+
+
 def metrics_writer(folder: Path, kind: Literal["none", "jsonl", "tensorboard"]) -> Metrics:
-    """Return the writer for the run file's ``factorization.metrics``.
+    """Return the writer of files in the folder ``metrics``.
 
     Raises:
         ConfigError: TensorBoard is not installed.
