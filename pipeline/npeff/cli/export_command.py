@@ -16,6 +16,42 @@ from npeff.storage.location import location
 Exported = Literal["fishers", "factorization", "direction", "examples", "lora"]
 
 
+Values = Annotated[
+    int | None, typer.Option(min=1, help="With --what fishers: number of largest values to keep for each example.")
+]
+Component = Annotated[
+    int | None, typer.Option("--component", "-c", min=0, help="With --what direction or lora: the component.")
+]
+Epsilon = Annotated[
+    float | None,
+    typer.Option(help="With --what lora and --component: length of the step along the unit direction, with sign."),
+]
+Edited = Annotated[
+    Literal["repair", "step"] | None,
+    typer.Option(help="With --what lora: the edited model of this stage, in place of a component."),
+]
+Error = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        show_default=False,
+        help="With --what lora: largest error of the update of a layer, relative to its norm. The rank is the smallest "
+        "with this error, but at most 256. Default: 0.01.",
+    ),
+]
+Rank = Annotated[int | None, typer.Option(min=1, help="With --what lora: the rank, in place of --error.")]
+Examples = Annotated[
+    int | None,
+    typer.Option(
+        "-n",
+        min=1,
+        show_default=False,
+        help="With --what examples: number of top examples of each split, and of contrast examples. Default: 20.",
+    ),
+]
+
+
 @app.command("export")
 def export_command(
     run_dir: ExistingRun,
@@ -23,40 +59,13 @@ def export_command(
         Path, typer.Argument(parser=location, metavar="FILE", help="The file to write; for --what lora, a new folder.")
     ],
     what: Annotated[Exported, typer.Option(help="What to export.")] = "fishers",
-    values: Annotated[
-        int | None, typer.Option(min=1, help="With --what fishers: number of largest values to keep for each example.")
-    ] = None,
-    component: Annotated[
-        int | None, typer.Option("--component", "-c", min=0, help="With --what direction or lora: the component.")
-    ] = None,
-    epsilon: Annotated[
-        float | None,
-        typer.Option(help="With --what lora and --component: length of the step along the unit direction, with sign."),
-    ] = None,
-    edited: Annotated[
-        Literal["repair", "step"] | None,
-        typer.Option(help="With --what lora: the edited model of this stage, in place of a component."),
-    ] = None,
-    error: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            show_default=False,
-            help="With --what lora: largest error of the update of a layer, relative to its norm. The rank is the "
-            "smallest with this error, but at most 256. Default: 0.01.",
-        ),
-    ] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="With --what lora: the rank, in place of --error.")] = None,
-    examples: Annotated[
-        int | None,
-        typer.Option(
-            "-n",
-            min=1,
-            show_default=False,
-            help="With --what examples: number of top examples of each split, and of contrast examples. Default: 20.",
-        ),
-    ] = None,
+    values: Values = None,
+    component: Component = None,
+    epsilon: Epsilon = None,
+    edited: Edited = None,
+    error: Error = None,
+    rank: Rank = None,
+    examples: Examples = None,
     factorization: Factorization = None,
 ) -> None:
     """Write Fishers, a factorization, a direction, the examples of components, or an adapter.

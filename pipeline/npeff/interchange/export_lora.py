@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,31 +103,40 @@ def export_lora(
         raise ConfigError("give a component with epsilon, or an edited model (repair or step)")
     target = location(folder)
     refuse_not_empty(target)
-    direction = None if component is None else stored_direction(run, component)
-    if edited is not None:
-        edited_model_file(run, edited)  # which raises before the model is loaded
-    if epsilon == 0:
-        raise ConfigError("a step of length 0 changes nothing: give another epsilon")
+    update_of_model, title = _update(run, component, epsilon, edited)
     loaded = replace(model_spec(run, fingerprint_of(run)), device="cpu").load()
     if any(name.startswith("base_model.") for name, _ in loaded.model.named_parameters()):
         raise RunDirectoryError(
             f"the model of {run.path} has an adapter already", "export the adapter of a run of the model without it"
         )
-    if direction is not None and epsilon is not None:
-        # numpy arrays of a store may be read-only
-        update = {name: epsilon * torch.from_numpy(np.array(values)) for name, values in direction.items()}
-        title = f"component {component}, a step of {epsilon:+g}"
-    else:
-        assert edited is not None
-        update, title = update_of(run, loaded.model, edited), f"the edited model of `npeff {edited}`"
+    update = update_of_model(loaded.model)
     found = lora_update(loaded.model, update, error=error, rank=rank)
     result = ExportedLora(found, _logit_error(run, loaded, update, found))
-    with replacing_directory(target) as partial:
+    with replacing_directory(target) as made:
         config = _config(run, loaded.model, found)
-        (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(dict(tensors(found)), partial / "adapter_model.safetensors", {"format": "pt"})
-        (partial / "README.md").write_text(_readme(run, result, title, component), encoding="utf-8")
+        (made / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(dict(tensors(found)), made / "adapter_model.safetensors", {"format": "pt"})
+        (made / "README.md").write_text(_readme(run, result, title, component), encoding="utf-8")
     return result
+
+
+def _update(
+    run: RunDirectory, component: int | None, epsilon: float | None, edited: Edited | None
+) -> tuple[Callable[[nn.Module], Mapping[str, Tensor]], str]:
+    """Return a function of the model that returns the update by parameter, and a title of the update.
+
+    What is missing in the run is found here, before the model is loaded.
+    """
+    if edited is not None:
+        edited_model_file(run, edited)
+        return partial(update_of, run, stage=edited), f"the edited model of `npeff {edited}`"
+    assert component is not None
+    if not epsilon:
+        raise ConfigError("a step of length 0 changes nothing: give another epsilon")
+    direction = stored_direction(run, component)
+    # numpy arrays of a store may be read-only
+    update = {name: epsilon * torch.from_numpy(np.array(values)) for name, values in direction.items()}
+    return lambda _: update, f"component {component}, a step of {epsilon:+g}"
 
 
 def _logit_error(run: RunDirectory, loaded: Any, update: Mapping[str, Tensor], found: LoraUpdate) -> LogitDifference:
