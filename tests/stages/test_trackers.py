@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from npeff.runs.config_reading import ConfigError
-from npeff.stages.factorize.live_history import history_written
+from npeff.stages.factorize.live_history import history_written, write_summary
 
 ROWS = [{"iteration": i, "loss": 1 / (i + 1), "explained": i / 10, "accepted": True} for i in range(4)]
 
@@ -39,6 +40,10 @@ def test_mlflow_has_every_number_at_its_iteration_in_one_run_that_is_resumed(mlf
     assert client.get_run(first).info.status == "FINISHED"
     assert client.get_run(first).info.run_name == "digits/default"
     assert client.get_run(first).data.metrics == {"loss": 0.25, "explained": 0.3, "accepted": 1.0}
+    write_summary(tmp_path, "mlflow", "digits/default", {"verify/fit/median_kl_ratio": 4.0})
+    assert client.get_run(first).data.metrics["verify/fit/median_kl_ratio"] == 4.0
+    assert client.get_run(first).info.status == "FINISHED"
+    write_summary(tmp_path, "jsonl", "digits/default", {"verify/fit/median_kl_ratio": 4.0})  # has no place for it
 
 
 def test_mlflow_is_told_of_a_failure_and_skips_numbers_that_are_not_known(mlflow, tmp_path: Path) -> None:
@@ -66,14 +71,16 @@ def test_wandb_offline_writes_one_run_that_is_resumed(tmp_path: Path, monkeypatc
     wandb = pytest.importorskip("wandb", reason="needs pip install wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     try:
-        write(tmp_path, "wandb", ROWS[:2])
+        write(tmp_path, "wandb", ROWS)
         identifier = (tmp_path / "wandb-run").read_text()
-        write(tmp_path, "wandb", ROWS[2:])
+        time.sleep(1.1)  # folders of the same second have the same name
+        write_summary(tmp_path, "wandb", "digits/default", {"verify/fit/median_kl_ratio": 4.0})
     finally:
         wandb.teardown()  # its process ends
     assert (tmp_path / "wandb-run").read_text() == identifier
     files = list((tmp_path / "wandb").glob(f"offline-run-*-{identifier}/run-{identifier}.wandb"))
     content = b"".join(file.read_bytes() for file in files)
+    assert b"verify/fit/median_kl_ratio" in content
     assert content.count(b"factorize/loss") >= len(ROWS)
     assert all(str(row["loss"]).encode() in content for row in ROWS[1:])
     assert not list((tmp_path / "wandb").glob("**/code/*"))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from npeff.runs.config_reading import ConfigError
 from npeff.storage.location import is_remote
 from npeff.storage.objects import download_files, files, upload_files
+
+if TYPE_CHECKING:  # both import their packages on use
+    from npeff.stages.factorize.trackers import MLflow, WandB
 
 Metrics = Callable[[dict[str, Any]], None]
 """Called with each new row of the history. When an iteration is repeated after a crash, its row replaces the former row
@@ -37,6 +40,22 @@ def history_written(folder: Path, kind: Kind, name: str) -> Iterator[Metrics]:
     if kind != "wandb" and kind != "mlflow":
         yield metrics_writer(folder, kind)
         return
+    with _tracker(folder, kind, name) as tracker:
+        yield tracker
+
+
+def write_summary(folder: Path, kind: Kind, name: str, numbers: Mapping[str, float]) -> None:
+    """Add final numbers, such as those of the verification, to the run of Weights & Biases or MLflow.
+
+    The other kinds have no place for them. Arguments and errors are those of `history_written`.
+    """
+    if kind == "wandb" or kind == "mlflow":
+        with _tracker(folder, kind, name) as tracker:
+            tracker.summarize(numbers)
+
+
+@contextmanager
+def _tracker(folder: Path, kind: Literal["wandb", "mlflow"], name: str) -> Iterator[WandB | MLflow]:
     from npeff.stages.factorize.trackers import MLflow, WandB
 
     tracker = WandB(folder, name) if kind == "wandb" else MLflow(folder, name)

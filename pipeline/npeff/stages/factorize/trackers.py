@@ -50,7 +50,7 @@ class WandB:
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
                 name=name,
                 id=identifier,
-                resume="allow",
+                resume=None if os.environ.get("WANDB_MODE") == "offline" else "allow",
                 dir=None if is_remote(folder) else str(folder),
                 # the output of the command and the source code of the folder are nobody's business
                 settings=wandb.Settings(console="off", disable_git=True, save_code=False, silent=True),
@@ -61,6 +61,10 @@ class WandB:
 
     def __call__(self, row: Mapping[str, Any]) -> None:
         self._run.log({f"factorize/{name}": float(value) for name, value in row.items()})
+
+    def summarize(self, numbers: Mapping[str, float]) -> None:
+        """Add final numbers to the run."""
+        self._run.summary.update(dict(numbers))
 
     def close(self, failed: bool = False) -> None:
         self._run.finish(exit_code=int(failed))
@@ -109,6 +113,10 @@ class MLflow:
         numbers = {name: float(value) for name, value in row.items() if name != "iteration"}
         found = [self._metric(name, value, 0, row["iteration"]) for name, value in numbers.items()]
         self._client.log_batch(self._id, [each for each in found if not math.isnan(each.value)])
+
+    def summarize(self, numbers: Mapping[str, float]) -> None:
+        """Add final numbers to the run."""
+        self._client.log_batch(self._id, [self._metric(name, value, 0, 0) for name, value in numbers.items()])
 
     def close(self, failed: bool = False) -> None:
         self._client.set_terminated(self._id, "FAILED" if failed else "FINISHED")
