@@ -68,6 +68,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     answered = rng.random(len(shown)) < answer_probability(np.linspace(0, 1, 5) ** 2, 0.2, shown)
     lines = [",".join(map(str, (*triplet, int(answer)))) for triplet, answer in zip(shown, answered, strict=True)]
     (folder / "answers.csv").write_text("\n".join(["i,j,k,response", *lines]))
+    (folder / "names.csv").write_text("component,name,note\n0,loops,\n")
     pq.write_table(pa.table({"example": [0, 1, 2], "label": [1, 2, 3]}), folder / "labels.parquet")
     other = {**SMALL, "task": {"name": "digits", "options": {"limit": 30, "epochs": 3}}, "run_dir": "runs/new"}
     for name, document in {
@@ -189,6 +190,7 @@ def test_every_command_of_the_page_does_its_work(
     shutil.copytree(workplace, tmp_path / "of this page")
     monkeypatch.chdir(tmp_path / "of this page")
     monkeypatch.setattr(job_commands, "JobServer", StubServer)
+    monkeypatch.setattr("npeff.interchange.push.push_bundle", lambda *_, **__: "https://a-hub.example")
     monkeypatch.setattr(demo_command, "QUICKSTART", Path("jobs/quickstart.yaml"))
     for name in ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "NPEFF_BUCKET"):
         monkeypatch.setenv(name, "given")

@@ -18,10 +18,10 @@ SECTIONS = {
     "Stages of a run, in order": (
         *("fishers", "spectrum", "select", "factorize", "lift", "verify", "attribute", "inputs", "report"),
     ),
-    "Questions to a run": ("query", "compare"),
+    "Questions to a run": ("query", "label", "compare"),
     "More stages": ("transform", "repair", "step", "scale"),
     "Clusters": ("submit",),
-    "Files": ("check", "export", "import", "rm", "migrate"),
+    "Files": ("check", "export", "import", "bundle", "push", "rm", "migrate"),
 }
 """The commands in the order in which they are used, under the headings of the help text."""
 

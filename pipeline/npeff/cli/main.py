@@ -22,11 +22,14 @@ from typer.exceptions import TyperException
 
 from npeff.cli import (
     demo_command,
+    export_command,
     factorization_commands,
     file_commands,
     job_commands,
+    label_command,
     query_commands,
     scale_command,
+    share_commands,
     stage_commands,
     start_commands,
 )
@@ -41,8 +44,11 @@ COMMANDS = (
     stage_commands,
     factorization_commands,
     file_commands,
+    export_command,
     job_commands,
     query_commands,
+    label_command,
+    share_commands,
     scale_command,
 )
 """Modules that add commands to `app`."""

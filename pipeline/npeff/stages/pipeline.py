@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
 
 from npeff.reports.report import write_report
 from npeff.reports.serve import serve
@@ -23,6 +26,7 @@ from npeff.stages.lift import LIFT
 from npeff.stages.registry import STAGES
 from npeff.stages.validation import validate_for_workers
 from npeff.stages.worker_specs import executor_for, model_executor_for
+from npeff.store.annotations import read_annotations
 from npeff.store.direction_store import DirectionStore
 
 
@@ -68,9 +72,23 @@ def serve_report(run: RunDirectory, port: int, say: Callable[[str], None]) -> No
 def export_direction(run: RunDirectory, component: int, file: str | Path) -> None:
     """Write a component's unit direction to a safetensors file, one tensor per parameter name.
 
+    The metadata of the file contain the name and the note of the component, if it has any.
+
     Raises:
         RunDirectoryError: the component does not exist or is not lifted.
     """
+    directions, known = _lifted_directions(run, component), read_annotations(run)
+    texts = {"name": known.name(component), "note": known.note(component)}
+    directions.export(component, file, {key: text for key, text in texts.items() if text is not None})
+
+
+def stored_direction(run: RunDirectory, component: int) -> dict[str, NDArray[Any]]:
+    """Return a component's unit direction by parameter. Raises as `export_direction`."""
+    return _lifted_directions(run, component).read(component)
+
+
+def _lifted_directions(run: RunDirectory, component: int) -> DirectionStore:
+    """Return the directions, after a check that they contain this component."""
     record_of(run, LIFT)
     refuse_foreign_results(run, LIFT)
     directions = DirectionStore.open(run.directions, direction_checksums(run))
@@ -82,4 +100,4 @@ def export_direction(run: RunDirectory, component: int, file: str | Path) -> Non
         raise RunDirectoryError(
             f"component {component} is not lifted: run `npeff lift {run.argument} -c {component}` first"
         )
-    directions.export(component, file)
+    return directions
