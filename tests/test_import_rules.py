@@ -37,7 +37,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "storage": ({"numpy", "zarr", "zarrs", "obstore"}, {"errors"}),
     "store": ({"zarr", "pyarrow", "numpy", "safetensors"}, {"errors", "storage"}),
-    "execution": (TENSORS | {"ray", "aiohttp", "dask"}, {"errors"}),  # Ray's job client raises aiohttp's errors
+    "execution": (TENSORS | {"ray", "aiohttp", "requests", "dask"}, {"errors"}),  # Ray's job client raises their errors
     "runs": ({"pydantic", "yaml", "rich"}, {"errors", "variables", "options", "storage", "store", "execution"}),
     "models": (
         TENSORS | {"pyarrow"},

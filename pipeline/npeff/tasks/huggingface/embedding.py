@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from transformers import AutoModel, AutoTokenizer
 
 from npeff.errors import as_one_line
-from npeff.tasks.base import TaskError
+from npeff.tasks.errors import TaskError
 
 _LONGEST = 512
 """Tokens of the longest text that is not cut. Sentence-embedding models are trained on shorter ones."""
