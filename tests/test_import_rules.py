@@ -52,13 +52,18 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {"errors", "query", "store", "storage", "statistics"},
     ),
     "stages": (TENSORS | {"scipy", "pyarrow", "safetensors"}, {"*"}),
+    "live": (
+        {"numpy", "torch", "pyarrow", "sklearn", "jinja2", "starlette", "uvicorn"},
+        {"errors", "statistics", "storage", "store", "query", "reports", "runs", "stages", "models", "tasks", "fisher",
+         "factorization", "verification"},
+    ),  # fmt: skip
     "interchange": (
         {"h5py", "pyarrow", "torch", "numpy"},
         {"errors", "variables", "stages", "runs", "store", "storage", "factorization"},
     ),
     "cli": (
         {"typer", "rich", "pyarrow"},
-        {"errors", "variables", "perception", "stages", "interchange", "runs", "execution", "query", "storage"},
+        {"errors", "variables", "perception", "stages", "live", "interchange", "runs", "execution", "query", "storage"},
     ),
 }
 """For each room (a package or a module of this project), floor by floor: the third-party packages and the rooms that it
