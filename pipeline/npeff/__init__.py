@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from npeff.stages.factorize.stage import factorize as factorize
     from npeff.stages.fishers.stage import compute_fishers as compute_fishers
     from npeff.stages.inputs.stage import inputs as inputs
+    from npeff.stages.label import annotate as annotate
     from npeff.stages.lift.stage import lift as lift
     from npeff.stages.natural_gradient import natural_gradient as natural_gradient
     from npeff.stages.pipeline import report as report
@@ -52,6 +53,7 @@ _MODULES = {
     "RunConfig": "npeff.runs.config",
     "RunDirectory": "npeff.runs.directory",
     "Task": "npeff.tasks",
+    "annotate": "npeff.stages.label",
     "check": "npeff.stages.check.stage",
     "compare": "npeff.stages.compare",
     "compare_factorizations": "npeff.query.factorizations",

@@ -123,6 +123,14 @@ def printable(text: str, keep: str = "") -> str:
     return _CONTROL_CHARACTERS.sub(lambda found: found[0] if found[0] in keep else _escaped(found[0]), text)
 
 
+def plain_line(text: str) -> str:
+    """Return a text on one line: white space is one space, and other control characters are removed.
+
+    For texts that are stored and shown in many places. `printable` shows them without loss instead.
+    """
+    return " ".join(_CONTROL_CHARACTERS.sub("", " ".join(text.split())).split())
+
+
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 

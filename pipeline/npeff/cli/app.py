@@ -18,7 +18,7 @@ SECTIONS = {
     "Stages of a run, in order": (
         *("fishers", "spectrum", "select", "factorize", "lift", "verify", "attribute", "inputs", "report"),
     ),
-    "Questions to a run": ("query", "compare"),
+    "Questions to a run": ("query", "label", "compare"),
     "More stages": ("transform", "repair", "step", "scale"),
     "Clusters": ("submit",),
     "Files": ("check", "export", "import", "rm", "migrate"),

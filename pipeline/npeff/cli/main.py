@@ -25,6 +25,7 @@ from npeff.cli import (
     factorization_commands,
     file_commands,
     job_commands,
+    label_command,
     query_commands,
     scale_command,
     stage_commands,
@@ -41,6 +42,7 @@ COMMANDS = (
     file_commands,
     job_commands,
     query_commands,
+    label_command,
     scale_command,
 )
 """Modules that add commands to `app`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,9 @@ from npeff.cli.output import write_answer
 from npeff.storage.location import location
 
 _OPTION = "--factorization"
+
+OUTDATED = "npeff: the names are of components that have been fitted again since, and are not shown"
+"""The line about annotations of former components."""
 
 
 class _Group(GroupWithHelp):
@@ -206,7 +210,10 @@ def paths(
 @query_app.command()
 def components(context: typer.Context, output: Format = None, file: File = None) -> None:
     """Show the table of components, one row for each."""
-    write_answer(_store(context).components_table(), output, file)
+    store = _store(context)
+    write_answer(store.components_table(), output, file)
+    if store.annotations.outdated:
+        print(OUTDATED, file=sys.stderr)
 
 
 @query_app.command()

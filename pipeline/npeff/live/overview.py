@@ -30,8 +30,10 @@ class Column:
 
 def columns(snapshot: Snapshot) -> list[Column]:
     """Return the columns that the run has values for."""
+    named = any(card.annotation.name for card in snapshot.cards)
     found = [
         Column("component", "Component", lambda card: card.component, "component"),
+        *([Column("name", "Name", lambda card: card.annotation.name, "text")] if named else []),
         Column("label", "Most common label", _label, "text"),
         Column("fraction", "Fraction", _fraction, "percent"),
         Column("accuracy", "Accuracy", lambda card: card.accuracy, "percent"),

@@ -39,8 +39,10 @@ MODULES = (
     "npeff.live.preloaded",
     "npeff.query.filters",
     "npeff.query.enrichment",
+    "npeff.query.sql",
     "npeff.store.component_store",
     "pyarrow.dataset",
+    "scipy.stats",
 )
 """The modules that pages need."""
 
@@ -111,10 +113,14 @@ def forms(
     )
 
 
-def state_of(store: ComponentStore) -> str:
+def state_of(store: ComponentStore, *, annotations: bool = True) -> str:
     """Return a text that changes with every file that the report reads.
 
     The stores are not looked at: each belongs to the record of a stage.
+
+    Args:
+        store: The store.
+        annotations: Whether names and notes count.
     """
     run = store.run
     facts: list[str] = []
@@ -125,6 +131,8 @@ def state_of(store: ComponentStore) -> str:
             continue
         for pattern in ("*.yaml", "*.json", "tables/*.parquet", "stages/*.json"):
             for file in sorted(folder.glob(pattern)):
+                if file == run.annotations and not annotations:
+                    continue
                 stat = file.stat()
                 facts.append(f"{file} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns}")
     return hashlib.sha256("\n".join(facts).encode("utf-8", "surrogateescape")).hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,7 @@ from npeff.query.components import ComponentStore
 from npeff.reports.cards import Card, CardWriter
 from npeff.reports.report import card_variables
 from npeff.statistics.verdict import Scores, Verdict, scoreboard, verdicts
+from npeff.store.annotations import Annotation
 
 _MOST_COEFFICIENTS = 200_000_000
 """Largest number of coefficients from which the similarity of the components' examples is computed."""
@@ -33,6 +34,22 @@ class Snapshot:
     store: ComponentStore
     state: str
     top_examples: int
+
+    def renamed(self, store: ComponentStore) -> Snapshot:
+        """Return the same run with other names and notes, which are those of a store that was opened again."""
+        known = store.annotations
+        found = Snapshot(store, self.state, self.top_examples)
+        kept = ("similarities", "_places", "verdicts", "scores", "card_variables")
+        vars(found).update({name: value for name, value in vars(self).items() if name in kept})
+        found.cards = [
+            replace(
+                card,
+                annotation=known.of_component.get(card.component, Annotation()),
+                neighbours=[row | {"name": known.name(row["component"])} for row in card.neighbours],
+            )
+            for card in self.cards
+        ]
+        return found
 
     @cached_property
     def cards(self) -> list[Card]:
@@ -90,6 +107,7 @@ class Snapshot:
 
 def _words(card: Card) -> Iterator[str]:
     yield f"component {card.component}"
+    yield from (text for text in (card.annotation.name, card.annotation.note) if text)
     for example in card.examples + card.contrast:
         yield from (part for part in (example.id, example.label, example.prediction, example.text) if part)
         yield from example.metadata

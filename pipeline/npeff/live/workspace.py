@@ -53,9 +53,11 @@ class Workspace:
                 yield known
                 return
             store = ComponentStore.open(self._view.run_dir, self._view.factorization)
-            state, self._checked = state_of(store), time.monotonic()
+            state, self._checked = state_of(store, annotations=False), time.monotonic()
             if known is None or known.state != state:
                 known = self._snapshot = Snapshot(store, state, self._view.top_examples)
+            elif store.annotations != known.store.annotations:
+                known = self._snapshot = known.renamed(store)
             yield known
 
     def warm(self) -> None:
@@ -84,7 +86,7 @@ class Workspace:
             drawable = can_be_drawn(len(snapshot.cards))
             of = of if drawable and of in snapshot.similarities else "directions"
             by = by if by in METHODS else "pca"
-            labels = [self._label(snapshot, card) for card in cards]
+            labels = [self._label(card) for card in cards]
             return page(
                 "overview.html.j2",
                 view=self._view,
@@ -163,9 +165,11 @@ class Workspace:
                 return Page(HTTPStatus.NOT_FOUND, TEXT, b"This example has no image.\n")
             return Page(HTTPStatus.OK, "image/png", image)
 
-    def _label(self, snapshot: Snapshot, card: Card) -> str:
-        """Return what is said about a component beside its number."""
+    def _label(self, card: Card) -> str:
+        """Return what is said about a component beside its number: its name, or the most common label."""
         top = card.top_label
+        if card.annotation.name:
+            return card.annotation.name
         return top.name if top is not None and card.examples else ""
 
     def _layers(self, store: ComponentStore, card: Card) -> list[Bar]:

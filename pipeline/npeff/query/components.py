@@ -32,7 +32,7 @@ from npeff.query.evidence import (
     stored_evidence,
 )
 from npeff.query.paths import paths_of
-from npeff.query.summary import components_table, summary
+from npeff.query.summary import components_table, summary, with_names
 from npeff.query.tables import EXAMPLE_COLUMNS, NAMED_CLASSES, RunTables, StoredRun, missing
 from npeff.storage.atomic import is_committed
 from npeff.storage.errors import StoreError
@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # most queries need none of Zarr, Dask, SciPy and DuckDB, whi
     import dask.array as da
     import zarr
 
+    from npeff.store.annotations import Annotations
     from npeff.store.component_store import StoredFactorization
     from npeff.store.direction_store import DirectionStore
 
@@ -186,6 +187,20 @@ class ComponentStore:
             raise QueryError.of(error) from error
         return store
 
+    @property
+    def annotations(self) -> Annotations:
+        """The names and notes of the components, which `npeff.annotate` writes.
+
+        Raises:
+            QueryError: The file with them is damaged.
+        """
+        return self.tables.annotations
+
+    def name(self, component: int) -> str | None:
+        """Return the name of a component; None if it has no name."""
+        self._check_component(component)
+        return self.annotations.name(component)
+
     @cached_property
     def cosines(self) -> np.ndarray:
         """Cosines of all pairs of components in the sketch, (K, K) float64; 0 for a zero component."""
@@ -196,10 +211,11 @@ class ComponentStore:
         return self.tables.read(name)
 
     def components_table(self) -> pa.Table:
-        """Return the components table with the KL ratio and the best control of the informative sign.
+        """Return the components table with names and notes, and the KL ratio and best control of the informative sign.
 
-        The added columns are `kl_ratio_matched_<examples>`, `best_control_<examples>` and `matched_<examples>`, or, for
-        tables of earlier versions, `kl_ratio_<examples>_<plus|minus>` and `best_control_<examples>_<plus|minus>`.
+        The added columns are `name`, `note`, `kl_ratio_matched_<examples>`, `best_control_<examples>` and
+        `matched_<examples>`, or, for tables of earlier versions, `kl_ratio_<examples>_<plus|minus>` and
+        `best_control_<examples>_<plus|minus>`.
         """
         return components_table(self.tables)
 
@@ -264,8 +280,9 @@ class ComponentStore:
             by: "coefficient", "evidence" or "direction_evidence", see `npeff.query.evidence`.
 
         Returns:
-            Columns: component, coefficient or evidence (named as `by`), share (fraction of the sum of the example's
-            coefficients or evidence), rank (0-based, among all examples of the component).
+            Columns: component, name (only if a component has a name), coefficient or evidence (named as `by`), share
+            (fraction of the sum of the example's coefficients or evidence), rank (0-based, among all examples of the
+            component).
         """
         check_by(by)
         index = self.example_number(example)
@@ -280,7 +297,7 @@ class ComponentStore:
         values = weights_K[components]
         by_coefficient = by == "coefficient"
         ranks = n_larger(self.tables, components.tolist(), values.tolist()) if by_coefficient else ranks_K[components]
-        return pa.table(
+        found = pa.table(
             {
                 "component": components,
                 by: values,
@@ -288,6 +305,7 @@ class ComponentStore:
                 "rank": pa.array(ranks, pa.int64()),
             }
         )
+        return with_names(found, self.annotations)
 
     def neighbours(
         self, example: int | str, n: int = 20, split: str | None = None, where: str | None = None
@@ -327,27 +345,27 @@ class ComponentStore:
         The sign of a component is arbitrary.
 
         Returns:
-            Columns: component, cosine, abs_cosine, shared_top_examples (number of listed top examples of both
-            components).
+            Columns: component, name (only if a component has a name), cosine, abs_cosine, shared_top_examples (number
+            of listed top examples of both components).
         """
         self._check_component(component)
         found = _nearest(self.cosines[component], n, without=component)
         top = self._top_sets
         shared = [len(top.get(component, set()) & top.get(j, set())) for j in found["component"].to_pylist()]
-        return found.append_column("shared_top_examples", pa.array(shared, pa.int64()))
+        return with_names(found.append_column("shared_top_examples", pa.array(shared, pa.int64())), self.annotations)
 
     def similar_components_in(self, other: ComponentStore, component: int, n: int = 10) -> pa.Table:
         """Return the `n` components of another run that are most similar to a component, by |cos| in the sketch.
 
         Returns:
-            Columns: component (of the other run), cosine, abs_cosine.
+            Columns: component (of the other run), name (only if one has a name), cosine, abs_cosine.
 
         Raises:
             QueryError: The runs differ in model, parameters, sketch or seed, or factorize diagonals.
         """
         self._check_component(component)
         self.check_comparable(other)
-        return _nearest(other.unit_components @ self.unit_components[component], n)
+        return with_names(_nearest(other.unit_components @ self.unit_components[component], n), other.annotations)
 
     def check_comparable(self, other: ComponentStore) -> None:
         """Check that the components of this run and of another run are in one space.
@@ -387,11 +405,12 @@ class ComponentStore:
                 needs `top`.
 
         Returns:
-            One row per component, smallest p-value first. Columns: component, n_in_subset and n_outside (numbers of
-            examples with the component), share_in_subset and share_outside (their fractions), odds_ratio, p_value
-            (Fisher's exact test, one-sided), q_value (Benjamini-Hochberg over all components), mean_in_subset and
-            mean_outside (mean coefficient or evidence, including zeros), auc (probability that a random example of the
-            subset has a larger coefficient, or evidence, than a random one outside; equal values count half).
+            One row per component, smallest p-value first. Columns: component, name (only if a component has a name),
+            n_in_subset and n_outside (numbers of examples with the component), share_in_subset and share_outside (their
+            fractions), odds_ratio, p_value (Fisher's exact test, one-sided), q_value (Benjamini-Hochberg over all
+            components), mean_in_subset and mean_outside (mean coefficient or evidence, including zeros), auc
+            (probability that a random example of the subset has a larger coefficient, or evidence, than a random one
+            outside; equal values count half).
 
         Raises:
             QueryError: The condition is not valid, or is true for none or all of the examples; or `by` is
@@ -415,7 +434,7 @@ class ComponentStore:
             )
         components = range(self._n_components)
         runs = all_runs(self.tables) if by == "coefficient" else self._evidence_runs(by, components)
-        return enriched(runs, len(components), subset_N, among_N, top).slice(0, n)
+        return with_names(enriched(runs, len(components), subset_N, among_N, top).slice(0, n), self.annotations)
 
     def layer_energy(self, component: int, by: str = "parameter") -> pa.Table:
         """Return the fraction of the squared norm of a component's direction in each parameter or layer.

@@ -90,6 +90,8 @@ def locked_down(views: Mapping[str, Any], timeout_s: float = TIMEOUT_S) -> Itera
 def run_sql(tables: RunTables, query: str, most_rows: int | None = None, timeout_s: float = TIMEOUT_S) -> pa.Table:
     """Run one SELECT statement over all tables of the run. Each table is a view with the same name.
 
+    If any component has a name or a note, the view `annotations` has the columns component, name and note.
+
     Args:
         tables: The tables.
         query: The statement.
@@ -106,7 +108,8 @@ def run_sql(tables: RunTables, query: str, most_rows: int | None = None, timeout
     """
     check_text(query)
     try:
-        with locked_down({name: tables.dataset(name) for name in tables.names()}, timeout_s) as connection:
+        views = {name: tables.dataset(name) for name in tables.names()} | _annotations(tables)
+        with locked_down(views, timeout_s) as connection:
             statements = connection.extract_statements(query)
             if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
                 raise QueryError("a query must be one SELECT statement over the tables " + ", ".join(tables.names()))
@@ -118,6 +121,14 @@ def run_sql(tables: RunTables, query: str, most_rows: int | None = None, timeout
         raise QueryError(f"SQL: {first_line(error)} (tables: {names})") from error
     except FAILURES as error:
         raise QueryError(f"SQL: {first_line(error)}") from error
+
+
+def _annotations(tables: RunTables) -> dict[str, pa.Table]:
+    """Return the names and notes of the components as a view, if there are any."""
+    found = tables.annotations.of_component
+    kinds = pa.schema([("component", pa.int64()), ("name", pa.string()), ("note", pa.string())])
+    rows = [{"component": component, "name": each.name, "note": each.note} for component, each in found.items()]
+    return {"annotations": pa.Table.from_pylist(rows, schema=kinds)} if rows else {}
 
 
 def check_text(query: str) -> None:

@@ -10,17 +10,24 @@ import pyarrow.compute as pc
 
 from npeff.query.tables import RunTables
 from npeff.statistics.verdict import scoreboard, verdicts
+from npeff.store.annotations import Annotations
 
 
 def components_table(tables: RunTables) -> pa.Table:
-    """Return the components table with the KL ratio and the best control of the informative sign.
+    """Return the components table with names and notes, and the KL ratio and best control of the informative sign.
 
-    The added columns are `kl_ratio_matched_<examples>`, `best_control_<examples>` and `matched_<examples>`, or, for
-    tables of earlier versions, `kl_ratio_<examples>_<plus|minus>` and `best_control_<examples>_<plus|minus>`.
+    The added columns are `name`, `note`, `kl_ratio_matched_<examples>`, `best_control_<examples>` and
+    `matched_<examples>`, or, for tables of earlier versions, `kl_ratio_<examples>_<plus|minus>` and
+    `best_control_<examples>_<plus|minus>`.
     """
     table = tables.read("components")
-    if not tables.has("verification"):
-        return table
+    components, known = table["component"].to_pylist(), tables.annotations
+    table = table.add_column(1, "name", pa.array(map(known.name, components), pa.string()))
+    table = _with_verification(table, tables) if tables.has("verification") else table
+    return table.append_column("note", pa.array(map(known.note, components), pa.string()))
+
+
+def _with_verification(table: pa.Table, tables: RunTables) -> pa.Table:
     rows = verdicts(tables.read("verification").to_pylist())
     for examples in sorted({v.examples for v in rows if v.informative}, key=lambda split: split == "fit"):
         found = {v.component: v for v in rows if v.informative and v.examples == examples}
@@ -42,6 +49,14 @@ def components_table(tables: RunTables) -> pa.Table:
         table = table.append_column(f"kl_ratio_{suffix}", ratios)
         table = table.append_column(f"best_control_{suffix}", controls)
     return table
+
+
+def with_names(table: pa.Table, known: Annotations) -> pa.Table:
+    """Return a table with the column `name` after `component`, if any component of the factorization has a name."""
+    if not any(each.name for each in known.of_component.values()):
+        return table
+    names = pa.array(map(known.name, table["component"].to_pylist()), pa.string())
+    return table.add_column(1 + table.column_names.index("component"), "name", names)
 
 
 def summary(tables: RunTables) -> dict[str, Any]:

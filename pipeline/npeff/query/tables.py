@@ -25,6 +25,7 @@ from npeff.storage.commands import DEFAULT
 from npeff.storage.errors import StoreError
 from npeff.storage.location import is_remote, location
 from npeff.storage.objects import ObjectFile, size
+from npeff.store.annotations import Annotations, read_annotations
 from npeff.store.lineage import refuse_foreign, refuse_unfit
 from npeff.store.run_files import FilesOfRun
 from npeff.store.schemas import SCHEMAS
@@ -303,6 +304,14 @@ class RunTables:
         if stage not in self._records:
             self._records[stage] = read_record(self.run.record_file(stage))
         return self._records[stage]
+
+    @cached_property
+    def annotations(self) -> Annotations:
+        """The names and notes of the components."""
+        try:
+            return read_annotations(self.run)
+        except StoreError as error:
+            raise QueryError.of(error) from None
 
     def stages(self) -> dict[str, dict[str, Any]]:
         """Return the existing stage records, in the order of the stages."""

@@ -22,6 +22,7 @@ from npeff.reports.selectivity_chart import Selectivity, selectivity_by_componen
 from npeff.reports.shifts import ShiftReader, StepEffect
 from npeff.reports.token_shares import ShareReader, Shares
 from npeff.statistics.verdict import Verdict, verdicts
+from npeff.store.annotations import Annotation
 
 CLASSES_SHOWN = 12
 PARAMETERS_SHOWN = 12
@@ -88,6 +89,7 @@ class Card:
     """The content of the report for one component."""
 
     component: int
+    annotation: Annotation
     row: dict[str, Any]
     n_top: int
     held_out: list[Example]
@@ -152,6 +154,7 @@ class CardWriter:
         self._store = store
         self._examples_shown = examples_shown
         self._names = store.class_names()
+        self._annotations = store.annotations.of_component
         self._metadata = store.metadata_columns()
         self._top = _grouped(store.table("top_examples").sort_by([("split", "ascending"), ("rank", "ascending")]))
         members = {component: [row["example"] for row in rows] for component, rows in self._top.items()}
@@ -183,6 +186,7 @@ class CardWriter:
         common = self._common.get(component, Common([], [], []))
         return Card(
             component=component,
+            annotation=self._annotations.get(component, Annotation()),
             row=self._components[component],
             n_top=len(top),
             held_out=self._listed(top, "held_out"),

@@ -23,6 +23,8 @@ class Mark:
 
     x: float
     verdict: Verdict
+    name: str | None = None
+    """Name of the component."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def comparison(factorizations: Sequence[Factorization]) -> Comparison | None:
     axis = log_axis([row.kl_ratio for group in rows for row in group], _LEFT, _WIDTH - 20)
     lines = []
     for number, ((each, scores), group) in enumerate(zip(found, rows, strict=True)):
-        interval = each.interval(scores)
+        interval, known = each.interval(scores), each.store.annotations
         ends = (scores.median_kl_ratio, *(interval or (None, None)))
         lines.append(
             Line(
@@ -75,7 +77,7 @@ def comparison(factorizations: Sequence[Factorization]) -> Comparison | None:
                 scores,
                 interval,
                 (number + 0.5) * _ROW_HEIGHT,
-                [Mark(axis.position(row.kl_ratio or 0.0), row) for row in group],
+                [Mark(axis.position(row.kl_ratio or 0.0), row, known.name(row.component)) for row in group],
                 *(None if value is None else axis.position(value) for value in ends),
             )
         )

@@ -27,9 +27,10 @@ def compare(first: ComponentStore, second: ComponentStore) -> pa.Table:
 
     Returns:
         One row per pair, and one per component without a match. Columns: component, other_component (null without a
-        match), cosine (in the sketch), abs_cosine, direction_cosine (of the directions in parameter space; null unless
-        both are lifted), shared_top_examples (number of listed top examples of both; null for runs with other
-        examples). The sign of a component is arbitrary.
+        match), name and other_name (only if a component of either factorization has a name), cosine (in the sketch),
+        abs_cosine, direction_cosine (of the directions in parameter space; null unless both are lifted),
+        shared_top_examples (number of listed top examples of both; null for runs with other examples). The sign of a
+        component is arbitrary.
 
     Raises:
         QueryError: The components are not comparable: the runs differ in model, parameters, sketch or seed, or
@@ -57,7 +58,18 @@ def compare(first: ComponentStore, second: ComponentStore) -> pa.Table:
         )
     unmatched = sorted(set(range(len(b_LD))) - set(other_of.values()))
     rows += [dict.fromkeys(_SCHEMA.names) | {"other_component": other} for other in unmatched]
-    return pa.Table.from_pylist(rows, schema=_SCHEMA)
+    return _with_names(pa.Table.from_pylist(rows, schema=_SCHEMA), first, second)
+
+
+def _with_names(table: pa.Table, first: ComponentStore, second: ComponentStore) -> pa.Table:
+    """Return the table with the names of the components after their numbers, if there are any names."""
+    known = [store.annotations for store in (first, second)]
+    if not any(each.name for of_column in known for each in of_column.of_component.values()):
+        return table
+    for place, (column, of_column) in enumerate(zip(("component", "other_component"), known, strict=True)):
+        names = [None if number is None else of_column.name(number) for number in table[column].to_pylist()]
+        table = table.add_column(2 + place, ("name", "other_name")[place], pa.array(names, pa.string()))
+    return table
 
 
 _SCHEMA = pa.schema(

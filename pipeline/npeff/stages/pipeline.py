@@ -19,6 +19,7 @@ from npeff.stages.earlier_results import direction_checksums, lifted_components
 from npeff.stages.lift import LIFT
 from npeff.stages.registry import STAGES
 from npeff.stages.worker_specs import executor_for
+from npeff.store.annotations import read_annotations
 from npeff.store.direction_store import DirectionStore
 
 
@@ -58,6 +59,8 @@ def report(run: RunDirectory, *, progress: ProgressDisplay | None = None) -> Pat
 def export_direction(run: RunDirectory, component: int, file: str | Path) -> None:
     """Write a component's unit direction to a safetensors file, one tensor per parameter name.
 
+    The metadata of the file contain the name and the note of the component, if it has any.
+
     Raises:
         RunDirectoryError: the component does not exist or is not lifted.
     """
@@ -72,4 +75,6 @@ def export_direction(run: RunDirectory, component: int, file: str | Path) -> Non
         raise RunDirectoryError(
             f"component {component} is not lifted: run `npeff lift {run.argument} -c {component}` first"
         )
-    directions.export(component, file)
+    known = read_annotations(run)
+    texts = {"name": known.name(component), "note": known.note(component)}
+    directions.export(component, file, {key: text for key, text in texts.items() if text is not None})

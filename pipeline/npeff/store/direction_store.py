@@ -198,8 +198,10 @@ class DirectionStore:
         except (ValueError, OSError) as error:
             raise self._damage(_SKETCHES, "an array of sketches") from error
 
-    def export(self, component: int, file: str | Path) -> None:
+    def export(self, component: int, file: str | Path, texts: Mapping[str, str] | None = None) -> None:
         """Write the unit direction of a component as a safetensors file with one tensor per parameter.
+
+        The metadata of the file are the component, the kind of direction and, if given, ``texts``.
 
         Raises:
             IndexError: There is no such component.
@@ -208,7 +210,7 @@ class DirectionStore:
         # numpy operations turn 0-d arrays into scalars, and safetensors ignores strides
         tensors = {name: np.require(values, requirements="C") for name, values in self.read(component).items()}
         kind = self.attrs.get("direction", "own")
-        content = save(tensors, {"component": str(component), "direction": kind})
+        content = save(tensors, {**(texts or {}), "component": str(component), "direction": kind})
         write_file_atomically(location(file), lambda stream: stream.write(content))
 
     def _check(self, component: int) -> None:

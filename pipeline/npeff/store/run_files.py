@@ -3,7 +3,8 @@
     RUN/                        the run and its Fishers: run.yaml, provenance.json, fishers.zarr, shards/, task/, step/
       tables/ stages/ partial/  tables, records and partial results of the stages of the run (`OF_THE_RUN`)
       factorizations/NAME/      one factorization: factorization.yaml, factorization.zarr, checkpoints/,
-                                directions.zarr, input_covariance.safetensors, report/, repair/, metrics/
+                                directions.zarr, input_covariance.safetensors, report/, repair/, metrics/,
+                                annotations.json
         tables/ stages/ partial/   those of the stages of a factorization
 
 In the former layout, the files of the factorization ``default`` lie in RUN itself. `npeff.runs.migration` moves them.
@@ -43,6 +44,7 @@ FILES = (
     "factorization.zarr",
     "checkpoints",
     "metrics",
+    "annotations.json",
 )
 """The files and folders of a factorization, relative to its folder, without its settings."""
 
@@ -116,6 +118,11 @@ class FilesOfRun:
     def input_covariance(self) -> Path:
         """The mean of the inputs and the factor of their covariance, of the stage inputs."""
         return self.home / "input_covariance.safetensors"
+
+    @property
+    def annotations(self) -> Path:
+        """The names and notes of the components."""
+        return self.home / "annotations.json"
 
     @property
     def metrics(self) -> Path:

@@ -20,6 +20,7 @@ from npeff.stages.registry import STAGES
 from npeff.storage.atomic import is_committed
 from npeff.storage.checksums import file_checksum, read_json
 from npeff.storage.errors import StoreError
+from npeff.store.annotations import verify_annotations
 from npeff.store.array_files import read_arrays
 
 
@@ -58,7 +59,7 @@ def _not_recomputable(part: Part) -> Part:
 
 
 def _files_of(run: RunDirectory, of_the_run: bool) -> Iterator[Part]:
-    """Yield the configuration and the report, and the provenance."""
+    """Yield the provenance, the configuration, the report and the annotations."""
     if of_the_run:
         provenance = run.path / "provenance.json"
         yield Part("provenance", provenance, partial(read_json, provenance), (provenance,))
@@ -71,6 +72,14 @@ def _files_of(run: RunDirectory, of_the_run: bool) -> Iterator[Part]:
         )
     if run.report.exists():
         yield Part("report", run.report, partial(_verify_report, run.report), (run.report,))
+    if run.annotations.exists():
+        yield Part(
+            "annotations",
+            run.annotations,
+            partial(verify_annotations, run.annotations),
+            recomputable=False,
+            remedy="restore it from a copy or delete it",
+        )
 
 
 def _verify_configuration(run: RunDirectory) -> None:
