@@ -54,9 +54,9 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "stages": (TENSORS | {"scipy", "pyarrow", "safetensors"}, {"*"}),
     "live": (
         {"numpy", "torch", "pyarrow", "sklearn", "jinja2", "starlette", "uvicorn"},
-        {"errors", "statistics", "storage", "store", "query", "reports", "runs", "stages", "models", "tasks", "fisher",
-         "factorization", "verification"},
-    ),  # fmt: skip
+        {"errors", "variables", "statistics", "storage", "store", "query", "reports", "runs", "stages", "models"}
+        | {"tasks", "fisher", "factorization", "verification"},
+    ),
     "interchange": (
         {"h5py", "pyarrow", "torch", "numpy"},
         {"errors", "variables", "stages", "runs", "store", "storage", "factorization"},

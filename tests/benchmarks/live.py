@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import psutil
-from npeff.store.tables import rows_to_columns, write_table
-from npeff.storage.commands import DEFAULT
 from npeff.query.tables import StoredRun
+from npeff.storage.commands import DEFAULT
+from npeff.store.tables import write_table
 from queries import build
 from rich.console import Console
 from rich.table import Table
@@ -44,6 +44,8 @@ if __name__ == "__main__":
     serve(sys.argv[1], 0, 12, lambda line: print(line, flush=True))
 """
 
+SUBSET = quote("label = 2 and not correct")
+
 PAGES: dict[str, Callable[[int, int, int], str]] = {
     "overview": lambda i, n, k: "/",
     "overview, search and order": lambda i, n, k: f"/?q=elit+{i}&sort=mass&order=down",
@@ -54,11 +56,11 @@ PAGES: dict[str, Callable[[int, int, int], str]] = {
     "picture": lambda i, n, k: f"/image?example={(7919 * i) % n}",
     "forms": lambda i, n, k: "/query",
     "query: top 20": lambda i, n, k: f"/query/top?component={i % k}&n=20",
-    "query: top 20 where": lambda i, n, k: f"/query/top?component={i % k}&n=20&where={quote('label = 2 and not correct')}",
+    "query: top 20 where": lambda i, n, k: f"/query/top?component={i % k}&n=20&where={SUBSET}",
     "query: one example": lambda i, n, k: f"/query/example?example={(7919 * i) % n}",
     "query: similar": lambda i, n, k: f"/query/similar?component={i % k}",
     "query: SQL": lambda i, n, k: f"/query/sql?query={quote('select label, count(*) from examples group by label')}",
-    "query: enriched": lambda i, n, k: f"/query/enriched?where={quote('label = 2 and not correct')}",
+    "query: enriched": lambda i, n, k: f"/query/enriched?where={SUBSET}",
     "report, not changed": lambda i, n, k: "/report",
     "try, the form": lambda i, n, k: "/try",
     "step, the form": lambda i, n, k: f"/step?component={i % k}",
@@ -142,7 +144,11 @@ def memory(pid: int) -> dict[str, float]:
     process = psutil.Process(pid)
     everything = [process, *process.children(recursive=True)]
     shared = sum(each.memory_full_info().pss for each in everything)
-    return {"rss_mib": process.memory_info().rss / 2**20, "pss_of_all_mib": shared / 2**20, "processes": len(everything)}
+    return {
+        "rss_mib": process.memory_info().rss / 2**20,
+        "pss_of_all_mib": shared / 2**20,
+        "processes": len(everything),
+    }
 
 
 def show(results: dict[str, object]) -> None:

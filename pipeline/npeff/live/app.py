@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import secrets
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -19,7 +20,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from npeff.errors import NpeffError, without_values
@@ -27,12 +28,14 @@ from npeff.live.access import POLICY, REPORT_POLICY, STYLED_POLICY, first_values
 from npeff.live.connections import ConnectionLimits
 from npeff.live.limits import CallLimits, LimitExceededError, call_limited
 from npeff.live.pages import Page, View
-from npeff.live.queries import QUESTIONS, REPORT, answer, forms
+from npeff.live.queries import QUESTIONS, REPORT, answer, forms, whole
 from npeff.live.templates import page, script, style
+from npeff.live.with_model import ModelPages
 from npeff.live.workspace import Workspace
 from npeff.query.errors import QueryError
 
 _MOST_PARAMETERS = 20
+_FORM_BYTES = 2**17
 _DEFECT = text(
     HTTPStatus.INTERNAL_SERVER_ERROR, "An internal error has occurred. The terminal of the command shows it."
 )
@@ -46,6 +49,8 @@ class Limits:
     queries: int = 4
     """Queries at the same time. Further ones wait."""
     query: CallLimits = field(default_factory=lambda: CallLimits(30, 2 * 2**30, 16 * 2**20))
+    upload_bytes: int = 16 * 2**20
+    """Size of the largest example of one's own."""
     report: CallLimits = field(default_factory=lambda: CallLimits(300, 8 * 2**30, 512 * 2**20))
 
 
@@ -59,7 +64,9 @@ class Live:
 
     def __init__(self, view: View, limits: Limits) -> None:
         self.view, self.limits = view, limits
-        self.workspace = Workspace(view)
+        self._key = secrets.token_urlsafe(24)
+        self.workspace = Workspace(view, self._key)
+        self.model_pages = ModelPages(view, self.workspace, self._key)
         self.cached_report = Page(HTTPStatus.OK, "", b"")
         self._queries, self._rendering = asyncio.Semaphore(limits.queries), asyncio.Lock()
 
@@ -70,6 +77,8 @@ class Live:
             "/component/{component}": self.workspace.component,
             "/example/{example:path}": self.workspace.example,
             "/image": self.workspace.image,
+            "/try": self.model_pages.own_example,
+            "/step": self.model_pages.step,
         }
         routes = [Route(path, functools.partial(self._fixed, made)) for path, made in pages.items()]
         routes += [
@@ -78,20 +87,65 @@ class Live:
             Route("/report", self._report),
             Route("/style.css", _constant(style)),
             Route("/live.js", _constant(script)),
+            Route("/try", self._tried, methods=["POST"]),
         ]
+        if self.view.edit:
+            routes.append(Route("/component/{component}", self._annotated, methods=["POST"]))
         handlers: dict[Any, Any] = {HTTPException: self._refused, Exception: lambda request, error: _DEFECT}
         return Starlette(routes=routes, exception_handlers=handlers)
 
     def close(self) -> None:
-        """Close what is open."""
+        """End the process of the model."""
+        self.model_pages.process.close()
 
     async def _fixed(self, made: Callable[[dict[str, str]], Page], request: Request) -> Response:
         """Answer with a page that is made in a thread of this process."""
         asked = {**_asked(request), **request.path_params}
+        return await self._made(made, asked)
+
+    async def _tried(self, request: Request) -> Response:
+        """Answer with the components of an example of one's own."""
+        form = await self._form(request, self.limits.upload_bytes)
+        given = {name.removeprefix("column:"): value for name, value in form.items() if name.startswith("column:")}
+        return await self._made(self.model_pages.tried, given)
+
+    async def _annotated(self, request: Request) -> Response:
+        """Store the name and the note of a component, and send the browser back to its page."""
+        form = await self._form(request, _FORM_BYTES)
         try:
-            return _response(await asyncio.to_thread(made, asked))
+            number = whole(request.path_params, "component")
+            name, note = (value if isinstance(value := form.get(key, ""), str) else "" for key in ("name", "note"))
+            await asyncio.to_thread(self.workspace.annotate, number, name, note)
         except NpeffError as error:
             return _response(self._problem(error))
+        return RedirectResponse(f"/component/{number}", HTTPStatus.SEE_OTHER)
+
+    async def _form(self, request: Request, most_bytes: int) -> dict[str, str | bytes]:
+        """Return the fields of a form that this server has made."""
+        length = request.headers.get("Content-Length", "")
+        if not (length.isascii() and length.isdecimal()):
+            raise HTTPException(HTTPStatus.LENGTH_REQUIRED)
+        if int(length) > most_bytes:
+            line = f"The form has more than {most_bytes / 2**20:.3g} MiB."
+            raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, line)
+        found: dict[str, str | bytes] = {}
+        async with request.form(max_files=4, max_fields=_MOST_PARAMETERS, max_part_size=most_bytes) as form:
+            for name, value in form.multi_items():
+                text_of = value.replace("\r\n", "\n").strip() if isinstance(value, str) else await value.read()
+                found.setdefault(name, text_of)
+        key = found.pop("key", "")
+        if not isinstance(key, str) or not secrets.compare_digest(key.encode("utf-8", "replace"), self._key.encode()):
+            raise HTTPException(HTTPStatus.FORBIDDEN, "The form is not of this server: load its page again.")
+        return found
+
+    async def _made(self, made: Callable[..., Page], *arguments: Any) -> Response:
+        try:
+            return _response(await asyncio.to_thread(made, *arguments))
+        except NpeffError as error:
+            return _response(self._problem(error))
+        except asyncio.CancelledError:  # the server ends, and must not wait for the model
+            self.close()
+            raise
 
     async def _forms(self, request: Request) -> Response:
         return _response(forms(self.view, "", {}, HTTPStatus.OK))

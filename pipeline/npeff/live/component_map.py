@@ -31,7 +31,9 @@ def examples_similarity(coefficients_NK: Any) -> NDArray[np.float64]:
         products_KK += block_BK.T @ block_BK
     lengths_K = np.sqrt(products_KK.diagonal())
     scale_KK = np.outer(lengths_K, lengths_K)
-    return np.divide(products_KK, scale_KK, out=np.zeros_like(products_KK), where=scale_KK > 0)
+    cosines_KK: NDArray[np.float64] = np.zeros_like(products_KK)
+    np.divide(products_KK, scale_KK, out=cosines_KK, where=scale_KK > 0)
+    return cosines_KK
 
 
 def _pca(similarity_KK: NDArray[np.float64]) -> NDArray[np.float64]:

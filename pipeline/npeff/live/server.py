@@ -23,7 +23,8 @@ from npeff.live.access import LOOPBACK, Access
 from npeff.live.app import Limits, Live
 from npeff.live.connections import LimitedConnection
 from npeff.live.limits import prepare
-from npeff.live.queries import MODULES, View
+from npeff.live.pages import View
+from npeff.live.queries import MODULES
 from npeff.query.components import ComponentStore
 from npeff.query.errors import QueryError
 from npeff.runs.directory import RunDirectory
@@ -68,7 +69,7 @@ def serve(
 
 def serve_run(run: RunDirectory, port: int, say: Callable[[str], None], *, edit: bool = False) -> None:
     """Serve a run as `serve` does, with the settings of its run file."""
-    serve(run.path, port, say, factorization=run.name, edit=edit, **run.config.report.arguments())
+    serve(run.path, port, say=say, factorization=run.name, edit=edit, **run.config.report.arguments())
 
 
 class LiveServer:

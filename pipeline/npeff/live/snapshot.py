@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from npeff.live.component_map import examples_similarity, placed
@@ -88,6 +89,12 @@ class Snapshot:
         if self.store.stored_coefficients.size <= _MOST_COEFFICIENTS:
             found["examples"] = examples_similarity(self.store.stored_coefficients)
         return found
+
+    def members(self, split: str) -> NDArray[np.bool_]:
+        """Return the mask (N,) of the valid examples of a split."""
+        table = self.store.tables.read("examples", ["valid", "split"])
+        members_N: NDArray[np.bool_] = pc.and_(table["valid"], pc.equal(table["split"], split)).to_numpy()
+        return members_N
 
     def places(self, of: str, by: str) -> NDArray[np.float64]:
         """Return the places (K, 2) of the components on the map.

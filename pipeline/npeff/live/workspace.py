@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from npeff.query.components import ComponentStore
 from npeff.query.errors import QueryError
 from npeff.reports.cards import Bar, Card, bars
 from npeff.storage.location import is_remote
+from npeff.store.annotations import Annotation, write_annotations
 
 _REMOTE_STATE_S = 10
 """Time in seconds after which the state of a run in a bucket is read again."""
@@ -36,19 +38,20 @@ class Workspace:
 
     Args:
         view: What is served.
+        key: The key that a form of this server contains.
     """
 
-    def __init__(self, view: View) -> None:
-        self._view, self._lock = view, threading.Lock()
+    def __init__(self, view: View, key: str) -> None:
+        self._view, self._key, self._lock = view, key, threading.Lock()
         self._snapshot: Snapshot | None = None
-        self._checked = 0.0
+        self._checked = -math.inf
 
     @contextmanager
     def now(self) -> Iterator[Snapshot]:
         """Yield the present state of the run. Arrow's readers cannot be used by two threads at the same time."""
         with self._lock:
             known = self._snapshot
-            recently = time.monotonic() - self._checked < _REMOTE_STATE_S
+            recently = time.monotonic() < self._checked + _REMOTE_STATE_S
             if known is not None and recently and is_remote(known.store.run_dir):
                 yield known
                 return
@@ -117,6 +120,7 @@ class Workspace:
                 "component.html.j2",
                 styled=True,
                 view=self._view,
+                key=self._key if self._view.edit else "",
                 card=card,
                 previous=cards[number - 1] if number else None,
                 following=cards[number + 1] if number + 1 < len(cards) else None,
@@ -128,6 +132,13 @@ class Workspace:
                 run_dir=store.run.argument,
                 **snapshot.card_variables,
             )
+
+    def annotate(self, component: int, name: str, note: str) -> None:
+        """Store the name and the note of a component. Raises `StoreError` if they cannot be stored."""
+        with self._lock:
+            store = ComponentStore.open(self._view.run_dir, self._view.factorization)
+            write_annotations(store.run, {component: Annotation(name, note)})
+            self._checked = -math.inf
 
     def example(self, asked: dict[str, str]) -> Page:
         """Return the page of an example."""
@@ -146,7 +157,7 @@ class Workspace:
                 components=components.to_pylist(),
                 cards=snapshot.cards,
                 neighbours=near.to_pylist(),
-                pictured=_pictured(store, examples),
+                pictured=pictured(store, examples),
             )
 
     def image(self, asked: dict[str, str]) -> Page:
@@ -186,8 +197,8 @@ def _address(path: str = "/", **parameters: Any) -> str:
     return f"{path}?{urlencode(given)}" if given else path
 
 
-def _pictured(store: ComponentStore, examples: list[int]) -> set[int]:
-    """Return the examples that have a picture."""
+def pictured(store: ComponentStore, examples: list[int]) -> set[int]:
+    """Return those examples that have a picture."""
     tables = store.tables
     if "image" not in tables.columns("examples"):
         return set()
