@@ -14,6 +14,7 @@ from npeff.live.pages import View
 from npeff.live.queries import forms
 from npeff.live.server import LiveServer
 from npeff.live.templates import style
+from npeff.query.components import ComponentStore
 
 pytestmark = pytest.mark.process
 
@@ -39,6 +40,13 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def server(run) -> Iterator[LiveServer]:
     yield from running(run.path)
+
+
+@pytest.fixture(scope="module")
+def shown_id(run) -> str:
+    """The id of an example on the card of component 0."""
+    top = ComponentStore.open(run.path).table("top_examples")
+    return f"digit-{top['example'][0].as_py():04d}"
 
 
 def wait(browser: Browser, condition: str) -> None:
@@ -76,14 +84,14 @@ def test_pictures_are_shown(browser: Browser, server: LiveServer) -> None:
     assert browser.complaints == []
 
 
-def test_the_search_and_the_order_are_in_the_address(browser: Browser, server: LiveServer) -> None:
+def test_the_search_and_the_order_are_in_the_address(browser: Browser, server: LiveServer, shown_id: str) -> None:
     browser.open(server.address)
     everything = browser.evaluate(SHOWN)
     assert everything == list(range(12))
     browser.evaluate("document.querySelector('input[type=search]').focus()")
-    for key in "digit-0003":
+    for key in shown_id:
         browser.press(key)
-    wait(browser, "location.search.includes('q=digit-0003')")
+    wait(browser, f"location.search.includes('q={shown_id}')")
     found = browser.evaluate(SHOWN)
     assert 0 < len(found) < 12
     assert len(browser.evaluate("[...document.querySelectorAll('.map svg[role=img] a')].map((e) => 1)")) == len(found)
@@ -95,7 +103,7 @@ def test_the_search_and_the_order_are_in_the_address(browser: Browser, server: L
     order = browser.evaluate(SHOWN)
     browser.open(address)
     assert browser.evaluate(SHOWN) == order
-    assert browser.evaluate("document.querySelector('input[type=search]').value") == "digit-0003"
+    assert browser.evaluate("document.querySelector('input[type=search]').value") == shown_id
 
 
 def test_a_point_of_the_map_and_a_neighbour_lead_to_components(browser: Browser, server: LiveServer) -> None:
@@ -119,13 +127,13 @@ def test_a_query_is_asked_by_its_form(browser: Browser, server: LiveServer) -> N
     assert browser.complaints == []
 
 
-def test_without_scripts_the_forms_work(browser: Browser, server: LiveServer) -> None:
+def test_without_scripts_the_forms_work(browser: Browser, server: LiveServer, shown_id: str) -> None:
     browser.call("Emulation.setScriptExecutionDisabled", value=True)
     try:
         browser.open(server.address)
-        browser.evaluate("document.querySelector('input[type=search]').value = 'digit-0003'")
+        browser.evaluate(f"document.querySelector('input[type=search]').value = '{shown_id}'")
         browser.evaluate("document.querySelector('form button').click()")
-        wait(browser, "location.search.includes('q=digit-0003') && document.readyState === 'complete'")
+        wait(browser, f"location.search.includes('q={shown_id}') && document.readyState === 'complete'")
         assert 0 < len(browser.evaluate(SHOWN)) < 12
     finally:
         browser.call("Emulation.setScriptExecutionDisabled", value=False)

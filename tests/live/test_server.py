@@ -95,7 +95,7 @@ def test_images_come_one_by_one(server: Server) -> None:
     assert (status, headers["Content-Type"]) == (200, "image/png")
     assert "PNG" in content[:8]
     assert ask(server, "/image?example=99999")[0] == 404
-    assert ask(server, "/image?example=x")[0] == 400
+    assert ask(server, "/image?example=x")[0] == 404
 
 
 @pytest.mark.parametrize(

@@ -163,10 +163,7 @@ class Workspace:
     def image(self, asked: dict[str, str]) -> Page:
         """Return the picture of an example."""
         with self.now() as snapshot:
-            try:
-                number = whole(asked, "example")
-            except QueryError as error:
-                return Page(HTTPStatus.BAD_REQUEST, TEXT, f"{error}\n".encode())
+            number = whole(asked, "example")
             tables = snapshot.store.tables
             groups = tables.groups_with("examples", "example", [number])
             rows = tables.read_groups("examples", groups, ("example", "image"))
