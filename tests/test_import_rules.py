@@ -52,6 +52,11 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {"errors", "query", "store", "storage", "statistics"},
     ),
     "stages": (TENSORS | {"scipy", "pyarrow", "safetensors", "mlflow", "wandb"}, {"*"}),
+    "live": (
+        {"numpy", "torch", "pyarrow", "sklearn", "jinja2", "starlette", "uvicorn"},
+        {"errors", "variables", "statistics", "storage", "store", "query", "reports", "runs", "stages", "models"}
+        | {"tasks", "fisher", "factorization", "verification"},
+    ),
     "interchange": (
         {"h5py", "huggingface_hub", "pyarrow", "safetensors", "torch", "numpy"},
         {
@@ -69,7 +74,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "cli": (
         {"typer", "rich", "pyarrow"},
-        {"errors", "variables", "perception", "stages", "interchange", "runs", "execution", "query", "storage"},
+        {"errors", "variables", "perception", "stages", "live", "interchange", "runs", "execution", "query", "storage"},
     ),
 }
 """For each room (a package or a module of this project), floor by floor: the third-party packages and the rooms that it

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from npeff.query.components import ComponentStore
-from npeff.reports.cards import PARAMETERS_SHOWN, Bar, CardWriter, _bars
+from npeff.reports.cards import PARAMETERS_SHOWN, Bar, CardWriter, bars
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +62,12 @@ def test_a_card_counts_the_rows_of_the_informative_sign_above_all_controls(cards
 def test_many_parameters_keep_the_largest_in_their_order_and_the_sum() -> None:
     rng = np.random.default_rng(0)
     energies = rng.dirichlet(np.ones(50))
-    bars = _bars({"parameter": f"layer{i}", "energy": float(e)} for i, e in enumerate(energies))
-    assert len(bars) == PARAMETERS_SHOWN
-    assert sum(bar.energy for bar in bars) == pytest.approx(1.0)
+    found = bars({"parameter": f"layer{i}", "energy": float(e)} for i, e in enumerate(energies))
+    assert len(found) == PARAMETERS_SHOWN
+    assert sum(bar.energy for bar in found) == pytest.approx(1.0)
     kept = np.sort(np.argsort(-energies)[: PARAMETERS_SHOWN - 1])
-    assert [bar.name for bar in bars] == [*(f"layer{i}" for i in kept), "39 other parameters"]
-    assert _bars([{"parameter": "only", "energy": 1.0}]) == [Bar("only", 1.0)]
+    assert [bar.name for bar in found] == [*(f"layer{i}" for i in kept), "39 other parameters"]
+    assert bars([{"parameter": "only", "energy": 1.0}]) == [Bar("only", 1.0)]
 
 
 def test_contrast_examples_have_the_top_examples_prediction_and_no_part_in_the_component(

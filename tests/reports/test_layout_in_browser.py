@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -144,16 +143,3 @@ def test_a_step_that_breaks_the_model_is_named(browser: Browser, make_run: Calla
 def test_of_a_report_without_broken_models_no_step_is_named(browser: Browser, run: SyntheticRun) -> None:
     browser.open(write_report(run.path))
     assert "breaks the model" not in browser.evaluate("document.body.innerText")
-
-
-def test_the_live_view_keeps_the_lines_of_texts(browser: Browser, tmp_path: Path) -> None:
-    from npeff.reports.pages import View, forms, style
-
-    page = forms(View("run", None, 4), "/sql", {}, 200, pa.table({"text": ["One.\nTwo.", "A " * 60 + "\nB"]}))  # type: ignore[arg-type]
-    sheet = style().content.decode()
-    html = page.content.decode().replace('<link rel="stylesheet" href="/style.css">', f"<style>{sheet}</style>")
-    (tmp_path / "answer.html").write_text(html)
-    browser.open(tmp_path / "answer.html", width=1400)
-    cells = browser.evaluate("[...document.querySelectorAll('#answer td')].map((e) => e.innerText)")
-    assert cells[0] == "One.\nTwo."
-    assert cells[1].endswith("\nB")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -15,7 +13,6 @@ from chromium import Browser, find_chromium
 from npeff.query.components import ComponentStore
 from npeff.reports import in_common, report
 from npeff.reports.report import write_report
-from npeff.reports.serve import make_server
 
 pytestmark = pytest.mark.process
 
@@ -326,47 +323,3 @@ def test_tiles_hold_their_values_and_do_not_overlap(browser: Browser, run, width
     assert all(value in shown for value in LONG_VALUES.values())
     assert_boxes_are_apart(browser, ".tiles > div", width)
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
-
-
-@pytest.mark.parametrize("width", [pytest.param(1400, marks=pytest.mark.slow), 400])
-def test_tiles_and_panels_of_the_live_view_do_not_overlap(browser: Browser, run, width: int) -> None:
-    with served(run.path) as home:
-        browser.open(f"{home}/", width=width)
-        assert_boxes_are_apart(browser, ".questions > .panel", width)
-        assert browser.evaluate("document.documentElement.scrollWidth") <= width
-        browser.open(f"{home}/report", width=width)
-        browser.evaluate(FILL_TILES % json.dumps(LONG_VALUES))
-        assert_boxes_are_apart(browser, ".tiles > div", width)
-
-
-@contextmanager
-def served(path: Path) -> Iterator[str]:
-    """The address of the live view of a run."""
-    with make_server(path, 0, top_examples=4) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-def test_the_live_view_works_in_a_browser(browser: Browser, run) -> None:
-    with served(run.path) as home:
-        browser.open(f"{home}/top?component=2&n=3")
-        # images that are not in view load later
-        browser.evaluate("Promise.all([...document.images].map((i) => { i.loading = 'eager'; return i.decode(); }))")
-        assert browser.evaluate("[...document.images].map((i) => i.naturalWidth)") == [8, 8, 8]
-        assert browser.evaluate("getComputedStyle(document.querySelector('.panel')).borderRadius") == "10px"
-        browser.evaluate("document.querySelector('textarea').value = 'select 6 * 7 as answer'")
-        browser.evaluate("document.querySelector('form[action=\"/sql\"] button').click()")
-        answered = "location.pathname === '/sql' && document.readyState === 'complete'"
-        deadline = time.monotonic() + 20
-        while not browser.evaluate(answered) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert browser.evaluate("document.querySelector('#answer td').textContent") == "42"
-        browser.open(f"{home}/report#component-3")
-        assert browser.evaluate("document.querySelectorAll('.card').length") == 12
-        assert browser.complaints == []
-        assert {url[: len(home)] for url in browser.requests} == {home}

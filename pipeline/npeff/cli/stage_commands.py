@@ -112,24 +112,30 @@ def report_command(
     address: Address = None,
     serve: Annotated[
         bool,
-        typer.Option("--serve", help="Serve a live view, with query forms, until Ctrl-C, instead of writing the file."),
+        typer.Option("--serve", help="Serve the live view until Ctrl-C, instead of writing the file."),
     ] = False,
     port: Annotated[
         int | None,
         typer.Option(min=0, max=65535, help="Port of the live view (--serve); 0, the default, chooses a free port."),
     ] = None,
+    edit: Annotated[
+        bool, typer.Option("--edit", help="Let the live view (--serve) change names and notes of components.")
+    ] = False,
     factorization: Factorization = None,
 ) -> None:
     """Write the report of the available results as one HTML file, or serve it on this machine (--serve)."""
     if port is not None and not serve:
         raise typer.BadParameter("--port needs --serve")
+    if edit and not serve:
+        raise typer.BadParameter("--edit needs --serve")
     from npeff.runs.progress import default_progress
-    from npeff.stages.pipeline import serve_report
 
     opened = open_run(run, run_dir, workers, address, factorization=factorization)
     progress = default_progress()
     if serve:
-        serve_report(opened, port or 0, progress.say)
+        from npeff.live.server import serve_run
+
+        serve_run(opened, port or 0, progress.say, edit=edit)
     else:
         npeff.report(opened, progress=progress)
         progress.say(f"report: complete, in {opened.home}")

@@ -322,16 +322,34 @@ class ComponentStore:
             Columns: rank, cosine, shared_components (number of components of both examples), then the columns of
             `top_examples`. The example itself and examples without a shared component are left out.
         """
-        _check_number(n, "examples")
         index = self.example_number(example)
+        return self._nearest_examples(self._weights(index), n, self.examples_where(where, split), without=index)
+
+    def nearest(self, weights_K: NDArray[np.floating], n: int = 20) -> pa.Table:
+        """Return the `n` examples whose coefficients are most similar to given ones, such as those of a new example.
+
+        Args:
+            weights_K: Coefficients (K,) of the components of this run.
+            n: Number of examples.
+
+        Returns:
+            The columns of `neighbours`.
+        """
+        return self._nearest_examples(np.asarray(weights_K, np.float64), n, self.examples_where())
+
+    def _nearest_examples(
+        self, weights_K: NDArray[np.float64], n: int, among_N: NDArray[np.bool_], without: int | None = None
+    ) -> pa.Table:
+        _check_number(n, "examples")
         stored = self._factorization.coefficient_norms
         if stored is None:
             norms_N = neighbours.norms(self.tables, self._n_examples)
         else:
             norms_N = self._stored("coefficient_norms", stored, slice(None))
-        cosines_N, shared_N = neighbours.cosines(self.tables, self._weights(index), norms_N)
-        candidates = self.examples_where(where, split) & (shared_N > 0)
-        candidates[index] = False
+        cosines_N, shared_N = neighbours.cosines(self.tables, weights_K, norms_N)
+        candidates = among_N & (shared_N > 0)
+        if without is not None:
+            candidates[without] = False
         found = np.flatnonzero(candidates)
         found = found[np.argsort(-cosines_N[found], kind="stable")[:n]]
         described = self.describe_examples(found.tolist())

@@ -1,1 +1,1 @@
-"""The report, which is one HTML page, and the live view."""
+"""The report, which is one HTML page."""

@@ -197,7 +197,7 @@ class CardWriter:
             effects=self._shifts.effects(found),
             selectivity=self._selectivity.get(component, []),
             common=Common(common.values[:VALUES_SHOWN], common.words[:WORDS_SHOWN], common.numbers),
-            energy=_bars(self._energy.get(component, [])),
+            energy=bars(self._energy.get(component, [])),
             input_groups=self._groups_of(component),
             neighbours=self._store.similar_components(component, NEIGHBOURS_SHOWN).to_pylist(),
         )
@@ -317,14 +317,14 @@ def _share(counts: Counter[int], number: int) -> float | None:
     return counts[number] / total if total else None
 
 
-def _bars(rows: Iterable[dict[str, Any]]) -> list[Bar]:
+def bars(rows: Iterable[dict[str, Any]]) -> list[Bar]:
     """Return bars of the parameters in model order; if there are many, the largest and one bar for the others."""
-    bars = [Bar(row["parameter"], row["energy"]) for row in rows]
-    if len(bars) <= PARAMETERS_SHOWN:
-        return bars
-    kept = sorted(bars, key=lambda bar: -bar.energy)[: PARAMETERS_SHOWN - 1]
-    others = [bar for bar in bars if bar not in kept]
-    return [bar for bar in bars if bar in kept] + [
+    found = [Bar(row["parameter"], row["energy"]) for row in rows]
+    if len(found) <= PARAMETERS_SHOWN:
+        return found
+    kept = sorted(found, key=lambda bar: -bar.energy)[: PARAMETERS_SHOWN - 1]
+    others = [bar for bar in found if bar not in kept]
+    return [bar for bar in found if bar in kept] + [
         Bar(f"{len(others)} other parameters", sum(bar.energy for bar in others), of_others=True)
     ]
 

@@ -12,6 +12,8 @@ import hashlib
 import math
 import re
 import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,18 @@ CARDS_AT_ONCE = 64
 _CHECKSUM = re.compile(r"[0-9a-f]{16,}(-[0-9a-f]{8,})?")
 _MOST_LISTED = 16
 """Largest number of list items to show from a stage's record, such as the lifted components."""
+
+
+@dataclass(frozen=True)
+class Links:
+    """Addresses to which the parts of a card link."""
+
+    overview: str
+    """The table of the components."""
+    component: Callable[[int], str]
+    """The card of a component."""
+    example: Callable[[int], str] | None = None
+    """The page of an example, by its row number; None if examples have no pages."""
 
 
 def write_report(
@@ -90,6 +104,7 @@ def environment() -> jinja2.Environment:
     )
     templates.filters |= {"number": number, "percent": percent, "duration": duration, "ratio": ratio}
     templates.filters |= {"parts": parts, "on_one_line": on_one_line, "breakable": breakable}
+    templates.globals["links"] = Links(overview="#components", component=lambda number: f"#component-{number}")
     return templates
 
 
@@ -119,7 +134,6 @@ def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
         "title": str(provenance.get("task") or without_values(store.run_dir.resolve().name)),
         "run_dir": without_values(store.run.argument),
         "summary": store.summary(),
-        "diagonal": kind.startswith("diagonal_"),
         "factorized": _FACTORIZED.get(kind, "Fisher matrices"),
         "stages": [_stage(name, record) for name, record in tables.stages().items()],
         "provenance": _flat(provenance),
@@ -130,11 +144,9 @@ def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
         "scores": scores,
         "broken": [verdict for verdict in found if verdict.broken],
         "failure": next((score.failure for score in scores), None),
-        "control_a": "Fisher norms" if found and found[0].informative is None else "traces",
         "least_matched": LEAST_MATCHED,
         "most_trace_ratio": MOST_TRACE_RATIO,
         "ratio_charts": _ratio_charts(found),
-        "strip": log_axis(_ratios(found), 6, 194),
         "selectivity": selectivity_charts(store.table("selectivity")) if tables.has("selectivity") else [],
         "selectivity_side": SIDE,
         "removals": joint_ablations(store.table("joint_ablation").to_pylist()) if tables.has("joint_ablation") else [],
@@ -150,6 +162,23 @@ def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
         "has_common": any(card.common.values or card.common.words for card in cards),
         "has_shares": tables.has("position_shares") and tables.n_rows("position_shares") > 0,
         "inputs": writer.inputs if writer is not None else None,
+        **card_variables(store, cards, found),
+    }
+
+
+def card_variables(store: ComponentStore, cards: Sequence[Card], found: Sequence[Verdict]) -> dict[str, Any]:
+    """Return the variables of the template of a card that are the same for all cards.
+
+    Args:
+        store: The store.
+        cards: All cards.
+        found: The verdicts of all components.
+    """
+    tables = store.tables
+    return {
+        "diagonal": tables.record("factorize").get("factorized", "fishers").startswith("diagonal_"),
+        "control_a": "Fisher norms" if found and found[0].informative is None else "traces",
+        "strip": log_axis(_ratios(found), 6, 194),
         "has_inputs": any(card.has_inputs for card in cards),
         "metadata": store.metadata_columns() if tables.has("examples") else [],
     }
@@ -189,7 +218,7 @@ def _ratio_charts(found: list[Verdict]) -> list[Any]:
     return [chart for chart in charts if chart is not None]
 
 
-def _ratios(found: list[Verdict]) -> list[float | None]:
+def _ratios(found: Sequence[Verdict]) -> list[float | None]:
     return [value for v in found for value in (v.kl_ratio, v.norm_control, v.random_control, v.other_control)]
 
 

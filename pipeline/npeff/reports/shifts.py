@@ -94,25 +94,65 @@ class ShiftReader:
         classes, examples = self._classes.get(key, []), self._examples.get(key, [])
         if verdict.informative is None or not classes or not examples:  # a table of an earlier version
             return None
-        classes = [row | {"change": row["p_after"] - row["p_before"], "name": _name(row)} for row in classes]
-        classes.sort(key=lambda row: -abs(row["change"]))
-        examples = [row | {when: _name(row, when) for when in ("before", "after")} for row in examples]
-        flips = Counter((row["before"], row["after"]) for row in examples if row["class_before"] != row["class_after"])
-        return StepEffect(
-            examples=verdict.examples,
+        return step_effect(
+            classes,
+            examples,
+            self._ids,
+            examples_of=verdict.examples,
             sign=verdict.sign,
             informative=bool(verdict.informative),
             changed=verdict.row["changed_top"],
             several=self._several,
             tokens=self._tokens,
-            flips=[Flip(*pair, count / len(examples)) for pair, count in flips.most_common(FLIPS_SHOWN)],
-            classes=[row for row in classes if abs(row["change"]) >= LEAST_CHANGE][:CLASSES_SHOWN] or classes[:2],
-            rows=[row | {"id": self._ids[row["example"]]} for row in _most_changed(examples)],
         )
 
 
-def _most_changed(rows: Sequence[Row]) -> list[Row]:
-    return sorted(rows, key=lambda row: (-row["kl"], row["rank"]))[:EXAMPLES_SHOWN]
+def step_effect(
+    classes: Sequence[Row],
+    examples: Sequence[Row],
+    ids: Mapping[int, str],
+    *,
+    examples_of: str,
+    sign: int,
+    informative: bool,
+    changed: float,
+    several: bool,
+    tokens: bool,
+    most: int = EXAMPLES_SHOWN,
+) -> StepEffect:
+    """Return the effect of a step.
+
+    Args:
+        classes: Rows of the table `prediction_shifts`.
+        examples: Rows of the table `example_shifts`.
+        ids: The ids of the examples.
+        examples_of: The split of the examples.
+        sign: The sign of the step.
+        informative: Whether it is the informative sign.
+        changed: Fraction of the predictions whose class changes.
+        several: Whether an example has several predictions.
+        tokens: Whether the classes are the tokens of a vocabulary.
+        most: Largest number of examples in `StepEffect.rows`.
+    """
+    classes = [row | {"change": row["p_after"] - row["p_before"], "name": _name(row)} for row in classes]
+    classes.sort(key=lambda row: -abs(row["change"]))
+    examples = [row | {when: _name(row, when) for when in ("before", "after")} for row in examples]
+    flips = Counter((row["before"], row["after"]) for row in examples if row["class_before"] != row["class_after"])
+    return StepEffect(
+        examples=examples_of,
+        sign=sign,
+        informative=informative,
+        changed=changed,
+        several=several,
+        tokens=tokens,
+        flips=[Flip(*pair, count / len(examples)) for pair, count in flips.most_common(FLIPS_SHOWN)],
+        classes=[row for row in classes if abs(row["change"]) >= LEAST_CHANGE][:CLASSES_SHOWN] or classes[:2],
+        rows=[row | {"id": ids[row["example"]]} for row in _most_changed(examples, most)],
+    )
+
+
+def _most_changed(rows: Sequence[Row], most: int = EXAMPLES_SHOWN) -> list[Row]:
+    return sorted(rows, key=lambda row: (-row["kl"], row["rank"]))[:most]
 
 
 def _name(row: Row, when: str | None = None) -> str:

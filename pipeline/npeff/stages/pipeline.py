@@ -6,7 +6,6 @@ can be called again after any crash.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 from numpy.typing import NDArray
 
 from npeff.reports.report import write_report
-from npeff.reports.serve import serve
 from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
@@ -62,11 +60,6 @@ def report(run: RunDirectory, *, progress: ProgressDisplay | None = None) -> Pat
     """Write the report, one HTML file, from the available results. Returns its path."""
     with run.lock():
         return write_report(run.path, factorization=run.name, **run.config.report.arguments())
-
-
-def serve_report(run: RunDirectory, port: int, say: Callable[[str], None]) -> None:
-    """Serve the report and a view for queries on this machine only, until Ctrl-C. This writes no files."""
-    serve(run.path, port, say=say, factorization=run.name, **run.config.report.arguments())
 
 
 def export_direction(run: RunDirectory, component: int, file: str | Path) -> None:

@@ -13,7 +13,6 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from html import escape
@@ -21,10 +20,15 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
+from live_server import ask, cookie, header, raw, running
+from npeff.live import app
+from npeff.live.app import Limits
+from npeff.live.connections import ConnectionLimits
+from npeff.live.limits import CallLimits
+from npeff.live.queries import ROWS_SHOWN
+from npeff.live.server import LiveServer as Server
+from npeff.live.server import make_server
 from npeff.query.errors import QueryError
-from npeff.reports.limits import CallLimits
-from npeff.reports.pages import ROWS_SHOWN
-from npeff.reports.serve import Handler, Limits, Server, make_server
 
 pytestmark = pytest.mark.process
 
@@ -36,31 +40,6 @@ def server(run) -> Iterator[Server]:
     yield from running(run.path)
 
 
-def running(path: Path, limits: Limits | None = None) -> Iterator[Server]:
-    with make_server(path, 0, top_examples=4, limits=limits) as made:
-        thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        yield made
-        made.shutdown()
-        thread.join()
-
-
-def ask(server: Server, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], str]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
-    connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
-    answer = connection.getresponse()
-    content = answer.read().decode("utf-8", errors="replace")
-    connection.close()
-    return answer.status, dict(answer.getheaders()), content
-
-
-def raw(server: Server, request: bytes) -> bytes:
-    """What the server sends before it closes the connection."""
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=30) as connection:
-        connection.sendall(request)
-        return b"".join(iter(lambda: connection.recv(65536), b""))
-
-
 def eventually(holds: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + 60
     while not (held := holds()) and time.monotonic() < deadline:
@@ -69,7 +48,7 @@ def eventually(holds: Callable[[], bool]) -> bool:
 
 
 def question(name: str, **values: object) -> str:
-    return f"/{name}?{urlencode(values)}"
+    return f"/query/{name}?{urlencode(values)}"
 
 
 def digest(path: Path) -> dict[str, str]:
@@ -85,11 +64,11 @@ def test_questions_are_answered_and_nothing_is_written(server: Server, run) -> N
     assert top[2].count("/image?example=") == 3
     assert ask(server, question("example", example="digit-0003"))[0] == 200
     similar = ask(server, question("similar", component=2, n=4))[2]
-    assert similar.count('<a href="/report#component-') == 4
+    assert similar.count('<td class="num"><a href="/component/') == 4
     counted = ask(server, question("sql", query="select count(*) as n from examples"))[2]
     assert '<td class="num">360</td>' in counted
     assert 'id="component-3"' in ask(server, "/report")[2]
-    assert ask(server, "/")[0] == 200
+    assert all(ask(server, path)[0] == 200 for path in ("/", "/query", "/component/2", "/example/3"))
     assert "--ink" in ask(server, "/style.css")[2]
     assert digest(run.path) == before
 
@@ -116,7 +95,7 @@ def test_images_come_one_by_one(server: Server) -> None:
     assert (status, headers["Content-Type"]) == (200, "image/png")
     assert "PNG" in content[:8]
     assert ask(server, "/image?example=99999")[0] == 404
-    assert ask(server, "/image?example=x")[0] == 400
+    assert ask(server, "/image?example=x")[0] == 404
 
 
 @pytest.mark.parametrize(
@@ -124,7 +103,7 @@ def test_images_come_one_by_one(server: Server) -> None:
     [
         (question("top", component=99), "there is no component 99"),
         (question("top", component="x"), "component must be a whole number"),
-        ("/top", "component must be a whole number"),
+        ("/query/top", "component must be a whole number"),
         (question("example", example="nobody"), "there is no example"),
         (question("top", component=1, n=501), "n must be at most 500"),
         (question("inputs", example=3), "does not exist yet"),
@@ -139,7 +118,7 @@ def test_what_cannot_be_answered_is_said_beside_the_question(server: Server, pat
 
 
 def test_other_names_and_other_sites_are_refused(server: Server) -> None:
-    port = server.server_port
+    port = server.port
     for host in ("evil.example", f"evil.example:{port}", "127.0.0.1", f"127.0.0.1:{port + 1}", ""):
         assert ask(server, "/", Host=host)[0] == 421, host
     assert ask(server, "/", Host=f"LOCALHOST:{port}")[0] == 200
@@ -152,15 +131,16 @@ def test_other_names_and_other_sites_are_refused(server: Server) -> None:
             assert not [name for name in headers if name.lower().startswith("access-control")]
     for site in ("same-origin", "none"):
         assert ask(server, "/style.css", Sec_Fetch_Site=site, Origin=f"http://localhost:{port}")[0] == 200
-    assert (
-        raw(server, b"GET / HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nHost: evil.example\r\n\r\n" % port)[:12]
-        == b"HTTP/1.0 421"
-    )
+    twice = b"GET / HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nHost: evil.example\r\n\r\n" % port
+    assert raw(server, twice)[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 421")
     assert b"Access-Control" not in raw(server, b"OPTIONS / HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n\r\n" % port)
 
 
 def test_only_reading_is_possible_and_every_answer_forbids_what_it_does_not_need(server: Server) -> None:
-    assert [ask(server, "/", method)[0] for method in ("POST", "PUT", "DELETE")] == [501] * 3
+    same = f"http://127.0.0.1:{server.port}"
+    for method in ("POST", "PUT", "DELETE", "OPTIONS"):
+        assert ask(server, "/", method, Origin=same)[0] == 405
+        assert ask(server, "/", method)[0] == 403, "a form must come from a page of the server"
     assert ask(server, "/../run.yaml")[0] == ask(server, "/run.yaml")[0] == 404
     status, headers, content = ask(server, "/", "HEAD")
     assert (status, content) == (200, "")
@@ -170,7 +150,8 @@ def test_only_reading_is_possible_and_every_answer_forbids_what_it_does_not_need
         assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
         assert headers["Cache-Control"] == "no-store"
         assert headers["X-Content-Type-Options"] == "nosniff"
-    assert "script" not in ask(server, "/")[1]["Content-Security-Policy"]
+    assert "script-src 'self'" in ask(server, "/")[1]["Content-Security-Policy"]
+    assert "unsafe" not in ask(server, "/query")[1]["Content-Security-Policy"]
 
 
 @pytest.mark.parametrize(
@@ -179,11 +160,29 @@ def test_only_reading_is_possible_and_every_answer_forbids_what_it_does_not_need
 def test_an_odd_address_is_refused_without_a_traceback(
     address: str, server: Server, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    host = f"Host: 127.0.0.1:{server.server_port}\r\n\r\n".encode()
     for version in (b" HTTP/1.1\r\n", b" HTTP/1.0\r\n"):
-        answer = raw(server, b"GET " + address.encode() + version + host)
-        assert answer.split()[1] in (b"400", b"404", b"200"), answer
+        answer = raw(server, b"GET " + address.encode() + version + header(server))
+        assert answer.split()[1] in (b"400", b"404", b"200", b"303"), answer
     assert not capfd.readouterr().err
+
+
+def test_the_token_of_the_printed_address_is_needed_once(server: Server) -> None:
+    path = question("sql", query="select 6 * 7")
+    for given in (None, "", f"npeff-{server.port}=x", f"npeff-1={server.token}", cookie(server)[:-1]):
+        for address in (path, "/", "/style.css", "/image?example=3", f"{path}&token=x", "/nothing"):
+            status, _, content = ask(server, address, Cookie=given)
+            assert (status, content.count("\n")) == (403, 1)
+            assert "Open the address" in content
+    assert server.address == f"http://127.0.0.1:{server.port}/?token={server.token}"
+    status, headers, _ = ask(server, f"{path}&token={server.token}", Cookie=None)
+    assert (status, headers["Location"]) == (303, "/query/sql?query=select+6+%2A+7")
+    assert "HttpOnly" in headers["Set-Cookie"]
+    assert "SameSite=strict" in headers["Set-Cookie"]
+    given = headers["Set-Cookie"].partition(";")[0]
+    assert ask(server, headers["Location"], Cookie=given)[0] == 200
+    assert server.token not in ask(server, "/", Cookie=given)[2]
+    away = ask(server, f"//evil.example/?token={server.token}", Cookie=None)[1]["Location"]
+    assert away == "/evil.example/"
 
 
 def test_it_listens_on_the_loopback_interface_only(server: Server) -> None:
@@ -234,7 +233,7 @@ SMALL = CallLimits(seconds=60, memory_bytes=2**30, result_bytes=2**19)
 @pytest.fixture(scope="module")
 def strict(run) -> Iterator[Server]:
     """A server with limits that a test can reach."""
-    yield from running(run.path, Limits(connections=4, request_s=1, queries=1, query=SMALL))
+    yield from running(run.path, Limits(ConnectionLimits(connections=4, request_s=1), queries=1, query=SMALL))
 
 
 @pytest.mark.parametrize(
@@ -248,9 +247,9 @@ def strict(run) -> Iterator[Server]:
 def test_a_query_has_limits_on_time_memory_and_size_and_the_server_goes_on(
     strict: Server, path: str, seconds: int, reason: str
 ) -> None:
-    strict.limits = dataclasses.replace(strict.limits, query=dataclasses.replace(SMALL, seconds=seconds))
+    strict.live.limits = dataclasses.replace(strict.live.limits, query=dataclasses.replace(SMALL, seconds=seconds))
     status, _, content = ask(strict, path)
-    strict.limits = dataclasses.replace(strict.limits, query=SMALL)
+    strict.live.limits = dataclasses.replace(strict.live.limits, query=SMALL)
     assert status == 400
     assert re.search(reason, content)
     assert eventually(lambda: ask(strict, question("sql", query="select 1"))[0] == 200)
@@ -261,8 +260,8 @@ def test_a_query_has_limits_on_time_memory_and_size_and_the_server_goes_on(
 def test_a_query_ends_when_its_client_leaves(run, rest: bytes, reset: bool) -> None:
     """Whatever the client has sent after its request, and however it leaves."""
     for server in running(run.path, Limits(queries=1, query=dataclasses.replace(SMALL, seconds=600))):
-        with socket.create_connection(("127.0.0.1", server.server_port)) as client:
-            client.sendall(f"GET {ENDLESS} HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n\r\n".encode())
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(f"GET {ENDLESS} HTTP/1.1\r\n".encode() + header(server))
             assert eventually(lambda: len(multiprocessing.active_children()) == 1)
             client.sendall(rest)
             if reset:
@@ -273,12 +272,12 @@ def test_a_query_ends_when_its_client_leaves(run, rest: bytes, reset: bool) -> N
 
 def test_a_client_that_has_sent_more_and_stays_is_answered(run) -> None:
     for server in running(run.path):
-        request = f"GET {question('sql', query='select 7')} HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n\r\n"
-        assert raw(server, 2 * request.encode()).count(b"HTTP/1.0 200 OK") == 1
+        request = f"GET {question('sql', query='select 7')} HTTP/1.1\r\n".encode() + header(server)
+        assert raw(server, 2 * request).count(b"HTTP/1.1 200 OK") == 1
 
 
 def test_a_request_that_does_not_end_is_cut(strict: Server) -> None:
-    with socket.create_connection(("127.0.0.1", strict.server_port), timeout=30) as client:
+    with socket.create_connection(("127.0.0.1", strict.port), timeout=30) as client:
         began = time.monotonic()
         client.sendall(b"GET / HTTP/1.1\r\n")
         with contextlib.suppress(ConnectionError):
@@ -290,7 +289,7 @@ def test_a_request_that_does_not_end_is_cut(strict: Server) -> None:
 
 def test_connections_are_limited(strict: Server) -> None:
     with contextlib.ExitStack() as stack:
-        address = ("127.0.0.1", strict.server_port)
+        address = ("127.0.0.1", strict.port)
         clients = [stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(9)]
         assert eventually(lambda: len(select.select(clients, [], [], 0)[0]) >= 5)  # closed at once
     assert eventually(lambda: can_ask(strict))
@@ -307,12 +306,12 @@ def test_the_report_is_rendered_again_only_if_the_run_has_changed(make_run: Call
     path = make_run(n_components=3).path
     for server in running(path):
         first = ask(server, "/report")[2]
-        rendered = server.cached_report
+        rendered = server.live.cached_report
         assert ask(server, "/report")[2] == first
-        assert server.cached_report is rendered
+        assert server.live.cached_report is rendered
         (path / "provenance.json").write_text('{"task": "another task"}')
         assert "another task" in ask(server, "/report")[2]
-        assert server.cached_report is not rendered
+        assert server.live.cached_report is not rendered
 
 
 @pytest.mark.parametrize("where", ["in the process of a query", "in the server"])
@@ -321,9 +320,9 @@ def test_a_defect_is_a_page_and_the_terminal_shows_it(
 ) -> None:
     for server in running(run.path):
         if where == "in the server":
-            monkeypatch.setattr(Handler, "_limited", lambda *_: 1 / 0)
+            monkeypatch.setattr(app, "call_limited", lambda *_: 1 / 0)
         else:
-            server.view = None  # type: ignore[assignment]
+            server.live.view = None  # type: ignore[assignment]
         status, headers, content = ask(server, question("similar", component=1))
         assert status == 500
         assert "An internal error has occurred" in content
@@ -334,7 +333,7 @@ def test_a_defect_is_a_page_and_the_terminal_shows_it(
 
 def test_an_interrupt_ends_it_cleanly(run) -> None:
     script = (
-        "import sys; from npeff.reports.serve import serve\n"
+        "import sys; from npeff.live.server import serve\n"
         "serve(sys.argv[1], 0, 4, lambda line: print(line, flush=True))"
     )
     process = subprocess.Popen(

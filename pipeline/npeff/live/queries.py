@@ -1,29 +1,32 @@
-"""The pages of the live view: the query forms with the result of a query, the report, its style, and images.
+"""Queries by a person: the page of the forms with the result of a query, and the report.
 
-`answer` computes a page. It runs in a process of its own for each request (see `npeff.reports.limits`) and opens the
-run again, so that the page shows the current state of the run.
+`answer` computes a page. It runs in a process of its own for each request (see `npeff.live.limits`) and opens the run
+again, so that the page shows the current state of the run.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Set
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, Self
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from npeff.errors import hide_value_of, without_values
+from npeff.live.pages import HTML, Page, View
+from npeff.live.templates import page
 from npeff.query.components import ComponentStore
 from npeff.query.errors import QueryError
 from npeff.reports.input_evidence import InputEvidence, InputReader, Shown
 from npeff.reports.pictures import Album
-from npeff.reports.report import environment, render_report
+from npeff.reports.report import render_report
 from npeff.storage import objects
 from npeff.storage.location import is_remote
+
+REPORT = "report"
 
 ROWS_SHOWN = 500
 """Largest number of rows of a result."""
@@ -31,42 +34,17 @@ ROWS_SHOWN = 500
 _CHARACTERS_SHOWN = 2000
 """Largest number of characters of one value of a result."""
 
-HTML, TEXT = "text/html; charset=utf-8", "text/plain; charset=utf-8"
-
-MODULES = (__name__, "npeff.query.filters", "npeff.query.enrichment", "npeff.store.component_store", "pyarrow.dataset")
+MODULES = (
+    __name__,
+    "npeff.live.preloaded",
+    "npeff.query.filters",
+    "npeff.query.enrichment",
+    "npeff.query.sql",
+    "npeff.store.component_store",
+    "pyarrow.dataset",
+    "scipy.stats",
+)
 """The modules that pages need."""
-
-
-@dataclass(frozen=True)
-class View:
-    """What is served."""
-
-    run_dir: str
-    factorization: str | None
-    top_examples: int
-    beside: str | None = None
-    """Directory of another run, whose groups of inputs are in the report."""
-    hidden: frozenset[str] = frozenset()
-    """Environment variables whose values are not shown."""
-
-
-@dataclass(frozen=True)
-class Page:
-    """A response."""
-
-    status: int
-    kind: str
-    content: bytes
-    state: str = ""
-    """For the report, a text that differs if the run has changed."""
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(asdict(replace(self, content=b"")), default=bytes.decode).encode() + b"\n" + self.content
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
-        facts, _, content = data.partition(b"\n")
-        return cls(**{**json.loads(facts), "content": content})
 
 
 @dataclass(frozen=True)
@@ -79,42 +57,40 @@ class Drawn:
     inputs: InputEvidence
 
 
-def answer(view: View, path: str, asked: dict[str, str], known: str) -> bytes:
+def answer(view: View, question: str, asked: dict[str, str], known: str) -> bytes:
     """Return a page as bytes.
 
     Args:
         view: What is served.
-        path: Path of the address.
+        question: One of `QUESTIONS`, or `REPORT`.
         asked: The parameters of the query.
         known: State of the run of which the caller has the report. The report is not rendered again for this state.
     """
     for name in view.hidden:
         hide_value_of(name)
     try:
-        return _page(view, path, asked, known).to_bytes()
+        return _page(view, question, asked, known).to_bytes()
     except QueryError as error:
-        return forms(view, path, asked, HTTPStatus.BAD_REQUEST, problem=without_values(str(error))).to_bytes()
+        return forms(view, question, asked, HTTPStatus.BAD_REQUEST, problem=without_values(str(error))).to_bytes()
 
 
-def _page(view: View, path: str, asked: dict[str, str], known: str) -> Page:
+def _page(view: View, question: str, asked: dict[str, str], known: str) -> Page:
     store = ComponentStore.open(view.run_dir, view.factorization)
-    if path == "/report":
+    if question == REPORT:
         state = state_of(store)
         if view.beside is not None:
             state += state_of(ComponentStore.open(view.beside))
         content = b"" if state == known else render_report(store, view.top_examples, view.beside).encode()
         return Page(HTTPStatus.OK, HTML, content, state)
-    if path == "/image":
-        return _image(store, _whole(asked, "example"))
-    found = QUESTIONS[path](store, asked)
-    pictured = _pictured(store, found) if path == "/top" else set()
-    drawn = _drawn(store, asked["example"]) if path == "/inputs" and asked.get("example") else None
-    return forms(view, path, asked, HTTPStatus.OK, found, pictured, drawn)
+    found = QUESTIONS[question](store, asked)
+    pictured = _pictured(store, found) if question == "top" else set()
+    drawn = _drawn(store, asked["example"]) if question == "inputs" and asked.get("example") else None
+    return forms(view, question, asked, HTTPStatus.OK, found, pictured, drawn)
 
 
 def forms(
     view: View,
-    path: str,
+    question: str,
     asked: dict[str, str],
     status: HTTPStatus,
     found: pa.Table | None = None,
@@ -123,29 +99,28 @@ def forms(
     problem: str = "",
 ) -> Page:
     """Return the page with the query forms, the current query, and its result or error."""
-    page = environment().get_template("serve.html.j2").render(
-        run_dir=without_values(view.run_dir),
-        path=path,
+    return page(
+        "query.html.j2",
+        status,
+        view=view,
+        question=question,
         asked=asked,
         problem=problem,
         pictured=pictured,
         drawn=drawn,
         most_rows=ROWS_SHOWN,
         **_shown(found),
-    )  # fmt: skip
-    return Page(status, HTML, page.encode())
+    )
 
 
-def style() -> Page:
-    """Return the style sheet of all pages but the report."""
-    sheets = (environment().get_template(name).render() for name in ("report.css", "serve.css"))
-    return Page(HTTPStatus.OK, "text/css; charset=utf-8", "".join(sheets).encode())
-
-
-def state_of(store: ComponentStore) -> str:
+def state_of(store: ComponentStore, *, annotations: bool = True) -> str:
     """Return a text that changes with every file that the report reads.
 
     The stores are not looked at: each belongs to the record of a stage.
+
+    Args:
+        store: The store.
+        annotations: Whether names and notes count.
     """
     run = store.run
     facts: list[str] = []
@@ -156,22 +131,16 @@ def state_of(store: ComponentStore) -> str:
             continue
         for pattern in ("*.yaml", "*.json", "tables/*.parquet", "stages/*.json"):
             for file in sorted(folder.glob(pattern)):
+                if file == run.annotations and not annotations:
+                    continue
                 stat = file.stat()
                 facts.append(f"{file} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns}")
     return hashlib.sha256("\n".join(facts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _image(store: ComponentStore, example: int) -> Page:
-    rows = store.tables.read("examples", ["image"], pc.field("example") == example)
-    image = rows["image"][0].as_py() if len(rows) else None
-    if image is None or not image.startswith(b"\x89PNG\r\n\x1a\n"):
-        return Page(HTTPStatus.NOT_FOUND, TEXT, b"This example has no image.\n")
-    return Page(HTTPStatus.OK, "image/png", image)
-
-
 def _top(store: ComponentStore, asked: dict[str, str]) -> pa.Table:
     split, where = asked.get("split") or None, asked.get("where") or None
-    return store.top_examples(_whole(asked, "component"), _number(asked, 20), split, where)
+    return store.top_examples(whole(asked, "component"), _number(asked, 20), split, where)
 
 
 def _enriched(store: ComponentStore, asked: dict[str, str]) -> pa.Table:
@@ -183,7 +152,7 @@ def _example(store: ComponentStore, asked: dict[str, str]) -> pa.Table:
 
 
 def _inputs(store: ComponentStore, asked: dict[str, str]) -> pa.Table:
-    component = _whole(asked, "component") if asked.get("component") else None
+    component = whole(asked, "component") if asked.get("component") else None
     example = asked.get("example") or None
     if example is None and component is None:
         raise QueryError("give an example or a component")
@@ -191,7 +160,7 @@ def _inputs(store: ComponentStore, asked: dict[str, str]) -> pa.Table:
 
 
 def _similar(store: ComponentStore, asked: dict[str, str]) -> pa.Table:
-    return store.similar_components(_whole(asked, "component"), _number(asked, 10))
+    return store.similar_components(whole(asked, "component"), _number(asked, 10))
 
 
 def _sql(store: ComponentStore, asked: dict[str, str]) -> pa.Table:
@@ -199,16 +168,17 @@ def _sql(store: ComponentStore, asked: dict[str, str]) -> pa.Table:
 
 
 QUESTIONS: dict[str, Callable[[ComponentStore, dict[str, str]], pa.Table]] = {
-    "/top": _top,
-    "/enriched": _enriched,
-    "/example": _example,
-    "/inputs": _inputs,
-    "/similar": _similar,
-    "/sql": _sql,
+    "top": _top,
+    "enriched": _enriched,
+    "example": _example,
+    "inputs": _inputs,
+    "similar": _similar,
+    "sql": _sql,
 }
 
 
-def _whole(asked: dict[str, str], name: str, default: int | None = None) -> int:
+def whole(asked: dict[str, str], name: str, default: int | None = None) -> int:
+    """Return a parameter that is a whole number. Raises `QueryError` if it is something else."""
     text = asked.get(name, "")
     if not text and default is not None:
         return default
@@ -218,7 +188,7 @@ def _whole(asked: dict[str, str], name: str, default: int | None = None) -> int:
 
 
 def _number(asked: dict[str, str], default: int) -> int:
-    if (n := _whole(asked, "n", default)) > ROWS_SHOWN:
+    if (n := whole(asked, "n", default)) > ROWS_SHOWN:
         raise QueryError(f"n must be at most {ROWS_SHOWN}", "use `npeff query` for longer results")
     return n
 

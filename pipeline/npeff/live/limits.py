@@ -27,7 +27,7 @@ from typing import Any
 from npeff.errors import printable_traceback
 from npeff.query.errors import QueryError
 
-_PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES = multiprocessing.get_context("forkserver")
 _CORES = 2
 """Number of processors that a call may use, so that a machine remains usable for others."""
 
@@ -49,7 +49,7 @@ def prepare(modules: Sequence[str]) -> None:
     """Start the process from which the others are copied, with these modules imported. Call it in the main thread."""
     # Arrow's default allocator reserves a GiB of addresses, which would count as memory.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
-    _PROCESSES.set_forkserver_preload(["__main__", *modules])
+    PROCESSES.set_forkserver_preload(["__main__", *modules])
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, but is for the server only
     try:
         forkserver.ensure_running()
@@ -75,8 +75,8 @@ def call_limited(
         LimitExceededError: The function exceeded a limit.
         ConnectionAbortedError: The client has closed the connection.
     """
-    receiver, sender = _PROCESSES.Pipe(duplex=False)
-    process = _PROCESSES.Process(target=_run, args=(sender, function, arguments, limits), daemon=True)
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=_run, args=(sender, function, arguments, limits), daemon=True)
     try:
         process.start()
         sender.close()

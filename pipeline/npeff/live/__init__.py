@@ -1,0 +1,1 @@
+"""The live view: a web server for one run on this machine."""

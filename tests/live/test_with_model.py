@@ -1,0 +1,145 @@
+"""The pages that run the model: an example of one's own, and a step."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from live_server import Reply, ask, header, raw, running
+from npeff.live.model import RunModel
+from npeff.live.own_example import OwnExampleError, fields_of, options_for, written
+from npeff.live.server import LiveServer
+from npeff.query.components import ComponentStore
+from npeff.runs.directory import RunDirectory
+from pyarrow.parquet import read_table
+
+pytest.importorskip("transformers", reason="needs pip install 'npeff-pipeline[hf]'")
+
+from live.model_run import sentences, text_run
+from tasks import tiny
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    return text_run(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="module")
+def server(texts: RunDirectory) -> Iterator[LiveServer]:
+    yield from running(texts.path)
+
+
+def key_of(server: LiveServer, path: str) -> str:
+    return re.findall(r'name="key" value="([^"]+)"', ask(server, path).text)[0]
+
+
+def send(server: LiveServer, fields: dict[str, str | bytes], origin: str | None = None) -> Reply:
+    edge, body = "edge-of-a-part", b""
+    for name, value in fields.items():
+        file = '; filename="a.png"' if isinstance(value, bytes) else ""
+        body += f'--{edge}\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode()
+        body += (value if isinstance(value, bytes) else value.encode()) + b"\r\n"
+    body += f"--{edge}--\r\n".encode()
+    origin = origin or f"http://127.0.0.1:{server.port}"
+    return ask(server, "/try", "POST", body, Origin=origin, Content_Type=f"multipart/form-data; boundary={edge}")
+
+
+def test_an_example_of_the_run_gets_its_stored_coefficients(texts: RunDirectory, tmp_path: Path) -> None:
+    model, store = RunModel(str(texts.path), None), ComponentStore.open(texts.path)
+    options, stored_NK = texts.config.task.options, np.asarray(store.stored_coefficients[:])
+    fields = fields_of("t", options)
+    for number in (0, 7, 20):
+        given = {"text": sentences()[number], "class": str(number % 3)}
+        written(fields, given, tmp_path / "one.parquet")
+        found = model.example(options_for(options, fields, given, tmp_path / "one.parquet"))
+        np.testing.assert_allclose(found["coefficients"], stored_NK[number], rtol=2e-3, atol=2e-4)
+        assert sum(row["p"] for row in found["classes"]) == pytest.approx(1.0)
+
+
+def test_a_step_of_zero_changes_nothing_and_a_step_leaves_the_model_as_it_was(texts: RunDirectory) -> None:
+    model = RunModel(str(texts.path), None)
+    before = {name: value.clone() for name, value in model._loaded.model.state_dict().items()}
+    groups = {"top": [3, 1], "other": [5, 6]}
+    still, moved = (model.step(0, step, groups) for step in (0.0, 0.5))
+    assert still["top"]["kl"] == still["other"]["kl"] == 0
+    assert moved["top"]["kl"] > 0
+    assert [row["example"] for row in moved["top"]["examples"]] == [3, 1]
+    assert all(value.equal(before[name]) for name, value in model._loaded.model.state_dict().items())
+
+
+def test_the_form_shows_components_and_the_nearest_examples(server: LiveServer, texts: RunDirectory) -> None:
+    files = sorted(texts.path.rglob("*"))
+    key, text = key_of(server, "/try"), sentences()[7]
+    reply = send(server, {"key": key, "column:text": text, "column:class": ""})
+    assert reply.status == 200
+    assert "Nearest examples" in reply.text
+    assert 'href="/component/' in reply.text
+    assert "row-7" in reply.text
+    assert html.escape(text) in reply.text
+    hostile = '<script>alert(1)</script>"'
+    assert hostile not in send(server, {"key": key, "column:text": hostile}).text
+    assert sorted(texts.path.rglob("*")) == files
+
+
+def test_a_form_of_another_site_or_without_the_key_is_refused(server: LiveServer) -> None:
+    key = key_of(server, "/try")
+    assert send(server, {"key": key, "column:text": "a"}, origin="http://evil.example").status == 403
+    for wrong in ("", "x" * len(key), "é"):
+        assert send(server, {"key": wrong, "column:text": "a"}).status == 403
+    head = f"POST /try HTTP/1.1\r\nOrigin: http://127.0.0.1:{server.port}\r\nContent-Length: ".encode()
+    assert raw(server, head + b"17000000\r\n" + header(server)).startswith(b"HTTP/1.1 413")
+    chunked = head.replace(b"Content-Length: ", b"Transfer-Encoding: chunked\r\n")
+    assert raw(server, chunked + header(server)).startswith(b"HTTP/1.1 411")
+    assert send(server, {"key": key, "column:text": "a" * 200_000}).status == 400
+
+
+def test_a_step_is_a_page_with_both_groups(server: LiveServer) -> None:
+    form = ask(server, "/step?component=1")
+    assert form.status == 200
+    assert 'type="range"' in form.text
+    page = ask(server, "/step?component=1&eps=-1.5").text
+    assert "Other examples" in page
+    assert page.count('<th scope="row"><a href="/example/') == 6
+    for wrong in ("4", "nan", "x", "1e9"):
+        assert ask(server, f"/step?component=1&eps={wrong}").status == 404
+
+
+def test_the_process_of_the_model_is_one_and_starts_again(server: LiveServer) -> None:
+    process = server.live.model_pages.process
+    ask(server, "/step?component=0&eps=1")
+    first = process._process
+    assert first is not None
+    ask(server, "/step?component=0&eps=-1")
+    assert process._process is first
+    first.kill()
+    first.join()
+    reply = ask(server, "/step?component=0&eps=1")
+    assert reply.status == 400
+    assert "has ended" in reply.text
+    assert ask(server, "/step?component=0&eps=1").status == 200
+
+
+def test_an_image_is_a_file_of_the_form(tmp_path: Path) -> None:
+    options = {"data": "hf:elsewhere", "split": "test", "image_column": "photo", "image_folder": "/", "limit": 9}
+    fields = fields_of("t", options)
+    assert [(field.column, field.kind) for field in fields] == [("photo", "image")]
+    written(fields, {"photo": tiny.png(3)}, tmp_path / "one.parquet")
+    assert read_table(tmp_path / "one.parquet")["photo"].to_pylist() == [tiny.png(3)]
+    chosen = options_for(options, fields, {"photo": tiny.png(3)}, tmp_path / "one.parquet")
+    assert chosen == {"data": str(tmp_path / "one.parquet"), "image_column": "photo", "limit": 1}
+    for given in ({}, {"photo": ""}, {"photo": "/etc/hostname"}):
+        with pytest.raises(OwnExampleError, match="has no image"):
+            written(fields, given, tmp_path / "one.parquet")
+
+
+def test_a_task_without_a_table_says_so() -> None:
+    with pytest.raises(OwnExampleError, match="reads no table"):
+        fields_of("digits", {"train_examples": 4})
+    with pytest.raises(OwnExampleError, match="reads no table"):
+        fields_of("table", {"data": "iris", "label_column": "a", "numeric_columns": ["b"]})
