@@ -8,7 +8,7 @@ from npeff.execution.executor import Executor
 from npeff.execution.serial import SerialExecutor
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
-from npeff.runs.progress import ProgressDisplay, SilentProgress
+from npeff.runs.progress import Progress, display
 from npeff.runs.stage import record_of
 from npeff.stages.ewc import stored_diagonal
 from npeff.stages.fishers import FISHERS
@@ -29,7 +29,7 @@ def natural_gradient(
     max_iterations: int = 100,
     allow_empirical: bool = False,
     executor: Executor | None = None,
-    progress: ProgressDisplay | None = None,
+    progress: Progress = "auto",
 ) -> Preconditioner:
     """Make the natural gradient (F̄ + λI)⁻¹ g of a run, with the mean Fisher F̄ of its valid examples.
 
@@ -47,7 +47,7 @@ def natural_gradient(
         max_iterations: Largest number of iterations of ``exact``.
         allow_empirical: Accept Fishers that were computed with the labels of the data.
         executor: Executor for the passes. They run in this process if None.
-        progress: Display for the progress of each pass. No progress is shown if None.
+        progress: Display for the progress of each pass; see `npeff.runs.progress.display`.
 
     Returns:
         The natural gradient, with the method ``precondition(gradients)``.
@@ -67,5 +67,5 @@ def natural_gradient(
     valid_N = read_table(opened.table("examples"), "examples", ["valid"])["valid"].to_numpy()
     if not valid_N.any():
         raise RunDirectoryError(f"no example of {opened.path} has finite logits and gradients: check the examples")
-    rows = RunRows(opened, executor or SerialExecutor(), valid_N, progress or SilentProgress())
+    rows = RunRows(opened, executor or SerialExecutor(), valid_N, display(progress))
     return preconditioner(rows, kind, damping, rank, tolerance, max_iterations)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from npeff.reports.report import write_report
 from npeff.reports.serve import serve
-from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
-from npeff.runs.progress import ProgressDisplay
+from npeff.runs.opening import AnyRun, as_run
+from npeff.runs.progress import Progress, display
 from npeff.runs.stage import record_of, recorded, refuse_foreign_results
 from npeff.stages.earlier_results import direction_checksums, lifted_components
 from npeff.stages.lift import LIFT
@@ -24,12 +24,13 @@ from npeff.stages.worker_specs import executor_for
 from npeff.store.direction_store import DirectionStore
 
 
-def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = None) -> RunDirectory:
+def run(config: AnyRun, *, progress: Progress = "auto") -> RunDirectory:
     """Run every stage in order and write the report. Results that are already complete are not recomputed.
 
     Args:
-        config: the configuration of a run, whose directory is created or resumed, or an open run directory.
-        progress: display for the progress. No progress is shown if None.
+        config: the configuration of a run, or the path of its run file, such as ``run.yaml``: the run directory is
+            created or resumed. Or a run, or the path of its directory, which is resumed.
+        progress: how the progress is shown; see `npeff.runs.progress.display`.
 
     Returns:
         The run directory.
@@ -37,10 +38,9 @@ def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = 
     Raises:
         NpeffError: a stage cannot be completed. The message is one line with the cause and the remedy.
     """
-    directory = config if isinstance(config, RunDirectory) else RunDirectory.create(config)
+    directory, progress = as_run(config), display(progress)
     stages = [stage for stage in STAGES if stage.in_run(directory.config)]
-    if progress is not None:
-        progress.say(f"run {directory.path}")
+    progress.say(f"run {directory.path}")
     unfinished = any(recorded(directory, stage) is None for stage in stages)
     with directory.lock():
         # Workers are started once for all stages, and only if a stage is unfinished.
@@ -51,23 +51,42 @@ def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = 
     return directory
 
 
-def report(run: RunDirectory, *, progress: ProgressDisplay | None = None) -> Path:
-    """Write the report, one HTML file, from the available results. Returns its path."""
+def report(run: AnyRun, *, progress: Progress = "auto") -> Path:
+    """Write the report, one HTML file, from the available results.
+
+    Args:
+        run: the run, its configuration, or the path of its directory or run file.
+        progress: how the progress is shown, as for the other functions. The report is written at once, without a bar.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        NpeffError: a table is damaged, or the report cannot be written.
+    """
+    run = as_run(run)
     with run.lock():
         return write_report(run.path, factorization=run.name, **run.config.report.arguments())
 
 
-def serve_report(run: RunDirectory, port: int, say: Callable[[str], None]) -> None:
+def serve_report(run: AnyRun, port: int, say: Callable[[str], None]) -> None:
     """Serve the report and a view for queries on this machine only, until Ctrl-C. This writes no files."""
+    run = as_run(run)
     serve(run.path, port, say=say, factorization=run.name, **run.config.report.arguments())
 
 
-def export_direction(run: RunDirectory, component: int, file: str | Path) -> None:
+def export_direction(run: AnyRun, component: int, file: str | Path) -> None:
     """Write a component's unit direction to a safetensors file, one tensor per parameter name.
+
+    Args:
+        run: the run, its configuration, or the path of its directory or run file.
+        component: the component.
+        file: the safetensors file.
 
     Raises:
         RunDirectoryError: the component does not exist or is not lifted.
     """
+    run = as_run(run)
     record_of(run, LIFT)
     refuse_foreign_results(run, LIFT)
     directions = DirectionStore.open(run.directions, direction_checksums(run))

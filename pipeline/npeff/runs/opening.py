@@ -1,0 +1,34 @@
+"""Runs that are given to the functions of the Python interface: open runs, configurations and paths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from npeff.runs.config import RunConfig
+from npeff.runs.directory import RunDirectory
+
+AnyRun = RunDirectory | RunConfig | str | Path
+"""An open run, a configuration, the path of a run file (``.yaml``, ``.yml``), or the path or URI of a run directory."""
+
+
+def as_run(run: AnyRun) -> RunDirectory:
+    """Open a run.
+
+    Args:
+        run: The run. The directory of a configuration, or of a run file, is created if it does not exist. The path of
+            a run directory may also be its folder ``factorizations/NAME``.
+
+    Returns:
+        The run. A `RunDirectory` is returned unchanged.
+
+    Raises:
+        ConfigError: The run file is missing or not valid.
+        RunDirectoryError: There is no run in the directory, or it holds another run.
+    """
+    if isinstance(run, RunDirectory):
+        return run
+    if isinstance(run, RunConfig):
+        return RunDirectory.create(run)
+    if str(run).endswith((".yaml", ".yml")):
+        return RunDirectory.create(RunConfig.from_yaml(run))
+    return RunDirectory.open(run)
