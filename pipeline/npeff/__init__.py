@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from npeff.stages.pipeline import report as report
     from npeff.stages.pipeline import run as run
     from npeff.stages.repair.stage import repair as repair
+    from npeff.stages.scale.stage import scale as scale
     from npeff.stages.select.stage import select as select
     from npeff.stages.spectrum.stage import spectrum as spectrum
     from npeff.stages.step.stage import step as step

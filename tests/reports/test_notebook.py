@@ -58,6 +58,7 @@ def test_a_view_has_no_script_and_loads_nothing(run) -> None:
     store = ComponentStore.open(run.path)
     for html in (store._repr_html_(), store.component(0)._repr_html_()):
         assert parsed(html).tags.isdisjoint({"script", "link", "iframe", "object"})
+        assert "<a " not in html, "the other parts of the report are not on the page"
         assert re.findall(r"https?://|@import| src=", html) == []
 
 

@@ -22,7 +22,7 @@ run_dir: {folder}
 task: {{name: "stages.linear_digits:LinearDigits"}}
 fishers: {{sketch: {{kind: identity}}, store_dtype: float32}}
 factorization: {{n_components: 2, stability_examples: 0, max_iterations: 3}}
-verification: {{joint_ablation: 0}}
+verification: {{selectivity_examples: 0, correlation_examples: 0}}
 executor: {{kind: serial}}
 """
 

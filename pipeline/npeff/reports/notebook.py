@@ -28,13 +28,28 @@ _EXAMPLES_SHOWN = 12
 _ROWS_SHOWN = 12
 _COLUMNS = ("component", "n_active", "stability", "kl_ratio_matched_held_out", "best_control_held_out")
 
+_LINK = re.compile(r'<a href="#[^>]*>(.*?)</a>', re.DOTALL)
+"""A link to another part of the report, which a notebook does not have."""
+
 _ROOT = re.compile(r"(?<![\w.#-])(:root|body)(?= \{)")
 _EXTRA_STYLE = """
-& { margin: 8px 0; border-radius: 10px; white-space: normal; text-align: left; }
+/* The page has styles of its own for tables and lists. Its width may be a part of that of the window. */
+& { margin: 8px 0; border-radius: 10px; white-space: normal; text-align: left; container-type: inline-size; }
+table { table-layout: auto; margin: 0; border: 0; }
+tbody tr:nth-child(n) { background: none; }
+:is(ol, ul, dl) :is(li, dt, dd) { margin-left: 0; }
+:is(ol, ul) { margin-left: 0; }
+dt { font-weight: 400; }
 .card { margin: 0; }
 .steps { display: none; }
-.card a { pointer-events: none; color: inherit; text-decoration: none; }
 header + .facts { margin-top: 12px; }
+@container (max-width: 860px) {
+  .body { grid-template-columns: minmax(0, 1fr); }
+}
+@container (max-width: 640px) {
+  .texts li { grid-template-columns: 56px 1fr; }
+  .texts .text { grid-column: 1 / -1; }
+}
 """
 
 _writers: weakref.WeakKeyDictionary[ComponentStore, CardWriter] = weakref.WeakKeyDictionary()
@@ -76,7 +91,11 @@ def store_html(store: ComponentStore) -> str:
         QueryError: A table is damaged.
     """
     table = store.components_table() if store.tables.has("components") else None
-    columns = [name for name in _COLUMNS if table is not None and name in table.column_names]
+    columns = [
+        name
+        for name in _COLUMNS
+        if table is not None and name in table.column_names and table[name].null_count < len(table)
+    ]
     return _rendered(
         store,
         images={},
@@ -104,7 +123,8 @@ def _rendered(store: ComponentStore, *, images: dict[str, str], card: Card | Non
     pictures = "\n".join(f".{name} {{ background-image: url({uri}); }}" for name, uri in images.items())
     style = Markup(f".{scope} {{\n{_nested_style()}{_EXTRA_STYLE}{pictures}\n}}")  # noqa: S704  # no text of the data
     template = environment().get_template("notebook.html.j2")
-    return template.render(scope=scope, style=style, card=card, run_dir=without_values(argument), **values)
+    html = template.render(scope=scope, style=style, card=card, run_dir=without_values(argument), **values)
+    return _LINK.sub(r"\1", html)
 
 
 @functools.cache

@@ -130,7 +130,8 @@ def _bar(name: str, done: int, total: int, unit: str, fact: str) -> str:
     return (
         '<div style="font-size: 13px; white-space: nowrap; font-variant-numeric: tabular-nums">'
         f'<span style="display: inline-block; min-width: 9em">{first}</span>'
-        f'<progress value="{done}" max="{max(total, 1)}" style="width: 16em; vertical-align: middle"></progress>'
+        f'<progress value="{done}" max="{max(total, 1)}" style="width: min(16em, 40%); vertical-align: middle">'
+        "</progress>"
         f' {count} <span style="opacity: .7">{rest}</span></div>'
     )
 
