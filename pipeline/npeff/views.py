@@ -19,7 +19,8 @@ _VIEWS = {
 
 def html_of(shown: object) -> str:
     """Return the view of a public object as HTML. All texts of the data are escaped."""
-    module, _, attribute = _VIEWS[type(shown).__name__].partition(":")
+    view = next(_VIEWS[each.__name__] for each in type(shown).__mro__ if each.__name__ in _VIEWS)
+    module, _, attribute = view.partition(":")
     html: str = getattr(importlib.import_module(module), attribute)(shown)
     return html
 

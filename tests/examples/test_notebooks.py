@@ -22,6 +22,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.process
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "path",
     [pytest.param(path, marks=[] if path.stem == FAST else pytest.mark.slow, id=path.stem) for path in NOTEBOOKS],
@@ -38,7 +39,7 @@ def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     folder.mkdir()
     shutil.copyfile(path, folder / path.name)
     notebook = nbformat.read(folder / path.name, as_version=4)
-    client.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(folder)}}).execute()
+    client.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
     shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     html = [output["data"]["text/html"] for output in shown if "text/html" in output.get("data", {})]
     assert any('<article class="card"' in text for text in html), "the card of a component"

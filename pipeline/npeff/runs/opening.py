@@ -11,12 +11,14 @@ AnyRun = RunDirectory | RunConfig | str | Path
 """An open run, a configuration, the path of a run file (``.yaml``, ``.yml``), or the path or URI of a run directory."""
 
 
-def as_run(run: AnyRun) -> RunDirectory:
+def as_run(run: AnyRun, *, of_all: bool = False) -> RunDirectory:
     """Open a run.
 
     Args:
         run: The run. The directory of a configuration, or of a run file, is created if it does not exist. The path of
             a run directory may also be its folder ``factorizations/NAME``.
+        of_all: Whether only results are needed that all factorizations of the run share, so that the path of a run
+            with several factorizations need not name one.
 
     Returns:
         The run. A `RunDirectory` is returned unchanged.
@@ -31,4 +33,4 @@ def as_run(run: AnyRun) -> RunDirectory:
         return RunDirectory.create(run)
     if str(run).endswith((".yaml", ".yml")):
         return RunDirectory.create(RunConfig.from_yaml(run))
-    return RunDirectory.open(run)
+    return RunDirectory.open_any(run) if of_all else RunDirectory.open(run)

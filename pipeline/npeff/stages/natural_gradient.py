@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from npeff.execution.executor import Executor
 from npeff.execution.serial import SerialExecutor
-from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
+from npeff.runs.opening import AnyRun, as_run
 from npeff.runs.progress import Progress, display
 from npeff.runs.stage import record_of
 from npeff.stages.ewc import stored_diagonal
@@ -20,7 +18,7 @@ from npeff.training.ewc import refuse_empirical
 
 
 def natural_gradient(
-    run: RunDirectory | str | Path,
+    run: AnyRun,
     *,
     kind: Kind = "exact",
     damping: float,
@@ -56,7 +54,7 @@ def natural_gradient(
         NpeffError: The run has no Fishers or no diagonal, its model is no longer the one of its Fishers, or an option
             is out of bounds. The message is one line with the cause and the remedy.
     """
-    opened = run if isinstance(run, RunDirectory) else RunDirectory.open_any(run)
+    opened = as_run(run, of_all=True)
     if kind not in KINDS:
         raise RunDirectoryError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
     damping = checked_damping(damping)
