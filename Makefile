@@ -5,6 +5,8 @@
 #   make test-slow   the slow tests
 #   make test-numerics   the tests that compare numbers, under several settings of the numerical libraries
 #   make test-oldest     the tests with the oldest versions of the dependencies
+#   make docs        the documentation as a site, build/site/index.html, with all links checked
+#   make notebooks   execute all notebooks in examples
 #   make test-pythons    types, and the tests that need no torch, on Python 3.12 and 3.13
 
 PYTHON ?= python3.11
@@ -35,7 +37,7 @@ TESTS_OF_ROOMS := $(filter-out tests/end_to_end/ tests/benchmarks/ tests/data/ t
     $(wildcard tests/test_*.py)
 TORCH_FREE := tests/query tests/reports tests/runs tests/statistics tests/storage tests/store
 
-.PHONY: demo check test tests tests-of-rooms test-slow test-numerics test-oldest test-pythons lint benchmarks clean
+.PHONY: demo check test tests tests-of-rooms test-slow test-numerics test-oldest test-pythons lint docs notebooks benchmarks clean
 
 demo: $(VENV)/installed
 	$(BIN)/npeff demo
@@ -87,6 +89,16 @@ test-pythons: $(VENV)/installed-dev
 	    $$bin/python -m pytest $(TORCH_FREE) || exit 1; \
 	done
 
+# The pages are staged, because MkDocs and its successor Zensical read a folder of pages, and these have links to others.
+docs: $(VENV)/installed-docs
+	$(BIN)/python docs/site/stage.py
+	$(BIN)/zensical build --strict
+	$(BIN)/python docs/site/links.py
+
+# `make test` executes the first one.
+notebooks: $(VENV)/installed-dev
+	$(BIN)/python -m pytest tests/examples
+
 benchmarks: $(VENV)/installed-dev
 	for script in tests/benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
@@ -101,6 +113,10 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev,hf]'
 	touch $(VENV)/installed $@
+
+$(VENV)/installed-docs: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 $(OLDEST)/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)

@@ -8,11 +8,12 @@ from pathlib import Path
 import npeff
 import pytest
 from npeff.perception.difference_scaling import DifferenceScaling
+from npeff.query.component import Component
 from npeff.query.components import ComponentStore
 from synthetic_run import write_run
 
 
-@pytest.mark.parametrize("documented", [npeff.NPEFF, npeff.DiagonalNPEFF, ComponentStore, DifferenceScaling])
+@pytest.mark.parametrize("documented", [npeff.NPEFF, npeff.DiagonalNPEFF, ComponentStore, Component, DifferenceScaling])
 def test_docstring_examples(documented: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path / "runs" / "digits")  # the run that the examples open
     monkeypatch.chdir(tmp_path)

@@ -20,6 +20,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "variables": (set(), {"errors"}),
     "options": (set(), {"errors"}),
+    "views": ({"IPython"}, set()),
     "statistics": (ARRAYS, set()),
     "perception": (ARRAYS, set()),
     "gradients": (TENSORS, {"errors", "options"}),
@@ -38,14 +39,17 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "storage": ({"numpy", "zarr", "zarrs", "obstore"}, {"errors"}),
     "store": ({"zarr", "pyarrow", "numpy", "safetensors"}, {"errors", "storage"}),
     "execution": (TENSORS | {"ray", "aiohttp", "requests", "dask"}, {"errors"}),  # Ray's job client raises their errors
-    "runs": ({"pydantic", "yaml", "rich"}, {"errors", "variables", "options", "storage", "store", "execution"}),
+    "runs": (
+        {"pydantic", "yaml", "rich", "IPython"},
+        {"errors", "variables", "options", "views", "storage", "store", "execution"},
+    ),
     "models": (
         TENSORS | {"pyarrow"},
         {"errors", "variables", "tasks", "gradients", "fisher", "input_fisher", "execution", "store"},
     ),
     "query": (
         {"numpy", "scipy", "zarr", "dask", "pyarrow", "duckdb"},
-        {"errors", "variables", "store", "storage", "statistics"},
+        {"errors", "variables", "views", "store", "storage", "statistics"},
     ),
     "reports": (
         ARRAYS | {"pyarrow", "jinja2", "markupsafe", "PIL"},

@@ -2,8 +2,8 @@
 
     import npeff
 
-    run = npeff.run(npeff.RunConfig.from_yaml("jobs/quickstart.yaml"))
-    npeff.ComponentStore.open(run.path).top_examples(component=0)
+    run = npeff.run("jobs/quickstart.yaml")
+    npeff.ComponentStore.open(run).component(0).show()
 
 Public names are imported on first use. ``import npeff`` imports neither torch nor Ray.
 """
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from npeff.errors import NpeffError as NpeffError
     from npeff.factorization.diagonals.estimator import DiagonalNPEFF as DiagonalNPEFF
     from npeff.factorization.estimator import NPEFF as NPEFF
+    from npeff.query.component import Component as Component
     from npeff.query.components import ComponentStore as ComponentStore
     from npeff.query.factorizations import compare_factorizations as compare_factorizations
     from npeff.reports.comparison import write_comparison as write_comparison
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from npeff.stages.pipeline import report as report
     from npeff.stages.pipeline import run as run
     from npeff.stages.repair.stage import repair as repair
+    from npeff.stages.scale.stage import scale as scale
     from npeff.stages.select.stage import select as select
     from npeff.stages.spectrum.stage import spectrum as spectrum
     from npeff.stages.step.stage import step as step
@@ -44,7 +46,10 @@ if TYPE_CHECKING:
     from npeff.tasks import Examples as Examples
     from npeff.tasks import Task as Task
 
+    __version__: str
+
 _MODULES = {
+    "Component": "npeff.query.component",
     "ComponentStore": "npeff.query.components",
     "DiagonalNPEFF": "npeff.factorization.diagonals.estimator",
     "Examples": "npeff.tasks",
@@ -75,9 +80,20 @@ def _modules() -> dict[str, str]:
     return _MODULES | {attribute: module for module, _, attribute in functions}
 
 
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("npeff-pipeline")
+    except PackageNotFoundError:  # a checkout on the path, as in a job of Ray
+        return "not installed"
+
+
 def __getattr__(name: str) -> Any:
     import importlib
 
+    if name == "__version__":
+        return _version()
     if name.startswith("__") or (module := _modules().get(name)) is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(module), name)
@@ -85,4 +101,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(_modules())
+    return sorted([*_modules(), "__version__"])

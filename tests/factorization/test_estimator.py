@@ -10,6 +10,7 @@ from npeff.factorization.estimator import NPEFF
 from planted import Planted, planted_fishers
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 _ONLY_TO_THE_TOLERANCE = {
@@ -83,6 +84,53 @@ def test_a_matrix_is_taken_as_factors_of_rank_one() -> None:
     matrix = NPEFF(n_components=4, random_state=0).fit(planted.factors_NRD[:, 0])
     factors = NPEFF(n_components=4, random_state=0).fit(planted.factors_NRD)
     np.testing.assert_array_equal(matrix.components_, factors.components_)
+
+
+def test_the_score_of_the_fitted_examples_is_what_is_explained(planted: Planted, fitted: NPEFF) -> None:
+    assert fitted.score(planted.factors_NRD) == pytest.approx(fitted.explained_, rel=1e-6)
+    assert fitted.score(planted.factors_NRD.astype(np.float32)) == pytest.approx(fitted.explained_, rel=1e-5)
+    assert fitted.score(planted.components_KD) == pytest.approx(1, abs=0.02), "Fishers of one component each"
+
+
+def test_the_score_is_the_fraction_of_its_definition(planted: Planted, fitted: NPEFF) -> None:
+    held_out = planted_fishers(n_examples=40, rank=3, dim=24, n_components=6, noise=0.3, seed=5, n_active=3)
+    coefficients = fitted.transform(held_out.factors_NRD)
+    fishers = np.einsum("nrd,nre->nde", held_out.factors_NRD, held_out.factors_NRD)
+    fishers /= np.linalg.norm(fishers, axis=(1, 2), keepdims=True)
+    found = np.einsum("nk,kd,ke->nde", coefficients, fitted.components_, fitted.components_)
+    squares = ((fishers - found) ** 2).sum(axis=(1, 2))
+    assert fitted.score(held_out.factors_NRD) == pytest.approx(1 - squares.sum() / 40)
+    weights = np.linspace(0, 2, 40)
+    expected = 1 - (weights * squares).sum() / weights.sum()
+    assert fitted.score(held_out.factors_NRD, sample_weight=weights) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="all zero"):
+        fitted.score(np.zeros((3, 2, 24)))
+
+
+def test_the_factors_of_coefficients_have_these_coefficients(planted: Planted) -> None:
+    model = NPEFF(n_components=6, random_state=0, normalize=False).fit(planted.factors_NRD)
+    coefficients = model.transform(planted.factors_NRD)
+    factors = model.inverse_transform(coefficients)
+    assert factors.shape == (300, 6, 24)
+    expected = np.einsum("nk,kd,ke->nde", coefficients, model.components_, model.components_)
+    np.testing.assert_allclose(np.einsum("nrd,nre->nde", factors, factors), expected, atol=1e-12)
+    np.testing.assert_allclose(model.transform(factors), coefficients, atol=1e-8)
+    assert model.inverse_transform(coefficients.astype(np.float32)).dtype == np.float32
+    with pytest.raises(ValueError, match="Negative values"):
+        model.inverse_transform(-coefficients)
+    with pytest.raises(ValueError, match="6 components, not 5"):
+        model.inverse_transform(coefficients[:, :5])
+    with pytest.raises(NotFittedError):
+        clone(model).inverse_transform(coefficients)
+
+
+def test_a_search_over_held_out_examples_finds_the_number_of_components(planted: Planted) -> None:
+    search = GridSearchCV(NPEFF(random_state=0, n_starts=1), {"n_components": [2, 4, 6]}, cv=3)
+    search.fit(planted.factors_NRD)
+    assert search.best_params_ == {"n_components": 6}
+    assert not np.isnan(search.cv_results_["mean_test_score"]).any()
+    assert search.score(planted.factors_NRD) == pytest.approx(search.best_estimator_.explained_, rel=1e-6)
+    assert search.best_estimator_.get_params()["n_components"] == 6
 
 
 def test_input_that_does_not_fit_is_refused(planted: Planted, fitted: NPEFF) -> None:

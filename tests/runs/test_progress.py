@@ -9,7 +9,15 @@ import sys
 
 import pytest
 from npeff.runs import progress
-from npeff.runs.progress import LogProgress, ObservedProgress, SilentProgress, TerminalProgress
+from npeff.runs.progress import (
+    LogProgress,
+    NotebookProgress,
+    ObservedProgress,
+    ProgressError,
+    SilentProgress,
+    TerminalProgress,
+    display,
+)
 from rich.console import Console
 
 
@@ -78,8 +86,8 @@ def test_every_line_of_a_log_is_there_at_once(monkeypatch: pytest.MonkeyPatch) -
 
 def test_an_observer_is_told_where_a_stage_begins_and_of_every_step() -> None:
     told: list[tuple[str, int, int, dict[str, float]]] = []
-    display = ObservedProgress(SilentProgress(), lambda *facts: told.append((*facts[:3], dict(facts[3]))))
-    with display.stage("factorize", 100, "steps", done=2) as tick:
+    observed = ObservedProgress(SilentProgress(), lambda *facts: told.append((*facts[:3], dict(facts[3]))))
+    with observed.stage("factorize", 100, "steps", done=2) as tick:
         tick(3, "explained 0.5", numbers={"loss": 7.0, "explained": 0.5})
         tick(4, "converged", last=True)
     assert told == [
@@ -101,11 +109,11 @@ def test_metrics_need_no_ray() -> None:
 
 def test_a_terminal_shows_a_bar_with_its_numbers() -> None:
     shown = io.StringIO()
-    display = TerminalProgress(Console(file=shown, force_terminal=True, width=100))
-    with display.stage("verify", 7, "components", done=2) as tick:
+    terminal = TerminalProgress(Console(file=shown, force_terminal=True, width=100))
+    with terminal.stage("verify", 7, "components", done=2) as tick:
         tick(3)
         tick(7, "done")
-    display.say("a line that [stays]")
+    terminal.say("a line that [stays]")
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.getvalue())
     assert "7/7 components" in text
     assert "a line that [stays]" in text
@@ -115,3 +123,49 @@ def test_silence_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     with SilentProgress().stage("lift", 3, "directions") as tick:
         tick(3, last=True)
     assert capsys.readouterr() == ("", "")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_python_shows_bars_on_a_terminal_and_in_a_notebook_and_nothing_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert isinstance(display("auto"), SilentProgress)
+    assert isinstance(display("lines"), LogProgress)
+    assert isinstance(display("none"), SilentProgress)
+    assert isinstance(display(None), SilentProgress)
+    own = LogProgress()
+    assert display(own) is own
+    with pytest.raises(ProgressError, match="auto, lines, none, or a display, not 'bars'"):
+        display("bars")  # type: ignore[arg-type]
+    monkeypatch.setattr("sys.stdout", Terminal())
+    assert isinstance(display("auto"), TerminalProgress)
+    monkeypatch.setattr("npeff.runs.progress.in_notebook", lambda: True)
+    assert isinstance(display("auto"), NotebookProgress)
+
+
+def test_a_notebook_shows_a_bar_that_is_updated(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+
+    class Handle:
+        def update(self, html) -> None:
+            shown.append(html.data)
+
+    def first(html, *, display_id: bool) -> Handle:
+        assert display_id
+        shown.append(html.data)
+        return Handle()
+
+    pytest.importorskip("IPython")
+    monkeypatch.setattr("IPython.display.display", first)
+    with NotebookProgress().stage("verify", 7, "components", done=2) as tick:
+        tick(3)  # too soon after the first picture
+        tick(5, "loss <0.5>", last=True)
+    assert len(shown) == 2
+    assert 'value="2" max="7"' in shown[0]
+    assert 'value="5" max="5"' in shown[1]
+    assert "5/5 components" in shown[1]
+    assert "loss &lt;0.5&gt;" in shown[1]

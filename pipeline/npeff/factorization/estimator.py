@@ -166,6 +166,47 @@ class NPEFF(Factorizer):
         shard.finish(torch.from_numpy(self.components_), l1=self.l1)
         return shard.coefficients_NK.numpy()
 
+    def inverse_transform(self, X: ArrayLike) -> np.ndarray:
+        """Compute the Fisher factors that coefficients describe.
+
+        The Fisher Σ_j W_ij h_j h_jᵀ of an example is returned as the K rows √W_ij h_j. `transform` of these factors
+        gives the coefficients divided by the Frobenius norm of this Fisher, or the coefficients if `normalize` is
+        False.
+
+        Args:
+            X: coefficients W (M, K), non-negative.
+
+        Returns:
+            Factors (M, K, D), in the precision of `X`.
+
+        Raises:
+            NotFittedError: if `fit` was not called.
+            ValueError: if the coefficients are negative or not finite, or not of K components.
+        """
+        coefficients_MK = self._checked_coefficients(X)
+        factors_MKD: np.ndarray = np.sqrt(coefficients_MK)[:, :, None] * self.components_.astype(coefficients_MK.dtype)
+        return factors_MKD
+
+    def score(self, X: ArrayLike, y: None = None, sample_weight: ArrayLike | None = None) -> float:
+        """Compute the explained fraction of Fishers, with optimal coefficients at the fitted components.
+
+        Args:
+            X: factors (M, R, D), or (M, D) for rank 1, such as those of held-out examples.
+            y: ignored.
+            sample_weight: weights (M,) of the examples; 1 by default.
+
+        Returns:
+            1 − loss / Σ_i ‖F̂_i‖², at most 1. Greater is better.
+
+        Raises:
+            NotFittedError: if `fit` was not called.
+            ValueError: if an array is not finite or has another D than the fitted data, or all factors are zero.
+        """
+        check_is_fitted(self)
+        shard = self._shard(X, reset=False)
+        shard.finish(torch.from_numpy(self.components_), l1=self.l1)
+        return self._explained(shard.misfits_N, shard.fisher_squares_N, X, sample_weight)
+
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         tags.input_tags.three_d_array = True

@@ -37,12 +37,14 @@ from npeff.query.tables import EXAMPLE_COLUMNS, NAMED_CLASSES, RunTables, Stored
 from npeff.storage.atomic import is_committed
 from npeff.storage.errors import StoreError
 from npeff.storage.location import location
-from npeff.store.run_files import chosen_factorization, refuse_unfinished_migration, run_and_name
+from npeff.store.run_files import FilesOfRun, chosen_factorization, refuse_unfinished_migration, run_and_name
+from npeff.views import html_of
 
 if TYPE_CHECKING:  # most queries need none of Zarr, Dask, SciPy and DuckDB, which are imported on use
     import dask.array as da
     import zarr
 
+    from npeff.query.component import Component
     from npeff.store.annotations import Annotations
     from npeff.store.component_store import StoredFactorization
     from npeff.store.direction_store import DirectionStore
@@ -92,17 +94,20 @@ class ComponentStore:
         self._masks: dict[str, NDArray[np.bool_]] = {}
 
     @classmethod
-    def open(cls, run_dir: str | Path, factorization: str | None = None) -> ComponentStore:
+    def open(cls, run_dir: str | Path | FilesOfRun, factorization: str | None = None) -> ComponentStore:
         """Open a run directory. The run need not be complete.
 
         Args:
-            run_dir: The run directory, or the folder ``factorizations/NAME`` of a run.
+            run_dir: The run directory, or the folder ``factorizations/NAME`` of a run. Or a run, such as that which
+                `npeff.run` returns, with its factorization.
             factorization: Name of the factorization. The default is ``default``, or the only one.
 
         Raises:
             QueryError: The directory does not exist or is not a run directory, or the run has no factorization of this
                 name.
         """
+        if isinstance(run_dir, FilesOfRun):
+            run_dir, factorization = run_dir.path, factorization or run_dir.name
         path, named = run_and_name(location(run_dir))
         if not path.is_dir():
             wrong = "is a file" if path.exists() else "does not exist"
@@ -114,6 +119,25 @@ class ComponentStore:
             return cls(StoredRun(path, chosen_factorization(path, factorization or named)))
         except StoreError as error:
             raise QueryError.of(error) from None
+
+    @classmethod
+    def of(cls, run: ComponentStore | str | Path | FilesOfRun) -> ComponentStore:
+        """Return the store of a run: an open store, or one that `open` opens."""
+        return run if isinstance(run, ComponentStore) else cls.open(run)
+
+    def component(self, number: int) -> Component:
+        """Return a component, with its examples and its card.
+
+        Raises:
+            QueryError: There is no such component.
+        """
+        from npeff.query.component import Component
+
+        self._check_component(number)
+        return Component(self, number)
+
+    def _repr_html_(self) -> str:
+        return html_of(self)
 
     @cached_property
     def coefficients(self) -> da.Array:
@@ -372,8 +396,15 @@ class ComponentStore:
         shared = [len(top.get(component, set()) & top.get(j, set())) for j in found["component"].to_pylist()]
         return with_names(found.append_column("shared_top_examples", pa.array(shared, pa.int64())), self.annotations)
 
-    def similar_components_in(self, other: ComponentStore, component: int, n: int = 10) -> pa.Table:
+    def similar_components_in(
+        self, other: ComponentStore | str | Path | FilesOfRun, component: int, n: int = 10
+    ) -> pa.Table:
         """Return the `n` components of another run that are most similar to a component, by |cos| in the sketch.
+
+        Args:
+            other: The other run, its path, or its store.
+            component: The component of this run.
+            n: Number of components.
 
         Returns:
             Columns: component (of the other run), name (only if one has a name), cosine, abs_cosine.
@@ -382,6 +413,7 @@ class ComponentStore:
             QueryError: The runs differ in model, parameters, sketch or seed, or factorize diagonals.
         """
         self._check_component(component)
+        other = ComponentStore.of(other)
         self.check_comparable(other)
         return with_names(_nearest(other.unit_components @ self.unit_components[component], n), other.annotations)
 

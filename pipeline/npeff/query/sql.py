@@ -63,8 +63,11 @@ def locked_down(views: Mapping[str, Any], timeout_s: float = TIMEOUT_S) -> Itera
     with opened as connection:
         for name, view in views.items():
             connection.register(name, view)
-        connection.execute("SET enable_progress_bar = false")  # the bar would be printed between the results
-        connection.execute("SET enable_progress_bar_print = false")
+        # The bar would be printed between the results. In a notebook without ipywidgets, DuckDB shows none, and refuses
+        # to change the setting.
+        if connection.sql("SELECT current_setting('enable_progress_bar')").fetchall() != [(False,)]:
+            connection.execute("SET enable_progress_bar = false")
+            connection.execute("SET enable_progress_bar_print = false")
         connection.execute("SET lock_configuration = true")
         late = threading.Event()
 

@@ -12,6 +12,7 @@ from npeff.query.factorizations import Factorization, factorizations_of
 from npeff.reports.charts import Axis, log_axis
 from npeff.statistics.verdict import Scores, Verdict
 from npeff.storage.atomic import write_file_atomically
+from npeff.storage.location import location
 
 _ROW_HEIGHT = 34
 _LEFT, _WIDTH = 180, 1120
@@ -84,7 +85,7 @@ def comparison(factorizations: Sequence[Factorization]) -> Comparison | None:
     return Comparison(found[0][1].examples, lines, axis, _WIDTH, len(lines) * _ROW_HEIGHT + 46)
 
 
-def write_comparison(run_dir: str | Path, path: Path) -> Path:
+def write_comparison(run_dir: str | Path, path: str | Path) -> Path:
     """Write a page that compares the factorizations of a run, atomically, and return its path.
 
     Args:
@@ -105,5 +106,6 @@ def write_comparison(run_dir: str | Path, path: Path) -> Path:
         )
     title = str(found[0].store.tables.json("provenance.json").get("task") or "comparison")
     page = environment().get_template("comparison.html.j2").render(title=title, comparison=compared)
-    write_file_atomically(path, lambda stream: stream.write(page.encode()))
-    return path
+    written = location(path)
+    write_file_atomically(written, lambda stream: stream.write(page.encode()))
+    return written

@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection
+from html import escape
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -193,6 +194,11 @@ class RunConfig(Section):
         document = self.model_dump(mode="json", include=None if sections is None else set(sections))
         document = {name: value for name, value in document.items() if value is not None}  # sections that are not given
         return yaml_text.write(document)
+
+    def _repr_html_(self) -> str:
+        name = escape(f"{self.task.name}, {self.factorization.n_components} components")
+        summary = f"<summary><code>RunConfig</code> {name}</summary>"
+        return f'<details style="font-size: 13px">{summary}<pre>{escape(self.to_yaml())}</pre></details>'
 
     def resolved(self, key: str) -> Any:
         """Return the value of a dotted key with environment variables in place of ``${NAME}``.

@@ -62,7 +62,7 @@ class StageDefinition:
     help: str
     """One-line description of the stage for the command line."""
     function: str
-    """``(run, *, executor=None, progress=None)``: runs the stage, or returns the record of a complete stage."""
+    """``(run, *, executor=None, progress="auto")``: runs the stage, or returns the record of a complete stage."""
     after: StageDefinition | None = None
     """The stage whose results this stage needs."""
     in_run: Callable[[RunConfig], bool] = lambda config: True

@@ -32,6 +32,7 @@ from npeff.store.run_files import (
     run_and_name,
 )
 from npeff.variables import literal, resolved
+from npeff.views import html_of
 
 
 class StageState(StrEnum):
@@ -143,6 +144,9 @@ class RunDirectory(FilesOfRun):
         """
         folder, named = run_and_name(_absolute(path))
         return cls.open(folder, named or next(iter(factorization_names(folder)), None))
+
+    def _repr_html_(self) -> str:
+        return html_of(self)
 
     @property
     def name(self) -> str:

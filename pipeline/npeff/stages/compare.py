@@ -5,6 +5,7 @@ Shapes: K and L components, D sketch, P parameters.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,19 @@ from numpy.typing import NDArray
 
 from npeff.factorization.matching import match_components
 from npeff.query.components import ComponentStore
+from npeff.runs.directory import RunDirectory
 from npeff.storage.atomic import is_committed
 
 
-def compare(first: ComponentStore, second: ComponentStore) -> pa.Table:
+def compare(
+    first: ComponentStore | RunDirectory | str | Path, second: ComponentStore | RunDirectory | str | Path
+) -> pa.Table:
     """Match the components of two factorizations of one run, or of two runs of one model.
 
     Every component is in at most one pair. The pairs have the largest sum of |cos| in the sketch.
 
     Args:
-        first: The factorization whose components determine the order of the rows.
+        first: The store of the factorization whose components determine the order of the rows, its run, or its path.
         second: The other factorization.
 
     Returns:
@@ -36,6 +40,7 @@ def compare(first: ComponentStore, second: ComponentStore) -> pa.Table:
         QueryError: The components are not comparable: the runs differ in model, parameters, sketch or seed, or
             factorize diagonals.
     """
+    first, second = ComponentStore.of(first), ComponentStore.of(second)
     a_KD, b_LD = first.unit_components, second.unit_components
     first.check_comparable(second)
     pairs, _ = match_components(a_KD, b_LD)

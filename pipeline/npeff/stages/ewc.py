@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -14,6 +13,7 @@ from npeff.fisher.second_moments import MomentSum
 from npeff.gradients import ParameterLayout
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
+from npeff.runs.opening import AnyRun, as_run
 from npeff.stages.earlier_results import checksums_of, sketch_of, verified_diagonal
 from npeff.stages.scaled_rows import scaled_rows
 from npeff.stages.worker_specs import model_spec
@@ -27,7 +27,7 @@ from npeff.training.low_rank_penalty import LowRankFisher
 
 
 def ewc(
-    runs: Sequence[RunDirectory | str | Path],
+    runs: Sequence[AnyRun],
     *,
     weight: float,
     low_rank: bool = False,
@@ -58,7 +58,7 @@ def ewc(
         NpeffError: A run has no such Fisher, its files are damaged, its model is no longer the one of its Fishers, or
             an option is out of bounds. The message is one line with the cause and the remedy.
     """
-    if isinstance(runs, RunDirectory | str | Path):
+    if isinstance(runs, AnyRun):
         raise RunDirectoryError("npeff.ewc takes a list of runs", "give [run]")
     if directions is not None and (not low_rank or not is_count(directions)):
         raise RunDirectoryError(
@@ -67,7 +67,7 @@ def ewc(
         )
     fishers: list[Tensors | LowRankFisher] = []
     anchors = []
-    for run in map(_opened, runs):
+    for run in (as_run(each, of_all=True) for each in runs):
         fisher, labels, fingerprint = mean_low_rank(run) if low_rank else _diagonal(run)
         refuse_empirical(labels, str(run.path), allow_empirical)  # before the model is loaded
         if directions is not None and isinstance(fisher, LowRankFisher):
@@ -84,10 +84,6 @@ def ewc(
         decay=decay,
         allow_empirical=allow_empirical,
     )
-
-
-def _opened(run: RunDirectory | str | Path) -> RunDirectory:
-    return run if isinstance(run, RunDirectory) else RunDirectory.open_any(run)
 
 
 def stored_diagonal(run: RunDirectory) -> tuple[dict[str, Tensor], dict[str, str]]:

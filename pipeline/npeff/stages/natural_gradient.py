@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from npeff.execution.executor import Executor
 from npeff.execution.serial import SerialExecutor
-from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
-from npeff.runs.progress import ProgressDisplay, SilentProgress
+from npeff.runs.opening import AnyRun, as_run
+from npeff.runs.progress import Progress, display
 from npeff.runs.stage import record_of
 from npeff.stages.ewc import stored_diagonal
 from npeff.stages.fishers import FISHERS
@@ -20,7 +18,7 @@ from npeff.training.ewc import refuse_empirical
 
 
 def natural_gradient(
-    run: RunDirectory | str | Path,
+    run: AnyRun,
     *,
     kind: Kind = "exact",
     damping: float,
@@ -29,7 +27,7 @@ def natural_gradient(
     max_iterations: int = 100,
     allow_empirical: bool = False,
     executor: Executor | None = None,
-    progress: ProgressDisplay | None = None,
+    progress: Progress = "auto",
 ) -> Preconditioner:
     """Make the natural gradient (F̄ + λI)⁻¹ g of a run, with the mean Fisher F̄ of its valid examples.
 
@@ -47,7 +45,7 @@ def natural_gradient(
         max_iterations: Largest number of iterations of ``exact``.
         allow_empirical: Accept Fishers that were computed with the labels of the data.
         executor: Executor for the passes. They run in this process if None.
-        progress: Display for the progress of each pass. No progress is shown if None.
+        progress: Display for the progress of each pass; see `npeff.runs.progress.display`.
 
     Returns:
         The natural gradient, with the method ``precondition(gradients)``.
@@ -56,7 +54,7 @@ def natural_gradient(
         NpeffError: The run has no Fishers or no diagonal, its model is no longer the one of its Fishers, or an option
             is out of bounds. The message is one line with the cause and the remedy.
     """
-    opened = run if isinstance(run, RunDirectory) else RunDirectory.open_any(run)
+    opened = as_run(run, of_all=True)
     if kind not in KINDS:
         raise RunDirectoryError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
     damping = checked_damping(damping)
@@ -67,5 +65,5 @@ def natural_gradient(
     valid_N = read_table(opened.table("examples"), "examples", ["valid"])["valid"].to_numpy()
     if not valid_N.any():
         raise RunDirectoryError(f"no example of {opened.path} has finite logits and gradients: check the examples")
-    rows = RunRows(opened, executor or SerialExecutor(), valid_N, progress or SilentProgress())
+    rows = RunRows(opened, executor or SerialExecutor(), valid_N, display(progress))
     return preconditioner(rows, kind, damping, rank, tolerance, max_iterations)

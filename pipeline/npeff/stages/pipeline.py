@@ -13,10 +13,10 @@ from typing import Any
 from numpy.typing import NDArray
 
 from npeff.reports.report import write_report
-from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
-from npeff.runs.progress import ProgressDisplay
+from npeff.runs.opening import AnyRun, as_run
+from npeff.runs.progress import Progress, display
 from npeff.runs.stage import record_of, recorded, refuse_foreign_results
 from npeff.stages.earlier_results import direction_checksums, lifted_components
 from npeff.stages.fishers import FISHERS
@@ -28,12 +28,13 @@ from npeff.store.annotations import read_annotations
 from npeff.store.direction_store import DirectionStore
 
 
-def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = None) -> RunDirectory:
+def run(config: AnyRun, *, progress: Progress = "auto") -> RunDirectory:
     """Run every stage in order and write the report. Results that are already complete are not recomputed.
 
     Args:
-        config: the configuration of a run, whose directory is created or resumed, or an open run directory.
-        progress: display for the progress. No progress is shown if None.
+        config: the configuration of a run, or the path of its run file, such as ``run.yaml``: the run directory is
+            created or resumed. Or a run, or the path of its directory, which is resumed.
+        progress: how the progress is shown; see `npeff.runs.progress.display`.
 
     Returns:
         The run directory.
@@ -41,10 +42,9 @@ def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = 
     Raises:
         NpeffError: a stage cannot be completed. The message is one line with the cause and the remedy.
     """
-    directory = config if isinstance(config, RunDirectory) else RunDirectory.create(config, validate_for_workers)
+    directory, progress = as_run(config, check=validate_for_workers), display(progress)
     stages = [stage for stage in STAGES if stage.in_run(directory.config)]
-    if progress is not None:
-        progress.say(f"run {directory.path}")
+    progress.say(f"run {directory.path}")
     unfinished = [stage for stage in stages if recorded(directory, stage) is None]
     start = model_executor_for if FISHERS in unfinished else executor_for
     with directory.lock():
@@ -56,20 +56,38 @@ def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = 
     return directory
 
 
-def report(run: RunDirectory, *, progress: ProgressDisplay | None = None) -> Path:
-    """Write the report, one HTML file, from the available results. Returns its path."""
+def report(run: AnyRun, *, progress: Progress = "auto") -> Path:
+    """Write the report, one HTML file, from the available results.
+
+    Args:
+        run: the run, its configuration, or the path of its directory or run file.
+        progress: how the progress is shown, as for the other functions. The report is written at once, without a bar.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        NpeffError: a table is damaged, or the report cannot be written.
+    """
+    run = as_run(run)
     with run.lock():
         return write_report(run.path, factorization=run.name, **run.config.report.arguments())
 
 
-def export_direction(run: RunDirectory, component: int, file: str | Path) -> None:
+def export_direction(run: AnyRun, component: int, file: str | Path) -> None:
     """Write a component's unit direction to a safetensors file, one tensor per parameter name.
 
     The metadata of the file contain the name and the note of the component, if it has any.
 
+    Args:
+        run: the run, its configuration, or the path of its directory or run file.
+        component: the component.
+        file: the safetensors file.
+
     Raises:
         RunDirectoryError: the component does not exist or is not lifted.
     """
+    run = as_run(run)
     directions, known = _lifted_directions(run, component), read_annotations(run)
     texts = {"name": known.name(component), "note": known.note(component)}
     directions.export(component, file, {key: text for key, text in texts.items() if text is not None})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from html import escape
 
+from npeff.errors import without_values
 from npeff.runs.directory import RunDirectory, StageState
 from npeff.runs.stage import recorded
 from npeff.stages.registry import STAGES
@@ -37,6 +39,22 @@ def status(run: RunDirectory) -> list[StageStatus]:
     written = run.report.exists()
     state = StageState.COMPLETE if written else StageState.MISSING
     return [*rows, StageStatus("report", state, "", str(run.report) if written else "")]
+
+
+def status_html(run: RunDirectory) -> str:
+    """Return the state of every stage as a table of HTML, for notebooks."""
+    cells = "".join(
+        "<tr>"
+        + "".join(f'<td style="text-align: left">{escape(without_values(text))}</td>' for text in texts)
+        + "</tr>"
+        for texts in ((row.stage, row.state.value, row.done, row.details) for row in status(run))
+    )
+    title = escape(without_values(f"run {run.argument}"))
+    heads = "".join(f'<th style="text-align: left">{name}</th>' for name in ("stage", "state", "done", "result"))
+    return (
+        f'<div style="font-size: 13px"><code>{title}</code>'
+        f"<table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>"
+    )
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from npeff.factorization.diagonals.estimator import DiagonalNPEFF
 from scipy.optimize import nnls
 from sklearn.base import clone
 from sklearn.decomposition import NMF
+from sklearn.model_selection import GridSearchCV
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import Tensor
 
@@ -294,6 +295,22 @@ def test_impossible_problems_are_refused() -> None:
 @parametrize_with_checks([DiagonalNPEFF(n_components=2, max_iter=30)])
 def test_every_check_of_scikit_learn_passes(estimator: DiagonalNPEFF, check: Callable[[Any], None]) -> None:
     check(estimator)
+
+
+def test_the_score_is_what_is_explained_of_held_out_diagonals(data: Any) -> None:
+    matrix = dense(data)
+    model = DiagonalNPEFF(n_components=K, random_state=0).fit(matrix[:80])
+    assert model.score(matrix[:80]) == pytest.approx(model.explained_, rel=1e-6)
+    held_out = matrix[80:] / np.linalg.norm(matrix[80:], axis=1, keepdims=True)
+    squares = ((held_out - model.inverse_transform(model.transform(matrix[80:]))) ** 2).sum(axis=1)
+    assert model.score(matrix[80:]) == pytest.approx(1 - squares.mean(), rel=1e-5)
+    weights = np.linspace(0, 1, 40)
+    expected = 1 - (weights * squares).sum() / weights.sum()
+    assert model.score(scipy.sparse.csr_array(matrix[80:]), sample_weight=weights) == pytest.approx(expected, rel=1e-5)
+    search = GridSearchCV(DiagonalNPEFF(random_state=0, n_starts=1, max_iter=50), {"n_components": [1, K]}, cv=2)
+    assert search.fit(matrix).best_params_ == {"n_components": K}
+    with pytest.raises(ValueError, match="Negative values"):
+        model.inverse_transform(-np.ones((1, K)))
 
 
 def test_sparse_and_dense_input_give_the_same(data: Any) -> None:

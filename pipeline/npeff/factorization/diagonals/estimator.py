@@ -141,17 +141,39 @@ class DiagonalNPEFF(Factorizer):
         """Compute the normalized diagonals W H that coefficients describe.
 
         Args:
-            X: coefficients W (M, K).
+            X: coefficients W (M, K), non-negative.
 
         Returns:
-            Diagonals (M, P).
+            Diagonals (M, P), in the precision of `X`.
 
         Raises:
             NotFittedError: if `fit` was not called.
+            ValueError: if the coefficients are negative or not finite, or not of K components.
+        """
+        coefficients_MK = self._checked_coefficients(X)
+        diagonals_MP: np.ndarray = coefficients_MK @ self.components_.astype(coefficients_MK.dtype)
+        return diagonals_MP
+
+    def score(self, X: ArrayLike, y: None = None, sample_weight: ArrayLike | None = None) -> float:
+        """Compute the explained fraction of diagonals, with optimal coefficients at the fitted components.
+
+        Args:
+            X: diagonals (M, P), dense or sparse, such as those of held-out examples.
+            y: ignored.
+            sample_weight: weights (M,) of the examples; 1 by default.
+
+        Returns:
+            1 − loss / ‖X‖²_F, at most 1. Greater is better.
+
+        Raises:
+            NotFittedError: if `fit` was not called.
+            ValueError: if an array is not finite, has negative entries, or has another P than the fitted data, or all
+                diagonals are zero.
         """
         check_is_fitted(self)
-        result: np.ndarray = np.asarray(X) @ self.components_
-        return result
+        shard = DiagonalShard(self._fishers(X, reset=False))
+        shard.finish(torch.from_numpy(self.components_))
+        return self._explained(shard.misfits_N, shard.squares_N, X, sample_weight)
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()

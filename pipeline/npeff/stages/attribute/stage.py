@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from npeff.execution.executor import Executor
 from npeff.runs.definition import Summary, finished
-from npeff.runs.directory import RunDirectory
-from npeff.runs.progress import ProgressDisplay, SilentProgress
+from npeff.runs.opening import AnyRun, as_run
+from npeff.runs.progress import Progress, display
 from npeff.runs.stage import forget_other_requests, open_stage, unit_checksums
 from npeff.stages.attribute import ATTRIBUTE
 from npeff.stages.attribute.worker import AttributionPaths, AttributionWorker
@@ -16,15 +16,13 @@ from npeff.store.tables import read_table, read_tables, write_table
 _TABLE = "position_shares"
 
 
-def attribute(
-    run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None
-) -> Summary:
+def attribute(run: AnyRun, *, executor: Executor | None = None, progress: Progress = "auto") -> Summary:
     """Split the evidence of the components' top examples over their tokens, if the task provides tokens.
 
     Args:
-        run: the run.
+        run: the run, its configuration, or the path of its directory or run file.
         executor: executor for the work. A new one is created if None.
-        progress: display for the progress. No progress is shown if None.
+        progress: display for the progress; see `npeff.runs.progress.display`.
 
     Returns:
         The record of the stage.
@@ -32,11 +30,12 @@ def attribute(
     Raises:
         NpeffError: the stage cannot be completed. The message is one line with the cause and the remedy.
     """
+    run, progress = as_run(run), display(progress)
     with open_stage(run, ATTRIBUTE) as stage:
         components, count = lifted_components(run), run.config.report.top_examples
         if stage.done and stage.done["top_examples"] == count and stage.done["components"] == components:
             return stage.done
-        progress, results = progress or SilentProgress(), run.partial_results("attribute")
+        results = run.partial_results("attribute")
         forget_other_requests(results, f"{count} top examples")
         stage.discard_foreign_units(progress)
         top = read_table(run.table("top_examples"), "top_examples").select(["component", "rank", "example"])

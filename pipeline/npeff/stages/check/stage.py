@@ -19,8 +19,9 @@ from npeff.reports.report import write_report
 from npeff.runs.definition import StageDefinition
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
+from npeff.runs.opening import AnyRun, as_run
 from npeff.runs.part import Part, delete, finished_units, intact_record
-from npeff.runs.progress import ProgressDisplay, SilentProgress
+from npeff.runs.progress import Progress, ProgressDisplay, display
 from npeff.runs.settings import restore_provenance
 from npeff.runs.stage import recorded
 from npeff.stages.check.parts import complete_stages, imported_stages, parts_of
@@ -47,21 +48,21 @@ class Damage:
 
 
 def check(
-    run: RunDirectory,
+    run: AnyRun,
     *,
     factorization: str | None = None,
     recompute: bool = False,
     executor: Executor | None = None,
-    progress: ProgressDisplay | None = None,
+    progress: Progress = "auto",
 ) -> list[Damage]:
     """Verify everything in a run directory.
 
     Args:
-        run: The run directory.
+        run: The run, its configuration, or the path of its directory or run file.
         factorization: Verify only this factorization, and the run. The default is all factorizations.
         recompute: Delete the damaged parts, and recompute those of stages that were complete.
         executor: Distributes the recomputation; by default, the executor of the run file.
-        progress: Display of the progress; by default, none.
+        progress: Display for the progress; see `npeff.runs.progress.display`.
 
     Returns:
         The damaged parts; with ``recompute``, the parts that are still damaged afterwards.
@@ -69,7 +70,7 @@ def check(
     Raises:
         RunDirectoryError: the run is in use.
     """
-    progress = progress or SilentProgress()
+    run, progress = as_run(run), display(progress)
     with run.lock():
         names = [factorization] if factorization is not None else run.factorizations()
         runs = [run if name == run.name else run.with_factorization(name) for name in names] or [run]

@@ -13,7 +13,8 @@ from npeff.options.kinds import FACTORIZED
 from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
 from npeff.runs.lineage import MadeFrom
-from npeff.runs.progress import ProgressDisplay, SilentProgress
+from npeff.runs.opening import AnyRun, as_run
+from npeff.runs.progress import Progress, ProgressDisplay, display
 from npeff.runs.settings import refuse_fewer_iterations
 from npeff.runs.stage import open_stage, record_of
 from npeff.stages.earlier_results import checksums_of, components_of, count_fit_examples, validate_problem
@@ -32,15 +33,13 @@ from npeff.store.coefficient_rows import StackedRows
 from npeff.store.shard_records import ShardChecksums
 
 
-def factorize(
-    run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None
-) -> Summary:
+def factorize(run: AnyRun, *, executor: Executor | None = None, progress: Progress = "auto") -> Summary:
     """Fit non-negative coefficients and components to the stored Fishers.
 
     Args:
-        run: the run.
+        run: the run, its configuration, or the path of its directory or run file.
         executor: executor for the work. A new one is created if None.
-        progress: display for the progress. No progress is shown if None.
+        progress: display for the progress; see `npeff.runs.progress.display`.
 
     Returns:
         The record of the stage.
@@ -48,12 +47,13 @@ def factorize(
     Raises:
         NpeffError: the stage cannot be completed. The message is one line with the cause and the remedy.
     """
+    run, progress = as_run(run), display(progress)
     with open_stage(run, FACTORIZE) as stage:
         refuse_fewer_iterations(run)
         if stage.done:
             return stage.done
         ensure_split(run)
-        progress, config, kind = progress or SilentProgress(), run.config, run.config.factorization.kind
+        config, kind = run.config, run.config.factorization.kind
         fishers, checksums, n_fit = record_of(run, FISHERS), checksums_of(run), count_fit_examples(run)
         validate_problem(config, n_fit, fishers["rank"])
         with executor_for(run, executor) as workers:

@@ -19,7 +19,8 @@ from npeff.runs.config_reading import ConfigError
 from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
 from npeff.runs.lineage import lineage_of
-from npeff.runs.progress import ProgressDisplay, SilentProgress
+from npeff.runs.opening import AnyRun, as_run
+from npeff.runs.progress import Progress, ProgressDisplay, display
 from npeff.runs.stage import open_stage
 from npeff.stages.earlier_results import shards_checksum, validate_problem
 from npeff.stages.fishers import FISHERS
@@ -44,15 +45,13 @@ _MOST_NAMED = 5
 """Largest number of failed shards in an error message."""
 
 
-def compute_fishers(
-    run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None
-) -> Summary:
+def compute_fishers(run: AnyRun, *, executor: Executor | None = None, progress: Progress = "auto") -> Summary:
     """Compute and store the low-rank Fisher of every example.
 
     Args:
-        run: the run.
+        run: the run, its configuration, or the path of its directory or run file.
         executor: executor for the work. A new one is created if None.
-        progress: display for the progress. No progress is shown if None.
+        progress: display for the progress; see `npeff.runs.progress.display`.
 
     Returns:
         The record of the stage.
@@ -60,12 +59,13 @@ def compute_fishers(
     Raises:
         NpeffError: the stage cannot be completed. The message is one line with the cause and the remedy.
     """
+    run, progress = as_run(run), display(progress)
     with open_stage(run, FISHERS) as stage:
         if stage.done:
             return stage.done
         if run.fishers_home != run.path:
             return stage.complete(use_other_fishers(run))
-        progress, config = progress or SilentProgress(), run.config
+        config = run.config
         with model_executor_for(run, executor) as workers:
             with progress.stage("prepare", 1, "task") as tick:
                 facts = _inspect(run, workers)

@@ -15,7 +15,8 @@ from npeff.runs.config_input_sections import InputsConfig
 from npeff.runs.config_reading import ConfigError
 from npeff.runs.definition import Summary, finished
 from npeff.runs.directory import RunDirectory
-from npeff.runs.progress import ProgressDisplay, SilentProgress
+from npeff.runs.opening import AnyRun, as_run
+from npeff.runs.progress import Progress, ProgressDisplay, display
 from npeff.runs.stage import Stage, forget_other_requests, open_stage, unit_checksums, unit_files
 from npeff.stages.earlier_results import fingerprint_of
 from npeff.stages.inputs import INPUTS
@@ -35,13 +36,13 @@ _SMALL_MODEL, _LARGER = 1_000_000, 4
 """For models with at most so many parameters, blocks are larger by this factor."""
 
 
-def inputs(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
+def inputs(run: AnyRun, *, executor: Executor | None = None, progress: Progress = "auto") -> Summary:
     """Compute the Fisher information of the inputs of some examples, split over their positions.
 
     Args:
-        run: the run.
+        run: the run, its configuration, or the path of its directory or run file.
         executor: executor for the work. A new one is created if None.
-        progress: display for the progress. No progress is shown if None.
+        progress: display for the progress; see `npeff.runs.progress.display`.
 
     Returns:
         The record of the stage.
@@ -49,6 +50,7 @@ def inputs(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
     Raises:
         NpeffError: the stage cannot be completed. The message is one line with the cause and the remedy.
     """
+    run, progress = as_run(run), display(progress)
     with open_stage(run, INPUTS) as stage:
         options = run.config.inputs_or_default
         chosen = ChosenExamples.of(run, options)
@@ -56,7 +58,7 @@ def inputs(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         request = json_checksum(facts_of_request | {"settings": INPUTS.settings(run.config), "seed": run.config.seed})
         if stage.done and stage.done["request"] == request:
             return stage.done
-        progress, results = progress or SilentProgress(), run.partial_results("inputs")
+        results = run.partial_results("inputs")
         run.reopen("inputs")
         forget_other_requests(results, request)
         stage.discard_foreign_units(progress)

@@ -19,7 +19,8 @@ from npeff.options.kinds import is_diagonal
 from npeff.runs.definition import Summary, finished
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
-from npeff.runs.progress import ProgressDisplay, SilentProgress
+from npeff.runs.opening import AnyRun, as_run
+from npeff.runs.progress import Progress, ProgressDisplay, display
 from npeff.runs.stage import open_stage
 from npeff.stages.earlier_results import checksums_of, fingerprint_of, lifted_components
 from npeff.stages.lift import LIFT
@@ -37,13 +38,13 @@ from npeff.store.shard_records import ShardChecksums
 from npeff.store.tables import read_table, rows_to_columns, table_lineage, write_table
 
 
-def lift(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
+def lift(run: AnyRun, *, executor: Executor | None = None, progress: Progress = "auto") -> Summary:
     """Lift the components from the sketch to directions in parameter space.
 
     Args:
-        run: the run.
+        run: the run, its configuration, or the path of its directory or run file.
         executor: executor for the work. A new one is created if None.
-        progress: display for the progress. No progress is shown if None.
+        progress: display for the progress; see `npeff.runs.progress.display`.
 
     Returns:
         The record of the stage.
@@ -51,6 +52,7 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
     Raises:
         NpeffError: the stage cannot be completed. The message is one line with the cause and the remedy.
     """
+    run, progress = as_run(run), display(progress)
     with open_stage(run, LIFT) as stage:
         config, n_components = run.config, run.config.factorization.n_components
         chosen = list(config.lift.components or range(n_components))
@@ -65,7 +67,7 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
         shapes = {name: tuple(shape) for name, shape in zip(layout["names"], layout["shapes"], strict=True)}
         fitting = fitting_directions(config, sum(math.prod(shape) for shape in shapes.values()))
         model = model_spec(run, fingerprint_of(run))  # raises before anything is written if there is no model
-        results, progress = run.partial_results("lift"), progress or SilentProgress()
+        results = run.partial_results("lift")
         _prepare_store(run, shapes, fishers["dim"], stage.lineage, progress)
         stage.discard_foreign_units(progress)
         lifted = {component: read_json(path) for component, path in finished(results).items()}

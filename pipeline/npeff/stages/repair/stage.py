@@ -16,7 +16,8 @@ from npeff.execution.executor import Executor, WorkerSpec, result_of
 from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
-from npeff.runs.progress import ProgressDisplay, SilentProgress
+from npeff.runs.opening import AnyRun, as_run
+from npeff.runs.progress import Progress, ProgressDisplay, display
 from npeff.runs.stage import forget_other_requests, open_stage, record_of
 from npeff.stages.earlier_results import direction_checksums, fingerprint_of, lifted_components, prediction_batch_size
 from npeff.stages.held_out import held_out_record, held_out_text
@@ -44,13 +45,13 @@ _EXAMPLES_AT_ONCE = 1024
 """Examples of one item. The number is fixed, so that sums do not depend on the number of workers."""
 
 
-def repair(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
+def repair(run: AnyRun, *, executor: Executor | None = None, progress: Progress = "auto") -> Summary:
     """Correct wrong predictions by steps along components, and evaluate the result on held-out examples.
 
     Args:
-        run: the run.
+        run: the run, its configuration, or the path of its directory or run file.
         executor: executor for the work. A new one is created if None.
-        progress: display for the progress. No progress is shown if None.
+        progress: display for the progress; see `npeff.runs.progress.display`.
 
     Returns:
         The record of the stage.
@@ -58,8 +59,9 @@ def repair(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
     Raises:
         NpeffError: the stage cannot be completed. The message is one line with the cause and the remedy.
     """
+    run, progress = as_run(run), display(progress)
     with open_stage(run, REPAIR) as stage:
-        progress, wanted = progress or SilentProgress(), run.config.repair
+        wanted = run.config.repair
         own = own_directions(run, progress.say)
         request, lifted = _request(run, own), lifted_components(run)
         if stage.done and stage.done["request"] == request and stage.done.get("components", lifted) == lifted:

@@ -15,7 +15,8 @@ from npeff.runs.config_input_sections import ScaleConfig
 from npeff.runs.definition import Summary, finished
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
-from npeff.runs.progress import ProgressDisplay, SilentProgress
+from npeff.runs.opening import AnyRun, as_run
+from npeff.runs.progress import Progress, display
 from npeff.runs.stage import Stage, forget_other_requests, is_request, open_stage, record_of, unit_checksums, unit_files
 from npeff.stages.earlier_results import (
     direction_checksums,
@@ -40,13 +41,13 @@ _MOST_AT_ONCE = 64
 _PLAN = "plan.json"
 
 
-def scale(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
+def scale(run: AnyRun, *, executor: Executor | None = None, progress: Progress = "auto") -> Summary:
     """Compute the Fisher-Rao length and the scale of paths between examples.
 
     Args:
-        run: the run.
+        run: the run, its configuration, or the path of its directory or run file.
         executor: executor for the work. A new one is created if None.
-        progress: display for the progress. No progress is shown if None.
+        progress: display for the progress; see `npeff.runs.progress.display`.
 
     Returns:
         The record of the stage.
@@ -54,8 +55,9 @@ def scale(run: RunDirectory, *, executor: Executor | None = None, progress: Prog
     Raises:
         NpeffError: the stage cannot be completed. The message is one line with the cause and the remedy.
     """
+    run, progress = as_run(run), display(progress)
     with open_stage(run, SCALE) as stage:
-        progress, results, wanted = progress or SilentProgress(), run.partial_results("scale"), _wanted(run)
+        results, wanted = run.partial_results("scale"), _wanted(run)
         request = _request(run, stage, wanted)
         if stage.done and stage.done["request"] == request:
             return stage.done

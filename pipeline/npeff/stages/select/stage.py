@@ -13,7 +13,8 @@ from npeff.factorization import FitComparison, InvalidProblemError, compare_fits
 from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
-from npeff.runs.progress import ProgressDisplay, SilentProgress
+from npeff.runs.opening import AnyRun, as_run
+from npeff.runs.progress import Progress, ProgressDisplay, display
 from npeff.runs.stage import open_stage, record_of
 from npeff.stages.earlier_results import checksums_of, count_fit_examples
 from npeff.stages.fishers import FISHERS
@@ -26,13 +27,13 @@ from npeff.store.fit_store import FitStore, StoredFit
 from npeff.store.tables import rows_to_columns, write_table
 
 
-def select(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
+def select(run: AnyRun, *, executor: Executor | None = None, progress: Progress = "auto") -> Summary:
     """Recommend a number of components, from fits of several numbers with several seeds and halves of the examples.
 
     Args:
-        run: the run.
+        run: the run, its configuration, or the path of its directory or run file.
         executor: executor for the work. A new one is created if None.
-        progress: display for the progress. No progress is shown if None.
+        progress: display for the progress; see `npeff.runs.progress.display`.
 
     Returns:
         The record of the stage.
@@ -40,13 +41,14 @@ def select(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
     Raises:
         NpeffError: the stage cannot be completed. The message is one line with the cause and the remedy.
     """
+    run, progress = as_run(run), display(progress)
     with open_stage(run, SELECT) as stage:
         if (kind := run.config.factorization.kind) != "fishers":
             raise RunDirectoryError(
                 f"npeff select does not support factorization.kind: {kind}, which {run.path} has: set "
                 "factorization.kind: fishers and another factorization.name"
             )
-        progress, wanted = progress or SilentProgress(), run.config.selection
+        wanted = run.config.selection
         checksums_of(run)
         request = _request(run)
         if stage.done and stage.done["request"] == request:

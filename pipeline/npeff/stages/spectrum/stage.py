@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from npeff.execution.executor import Executor, WorkerSpec, result_of
 from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
-from npeff.runs.progress import ProgressDisplay, SilentProgress
+from npeff.runs.opening import AnyRun, as_run
+from npeff.runs.progress import Progress, ProgressDisplay, display
 from npeff.runs.stage import forget_other_requests, open_stage, record_of
 from npeff.stages.earlier_results import checksums_of, verified_diagonal
 from npeff.stages.fishers import FISHERS
@@ -25,15 +26,13 @@ from npeff.store.fisher_store import FisherStore
 from npeff.store.tables import read_table
 
 
-def spectrum(
-    run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None
-) -> Summary:
+def spectrum(run: AnyRun, *, executor: Executor | None = None, progress: Progress = "auto") -> Summary:
     """Compute the eigenvalues of the mean Fisher and their statistics. The model is not needed.
 
     Args:
-        run: the run.
+        run: the run, its configuration, or the path of its directory or run file.
         executor: executor for the work. A new one is created if None.
-        progress: display for the progress. No progress is shown if None.
+        progress: display for the progress; see `npeff.runs.progress.display`.
 
     Returns:
         The record of the stage.
@@ -41,10 +40,11 @@ def spectrum(
     Raises:
         NpeffError: the stage cannot be completed. The message is one line with the cause and the remedy.
     """
+    run, progress = as_run(run), display(progress)
     with open_stage(run, SPECTRUM) as stage:
         if stage.done:
             return stage.done
-        progress, folder = progress or SilentProgress(), run.partial_results("spectrum")
+        folder = run.partial_results("spectrum")
         checksums, attributes = checksums_of(run), FisherStore.read_attributes(run.fishers)
         diagonal = verified_diagonal(run) if run.config.fishers.diagonal.mean else None
         n_parameters = int(record_of(run, FISHERS)["n_parameters"])

@@ -15,7 +15,8 @@ from npeff.execution.executor import Executor, WorkerSpec, result_of
 from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
-from npeff.runs.progress import ProgressDisplay, SilentProgress
+from npeff.runs.opening import AnyRun, as_run
+from npeff.runs.progress import Progress, ProgressDisplay, SilentProgress, display
 from npeff.runs.stage import Stage, forget_other_requests, open_stage
 from npeff.stages.earlier_results import checksums_of, fingerprint_of, prediction_batch_size
 from npeff.stages.held_out import held_out_record, held_out_text
@@ -39,16 +40,16 @@ _EXAMPLES_AT_ONCE = 1024
 """Examples of one item of the gradient. The number is fixed, so that sums do not depend on the number of workers."""
 
 
-def step(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
+def step(run: AnyRun, *, executor: Executor | None = None, progress: Progress = "auto") -> Summary:
     """Take one damped natural-gradient step of the model towards labels, and evaluate it on held-out examples.
 
     The step is −η (F̄ + λI)⁻¹ g. g is the gradient of the mean loss of the labelled examples, and F̄ the mean Fisher of
     the fitted examples.
 
     Args:
-        run: the run.
+        run: the run, its configuration, or the path of its directory or run file.
         executor: executor for the work. A new one is created if None.
-        progress: display for the progress. No progress is shown if None.
+        progress: display for the progress; see `npeff.runs.progress.display`.
 
     Returns:
         The record of the stage.
@@ -56,8 +57,9 @@ def step(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
     Raises:
         NpeffError: the stage cannot be completed. The message is one line with the cause and the remedy.
     """
+    run, progress = as_run(run), display(progress)
     with open_stage(run, STEP) as stage:
-        progress, results = progress or SilentProgress(), run.partial_results("step")
+        results = run.partial_results("step")
         labelled = Labelled.of(run)
         _refuse_empirical(run)
         request = _request(run, stage, labelled)

@@ -14,7 +14,8 @@ from npeff.factorization import InvalidProblemError, explained, near_duplicates
 from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
-from npeff.runs.progress import ProgressDisplay, SilentProgress
+from npeff.runs.opening import AnyRun, as_run
+from npeff.runs.progress import Progress, display
 from npeff.runs.stage import open_stage, record_of, recorded
 from npeff.stages.earlier_results import checksums_of, components_of
 from npeff.stages.factorize import FACTORIZE
@@ -30,21 +31,21 @@ from npeff.store.coefficient_rows import StackedRows
 
 
 def transform(
-    run: RunDirectory,
+    run: AnyRun,
     source: str | Path | RunDirectory,
     *,
     executor: Executor | None = None,
-    progress: ProgressDisplay | None = None,
+    progress: Progress = "auto",
 ) -> Summary:
     """Compute coefficients of a run's examples for the components of another run, which are copied into the run.
 
     Missing Fishers are computed first. The run can then be queried and reported like any other run.
 
     Args:
-        run: the run with the new examples.
+        run: the run with the new examples, its configuration, or the path of its directory or run file.
         source: the run with the components, or its path.
         executor: executor for the work. A new one is created if None.
-        progress: display for the progress. No progress is shown if None.
+        progress: display for the progress; see `npeff.runs.progress.display`.
 
     Returns:
         The record of the stage.
@@ -53,7 +54,7 @@ def transform(
         RunDirectoryError: the model, parameters, sketch or seed of the runs differ, or the run has been factorized.
         InvalidProblemError: ``factorization.n_components`` of the run is not the number of components.
     """
-    progress = progress or SilentProgress()
+    run, progress = as_run(run), display(progress)
     given = source if isinstance(source, RunDirectory) else RunDirectory.open(source)  # raises before any computation
     record_of(given, FACTORIZE)
     _refuse_another_number(run, given, given.config.factorization.n_components)

@@ -15,7 +15,8 @@ from npeff.runs.config_reading import ConfigError
 from npeff.runs.definition import Summary, finished
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
-from npeff.runs.progress import ProgressDisplay, SilentProgress
+from npeff.runs.opening import AnyRun, as_run
+from npeff.runs.progress import Progress, ProgressDisplay, display
 from npeff.runs.stage import open_stage, unit_checksums
 from npeff.stages.earlier_results import direction_checksums, fingerprint_of, lifted_components, prediction_batch_size
 from npeff.stages.factorize.live_history import write_summary
@@ -31,13 +32,13 @@ from npeff.store.component_store import open_factorization
 from npeff.store.tables import read_table, read_tables, rows_to_columns, write_table
 
 
-def verify(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
+def verify(run: AnyRun, *, executor: Executor | None = None, progress: Progress = "auto") -> Summary:
     """Move the model along each direction and compare the effect with controls.
 
     Args:
-        run: the run.
+        run: the run, its configuration, or the path of its directory or run file.
         executor: executor for the work. A new one is created if None.
-        progress: display for the progress. No progress is shown if None.
+        progress: display for the progress; see `npeff.runs.progress.display`.
 
     Returns:
         The record of the stage.
@@ -45,6 +46,7 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
     Raises:
         NpeffError: the stage cannot be completed. The message is one line with the cause and the remedy.
     """
+    run, progress = as_run(run), display(progress)
     with open_stage(run, VERIFY) as stage:
         components, results = lifted_components(run), run.partial_results("verify")
         if stage.done and set(components) <= set(stage.done.get("components", range(stage.done["n_components"]))):
@@ -52,7 +54,6 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         if run.config.verification.by == "evidence" and open_factorization(run.factorization).evidence is None:
             problem = "verification.by: evidence needs stored evidence, which this factorization does not have"
             raise RunDirectoryError(problem, "use by: coefficient, or a factorization of Fishers in the sketch")
-        progress = progress or SilentProgress()
         stage.discard_foreign_units(progress)
         paths = VerificationPaths.of(run, results, checksums=direction_checksums(run), lineage=stage.lineage)
         options = _options(run, components)
