@@ -1,14 +1,14 @@
 """Do components mend wrong predictions better than training on the same examples, and along which directions?
 
-    python tests/benchmarks/repair.py [--problems heuristics digits] [--seeds …] [--validation-only]
+    python tests/benchmarks/repair.py [--problems heuristics digits] [--seeds …] [--methods …] [--validation-only]
                                       [--folder FOLDER] [--output FILE]
 
 Methods: the search of the stage `repair` along whitened and along own directions, one natural-gradient step with the
 Fisher of all fitted examples, fine-tuning of all parameters, and LoRA of all Linear layers. All have the same tuning
 examples: all fitted examples, or 50 of them, of which up to half have a wrong prediction. A third of the tuning
-examples, the validation part, chooses one of six trials of each method, or none of them. The rest trains it. All
-results are on the held-out examples, which take part in no choice. Their 95% intervals are bootstrap intervals over the
-examples, within each seed. They do not contain the variation over models.
+examples, the validation part, chooses one of six trials of each method (`sick`: of three), or none of them. The rest
+trains it. All results are on the held-out examples, which take part in no choice. Their 95% intervals are bootstrap
+intervals over the examples, within each seed. They do not contain the variation over models.
 
 Everything is kept in the folder, and the same command goes on where it stopped. `--validation-only` prints the results
 on the validation part and judges nothing. `README.md` beside this file keeps results.
@@ -33,7 +33,7 @@ from repair_stage.trials import Chosen, batch_size_of, chosen, logits, methods
 
 BUDGETS = ("50", "all")
 COLUMNS = (
-    *("method", "mended, %", "broken, %", "net change, points", "minus repair, whitened", "net change by seed"),
+    *("method", "mended, %", "broken, %", "net change, points", "minus the first method", "net change by seed"),
     *("mean KL, nats", "changed models", "CPU s"),
 )
 
@@ -42,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--problems", nargs="+", default=["heuristics", "digits"], choices=problems())
     parser.add_argument("--seeds", type=int, nargs="+", help="those of each problem by default")
+    parser.add_argument("--methods", nargs="+", help="all by default; the first is the reference")
     parser.add_argument("--validation-only", action="store_true", help="show the trials, and judge nothing")
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmarks/repair"))
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/repair.json"))
@@ -66,7 +67,8 @@ def _records(problem: Problem, arguments: argparse.Namespace) -> dict[str, dict[
     for seed in arguments.seeds or problem.seeds:
         made: Prepared | None = None
         for place, budget in enumerate(BUDGETS):
-            for method, run in methods(problem).items():
+            known = methods(problem)
+            for method, run in ((name, known[name]) for name in arguments.methods or known):
                 key = "-".join((problem.name, str(seed), budget, method.replace(", ", "-")))
                 file = arguments.folder / f"{key}.json"
                 if not file.exists():

@@ -25,15 +25,19 @@ from repair_stage.problems import Prepared, Tuning
 
 TRIALS = ((0.01, 0.1, 5), (0.01, 0.3, 5), (0.1, 0.3, 5), (0.1, 1.0, 5), (0.1, 0.3, 1), (1.0, 0.3, 1))
 """Damping, mean KL divergence of the step on the training part, and weight of the right predictions in the loss."""
+FEW_TRIALS = ((0.1, 0.03, 5), (0.1, 0.1, 5), (0.1, 0.3, 5))
+"""Those of a problem with few trials. They need one direction."""
 
 
-def stepped(prepared: Prepared, tuning: Tuning, batch_size: int) -> Iterator[tuple[dict[str, Any], nn.Module]]:
+def stepped(
+    prepared: Prepared, tuning: Tuning, batch_size: int, few_trials: bool
+) -> Iterator[tuple[dict[str, Any], nn.Module]]:
     """Take one step with the Fisher of all fitted examples, and the gradient of the training part."""
     run, loaded = prepared.runs["whitened"], prepared.loaded
     fit_N = Splits.of(read_table(run.table("examples"), "examples")).fit_N
     rows = RunRows(run, SerialExecutor(), fit_N, SilentProgress())
     before, found = _logits(loaded, loaded.model, tuning.train, batch_size), {}
-    for damping, kl, weight in TRIALS:
+    for damping, kl, weight in FEW_TRIALS if few_trials else TRIALS:
         if (damping, weight) not in found:
             made = preconditioner(rows, "exact", damping, 16, 0.01, 200)
             found[damping, weight] = made.precondition(_gradient(prepared, tuning.train, weight, batch_size, rows))

@@ -49,21 +49,27 @@ class Chosen:
     tried: list[Trial]
 
 
-def repair_trials(max_harm: float) -> list[Trial]:
+def repair_trials(max_harm: float, few_trials: bool) -> list[Trial]:
     """One or several single steps, and joint steps after one single step.
 
     Args:
         max_harm: The larger of two values of `repair.max_harm`.
+        few_trials: As in `Problem`.
     """
     single, joint = {"max_edits": 6, "joint_passes": 0}, {"max_edits": 1, "joint_passes": 40}
     few = ({"max_edits": 1, "joint_passes": 0}, {"max_edits": 1, "joint_passes": 10})
+    if few_trials:  # they share the attempts of the first single step
+        return [*(each | {"max_harm": _MAX_HARM} for each in few), few[1] | {"max_harm": max_harm}]
     careful = [each | {"max_harm": _MAX_HARM} for each in (single, joint, *few)]
     return [*careful, *(each | {"max_harm": max_harm} for each in (single, joint))]
 
 
-def training_trials(rates: tuple[float, float, float]) -> list[Trial]:
+def training_trials(rates: tuple[float, float, float], few_trials: bool) -> list[Trial]:
     """Learning rates, numbers of steps, and weights of the right predictions in the loss."""
     low, middle, high = rates
+    if few_trials:
+        settings: tuple[tuple[float, int, int], ...] = ((low, 50, 5), (middle, 50, 10), (high, 50, 5))
+        return [{"rate": rate, "steps": steps, "weight_of_right": weight} for rate, steps, weight in settings]
     first = ((low, 50, 5), (low, 200, 5), (middle, 50, 10))
     settings = (*first, (middle, 200, 5), (high, 50, 5), (high, 200, 1))
     return [{"rate": rate, "steps": steps, "weight_of_right": weight} for rate, steps, weight in settings]
@@ -71,13 +77,13 @@ def training_trials(rates: tuple[float, float, float]) -> list[Trial]:
 
 def methods(problem: Problem) -> dict[str, Callable[[Prepared, Tuning, int], Iterator[Changed]]]:
     """Return the methods by name."""
-    rates = problem.learning_rates
+    few, training = problem.few_trials, training_trials(problem.learning_rates, problem.few_trials)
     return {
-        "repair, whitened": lambda prepared, tuning, seed: _repaired(prepared, tuning, "whitened"),
-        "repair, own": lambda prepared, tuning, seed: _repaired(prepared, tuning, "own"),
-        "natural gradient": lambda prepared, tuning, seed: stepped(prepared, tuning, batch_size_of(prepared)),
-        "fine-tuning": lambda prepared, tuning, seed: _trained(prepared, tuning, seed, rates, lora=False),
-        "LoRA": lambda prepared, tuning, seed: _trained(prepared, tuning, seed, rates, lora=True),
+        "repair, whitened": lambda prepared, tuning, seed: _repaired(prepared, tuning, "whitened", few),
+        "repair, own": lambda prepared, tuning, seed: _repaired(prepared, tuning, "own", few),
+        "natural gradient": lambda prepared, tuning, seed: stepped(prepared, tuning, batch_size_of(prepared), few),
+        "fine-tuning": lambda prepared, tuning, seed: _trained(prepared, tuning, seed, training, lora=False),
+        "LoRA": lambda prepared, tuning, seed: _trained(prepared, tuning, seed, training, lora=True),
     }
 
 
@@ -119,7 +125,7 @@ def logits(loaded: LoadedModel, model: nn.Module, examples: NDArray[np.int64], b
 # --- Repair -----------------------------------------------------------------------------------------------------------
 
 
-def _repaired(prepared: Prepared, tuning: Tuning, direction: str) -> Iterator[Changed]:
+def _repaired(prepared: Prepared, tuning: Tuning, direction: str, few_trials: bool) -> Iterator[Changed]:
     """Repair with the search of the stage, which sees the training part instead of all fitted examples.
 
     If no component passes the test of over-represented mistakes, the stage would do nothing. All components are then
@@ -135,7 +141,7 @@ def _repaired(prepared: Prepared, tuning: Tuning, direction: str) -> Iterator[Ch
         coefficients_NK=open_factorization(run.factorization).read_coefficients(),
     )
     remove_directory(run.partial_results("repair"))
-    for settings in repair_trials(0.1 if small else 0.03):
+    for settings in repair_trials(0.1 if small else 0.03, few_trials):
         wanted = run.config.repair.model_copy(update=fixed | settings | {"direction": "lifted"})
         config = run.config.model_copy(update={"repair": wanted})
         edits, n_tried = _edits(replace(run, config=config), examples)
@@ -170,11 +176,9 @@ def _move(model: nn.Module, run: RunDirectory, edits: list[Edit]) -> None:
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
-def _trained(
-    prepared: Prepared, tuning: Tuning, seed: int, rates: tuple[float, float, float], *, lora: bool
-) -> Iterator[Changed]:
+def _trained(prepared: Prepared, tuning: Tuning, seed: int, trials: list[Trial], *, lora: bool) -> Iterator[Changed]:
     """Train all parameters, or adapters of all Linear layers, with AdamW without weight decay and without dropout."""
-    for settings in training_trials(rates):
+    for settings in trials:
         model = copy.deepcopy(prepared.loaded.model).eval()
         if lora:
             model = _with_adapters(model, seed)
