@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from npeff.errors import without_values
@@ -28,6 +29,10 @@ from npeff.storage.location import location
 from npeff.store.annotations import read_annotations
 from npeff.store.tables import read_table
 from npeff.verification import moved
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_LISTED = 1e-6
+"""Part of the norm of the update above which a parameter that is left out is listed."""
 
 MEASURED = 64
 """Number of examples on which the error of the logits is measured."""
@@ -115,7 +120,7 @@ def export_lora(
     with replacing_directory(target) as made:
         config = _config(run, loaded.model, found)
         (made / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(dict(tensors(found)), made / "adapter_model.safetensors", {"format": "pt"})
+        (made / "adapter_model.safetensors").write_bytes(save(dict(tensors(found)), {"format": "pt"}))
         (made / "README.md").write_text(_readme(run, result, title, component), encoding="utf-8")
     return result
 
@@ -179,15 +184,16 @@ def _config(run: RunDirectory, model: nn.Module, found: LoraUpdate) -> dict[str,
 
 
 def _base_model(run: RunDirectory) -> str | None:
+    """Return the hub id or folder of the model in the run file; None if a variable is part of it, or there is none."""
     name = run.config.task.options.get("model")
-    return without_values(name) if isinstance(name, str) else None
+    return name if isinstance(name, str) and "${" not in name else None
 
 
 def _readme(run: RunDirectory, result: ExportedLora, title: str, component: int | None) -> str:
     found, logits, base = result.update, result.logits, _base_model(run)
     known = None if component is None else read_annotations(run).name(component)
     head = {"library_name": "peft", "tags": ["lora", "npeff"]}
-    if base is not None and not Path(base).exists():
+    if base is not None and _HUB_ID.fullmatch(base) and not Path(base).exists():
         head["base_model"] = base
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", ""]
     lines += [f"# LoRA adapter: {title}", ""]
@@ -213,7 +219,7 @@ def _readme(run: RunDirectory, result: ExportedLora, title: str, component: int 
     if found.omitted:
         lines += ["Parameters that the adapter does not change, with their part of the norm of the update:", ""]
         parts = sorted(found.omitted.items(), key=lambda item: -item[1])
-        lines += [f"- `{name}`: {norm / found.norm:.3g}" for name, norm in parts]
+        lines += [f"- `{name}`: {norm / found.norm:.3g}" for name, norm in parts if norm > _LISTED * found.norm]
     return "\n".join(lines).rstrip() + "\n"
 
 
