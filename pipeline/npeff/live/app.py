@@ -28,7 +28,7 @@ from npeff.live.access import POLICY, REPORT_POLICY, STYLED_POLICY, first_values
 from npeff.live.connections import ConnectionLimits
 from npeff.live.limits import CallLimits, LimitExceededError, call_limited
 from npeff.live.pages import Page, View
-from npeff.live.queries import QUESTIONS, REPORT, answer, forms, whole
+from npeff.live.queries import QUESTIONS, REPORT, answer, forms, is_fixed, whole
 from npeff.live.templates import page, script, style
 from npeff.live.with_model import ModelPages
 from npeff.live.workspace import Workspace
@@ -154,6 +154,8 @@ class Live:
         question, asked, limits = request.path_params["question"], _asked(request), self.limits.query
         if question not in QUESTIONS:
             raise HTTPException(HTTPStatus.NOT_FOUND)
+        if is_fixed(question, asked):
+            return _response(await asyncio.to_thread(self.workspace.question, question, asked))
         try:
             async with self._turn():
                 return _response(await self._limited(request, (self.view, question, asked, ""), limits))
