@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pipeline"))
 
-from npeff.cli.main import command
+from npeff.cli.entry import command
 
 if __name__ == "__main__":
     command()

@@ -2,18 +2,22 @@
 
 `ray up` is checked by the launcher's own code: its schema, its defaults, and its preparation for AWS, with an AWS that
 is simulated in this process. KubeRay's schema does not come with Ray; the models below are strict and hold the fields
-of its reference (https://docs.ray.io/en/master/cluster/kubernetes/references/api.html) that the manifest uses.
+of its reference (https://docs.ray.io/en/master/cluster/kubernetes/references/api.html) that the manifest uses. Where
+`NPEFF_SHARED_DATA` has KubeRay's own schema, the manifest is compared with it, too.
 """
 
 from __future__ import annotations
 
 import copy
+import gzip
+import os
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jsonschema
 import pytest
 import yaml
 from npeff.runs.config import RunConfig
@@ -127,7 +131,7 @@ def test_versions_are_those_of_the_constraints() -> None:
     assert cluster["docker"]["head_image"] == f"rayproject/ray:{tag}"
     assert cluster["docker"]["worker_image"] == f"rayproject/ray:{tag}-gpu"
     dockerfile = (ROOT / "jobs/Dockerfile").read_text()
-    assert re.findall(r"^FROM (\S+)$", dockerfile, re.MULTILINE) == [f"rayproject/ray:{tag}-gpu"]
+    assert re.findall(r"^FROM (\S+)$", dockerfile, re.MULTILINE) == [f"rayproject/ray:{tag}"]
     assert job["spec"]["rayClusterSpec"]["rayVersion"] == PINS["ray"]
     (version,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     image = f"registry.example.com/npeff-pipeline:{version}-ray{PINS['ray']}"
@@ -152,8 +156,39 @@ class Named(Strict):
     name: Name
 
 
+class Optional(Named):
+    optional: bool = False
+
+
 class EnvironmentSource(Strict):
-    configMapRef: Named
+    configMapRef: Named | None = None
+    secretRef: Optional | None = None
+
+
+class Variable(Strict):
+    name: str
+    value: str
+
+
+class Capabilities(Strict):
+    drop: list[str]
+
+
+class ContainerSecurity(Strict):
+    allowPrivilegeEscalation: bool
+    capabilities: Capabilities
+
+
+class Seccomp(Strict):
+    type: Literal["RuntimeDefault", "Localhost"]
+
+
+class PodSecurity(Strict):
+    runAsNonRoot: bool
+    runAsUser: Annotated[int, Field(gt=0)]
+    runAsGroup: int
+    fsGroup: int
+    seccompProfile: Seccomp
 
 
 class Port(Strict):
@@ -175,15 +210,22 @@ class VolumeMount(Strict):
 class Container(Strict):
     name: Name
     image: str
+    securityContext: ContainerSecurity
     envFrom: list[EnvironmentSource] = []
+    env: list[Variable] = []
     ports: list[Port] = []
     resources: Resources
     volumeMounts: list[VolumeMount] = []
 
 
+class EmptyDir(Strict):
+    sizeLimit: Quantity
+
+
 class Volume(Strict):
     name: Name
-    configMap: Named
+    configMap: Named | None = None
+    emptyDir: EmptyDir | None = None
 
 
 class Toleration(Strict):
@@ -194,6 +236,8 @@ class Toleration(Strict):
 
 class PodSpec(Strict):
     serviceAccountName: Name
+    automountServiceAccountToken: bool = True
+    securityContext: PodSecurity
     containers: Annotated[list[Container], Field(min_length=1)]
     volumes: list[Volume] = []
     nodeSelector: dict[str, str] = {}
@@ -225,6 +269,7 @@ class AuthOptions(Strict):
 class AutoscalerOptions(Strict):
     version: Literal["v1", "v2"]
     idleTimeoutSeconds: int
+    securityContext: ContainerSecurity
 
 
 class RayClusterSpec(Strict):
@@ -236,8 +281,14 @@ class RayClusterSpec(Strict):
     workerGroupSpecs: list[WorkerGroup]
 
 
+class SubmitterConfig(Strict):
+    backoffLimit: Annotated[int, Field(ge=0)]
+
+
 class RayJobSpec(Strict):
     entrypoint: str
+    submitterConfig: SubmitterConfig
+    activeDeadlineSeconds: Annotated[int, Field(gt=0)]
     submissionMode: Literal["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]
     backoffLimit: Annotated[int, Field(ge=0)]
     shutdownAfterJobFinishes: bool
@@ -271,6 +322,55 @@ def test_the_rayjob_has_the_fields_of_kuberay() -> None:
         RayJob.model_validate(written)
 
 
+def test_a_strict_namespace_admits_the_pods_of_the_rayjob() -> None:
+    """The Pod Security Standard "restricted", and what a platform wants besides."""
+    cluster = RayJob.model_validate(document("jobs/rayjob.yaml")).spec.rayClusterSpec
+    pods = [group.template.spec for group in (cluster.headGroupSpec, *cluster.workerGroupSpecs)]
+    assert cluster.autoscalerOptions.securityContext == pods[0].containers[0].securityContext
+    for pod in pods:
+        assert pod.securityContext.runAsNonRoot
+        for container in pod.containers:
+            assert not container.securityContext.allowPrivilegeEscalation
+            assert container.securityContext.capabilities.drop == ["ALL"]
+            assert "ephemeral-storage" in container.resources.limits
+            assert {mount.name for mount in container.volumeMounts} == {volume.name for volume in pod.volumes}
+            (folder,) = [mount.mountPath for mount in container.volumeMounts if mount.name == "cache"]
+            assert container.env[0].value.startswith(folder)
+    head, *workers = pods
+    assert "SPOT" not in head.nodeSelector.values(), "the cluster is lost with its head"
+    assert not any(worker.automountServiceAccountToken for worker in workers)
+    assert "ON_DEMAND" in workers[-1].nodeSelector.values()
+
+
+SCHEMA = Path(os.environ.get("NPEFF_SHARED_DATA", "")) / "data/kuberay/ray.io_rayjobs.yaml.gz"
+
+
+def strict(schema: Any) -> Any:
+    """A schema that refuses unknown fields, which the server of Kubernetes drops silently."""
+    if isinstance(schema, list):
+        return [strict(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {name: strict(each) for name, each in schema.items()}
+    if "properties" in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        made.setdefault("additionalProperties", False)
+    return made
+
+
+@pytest.mark.skipif(not SCHEMA.is_file(), reason="NPEFF_SHARED_DATA names no folder with the schema of KubeRay")
+def test_the_rayjob_has_the_schema_of_kuberay() -> None:
+    definition = yaml.safe_load(gzip.decompress(SCHEMA.read_bytes()))
+    (version,) = [each for each in definition["spec"]["versions"] if each["name"] == "v1"]
+    schema = strict(version["schema"]["openAPIV3Schema"])
+    schema["properties"]["metadata"] = {"type": "object"}
+    job = document("jobs/rayjob.yaml")
+    jsonschema.validate(job, schema)
+    head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    head["containers"][0]["securityContexts"] = head["containers"][0].pop("securityContext")
+    with pytest.raises(jsonschema.ValidationError, match="'securityContexts' was unexpected"):
+        jsonschema.validate(job, schema)
+
+
 def test_the_rayjob_runs_the_command_on_the_file_it_mounts() -> None:
     from ray.runtime_env import RuntimeEnv
 
@@ -296,7 +396,8 @@ def test_the_start_parameters_are_ones_that_ray_takes(role: str) -> None:
 
 def test_the_pods_of_the_rayjob_hold_the_run(run: RunConfig) -> None:
     cluster = RayJob.model_validate(document("jobs/rayjob.yaml")).spec.rayClusterSpec
-    (group,) = cluster.workerGroupSpecs
+    group, on_demand = cluster.workerGroupSpecs
+    assert on_demand.template.spec.containers == group.template.spec.containers
     requests = group.template.spec.containers[0].resources.requests
     assert requests == group.template.spec.containers[0].resources.limits
     assert int(requests["cpu"]) >= run.executor.cpus_per_worker

@@ -37,7 +37,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "storage": ({"numpy", "zarr", "zarrs", "obstore"}, {"errors"}),
     "store": ({"zarr", "pyarrow", "numpy", "safetensors"}, {"errors", "storage"}),
-    "execution": (TENSORS | {"ray", "aiohttp", "dask"}, {"errors"}),  # Ray's job client raises aiohttp's errors
+    "execution": (TENSORS | {"ray", "aiohttp", "requests", "dask"}, {"errors"}),  # Ray's job client raises their errors
     "runs": ({"pydantic", "yaml", "rich"}, {"errors", "variables", "options", "storage", "store", "execution"}),
     "models": (
         TENSORS | {"pyarrow"},
@@ -51,15 +51,26 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         ARRAYS | {"pyarrow", "jinja2", "markupsafe", "PIL"},
         {"errors", "query", "store", "storage", "statistics"},
     ),
-    "stages": (TENSORS | {"scipy", "pyarrow", "safetensors"}, {"*"}),
+    "stages": (TENSORS | {"scipy", "pyarrow", "safetensors", "mlflow", "wandb"}, {"*"}),
     "live": (
         {"numpy", "torch", "pyarrow", "sklearn", "jinja2", "starlette", "uvicorn"},
         {"errors", "variables", "statistics", "storage", "store", "query", "reports", "runs", "stages", "models"}
         | {"tasks", "fisher", "factorization", "verification"},
     ),
     "interchange": (
-        {"h5py", "pyarrow", "torch", "numpy"},
-        {"errors", "variables", "stages", "runs", "store", "storage", "factorization"},
+        {"h5py", "huggingface_hub", "pyarrow", "safetensors", "torch", "numpy"},
+        {
+            "errors",
+            "variables",
+            "query",
+            "reports",
+            "verification",
+            "stages",
+            "runs",
+            "store",
+            "storage",
+            "factorization",
+        },
     ),
     "cli": (
         {"typer", "rich", "pyarrow"},

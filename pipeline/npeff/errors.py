@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import traceback
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -138,6 +139,12 @@ def _escaped(character: str) -> str:
 def printable_traceback(error: BaseException) -> str:
     """Return the traceback of a defect for a terminal, without the values of hidden variables."""
     return printable(without_values("".join(traceback.format_exception(error))), keep="\n")
+
+
+def tell(line: str) -> None:
+    """Print a line on standard error, for a person who waits for something that is not a stage of a run."""
+    if sys.stderr is not None:
+        print(printable(without_values(line)), file=sys.stderr, flush=True)
 
 
 def first_line(error: BaseException) -> str:

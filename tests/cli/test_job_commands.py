@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import socket
 from pathlib import Path
 from typing import ClassVar
 
@@ -9,6 +11,8 @@ import pytest
 from end_to_end.local_head import write_run_file
 from npeff.cli import job_commands
 from npeff.cli import main as cli
+from npeff.execution.executor import ExecutorError
+from npeff.execution.ray import jobs
 from npeff.execution.ray.jobs import Job, Submission, job_prefix
 from npeff.variables import resolved
 
@@ -133,3 +137,31 @@ def test_a_run_dir_whose_variable_is_not_set_is_one_line(
     path = write_run_file(tmp_path, run_dir="s3://${PLACE}/run")
     for command in ("submit", "status"):
         assert "run_dir needs the environment variable PLACE, which is not set" in fails(capsys, command, path)
+
+
+def test_a_package_of_the_task_that_is_not_uploaded_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_commands, "JobServer", _Server)
+    path = write_run_file(tmp_path)
+    path.write_text(re.sub(r"name: \S+", "name: my_package.my_task:MyTask", path.read_text(), count=1))
+    (tmp_path / "my_package").mkdir()
+    named = "the cluster must have the package my_package of the task: give --py-module"
+    for options, is_named in (
+        ([], True),
+        (["--py-module", tmp_path / "my_package"], False),
+        (["--working-dir", tmp_path], False),
+        (["--working-dir", tmp_path / "my_package"], True),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["submit", str(path), "--detach", *map(str, options)])
+        assert (named in capsys.readouterr().out) == is_named, options
+
+
+@pytest.mark.process
+def test_a_job_server_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_ANSWER_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # accepts connections, and says nothing
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ExecutorError, match=rf"cannot reach the job server at {address} \(no answer within 0 s\)"):
+            jobs.JobServer(address)

@@ -84,7 +84,7 @@ def test_a_file_that_is_not_valid_is_one_line_and_changes_nothing(
 def test_options_that_do_not_fit_are_refused(named: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "give --component together with --name" in refused(capfd, "label", named, "-c", "1")
     assert "give --component together with --name" in refused(capfd, "label", named, "--name", "x")
-    assert "not both" in refused(capfd, "label", named, "--from", "x", "-c", "1", "--name", "x")
+    assert "not several of them" in refused(capfd, "label", named, "--from", "x", "-c", "1", "--name", "x")
     assert "there is no component 3" in refused(capfd, "label", named, "-c", "3", "--name", "x")
 
 

@@ -18,12 +18,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import transformers
 import yaml
 from npeff.cli import demo_command, job_commands
 from npeff.cli.main import main
 from npeff.execution.ray.jobs import Job, Submission
 from npeff.perception.difference_scaling import answer_probability, triplets
 from npeff.tasks import load_task
+from tasks import tiny
 from test_documents import PAGES, ROOT, blocks, commands
 
 pytestmark = pytest.mark.process
@@ -66,6 +68,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     answered = rng.random(len(shown)) < answer_probability(np.linspace(0, 1, 5) ** 2, 0.2, shown)
     lines = [",".join(map(str, (*triplet, int(answer)))) for triplet, answer in zip(shown, answered, strict=True)]
     (folder / "answers.csv").write_text("\n".join(["i,j,k,response", *lines]))
+    (folder / "names.csv").write_text("component,name,note\n0,loops,\n")
     pq.write_table(pa.table({"example": [0, 1, 2], "label": [1, 2, 3]}), folder / "labels.parquet")
     other = {**SMALL, "task": {"name": "digits", "options": {"limit": 30, "epochs": 3}}, "run_dir": "runs/new"}
     for name, document in {
@@ -74,6 +77,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "NEW.yaml": other,
     }.items():
         (folder / name).write_text(yaml.safe_dump(document))
+    own_model(folder)
     for name, text in zip(("plain.yaml", "share.yaml"), blocks("yaml", PAGES["docs/training.md"]), strict=True):
         document = yaml.safe_load(text)
         document["task"].setdefault("options", {}).update(SMALL["task"]["options"])
@@ -98,6 +102,19 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert code_of(words) == 0, words
     shutil.copytree(folder / "runs/digits", folder / "runs/b")
     return folder
+
+
+def own_model(folder: Path) -> None:
+    """A tiny classifier of texts, and texts."""
+    tiny.save_tokenizer(folder / "my-model")
+    config = transformers.BertConfig(
+        **tiny.SIZE, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=2
+    )
+    tiny.save_model(folder / "my-model", transformers.AutoModelForSequenceClassification, config)
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(tiny.WORDS[:8], 5)) for _ in range(60)]
+    rows = [f"{text},{label}" for text, label in zip(texts, rng.integers(0, 2, 60), strict=True)]
+    (folder / "reviews.csv").write_text("\n".join(["review,label", *rows]))
 
 
 class StubServer:
@@ -173,6 +190,7 @@ def test_every_command_of_the_page_does_its_work(
     shutil.copytree(workplace, tmp_path / "of this page")
     monkeypatch.chdir(tmp_path / "of this page")
     monkeypatch.setattr(job_commands, "JobServer", StubServer)
+    monkeypatch.setattr("npeff.interchange.push.push_bundle", lambda *_, **__: "https://a-hub.example")
     monkeypatch.setattr(demo_command, "QUICKSTART", Path("jobs/quickstart.yaml"))
     for name in ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "NPEFF_BUCKET"):
         monkeypatch.setenv(name, "given")

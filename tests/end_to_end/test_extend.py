@@ -283,3 +283,18 @@ def test_metrics_are_events_that_tensorboard_reads(factorized: RunDirectory, tmp
         if (column := tag.rpartition("/")[2]) in ("loss", "explained"):
             np.testing.assert_allclose([value for _, value in found], history[column], rtol=1e-6)
     assert {"loss", "explained"} <= {tag.rpartition("/")[2] for tag in events.Tags()["scalars"]}
+
+
+def test_metrics_are_in_a_run_of_mlflow(
+    factorized: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="needs pip install mlflow-skinny")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run = beside(factorized, tmp_path / "run", metrics="mlflow")
+    npeff.factorize(run)
+    client = mlflow.MlflowClient(tracking_uri=(run.metrics / "mlruns").as_uri())
+    found = client.get_metric_history((run.metrics / "mlflow-run").read_text(), "loss")
+    history = read_table(run.table("history"), "history").to_pydict()
+    assert [each.step for each in found] == history["iteration"]
+    np.testing.assert_allclose([each.value for each in found], history["loss"])

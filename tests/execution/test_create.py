@@ -11,6 +11,7 @@ import pytest
 import torch
 from npeff.execution import create
 from npeff.execution.create import available_cores, make_executor
+from npeff.execution.executor import ExecutorError
 from npeff.execution.serial import SerialExecutor
 
 DEFAULTS: dict[str, Any] = {
@@ -98,3 +99,8 @@ def test_the_cores_are_torchs_threads_within_the_limit_of_the_control_group(
         assert available_cores() == cores
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_serial_kind_has_no_address() -> None:
+    with pytest.raises(ExecutorError, match="runs in this process, and not at the address 'auto': remove the address"):
+        make_executor("serial", **DEFAULTS | {"address": "auto"})

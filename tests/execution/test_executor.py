@@ -3,9 +3,12 @@
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -410,6 +413,31 @@ def test_more_cpus_than_the_cluster_has_are_refused_in_one_line(executor, monkey
     assert "\n" not in str(error.value)
 
 
+def test_waiting_for_room_is_told_and_a_cluster_without_an_autoscaler_is_not_waited_for(executor, monkeypatch, capfd):
+    monkeypatch.setattr(placement, "_TELL_AFTER_S", 0.2)
+    monkeypatch.setattr(placement, "_TOO_SMALL_S", 0.5)
+    monkeypatch.setattr(placement, "in_job", lambda: True)
+    status = {"autoscaler_report": {"active_nodes": {"node_0a1b": 1}, "idle_nodes": None}}
+    monkeypatch.setattr("ray.experimental.internal_kv._internal_kv_get", lambda key: json.dumps(status).encode())
+    wanted = {"cpus": 1, "gpus": 0.0, "one_node": False, "timeout_s": 300.0}
+    with pytest.raises(ExecutorError, match="has no room for 64 workers"):
+        placement.WorkerPlacement(64, **wanted)
+    told = capfd.readouterr().err
+    assert "waiting for room for 64 workers with 1 CPU each: " in told
+    assert "of at most 0 s)" in told or "of at most 1 s)" in told
+    status["autoscaler_report"]["active_nodes"] = {"gpu-spot": 1}  # a node type of an autoscaler: it is waited for
+    wanted["timeout_s"] = 1.0
+    with pytest.raises(ExecutorError, match="has no room for 64 workers"):
+        placement.WorkerPlacement(64, **wanted)
+    assert "of at most 1 s)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("status", [b"", b"null", b"{", b'{"autoscaler_report": []}'])
+def test_a_status_of_another_form_says_nothing_about_growth(monkeypatch, status):
+    monkeypatch.setattr("ray.experimental.internal_kv._internal_kv_get", lambda key: status)
+    assert not placement._has_fixed_size()
+
+
 def no_ray(**arguments):
     raise ConnectionError(f"ray.init({arguments['address']}):\nno such thing")
 
@@ -421,6 +449,31 @@ def test_a_cluster_that_is_not_there_is_refused_in_one_line(monkeypatch):
     with pytest.raises(ExecutorError, match=r"cannot reach Ray at '127\.0\.0\.1:1'") as error:
         RayExecutor("127.0.0.1:1", workers=1, cpus_per_worker=1, gpus_per_worker=0.0, timeout_s=5.0)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"", None])
+def test_a_server_that_is_not_rays_is_refused_in_one_line(monkeypatch, answer):
+    monkeypatch.setattr(ray_executor.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray_executor.ray, "init", no_ray)
+    monkeypatch.setattr(ray_executor, "_CONNECTS_WITHIN_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            connection, _ = server.accept()
+            with connection:
+                asked.append(connection.recv(100))
+                if answer is None:  # says nothing until the client leaves
+                    connection.recv(100)
+                else:
+                    connection.sendall(answer)
+
+        asked, address = [], f"127.0.0.1:{server.getsockname()[1]}"
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(ExecutorError, match=rf"^the server at '{address}' is not Ray's .*set executor\.address"):
+            RayExecutor(address, workers=1, cpus_per_worker=1, gpus_per_worker=0.0, timeout_s=5.0)
+        thread.join()
+    assert asked[0].startswith(b"PRI * HTTP/2.0")
 
 
 def test_a_worker_on_a_file_system_without_locks_is_one_line(monkeypatch, tmp_path):

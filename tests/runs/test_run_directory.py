@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from npeff.runs import lock
 from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory, StageState
 from npeff.runs.errors import RunDirectoryError
@@ -169,3 +171,17 @@ def test_a_run_in_use_is_refused_and_a_killed_owner_lets_go(tmp_path: Path) -> N
         except RunDirectoryError:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+
+def test_waiting_for_workers_of_an_earlier_command_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lock, "_TELL_AFTER_S", 0.05)
+    monkeypatch.setattr(lock, "_WORKERS_END_S", 0.3)
+    with open(tmp_path / lock.LEASE, "w") as lease:
+        fcntl.flock(lease, fcntl.LOCK_SH)
+        refused = pytest.raises(RunDirectoryError, match="workers of an earlier command are still running")
+        with refused, lock.run_lock(tmp_path):
+            raise AssertionError
+    told = capfd.readouterr().err
+    assert told == f"waiting for the workers of an earlier command on {tmp_path} to end, at most 0 s\n"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import npeff
 import pytest
@@ -9,7 +10,9 @@ from npeff.cli.main import main
 from npeff.gradients import LeftOut
 from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory
-from npeff.stages.fishers.estimate import _stages_without_estimate, estimate, rows
+from npeff.stages.fishers.estimate import estimate, rows
+from npeff.stages.fishers.stage import _say_if_it_takes_hours
+from npeff.stages.fishers.unit_times import UnitTimes, stage_seconds
 from npeff.stages.inputs.trial import largest_number, passes_per_example
 from npeff.store.fisher_store import FisherStore
 from npeff.store.tables import read_table
@@ -94,7 +97,47 @@ def test_the_stage_inputs_is_estimated_where_the_run_file_has_its_section(tmp_pa
     assert largest_number(all_classes, 120) == 120
 
 
-def test_the_stages_without_an_estimate_are_named(tmp_path: Path) -> None:
+UNITS = UnitTimes(prediction=1.0, collection=3.0, direction=0.5, solver=0.1, eigenvalues=1e-9, tokens=True)
+
+
+def seconds_of(config: RunConfig, **changes: int) -> dict[str, float]:
+    sizes = {"n_examples": 100, "rank": 9, "dim": 1024, "fitting": 2} | changes
+    return stage_seconds(config, UNITS, **sizes)
+
+
+def test_times_are_sums_of_units(tmp_path: Path) -> None:
+    document = yaml.safe_load(run_file(tmp_path).read_text())
+    document["factorization"] |= {"held_out_fraction": 0.2, "n_starts": 2, "subsample": 50, "stability_examples": 40}
+    document["verification"] = {"top_examples": 5, "baseline_examples": 10}
+    document["report"] = {"top_examples": 4}
+    config = RunConfig.model_validate(document)
+    found = seconds_of(config)
+    assert found["lift"] == pytest.approx(80 * (2 * 3.0 + 3 * 0.5)), "two blocks of the three directions"
+    assert found["verify"] == pytest.approx(3 * (4 * 5 + 10) * 4 * 1.0)
+    assert found["attribute"] == pytest.approx(3 * 4 * 3.0)
+    assert found["factorize"] == pytest.approx(0.1 * (60 * 80 + 20 * 2 * 50 + 60 * 40))
+    size = 900  # 100 examples of 9 rows, fewer than the coordinates
+    assert found["spectrum"] == pytest.approx(11e-9 * size**3 + 2e-10 * 900 * 1024 * size)
+    exact = RunConfig.model_validate(document | {"verification": document["verification"] | {"exact": True}})
+    assert seconds_of(exact)["verify"] == 4 * found["verify"]
+    two = config.with_executor(kind="auto", workers=2)
+    assert seconds_of(two)["lift"] == found["lift"] / 2
+
+
+def test_all_stages_of_a_run_are_timed_but_those_that_do_not_follow_from_the_units(tmp_path: Path) -> None:
     config = RunConfig.from_yaml(run_file(tmp_path))
-    assert _stages_without_estimate(config) == ["spectrum", "factorize", "lift", "verify", "attribute"]
-    assert _stages_without_estimate(config.model_copy(update={"inputs": config.inputs_or_default}))[-1] == "attribute"
+    shown = dict(rows(estimate(config), config))
+    timed = [name.removesuffix(", roughly") for name in shown if name.endswith(", roughly")]
+    assert timed == ["spectrum", "factorize", "lift", "verify", "attribute", "npeff run"]
+    assert "no estimate of the time of" not in shown
+    assert shown["attribute, roughly"] == "0 s", "digits have no tokens"
+    squared = config.with_factorization(kind="squared")
+    assert dict(rows(estimate(squared), squared))["no estimate of the time of"] == "factorize"
+
+
+@pytest.mark.parametrize(("seconds", "hours"), [(10.0, None), (360.0, "6 hours for 120 examples on 2 workers")])
+def test_hours_are_told_before_they_begin(seconds: float, hours: str | None) -> None:
+    facts = SimpleNamespace(seconds_per_example=seconds, examples=range(120))
+    said: list[str] = []
+    _say_if_it_takes_hours(facts, 2, SimpleNamespace(say=said.append))  # type: ignore[arg-type]
+    assert [hours in line for line in said] == ([] if hours is None else [True])

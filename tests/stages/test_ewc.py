@@ -14,8 +14,8 @@ from npeff.storage.checksums import json_checksum
 from npeff.store.array_files import read_arrays, write_arrays
 from npeff.training import EWC
 from safetensors.torch import load_file
-from training.runs import prepared
-from training.tiny_task import N, TinyTask
+from tiny_runs import prepared
+from tiny_task import N, TinyTask
 
 
 @pytest.fixture(scope="module")

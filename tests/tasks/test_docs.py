@@ -20,14 +20,13 @@ from torch import Tensor, nn
 pytest.importorskip("transformers", reason="needs pip install 'npeff-pipeline[hf]'")
 
 import tiny
-from npeff.tasks import _BUILT_IN
-from npeff.tasks.huggingface.pretrained import PretrainedOptions
-from npeff.tasks.huggingface.tokens import TextOptions
+from npeff.tasks.huggingface.options import PretrainedOptions, TextOptions
+from npeff.tasks.names import BUILT_IN
 from npeff.tasks.planted import coloured_digits
 from npeff.tasks.planted.coloured_digits import ColouredDigitsTask
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
-FAMILIES = [name for name in _BUILT_IN if name.startswith("huggingface-")]
+FAMILIES = [name for name in BUILT_IN if name.startswith("huggingface-")]
 
 
 def options_in(text: str) -> set[str]:
@@ -51,7 +50,7 @@ def test_the_common_options_are_all_described() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_options_of_a_task_are_all_described(name: str) -> None:
-    module, _, task = _BUILT_IN[name].partition(":")
+    module, _, task = BUILT_IN[name].partition(":")
     options = {option.name for option in fields(getattr(__import__(module, fromlist=[task]), task).Options)}
     described = section("Options of each task").split(f"\n`{name}`")[1].split("\n`huggingface-")[0]
     assert options_in(described) == options - {option.name for option in fields(TextOptions)}
@@ -96,7 +95,7 @@ def test_the_task_of_the_page_works(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_the_table_of_inputs_has_all_tasks_and_fields() -> None:
     tasks = re.findall(r"^\| `([a-z0-9-]+)` \|", section("Inputs"), re.MULTILINE)
     fields_of_inputs = options_in(section("Inputs").split("| field |")[1])
-    assert tasks[: len(_BUILT_IN)] == list(_BUILT_IN)
+    assert tasks[: len(BUILT_IN)] == list(BUILT_IN)
     assert fields_of_inputs == {field.name for field in fields(Inputs)}
 
 

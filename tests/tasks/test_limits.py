@@ -21,7 +21,7 @@ from npeff.gradients import LabelSpec, check_coverage
 from npeff.sketches import SketchSpec
 from npeff.stages.fishers.inspection import TaskWorker
 from npeff.tasks.huggingface.limits import Limits
-from npeff.tasks.huggingface.pretrained import PretrainedOptions
+from npeff.tasks.huggingface.options import PretrainedOptions
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

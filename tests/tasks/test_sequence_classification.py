@@ -207,7 +207,10 @@ def test_fishers_are_those_of_autograd_and_padding_does_not_change_them(tiny_ber
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"text_columns": ["txt"]}, "has no column 'txt': it has key, text, other, answer, number"),
+        (
+            {"text_columns": ["txt"]},
+            "has no column 'txt' (did you mean 'text'?): it has key, text, other, answer, number",
+        ),
         ({"label_column": "gold"}, "has no column 'gold'"),
         ({"id_column": "uid"}, "has no column 'uid'"),
         ({"label_column": "text"}, "label 'a small cat' is not one of no, neutral, yes: give label_names"),

@@ -155,7 +155,7 @@ def test_without_the_library_a_data_set_says_what_to_install(monkeypatch: pytest
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"needed": ("txt",)}, "has no column 'txt': it has key, text, group"),
+        ({"needed": ("txt",)}, "has no column 'txt' (did you mean 'text'?): it has key, text, group"),
         ({"id_column": "uid"}, "has no column 'uid'"),
         ({"id_column": "group"}, "id '2' occurs more than once: set id_column to a column of unique ids"),
         ({"filter": {"kind": 1}}, "has no column 'kind'"),

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from npeff.training import EWC, FAdam, FunctionalInformation
+from tiny_runs import prepared
+from tiny_task import TinyTask
 from torch import Tensor, nn
-from training.runs import prepared
-from training.tiny_task import TinyTask
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 SOURCES = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)

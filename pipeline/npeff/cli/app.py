@@ -14,14 +14,14 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 DEBUG = "--debug"
 
 SECTIONS = {
-    "Start": ("demo", "estimate", "run", "status"),
+    "Start": ("demo", "init", "validate", "estimate", "run", "status"),
     "Stages of a run, in order": (
         *("fishers", "spectrum", "select", "factorize", "lift", "verify", "attribute", "inputs", "report"),
     ),
     "Questions to a run": ("query", "label", "compare"),
     "More stages": ("transform", "repair", "step", "scale"),
     "Clusters": ("submit",),
-    "Files": ("check", "export", "import", "rm", "migrate"),
+    "Files": ("check", "export", "import", "bundle", "push", "rm", "migrate"),
 }
 """The commands in the order in which they are used, under the headings of the help text."""
 

@@ -1,10 +1,10 @@
-"""The commands ``estimate``, ``check``, ``import`` and ``export``."""
+"""The commands ``estimate``, ``check`` and ``import``."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -13,7 +13,6 @@ from npeff.cli.app import app
 from npeff.cli.options import (
     Address,
     ExistingRun,
-    Factorization,
     RunFile,
     Workers,
     open_existing,
@@ -30,9 +29,6 @@ _LOG_WIDTH = 320
 """Width in characters of a table that is not printed on a terminal, so that paths are not cut."""
 
 
-Exported = Literal["fishers", "factorization", "direction"]
-
-
 @app.command("estimate")
 def estimate_command(
     run: RunFile,
@@ -44,8 +40,8 @@ def estimate_command(
 ) -> None:
     """Estimate the memory, disk space and time that a run needs, from a short trial. Writes no files.
 
-    The time is that of the stage fishers, and of inputs if the run file has this section. The other stages take time
-    too; the last line names them.
+    Times are those of this machine, with the work that it does now. Those of the stages after fishers are rough, since
+    their numbers of steps depend on the data.
     """
     from rich.console import Console
 
@@ -150,36 +146,3 @@ def import_command(
     )
     run = import_run(file, run_dir, fishers=fishers, options=options, progress=progress)
     progress.say(f"import: complete, in {run.path}")
-
-
-@app.command("export")
-def export_command(
-    run_dir: ExistingRun,
-    file: Annotated[
-        Path, typer.Argument(parser=location, metavar="FILE", help="The HDF5 or safetensors file to write.")
-    ],
-    what: Annotated[Exported, typer.Option(help="What to export.")] = "fishers",
-    values: Annotated[
-        int | None, typer.Option(min=1, help="With --what fishers: number of largest values to keep for each example.")
-    ] = None,
-    component: Annotated[
-        int | None, typer.Option("--component", "-c", min=0, help="With --what direction: the component.")
-    ] = None,
-    factorization: Factorization = None,
-) -> None:
-    """Write Fishers, a factorization or a direction to a file.
-
-    Fishers and factorizations are written as HDF5 files of the NPEFF reference implementation, directions as
-    safetensors files.
-    """
-    if (what == "direction") != (component is not None):
-        raise typer.BadParameter("--what direction needs --component, and --component needs --what direction")
-    from npeff.interchange.export_run import export_run
-    from npeff.runs.progress import default_progress
-    from npeff.stages.pipeline import export_direction
-
-    if component is not None:
-        export_direction(npeff.RunDirectory.open(run_dir, factorization), component, file)
-    elif what != "direction":
-        export_run(run_dir, file, what=what, n_values=values, factorization=factorization)
-    default_progress().say(f"export: {what} of {run_dir} written to {file}")

@@ -6,8 +6,9 @@ import json
 import os
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -19,6 +20,9 @@ from npeff.errors import printable
 from npeff.execution.ray.jobs import Job, JobServer, Submission
 from npeff.storage.location import absolute_location
 from npeff.variables import literal
+
+if TYPE_CHECKING:
+    from npeff.runs.config import RunConfig
 
 EXIT_INTERRUPTED = 130
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -105,6 +109,8 @@ def submit(
         working_dir=working_dir,
         resources={name: value for name, value in resources.items() if value is not None},
     )
+    if (package := _absent_package(config, py_modules, working_dir)) is not None:
+        say(f"the cluster must have the package {package} of the task: give --py-module unless it is installed there")
     server = JobServer(address)
     job, is_new = server.submit(submission)
     say(f"submitted {job.id} to {address}" if is_new else f"{job.id} is already active for this run on {address}")
@@ -176,6 +182,16 @@ def _follow(server: JobServer, job: Job) -> NoReturn:
     if ended.exit_code != 2:  # 2 is a user error, which the log explains
         say(f"{job.id} ended ({ended.state}); finished work is kept: submit the run again to resume")
     raise typer.Exit(1 if ended.exit_code is None else ended.exit_code)
+
+
+def _absent_package(config: RunConfig, py_modules: Sequence[Path], working_dir: str | None) -> str | None:
+    """Return the package of a task of the user, if it is not uploaded; None if it is, or for a built-in task."""
+    module, separator, _ = config.task.name.partition(":")
+    package = module.partition(".")[0]
+    if not separator or package == "npeff" or package in (path.stem for path in py_modules):
+        return None
+    in_folder = working_dir is not None and ("://" in working_dir or any(Path(working_dir).glob(f"{package}*")))
+    return None if in_folder else package
 
 
 def _stop(named: str, address: str) -> None:

@@ -36,17 +36,25 @@ def label_command(
             "and note.",
         ),
     ] = None,
+    score: Annotated[
+        Path | None,
+        typer.Option(
+            parser=location,
+            metavar="MODEL",
+            help="Score the components and their names by the sentence-embedding model in this local folder.",
+        ),
+    ] = None,
     factorization: Factorization = None,
     output: Format = None,
     file: File = None,
 ) -> None:
     """Give names and notes to components, or list them. The report and queries show them.
 
-    Without --component and --from, the names and notes are listed.
+    Without --component, --from and --score, the names and notes are listed.
     """
     texts = (name, note) != (None, None)
-    if source is not None and (component is not None or texts):
-        raise typer.BadParameter("give --from, or --component with --name or --note, not both")
+    if (source is not None) + (score is not None) + (component is not None or texts) > 1:
+        raise typer.BadParameter("give --from, or --score, or --component with --name or --note, not several of them")
     if (component is not None) != texts:
         raise typer.BadParameter("give --component together with --name, --note or both")
     if component is not None:
@@ -58,6 +66,11 @@ def label_command(
 
         found = annotate_from(npeff.RunDirectory.open(run_dir, factorization), source)
         say(f"label: {len(found.of_component)} components of {run_dir} have a name or a note")
+        return
+    if score is not None:
+        from npeff.stages.label_scores import score_labels
+
+        write_answer(score_labels(npeff.RunDirectory.open(run_dir, factorization), score), output, file)
         return
     store = npeff.ComponentStore.open(run_dir, factorization)
     write_answer(store.components_table().select(["component", "name", "note"]), output, file)

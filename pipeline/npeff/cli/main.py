@@ -22,13 +22,16 @@ from typer.exceptions import TyperException
 
 from npeff.cli import (
     demo_command,
+    export_command,
     factorization_commands,
     file_commands,
     job_commands,
     label_command,
     query_commands,
     scale_command,
+    share_commands,
     stage_commands,
+    start_commands,
 )
 from npeff.cli.app import DEBUG, app
 from npeff.cli.help_texts import command_path
@@ -37,12 +40,15 @@ from npeff.errors import NpeffError, as_one_line, printable, printable_traceback
 
 COMMANDS = (
     demo_command,
+    start_commands,
     stage_commands,
     factorization_commands,
     file_commands,
+    export_command,
     job_commands,
     query_commands,
     label_command,
+    share_commands,
     scale_command,
 )
 """Modules that add commands to `app`."""

@@ -116,6 +116,7 @@ def open_run(
     """
     from npeff.runs.config import RunConfig
     from npeff.runs.directory import RunDirectory
+    from npeff.stages.validation import validate_for_workers
 
     asked = {"name": name, "n_components": components, "max_iterations": max_iterations, "kind": kind}
     changes: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
@@ -140,7 +141,7 @@ def open_run(
         changes = {"name": factorization} | changes
     if changes:
         config = config.with_factorization(**changes)
-    return RunDirectory.create(replaced(config, workers, address))
+    return RunDirectory.create(replaced(config, workers, address), check=validate_for_workers)
 
 
 def open_existing(run_dir: str | Path, factorization: str | None) -> RunDirectory:

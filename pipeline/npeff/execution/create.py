@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from npeff.execution.executor import Executor
+from npeff.execution.executor import Executor, ExecutorError
 from npeff.execution.ray.jobs import in_job
 from npeff.execution.serial import SerialExecutor
 
@@ -38,9 +38,15 @@ def make_executor(
         A context manager that returns the executor.
 
     Raises:
-        ExecutorError: Ray cannot be reached, or the cluster does not have the resources.
+        ExecutorError: An address is given for the kind ``serial``, Ray cannot be reached, or the cluster does not have
+            the resources.
     """
     needs_ray = workers > 1 or gpus_per_worker > 0 or address != "local" or in_job()
+    if kind == "serial" and address != "local" and not in_job():
+        raise ExecutorError(
+            f"executor.kind: serial runs in this process, and not at the address {address!r}",
+            "remove the address, or set executor.kind: auto",
+        )
     if kind == "serial" or (kind == "auto" and not needs_ray):
         threads = available_cores() if kind == "auto" else 1
         return contextlib.closing(SerialExecutor(threads if cpus_per_worker == "auto" else cpus_per_worker))

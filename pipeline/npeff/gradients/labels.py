@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from npeff.gradients.errors import UnsupportedModelError
 from npeff.gradients.label_factor import exact_label_factor, truncated_label_factor
-from npeff.options.labels import LabelSpec
+from npeff.options.labels import MOST_CLASSES, LabelSpec
 
 IGNORED, UNKNOWN = -100, -1
 """Values in targets: IGNORED marks a position without a prediction, UNKNOWN a prediction whose class is not known."""
@@ -34,7 +34,6 @@ _BLOCK = 1 << 20
 """Number of elements per block of work, chosen so that a block fits in the cache."""
 _SATURATED = 1e-20
 """Where 1 - p of the label is below this value, the probabilities of the other classes are computed in float64."""
-_MAX_CLASSES = 4096
 
 
 @dataclass(frozen=True)
@@ -132,8 +131,8 @@ def _factored(spec: LabelSpec, predictions: _Predictions, logits: Tensor) -> Lab
             f"{spec.kind} labels need examples with one prediction each, but an example has {int(counts_B.max())}: "
             "use sampled labels, or make every position a separate example"
         )
-    if n_classes > _MAX_CLASSES:
-        raise UnsupportedModelError(f"{spec.kind} labels support at most {_MAX_CLASSES} classes: use sampled labels")
+    if n_classes > MOST_CLASSES:
+        raise UnsupportedModelError(f"{spec.kind} labels support at most {MOST_CLASSES} classes: use sampled labels")
     rank = spec.max_rank(n_classes)
     logits_nC = logits.flatten(0, -2)[predictions.places_n]
     if spec.kind == "exact":

@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 from npeff.options.bounds import COUNT, OptionError, check_bounds
 
 Labels = Literal["exact", "truncated", "sampled", "empirical"]
+MOST_CLASSES = 4096
+"""Largest number of classes for ``exact`` and ``truncated`` labels, whose cost grows with it."""
 
 
 @dataclass(frozen=True)

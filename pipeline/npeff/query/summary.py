@@ -16,15 +16,30 @@ from npeff.store.annotations import Annotations
 def components_table(tables: RunTables) -> pa.Table:
     """Return the components table with names and notes, and the KL ratio and best control of the informative sign.
 
-    The added columns are `name`, `note`, `kl_ratio_matched_<examples>`, `best_control_<examples>` and
-    `matched_<examples>`, or, for tables of earlier versions, `kl_ratio_<examples>_<plus|minus>` and
-    `best_control_<examples>_<plus|minus>`.
+    The added columns are `name`, `note`, `detection` and `intruder` (after `npeff label --score`),
+    `kl_ratio_matched_<examples>`, `best_control_<examples>` and `matched_<examples>`, or, for tables of earlier
+    versions, `kl_ratio_<examples>_<plus|minus>` and `best_control_<examples>_<plus|minus>`.
     """
     table = tables.read("components")
     components, known = table["component"].to_pylist(), tables.annotations
     table = table.add_column(1, "name", pa.array(map(known.name, components), pa.string()))
     table = _with_verification(table, tables) if tables.has("verification") else table
+    for name, values in _scores(tables).items():
+        table = table.append_column(name, pa.array(map(values.get, components), pa.float64()))
     return table.append_column("note", pa.array(map(known.note, components), pa.string()))
+
+
+def _scores(tables: RunTables) -> dict[str, dict[int, float | None]]:
+    """Return the scores of `npeff label --score`. A score of a former name is null."""
+    if not tables.has("label_scores"):
+        return {}
+    rows, known = tables.read("label_scores").to_pylist(), tables.annotations
+    return {
+        "detection": {
+            row["component"]: row["detection"] for row in rows if row["name"] == known.name(row["component"])
+        },
+        "intruder": {row["component"]: row["intruder"] for row in rows},
+    }
 
 
 def _with_verification(table: pa.Table, tables: RunTables) -> pa.Table:

@@ -7,12 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from npeff.query.components import ComponentStore
-from npeff.reports.contrast import Contrast, contrast_examples
+from npeff.reports.contrast import Contrast, classes_of, contrast_examples
 from npeff.reports.in_common import Common, in_common
 from npeff.reports.input_evidence import InputEvidence, InputReader, Shown
 from npeff.reports.input_groups import GroupOfComponent
@@ -158,7 +156,7 @@ class CardWriter:
         self._metadata = store.metadata_columns()
         self._top = _grouped(store.table("top_examples").sort_by([("split", "ascending"), ("rank", "ascending")]))
         members = {component: [row["example"] for row in rows] for component, rows in self._top.items()}
-        self._contrast = contrast_examples(store.stored_coefficients, members, self._classes(), CONTRAST_SHOWN)
+        self._contrast = contrast_examples(store.stored_coefficients, members, classes_of(store.tables), CONTRAST_SHOWN)
         self._common = in_common(store.tables, self._metadata, members)
         self._examples = self._read_examples()
         self.album = Album({example: row.get("image") for example, row in self._examples.items()})
@@ -273,14 +271,6 @@ class CardWriter:
         columns = [name for name in self._store.tables.columns("examples") if name not in ("logits", "valid")]
         rows = self._store.tables.read("examples", columns, pc.field("example").isin(wanted)).to_pylist()
         return {row["example"]: row for row in rows}
-
-    def _classes(self) -> NDArray[np.int64]:
-        """Return the prediction of every example (N,), or its label if no example has a prediction; -1 if unknown."""
-        table = self._store.tables.read("examples", ["example", "label", "prediction"])
-        column = "label" if table["prediction"].null_count == len(table) else "prediction"
-        classes_N = np.full(len(table), -1, np.int64)
-        classes_N[table["example"].to_numpy()] = pc.fill_null(table[column], -1).to_numpy()
-        return classes_N
 
     def _optional(self, name: str) -> dict[int, list[dict[str, Any]]]:
         return _grouped(self._store.table(name)) if self._store.tables.has(name) else {}

@@ -15,7 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
+
+from npeff.query.tables import RunTables
 
 INACTIVE_BELOW = 0.01
 _BLOCK = 8192
@@ -29,6 +32,15 @@ class Contrast:
     coefficient: float
     cosine: float
     """Cosine between its coefficients and the mean of the top examples' coefficients, without this component."""
+
+
+def classes_of(tables: RunTables) -> NDArray[np.int64]:
+    """Return the prediction of every example (N,), or its label if no example has a prediction; -1 if unknown."""
+    table = tables.read("examples", ["example", "label", "prediction"])
+    column = "label" if table["prediction"].null_count == len(table) else "prediction"
+    classes_N = np.full(len(table), -1, np.int64)
+    classes_N[table["example"].to_numpy()] = pc.fill_null(table[column], -1).to_numpy()
+    return classes_N
 
 
 def contrast_examples(

@@ -167,9 +167,10 @@ class FactorizationConfig(Section):
     example_weights: str | None = None
     """Column of the table of examples, such as metadata of the task, with non-negative weights of the examples in the
     loss."""
-    metrics: Literal["none", "jsonl", "tensorboard"] = "none"
+    metrics: Literal["none", "jsonl", "tensorboard", "wandb", "mlflow"] = "none"
     """Where to write the history during the fit, in addition to the table ``history``. ``jsonl``: the file
-    ``metrics/factorize.jsonl``. ``tensorboard``: TensorBoard events in ``metrics/`` (``pip install tensorboard``)."""
+    ``metrics/factorize.jsonl``. ``tensorboard``: TensorBoard events in ``metrics/`` (``pip install tensorboard``).
+    ``wandb`` and ``mlflow``: a run of Weights & Biases or MLflow, as their environment variables say."""
     stability_examples: CountOrZero = 4096
     """Largest number of examples for the stability of the components (column ``stability`` of the table of components).
     The components are fitted again to each half of these examples. 0 skips this and leaves the column null."""

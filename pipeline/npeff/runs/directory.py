@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -60,7 +60,7 @@ class RunDirectory(FilesOfRun):
     """The configuration that is then written, if that of this command is another one."""
 
     @classmethod
-    def create(cls, config: RunConfig) -> RunDirectory:
+    def create(cls, config: RunConfig, check: Callable[[RunConfig], object] | None = None) -> RunDirectory:
         """Create a run directory, or open an existing one with the same configuration.
 
         Some keys may differ from the stored configuration: ``executor``, ``selection``, ``inputs``, ``step``,
@@ -73,6 +73,8 @@ class RunDirectory(FilesOfRun):
 
         Args:
             config: The configuration of the run.
+            check: Function that raises an error if a run must not be created with this configuration. It is called
+                before a new directory is made, and not for an existing one.
 
         Raises:
             RunDirectoryError: The directory holds another run, or another factorization of this name, is not a run
@@ -91,6 +93,8 @@ class RunDirectory(FilesOfRun):
                 raise RunDirectoryError(
                     f"{path} is not empty and holds no run.yaml", "choose another run_dir", path=path
                 )
+            if check is not None:
+                check(config)
             if not is_remote(path):
                 path.mkdir(parents=True, exist_ok=True)
                 if not os.access(path, os.W_OK | os.X_OK):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from npeff.errors import tell
 from npeff.runs.errors import RunDirectoryError
 from npeff.storage.errors import StoreError
 from npeff.storage.file_lock import lock_file
@@ -17,6 +18,9 @@ from npeff.storage.location import is_remote
 
 _WORKERS_END_S = 60.0
 """Longest wait for the workers of an earlier command to end."""
+
+_TELL_AFTER_S = 5.0
+"""Time in seconds of waiting after which a line tells what is waited for."""
 
 LEASE = ".workers"
 """File on which every worker of a run holds a shared lock until it ends."""
@@ -80,7 +84,8 @@ def _local_lock(path: Path) -> Iterator[None]:
 
 
 def _wait_for_former_workers(path: Path) -> None:
-    deadline = time.monotonic() + _WORKERS_END_S
+    began, told = time.monotonic(), False
+    deadline = began + _WORKERS_END_S
     with open(path / LEASE, "a", encoding="utf-8") as lease:
         while not _locked(lease, path / LEASE):
             if time.monotonic() > deadline:
@@ -89,6 +94,9 @@ def _wait_for_former_workers(path: Path) -> None:
                     "stop their processes, which are called ray::_Worker, and run the same command again",
                     path=path,
                 )
+            if not told and time.monotonic() - began > _TELL_AFTER_S:
+                told = True
+                tell(f"waiting for the workers of an earlier command on {path} to end, at most {_WORKERS_END_S:.0f} s")
             time.sleep(0.05)
 
 

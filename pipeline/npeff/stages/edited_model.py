@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from safetensors.torch import save_model
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
 
+from npeff.errors import first_line
 from npeff.runs.directory import RunDirectory
+from npeff.runs.errors import RunDirectoryError
 from npeff.runs.part import intact_record
-from npeff.storage.atomic import replacing_directory
+from npeff.storage.atomic import local_copy, replacing_directory
 from npeff.storage.checksums import file_checksum
 from npeff.storage.errors import StoreError
 
@@ -32,6 +36,45 @@ def write_edited_model(model: nn.Module, folder: Path, stage: str, record: dict[
         save_model(model, str(partial / "model.safetensors"), {"npeff": json.dumps(record)})
         (partial / f"{stage}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         return file_checksum(partial / "model.safetensors")
+
+
+def edited_model_file(run: RunDirectory, stage: Literal["repair", "step"]) -> Path:
+    """Return the file of the edited model of a stage.
+
+    Raises:
+        RunDirectoryError: the stage has not run, or did not change the model.
+    """
+    path = (run.repaired if stage == "repair" else run.stepped) / "model.safetensors"
+    if not path.exists():
+        first = f"run `npeff {stage} {run.argument}` first"
+        remedy = "it has not changed the model: change its settings" if run.record_file(stage).exists() else first
+        raise RunDirectoryError(f"{run.path} has no edited model of {stage}", remedy)
+    return path
+
+
+def update_of(run: RunDirectory, model: nn.Module, stage: Literal["repair", "step"]) -> dict[str, Tensor]:
+    """Return the difference between the edited model of a stage and the model of the run, by parameter.
+
+    Args:
+        run: the run.
+        model: the model of the run, on the CPU.
+        stage: the stage.
+
+    Raises:
+        RunDirectoryError: the stage has not run, or did not change the model.
+        StoreError: the edited model is damaged, or has other parameters.
+    """
+    path = edited_model_file(run, stage)
+    verify_edited_model(run, path.parent, stage)
+    edited = copy.deepcopy(model)
+    try:
+        with local_copy(path) as file:
+            load_model(edited, str(file))
+    except (RuntimeError, SafetensorError) as error:
+        problem = f"{path} is not an edited model of this run ({first_line(error)})"
+        raise StoreError(problem, f"run `npeff {stage} {run.argument}` again", path=path) from None
+    after = dict(edited.named_parameters())
+    return {name: after[name].detach() - value.detach() for name, value in model.named_parameters()}
 
 
 def verify_edited_model(run: RunDirectory, folder: Path, stage: str) -> None:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
 
 from npeff.reports.report import write_report
 from npeff.runs.config import RunConfig
@@ -16,9 +19,11 @@ from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import ProgressDisplay
 from npeff.runs.stage import record_of, recorded, refuse_foreign_results
 from npeff.stages.earlier_results import direction_checksums, lifted_components
+from npeff.stages.fishers import FISHERS
 from npeff.stages.lift import LIFT
 from npeff.stages.registry import STAGES
-from npeff.stages.worker_specs import executor_for
+from npeff.stages.validation import validate_for_workers
+from npeff.stages.worker_specs import executor_for, model_executor_for
 from npeff.store.annotations import read_annotations
 from npeff.store.direction_store import DirectionStore
 
@@ -36,14 +41,15 @@ def run(config: RunConfig | RunDirectory, *, progress: ProgressDisplay | None = 
     Raises:
         NpeffError: a stage cannot be completed. The message is one line with the cause and the remedy.
     """
-    directory = config if isinstance(config, RunDirectory) else RunDirectory.create(config)
+    directory = config if isinstance(config, RunDirectory) else RunDirectory.create(config, validate_for_workers)
     stages = [stage for stage in STAGES if stage.in_run(directory.config)]
     if progress is not None:
         progress.say(f"run {directory.path}")
-    unfinished = any(recorded(directory, stage) is None for stage in stages)
+    unfinished = [stage for stage in stages if recorded(directory, stage) is None]
+    start = model_executor_for if FISHERS in unfinished else executor_for
     with directory.lock():
         # Workers are started once for all stages, and only if a stage is unfinished.
-        with executor_for(directory, None) if unfinished else nullcontext() as executor:
+        with start(directory, None) if unfinished else nullcontext() as executor:
             for stage in stages:
                 stage(directory, executor=executor, progress=progress)
         report(directory, progress=progress)
@@ -64,6 +70,18 @@ def export_direction(run: RunDirectory, component: int, file: str | Path) -> Non
     Raises:
         RunDirectoryError: the component does not exist or is not lifted.
     """
+    directions, known = _lifted_directions(run, component), read_annotations(run)
+    texts = {"name": known.name(component), "note": known.note(component)}
+    directions.export(component, file, {key: text for key, text in texts.items() if text is not None})
+
+
+def stored_direction(run: RunDirectory, component: int) -> dict[str, NDArray[Any]]:
+    """Return a component's unit direction by parameter. Raises as `export_direction`."""
+    return _lifted_directions(run, component).read(component)
+
+
+def _lifted_directions(run: RunDirectory, component: int) -> DirectionStore:
+    """Return the directions, after a check that they contain this component."""
     record_of(run, LIFT)
     refuse_foreign_results(run, LIFT)
     directions = DirectionStore.open(run.directions, direction_checksums(run))
@@ -75,6 +93,4 @@ def export_direction(run: RunDirectory, component: int, file: str | Path) -> Non
         raise RunDirectoryError(
             f"component {component} is not lifted: run `npeff lift {run.argument} -c {component}` first"
         )
-    known = read_annotations(run)
-    texts = {"name": known.name(component), "note": known.note(component)}
-    directions.export(component, file, {key: text for key, text in texts.items() if text is not None})
+    return directions

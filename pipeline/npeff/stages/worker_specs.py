@@ -16,11 +16,22 @@ from npeff.runs.config_sections import IMPORTED_TASK
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.stages.fitted_examples import FittedExamples
+from npeff.stages.validation import validate_for_workers
 
 
 def executor_for(run: RunDirectory, given: Executor | None) -> AbstractContextManager[Executor]:
     """Return a context with the executor ``given``, which stays open, or with a new one as set in the run file."""
     return nullcontext(given) if given is not None else new_executor(run.config)
+
+
+def model_executor_for(run: RunDirectory, given: Executor | None) -> AbstractContextManager[Executor]:
+    """Return a context as `executor_for` does, for a stage whose workers load the model.
+
+    A new executor is made only if the run file passes `validate_for_workers`.
+    """
+    if given is None:
+        validate_for_workers(run.config)
+    return executor_for(run, given)
 
 
 def new_executor(config: RunConfig) -> AbstractContextManager[Executor]:

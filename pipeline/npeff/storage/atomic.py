@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from npeff.storage import objects
-from npeff.storage.errors import os_errors_explained
+from npeff.storage.errors import StoreError, os_errors_explained
 from npeff.storage.location import is_remote
 
 PARTIAL = ".partial"
@@ -144,6 +144,16 @@ def replacing_directory(path: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
             _restore(path)
         raise
+
+
+def refuse_not_empty(path: Path) -> None:
+    """Check that a folder can be written without a loss: that it does not exist, or is empty.
+
+    Raises:
+        StoreError: It is a file, or contains something.
+    """
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise StoreError(f"{path} exists and is not an empty folder", "choose another folder", path=path)
 
 
 @contextmanager

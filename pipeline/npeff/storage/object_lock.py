@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from npeff.errors import NpeffError
+from npeff.errors import NpeffError, tell
 from npeff.storage import objects
 from npeff.storage.buckets import guards
 from npeff.storage.errors import ObjectStoreError
@@ -111,6 +111,9 @@ class _ObjectLock:
                 continue  # another process was faster, or the response was lost
             if before is not None and before.version != found.version:
                 raise HeldError(found.owner)
+            if before is None:
+                left, held = max(0.0, STALE_S - self._age_s(found)), self._path.parent
+                tell(f"waiting for the lock of {held}: unless {found.owner} renews it, it is free in {left:.0f} s")
             before = found
             time.sleep(_POLL_S)
 

@@ -127,6 +127,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "scales": _schema("path:int space:str s:float fisher:float psi:float?"),
     "morphs": _schema("path:int by:str step:int s:float image:bytes"),
+    "label_scores": _schema("component:int name:str? n_top:int n_others:int detection:float? intruder:float?"),
     "selectivity": _schema("moved:int component:int examples:str sign:int n_examples:int kl:float kl_checked:float?"),
 }
 """Schemas by table name.
@@ -230,6 +231,8 @@ repair_steps: one row per step tried. `mended_target` is the number of wrong top
     before any edit and are wrong after the step; `accuracy_tuning` is the accuracy on the tuning examples; `edit` is
     the number of steps taken before. For a step along several components, `component` and `sign` are null and `step` is
     the total length.
+label_scores: scores of the names and of the components by an embedding model (`npeff.statistics.label_scores`), on
+    `n_top` held-out top examples and `n_others` others. `name` is the name that was scored, null without one.
 paths: one row per path and space: `model`, and one prediction to compare it with, `input` or `gaussian`. A path leads
     from an example to another or, if `to_example` is null, along a stimulus parameter. `length` is the Fisher-Rao
     length ∫ √I ds, and `distance` that of the ends, null if it is not known; `efficiency` is their ratio; `half_at` is

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+LABEL = "label"
+"""The command that writes `label_scores`. It is no stage: its results have no record, and nothing depends on them."""
+
 WRITTEN_BY = {
     "examples": "fishers",
     "classes": "fishers",
@@ -23,6 +26,7 @@ WRITTEN_BY = {
     "ablation": "verify",
     "joint_ablation": "verify",
     "position_shares": "attribute",
+    "label_scores": LABEL,
     "inputs": "inputs",
     "input_shares": "inputs",
     "input_groups": "inputs",

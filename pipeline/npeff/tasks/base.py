@@ -17,16 +17,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from npeff.errors import ItemError
-
 IGNORED = -100
 """Value in `Task.targets` of a position without a prediction."""
 UNKNOWN = -1
 """Value in `Task.targets` of a position with a prediction whose class is not known."""
-
-
-class TaskError(ItemError, ValueError):
-    """A task that cannot be used with its options or data. The message contains the fix."""
 
 
 class Token(NamedTuple):

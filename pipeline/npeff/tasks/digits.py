@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from npeff.tasks.base import Examples, Task, TaskError
+from npeff.tasks.base import Examples, Task
+from npeff.tasks.errors import TaskError
 from npeff.tasks.trained_model import train_once, trained_classifier, with_weights
 
 _MODEL_FILE = "digits-model.safetensors"

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from npeff.tasks.base import Inputs, TaskError
+from npeff.tasks.base import Inputs
+from npeff.tasks.errors import TaskError
 
 
 @dataclass(frozen=True)

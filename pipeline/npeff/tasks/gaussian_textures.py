@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from npeff.perception import gaussian_texture
-from npeff.tasks.base import Examples, Task, TaskError
+from npeff.tasks.base import Examples, Task
+from npeff.tasks.errors import TaskError
 from npeff.tasks.pictures import png
 from npeff.tasks.trained_model import train_once, trained_classifier, with_weights
 

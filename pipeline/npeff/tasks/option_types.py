@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from npeff.tasks.base import TaskError
+from npeff.tasks.errors import TaskError
 
 _SCALARS: Mapping[Any, tuple[tuple[type, ...], str]] = {
     bool: ((bool,), "true or false"),
@@ -21,18 +21,17 @@ _SCALARS: Mapping[Any, tuple[tuple[type, ...], str]] = {
 _LONGEST_VALUE = 60
 
 
-def check_types(name: str, task_class: type, options: Mapping[str, Any]) -> None:
+def check_types(name: str, annotated: Any, options: Mapping[str, Any]) -> None:
     """Check the types of the options of a task.
 
     Args:
         name: Name of the task, for the message.
-        task_class: The class. Its attribute `Options`, or else its constructor, has the annotations.
-        options: Keyword arguments of the class.
+        annotated: What has the annotations: the dataclass of the options, or the constructor of the task.
+        options: Keyword arguments of the task.
 
     Raises:
         TaskError: An option has a value of another type than its annotation.
     """
-    annotated: Any = getattr(task_class, "Options", None) or vars(task_class)["__init__"]
     hints = get_type_hints(annotated)
     for option, value in options.items():
         if option in hints and not _fits(value, hints[option]):

@@ -8,8 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,83 +23,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from npeff.errors import as_one_line
-from npeff.tasks.base import Examples, Inputs, Task, TaskError
-from npeff.tasks.tables import LabelOptions, class_numbers, distinct_names, example_table, texts, type_of
+from npeff.tasks.base import Examples, Inputs, Task
+from npeff.tasks.errors import TaskError
+from npeff.tasks.sklearn_table_options import SklearnTableOptions
+from npeff.tasks.tables import class_numbers, distinct_names, example_table, texts, type_of
 from npeff.tasks.trained_model import train_once, trained_classifier, with_weights
-from npeff.tasks.user_code import user_code
+from npeff.tasks.user_exceptions import user_code
 
 _MODEL_FILE = "table-model.safetensors"
-_SHIPPED = "sklearn:"
-_DATASETS = {"breast-cancer": "load_breast_cancer", "digits": "load_digits", "iris": "load_iris", "wine": "load_wine"}
-_TARGET = "target"
-"""Column of the labels in the data sets of scikit-learn."""
 _HIDDEN, _EPOCHS, _TRAIN_FRACTION = (32, 32), 20, 0.5
 _FEWEST_TRAINING_ROWS = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class SklearnTableOptions(LabelOptions):
-    """Options of the task, besides those of all tables. ``data`` may also be ``sklearn:NAME``."""
-
-    label_column: str | None = None
-    """Column of labels. The default for ``sklearn:NAME`` is ``target``."""
-    numeric_columns: Sequence[str] | None = None
-    """Columns of numbers, which are inputs as they are. The default is all columns of numbers and booleans that no
-    other option names."""
-    category_columns: Sequence[str] | None = None
-    """Columns of categories. Each value is an input that is 1 in its rows and 0 in the others."""
-    hidden: Sequence[int] | None = None
-    """Widths of the hidden layers of the network that the task trains. The default is 32, 32."""
-    epochs: int | None = None
-    """Number of passes over the training rows. The default is 20."""
-    train_fraction: float | None = None
-    """Fraction of the rows that the network is trained on. The others are the examples. The default is 0.5."""
-    model: str | None = None
-    """Import path ``my_package.my_model:make`` of a function of the numbers of inputs and of classes that returns a
-    trained model of the user. All rows are then examples."""
-    weights: str | None = None
-    """Safetensors file with the weights of ``model``."""
-    seed: int = 0
-    """Seed of the training rows, the initial weights and the order of training."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.data.startswith(_SHIPPED) and self.data.removeprefix(_SHIPPED) not in _DATASETS:
-            known = ", ".join(_SHIPPED + name for name in _DATASETS)
-            raise TaskError(f"data: scikit-learn has no data set {self.data!r}: use one of {known}, or a file")
-        if self.label_column is None and not self.data.startswith(_SHIPPED):
-            raise TaskError("label_column is missing: give the column of the classes")
-        if self.model is None:
-            self._check_training()
-            return
-        for option in ("hidden", "epochs", "train_fraction"):
-            if getattr(self, option) is not None:
-                raise TaskError(f"{option} is an option of the network that the task trains: remove it, or model")
-
-    def _check_training(self) -> None:
-        if self.weights is not None:
-            raise TaskError("weights belong to a model: give model as well")
-        for width in self.hidden or ():
-            if type(width) is not int or width < 1:
-                raise TaskError(f"hidden must be a list of widths of at least 1, not {list(self.hidden or ())!r}")
-        if self.epochs is not None and self.epochs < 1:
-            raise TaskError(f"epochs must be at least 1, not {self.epochs}")
-        if self.train_fraction is not None and not 0 < self.train_fraction < 1:
-            raise TaskError(f"train_fraction must be between 0 and 1, not {self.train_fraction}")
-
-    @property
-    def label(self) -> str:
-        """The column of labels."""
-        return self.label_column or _TARGET
-
-    def rows(self) -> pa.Table:
-        """Return the rows, with the column ``id`` first. Raises TaskError as `TableOptions.read` does."""
-        return self.read(self.category_columns or (), self.label)
-
-    def _load(self, written: Collection[str], used: Collection[str], label_column: str | None) -> pa.Table:
-        if self.data.startswith(_SHIPPED):
-            return self._renamed(_shipped(self.data.removeprefix(_SHIPPED)))
-        return super()._load(written, used, label_column)
 
 
 class SklearnTableTask(Task):
@@ -284,15 +216,6 @@ class _Rows(Examples):
         labels = [table.labels[number] for number in table.examples.tolist()]
         rows = table.rows.take(table.examples)
         return example_table(rows, labels, {"text": pa.array(shown, pa.string())}, [table.label_column])
-
-
-def _shipped(name: str) -> pa.Table:
-    """Return a data set of scikit-learn, with the names of the classes in the column ``target``."""
-    from sklearn import datasets
-
-    found = getattr(datasets, _DATASETS[name])()
-    columns = {str(column): found.data[:, place] for place, column in enumerate(found.feature_names)}
-    return pa.table(columns | {_TARGET: [str(found.target_names[number]) for number in found.target]})
 
 
 def _own_model(path: str, weights: str | None, n_inputs: int, n_classes: int) -> nn.Module:

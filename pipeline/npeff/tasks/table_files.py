@@ -22,7 +22,7 @@ import pyarrow.feather
 import pyarrow.parquet
 
 from npeff.errors import as_one_line
-from npeff.tasks.base import TaskError
+from npeff.tasks.errors import TaskError
 
 FORMATS = (".parquet", ".csv", ".tsv", ".jsonl", ".arrow", ".feather")
 """Extensions of the files to read in a folder. A single file may also be a tab-separated .txt file."""
@@ -54,13 +54,14 @@ _USUAL: tuple[tuple[Callable[[pa.DataType], bool], Callable[[Any], pa.DataType]]
 """Types that are replaced, with the type that replaces each."""
 
 
-def read_file(path: Path, written: Collection[str], used: Collection[str]) -> pa.Table:
+def read_file(path: Path, written: Collection[str], used: Collection[str], most_rows: int | None = None) -> pa.Table:
     """Read a file.
 
     Args:
         path: The file.
         written: Columns of JSON lines whose values are read as texts, as they are written.
         used: Columns that are used. Lists and objects of other columns in JSON lines are not read.
+        most_rows: Read only about this number of rows from the beginning of the file, and nothing after them.
 
     Returns:
         The columns. All columns of a format in `UNTYPED` are texts; see `typed`.
@@ -74,15 +75,15 @@ def read_file(path: Path, written: Collection[str], used: Collection[str]) -> pa
         match path.suffix:
             case ".parquet":
                 with pyarrow.parquet.ParquetFile(path) as file:
-                    return plain(file.read())
+                    return plain(file.read() if most_rows is None else _first_rows(file, most_rows))
             case ".csv":
-                return _read_separated(path, delimiter=",", strict=True)
+                return _read_separated(path, most_rows, delimiter=",", strict=True)
             case ".tsv" | ".txt":
-                return _read_separated(path, delimiter="\t", quoting=csv.QUOTE_NONE)
+                return _read_separated(path, most_rows, delimiter="\t", quoting=csv.QUOTE_NONE)
             case ".jsonl":
-                return _read_json_lines(path, written, used)
+                return _read_json_lines(path, written, used, most_rows)
             case ".arrow" | ".feather":
-                return plain(_read_arrow(path))
+                return plain(_read_arrow(path, most_rows))
     except (OSError, pa.ArrowException, UnicodeError) as error:
         problem = f"cannot read {path}: {as_one_line(error)}"
         raise TaskError(problem, "correct the path, or write the file again", path=path) from None
@@ -146,13 +147,19 @@ def _lines(path: Path) -> Iterator[str]:
             raise _error(path, number if utf_8 else None, f"is not {name}", "save the file as UTF-8") from None
 
 
-def _read_separated(path: Path, **dialect: Any) -> pa.Table:
+def _first_rows(file: pyarrow.parquet.ParquetFile, most_rows: int) -> pa.Table:
+    first = next(file.iter_batches(batch_size=most_rows), None)
+    return pa.Table.from_batches([] if first is None else [first], file.schema_arrow)
+
+
+def _read_separated(path: Path, most_rows: int | None, **dialect: Any) -> pa.Table:
     """Read a CSV file as RFC 4180 defines it, or a tab-separated file without quotes. Empty lines are skipped."""
     rows = _rows(path, **dialect)
     header = next(rows, None)
     if header is None:
         raise _error(path, None, "it is empty", "give a file with a line of column names")
     schema = pa.schema([(name, pa.string()) for name in header])
+    rows = islice(rows, most_rows)
     batches = []
     while some := list(islice(rows, _ROWS_AT_ONCE)):
         columns = [pa.array(column, pa.string()) for column in zip(*some, strict=True)]
@@ -195,9 +202,9 @@ class _Number(float):
         self.text = text
 
 
-def _read_json_lines(path: Path, written: Collection[str], used: Collection[str]) -> pa.Table:
+def _read_json_lines(path: Path, written: Collection[str], used: Collection[str], most_rows: int | None) -> pa.Table:
     lines, rows = [], []
-    for line, row in _objects(path):
+    for line, row in islice(_objects(path), most_rows):
         lines.append(line)
         rows.append(row)
     if not rows:
@@ -272,14 +279,21 @@ def _as_written(value: Any) -> Any:
             return value
 
 
-def _read_arrow(path: Path) -> pa.Table:
+def _read_arrow(path: Path, most_rows: int | None) -> pa.Table:
     """Read a feather file, or a stream of record batches, which the library datasets writes."""
     with path.open("rb") as file:
         is_stream = file.read(4) == b"\xff\xff\xff\xff"
-    if not is_stream:
+    if most_rows is None and not is_stream:
         return pyarrow.feather.read_table(path)
-    with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as reader:
-        return reader.read_all()
+    with pa.OSFile(str(path)) as file:
+        if not is_stream:
+            with pa.ipc.open_file(file) as reader:
+                batches = [reader.get_batch(0)] if reader.num_record_batches else []
+                return pa.Table.from_batches(batches, reader.schema).slice(0, most_rows)
+        with pa.ipc.open_stream(file) as reader:
+            if most_rows is None:
+                return reader.read_all()
+            return pa.Table.from_batches(islice(reader, 1), reader.schema).slice(0, most_rows)
 
 
 def plain(table: pa.Table) -> pa.Table:

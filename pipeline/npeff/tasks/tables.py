@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from npeff.errors import as_one_line
-from npeff.tasks.base import TaskError
+from npeff.tasks.errors import TaskError
+from npeff.tasks.image_folders import IMAGE, image_table
 from npeff.tasks.table_files import FORMATS, UNTYPED, plain, read_file, typed, typed_labels
 
 _HUB = "hf:"
@@ -23,8 +25,8 @@ class TableOptions:
     """Options that select the table and the rows of the examples."""
 
     data: str
-    """A file (.parquet, .csv, .tsv, .jsonl, .arrow, .feather), a folder of such files, or ``hf:NAME`` or
-    ``hf:OWNER/NAME[/CONFIG]`` for a data set of the Hugging Face hub."""
+    """A file (.parquet, .csv, .tsv, .jsonl, .arrow, .feather), a folder of such files, a folder of images by class, or
+    ``hf:NAME`` or ``hf:OWNER/NAME[/CONFIG]`` for a data set of the Hugging Face hub."""
     split: str | None = None
     """Split of the data set; in a folder, the files ``SPLIT.*`` and ``SPLIT-*``, or the folder ``SPLIT``."""
     columns: Mapping[str, str] | None = None
@@ -34,7 +36,8 @@ class TableOptions:
     limit: int | None = None
     """Use only the first ``limit`` rows after filtering."""
     id_column: str | None = None
-    """Column with the unique ids of the examples. The default is the row number in the data."""
+    """Column with the unique ids of the examples. The default is the row number in the data, or the path of an image in
+    a folder of images."""
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 0:
@@ -66,8 +69,7 @@ class TableOptions:
         used = [*written, *([] if label_column is None else [label_column]), *(self.filter or {})]
         table = self._load(written, used, label_column)
         for column in used:
-            if column not in table.column_names:
-                raise TaskError(f"{self.data} has no column {column!r}: it has {', '.join(table.column_names)}")
+            self._check_column(column, table.column_names)
         others = {name: table[name] for name in table.column_names if name != "id"}
         rows = self._filtered(pa.table({"id": self._ids(table), **others}))
         if not len(rows):
@@ -77,20 +79,72 @@ class TableOptions:
         _check_ids(self.data, rows["id"])
         return rows
 
-    def _load(self, written: Collection[str], used: Collection[str], label_column: str | None) -> pa.Table:
-        """Return the data with the new names of its columns."""
+    def head(self, most_rows: int) -> pa.Table | None:
+        """Return about the first rows of the data that meet `filter`, with all columns; None for data of the hub.
+
+        Raises:
+            TaskError: The data cannot be read, or lacks a column that an option names.
+        """
+        if self.data.startswith(_HUB):
+            return None
+        columns = self.named_columns()
+        labels = columns.pop("label_column", [])
+        others = [name for names in columns.values() for name in names]
+        label = labels[0] if labels else None
+        table = self._load(others, [*others, *labels], label, most_rows)
+        for option, names in {"label_column": labels, **columns}.items():
+            for name in names:
+                self._check_column(name, table.column_names, option)
+        return self._filtered(table)
+
+    def named_columns(self) -> dict[str, list[str]]:
+        """Return the columns that the options name, by option: those of ``filter``, and of all options ``…_column`` and
+        ``…_columns``."""
+        found = {"filter": list(self.filter or {})}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name.endswith(("_column", "_columns")) and value is not None:
+                found[each.name] = [value] if isinstance(value, str) else list(value)
+        return found
+
+    def _check_column(self, column: str, names: Sequence[str], option: str | None = None) -> None:
+        if column in names:
+            return
+        near = difflib.get_close_matches(column, names, n=1)
+        where = "" if option is None else f"{option}: "
+        meant = f" (did you mean {near[0]!r}?)" if near else ""
+        raise TaskError(f"{where}{self.data} has no column {column!r}{meant}: it has {', '.join(names)}")
+
+    def _load(
+        self,
+        written: Collection[str],
+        used: Collection[str],
+        label_column: str | None = None,
+        most_rows: int | None = None,
+    ) -> pa.Table:
+        """Return the data with the new names of its columns, or about the first rows of it."""
         if self.data.startswith(_HUB):
             return self._renamed(self._from_hub())
-        files = self._files()
+        if (images := self._images()) is not None:
+            return self._renamed(images)
+        files = self._files() if most_rows is None else self._files()[:1]
         former = {new: old for old, new in (self.columns or {}).items()}
-        names = [{former.get(name, name) for name in some} for some in (written, used)]
-        table = _concatenated(self.data, {file: self._renamed(read_file(file, *names)) for file in files}, used)
+        texts, needed = ({former.get(name, name) for name in some} for some in (written, used))
+        tables = {file: self._renamed(read_file(file, texts, needed, most_rows)) for file in files}
+        table = _concatenated(self.data, tables, used)
         if files[0].suffix not in UNTYPED:
             return table
         columns = {name: table[name] for name in table.column_names}
         for name in columns.keys() - set(written):
             columns[name] = (typed_labels if name == label_column else typed)(table[name])
         return pa.table(columns)
+
+    def _images(self) -> pa.Table | None:
+        """Return the table of a folder of images; None if the data are something else."""
+        path = Path(self.data)
+        if not path.is_dir() or any(file.suffix in FORMATS for file in path.iterdir()):
+            return None
+        return image_table(path, self.split)
 
     def _files(self) -> list[Path]:
         path = Path(self.data)
@@ -113,7 +167,7 @@ class TableOptions:
         kinds = sorted({file.suffix for file in files})
         if not files:
             split = "" if self.split is None else f" of split {self.split!r}"
-            raise TaskError(f"{folder} has no file{split} ending in {', '.join(FORMATS)}")
+            raise TaskError(f"{folder} has no file{split} ending in {', '.join(FORMATS)}, and no images")
         if len(kinds) > 1:
             raise TaskError(f"{folder} has files ending in {' and '.join(kinds)}: give one file, or give split")
         return files
@@ -150,7 +204,11 @@ class TableOptions:
 
     def _ids(self, table: pa.Table) -> pa.ChunkedArray | pa.Array:
         try:
-            ids = pa.array(range(len(table))) if self.id_column is None else table[self.id_column]
+            if self.id_column is None:
+                is_images = not self.data.startswith(_HUB) and self._images() is not None
+                ids = table[(self.columns or {}).get(IMAGE, IMAGE)] if is_images else pa.array(range(len(table)))
+            else:
+                ids = table[self.id_column]
             ids = ids.cast(pa.string())
         except pa.ArrowException as error:
             raise TaskError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import platform
 import re
 import signal
@@ -45,6 +46,10 @@ _LOOK_EVERY_S = 1.0
 """Interval at which a wait for workers checks that Ray itself is running."""
 
 _CONNECTS_WITHIN_S = 10.0
+_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+"""What a client of gRPC sends first: the preface of HTTP/2 and an empty frame of settings (RFC 9113, section 3.4)."""
+_SETTINGS = b"\4"
+"""Type of the frame that a server of HTTP/2 sends first: its settings."""
 _logger = logging.getLogger(__name__)
 
 
@@ -309,7 +314,7 @@ class RayExecutor:
 
     def _connect(self, address: str) -> None:
         if not in_job() and (host_and_port := re.fullmatch(r"([^/]+):([0-9]+)", address)) is not None:
-            _check_server_listens(address, host_and_port[1], int(host_and_port[2]))
+            _check_is_ray(address, host_and_port[1], int(host_and_port[2]))
         try:
             with _own_reaction_to_sigterm():
                 if address == "local" and not in_job():
@@ -372,15 +377,24 @@ class _RayGroup:
         return [results[ref] for ref in refs]
 
 
-def _check_server_listens(address: str, host: str, port: int) -> None:
-    """Check that a server listens at the address. Without it, Ray retries for minutes and then ends this process."""
+def _check_is_ray(address: str, host: str, port: int) -> None:
+    """Check that a server of Ray's kind, one of gRPC, answers at the address.
+
+    Without any server, Ray retries for minutes and then ends this process. With a server of another kind, it waits.
+    """
+    remedy = "start it with `ray start --head`, or set executor.address: local"
     try:
-        socket.create_connection((host, port), timeout=_CONNECTS_WITHIN_S).close()
+        with socket.create_connection((host, port), timeout=_CONNECTS_WITHIN_S) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") != "0":
+                return
+            connection.sendall(_HTTP2_PREFACE)
+            answer = connection.recv(4)
+    except TimeoutError:
+        answer = b""
     except (OSError, OverflowError) as error:
-        raise ExecutorError(
-            f"cannot reach Ray at {address!r} ({error}): start it with `ray start --head`, or set executor.address: "
-            "local"
-        ) from None
+        raise ExecutorError(f"cannot reach Ray at {address!r} ({error}): {remedy}") from None
+    if answer[3:4] != _SETTINGS:
+        raise ExecutorError(f"the server at {address!r} is not Ray's (the port of `ray start` is 6379): {remedy}")
 
 
 @contextmanager

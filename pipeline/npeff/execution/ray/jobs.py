@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from npeff.errors import tell
 from npeff.execution.executor import ExecutorError
 from npeff.execution.ray.authentication import Authentication
 
@@ -36,6 +37,8 @@ _END_WAIT_S = 15.0
 """Timeout in seconds for the final state of a job after the end of its log."""
 _START_WAIT_S = 60.0
 """Timeout in seconds for a newly started head node to accept jobs."""
+_ANSWER_S = 30.0
+"""Timeout in seconds for the answer to a request."""
 _NOT_READY, _TAKEN, _UNKNOWN = "No available agent", "already exists", "does not exist"
 """Texts in the plain RuntimeError of Ray's client, which has no exception classes for these answers of the server."""
 _LOOK_EVERY_S = 0.2
@@ -126,7 +129,7 @@ class JobServer:
             logging.getLogger(name).setLevel(logging.WARNING)
         self.address = address
         try:
-            self._client = JobSubmissionClient(address)
+            self._client = _client(JobSubmissionClient, address)
         except (OSError, RuntimeError, ValueError, ImportError, RayError) as error:
             raise ExecutorError(
                 f"cannot reach the job server at {address} ({_reason(error)}): check that Ray runs there (`ray start "
@@ -143,7 +146,7 @@ class JobServer:
             ExecutorError: the cluster refuses the job, or the current job of the run uses another run file.
         """
         prefix = job_prefix(submission.run_dir, submission.written_run_dir)
-        until = time.monotonic() + _START_WAIT_S
+        until, told = time.monotonic() + _START_WAIT_S, False
         while True:
             last = self.latest(submission.run_dir)
             if last is not None and not last.has_ended:
@@ -161,6 +164,9 @@ class JobServer:
                 if _TAKEN in str(error):  # another process submitted the run at the same time
                     continue
                 if _NOT_READY in str(error) and time.monotonic() < until:
+                    if not told:
+                        told = True
+                        tell(f"waiting for {self.address} to accept jobs, at most {_START_WAIT_S:.0f} s")
                     time.sleep(_LOOK_EVERY_S)
                     continue
                 raise ExecutorError(
@@ -249,6 +255,21 @@ class JobServer:
                 f"the connection to the job server at {self.address} was lost ({_reason(error)}); finished work is "
                 "kept: submit the run again when the cluster is available, to follow the job or to resume the run"
             ) from None
+
+
+def _client(kind: type, address: str) -> Any:
+    """Return a client whose requests end with an error if the server does not answer. Those of Ray wait for ever."""
+
+    class Impatient(kind):  # type: ignore[misc]
+        def _do_request(self, *arguments: Any, **options: Any) -> Any:
+            from requests import Timeout
+
+            try:
+                return super()._do_request(*arguments, **{"timeout": _ANSWER_S} | options)
+            except Timeout:
+                raise RuntimeError(f"no answer within {_ANSWER_S:.0f} s") from None
+
+    return Impatient(address)
 
 
 def _job(details: Any) -> Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 
@@ -10,6 +11,7 @@ from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from npeff.errors import tell
 from npeff.execution.executor import ExecutorError
 from npeff.execution.ray.jobs import in_job
 
@@ -17,6 +19,10 @@ _TOO_SMALL_S = 30.0
 """Timeout in seconds for a placement group that the cluster cannot hold at present."""
 
 _LOOK_EVERY_S = 1.0
+_TELL_AFTER_S, _TELL_EVERY_S = 5.0, 60.0
+"""Time in seconds of waiting after which a line tells what is waited for, and after which it is repeated."""
+_READONLY_NODE_TYPE = "node_"
+"""Beginning of the node types in the status of Ray's monitor where the cluster has no autoscaler."""
 _logger = logging.getLogger(__name__)
 
 
@@ -82,7 +88,8 @@ class WorkerPlacement:
         if self.is_whole() and not self.can_be_larger():
             return
         self.remove()
-        until = time.monotonic() + self._timeout_s
+        began = time.monotonic()
+        until, told = began + self._timeout_s, False
         while True:
             room = min(self._workers, self._room())
             if room > 0:
@@ -99,6 +106,9 @@ class WorkerPlacement:
                     f"the cluster has no room for a worker, and no node was added within {self._timeout_s:.0f} s; "
                     "finished work is kept: run the same command again when the cluster has more nodes"
                 )
+            if not told and time.monotonic() - began >= _TELL_AFTER_S:
+                told = True
+                self._tell(1, time.monotonic() - began, self._timeout_s)
             time.sleep(_LOOK_EVERY_S)
 
     def remove(self) -> None:
@@ -115,14 +125,31 @@ class WorkerPlacement:
             self._wish = None
 
     def _reserve(self, count: int, patience_s: float) -> PlacementGroup | None:
-        group = placement_group([self._bundle] * count, strategy="PACK")
-        try:
-            ray.get(group.ready(), timeout=patience_s)
-        except GetTimeoutError:
-            remove_placement_group(group)
-            return None
-        found: PlacementGroup = group
-        return found
+        group: PlacementGroup = placement_group([self._bundle] * count, strategy="PACK")
+        ready, began, told = group.ready(), time.monotonic(), -_TELL_EVERY_S
+        while True:
+            waited = time.monotonic() - began
+            if waited >= _TELL_AFTER_S and waited >= told + _TELL_EVERY_S:
+                told = waited
+                self._tell(count, waited, patience_s)
+            try:
+                ray.get(ready, timeout=min(_TELL_AFTER_S, max(0.0, patience_s - waited)))
+                return group
+            except GetTimeoutError:
+                if time.monotonic() - began >= patience_s:
+                    remove_placement_group(group)
+                    return None
+
+    def _tell(self, count: int, waited: float, patience_s: float) -> None:
+        free, have = (
+            _resources({name: found.get(name, 0.0) for name in self._bundle})
+            for found in (ray.available_resources(), ray.cluster_resources())
+        )
+        wanted = f"{count} worker{'s' if count > 1 else ''} with {_resources(self._bundle)} each"
+        tell(
+            f"waiting for room for {wanted}: {free} of {have} in the cluster are free "
+            f"({waited:.0f} s of at most {patience_s:.0f} s)"
+        )
 
     def _room(self) -> int:
         """Return how many workers the alive nodes could hold if no other program used them."""
@@ -136,7 +163,20 @@ class WorkerPlacement:
         """Return whether resources may become available: other programs release them, or an autoscaler adds nodes."""
         have = ray.cluster_resources()
         enough = all(have.get(name, 0.0) >= self._workers * amount for name, amount in self._bundle.items())
-        return enough or in_job()
+        return enough or (in_job() and not _has_fixed_size())
+
+
+def _has_fixed_size() -> bool:
+    """Return whether Ray's monitor reports that the cluster has no autoscaler. Not every cluster has a monitor."""
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    try:
+        report = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or b"{}").get("autoscaler_report") or {}
+        kinds = [kind for part in ("active_nodes", "idle_nodes") for kind in report.get(part) or {}]
+    except (ValueError, AttributeError, RuntimeError):  # another form of the status
+        return False
+    return bool(kinds) and all(kind.startswith(_READONLY_NODE_TYPE) for kind in kinds)
 
 
 def _remove(group: PlacementGroup) -> None:

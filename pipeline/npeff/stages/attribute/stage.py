@@ -10,7 +10,7 @@ from npeff.runs.stage import forget_other_requests, open_stage, unit_checksums
 from npeff.stages.attribute import ATTRIBUTE
 from npeff.stages.attribute.worker import AttributionPaths, AttributionWorker
 from npeff.stages.earlier_results import direction_checksums, fingerprint_of, lifted_components
-from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
+from npeff.stages.worker_specs import model_executor_for, model_spec, worker_spec
 from npeff.store.tables import read_table, read_tables, write_table
 
 _TABLE = "position_shares"
@@ -56,7 +56,7 @@ def attribute(
         missing = [component for component in components if component not in done]
         with (
             progress.stage("attribute", len(components), "components", done=len(components) - len(missing)) as tick,
-            executor_for(run, executor) as workers,
+            model_executor_for(run, executor) as workers,
         ):
             n_done = len(components) - len(missing)
             for _ in workers.map(worker, "attribute", missing, keep_going=True):

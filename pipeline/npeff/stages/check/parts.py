@@ -80,6 +80,14 @@ def _files_of(run: RunDirectory, of_the_run: bool) -> Iterator[Part]:
             recomputable=False,
             remedy="restore it from a copy or delete it",
         )
+    if (scores := run.table("label_scores")).exists():
+        yield Part(
+            "table label_scores",
+            scores,
+            partial(verify_table, scores, None),
+            recomputable=False,
+            remedy=f"delete it and run `npeff label {run.argument} --score MODEL` again",
+        )
 
 
 def _verify_configuration(run: RunDirectory) -> None:

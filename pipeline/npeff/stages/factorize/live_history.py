@@ -1,24 +1,74 @@
-"""The solver's history during the run, as JSON lines or TensorBoard events."""
+"""The solver's history during the run: JSON lines, TensorBoard events, Weights & Biases, or MLflow."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from npeff.runs.config_reading import ConfigError
 from npeff.storage.location import is_remote
 from npeff.storage.objects import download_files, files, upload_files
+
+if TYPE_CHECKING:  # both import their packages on use
+    from npeff.stages.factorize.trackers import MLflow, WandB
 
 Metrics = Callable[[dict[str, Any]], None]
 """Called with each new row of the history. When an iteration is repeated after a crash, its row replaces the former row
 of the iteration and all later rows."""
 
 
+Kind = Literal["none", "jsonl", "tensorboard", "wandb", "mlflow"]
+"""The values of the run file's ``factorization.metrics``."""
+
+
+@contextmanager
+def history_written(folder: Path, kind: Kind, name: str) -> Iterator[Metrics]:
+    """Yield the writer for the run file's ``factorization.metrics``, and close it at the end.
+
+    Args:
+        folder: The folder ``metrics`` of the factorization.
+        kind: What is written.
+        name: Name of the run in Weights & Biases and in MLflow.
+
+    Raises:
+        ConfigError: A package is not installed, or the program does not start.
+    """
+    if kind != "wandb" and kind != "mlflow":
+        yield metrics_writer(folder, kind)
+        return
+    with _tracker(folder, kind, name) as tracker:
+        yield tracker
+
+
+def write_summary(folder: Path, kind: Kind, name: str, numbers: Mapping[str, float]) -> None:
+    """Add final numbers, such as those of the verification, to the run of Weights & Biases or MLflow.
+
+    The other kinds have no place for them. Arguments and errors are those of `history_written`.
+    """
+    if kind == "wandb" or kind == "mlflow":
+        with _tracker(folder, kind, name) as tracker:
+            tracker.summarize(numbers)
+
+
+@contextmanager
+def _tracker(folder: Path, kind: Literal["wandb", "mlflow"], name: str) -> Iterator[WandB | MLflow]:
+    from npeff.stages.factorize.trackers import MLflow, WandB
+
+    tracker = WandB(folder, name) if kind == "wandb" else MLflow(folder, name)
+    try:
+        yield tracker
+    except BaseException:
+        tracker.close(failed=True)
+        raise
+    tracker.close()
+
+
 def metrics_writer(folder: Path, kind: Literal["none", "jsonl", "tensorboard"]) -> Metrics:
-    """Return the writer for the run file's ``factorization.metrics``.
+    """Return the writer of files in the folder ``metrics``.
 
     Raises:
         ConfigError: TensorBoard is not installed.

@@ -52,6 +52,7 @@ def write_solution(
         for stage in stages_after(FACTORIZE):
             for table in stage.tables:
                 run.table(table).unlink(missing_ok=True)  # else the report would show it with the new components
+        run.table("label_scores").unlink(missing_ok=True)
         for folder in (run.directions, run.repaired):
             remove_directory(folder)
     lineage = lineage_of(FACTORIZE, sources, checksums)

@@ -20,7 +20,7 @@ from npeff.stages.earlier_results import checksums_of, components_of, count_fit_
 from npeff.stages.factorize import FACTORIZE
 from npeff.stages.factorize.driver import SolverRun, run_solver
 from npeff.stages.factorize.found import Found, SketchedKinds, found_by_solver
-from npeff.stages.factorize.live_history import metrics_writer
+from npeff.stages.factorize.live_history import history_written
 from npeff.stages.factorize.solution import own_examples, write_solution
 from npeff.stages.factorize.worker import Origin, SolverWorker
 from npeff.stages.fishers import FISHERS
@@ -84,7 +84,7 @@ def _solve(
 ) -> SolverRun:
     """Run the solver to the end."""
     config, wanted = run.config, run.config.factorization
-    origin, metrics = _origin(run), metrics_writer(run.metrics, wanted.metrics)
+    origin, title = _origin(run), f"{run.path.name}/{run.name}"
     n_frozen = len(origin.components_KD) if origin is not None and origin.frozen else 0
     worker = worker_spec(
         run,
@@ -97,7 +97,10 @@ def _solve(
         device=device_of(config),
         timeout_s=config.executor.timeout_s,
     )
-    with progress.stage("factorize", wanted.max_iterations, "steps") as tick:
+    with (
+        history_written(run.metrics, wanted.metrics, title) as metrics,
+        progress.stage("factorize", wanted.max_iterations, "steps") as tick,
+    ):
 
         def on_iteration(row: dict[str, Any]) -> None:
             metrics(row)

@@ -11,9 +11,12 @@ from npeff.execution.executor import WorkerSpec, result_of
 from npeff.runs.config import RunConfig
 from npeff.stages.factorize.stored_factors import kept_precision
 from npeff.stages.fishers.trial import Trial, TrialWorker
+from npeff.stages.fishers.unit_times import stage_seconds
 from npeff.stages.inputs.trial import largest_number, passes_per_example
+from npeff.stages.lift.memory import fitting_directions
 from npeff.stages.registry import STAGES
-from npeff.stages.worker_specs import device_of, inspection_of, model_of, new_executor
+from npeff.stages.validation import validate_for_workers
+from npeff.stages.worker_specs import device_of, model_of, new_executor
 from npeff.store.fisher_arrays import fisher_store_bytes
 
 
@@ -40,17 +43,10 @@ def estimate(config: RunConfig) -> Estimate:
     Raises the errors that the stage `fishers` raises before its first shard.
     """
     wanted, began = config.fishers, time.monotonic()
-    labels = wanted.label_spec(config.seed)
-    spec = WorkerSpec(TrialWorker, {"model": model_of(config, Path(), None), "labels": labels, "seed": config.seed})
-    store = {
-        "shard_size": wanted.shard_size,
-        "store_dtype": wanted.store_dtype,
-        "top_entries": wanted.diagonal.top_entries,
-        "groups": wanted.diagonal.groups,
-    }
-    item = (*inspection_of(config), store, config.inputs is not None)
+    validate_for_workers(config)
+    spec = WorkerSpec(TrialWorker, {"model": model_of(config, Path(), None), "config": config})
     with new_executor(config) as executor:
-        trial: Trial = result_of(executor, spec, "try_out", item)
+        trial: Trial = result_of(executor, spec, "try_out", None)
         start_up = time.monotonic() - began - trial.trial_seconds
     facts = trial.facts
     n_examples = len(facts.examples)
@@ -129,25 +125,54 @@ def rows(found: Estimate, config: RunConfig) -> list[tuple[str, str]]:
             _size(found.solver_bytes) if found.solver_bytes else "none: streamed",
         ),
         ("directions.zarr", _size(found.direction_bytes)),
-        ("no estimate of the time of", ", ".join(_stages_without_estimate(config))),
+        *_stage_rows(found, config),
     ]
 
 
-def _stages_without_estimate(config: RunConfig) -> list[str]:
-    """Return the further stages of `npeff run`, whose times depend on how fast they converge."""
-    estimated = {"fishers"} | ({"inputs"} if config.inputs is not None else set())
-    return [stage.name for stage in STAGES if stage.in_run(config) and stage.name not in estimated]
+def _stage_rows(found: Estimate, config: RunConfig) -> list[tuple[str, str]]:
+    """Return the times of the stages after `fishers`, their sum, and the stages whose time is not estimated."""
+    times = stages_after(found, config)
+    total = found.seconds + (_input_seconds(found, config) or 0.0) + sum(times.values())
+    shown = [(f"{name}, roughly", _duration(seconds)) for name, seconds in times.items()]
+    timed = ("fishers", "inputs", *times)
+    others = [stage.name for stage in STAGES if stage.in_run(config) and stage.name not in timed]
+    rest = [("no estimate of the time of", ", ".join(others))] if others else []
+    return [*shown, ("npeff run, roughly", _duration(total)), *rest]
+
+
+def stages_after(found: Estimate, config: RunConfig) -> dict[str, float]:
+    """Return the estimated times in seconds of the stages of `npeff run` after `fishers`, except `inputs`."""
+    facts = found.trial.facts
+    times = stage_seconds(
+        config,
+        found.trial.units,
+        n_examples=len(facts.examples),
+        rank=facts.rank,
+        dim=facts.sketch_dim,
+        fitting=fitting_directions(config, facts.layout.size),
+    )
+    if config.factorization.kind != "fishers":
+        del times["factorize"]
+    included = [stage.name for stage in STAGES if stage.in_run(config)]
+    return {name: seconds for name, seconds in times.items() if name in included}
 
 
 def _input_rows(found: Estimate, config: RunConfig) -> list[tuple[str, str]]:
     """Return the row of the stage `inputs`, if the run file has its section."""
-    if (seconds := found.trial.seconds_per_input_pass) is None:
+    if (seconds := _input_seconds(found, config)) is None:
         return []
-    facts = found.trial.facts
-    n_explained = largest_number(config, len(facts.examples))
-    total = n_explained * passes_per_example(config, facts.rank) * seconds / found.workers
+    n_explained = largest_number(config, len(found.trial.facts.examples))
     without = ", without faithfulness" if config.inputs_or_default.faithfulness.examples else ""
-    return [(f"inputs, up to {n_explained:,} examples{without}", _duration(total))]
+    return [(f"inputs, up to {n_explained:,} examples{without}", _duration(seconds))]
+
+
+def _input_seconds(found: Estimate, config: RunConfig) -> float | None:
+    if (seconds := found.trial.seconds_per_input_pass) is None:
+        return None
+    facts = found.trial.facts
+    return (
+        largest_number(config, len(facts.examples)) * passes_per_example(config, facts.rank) * seconds / found.workers
+    )
 
 
 def _size(count: float) -> str:

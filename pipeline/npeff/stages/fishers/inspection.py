@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -41,6 +42,8 @@ class TaskFacts:
     sketch_dim: int
     batch_size: int
     model_fingerprint: str
+    seconds_per_example: float
+    """Time of one example in a small batch on one worker, which is longer than in a large one."""
 
     @property
     def n_groups(self) -> int:
@@ -86,6 +89,9 @@ class TaskWorker:
         args = loaded.model, loaded.logits, loaded.layout, linear_map, self._labels, loaded.one
         valid = _valid_examples(loaded, fishers := PerExampleFishers(*args))
         batch, targets = loaded.with_targets(valid)
+        began = time.monotonic()
+        fishers(batch, valid, targets)
+        seconds_per_example = (time.monotonic() - began) / len(valid)
         fishers.collector.collect(batch, valid, targets)  # checks that the rows are the gradients
         different = _of_all_sizes(loaded)
         batch, targets = loaded.with_targets(different)
@@ -102,6 +108,7 @@ class TaskWorker:
             sketch_dim=linear_map.dim,
             batch_size=largest_batch_size(loaded, fishers, limit) if batch_size == "auto" else batch_size,
             model_fingerprint=model_fingerprint(loaded.model, loaded.layout),
+            seconds_per_example=seconds_per_example,
         )
 
 

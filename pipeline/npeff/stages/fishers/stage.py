@@ -28,7 +28,7 @@ from npeff.stages.fishers.other_run import use_other_fishers
 from npeff.stages.fishers.tables import write_example_tables, write_parameter_table
 from npeff.stages.fishers.worker import FisherWorker
 from npeff.stages.fitted_examples import example_weights
-from npeff.stages.worker_specs import executor_for, inspection_of, model_spec, worker_spec
+from npeff.stages.worker_specs import inspection_of, model_executor_for, model_spec, worker_spec
 from npeff.storage.atomic import is_committed, remove_directory
 from npeff.storage.checksums import file_checksum
 from npeff.storage.errors import StoreError
@@ -38,6 +38,8 @@ from npeff.store.schemas import SCHEMAS
 from npeff.store.shard_records import CompletionRecord, ShardRecords
 
 _MOST_SHARDS_PER_CALL = 2
+_LONG_S = 3600.0
+"""Time in seconds above which the stage tells how long it may take before it begins."""
 _MOST_NAMED = 5
 """Largest number of failed shards in an error message."""
 
@@ -64,11 +66,12 @@ def compute_fishers(
         if run.fishers_home != run.path:
             return stage.complete(use_other_fishers(run))
         progress, config = progress or SilentProgress(), run.config
-        with executor_for(run, executor) as workers:
+        with model_executor_for(run, executor) as workers:
             with progress.stage("prepare", 1, "task") as tick:
                 facts = _inspect(run, workers)
                 tick(1)
             _say_what_is_left_out(facts, progress)
+            _say_if_it_takes_hours(facts, run.config.executor.workers, progress)
             records, store = _open_fishers(run, facts)
             sums = DiagonalSums(run.partial_results("diagonal"), store.plan.n_shards, records.signature)
             summed = config.fishers.diagonal.mean and not run.diagonal_fisher.exists()
@@ -163,6 +166,17 @@ def _say_what_is_left_out(facts: TaskFacts, progress: ProgressDisplay) -> None:
     if named:
         more = f", and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
         progress.say(f"left out of the Fishers: {', '.join(named[:_MOST_NAMED])}{more}")
+
+
+def _say_if_it_takes_hours(facts: TaskFacts, workers: int, progress: ProgressDisplay) -> None:
+    seconds = facts.seconds_per_example * len(facts.examples) / workers
+    if seconds > _LONG_S:
+        number, one = len(facts.examples), facts.seconds_per_example
+        progress.say(
+            f"fishers: up to {seconds / 3600:.2g} hours for {number:,} examples on {workers} "
+            f"worker{'s' if workers > 1 else ''}, judged from {one:.2g} s for one; `npeff estimate` measures all "
+            "stages, and a limit of examples in task.options shortens them"
+        )
 
 
 def _inspect(run: RunDirectory, workers: Executor) -> TaskFacts:

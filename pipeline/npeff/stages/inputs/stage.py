@@ -23,7 +23,7 @@ from npeff.stages.inputs.covariance import EVERY, InputFacts, is_current, refuse
 from npeff.stages.inputs.examples import ChosenExamples
 from npeff.stages.inputs.scores import mean_scores
 from npeff.stages.inputs.worker import TABLES, InputPaths, InputWorker
-from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
+from npeff.stages.worker_specs import model_executor_for, model_spec, worker_spec
 from npeff.storage.checksums import json_checksum
 from npeff.store.fisher_store import FisherStore
 from npeff.store.tables import read_table, read_tables, rows_to_columns, write_table
@@ -61,7 +61,7 @@ def inputs(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         forget_other_requests(results, request)
         stage.discard_foreign_units(progress)
         explained, worker = chosen.explained, _worker(run, stage, options, chosen)
-        with executor_for(run, executor) as workers:
+        with model_executor_for(run, executor) as workers:
             facts, lengths = _inspect(workers, worker, options, explained)
             covariances = _covariances(run, options, chosen)
             refuse_covariance(options, facts, len(covariances))

@@ -16,7 +16,6 @@ from npeff.directions import Whitening, unit_sketches, whitening
 from npeff.execution.executor import Executor, WorkerSpec
 from npeff.models.loaded import ModelSpec
 from npeff.options.kinds import is_diagonal
-from npeff.runs.config import RunConfig
 from npeff.runs.definition import Summary, finished
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
@@ -25,8 +24,9 @@ from npeff.runs.stage import open_stage
 from npeff.stages.earlier_results import checksums_of, fingerprint_of, lifted_components
 from npeff.stages.lift import LIFT
 from npeff.stages.lift.files import Combinations, LiftBlock, LiftPaths
+from npeff.stages.lift.memory import fitting_directions
 from npeff.stages.lift.worker import LiftWorker
-from npeff.stages.worker_specs import executor_for, fitted_examples, model_spec, worker_spec
+from npeff.stages.worker_specs import fitted_examples, model_executor_for, model_spec, worker_spec
 from npeff.storage.atomic import is_committed, remove_directory
 from npeff.storage.checksums import read_json
 from npeff.storage.errors import StoreError
@@ -35,8 +35,6 @@ from npeff.store.fisher_store import FisherStore
 from npeff.store.lineage import group_lineage
 from npeff.store.shard_records import ShardChecksums
 from npeff.store.tables import read_table, rows_to_columns, table_lineage, write_table
-
-_DEFAULT_LIMIT_MB = 2048
 
 
 def lift(run: RunDirectory, *, executor: Executor | None = None, progress: ProgressDisplay | None = None) -> Summary:
@@ -65,7 +63,7 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
         fishers, checksums = FisherStore.read_attributes(run.fishers), checksums_of(run)
         layout = fishers["parameter_layout"]
         shapes = {name: tuple(shape) for name, shape in zip(layout["names"], layout["shapes"], strict=True)}
-        fitting = _fitting(config, sum(math.prod(shape) for shape in shapes.values()))
+        fitting = fitting_directions(config, sum(math.prod(shape) for shape in shapes.values()))
         model = model_spec(run, fingerprint_of(run))  # raises before anything is written if there is no model
         results, progress = run.partial_results("lift"), progress or SilentProgress()
         _prepare_store(run, shapes, fishers["dim"], stage.lineage, progress)
@@ -77,7 +75,7 @@ def lift(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
             remove_directory(results)
         paths = LiftPaths(run.factorization, run.directions, results)
         worker = _worker(run, paths, model, checksums, damping, stage.lineage)
-        with executor_for(run, executor) as workers:
+        with model_executor_for(run, executor) as workers:
             work = _Work(
                 map=partial(workers.map, worker, keep_going=True),
                 workers=workers.workers,
@@ -188,26 +186,6 @@ def _write_tables(run: RunDirectory, lifted: dict[int, dict[str, Any]], lineage:
     components = read_table(table, "components").to_pydict() | columns
     write_table(run.table("layer_energy"), "layer_energy", rows_to_columns(energy, "layer_energy"), lineage)
     write_table(table, "components", components, table_lineage(table))
-
-
-def _fitting(config: RunConfig, n_parameters: int) -> int:
-    """Return the number of components whose sums fit a worker's memory limit.
-
-    Raises:
-        RunDirectoryError: not even those of one component fit.
-    """
-    limit, diagonal = config.lift.memory_limit_mb, is_diagonal(config.factorization.kind)
-    vectors = (_DEFAULT_LIMIT_MB if limit == "auto" else limit) * 2**20 // (4 * n_parameters)
-    # diagonals and gradients of the components, and the sum of all diagonals
-    fitting = (vectors - 1) // 2 if diagonal else vectors
-    if fitting < 1 and limit != "auto":
-        needed = (3 if diagonal else 1) * 4 * n_parameters
-        raise RunDirectoryError(
-            f"the direction of one component takes {-(-needed // 2**20):,} MiB, which is more than "
-            "lift.memory_limit_mb",
-            "set lift.memory_limit_mb to this or more, or to auto",
-        )
-    return max(1, fitting)
 
 
 _GROUPS = 64

@@ -24,7 +24,7 @@ from npeff.stages.lift import LIFT
 from npeff.stages.repair import REPAIR
 from npeff.stages.repair.directions import OwnDirections, own_directions
 from npeff.stages.repair.worker import Attempt, Batch, RepairWorker
-from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
+from npeff.stages.worker_specs import model_executor_for, model_spec, worker_spec
 from npeff.storage.atomic import remove_directory
 from npeff.storage.checksums import read_json, write_json_atomically
 from npeff.store.component_store import open_factorization
@@ -69,7 +69,7 @@ def repair(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         if forget_other_requests(run.partial_results("repair"), request):
             remove_directory(run.repaired)
         examples = _Examples.of(run)
-        with executor_for(run, executor) as workers:
+        with model_executor_for(run, executor) as workers:
             search = _Search(run, workers, progress, examples, stage.lineage, own)
             rows = search.over_represented()
             likely = [row["component"] for row in rows if row["q_value"] <= wanted.significance]

@@ -27,7 +27,7 @@ from npeff.stages.lift import LIFT
 from npeff.stages.scale import SCALE, headline
 from npeff.stages.scale.plan import PAIRS_OF_COMPONENT, Block, Ends, PlannedPath, Request
 from npeff.stages.scale.worker import ScaleOptions, ScalePaths, ScaleWorker
-from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
+from npeff.stages.worker_specs import model_executor_for, model_spec, worker_spec
 from npeff.storage.checksums import json_checksum, read_json, write_json_atomically
 from npeff.store.component_store import open_factorization
 from npeff.store.tables import read_table, read_tables, write_table
@@ -60,7 +60,7 @@ def scale(run: RunDirectory, *, executor: Executor | None = None, progress: Prog
         if stage.done and stage.done["request"] == request:
             return stage.done
         asked = _wanted_paths(run, wanted)
-        with executor_for(run, executor) as workers:
+        with model_executor_for(run, executor) as workers:
             worker = _worker(run, wanted, stage.lineage)
             plan = _plan(results, request, asked, workers, worker)
             run.reopen("scale")  # from here on, nothing that was asked for is refused

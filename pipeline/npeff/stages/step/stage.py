@@ -23,7 +23,7 @@ from npeff.stages.step import STEP
 from npeff.stages.step.fisher_rows import RunRows, preconditioner
 from npeff.stages.step.labels import Labelled
 from npeff.stages.step.worker import Size, StepWorker
-from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
+from npeff.stages.worker_specs import model_executor_for, model_spec, worker_spec
 from npeff.storage.atomic import remove_directory
 from npeff.storage.checksums import json_checksum, read_json
 from npeff.store.array_files import read_arrays, write_arrays
@@ -68,7 +68,7 @@ def step(run: RunDirectory, *, executor: Executor | None = None, progress: Progr
         run.reopen("step")
         if forget_other_requests(results, request):
             remove_directory(run.stepped)
-        with executor_for(run, executor) as workers:
+        with model_executor_for(run, executor) as workers:
             work = _Step(run, workers, progress, labelled, stage.lineage)
             found = work.direction()
             rows = work.rows()

@@ -15,15 +15,16 @@ from npeff.runs.definition import Summary
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import ProgressDisplay, SilentProgress
-from npeff.runs.stage import open_stage, record_of
+from npeff.runs.stage import open_stage, record_of, recorded
 from npeff.stages.earlier_results import checksums_of, components_of
 from npeff.stages.factorize import FACTORIZE
 from npeff.stages.factorize.solution import own_examples, write_solution
+from npeff.stages.fishers import FISHERS
 from npeff.stages.fishers.stage import compute_fishers
 from npeff.stages.fishers.tables import ensure_split
 from npeff.stages.transform.shards import over_shards
 from npeff.stages.transform.worker import ShardCoefficients
-from npeff.stages.worker_specs import executor_for
+from npeff.stages.worker_specs import executor_for, model_executor_for
 from npeff.storage.commands import DEFAULT
 from npeff.store.coefficient_rows import StackedRows
 
@@ -56,7 +57,8 @@ def transform(
     given = source if isinstance(source, RunDirectory) else RunDirectory.open(source)  # raises before any computation
     record_of(given, FACTORIZE)
     _refuse_another_number(run, given, given.config.factorization.n_components)
-    with run.lock(), executor_for(run, executor) as workers:
+    start = model_executor_for if recorded(run, FISHERS) is None else executor_for
+    with run.lock(), start(run, executor) as workers:
         compute_fishers(run, executor=workers, progress=progress)
         components_KD = components_of(run, given)
         _refuse_another_number(run, given, len(components_KD))

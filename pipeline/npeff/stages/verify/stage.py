@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from npeff.execution.executor import Executor
+from npeff.runs.config_reading import ConfigError
 from npeff.runs.definition import Summary, finished
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.progress import ProgressDisplay, SilentProgress
 from npeff.runs.stage import open_stage, unit_checksums
 from npeff.stages.earlier_results import direction_checksums, fingerprint_of, lifted_components, prediction_batch_size
+from npeff.stages.factorize.live_history import write_summary
 from npeff.stages.verify import VERIFY
 from npeff.stages.verify.options import VerificationOptions, VerificationPaths
 from npeff.stages.verify.worker import VerificationWorker
-from npeff.stages.worker_specs import executor_for, model_spec, worker_spec
+from npeff.stages.worker_specs import model_executor_for, model_spec, worker_spec
 from npeff.statistics.joint_ablation import joint_ablations, summary
-from npeff.statistics.verdict import scoreboard, verdicts
+from npeff.statistics.verdict import Scores, scoreboard, verdicts
 from npeff.storage.atomic import is_committed
 from npeff.storage.location import absolute_location
 from npeff.store.component_store import open_factorization
@@ -63,7 +67,7 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
         missing = [component for component in components if component not in verified]
         with (
             progress.stage("verify", len(components), "components", done=len(verified)) as tick,
-            executor_for(run, executor) as workers,
+            model_executor_for(run, executor) as workers,
         ):
             for component, rows in workers.map(worker, "verify", missing, keep_going=True):
                 verified[component] = rows
@@ -83,7 +87,23 @@ def verify(run: RunDirectory, *, executor: Executor | None = None, progress: Pro
             **_prediction_errors(rows, joined["selectivity"].to_pylist()),
             **_joint_ablation(joined.get("joint_ablation"), rows),
         }
-        return stage.complete(facts | {"units": unit_checksums(run, VERIFY, sorted(verified))})
+        done = stage.complete(facts | {"units": unit_checksums(run, VERIFY, sorted(verified))})
+        _write_scores(run, scores, progress)
+        return done
+
+
+def _write_scores(run: RunDirectory, scores: Sequence[Scores], progress: ProgressDisplay) -> None:
+    """Add the scores to the run of ``factorization.metrics``. The verification is complete without it."""
+    numbers = {
+        f"verify/{score.examples}/{name}": value
+        for score in scores
+        for name in ("median_kl_ratio", "share_above_controls", "share_surely_above_controls")
+        if (value := getattr(score, name)) is not None and math.isfinite(value)
+    }
+    try:
+        write_summary(run.metrics, run.config.factorization.metrics, f"{run.path.name}/{run.name}", numbers)
+    except ConfigError as error:
+        progress.say(f"warning: the scores are not logged: {error}")
 
 
 def _options(run: RunDirectory, components: list[int]) -> VerificationOptions:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from npeff.errors import as_one_line
-from npeff.tasks.base import TaskError
+from npeff.tasks.errors import TaskError
 
 # fmt: off
 SUPPORTED = (

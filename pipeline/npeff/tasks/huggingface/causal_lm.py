@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from npeff.tasks.base import IGNORED, Examples, Inputs, TaskError, Token
+from npeff.tasks.base import IGNORED, Examples, Inputs, Token
+from npeff.tasks.errors import TaskError
 from npeff.tasks.huggingface.limits import Limits
-from npeff.tasks.huggingface.predictions import PredictionOptions, Predictions, at_places, marked
-from npeff.tasks.huggingface.pretrained import PretrainedTask
+from npeff.tasks.huggingface.options import CausalLMOptions
+from npeff.tasks.huggingface.predictions import Predictions, at_places, marked
+from npeff.tasks.huggingface.pretrained import PretrainedTask, load_model, model_config, tokenizer_of
 from npeff.tasks.huggingface.token_table import text_inputs, token_table
 from npeff.tasks.huggingface.tokens import pad_token_id, placed_tokens, token_texts, tokenize
 from npeff.tasks.tables import texts
-
-
-@dataclass(frozen=True, kw_only=True)
-class CausalLMOptions(PredictionOptions):
-    text_column: str
-    """Column of the texts whose tokens are predicted. Without a prompt, the first token is not predicted."""
-    prompt_column: str | None = None
-    """Column of the prompts, which directly precede the texts. Their tokens are input only."""
-    max_length: int = 512
-    """Largest number of tokens of prompt and text together. Longer examples are truncated."""
-
-    @property
-    def texts(self) -> Sequence[str]:
-        """Columns of the parts of an example."""
-        return [self.text_column] if self.prompt_column is None else [self.prompt_column, self.text_column]
 
 
 class CausalLMTask(PretrainedTask[CausalLMOptions]):
@@ -44,7 +30,7 @@ class CausalLMTask(PretrainedTask[CausalLMOptions]):
     Options = CausalLMOptions
 
     def model(self, cache: Path) -> nn.Module:
-        model = self.options.load(AutoModelForCausalLM)
+        model = load_model(self.options, AutoModelForCausalLM)
         if self.options.attention != "flash_attention_2":  # which needs a GPU
             _check_causal(model, self.options.model)
         return model
@@ -80,8 +66,8 @@ class _Texts(Examples):
         if options.prompt_column is not None:
             prompts = texts(self._rows, options.prompt_column, options.data)
         self._texts = [prompt + rest for prompt, rest in zip(prompts, text, strict=True)]
-        self._tokenizer, self._options = options.tokenizer(), options
-        padding = pad_token_id(self._tokenizer, options.config())
+        self._tokenizer, self._options = tokenizer_of(options), options
+        padding = pad_token_id(self._tokenizer, model_config(options))
         self._tokens, prompt_lengths = tokenize(
             self._tokenizer,
             padding,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,25 +11,24 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
-from npeff.tasks.base import Examples, Inputs, TaskError
+from npeff.tasks.base import Examples, Inputs
+from npeff.tasks.errors import TaskError
 from npeff.tasks.huggingface.images import Channels, ImageError, read_image
-from npeff.tasks.huggingface.pretrained import PretrainedOptions, PretrainedTask, classes
-from npeff.tasks.tables import LabelOptions, example_table
+from npeff.tasks.huggingface.options import ImageClassificationOptions
+from npeff.tasks.huggingface.pretrained import (
+    PretrainedTask,
+    check_single_precision,
+    classes,
+    image_processor_of,
+    load_classifier,
+    model_config,
+)
+from npeff.tasks.tables import example_table
 
 _THUMBNAIL = 128
 """Longest side of the displayed images, in pixels."""
 _TRIED_SIZES = ((300, 400), (500, 350))
 """Sizes of two images, to which a processor with a fixed output size gives the same size."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageClassificationOptions(LabelOptions, PretrainedOptions):
-    image_column: str
-    """Column of image files: their bytes, a Hugging Face image, or paths relative to ``image_folder``."""
-    image_folder: str | None = None
-    """Folder with all image files to which the column has paths. The default is the table's folder."""
-    label_column: str | None = None
-    """Column of labels, as class numbers or names; None if there are no labels."""
 
 
 class ImageClassificationTask(PretrainedTask[ImageClassificationOptions]):
@@ -39,7 +37,7 @@ class ImageClassificationTask(PretrainedTask[ImageClassificationOptions]):
     Options = ImageClassificationOptions
 
     def model(self, cache: Path) -> nn.Module:
-        return self.options.load_classifier(AutoModelForImageClassification, self.options.label_names)
+        return load_classifier(self.options, AutoModelForImageClassification, self.options.label_names)
 
     def examples(self, cache: Path) -> Examples:
         return _Images(self.options)
@@ -51,7 +49,7 @@ class ImageClassificationTask(PretrainedTask[ImageClassificationOptions]):
 
     def inputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Inputs:
         """Return the pixels that the model gets, after the image processor has resized and cropped the images."""
-        self.options.check_single_precision()
+        check_single_precision(self.options)
         pixels = batch["pixel_values"]
         if pixels.dim() != 4:
             raise TaskError(
@@ -66,12 +64,12 @@ class _Images(Examples):
         self._used = [options.image_column, *([options.label_column] if options.label_column else [])]
         self._rows, self._data = options.read([options.image_column], options.label_column), options.data
         self._folder = options.folder if options.image_folder is None else Path(options.image_folder)
-        config = options.config()
+        config = model_config(options)
         self.class_names = classes(config, options.label_names, options.model)
         self._labels = options.labels(self._rows, options.label_column, self.class_names)
         self._files, self._ids = self._rows[options.image_column], self._rows["id"]
         self._channels: Channels = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
-        self._processor = options.image_processor()
+        self._processor = image_processor_of(options)
         self._check_sizes()
 
     def __len__(self) -> int:

@@ -14,8 +14,8 @@ import numpy as np
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
-from npeff.tasks.base import TaskError
-from npeff.tasks.huggingface.pretrained import PretrainedOptions
+from npeff.tasks.errors import TaskError
+from npeff.tasks.huggingface.options import PretrainedOptions
 
 _SPACES = " \t\n▁ĠĊĉ"
 """Characters of tokens that stand for spaces only: those of texts, of SentencePiece and of byte-level tokenizers."""

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from npeff.tasks.base import TaskError
-from npeff.tasks.huggingface.pretrained import PretrainedOptions
+from npeff.tasks.errors import TaskError
+from npeff.tasks.huggingface.options import PretrainedOptions
+from npeff.tasks.huggingface.pretrained import model_config
 
 _POSITIONS = re.compile(r"pos|wpe")
 """Names of tables of learned or of sinusoidal positions, such as ``position_embeddings``, ``embed_positions``."""
@@ -39,7 +40,7 @@ class Limits:
             factory: Class with `from_config`, such as AutoModelForCausalLM.
             target: Whether the texts are outputs of a sequence-to-sequence model.
         """
-        config = options.config()
+        config = model_config(options)
         try:
             with torch.device("meta"):  # the modules without memory for their parameters
                 model = factory.from_config(config, trust_remote_code=options.trust_remote_code)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForMultipleChoice
 
-from npeff.tasks.base import Examples, Inputs, TaskError, Token
+from npeff.tasks.base import Examples, Inputs, Token
 from npeff.tasks.embedded_tokens import token_inputs
+from npeff.tasks.errors import TaskError
 from npeff.tasks.huggingface.limits import Limits
-from npeff.tasks.huggingface.pretrained import PretrainedTask
+from npeff.tasks.huggingface.options import MultipleChoiceOptions
+from npeff.tasks.huggingface.pretrained import PretrainedTask, load_model, model_config, tokenizer_of
 from npeff.tasks.huggingface.token_table import token_table
-from npeff.tasks.huggingface.tokens import TextOptions, pad_token_id, padding_side, placed_tokens, tokenize
-from npeff.tasks.tables import LabelOptions, distinct_names, example_table, texts, type_of
-
-
-@dataclass(frozen=True, kw_only=True)
-class MultipleChoiceOptions(LabelOptions, TextOptions):
-    prompt_column: str
-    """Column of the prompts, which precede every choice."""
-    choice_columns: Sequence[str]
-    """Columns of texts, one per choice, or one column of lists of texts."""
-    label_column: str | None = None
-    """Column of the right choice: its number from 0, or its name; None if there are no labels."""
-    label_names: Sequence[str] | None = None
-    """Names of the choices. The default is the names of their columns, or 0, 1, … for a column of lists."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.choice_columns, str) or not self.choice_columns:
-            raise TaskError("choice_columns must be a list of text columns, or of one column of lists")
+from npeff.tasks.huggingface.tokens import pad_token_id, padding_side, placed_tokens, tokenize
+from npeff.tasks.tables import distinct_names, example_table, texts, type_of
 
 
 class MultipleChoiceTask(PretrainedTask[MultipleChoiceOptions]):
@@ -44,8 +28,8 @@ class MultipleChoiceTask(PretrainedTask[MultipleChoiceOptions]):
     Options = MultipleChoiceOptions
 
     def model(self, cache: Path) -> nn.Module:
-        padding = pad_token_id(self.options.tokenizer(), self.options.config())
-        return self.options.load(AutoModelForMultipleChoice, padding)
+        padding = pad_token_id(tokenizer_of(self.options), model_config(self.options))
+        return load_model(self.options, AutoModelForMultipleChoice, padding)
 
     def examples(self, cache: Path) -> Examples:
         return _Questions(self.options)
@@ -93,7 +77,7 @@ class _Questions(Examples):
         names = options.label_names or (options.choice_columns if len(options.choice_columns) > 1 else range(n_choices))
         self.class_names = distinct_names(names)
         self._labels = options.labels(self._rows, options.label_column, self.class_names)
-        config, tokenizer = options.config(), options.tokenizer()
+        config, tokenizer = model_config(options), tokenizer_of(options)
         ids = [example for example in self._rows["id"].to_pylist() for _ in range(n_choices)]
         prompts = [prompt for prompt in self._prompts for _ in range(n_choices)]
         choices = [choice for row in self._choices for choice in row]

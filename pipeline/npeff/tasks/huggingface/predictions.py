@@ -7,34 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from npeff.tasks.base import IGNORED, UNKNOWN, TaskError
-from npeff.tasks.huggingface.tokens import TextOptions, padded
+from npeff.tasks.base import IGNORED, UNKNOWN
+from npeff.tasks.errors import TaskError
+from npeff.tasks.huggingface.options import PredictionOptions
+from npeff.tasks.huggingface.tokens import padded
 from npeff.tasks.tables import example_table
 
 Granularity = Literal["sequences", "positions"]
 
 _SHOWN_TOKENS = 24
 """Number of tokens that are displayed before the marked token."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictionOptions(TextOptions):
-    """Options of tasks with several predictions per row."""
-
-    examples: Granularity = "sequences"
-    """``sequences``: a row is an example. ``positions``: every prediction is an example, and its class is the label."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.examples not in get_args(Granularity):
-            raise TaskError(f"examples must be one of {', '.join(get_args(Granularity))}, not {self.examples!r}")
 
 
 @dataclass(frozen=True)

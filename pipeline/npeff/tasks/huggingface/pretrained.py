@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -14,12 +13,12 @@ from transformers.activations import AccurateGELUActivation, FastGELUActivation,
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from npeff.errors import as_one_line
-from npeff.tasks.base import Task, TaskError
+from npeff.tasks.base import Task
+from npeff.tasks.errors import TaskError
 from npeff.tasks.huggingface.adapters import with_adapter
-from npeff.tasks.tables import TableOptions, distinct_names
+from npeff.tasks.huggingface.options import PretrainedOptions
+from npeff.tasks.tables import distinct_names
 
-DType = Literal["float32", "float16", "bfloat16"]
-Attention = Literal["sdpa", "eager", "flash_attention_2"]
 _PROCESSOR = "set processor to the folder or hub id of the tokenizer or image processor of the model"
 _REPLACED = "original_module"
 """Module that PEFT keeps of a layer whose place another one takes."""
@@ -27,145 +26,127 @@ _TYPES = {"image_processor_type", "feature_extractor_type", "processor_class", "
 """Entries in the file of an image processor that are not settings."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PretrainedOptions(TableOptions):
-    """Options of the model and of loading it."""
+def model_config(options: PretrainedOptions) -> Any:
+    """Return the configuration of the model."""
+    _check_no_adapter(options)
+    return _from_pretrained(options, AutoConfig, options.model, revision=options.revision)
 
-    model: str
-    """Hub id or local folder of the model."""
-    processor: str | None = None
-    """Hub id or local folder of the tokenizer or image processor. The default is that of the model."""
-    revision: str | None = None
-    """Branch, tag or commit of the model on the hub."""
-    dtype: DType = "float32"
-    """Type of the parameters and of the computation."""
-    attention: Attention | None = None
-    """Implementation of attention. By default, the library chooses."""
-    adapter: str | None = None
-    """Hub id or local folder of a PEFT adapter of the model, such as LoRA. Its weights are additional parameters;
-    ``parameters.include: ["*lora_*"]`` selects them."""
-    trust_remote_code: bool = False
-    """Whether to run Python code of the model repository."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_choice("dtype", self.dtype, get_args(DType))
-        if self.attention is not None:
-            _check_choice("attention", self.attention, get_args(Attention))
-        if self.attention == "flash_attention_2" and self.dtype == "float32":
-            raise TaskError("attention: flash_attention_2 needs dtype: float16 or bfloat16")
+def tokenizer_of(options: PretrainedOptions, **further: Any) -> Any:
+    """Return the tokenizer without its length limit. The tasks truncate at ``max_length``."""
+    tokenizer = _load_processor(options, AutoTokenizer, **further)
+    model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if getattr(model, "dropout", None) is not None:
+        model.dropout = None  # a random choice of the tokens, for training
+    return tokenizer
 
-    def config(self) -> Any:
-        """Return the configuration of the model."""
-        self._check_no_adapter()
-        return self._from_pretrained(AutoConfig, self.model, revision=self.revision)
 
-    def tokenizer(self, **options: Any) -> Any:
-        """Return the tokenizer without its length limit. The tasks truncate at ``max_length``."""
-        tokenizer = self._load_processor(AutoTokenizer, **options)
-        model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-        if getattr(model, "dropout", None) is not None:
-            model.dropout = None  # a random choice of the tokens, for training
-        return tokenizer
+def image_processor_of(options: PretrainedOptions) -> Any:
+    """Return the image processor.
 
-    def image_processor(self) -> Any:
-        """Return the image processor.
+    Raises:
+        TaskError: There is none, or its file has no settings, so that the library would use its defaults.
+    """
+    processor = _load_processor(options, AutoImageProcessor)
+    source, revision = _processor_source(options)
+    settings, _ = type(processor).get_image_processor_dict(source, revision=revision or "main")
+    if not settings.keys() - _TYPES:
+        raise TaskError(f"{source!r} has an image processor without settings: {_PROCESSOR}")
+    return processor
 
-        Raises:
-            TaskError: There is none, or its file has no settings, so that the library would use its defaults.
-        """
-        processor = self._load_processor(AutoImageProcessor)
-        source, revision = self._processor_source()
-        settings, _ = type(processor).get_image_processor_dict(source, revision=revision or "main")
-        if not settings.keys() - _TYPES:
-            raise TaskError(f"{source!r} has an image processor without settings: {_PROCESSOR}")
-        return processor
 
-    def load(self, factory: Any, pad_token_id: int | None = None, **config: Any) -> nn.Module:
-        """Load the model with its adapter, in eval mode on the CPU.
+def load_model(options: PretrainedOptions, factory: Any, pad_token_id: int | None = None, **config: Any) -> nn.Module:
+    """Load the model with its adapter, in eval mode on the CPU.
 
-        Args:
-            factory: Class with `from_pretrained`, such as AutoModelForCausalLM.
-            pad_token_id: The padding token of batches, which models that classify at the last token need.
-            config: Entries of the model's configuration to change.
+    Args:
+        factory: Class with `from_pretrained`, such as AutoModelForCausalLM.
+        pad_token_id: The padding token of batches, which models that classify at the last token need.
+        config: Entries of the model's configuration to change.
 
-        Raises:
-            TaskError: The model cannot be loaded, or has no weights for this task.
-        """
-        self._check_no_adapter()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # weights that an adapter replaces are random, and must be equal in all workers
-            model, loading = self._from_pretrained(
-                factory,
-                self.model,
-                revision=self.revision,
-                dtype=getattr(torch, self.dtype),
-                attn_implementation=self.attention,
-                output_loading_info=True,
-                **config,
-            )
-            text_config = model.config.get_text_config()
-            if pad_token_id is not None:
-                text_config.pad_token_id = pad_token_id
-            _disable_cache(model)
-            random = {name: value for name, value in model.named_parameters() if name in loading["missing_keys"]}
-            if self.adapter is not None:
-                model = with_adapter(model, self.adapter, self.model)
-            missing = [name for name, value in random.items() if _is_used(value, model)]
-        if missing:
-            raise TaskError(
-                f"{self.model!r} has no weights {', '.join(sorted(missing)[:3])}: it is not trained for this task; "
-                "use a model that is, or choose another task"
-            )
-        return with_fused_gelu(model).eval()
+    Raises:
+        TaskError: The model cannot be loaded, or has no weights for this task.
+    """
+    _check_no_adapter(options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # weights that an adapter replaces are random, and must be equal in all workers
+        model, loading = _from_pretrained(
+            options,
+            factory,
+            options.model,
+            revision=options.revision,
+            dtype=getattr(torch, options.dtype),
+            attn_implementation=options.attention,
+            output_loading_info=True,
+            **config,
+        )
+        text_config = model.config.get_text_config()
+        if pad_token_id is not None:
+            text_config.pad_token_id = pad_token_id
+        _disable_cache(model)
+        random = {name: value for name, value in model.named_parameters() if name in loading["missing_keys"]}
+        if options.adapter is not None:
+            model = with_adapter(model, options.adapter, options.model)
+        missing = [name for name, value in random.items() if _is_used(value, model)]
+    if missing:
+        raise TaskError(
+            f"{options.model!r} has no weights {', '.join(sorted(missing)[:3])}: it is not trained for this task; "
+            "use a model that is, or choose another task"
+        )
+    return with_fused_gelu(model).eval()
 
-    def load_classifier(
-        self, factory: Any, label_names: Sequence[str] | None, pad_token_id: int | None = None
-    ) -> nn.Module:
-        """Load a classifier as in `load`. With an adapter, the number of classes is that of `label_names`."""
-        if self.adapter is None or label_names is None:
-            return self.load(factory, pad_token_id)
-        return self.load(factory, pad_token_id, num_labels=len(label_names))
 
-    def check_single_precision(self) -> None:
-        """Raise TaskError if the model cannot compute in float32, as gradients with respect to inputs need."""
-        if self.attention == "flash_attention_2":
-            raise TaskError(
-                "attention: flash_attention_2 computes in half precision, and attributions of inputs in float32: set "
-                "attention to sdpa"
-            )
+def load_classifier(
+    options: PretrainedOptions, factory: Any, label_names: Sequence[str] | None, pad_token_id: int | None = None
+) -> nn.Module:
+    """Load a classifier as in `load`. With an adapter, the number of classes is that of `label_names`."""
+    if options.adapter is None or label_names is None:
+        return load_model(options, factory, pad_token_id)
+    return load_model(options, factory, pad_token_id, num_labels=len(label_names))
 
-    def _check_no_adapter(self) -> None:
-        """Raise TaskError if the model is an adapter, or has one, which the library would load without any check."""
-        try:
-            found = find_adapter_config_file(self.model, revision=self.revision)
-        except Exception:  # no such model: loading it says so
-            return
-        if found is not None:
-            raise TaskError(
-                f"{self.model!r} contains a PEFT adapter",
-                "set model to the model without it, and adapter to the folder or hub id of the adapter",
-            )
 
-    def _processor_source(self) -> tuple[str, str | None]:
-        """Return the source of the tokenizer or image processor, and its revision."""
-        return (self.model, self.revision) if self.processor is None else (self.processor, None)
+def check_single_precision(options: PretrainedOptions) -> None:
+    """Raise TaskError if the model cannot compute in float32, as gradients with respect to inputs need."""
+    if options.attention == "flash_attention_2":
+        raise TaskError(
+            "attention: flash_attention_2 computes in half precision, and attributions of inputs in float32: set "
+            "attention to sdpa"
+        )
 
-    def _load_processor(self, factory: Any, **options: Any) -> Any:
-        source, revision = self._processor_source()
-        try:
-            return self._from_pretrained(factory, source, revision=revision, **options)
-        except TaskError as error:
-            raise TaskError(str(error), _PROCESSOR) from None
 
-    def _from_pretrained(self, factory: Any, source: str, **options: Any) -> Any:
-        given = {name: value for name, value in options.items() if value is not None}
-        try:
-            return factory.from_pretrained(source, trust_remote_code=self.trust_remote_code, **given)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # the library, its parsers and the code of a model raise any exception
-            raise TaskError(f"cannot load {source!r}: {as_one_line(error)}") from None
+def _check_no_adapter(options: PretrainedOptions) -> None:
+    """Raise TaskError if the model is an adapter, or has one, which the library would load without any check."""
+    try:
+        found = find_adapter_config_file(options.model, revision=options.revision)
+    except Exception:  # no such model: loading it says so
+        return
+    if found is not None:
+        raise TaskError(
+            f"{options.model!r} contains a PEFT adapter",
+            "set model to the model without it, and adapter to the folder or hub id of the adapter",
+        )
+
+
+def _processor_source(options: PretrainedOptions) -> tuple[str, str | None]:
+    """Return the source of the tokenizer or image processor, and its revision."""
+    return (options.model, options.revision) if options.processor is None else (options.processor, None)
+
+
+def _load_processor(options: PretrainedOptions, factory: Any, **further: Any) -> Any:
+    source, revision = _processor_source(options)
+    try:
+        return _from_pretrained(options, factory, source, revision=revision, **further)
+    except TaskError as error:
+        raise TaskError(str(error), _PROCESSOR) from None
+
+
+def _from_pretrained(options: PretrainedOptions, factory: Any, source: str, **further: Any) -> Any:
+    given = {name: value for name, value in further.items() if value is not None}
+    try:
+        return factory.from_pretrained(source, trust_remote_code=options.trust_remote_code, **given)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the library, its parsers and the code of a model raise any exception
+        raise TaskError(f"cannot load {source!r}: {as_one_line(error)}") from None
 
 
 def _is_used(parameter: nn.Parameter, model: nn.Module) -> bool:
@@ -224,8 +205,3 @@ def classes(config: Any, label_names: Sequence[str] | None, model: str) -> tuple
     if problem not in (None, "single_label_classification"):
         raise TaskError(f"{model!r} is a model for {problem}: use a model for single-label classification")
     return distinct_names(names)
-
-
-def _check_choice(option: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise TaskError(f"{option} must be one of {', '.join(choices)}, not {value!r}")

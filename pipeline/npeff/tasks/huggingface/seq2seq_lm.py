@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,12 @@ from transformers import AutoModelForSeq2SeqLM
 
 from npeff.tasks.base import IGNORED, Examples, Inputs, Token
 from npeff.tasks.huggingface.limits import Limits
-from npeff.tasks.huggingface.predictions import PredictionOptions, Predictions, at_places, marked
-from npeff.tasks.huggingface.pretrained import PretrainedTask
+from npeff.tasks.huggingface.options import Seq2SeqLMOptions
+from npeff.tasks.huggingface.predictions import Predictions, at_places, marked
+from npeff.tasks.huggingface.pretrained import PretrainedTask, load_model, model_config, tokenizer_of
 from npeff.tasks.huggingface.token_table import text_inputs, token_table
 from npeff.tasks.huggingface.tokens import pad_token_id, padded, placed_tokens, token_texts, tokenize
 from npeff.tasks.tables import texts
-
-
-@dataclass(frozen=True, kw_only=True)
-class Seq2SeqLMOptions(PredictionOptions):
-    source_column: str
-    """Column of the sources, the inputs of the encoder."""
-    target_column: str
-    """Column of the targets, the outputs of the decoder. Their tokens are predicted."""
-    max_length: int = 512
-    """Largest number of tokens of a source, and of a target. Longer texts are truncated."""
 
 
 class Seq2SeqLMTask(PretrainedTask[Seq2SeqLMOptions]):
@@ -37,7 +27,9 @@ class Seq2SeqLMTask(PretrainedTask[Seq2SeqLMOptions]):
     Options = Seq2SeqLMOptions
 
     def model(self, cache: Path) -> nn.Module:
-        return self.options.load(AutoModelForSeq2SeqLM, pad_token_id(self.options.tokenizer(), self.options.config()))
+        return load_model(
+            self.options, AutoModelForSeq2SeqLM, pad_token_id(tokenizer_of(self.options), model_config(self.options))
+        )
 
     def examples(self, cache: Path) -> Examples:
         return _Pairs(self.options)
@@ -73,8 +65,8 @@ class _Pairs(Examples):
         self._used = [options.source_column, options.target_column]
         self._rows = options.read(self._used)
         self._source, self._target = (texts(self._rows, column, options.data) for column in self._used)
-        self._tokenizer, self._options = options.tokenizer(), options
-        ids, padding = self._rows["id"].to_pylist(), pad_token_id(self._tokenizer, options.config())
+        self._tokenizer, self._options = tokenizer_of(options), options
+        ids, padding = self._rows["id"].to_pylist(), pad_token_id(self._tokenizer, model_config(options))
         self._source_tokens, _ = tokenize(
             self._tokenizer, padding, options, ids, self._source, limits=Limits.of(options, AutoModelForSeq2SeqLM)
         )

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from npeff.tasks.base import Examples, Inputs, TaskError, Token
+from npeff.tasks.base import Examples, Inputs, Token
 from npeff.tasks.huggingface.limits import Limits
-from npeff.tasks.huggingface.pretrained import PretrainedTask, classes
+from npeff.tasks.huggingface.options import SequenceClassificationOptions
+from npeff.tasks.huggingface.pretrained import PretrainedTask, classes, load_classifier, model_config, tokenizer_of
 from npeff.tasks.huggingface.token_table import text_inputs, token_table
 from npeff.tasks.huggingface.tokens import (
-    TextOptions,
     Tokens,
     check_last_tokens,
     pad_token_id,
@@ -23,20 +22,7 @@ from npeff.tasks.huggingface.tokens import (
     placed_tokens,
     tokenize,
 )
-from npeff.tasks.tables import LabelOptions, example_table, texts
-
-
-@dataclass(frozen=True, kw_only=True)
-class SequenceClassificationOptions(LabelOptions, TextOptions):
-    text_columns: Sequence[str]
-    """One column of texts, or two columns for pairs of texts."""
-    label_column: str | None = None
-    """Column of labels, as class numbers or names; None if there are no labels."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.text_columns, str) or not 1 <= len(self.text_columns) <= 2:
-            raise TaskError("text_columns must be a list of one column, or of two for pairs of texts")
+from npeff.tasks.tables import example_table, texts
 
 
 class SequenceClassificationTask(PretrainedTask[SequenceClassificationOptions]):
@@ -45,8 +31,8 @@ class SequenceClassificationTask(PretrainedTask[SequenceClassificationOptions]):
     Options = SequenceClassificationOptions
 
     def model(self, cache: Path) -> nn.Module:
-        padding = pad_token_id(self.options.tokenizer(), self.options.config())
-        return self.options.load_classifier(AutoModelForSequenceClassification, self.options.label_names, padding)
+        padding = pad_token_id(tokenizer_of(self.options), model_config(self.options))
+        return load_classifier(self.options, AutoModelForSequenceClassification, self.options.label_names, padding)
 
     def examples(self, cache: Path) -> Examples:
         return _Texts(self.options)
@@ -70,7 +56,7 @@ class _Texts(Examples):
     def __init__(self, options: SequenceClassificationOptions) -> None:
         self._used = [*options.text_columns, *([options.label_column] if options.label_column else [])]
         self._rows = options.read(options.text_columns, options.label_column)
-        config, self._tokenizer, self._options = options.config(), options.tokenizer(), options
+        config, self._tokenizer, self._options = model_config(options), tokenizer_of(options), options
         self.class_names = classes(config, options.label_names, options.model)
         self._labels = options.labels(self._rows, options.label_column, self.class_names)
         self._texts = [texts(self._rows, column, options.data) for column in options.text_columns]

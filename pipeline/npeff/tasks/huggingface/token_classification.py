@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +11,18 @@ import pyarrow as pa
 from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification
 
-from npeff.tasks.base import IGNORED, UNKNOWN, Examples, Inputs, TaskError, Token, placed_words
+from npeff.tasks.base import IGNORED, UNKNOWN, Examples, Inputs, Token, placed_words
+from npeff.tasks.errors import TaskError
 from npeff.tasks.huggingface.limits import Limits
-from npeff.tasks.huggingface.predictions import PredictionOptions, Predictions, at_places
-from npeff.tasks.huggingface.pretrained import PretrainedTask, classes
+from npeff.tasks.huggingface.options import TokenClassificationOptions
+from npeff.tasks.huggingface.predictions import Predictions, at_places
+from npeff.tasks.huggingface.pretrained import PretrainedTask, classes, load_classifier, model_config, tokenizer_of
 from npeff.tasks.huggingface.token_table import text_inputs, token_table
 from npeff.tasks.huggingface.tokens import pad_token_id, placed_tokens, tokenize
-from npeff.tasks.tables import LabelOptions, class_numbers, type_of
+from npeff.tasks.tables import class_numbers, type_of
 
 _OUTSIDE = "O"
 """The tag of a word outside all entities in IOB schemes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenClassificationOptions(LabelOptions, PredictionOptions):
-    words_column: str
-    """Column of the words: lists of strings, or strings of words separated by spaces."""
-    tags_column: str | None = None
-    """Column of the tags of the words: lists of class numbers or names, or strings of them separated by spaces; None if
-    there are no tags."""
 
 
 class TokenClassificationTask(PretrainedTask[TokenClassificationOptions]):
@@ -39,7 +31,7 @@ class TokenClassificationTask(PretrainedTask[TokenClassificationOptions]):
     Options = TokenClassificationOptions
 
     def model(self, cache: Path) -> nn.Module:
-        return self.options.load_classifier(AutoModelForTokenClassification, self.options.label_names)
+        return load_classifier(self.options, AutoModelForTokenClassification, self.options.label_names)
 
     def examples(self, cache: Path) -> Examples:
         return _Words(self.options)
@@ -59,14 +51,14 @@ class _Words(Examples):
     def __init__(self, options: TokenClassificationOptions) -> None:
         self._used = [options.words_column, *([options.tags_column] if options.tags_column else [])]
         self._rows = options.read([options.words_column], options.tags_column)
-        config = options.config()
+        config = model_config(options)
         self.class_names = classes(config, options.label_names, options.model)
         ids = self._rows["id"].to_pylist()
         self._words = [list(map(str, row)) for row in _lists(self._rows, options.words_column, options.data)]
         self._tags = self._read_tags(ids, options)
-        tokenizer, self._options = options.tokenizer(), options
+        tokenizer, self._options = tokenizer_of(options), options
         if getattr(tokenizer, "add_prefix_space", None) is False:  # required by such a tokenizer for input in words
-            tokenizer = options.tokenizer(add_prefix_space=True)
+            tokenizer = tokenizer_of(options, add_prefix_space=True)
         self._tokenizer = tokenizer
         self._tokens, self._word_of_token = tokenize(
             tokenizer,

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from npeff.tasks.base import Inputs, TaskError
+from npeff.tasks.base import Inputs
 from npeff.tasks.embedded_tokens import TokenTable, token_inputs
-from npeff.tasks.huggingface.pretrained import PretrainedOptions
+from npeff.tasks.errors import TaskError
+from npeff.tasks.huggingface.options import PretrainedOptions
+from npeff.tasks.huggingface.pretrained import check_single_precision
 
 
 def token_table(model: Any, options: PretrainedOptions, *, decoder: bool = False) -> TokenTable:
@@ -23,7 +25,7 @@ def token_table(model: Any, options: PretrainedOptions, *, decoder: bool = False
     Raises:
         TaskError: The model has no such layer, or runs in half precision only.
     """
-    options.check_single_precision()
+    check_single_precision(options)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # under a PEFT adapter
     two_parts = inner.config.is_encoder_decoder
     layer = _embedding(inner.get_encoder() if two_parts else inner)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-from npeff.tasks.base import TaskError, Token
+from npeff.tasks.base import Token
+from npeff.tasks.errors import TaskError
 from npeff.tasks.huggingface.known_text import KnownText
 from npeff.tasks.huggingface.limits import Limits, check_vocabulary
-from npeff.tasks.huggingface.pretrained import PretrainedOptions
+from npeff.tasks.huggingface.options import PretrainedOptions, TextOptions
 
 _TEXTS_AT_ONCE = 1024
 """Texts per call of the tokenizer: enough for its threads, and few enough for the memory of its Python lists."""
@@ -33,19 +34,6 @@ NO_TEXT, SOME_TEXT = -1, 2**15 - 1
 
 Side = Literal["left", "right"]
 NoteT = TypeVar("NoteT")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextOptions(PretrainedOptions):
-    """Options of all tasks with texts."""
-
-    max_length: int = 128
-    """Largest number of tokens of a text. Longer texts are truncated."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_length < 1:
-            raise TaskError(f"max_length must be at least 1, not {self.max_length}")
 
 
 @dataclass(frozen=True)

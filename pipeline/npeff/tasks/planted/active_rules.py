@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from npeff.tasks.base import TaskError
+from npeff.tasks.errors import TaskError
 
 
 def check_active(task: str, n_active: int, most: int) -> None:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from npeff.tasks.base import Examples, Inputs, Task, TaskError
+from npeff.tasks.base import Examples, Inputs, Task
 from npeff.tasks.digits import images_of_digits
+from npeff.tasks.errors import TaskError
 from npeff.tasks.planted.cue_networks import CueNetwork
 from npeff.tasks.planted.cued_digits import NO_CUE, Caption, Colour, CuedDigits, drawn_cues
 from npeff.tasks.trained_model import train_once, trained, with_weights

@@ -14,8 +14,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from npeff.tasks.base import Examples, Inputs, Task, TaskError, Token, placed_words
+from npeff.tasks.base import Examples, Inputs, Task, Token, placed_words
 from npeff.tasks.embedded_tokens import TokenTable, token_inputs
+from npeff.tasks.errors import TaskError
 from npeff.tasks.planted.active_rules import check_active, draw_count
 from npeff.tasks.planted.compiled_program import (
     CLASSES,

@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from npeff.tasks.base import Examples, Inputs, Task, TaskError, Token, placed_words
+from npeff.tasks.base import Examples, Inputs, Task, Token, placed_words
 from npeff.tasks.embedded_tokens import TokenTable, token_inputs
+from npeff.tasks.errors import TaskError
 from npeff.tasks.planted.sentence_pairs import (
     ANTONYMS,
     CLASSES,

@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from npeff.tasks.base import Examples, Inputs, Task, TaskError, Token, placed_words
+from npeff.tasks.base import Examples, Inputs, Task, Token, placed_words
 from npeff.tasks.embedded_tokens import TokenTable, token_inputs
+from npeff.tasks.errors import TaskError
 from npeff.tasks.planted.tracr_model import (
     EXAMPLE_RULES,
     EXAMPLE_TOKENS,

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from npeff.tasks.base import TaskError
+from npeff.tasks.errors import TaskError
 
 WEIGHTS_FILE, PROGRAM_FILE = "model.safetensors", "program.json"
 EXAMPLE_TOKENS, EXAMPLE_RULES = "example_tokens", "example_rules"

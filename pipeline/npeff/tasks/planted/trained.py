@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from npeff.tasks.base import Examples, Inputs, Task, TaskError
+from npeff.tasks.base import Examples, Inputs, Task
+from npeff.tasks.errors import TaskError
 from npeff.tasks.planted.active_rules import check_active, draw_count
 from npeff.tasks.trained_model import train_once, with_weights
 

@@ -13,7 +13,7 @@ from npeff.runs.directory import RunDirectory
 def prepared(path: Path, seed: int = 0, **fishers: Any) -> RunDirectory:
     document = {
         "run_dir": str(path),
-        "task": {"name": "training.tiny_task:TinyTask", "options": {"seed": seed}},
+        "task": {"name": "tiny_task:TinyTask", "options": {"seed": seed}},
         "fishers": {"sketch": {"kind": "identity"}, "diagonal": {"mean": True}, **fishers},
         "factorization": {"n_components": 2},
         "executor": {"kind": "serial"},

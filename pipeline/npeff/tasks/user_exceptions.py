@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from npeff.errors import as_one_line, hide_values, shows_values
-from npeff.tasks.base import TaskError
+from npeff.tasks.errors import TaskError
 
 _PASSED_ON: tuple[type[Exception], ...] = (TaskError, MemoryError, torch.OutOfMemoryError)
 """Exceptions that are not converted, because they have a clear message or are not caused by the code."""

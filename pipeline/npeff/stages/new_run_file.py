@@ -1,0 +1,162 @@
+"""A first run file for a model and data, with comments (``npeff init``)."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from npeff.tasks.huggingface.model_folder import ModelFolder
+from npeff.tasks.names import LANGUAGE_MODELS
+from npeff.tasks.proposal import Columns, Proposal, propose
+
+_FEW, _MANY = 600, 2000
+"""With fewer examples, fewer than 32 components are proposed. With more, a first run with this number of them."""
+_COMPONENTS, _EXAMPLES_PER_COMPONENT = 32, 20
+_LEFT_OUT = ("*embed*", "*wte*", "*wpe*", "*lm_head*", "*shared*", "*Norm*", "*norm*", "*ln_*")
+"""Parameters of embeddings, of the output over a vocabulary, and of normalizations."""
+_LARGE_DIRECTIONS = 8 * 2**30
+"""Size in bytes of directions in float32 above which half precision is proposed."""
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line of a run file."""
+
+    text: str
+    comment: str = ""
+
+
+def new_run_file(
+    run_dir: str,
+    *,
+    model: str | None,
+    data: str,
+    task: str | None = None,
+    text: Sequence[str] | None = None,
+    label: str | None = None,
+    label_names: Sequence[str] | None = None,
+    split: str | None = None,
+) -> str:
+    """Return the text of a run file for a model and data.
+
+    Args:
+        run_dir: The directory of the run.
+        model, data, task, split: As in `propose`.
+        text: Columns of texts; recognized if None.
+        label: Column of labels; recognized if None.
+        label_names: Names of the classes in the order of the logits; those of the model if None.
+
+    Raises:
+        TaskError: As in `propose`.
+    """
+    proposal, n_rows = propose(model, data, task, Columns(text, label, label_names), split), _count_rows(data, split)
+    lines = [
+        _Line("# Check this file with `npeff validate` and run it with `npeff run`. Columns of the data:"),
+        _Line(f"# {', '.join(proposal.columns)}"),
+        _Line(f"run_dir: {_value(run_dir)}", "all results; the same command resumes"),
+        *_task(proposal, n_rows),
+        *_parameters(proposal),
+        *_fishers(proposal),
+        *_factorization(proposal, n_rows),
+    ]
+    return "".join(f"{line.text}  # {line.comment}\n" if line.comment else f"{line.text}\n" for line in lines)
+
+
+def _task(proposal: Proposal, n_rows: int | None) -> list[_Line]:
+    lines = [_Line("task:"), _Line(f"  name: {proposal.task}"), _Line("  options:")]
+    lines += [
+        _Line(f"    {name}: {_value(value)}", proposal.notes.get(name, "")) for name, value in proposal.options.items()
+    ]
+    if n_rows is not None and n_rows > _MANY:
+        lines.append(_Line(f"    limit: {_MANY}", f"of {n_rows:,} rows, for a first run; remove it to use all"))
+    if proposal.task in LANGUAGE_MODELS:
+        lines.append(_Line("    max_length: 128", "tokens of a text; longer texts are truncated"))
+        lines.append(_Line("    # dtype: bfloat16", "on GPUs: half the memory"))
+    return lines
+
+
+def _parameters(proposal: Proposal) -> list[_Line]:
+    if proposal.model is None:
+        return []
+    names = _tensor_sizes(proposal.model)
+    exclude = [glob for glob in _LEFT_OUT if names is None or any(fnmatchcase(name, glob) for name in names)]
+    comment = "weights of embeddings, normalizations and an output over a vocabulary are left out"
+    return [_Line(f'parameters: {{include: ["*"], exclude: {_value(exclude)}}}', comment)] if exclude else []
+
+
+def _fishers(proposal: Proposal) -> list[_Line]:
+    if proposal.task in LANGUAGE_MODELS or proposal.task == "huggingface-token-classification":
+        return [_Line("fishers: {labels: sampled, rank: 4}", "an example has several predictions")]
+    classes = len(proposal.options.get("label_names") or (proposal.model and proposal.model.class_names) or ())
+    if classes > _COMPONENTS:
+        return [_Line("fishers: {labels: truncated, rank: 8}", f"instead of {classes - 1} rows for {classes} classes")]
+    return []
+
+
+def _factorization(proposal: Proposal, n_rows: int | None) -> list[_Line]:
+    components = _COMPONENTS
+    if n_rows is not None and n_rows < _FEW:
+        components = max(4, n_rows // _EXAMPLES_PER_COMPONENT)
+    lines = [_Line(f"factorization: {{n_components: {components}}}", "`npeff select` compares numbers of components")]
+    sizes = None if proposal.model is None else _tensor_sizes(proposal.model)
+    if sizes is not None:
+        kept = sum(size for name, size in sizes.items() if not any(fnmatchcase(name, glob) for glob in _LEFT_OUT))
+        if (needed := 4 * components * kept) > _LARGE_DIRECTIONS:
+            comment = f"directions of {needed / 2**31:.0f} GiB on disk instead of {needed / 2**30:.0f}"
+            lines.append(_Line("lift: {dtype: float16}", comment))
+    return lines
+
+
+def _tensor_sizes(model: ModelFolder) -> dict[str, int] | None:
+    """Return the number of entries of every tensor of a model, from the headers of its safetensors files.
+
+    Returns:
+        The numbers by name; None if the folder has no such files.
+    """
+    files = sorted(model.path.glob("*.safetensors")) if model.path.is_dir() else []
+    sizes: dict[str, int] = {}
+    for file in files:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header: dict[str, Any] = json.loads(stream.read(length))
+        sizes |= {name: math.prod(each["shape"]) for name, each in header.items() if name != "__metadata__"}
+    return sizes or None
+
+
+def _count_rows(data: str, split: str | None) -> int | None:
+    """Return the number of rows of a file, without reading its values; None if it is not known.
+
+    Lines of text files are counted, which are more than the rows if texts contain line breaks.
+    """
+    path = Path(data)
+    if split is not None or not path.is_file():
+        return None
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return int(pyarrow.parquet.read_metadata(path).num_rows)
+    if path.suffix in (".csv", ".tsv", ".txt", ".jsonl"):
+        with path.open("rb") as file:
+            lines = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(2**20), b""))
+        return max(0, lines - (path.suffix != ".jsonl"))
+    return None
+
+
+def _value(value: Any) -> str:
+    """Return a value in the flow style of YAML."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    return json.dumps(value, ensure_ascii=False) if _needs_quotes(str(value)) else str(value)
+
+
+def _needs_quotes(text: str) -> bool:
+    plain = text.replace("_", "a").replace("/", "a").replace(".", "a").replace("-", "a").replace(" ", "a")
+    return not (plain.isalnum() and text[0].isalpha() | (text[0] in "/.") and text == text.strip()) or text.lower() in (
+        *("true", "false", "null", "yes", "no", "on", "off"),
+    )

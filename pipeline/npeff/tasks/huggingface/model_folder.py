@@ -1,0 +1,117 @@
+"""A model in a local folder, as its files describe it. This module imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from npeff.errors import as_one_line
+from npeff.tasks.errors import TaskError
+from npeff.tasks.huggingface.options import PretrainedOptions
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_WEIGHTS = (".safetensors", ".bin")
+KINDS = {
+    "ForSequenceClassification": "huggingface-sequence-classification",
+    "ForTokenClassification": "huggingface-token-classification",
+    "ForImageClassification": "huggingface-image-classification",
+    "ForMultipleChoice": "huggingface-multiple-choice",
+    "ForCausalLM": "huggingface-causal-lm",
+    "LMHeadModel": "huggingface-causal-lm",
+    "ForConditionalGeneration": "huggingface-seq2seq-lm",
+}
+"""Tasks by the end of the name of a model's class (``architectures`` in ``config.json``)."""
+_CLASSIFIERS = [kind for kind in KINDS if kind.endswith(("Classification", "Choice"))]
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder that ``model.save_pretrained`` has written."""
+
+    path: Path
+    config: Mapping[str, Any]
+    """The content of ``config.json``."""
+
+    @classmethod
+    def of(cls, options: PretrainedOptions) -> ModelFolder | None:
+        """Return the folder of a model; None if the model is one of the hub.
+
+        Raises:
+            TaskError: There is no such folder, or it has no readable configuration or no weights.
+        """
+        return cls.read(options.model)
+
+    @classmethod
+    def read(cls, model: str) -> ModelFolder | None:
+        """Return the folder ``model``, as `of` does."""
+        path = Path(model)
+        if not path.exists():
+            if _HUB_ID.fullmatch(model) and not model.startswith("."):
+                return None
+            raise TaskError(f"model {model!r} does not exist: correct the path, or give a hub id such as owner/name")
+        file = path / "config.json"
+        if not file.is_file():
+            has_adapter = (path / "adapter_config.json").is_file()
+            remedy = (
+                "it contains a PEFT adapter: set model to the model without it, and adapter to this folder"
+                if has_adapter
+                else "give a folder that model.save_pretrained has written"
+            )
+            raise TaskError(f"model {model!r} has no config.json: {remedy}")
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise TaskError(f"cannot read {file}: {as_one_line(error)}: save the model again") from None
+        if not isinstance(config, dict):
+            raise TaskError(f"cannot read {file}: it is not a JSON object: save the model again")
+        if not any(each.suffix in _WEIGHTS for each in path.iterdir()):
+            raise TaskError(
+                f"model {model!r} has no weights ({' or '.join(_WEIGHTS)}): save it with model.save_pretrained"
+            )
+        return cls(path, config)
+
+    @property
+    def architecture(self) -> str:
+        """Name of the model's class; empty if the configuration does not tell."""
+        found = self.config.get("architectures")
+        return str(found[0]) if isinstance(found, list) and found else ""
+
+    @property
+    def task(self) -> str | None:
+        """The task for models of this class; None if it is not known."""
+        return next((task for kind, task in KINDS.items() if self.architecture.endswith(kind)), None)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes in the order of the logits; None if the configuration has none."""
+        names = self.config.get("id2label")
+        if not isinstance(names, dict) or not all(str(number).isdigit() for number in names):
+            return None
+        return [str(names[number]) for number in sorted(names, key=int)]
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Number of tokens; None if the configuration does not tell."""
+        for part in (self.config, self.config.get("text_config")):
+            if isinstance(part, dict) and isinstance(part.get("vocab_size"), int):
+                return int(part["vocab_size"])
+        return None
+
+    def describe(self) -> str:
+        """Return a description for a table."""
+        return f"{self.path}: {self.architecture or 'of an unknown class'}"
+
+
+def check_kind(task: str, model: ModelFolder) -> None:
+    """Check that a model is not a classifier of another kind. Other models may have weights for several tasks.
+
+    Raises:
+        TaskError: The model belongs to another task.
+    """
+    classifiers = {KINDS[kind] for kind in _CLASSIFIERS}
+    if model.task is not None and model.task != task and {model.task, task} & classifiers:
+        raise TaskError(f"model {str(model.path)!r} is a {model.architecture}: use task.name: {model.task}")
