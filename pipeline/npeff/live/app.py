@@ -69,6 +69,7 @@ class Live:
         self.model_pages = ModelPages(view, self.workspace, self._key)
         self.cached_report = Page(HTTPStatus.OK, "", b"")
         self._queries, self._rendering = asyncio.Semaphore(limits.queries), asyncio.Lock()
+        self._model = asyncio.Lock()
 
     def app(self) -> Starlette:
         """Return the application."""
@@ -78,7 +79,6 @@ class Live:
             "/example/{example:path}": self.workspace.example,
             "/image": self.workspace.image,
             "/try": self.model_pages.own_example,
-            "/step": self.model_pages.step,
         }
         routes = [Route(path, functools.partial(self._fixed, made)) for path, made in pages.items()]
         routes += [
@@ -87,6 +87,7 @@ class Live:
             Route("/report", self._report),
             Route("/style.css", _constant(style)),
             Route("/live.js", _constant(script)),
+            Route("/step", self._step),
             Route("/try", self._tried, methods=["POST"]),
         ]
         if self.view.edit:
@@ -107,7 +108,18 @@ class Live:
         """Answer with the components of an example of one's own."""
         form = await self._form(request, self.limits.upload_bytes)
         given = {name.removeprefix("column:"): value for name, value in form.items() if name.startswith("column:")}
-        return await self._made(self.model_pages.tried, given)
+        return await self._with_model(request, self.model_pages.tried, given)
+
+    async def _step(self, request: Request) -> Response:
+        """Answer with the form of a step, or with what a step does."""
+        return await self._with_model(request, self.model_pages.step, _asked(request))
+
+    async def _with_model(self, request: Request, made: Callable[..., Page], asked: Any) -> Response:
+        """Answer when the model is free, unless the client has left meanwhile, as a slider does that moves on."""
+        async with self._model:
+            if await request.is_disconnected():
+                raise ConnectionAbortedError("the client has closed the connection")
+            return await self._made(made, asked)
 
     async def _annotated(self, request: Request) -> Response:
         """Store the name and the note of a component, and send the browser back to its page."""
