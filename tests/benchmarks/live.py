@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -80,6 +81,7 @@ def main() -> None:
             build(folder, options.examples, options.components)
             add_results(folder, options.components)
         results = measure(folder, options.examples, options.components)
+    results["load_average"] = os.getloadavg()[1]
     show(results)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1))

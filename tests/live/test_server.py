@@ -323,7 +323,7 @@ def test_a_defect_is_a_page_and_the_terminal_shows_it(
             monkeypatch.setattr(app, "call_limited", lambda *_: 1 / 0)
         else:
             server.live.view = None  # type: ignore[assignment]
-        status, headers, content = ask(server, question("similar", component=1))
+        status, headers, content = ask(server, question("enriched", where="correct"))
         assert status == 500
         assert "An internal error has occurred" in content
         assert headers["X-Content-Type-Options"] == "nosniff"

@@ -28,7 +28,7 @@ from npeff.live.access import POLICY, REPORT_POLICY, STYLED_POLICY, first_values
 from npeff.live.connections import ConnectionLimits
 from npeff.live.limits import CallLimits, LimitExceededError, call_limited
 from npeff.live.pages import Page, View
-from npeff.live.queries import QUESTIONS, REPORT, answer, forms, whole
+from npeff.live.queries import QUESTIONS, REPORT, answer, forms, is_fixed, whole
 from npeff.live.templates import page, script, style
 from npeff.live.with_model import ModelPages
 from npeff.live.workspace import Workspace
@@ -69,6 +69,7 @@ class Live:
         self.model_pages = ModelPages(view, self.workspace, self._key)
         self.cached_report = Page(HTTPStatus.OK, "", b"")
         self._queries, self._rendering = asyncio.Semaphore(limits.queries), asyncio.Lock()
+        self._model = asyncio.Lock()
 
     def app(self) -> Starlette:
         """Return the application."""
@@ -78,7 +79,6 @@ class Live:
             "/example/{example:path}": self.workspace.example,
             "/image": self.workspace.image,
             "/try": self.model_pages.own_example,
-            "/step": self.model_pages.step,
         }
         routes = [Route(path, functools.partial(self._fixed, made)) for path, made in pages.items()]
         routes += [
@@ -87,6 +87,7 @@ class Live:
             Route("/report", self._report),
             Route("/style.css", _constant(style)),
             Route("/live.js", _constant(script)),
+            Route("/step", self._step),
             Route("/try", self._tried, methods=["POST"]),
         ]
         if self.view.edit:
@@ -107,7 +108,18 @@ class Live:
         """Answer with the components of an example of one's own."""
         form = await self._form(request, self.limits.upload_bytes)
         given = {name.removeprefix("column:"): value for name, value in form.items() if name.startswith("column:")}
-        return await self._made(self.model_pages.tried, given)
+        return await self._with_model(request, self.model_pages.tried, given)
+
+    async def _step(self, request: Request) -> Response:
+        """Answer with the form of a step, or with what a step does."""
+        return await self._with_model(request, self.model_pages.step, _asked(request))
+
+    async def _with_model(self, request: Request, made: Callable[..., Page], asked: Any) -> Response:
+        """Answer when the model is free, unless the client has left meanwhile, as a slider does that moves on."""
+        async with self._model:
+            if await request.is_disconnected():
+                raise ConnectionAbortedError("the client has closed the connection")
+            return await self._made(made, asked)
 
     async def _annotated(self, request: Request) -> Response:
         """Store the name and the note of a component, and send the browser back to its page."""
@@ -154,6 +166,8 @@ class Live:
         question, asked, limits = request.path_params["question"], _asked(request), self.limits.query
         if question not in QUESTIONS:
             raise HTTPException(HTTPStatus.NOT_FOUND)
+        if is_fixed(question, asked):
+            return _response(await asyncio.to_thread(self.workspace.question, question, asked))
         try:
             async with self._turn():
                 return _response(await self._limited(request, (self.view, question, asked, ""), limits))

@@ -49,7 +49,9 @@ def _t_sne(similarity_KK: NDArray[np.float64]) -> NDArray[np.float64]:
     distances_KK = np.clip(1 - similarity_KK, 0, 1)
     np.fill_diagonal(distances_KK, 0)
     perplexity = min(15.0, (len(distances_KK) - 1) / 3)
-    made = TSNE(metric="precomputed", init="random", perplexity=perplexity, random_state=0)
+    # scikit-learn's own rate is at least 50, with which few points fly apart
+    rate = max(5.0, len(distances_KK) / 12)
+    made = TSNE(metric="precomputed", init="random", perplexity=perplexity, learning_rate=rate, random_state=0)
     places: NDArray[np.float64] = made.fit_transform(distances_KK).astype(np.float64)
     return places
 

@@ -82,6 +82,16 @@ def _page(view: View, question: str, asked: dict[str, str], known: str) -> Page:
             state += state_of(ComponentStore.open(view.beside))
         content = b"" if state == known else render_report(store, view.top_examples, view.beside).encode()
         return Page(HTTPStatus.OK, HTML, content, state)
+    return result(store, view, question, asked)
+
+
+def is_fixed(question: str, asked: dict[str, str]) -> bool:
+    """Return whether the cost of a query is known: it contains no SQL, and is about one component or example."""
+    return question in ("top", "example", "similar") and not asked.get("where")
+
+
+def result(store: ComponentStore, view: View, question: str, asked: dict[str, str]) -> Page:
+    """Return the page of a query with its result. Arguments and errors are those of `answer`, with an open store."""
     found = QUESTIONS[question](store, asked)
     pictured = _pictured(store, found) if question == "top" else set()
     drawn = _drawn(store, asked["example"]) if question == "inputs" and asked.get("example") else None

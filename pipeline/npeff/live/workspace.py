@@ -13,11 +13,12 @@ from urllib.parse import urlencode
 
 import numpy as np
 
+from npeff.errors import without_values
 from npeff.live.component_map import METHODS, can_be_drawn, component_map
 from npeff.live.histogram import histogram
 from npeff.live.overview import chosen, columns
 from npeff.live.pages import TEXT, Page, View
-from npeff.live.queries import state_of, whole
+from npeff.live.queries import forms, result, state_of, whole
 from npeff.live.snapshot import Snapshot
 from npeff.live.templates import page
 from npeff.query.coefficients import runs_of
@@ -159,6 +160,15 @@ class Workspace:
                 neighbours=near.to_pylist(),
                 pictured=pictured(store, examples),
             )
+
+    def question(self, question: str, asked: dict[str, str]) -> Page:
+        """Return the page of a query without SQL."""
+        try:
+            with self.now() as snapshot:
+                return result(snapshot.store, self._view, question, asked)
+        except QueryError as error:
+            problem = without_values(str(error))
+            return forms(self._view, question, asked, HTTPStatus.BAD_REQUEST, problem=problem)
 
     def image(self, asked: dict[str, str]) -> Page:
         """Return the picture of an example."""

@@ -1,0 +1,99 @@
+"""What the pages show: the histogram, the map, the order of the table, and the state of the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from npeff.live.component_map import METHODS, SIDE, component_map, examples_similarity, placed
+from npeff.live.histogram import histogram
+from npeff.live.overview import chosen, columns
+from npeff.live.pages import View
+from npeff.live.snapshot import Snapshot
+from npeff.live.workspace import Workspace
+from npeff.query.components import ComponentStore
+from npeff.store.annotations import Annotation, write_annotations
+
+
+@pytest.fixture(scope="module")
+def snapshot(run) -> Snapshot:
+    return Snapshot(ComponentStore.open(run.path), "", 4)
+
+
+def test_a_histogram_counts_every_positive_coefficient_once() -> None:
+    values = np.random.default_rng(0).gamma(0.5, 2.0, 1000)
+    found = histogram(values, 5000)
+    assert found is not None
+    assert sum(bar.n for bar in found.bars) == found.n_active == 1000
+    assert [bar.n for bar in found.bars] == [
+        int(((values >= bar.low) & ((values < bar.high) | (bar.high == found.bars[-1].high))).sum())
+        for bar in found.bars
+    ]
+    assert all(bar.height > 0 for bar in found.bars), "a bar of one example is visible"
+    assert histogram(np.empty(0), 7) is None
+
+
+def test_the_similarity_of_examples_is_the_cosine_of_the_columns(run) -> None:
+    found_KK = examples_similarity(run.coefficients)
+    w_NK = np.nan_to_num(run.coefficients).astype(float)
+    for i, j in ((0, 1), (3, 3), (2, 7)):
+        expected = w_NK[:, i] @ w_NK[:, j] / np.linalg.norm(w_NK[:, i]) / np.linalg.norm(w_NK[:, j])
+        assert found_KK[i, j] == pytest.approx(expected, rel=1e-5)
+    assert not found_KK[-1].any(), "a dead component is like no other"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_similar_components_are_near_each_other_on_the_map(method: str) -> None:
+    """Of two groups of components, every component is nearer to its own group."""
+    group = np.repeat([0, 1], 8)
+    similarity = np.where(group[:, None] == group, 0.9, 0.05) + 0.1 * np.eye(16)
+    places = placed(similarity, method)
+    distances = np.linalg.norm(places[:, None] - places, axis=-1)
+    assert distances[group[:, None] == group].max() < distances[group[:, None] != group].min()
+
+
+def test_a_map_is_drawn_inside_its_square_whatever_is_found(snapshot: Snapshot) -> None:
+    places, cards = snapshot.places("directions", "pca"), snapshot.cards
+    everything = component_map(places, cards, [""] * 12).points
+    some = component_map(places, cards[3:5], ["", ""]).points
+    assert {(point.component, point.x, point.y) for point in some} < {(p.component, p.x, p.y) for p in everything}
+    assert all(point.x - point.radius >= 0 and point.x + point.radius <= SIDE for point in everything)
+
+
+def test_the_table_is_sorted_with_missing_values_last(snapshot: Snapshot) -> None:
+    for column in columns(snapshot):
+        for order in ("up", "down"):
+            cards = chosen(snapshot, "", column, order)
+            assert sorted(card.component for card in cards) == list(range(12))
+            values = [column.value(card) for card in cards]
+            missing = [v is None or v == "" or (isinstance(v, float) and math.isnan(v)) for v in values]
+            assert missing == sorted(missing)
+            known = [v for v, gone in zip(values, missing, strict=True) if not gone]
+            assert known == sorted(known, reverse=order == "down"), column.key
+
+
+def test_a_search_finds_the_cards_with_all_words(snapshot: Snapshot) -> None:
+    card = snapshot.cards[5]
+    column = columns(snapshot)[0]
+    found = chosen(snapshot, f"{card.held_out[0].id.upper()} head.w", column, "up")
+    assert card in found
+    assert all(card.held_out[0].id in snapshot.words[each.component] for each in found)
+    assert chosen(snapshot, "no such words", column, "up") == []
+
+
+def test_the_cards_are_read_again_only_if_the_run_has_changed(make_run: Callable) -> None:
+    path = make_run(n_components=4).path
+    workspace = Workspace(View(str(path), None, 4), "key")
+    with workspace.now() as first:
+        mix = first.cards[1].mix
+    write_annotations(ComponentStore.open(path).run, {1: Annotation("round", None)})
+    with workspace.now() as named:
+        assert named.cards[1].annotation.name == "round"
+        assert named.cards[1].mix is mix, "a name does not need other data"
+        assert {row["name"] for card in named.cards for row in card.neighbours} == {"round", None}
+    (path / "provenance.json").write_text('{"task": "another task"}')
+    with workspace.now() as changed:
+        assert changed.cards[1].mix is not mix
+        assert changed.cards[1].annotation.name == "round"
