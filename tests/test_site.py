@@ -48,6 +48,10 @@ def test_the_page_of_the_run_file_is_made_from_its_models() -> None:
     assert {"run_dir", "n_components", "sketch.dim", "faithfulness.examples"} <= set(keys)
 
 
+def test_the_schema_for_editors_has_the_sections() -> None:
+    assert {"run_dir", "task", "factorization", "scale"} <= set(npeff.RunConfig.model_json_schema()["properties"])
+
+
 def test_every_page_is_in_the_navigation_once() -> None:
     listed = pages_of(SETTINGS["nav"])
     pages = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
