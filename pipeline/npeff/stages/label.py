@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from npeff.runs.directory import RunDirectory
+from npeff.runs.opening import AnyRun, as_run
 from npeff.storage.errors import StoreError, os_errors_explained
 from npeff.store.annotations import Annotation, Annotations, write_annotations
 
@@ -18,7 +19,7 @@ _MOST_BYTES = 2**26
 
 
 def annotate(
-    run_dir: str | Path,
+    run: AnyRun,
     component: int,
     *,
     name: str | None = None,
@@ -30,17 +31,19 @@ def annotate(
     They are kept in the run, and shown in the report and in the answers of queries.
 
     Args:
-        run_dir: The run directory.
+        run: The run, its configuration, or the path of its directory or run file.
         component: The component.
         name: The name, of at most 200 characters. None keeps the present one, and an empty text deletes it.
         note: The note, of at most 4,000 characters, likewise.
-        factorization: Name of the factorization. The default is ``default``, or the only one.
+        factorization: Name of the factorization. The default is that of the run.
 
     Raises:
         RunDirectoryError: The path is not a run directory, or the run has no factorization of this name.
         StoreError: There is no such component, a text is too long, or the file cannot be read or written.
     """
-    write_annotations(RunDirectory.open(run_dir, factorization), {component: Annotation(name, note)})
+    opened = as_run(run)
+    opened = opened if factorization is None else opened.with_factorization(factorization)
+    write_annotations(opened, {component: Annotation(name, note)})
 
 
 def annotate_from(run: RunDirectory, file: Path) -> Annotations:
