@@ -135,7 +135,6 @@ def test_a_run_holds_names_and_only_what_needs_a_value_asks_for_it(
         ({"fails": "long"}, "raised RuntimeError: xxx"),
         ({"fails": "chain"}, "the weights are missing"),
         ({"digest": "another"}, "TokenTask() raised ValueError: this is not the token: ${NPEFF_TEST_TOKEN}"),
-        ({"${NPEFF_TEST_TOKEN}": "3"}, "does not take these task.options"),
     ],
 )
 def test_an_error_of_the_task_shows_names(
@@ -148,6 +147,14 @@ def test_an_error_of_the_task_shows_names(
     with pytest.raises(TaskError) as caught:
         npeff.compute_fishers(npeff.RunDirectory.open(tmp_path / "run"))
     assert caught.value.__cause__ is None, "an exception with the value is not a cause"
+
+
+@pytest.mark.usefixtures("variables")
+def test_an_error_before_the_run_begins_shows_names(command: Command, tmp_path: Path) -> None:
+    shown = refused(command, "fishers", write_run_file(tmp_path, {**OPTIONS, "${NPEFF_TEST_TOKEN}": "3"}))
+    assert "does not take task.options.${NPEFF_TEST_TOKEN} (" in shown
+    assert TOKEN[:8] not in shown
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("variables")
