@@ -75,7 +75,7 @@ def test_text_of_the_data_set_is_shown_as_text(
     assert len(browser.requests) == 1
     assert browser.evaluate("document.scripts.length") == 1
     assert browser.evaluate("document.images.length") == 0
-    places = ["h1", ".finding b", ".caption", ".mix th[scope=row]", ".energy th[scope=row]", ".common th",
+    places = [".finding b", ".caption", ".mix th[scope=row]", ".energy th[scope=row]", ".common th",
               "details th[scope=row]", "pre", "#provenance dd",
               ".nats", ".groups th[scope=row]", ".methods th[scope=row]", "svg.dots title"]  # fmt: skip
     for place in places + (["#component-0 .text", ".evidence .text", ".tokens b", ".text q"] if texts else []):

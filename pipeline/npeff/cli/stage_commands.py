@@ -137,8 +137,7 @@ def report_command(
 
         serve_run(opened, port or 0, progress.say, edit=edit)
     else:
-        npeff.report(opened, progress=progress)
-        progress.say(f"report: complete, in {opened.home}")
+        progress.say(f"report: {npeff.report(opened, progress=progress)}")
 
 
 @app.command(TRANSFORM.name, help=TRANSFORM.help)

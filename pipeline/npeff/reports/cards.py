@@ -140,9 +140,21 @@ class Card:
 
     @property
     def passed(self) -> tuple[int, int]:
-        """The number of verification rows above all controls, and the number of rows, without uninformative signs."""
-        measured = [v for v in self.verdicts if v.above_controls is not None and v.informative is not False]
+        """The number of verification rows above all controls, and the number of rows that count.
+
+        Rows of uninformative signs and without a matched baseline do not count.
+        """
+        measured = [
+            v
+            for v in self.verdicts
+            if v.above_controls is not None and v.informative is not False and v.matched is not False
+        ]
         return sum(bool(v.above_controls) for v in measured), len(measured)
+
+    @property
+    def unmatched(self) -> list[Verdict]:
+        """The verification rows of the informative sign without a matched baseline, which do not count."""
+        return [v for v in self.verdicts if v.informative and v.mismatch is not None]
 
 
 class CardWriter:

@@ -131,7 +131,7 @@ def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
     writer = CardWriter(store, top_examples) if factorized else None
     cards = writer.cards() if writer is not None else []
     return {
-        "title": str(provenance.get("task") or without_values(store.run_dir.resolve().name)),
+        "title": without_values(store.run_dir.resolve().name),
         "run_dir": without_values(store.run.argument),
         "summary": store.summary(),
         "factorized": _FACTORIZED.get(kind, "Fisher matrices"),

@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from npeff.tasks.huggingface.model_folder import ModelFolder
+from npeff.tasks.image_folders import image_table
 from npeff.tasks.names import LANGUAGE_MODELS
 from npeff.tasks.proposal import Columns, Proposal, propose
 
-_FEW, _MANY = 600, 2000
-"""With fewer examples, fewer than 32 components are proposed. With more, a first run with this number of them."""
-_COMPONENTS, _EXAMPLES_PER_COMPONENT = 32, 20
-_LEFT_OUT = ("*embed*", "*wte*", "*wpe*", "*lm_head*", "*shared*", "*Norm*", "*norm*", "*ln_*")
-"""Parameters of embeddings, of the output over a vocabulary, and of normalizations."""
+_MANY = 2000
+"""With more examples, a first run with this number of them is proposed."""
+_COMPONENTS, _EXAMPLES_PER_COMPONENT = 32, 40
+"""Largest number of components, and least number of examples for each."""
+_NORMALIZATIONS = ("*Norm*", "*norm*", "*ln_*")
+_TOKENS = ("*embed*", "*wte*", "*wpe*", "*lm_head*", "*shared*")
+"""Parameters of embeddings of tokens and positions, and of the output over a vocabulary."""
+_IMAGES = "huggingface-image-classification"
 _LARGE_DIRECTIONS = 8 * 2**30
 """Size in bytes of directions in float32 above which half precision is proposed."""
 
@@ -59,6 +63,7 @@ def new_run_file(
     lines = [
         _Line("# Check this file with `npeff validate` and run it with `npeff run`. Columns of the data:"),
         _Line(f"# {', '.join(proposal.columns)}"),
+        _Line("# The data are best examples that the model was not trained on."),
         _Line(f"run_dir: {_value(run_dir)}", "all results; the same command resumes"),
         *_task(proposal, n_rows),
         *_parameters(proposal),
@@ -85,9 +90,15 @@ def _parameters(proposal: Proposal) -> list[_Line]:
     if proposal.model is None:
         return []
     names = _tensor_sizes(proposal.model)
-    exclude = [glob for glob in _LEFT_OUT if names is None or any(fnmatchcase(name, glob) for name in names)]
-    comment = "weights of embeddings, normalizations and an output over a vocabulary are left out"
+    exclude = [glob for glob in _left_out(proposal) if names is None or any(fnmatchcase(name, glob) for name in names)]
+    words = "normalizations" if proposal.task == _IMAGES else "embeddings, normalizations and outputs over a vocabulary"
+    comment = f"leaves out {words}; `npeff estimate --parameters` lists all"
     return [_Line(f'parameters: {{include: ["*"], exclude: {_value(exclude)}}}', comment)] if exclude else []
+
+
+def _left_out(proposal: Proposal) -> tuple[str, ...]:
+    """Return the globs of parameters to leave out. The embeddings of an image model are its first layer."""
+    return _NORMALIZATIONS if proposal.task == _IMAGES else (*_TOKENS, *_NORMALIZATIONS)
 
 
 def _fishers(proposal: Proposal) -> list[_Line]:
@@ -101,12 +112,13 @@ def _fishers(proposal: Proposal) -> list[_Line]:
 
 def _factorization(proposal: Proposal, n_rows: int | None) -> list[_Line]:
     components = _COMPONENTS
-    if n_rows is not None and n_rows < _FEW:
-        components = max(4, n_rows // _EXAMPLES_PER_COMPONENT)
+    if n_rows is not None:
+        components = min(components, max(4, n_rows // _EXAMPLES_PER_COMPONENT))
     lines = [_Line(f"factorization: {{n_components: {components}}}", "`npeff select` compares numbers of components")]
     sizes = None if proposal.model is None else _tensor_sizes(proposal.model)
     if sizes is not None:
-        kept = sum(size for name, size in sizes.items() if not any(fnmatchcase(name, glob) for glob in _LEFT_OUT))
+        globs = _left_out(proposal)
+        kept = sum(size for name, size in sizes.items() if not any(fnmatchcase(name, glob) for glob in globs))
         if (needed := 4 * components * kept) > _LARGE_DIRECTIONS:
             comment = f"directions of {needed / 2**31:.0f} GiB on disk instead of {needed / 2**30:.0f}"
             lines.append(_Line("lift: {dtype: float16}", comment))
@@ -135,6 +147,8 @@ def _count_rows(data: str, split: str | None) -> int | None:
     Lines of text files are counted, which are more than the rows if texts contain line breaks.
     """
     path = Path(data)
+    if path.is_dir() and (images := image_table(path, split)) is not None:
+        return len(images)
     if split is not None or not path.is_file():
         return None
     if path.suffix == ".parquet":

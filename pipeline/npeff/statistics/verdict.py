@@ -86,6 +86,15 @@ class Verdict:
         return self.kl_ratio > self.best_control
 
     @property
+    def mismatch(self) -> str | None:
+        """Why the component does not count as matched; None if it does, or in tables of earlier versions."""
+        if self.matched is not False:
+            return None
+        if (distinct := self.row["n_matched"]) < LEAST_MATCHED:
+            return f"{distinct} of at least {LEAST_MATCHED} distinct baseline examples"
+        return f"the traces differ by a factor of {self.row['trace_ratio']:.2f}"
+
+    @property
     def accuracies(self) -> list[Accuracy]:
         """The accuracy on the top examples, and on the random baseline examples."""
         groups = {"top": "top examples", "baseline": "random baseline examples"}

@@ -72,6 +72,11 @@ def factorize(run: AnyRun, *, executor: Executor | None = None, progress: Progre
             + (f", {summary['explained_held_out']:.4f} of the held-out ones" if summary["explained_held_out"] else "")
             + f" ({found.stopped}{steps})"
         )
+        if found.stopped == "max_iterations":
+            progress.say(
+                "factorize: the loss still changed when it stopped; to continue: npeff factorize "
+                f"{run.argument} --max-iterations {2 * found.n_iter}, then lift and verify"
+            )
         return stage.complete(summary | own_examples(run))
 
 
