@@ -83,6 +83,21 @@ def test_a_search_finds_the_cards_with_all_words(snapshot: Snapshot) -> None:
     assert chosen(snapshot, "no such words", column, "up") == []
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["in memory", "in the store"])
+def test_the_nearest_examples_are_those_of_the_store(run, monkeypatch: pytest.MonkeyPatch, kept: bool) -> None:
+    if not kept:
+        monkeypatch.setattr("npeff.live.snapshot._MOST_KEPT", 1)
+    store = ComponentStore.open(run.path)
+    found = Snapshot(store, "", 4)
+    for number in (0, 3, 100):
+        expected = store.neighbours(number, 12)
+        by_row, given = found.nearest(None, 12, number), found.nearest(run.coefficients[number], 13)
+        np.testing.assert_allclose(by_row["cosine"], expected["cosine"], rtol=1e-5)
+        assert set(by_row["example"].to_pylist()[:6]) <= set(expected["example"].to_pylist())
+        assert given["example"][0].as_py() == number, "the example itself is the nearest to its coefficients"
+        np.testing.assert_allclose(given["cosine"].to_pylist()[1:], expected["cosine"], rtol=1e-5)
+
+
 def test_the_cards_are_read_again_only_if_the_run_has_changed(make_run: Callable) -> None:
     path = make_run(n_components=4).path
     workspace = Workspace(View(str(path), None, 4), "key")

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
@@ -20,6 +21,9 @@ from npeff.store.annotations import Annotation
 
 _MOST_COEFFICIENTS = 200_000_000
 """Largest number of coefficients from which the similarity of the components' examples is computed."""
+
+_MOST_KEPT = 50_000_000
+"""Largest number of coefficients that are kept in memory, 200 MB, to find the nearest examples."""
 
 
 @dataclass
@@ -40,7 +44,7 @@ class Snapshot:
         """Return the same run with other names and notes, which are those of a store that was opened again."""
         known = store.annotations
         found = Snapshot(store, self.state, self.top_examples)
-        kept = ("similarities", "_places", "verdicts", "scores", "card_variables")
+        kept = ("similarities", "_places", "_unit_rows", "verdicts", "scores", "card_variables")
         vars(found).update({name: value for name, value in vars(self).items() if name in kept})
         found.cards = [
             replace(
@@ -89,6 +93,38 @@ class Snapshot:
         if self.store.stored_coefficients.size <= _MOST_COEFFICIENTS:
             found["examples"] = examples_similarity(self.store.stored_coefficients)
         return found
+
+    def nearest(self, weights_K: NDArray[np.float64] | None, n: int, example: int | None = None) -> pa.Table:
+        """Return the `n` examples whose coefficients are most similar, as `ComponentStore.nearest` does.
+
+        Args:
+            weights_K: The coefficients (K,); None for those of an example of the run.
+            n: Number of examples.
+            example: This example, which is left out.
+        """
+        rows_NK = self._unit_rows
+        if rows_NK is None:
+            return self.store.nearest(weights_K, n) if weights_K is not None else self.store.neighbours(example or 0, n)
+        unit_K = rows_NK[example] if weights_K is None else weights_K / np.linalg.norm(weights_K)
+        cosines_N = rows_NK @ unit_K.astype(np.float32)
+        if example is not None:
+            cosines_N[example] = 0
+        found = np.argpartition(-cosines_N, min(n, len(cosines_N) - 1))[:n]
+        found = found[cosines_N[found] > 0]
+        found = found[np.lexsort((found, -cosines_N[found]))]
+        described = self.store.describe_examples(found.tolist())
+        return described.add_column(0, "cosine", pa.array(cosines_N[found], pa.float64()))
+
+    @cached_property
+    def _unit_rows(self) -> NDArray[np.float32] | None:
+        """The coefficients (N, K) divided by the norms of their rows, zero for invalid examples; None if too many."""
+        stored = self.store.stored_coefficients
+        if stored.size > _MOST_KEPT:
+            return None
+        rows_NK = np.nan_to_num(np.asarray(stored[:], np.float32))
+        lengths_N1 = np.linalg.norm(rows_NK, axis=1, keepdims=True)
+        unit_NK: NDArray[np.float32] = np.divide(rows_NK, np.where(lengths_N1 > 0, lengths_N1, 1), dtype=np.float32)
+        return unit_NK
 
     def members(self, split: str) -> NDArray[np.bool_]:
         """Return the mask (N,) of the valid examples of a split."""

@@ -66,7 +66,7 @@ class ModelPages:
                 {"component": k, "name": known.name(k), "coefficient": weights_K[k], "share": weights_K[k] / total}
                 for k in order
             ]
-            near = store.nearest(weights_K, _EXAMPLES).to_pylist() if order else []
+            near = snapshot.nearest(weights_K, _EXAMPLES).to_pylist() if order else []
             return self._form(
                 store,
                 given,

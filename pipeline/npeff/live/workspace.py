@@ -146,7 +146,7 @@ class Workspace:
         with self.now() as snapshot:
             store = snapshot.store
             number = store.example_number(asked["example"])
-            components, near = store.example(number), store.neighbours(number, _NEIGHBOURS_SHOWN)
+            components, near = store.example(number), snapshot.nearest(None, _NEIGHBOURS_SHOWN, number)
             examples = [number, *near["example"].to_pylist()]
             (row,) = store.describe_examples([number]).to_pylist()
             return page(
