@@ -210,7 +210,7 @@ def test_a_defect_of_the_users_own_task_is_named(command: Command, task: str, sa
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"task": {"name": "no_such_module:Task"}}, "No module named 'no_such_module'"),
+        ({"task": {"name": "no_such_module:Task"}}, "there is no module no_such_module: install it"),
         ({"task": {"name": "digit"}}, "unknown task 'digit'"),
         ({"task__options": {"m": 3}}, "does not take task.options.m (it takes: n)"),
         ({"task__options": {"n": "three"}}, "raised TypeError"),

@@ -114,8 +114,11 @@ def test_the_options_of_a_class_of_the_user(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(TaskError, match=r"task\.options\.widht \(did you mean 'width'\?\)"):
         check_task("checked_task:Mine", {"widht": 3})
     assert "when it starts" in check_task("checked_task:Free", {"any": 3})["task"]
-    assert "when it starts" in check_task("checked_task:Other", {})["task"]
-    assert "not found here" in check_task("no_such_package.task:Task", {})["task"]
+    with pytest.raises(TaskError, match=r"checked_task has no Fre \(did you mean 'Free'\?\)"):
+        check_task("checked_task:Fre", {})
+    with pytest.raises(TaskError, match=r"there is no module no_such_package\.task: install it, or run npeff in"):
+        check_task("no_such_package.task:Task", {})
+    assert "not found here" in check_task("no_such_package.task:Task", {}, files=False)["task"]
 
 
 def test_only_the_beginning_of_the_data_is_read(options: dict[str, Any]) -> None:

@@ -86,7 +86,7 @@ class Component:
     def text(self) -> str:
         """Return the card as text: the examples with the largest coefficients, and the result of the verification."""
         row = self.row
-        lines = [f"component {self.number}", f"{row['n_active']} examples have it"]
+        lines = [f"component {self.number}", f"{row['n_active']} of the fitted examples have it"]
         for example in self.top_examples(_EXAMPLES_OF_TEXT).to_pylist():
             classes = [example.get("label_name"), example.get("prediction_name")]
             named = " → ".join(dict.fromkeys(str(name) for name in classes if name is not None))

@@ -28,7 +28,7 @@ _AT_LEAST = 3
 """Smallest number of examples with a word or value that is tested."""
 _MOST_INTEGER_VALUES = 20
 """A column of integers with more distinct values than this is treated as numbers, not as categories."""
-_WORD = re.compile(r"\d+(?:\.\d+)+|[^\W_]+(?:['’-][^\W_]+)*")
+_WORD = re.compile(r"\d+(?:\.\d+)*(?:e[+-]?\d+)?(?![^\W_])|[^\W_]+(?:['’-][^\W_]+)*")
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,11 @@ class Common:
     values: list[Enriched]
     words: list[Enriched]
     numbers: list[Shifted]
+
+    @property
+    def leading(self) -> list[Enriched | Shifted]:
+        """All of them, the smallest p-value first."""
+        return sorted([*self.words, *self.values, *self.numbers], key=lambda each: each.q)
 
 
 def in_common(tables: RunTables, columns: Sequence[str], tops: Mapping[int, Sequence[int]]) -> dict[int, Common]:
@@ -93,7 +98,7 @@ def in_common(tables: RunTables, columns: Sequence[str], tops: Mapping[int, Sequ
 
 
 def words_of(text: str | None) -> set[str]:
-    """Return the distinct words of a text, in lower case. A number with a decimal point, such as 0.2, is one word."""
+    """Return the distinct words of a text, in lower case. A number, such as 0.2 or 3.1e+03, is one word."""
     return set(_WORD.findall(text.lower())) if text else set()
 
 

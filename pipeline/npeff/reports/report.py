@@ -159,7 +159,7 @@ def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
         "images": writer.album.rules if writer is not None else {},
         "has_names": any(card.annotation.name for card in cards),
         "names_outdated": store.annotations.outdated,
-        "has_common": any(card.common.values or card.common.words for card in cards),
+        "has_common": any(card.common.leading for card in cards),
         "has_shares": tables.has("position_shares") and tables.n_rows("position_shares") > 0,
         "inputs": writer.inputs if writer is not None else None,
         **card_variables(store, cards, found),

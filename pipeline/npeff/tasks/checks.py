@@ -17,7 +17,7 @@ from typing import Any
 from npeff.tasks.errors import TaskError
 from npeff.tasks.huggingface.model_folder import ModelFolder, check_kind
 from npeff.tasks.huggingface.options import PretrainedOptions
-from npeff.tasks.names import BUILT_IN, OPTIONS, present_path
+from npeff.tasks.names import BUILT_IN, OPTIONS, how_to_import, present_path
 from npeff.tasks.option_types import check_types
 from npeff.tasks.tables import LabelOptions, TableOptions, distinct_names
 
@@ -51,7 +51,7 @@ def check_task(name: str, options: Mapping[str, Any], *, files: bool = True) -> 
             "my_package.my_task:MyTask"
         )
     if name not in OPTIONS:
-        return _check_source(name, present_path(BUILT_IN.get(name, name)), options)
+        return _check_source(name, present_path(BUILT_IN.get(name, name)), options, files)
     made = _made(name, options)
     facts = {"task": f"{name}, {len(options)} options"}
     return facts | (_check_files(name, made) if files else {})
@@ -101,16 +101,23 @@ def _check_files(name: str, options: TableOptions) -> Facts:
     return facts
 
 
-def _check_source(name: str, path: str, options: Mapping[str, Any]) -> Facts:
-    """Check the names of the options against the source of the task, which is not imported."""
+def _check_source(name: str, path: str, options: Mapping[str, Any], files: bool) -> Facts:
+    """Check the class and the names of the options against the source of the task, which is not imported."""
     module, _, class_name = path.partition(":")
     try:
         found = importlib.util.find_spec(module)
     except (ImportError, ValueError):
         found = None
     if found is None or found.origin is None:
+        if files:
+            raise TaskError(f"cannot import task {name!r}: there is no module {module}: {how_to_import(module)}")
         return {"task": f"{name}: {module} is not found here, not checked"}
     source = importlib.util.decode_source(found.loader.get_data(found.origin)) if _is_source(found) else ""  # type: ignore[union-attr]
+    classes = _names_in(source)
+    if classes and class_name not in classes:
+        near = difflib.get_close_matches(class_name, classes, n=1)
+        meant = f" (did you mean {near[0]!r}?)" if near else ""
+        raise TaskError(f"cannot import task {name!r}: {module} has no {class_name}{meant}: correct the name")
     parameters = _parameters_of(source, class_name)
     if parameters is None:
         return {"task": f"{name}: its options are checked when it starts"}
@@ -120,6 +127,21 @@ def _check_source(name: str, path: str, options: Mapping[str, Any]) -> Facts:
 
 def _is_source(spec: Any) -> bool:
     return bool(spec.origin.endswith(".py")) and hasattr(spec.loader, "get_data")
+
+
+def _names_in(source: str) -> set[str]:
+    """Return the names that a module may define; empty if its source does not show them."""
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except SyntaxError:
+        return set()
+    imported = [alias for node in nodes if isinstance(node, ast.ImportFrom | ast.Import) for alias in node.names]
+    if any(alias.name == "*" for alias in imported):
+        return set()
+    defined = {node.name for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    assigned = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    names = defined | assigned | {alias.asname or alias.name for alias in imported}
+    return set() if "__getattr__" in names else names
 
 
 def _parameters_of(source: str, class_name: str) -> list[str] | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from npeff.tasks.base import Task
 from npeff.tasks.errors import TaskError
-from npeff.tasks.names import BUILT_IN, present_path
+from npeff.tasks.names import BUILT_IN, how_to_import, present_path
 from npeff.tasks.option_types import check_types
 from npeff.tasks.user_exceptions import user_code
 
@@ -32,7 +32,7 @@ def load_task(name: str, options: dict[str, Any]) -> Task:
         with user_code(f"task {name!r}: importing {module_name}", module_name, passed_on=(ModuleNotFoundError,)):
             task_class = getattr(importlib.import_module(module_name), class_name, None)
     except ModuleNotFoundError as error:
-        raise TaskError(f"cannot import task {name!r}: {error}: {_how_to_import(error.name or '')}") from None
+        raise TaskError(f"cannot import task {name!r}: {error}: {how_to_import(error.name or '')}") from None
     if task_class is None:
         raise TaskError(f"cannot import task {name!r}: {module_name} has no {class_name}: correct the name")
     if not (isinstance(task_class, type) and issubclass(task_class, Task)):
@@ -51,11 +51,3 @@ def load_task(name: str, options: dict[str, Any]) -> Task:
     with user_code(f"task {name!r}: {class_name}()", task_class.__module__):
         task: Task = task_class(**options)
     return task
-
-
-def _how_to_import(module: str) -> str:
-    if module in ("transformers", "tokenizers"):
-        return "pip install 'npeff-pipeline[hf]'"
-    if module.partition(".")[0] == "pipeline":
-        return "the package is imported as npeff: from npeff.tasks import Task, Examples"
-    return f"install it, or run npeff in the folder that contains {module}, or add that folder to PYTHONPATH"

@@ -50,3 +50,12 @@ def present_path(path: str) -> str:
     if module.partition(".")[0] == "pipeline":
         module = _MOVED.get(module, module.replace("pipeline.", "npeff.", 1))
     return module + separator + name
+
+
+def how_to_import(module: str) -> str:
+    """Return the remedy for a module that cannot be imported."""
+    if module in ("transformers", "tokenizers"):
+        return "pip install 'npeff-pipeline[hf]'"
+    if module.partition(".")[0] == "pipeline":
+        return "the package is imported as npeff: from npeff.tasks import Task, Examples"
+    return f"install it, or run npeff in the folder that contains {module}, or add that folder to PYTHONPATH"

@@ -71,6 +71,7 @@ def compute_fishers(run: AnyRun, *, executor: Executor | None = None, progress: 
                 facts = _inspect(run, workers)
                 tick(1)
             _say_what_is_left_out(facts, progress)
+            _say_if_the_sketch_is_too_large(facts, config.fishers.sketch.kind, progress)
             _say_if_it_takes_hours(facts, run.config.executor.workers, progress)
             records, store = _open_fishers(run, facts)
             sums = DiagonalSums(run.partial_results("diagonal"), store.plan.n_shards, records.signature)
@@ -166,6 +167,14 @@ def _say_what_is_left_out(facts: TaskFacts, progress: ProgressDisplay) -> None:
     if named:
         more = f", and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
         progress.say(f"left out of the Fishers: {', '.join(named[:_MOST_NAMED])}{more}")
+
+
+def _say_if_the_sketch_is_too_large(facts: TaskFacts, kind: str, progress: ProgressDisplay) -> None:
+    if kind != "identity" and facts.sketch_dim >= facts.layout.size:
+        progress.say(
+            f"fishers.sketch: {facts.sketch_dim:,} coordinates for {facts.layout.size:,} parameters: "
+            "{kind: identity} is exact, and the later stages take less time"
+        )
 
 
 def _say_if_it_takes_hours(facts: TaskFacts, workers: int, progress: ProgressDisplay) -> None:
