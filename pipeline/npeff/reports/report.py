@@ -148,6 +148,7 @@ def _page(store: ComponentStore, top_examples: int) -> dict[str, Any]:
         "most_trace_ratio": MOST_TRACE_RATIO,
         "ratio_charts": _ratio_charts(found),
         "selectivity": selectivity_charts(store.table("selectivity")) if tables.has("selectivity") else [],
+        "selectivity_error": tables.record("verify").get("selectivity_error"),
         "selectivity_side": SIDE,
         "removals": joint_ablations(store.table("joint_ablation").to_pylist()) if tables.has("joint_ablation") else [],
         "comparison": _comparison(store),

@@ -5,7 +5,7 @@ Legend: N examples, n examples of a query, R rank, C classes, D sketch dimension
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,20 @@ class StoredSketches:
         path: The Fisher store.
         checksums: Checksum of every stored shard.
         layout: The parameters of the factors.
+        count: Function that returns the numbers of predictions of examples. It is called if examples have several.
 
     Raises:
         StoreError: The store is missing or damaged. Factors that do not fit in memory are read without their checksums.
     """
 
-    def __init__(self, path: Path, checksums: Mapping[int, ShardChecksums], layout: ParameterLayout) -> None:
+    def __init__(
+        self,
+        path: Path,
+        checksums: Mapping[int, ShardChecksums],
+        layout: ParameterLayout,
+        count: Callable[[NDArray[np.int64]], NDArray[np.int64]],
+    ) -> None:
+        self._count = count
         self._store, self._checksums = FisherStore.open(path), checksums
         self._labels = self._store.attrs["labels"]
         self._kept: dict[str, NDArray[Any]] | None = None
@@ -74,7 +82,11 @@ class StoredSketches:
         return result
 
     def effects(self, examples: NDArray[np.int64], sketches: Sequence[NDArray[np.float64]]) -> list[Linearized]:
-        """Predict the effects of directions on examples, from the sketches (D,) of the directions."""
+        """Predict the effects of directions on examples, from the sketches (D,) of the directions.
+
+        The Fisher of an example is a sum over its predictions, and the effect of a step is their mean, as that of
+        `Predictions.kl`.
+        """
         directions_Dd = np.stack(sketches, axis=1).astype(np.float32)
         n_at_once = max(1, len(examples))
         if not self._is_kept:
@@ -84,6 +96,9 @@ class StoredSketches:
             products_nRd, rows = self._products(examples[start : start + n_at_once], directions_Dd)
             products_nRd = products_nRd.astype(np.float64) * np.sqrt(rows["frobenius_norms"])[:, None, None]
             factors_nCR = self._label_factors(rows, products_nRd.shape[1])
+            if not self.with_logits:  # which are stored if every example has one prediction
+                counts_n = np.maximum(self._count(examples[start : start + n_at_once]), 1)
+                products_nRd /= np.sqrt(counts_n)[:, None, None]
             parts.append([self._linearized(each_nR, rows, factors_nCR) for each_nR in np.moveaxis(products_nRd, 2, 0)])
         return [_joined(each) for each in zip(*parts, strict=True)]
 

@@ -33,7 +33,7 @@ from npeff.statistics.ratio_intervals import rank_correlation
 from npeff.store.component_store import open_factorization
 from npeff.store.direction_store import DirectionStore
 from npeff.store.tables import rows_to_columns, write_table
-from npeff.tasks import TaskError
+from npeff.tasks import IGNORED, TaskError
 from npeff.verification import another_component, baseline_examples, random_direction, top_examples
 
 LEAST_OVERLAP = 0.05
@@ -80,15 +80,20 @@ class Hypothesis:
     """Number of examples that were passed through the model to determine the sign."""
 
 
+_COUNTED = 64
+"""Number of examples in a batch whose predictions are counted, without a pass through the model."""
+
+
 class VerificationWorker:
     """Verifies components, one component per call."""
 
     def __init__(self, model: ModelSpec, paths: VerificationPaths, options: VerificationOptions) -> None:
         self._loaded = model.load()
+        self._counted: dict[int, int] = {}
         self._paths, self._options = paths, options
         factorization = open_factorization(paths.factorization)
         self._coefficients_NK, self._components_KD = factorization.read_coefficients(), factorization.read_components()
-        self._sketches = StoredSketches(paths.fishers, paths.shards, self._loaded.layout)
+        self._sketches = StoredSketches(paths.fishers, paths.shards, self._loaded.layout, self._numbers_of_predictions)
         scores_NK = factorization.read_evidence() if options.by_evidence else self._coefficients_NK
         assert scores_NK is not None  # the stage has made sure that the evidence is stored
         self._scores_NK = scores_NK
@@ -124,6 +129,12 @@ class VerificationWorker:
             file = self._paths.file(table, component)
             write_table(file, table, rows_to_columns(rows, table), self._paths.lineage)
         return tables["verification"]
+
+    def _numbers_of_predictions(self, examples: NDArray[np.int64]) -> NDArray[np.int64]:
+        for chosen in self._loaded.batches([each for each in examples.tolist() if each not in self._counted], _COUNTED):
+            targets = self._loaded.targets(self._loaded.batch(chosen), chosen).reshape(len(chosen), -1)
+            self._counted |= zip(chosen, targets.ne(IGNORED).sum(dim=1).tolist(), strict=True)
+        return np.array([self._counted[each] for each in examples.tolist()], dtype=np.int64)
 
     def _hypothesis(self, component: int, direction: Direction) -> Hypothesis:
         """Return what is tested: the direction, its informative sign, the controls and the examples."""

@@ -1,0 +1,28 @@
+"""Predicted effects on examples with several predictions are means over the predictions, as measured ones are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import npeff
+from npeff.runs.config import RunConfig
+from npeff.runs.directory import RunDirectory
+from npeff.store.tables import read_table
+
+
+def test_predicted_and_measured_effects_are_of_the_same_size(tmp_path: Path) -> None:
+    document = {
+        "run_dir": str(tmp_path / "run"),
+        "task": {"name": "compiled-rules", "options": {"n_examples": 60, "separate_outputs": True}},
+        "fishers": {"labels": "sampled", "rank": 48, "sketch": {"kind": "tensorsketch", "dim": 1024}},
+        "factorization": {"n_components": 3, "stability_examples": 0, "max_iterations": 10},
+        "verification": {"top_examples": 4, "baseline_examples": 8, "target_kl": 0.001},
+        "executor": {"kind": "serial"},
+    }
+    run = RunDirectory.create(RunConfig.model_validate(document))
+    for stage in (npeff.compute_fishers, npeff.factorize, npeff.lift, npeff.verify):
+        stage(run)
+    rows = read_table(run.table("selectivity"), "selectivity").to_pylist()
+    checked = [row["kl"] / row["kl_checked"] for row in rows if row["kl_checked"]]
+    assert checked
+    assert 0.5 < sorted(checked)[len(checked) // 2] < 2, "an example has eight predictions"
