@@ -34,6 +34,22 @@ def text_run(folder: Path) -> RunDirectory:
     return complete(folder, "huggingface-sequence-classification", {"data": data, **options})
 
 
+def image_run(folder: Path) -> RunDirectory:
+    """Classification of images with a tiny ViT."""
+    from transformers import AutoModelForImageClassification, ViTConfig
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    names = {"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}}
+    tiny.save_model(
+        folder / "model", AutoModelForImageClassification, ViTConfig(image_size=8, patch_size=4, **SMALL, **names)
+    )
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder / "model")
+    columns = {"photo": [tiny.png(i) for i in range(N_ROWS)], "animal": ["cat", "dog"] * (N_ROWS // 2)}
+    data = tiny.write(folder / "images.parquet", columns)
+    options = {"image_column": "photo", "label_column": "animal"}
+    return complete(folder, "huggingface-image-classification", {"data": data, **options})
+
+
 def complete(folder: Path, task: str, options: dict[str, Any]) -> RunDirectory:
     settings = {
         "run_dir": str(folder / "run"),

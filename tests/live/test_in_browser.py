@@ -15,6 +15,7 @@ from npeff.live.queries import forms
 from npeff.live.server import LiveServer
 from npeff.live.templates import style
 from npeff.query.components import ComponentStore
+from npeff.store.annotations import Annotation, write_annotations
 
 pytestmark = pytest.mark.process
 
@@ -149,6 +150,17 @@ def test_names_are_edited_on_the_page(browser: Browser, make_run) -> None:
         wait(browser, "document.readyState === 'complete' && document.querySelector('.given') !== null")
         assert browser.evaluate("document.querySelector('.given').textContent") == "<b>round</b> digits"
         assert browser.complaints == []
+
+
+def test_the_components_of_an_example_fit_their_panel(browser: Browser, make_run) -> None:
+    path = make_run(n_components=4).path
+    named = {number: Annotation("a name of many words " * 2, None) for number in range(4)}
+    write_annotations(ComponentStore.open(path).run, named)
+    for server in running(path):
+        browser.open(server.address)
+        browser.open(f"http://127.0.0.1:{server.port}/example/3", width=1400)
+        table = "document.querySelector('.scroll[aria-label=Components]')"
+        assert browser.evaluate(f"{table}.scrollWidth <= {table}.clientWidth")
 
 
 def test_the_lines_of_texts_are_kept(browser: Browser, tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from npeff.live.component_map import METHODS, SIDE, component_map, examples_similarity, placed
+from npeff.live.component_map import HEIGHT, METHODS, WIDTH, component_map, examples_similarity, placed
 from npeff.live.histogram import histogram
-from npeff.live.overview import chosen, columns
+from npeff.live.overview import chosen, columns, common_prefix
 from npeff.live.pages import View
 from npeff.live.snapshot import Snapshot
 from npeff.live.workspace import Workspace
@@ -56,10 +57,45 @@ def test_similar_components_are_near_each_other_on_the_map(method: str) -> None:
 
 def test_a_map_is_drawn_inside_its_square_whatever_is_found(snapshot: Snapshot) -> None:
     places, cards = snapshot.places("directions", "pca"), snapshot.cards
-    everything = component_map(places, cards, [""] * 12).points
+    whole = component_map(places, cards, [""] * 12)
+    everything = whole.points
+    assert HEIGHT == whole.height <= whole.width <= WIDTH
+    assert component_map(places * [9, 1], cards, [""] * 12).width == WIDTH
     some = component_map(places, cards[3:5], ["", ""]).points
     assert {(point.component, point.x, point.y) for point in some} < {(p.component, p.x, p.y) for p in everything}
-    assert all(point.x - point.radius >= 0 and point.x + point.radius <= SIDE for point in everything)
+    assert all(point.x - point.radius >= 0 and point.x + point.radius <= whole.width for point in everything)
+    assert all(point.y - point.radius >= 0 and point.y + point.radius <= HEIGHT for point in everything)
+
+
+def test_numbers_on_the_map_cover_neither_each_other_nor_other_points(snapshot: Snapshot) -> None:
+    """Numbers of 12 components that are all in one place, or in two rows."""
+    cards = snapshot.cards
+    crowded = component_map(np.zeros((12, 2)), cards, [""] * 12).points
+    assert sum(point.number is not None for point in crowded) <= 4
+    rows = np.stack([np.arange(12) % 6, np.arange(12) // 6 * 0.2], axis=1)
+    spread = component_map(rows, cards, [""] * 12).points
+    assert all(point.number is not None for point in spread)
+    width = {"middle": (-0.5, 0.5), "start": (0, 1), "end": (-1, 0)}
+    boxes = [
+        [place.x + 7 * len(str(point.component)) * side for side in width[place.anchor]] + [place.y - 9, place.y]
+        for point in spread
+        if (place := point.number) is not None
+    ]
+    for i, one in enumerate(boxes):
+        for other in boxes[:i]:
+            apart = one[0] >= other[1] or other[0] >= one[1] or one[2] >= other[3] or other[2] >= one[3]
+            assert apart, (one, other)
+
+
+def test_the_common_beginning_of_the_parameters_is_left_out_but_for_two_parts() -> None:
+    def prefix(*names: str) -> str:
+        cards = [SimpleNamespace(top_parameter=SimpleNamespace(name=name)) for name in names]
+        return common_prefix(SimpleNamespace(cards=[*cards, SimpleNamespace(top_parameter=None)]))  # type: ignore[arg-type]
+
+    assert prefix("model.encoder.0.weight", "model.encoder.1.weight", "model.encoder.0.bias") == "model.encoder."
+    assert prefix("model.layer1.weight", "model.layer2.weight") == "model."
+    assert prefix("a.b.c.weight", "a.b.c.weight") == "a.b."
+    assert prefix("a.weight", "b.weight") == prefix("weight") == prefix() == ""
 
 
 def test_the_table_is_sorted_with_missing_values_last(snapshot: Snapshot) -> None:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import http.client
+import io
+import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,15 +18,17 @@ import numpy as np
 import pytest
 from live_server import Reply, ask, header, raw, running
 from npeff.live.model import RunModel
+from npeff.live.model_client import ModelError
 from npeff.live.own_example import OwnExampleError, fields_of, options_for, written
 from npeff.live.server import LiveServer
 from npeff.query.components import ComponentStore
 from npeff.runs.directory import RunDirectory
+from PIL import Image
 from pyarrow.parquet import read_table
 
 pytest.importorskip("transformers", reason="needs pip install 'npeff-pipeline[hf]'")
 
-from live.model_run import sentences, text_run
+from live.model_run import N_ROWS, image_run, sentences, text_run
 from tasks import tiny
 
 pytestmark = pytest.mark.process
@@ -28,6 +37,11 @@ pytestmark = pytest.mark.process
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     return text_run(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    return image_run(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +118,90 @@ def test_a_step_is_a_page_with_both_groups(server: LiveServer) -> None:
     assert form.status == 200
     assert 'type="range"' in form.text
     page = ask(server, "/step?component=1&eps=-1.5").text
-    assert "Other examples" in page
+    assert "2 other examples</h2>" in page
     assert page.count('<th scope="row"><a href="/example/') == 6
     for wrong in ("4", "nan", "x", "1e9"):
         assert ask(server, f"/step?component=1&eps={wrong}").status == 404
+
+
+def test_a_step_shows_its_examples_and_the_numbers_of_the_card(server: LiveServer, texts: RunDirectory) -> None:
+    store = ComponentStore.open(texts.path)
+    page = ask(server, "/step?component=1&eps=1").text
+    shown = [html.escape(sentences()[int(n)]) for n in re.findall(r">row-(\d+)</a>", page)]
+    assert len(shown) == 6
+    assert re.findall(r'<span class="snippet">([^<]*)</span>', page) == shown
+    assert re.findall(r"Mean KL of the (\d+) (\w+) examples shown", page) == [("4", "top"), ("2", "other")]
+    wanted = {("examples", "held_out"), ("sign", 1)}
+    (row,) = (row for row in store.verification(1).to_pylist() if wanted <= {*row.items()})
+    assert f"are of the {row['n_top']} top examples of the verification (held out)" in page
+    assert f"at a step of +1.00 is {row['kl_top']:.3f} nats" in page
+    assert "step of −1.00" in ask(server, "/step?component=1&eps=-2").text
+
+
+def test_pictures_and_the_label_of_an_own_image_are_shown(images: RunDirectory) -> None:
+    for server in running(images.path):
+        form = ask(server, "/try").text
+        assert re.findall(r"<option>(\w+)</option>", form) == ["cat", "dog"]
+        sent = {"key": key_of(server, "/try"), "column:photo": tiny.png(7)}
+        page = send(server, sent | {"column:animal": ""}).text
+        assert "given label" not in page
+        assert html.escape(f"of the Fishers of the run's {N_ROWS // 4} held-out examples") in html.escape(page)
+        assert "fraction of the sum of its coefficients" in page
+        (image,) = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+        thumbnail = Image.open(io.BytesIO(base64.b64decode(image)))
+        np.testing.assert_array_equal(thumbnail, Image.open(io.BytesIO(tiny.png(7))))
+        answers = [
+            send(server, sent | {"column:animal": name}).text.partition("<p>The prediction is ")[2][:14]
+            for name in ("cat", "dog")
+        ]
+        assert sorted(answers) == ["<b>not</b> the", "the given labe"]
+        step = ask(server, "/step?component=0&eps=1").text
+        assert step.count('<img class="pixelated" src="/image?example=') == 6
+
+
+def test_a_refused_own_example_is_the_form_again_with_one_line(images: RunDirectory) -> None:
+    for server in running(images.path):
+        sent = {"key": key_of(server, "/try"), "column:photo": tiny.png(7), "column:animal": "dog"}
+        for wrong, line in (
+            ({"column:photo": b"no image"}, "This file is not an image that can be read (cannot identify image file)"),
+            ({"column:photo": tiny.png(7)[:60]}, "This file is not an image that can be read"),
+            ({"column:photo": b""}, "Photo has no image: choose a file"),
+            ({"column:animal": "cow"}, "choose one of the classes cat, dog."),
+        ):
+            reply = send(server, sent | wrong)
+            assert reply.status == 400
+            (alert,) = re.findall(r'role="alert">([^<]*)</p>', reply.text)
+            assert line in html.unescape(alert)
+            assert ".parquet" not in alert
+            assert ("<option selected>dog</option>" in reply.text) == ("column:animal" not in wrong)
+            assert "No page" not in reply.text
+        server.live.model_pages.process.ask = lambda do, options: refuse(options["data"])  # type: ignore
+        assert ">The row is odd.</p>" in send(server, sent).text
+
+
+def refuse(path: str) -> dict[str, object]:
+    raise ModelError(f"{path}: the row is odd")
+
+
+def test_an_interrupt_leaves_nothing_of_the_model_behind(texts: RunDirectory) -> None:
+    script = (
+        "import sys; from npeff.live.server import serve\n"
+        "serve(sys.argv[1], 0, 4, lambda line: print(line, flush=True))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(texts.path)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ), start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    port, token = re.findall(r":(\d+)/\?token=(\S+)", process.stdout.readline())[0]
+    connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=120)
+    connection.request("GET", "/step?component=0&eps=1", headers={"Cookie": f"npeff-{port}={token}"})
+    assert b"Mean KL" in connection.getresponse().read()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    rest, complaints = process.communicate(timeout=60)
+    assert (process.returncode, rest) == (0, "stopped\n")
+    assert "leaked" not in complaints
+    assert "Traceback" not in complaints
 
 
 def test_the_process_of_the_model_is_one_and_its_end_is_told(server: LiveServer) -> None:
@@ -136,6 +230,18 @@ def test_an_image_is_a_file_of_the_form(tmp_path: Path) -> None:
     for given in ({}, {"photo": ""}, {"photo": "/etc/hostname"}):
         with pytest.raises(OwnExampleError, match="has no image"):
             written(fields, given, tmp_path / "one.parquet")
+
+
+def test_a_label_is_a_class_by_its_name(tmp_path: Path) -> None:
+    options = {"data": "d", "text_columns": ["text"], "label_column": "class"}
+    (text, label) = fields = fields_of("t", options, ["7", "b"])
+    assert (text.classes, label.classes) == ((), ("7", "b"))
+    written(fields, {"text": "a", "class": "7"}, tmp_path / "one.parquet")
+    assert read_table(tmp_path / "one.parquet")["class"].to_pylist() == ["7"], "the name 7, not the class 7"
+    with pytest.raises(OwnExampleError, match="choose one of the classes 7, b"):
+        written(fields, {"text": "a", "class": "0"}, tmp_path / "one.parquet")
+    written(fields_of("t", options), {"text": "a", "class": "7"}, tmp_path / "one.parquet")
+    assert read_table(tmp_path / "one.parquet")["class"].to_pylist() == [7]
 
 
 def test_a_task_without_a_table_says_so() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,17 @@ from numpy.typing import NDArray
 
 from npeff.reports.cards import Card
 
-SIDE = 460.0
+WIDTH, HEIGHT = 820.0, 440.0
+"""Largest width, and height, of a map in SVG user units. A map is as wide as its points need."""
 _MARGIN = 26.0
+_DIGIT, _UP = 7.0, 4.5
+"""Width of a digit, and half of its height."""
 _BLOCK = 16_384
 _LEAST = 3
 """Least number of components of a map."""
+
+_Box = tuple[float, float, float, float]
+"""Left, top, right and bottom of a rectangle."""
 
 
 def examples_similarity(coefficients_NK: Any) -> NDArray[np.float64]:
@@ -70,6 +76,15 @@ def placed(similarity_KK: NDArray[np.float64], method: str) -> NDArray[np.float6
 
 
 @dataclass(frozen=True)
+class Number:
+    """Where the number of a component is written, in SVG user units."""
+
+    x: float
+    y: float
+    anchor: str
+
+
+@dataclass(frozen=True)
 class Point:
     """A component on the map, in SVG user units."""
 
@@ -80,13 +95,16 @@ class Point:
     verdict: str
     """Class of the style: whether the component is above the controls."""
     label: str
+    number: Number | None
+    """Where its number is written; None if every place would cover another number or point."""
 
 
 @dataclass(frozen=True)
 class ComponentMap:
     """A map to draw."""
 
-    side: float
+    width: float
+    height: float
     points: list[Point]
 
 
@@ -98,17 +116,59 @@ def component_map(places_K2: NDArray[np.float64], cards: list[Card], labels: lis
         cards: The components to draw.
         labels: What is said about each of them.
     """
+    size_2 = np.array([WIDTH, HEIGHT])
     low, high = places_K2.min(axis=0), places_K2.max(axis=0)
-    unit = (SIDE - 2 * _MARGIN) / max(float((high - low).max()), 1e-12)
-    middle = (low + high) / 2
+    unit = float(((size_2 - 2 * _MARGIN) / np.maximum(high - low, 1e-12)).min())  # distances have one scale
+    width = float(np.round(np.clip(unit * (high - low)[0] + 2 * _MARGIN, HEIGHT, WIDTH)))
+    middle, centre_2 = (low + high) / 2, np.array([width, HEIGHT]) / 2
     most = max((card.row["mass"] for card in cards), default=0.0) or 1.0
     points = []
     for card, label in zip(cards, labels, strict=True):
-        x, y = (SIDE / 2 + unit * (places_K2[card.component] - middle)).round(1).tolist()
-        points.append(
-            Point(card.component, x, y, round(4 + 9 * (card.row["mass"] / most) ** 0.5, 1), _verdict(card), label)
-        )
-    return ComponentMap(SIDE, sorted(points, key=lambda point: -point.radius))
+        x, y = (centre_2 + unit * (places_K2[card.component] - middle)).round(1).tolist()
+        radius = round(4 + 9 * (card.row["mass"] / most) ** 0.5, 1)
+        points.append(Point(card.component, x, y, radius, _verdict(card), label, None))
+    return ComponentMap(width, HEIGHT, _numbered(sorted(points, key=lambda point: -point.radius)))
+
+
+def _numbered(points: list[Point]) -> list[Point]:
+    """Return the points with places of their numbers, beside the points and clear of each other and of other points.
+
+    Args:
+        points: The points, those that are more important first.
+    """
+    found, n_points = [], len(points)
+    boxes = np.full((2 * n_points, 4), np.nan)  # of the points and of their numbers; NaN overlaps nothing
+    boxes[:n_points] = [_box(point.x, point.y, point.radius, point.radius) for point in points]
+    for k, point in enumerate(points):
+        others = np.delete(boxes, k, axis=0)
+        free = ((box, place) for box, place in _beside(point) if not _overlap(box, others))
+        box, number = next(free, (boxes[n_points + k], None))
+        boxes[n_points + k] = box
+        found.append(replace(point, number=number))
+    return found
+
+
+def _beside(point: Point) -> list[tuple[_Box, Number]]:
+    """Return the places for the number of a point, the preferred one first: above, below, right and left of it."""
+    half, away = _DIGIT * len(str(point.component)) / 2, point.radius + 3
+    x, y = point.x, point.y
+    places = [(x, y - away - _UP, "middle"), (x, y + away + _UP, "middle")]
+    places += [(x + away + half, y, "start"), (x - away - half, y, "end")]
+    found = []
+    for centre_x, centre_y, anchor in places:
+        at = {"middle": centre_x, "start": centre_x - half, "end": centre_x + half}[anchor]
+        box = _box(centre_x, centre_y, half, _UP)
+        found.append((box, Number(round(at, 1), round(centre_y + _UP, 1), anchor)))
+    return found
+
+
+def _box(x: float, y: float, half_width: float, half_height: float) -> _Box:
+    return x - half_width, y - half_height, x + half_width, y + half_height
+
+
+def _overlap(box: _Box, others: NDArray[np.float64]) -> bool:
+    left, top, right, bottom = others.T
+    return bool(((box[0] < right) & (left < box[2]) & (box[1] < bottom) & (top < box[3])).any())
 
 
 def can_be_drawn(n_components: int) -> bool:

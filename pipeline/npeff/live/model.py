@@ -6,6 +6,7 @@ torch.
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import sys
@@ -13,15 +14,18 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import cached_property
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pyarrow.parquet import read_table
 
 from npeff.errors import NpeffError, hide_value_of, printable_traceback, without_values
 from npeff.factorization import ExampleShard
 from npeff.fisher import PerExampleFishers
+from npeff.live.own_example import OwnExampleError
 from npeff.models.loaded import LoadedModel
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
@@ -35,6 +39,7 @@ from npeff.store.direction_store import DirectionStore
 from npeff.store.fisher_store import FisherStore
 from npeff.store.task_files import task_files
 from npeff.tasks import load_task
+from npeff.tasks.huggingface.images import FORMATS, ImageError, read_image
 from npeff.variables import resolved
 from npeff.verification import StepSize, moved
 
@@ -97,8 +102,20 @@ class RunModel:
 
         Returns:
             ``coefficients`` and ``explained``, the fraction of the Fisher that they explain; ``classes`` with the
-            largest probabilities; ``id`` and ``text`` of the example.
+            largest probabilities; ``text`` of the example, its ``image`` as a PNG in base64, the name of its ``label``,
+            and whether the most probable class is the label (``correct``), or None.
+
+        Raises:
+            OwnExampleError: The image cannot be read.
+            NpeffError: The task refuses the data.
         """
+        try:
+            return self._example(options)
+        except NpeffError:
+            _check_image(options)  # which says more to a person who has no table
+            raise
+
+    def _example(self, options: dict[str, Any]) -> dict[str, Any]:
         config = self._run.config
         if (kind := config.factorization.kind) != "fishers":
             raise RunDirectoryError(f"components of kind {kind} have no coefficients of new examples")
@@ -118,9 +135,9 @@ class RunModel:
         return {
             "coefficients": shard.coefficients_NK[0].double().cpu().tolist(),
             "explained": 1 - misfit / square if square > 0 else None,
-            "classes": self._classes(loaded),
-            "id": row["id"],
             "text": row.get("text"),
+            "image": base64.b64encode(image).decode() if (image := row.get("image")) else None,
+            **self._prediction(loaded, row.get("label")),
         }
 
     def step(self, component: int, step: float, groups: dict[str, list[int]]) -> dict[str, Any]:
@@ -160,16 +177,20 @@ class RunModel:
             examples = task.examples(task_files(spec.cache))
         return LoadedModel(spec, task, self._loaded.model, examples, self._loaded.device)
 
-    def _classes(self, loaded: LoadedModel) -> list[dict[str, Any]]:
-        """Return the most probable classes of the first example's first prediction."""
+    def _prediction(self, loaded: LoadedModel, label: int | None) -> dict[str, Any]:
+        """Return the most probable classes of the first example's first prediction, and its label."""
         logits_C = loaded.predict([0], 1).logits[0][0]
         found = logits_C.double().softmax(-1).topk(min(CLASSES_SHOWN, len(logits_C)))
         numbers = found.indices.tolist()
         names = self._loaded.class_texts(numbers)
-        return [
+        classes = [
             {"name": str(number) if name is None else name, "p": p}
             for number, name, p in zip(numbers, names, found.values.tolist(), strict=True)
         ]
+        if label is None:
+            return {"classes": classes, "label": None, "correct": None}
+        name = self._loaded.class_texts([label])[0]
+        return {"classes": classes, "label": str(label) if name is None else name, "correct": numbers[0] == label}
 
     @cached_property
     def _components_KD(self) -> torch.Tensor:
@@ -178,6 +199,18 @@ class RunModel:
     @cached_property
     def _directions(self) -> DirectionStore:
         return DirectionStore.open(self._run.directions, direction_checksums(self._run))
+
+
+def _check_image(options: dict[str, Any]) -> None:
+    """Raise OwnExampleError if the table has an image that cannot be read."""
+    if not (column := options.get("image_column")):
+        return
+    file = read_table(options["data"], columns=[column])[column][0].as_py()
+    try:
+        read_image(file, Path(), "RGB")
+    except ImageError as error:
+        problem = f"this file is not an image that can be read ({error.problem})"
+        raise OwnExampleError(problem, f"choose one of {', '.join(FORMATS)}") from None
 
 
 def _mean(values_n: NDArray[np.float64]) -> float | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 import threading
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -14,6 +16,9 @@ from npeff.live.pages import View
 
 PATIENCE_S = 300.0
 """Time in seconds after which a request fails. The first one loads the model."""
+
+_ENDS_S = 2.0
+"""Time in seconds that the process has to end itself."""
 
 
 class ModelError(NpeffError):
@@ -65,6 +70,8 @@ class ModelProcess:
         process, connection = self._process, self._connection
         self._process = self._connection = None
         if process is not None:
+            process.terminate()  # which lets it release what the operating system keeps, such as semaphores
+            process.join(_ENDS_S)
             process.kill()
             process.join()
         if connection is not None:
@@ -81,6 +88,7 @@ class ModelProcess:
 
 
 def _answer_requests(*arguments: Any) -> None:
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())
     from npeff.live.model import answer_requests  # imports torch, which the other processes do not need
 
     answer_requests(*arguments)

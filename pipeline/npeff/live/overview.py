@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,6 +73,15 @@ def chosen(snapshot: Snapshot, words: str, by: Column, order: str) -> list[Card]
     others = [card for card in cards if _is_missing(by.value(card))]
     key: Callable[[Card], Any] = lambda card: by.value(card)  # noqa: E731
     return sorted(known, key=key, reverse=order == "down") + others
+
+
+def common_prefix(snapshot: Snapshot) -> str:
+    """Return what the names of all parameters in the table begin with, up to a dot, but for the last two parts."""
+    names = {card.top_parameter.name for card in snapshot.cards if card.top_parameter}
+    if not names:
+        return ""
+    levels = itertools.takewhile(lambda of: len(set(of)) == 1, zip(*(name.split(".")[:-2] for name in names)))  # noqa: B905
+    return "".join(f"{part}." for part, *_ in levels)
 
 
 def _is_missing(value: Value) -> bool:

@@ -5,7 +5,7 @@ A task can take such an example if it reads a table, by its option ``data``, wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from npeff.errors import NpeffError
 
 LONGEST_TEXT = 100_000
 """Largest number of characters of a text."""
+_CLASSES_SHOWN = 12
 _OF_THE_ROWS = ("split", "columns", "filter", "id_column", "image_folder")
 """Options that select or rename rows of the table, which the table of one row does not need."""
 _NOT_INPUTS = ("numeric_columns", "category_columns")
@@ -38,25 +39,28 @@ class Field:
     """``list`` is a text with one item per line."""
     option: str
     """The option of the task that names the column."""
+    classes: tuple[str, ...] = ()
+    """For a label, the names of the classes to choose from; empty if the run has no class names."""
 
 
-def fields_of(task: str, options: Mapping[str, Any]) -> list[Field]:
+def fields_of(task: str, options: Mapping[str, Any], classes: Sequence[str] = ()) -> list[Field]:
     """Return the fields for a task.
 
     Args:
         task: Name of the task.
         options: The task's options.
+        classes: The names of the classes by their numbers; empty if there are none.
 
     Raises:
         OwnExampleError: The task reads no table of texts or images.
     """
-    found = [] if "data" not in options else list(_fields(options))
+    found = [] if "data" not in options else list(_fields(options, classes))
     if not any(field.kind in ("text", "list", "image") for field in found):
         raise OwnExampleError(f"the task {task} reads no table of texts or images, so it takes no example of your own")
     return found
 
 
-def _fields(options: Mapping[str, Any]) -> list[Field]:
+def _fields(options: Mapping[str, Any], classes: Sequence[str]) -> list[Field]:
     found = []
     for option, value in options.items():
         if not option.endswith(("_column", "_columns")) or option in (*_NOT_INPUTS, "id_column") or not value:
@@ -65,7 +69,8 @@ def _fields(options: Mapping[str, Any]) -> list[Field]:
         kind: Kind = "image" if option == "image_column" else "label" if option == "label_column" else "text"
         if option == "choice_columns" and len(columns) == 1:
             kind = "list"
-        found += [Field(str(column), kind, option) for column in columns]
+        of = tuple(classes) if kind == "label" else ()
+        found += [Field(str(column), kind, option, of) for column in columns]
     return found
 
 
@@ -78,7 +83,7 @@ def written(fields: list[Field], given: Mapping[str, str | bytes], path: Path) -
         path: The Parquet file to write.
 
     Raises:
-        OwnExampleError: A text is too long, or there is no image.
+        OwnExampleError: A text is too long, a label is not a class, or there is no image.
     """
     columns: dict[str, pa.Array] = {}
     for field in fields:
@@ -93,7 +98,7 @@ def written(fields: list[Field], given: Mapping[str, str | bytes], path: Path) -
             raise OwnExampleError(f"{field.column} has {len(text)} characters: write at most {LONGEST_TEXT}")
         if field.kind == "label":
             if text:
-                columns[field.column] = pa.array([int(text) if _is_number(text) else text])
+                columns[field.column] = pa.array([_label(field, text)])
         elif field.kind == "list":
             columns[field.column] = pa.array([[line for line in text.split("\n") if line]])
         else:
@@ -117,6 +122,14 @@ def options_for(
         if field.kind == "label" and not given.get(field.column):
             del found[field.option]
     return found | {"data": str(path), "limit": 1}
+
+
+def _label(field: Field, text: str) -> int | str:
+    """Return a label as the task reads it: a name of a class if there are names, which is never read as a number."""
+    if field.classes and text not in field.classes:
+        shown = ", ".join(field.classes[:_CLASSES_SHOWN]) + (", …" if len(field.classes) > _CLASSES_SHOWN else "")
+        raise OwnExampleError(f"{field.column} is not a class of this run", f"choose one of the classes {shown}")
+    return int(text) if not field.classes and _is_number(text) else text
 
 
 def _is_number(text: str) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from npeff.errors import NpeffError, without_values
 from npeff.live.model_client import ModelProcess
 from npeff.live.own_example import OwnExampleError, fields_of, options_for, written
 from npeff.live.pages import Page, View
@@ -22,10 +24,13 @@ from npeff.query.errors import QueryError
 from npeff.reports.cards import Card
 from npeff.reports.shifts import StepEffect, step_effect
 from npeff.runs.directory import RunDirectory
+from npeff.statistics.verdict import Verdict
 
 LONGEST_STEP = 3.0
 """Largest step of the slider, in steps of the verification."""
 _EXAMPLES, _SEED = 12, 0
+_MOST_CLASSES = 2000
+"""Largest number of classes in a menu."""
 
 
 class ModelPages:
@@ -44,20 +49,28 @@ class ModelPages:
     def own_example(self, asked: Mapping[str, str]) -> Page:
         """Return the form for an example of one's own."""
         with self._workspace.now() as snapshot:
-            return self._form(snapshot.store, {})
+            return self._form(snapshot, {})
 
     def tried(self, given: Mapping[str, str | bytes]) -> Page:
-        """Return the components of an example of one's own, and the nearest examples.
+        """Return the components of an example of one's own and the nearest examples, or the form with what is wrong.
 
         Args:
             given: Texts and image files by column.
         """
         config = RunDirectory.open(self._view.run_dir, self._view.factorization).config
-        fields = fields_of(config.task.name, config.task.options)
+        with self._workspace.now() as snapshot:
+            classes = _classes(snapshot.store)
         with tempfile.TemporaryDirectory(prefix="npeff-") as folder:
             path = Path(folder) / "example.parquet"
-            written(fields, given, path)
-            found = self.process.ask("example", options=options_for(config.task.options, fields, given, path))
+            try:
+                fields = fields_of(config.task.name, config.task.options, classes)
+                written(fields, given, path)
+                found = self.process.ask("example", options=options_for(config.task.options, fields, given, path))
+            except NpeffError as error:
+                # the table is not the user's
+                problem = without_values(str(error)).replace(f"{path}: ", "").replace(str(path), "the example")
+                with self._workspace.now() as snapshot:
+                    return self._form(snapshot, given, HTTPStatus.BAD_REQUEST, problem)
         with self._workspace.now() as snapshot:
             store, weights_K = snapshot.store, np.array(found["coefficients"])
             order = [k for k in np.argsort(-weights_K, kind="stable").tolist() if weights_K[k] > 0]
@@ -68,26 +81,34 @@ class ModelPages:
             ]
             near = snapshot.nearest(weights_K, _EXAMPLES).to_pylist() if order else []
             return self._form(
-                store,
+                snapshot,
                 given,
                 found=found,
+                summary=snapshot.summary,
                 components=components,
                 cards=snapshot.cards,
                 neighbours=near,
                 pictured=pictured(store, [row["example"] for row in near]),
             )
 
-    def _form(self, store: ComponentStore, given: Mapping[str, str | bytes], **results: Any) -> Page:
+    def _form(
+        self,
+        snapshot: Snapshot,
+        given: Mapping[str, str | bytes],
+        status: int = HTTPStatus.OK,
+        problem: str = "",
+        **results: Any,
+    ) -> Page:
         config = RunDirectory.open(self._view.run_dir, self._view.factorization).config
-        problem, fields = "", []
+        fields = []
         try:
-            fields = fields_of(config.task.name, config.task.options)
+            fields = fields_of(config.task.name, config.task.options, _classes(snapshot.store))
         except OwnExampleError as error:
             problem = str(error)
         shown = {name: value for name, value in given.items() if isinstance(value, str)}
         return page(
-            "try.html.j2", styled=True, view=self._view, key=self._key, fields=fields, given=shown, problem=problem,
-            run_dir=store.run.argument, **({"found": None} | results)
+            "try.html.j2", status, styled=True, view=self._view, key=self._key, fields=fields, given=shown,
+            problem=problem, **({"found": None} | results)
         )  # fmt: skip
 
     def step(self, asked: dict[str, str]) -> Page:
@@ -108,7 +129,10 @@ class ModelPages:
                 "run_dir": snapshot.store.run.argument,
             }
             plan |= {"longest": LONGEST_STEP, "verified": card is not None and bool(_lengths(card))}
-            ids = _ids(snapshot.store, groups)
+            rows = _rows(snapshot.store, groups)
+            ids = {example: str(row["id"]) for example, row in rows.items()}
+            plan |= {"rows": rows, "pictured": pictured(snapshot.store, list(rows)), "sizes": groups}
+            plan["verdict"] = None if card is None or eps is None else _verdict(card, eps)
             tokens = not snapshot.store.class_names()
             several = bool(card) and all(share.prediction is None for card in cards for share in card.mix)
         effects: dict[str, Any] = {}
@@ -161,10 +185,24 @@ def _groups(snapshot: Snapshot, card: Card) -> dict[str, list[int]]:
     return {"top": top, "other": sorted(drawn.tolist())}
 
 
-def _ids(store: ComponentStore, groups: dict[str, list[int]]) -> dict[int, str]:
+def _verdict(card: Card, eps: float) -> Verdict | None:
+    """Return the verification of a component on the split and with the sign of a step; None if there is none."""
+    split, sign = "held_out" if card.held_out else "fit", 1 if eps >= 0 else -1
+    return next((found for found in card.verdicts if (found.examples, found.sign) == (split, sign)), None)
+
+
+def _rows(store: ComponentStore, groups: dict[str, list[int]]) -> dict[int, dict[str, Any]]:
+    """Return the rows of the examples of all groups by their numbers."""
     examples = sorted({example for members in groups.values() for example in members})
     rows = store.describe_examples(examples).to_pylist() if examples else []
-    return {row["example"]: str(row["id"]) for row in rows}
+    return {row["example"]: row for row in rows}
+
+
+def _classes(store: ComponentStore) -> list[str]:
+    """Return the names to choose a label from; none if they do not tell all classes apart."""
+    names = store.class_names()
+    differ = len({name.lower() for name in names.values()}) == len(names)
+    return [names[number] for number in sorted(names)] if differ and 1 < len(names) <= _MOST_CLASSES else []
 
 
 def _effect(

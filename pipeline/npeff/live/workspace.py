@@ -16,7 +16,7 @@ import numpy as np
 from npeff.errors import without_values
 from npeff.live.component_map import METHODS, can_be_drawn, component_map
 from npeff.live.histogram import histogram
-from npeff.live.overview import chosen, columns
+from npeff.live.overview import chosen, columns, common_prefix
 from npeff.live.pages import TEXT, Page, View
 from npeff.live.queries import forms, result, state_of, whole
 from npeff.live.snapshot import Snapshot
@@ -106,6 +106,7 @@ class Workspace:
                 map=component_map(snapshot.places(of, by), cards, labels) if drawable else None,
                 maps=list(snapshot.similarities) if drawable else [],
                 address=_address,
+                prefix=common_prefix(snapshot),
             )
 
     def component(self, asked: dict[str, str]) -> Page:
