@@ -43,7 +43,9 @@ def called(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 
 def run_file(folder: Path, fishers: str = "{labels: sampled, rank: 4}", option: str = "limit: 3") -> Path:
     (folder / "model").mkdir(exist_ok=True)
-    (folder / "model" / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "vocab_size": 50257}')
+    (folder / "model" / "config.json").write_text(
+        '{"architectures": ["GPT2LMHeadModel"], "vocab_size": 50257, "n_positions": 96}'
+    )
     (folder / "model" / "model.safetensors").touch()
     (folder / "data.csv").write_text("text\na b c\n")
     path = folder / "run.yaml"
@@ -103,7 +105,7 @@ def test_init_writes_a_run_file_that_is_valid(
     assert code == 0
     assert out.splitlines()[-1] == "next: npeff estimate lm.yaml; npeff run lm.yaml"
     config = RunConfig.from_yaml("lm.yaml")
-    assert config.task.options | {"id_column": "id", "limit": 2000} == config.task.options
+    assert config.task.options | {"id_column": "id", "limit": 2000, "max_length": 96} == config.task.options
     assert (config.run_dir, config.fishers.labels, config.fishers.rank) == ("runs/lm", "sampled", 4)
     assert config.parameters.exclude == ("*wte*",)
     assert config.lift.dtype == "float16", "32 directions of 128 Mi parameters in float32 take 16 GiB"

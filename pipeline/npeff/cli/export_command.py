@@ -111,7 +111,10 @@ def _export_lora(
     rank: int | None,
 ) -> None:
     if (component is None) == (edited is None) or (component is None) != (epsilon is None):
-        raise typer.BadParameter("--what lora needs --component with --epsilon, or --edited")
+        raise typer.BadParameter(
+            "--what lora needs --component with --epsilon, or --edited; `npeff query RUN_DIR verification` has the "
+            "epsilon and the sign of the steps of a component"
+        )
     if error is not None and rank is not None:
         raise typer.BadParameter("give --error or --rank, not both")
     from npeff.interchange.export_lora import export_lora

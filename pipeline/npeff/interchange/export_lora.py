@@ -38,6 +38,8 @@ MEASURED = 64
 """Number of examples on which the error of the logits is measured."""
 
 Edited = Literal["repair", "step"]
+_POOR = 0.2
+"""Relative error of the change of the logits above which a line says that the adapter is not the edit."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,12 @@ class ExportedLora:
 
     def __str__(self) -> str:
         found = self.update
+        poor = self.logits.relative > _POOR
+        advice = ": the adapter is not the edit; a run with only the weights of linear layers has one" if poor else ""
         return (
-            f"rank {found.rank}, {len(found.layers)} layers; the adapter leaves out {found.error:.2g} of the norm of "
-            f"the update ({found.omitted_share:.2g} in other parameters); error of the logits "
-            f"{self.logits.relative:.2g} of their change, at most {self.logits.largest:.2g}"
+            f"rank {found.rank}, {len(found.layers)} layers; the adapter leaves out {found.error:.0%} of the norm of "
+            f"the update ({found.omitted_share:.0%} in other parameters); relative error of the change of the logits "
+            f"{self.logits.relative:.0%}, at most {self.logits.largest:.2g}{advice}"
         )
 
 

@@ -16,6 +16,7 @@ from npeff.tasks.image_folders import image_table
 from npeff.tasks.names import LANGUAGE_MODELS
 from npeff.tasks.proposal import Columns, Proposal, propose
 
+_LONGEST_TEXT = 128
 _MANY = 2000
 """With more examples, a first run with this number of them is proposed."""
 _COMPONENTS, _EXAMPLES_PER_COMPONENT = 32, 40
@@ -81,7 +82,9 @@ def _task(proposal: Proposal, n_rows: int | None) -> list[_Line]:
     if n_rows is not None and n_rows > _MANY:
         lines.append(_Line(f"    limit: {_MANY}", f"of {n_rows:,} rows, for a first run; remove it to use all"))
     if proposal.task in LANGUAGE_MODELS:
-        lines.append(_Line("    max_length: 128", "tokens of a text; longer texts are truncated"))
+        positions = None if proposal.model is None else proposal.model.positions
+        longest = min(_LONGEST_TEXT, positions or _LONGEST_TEXT)
+        lines.append(_Line(f"    max_length: {longest}", "tokens of a text; longer texts are truncated"))
         lines.append(_Line("    # dtype: bfloat16", "on GPUs: half the memory"))
     return lines
 

@@ -101,6 +101,18 @@ class ModelFolder:
                 return int(part["vocab_size"])
         return None
 
+    @property
+    def positions(self) -> int | None:
+        """Largest number of tokens of a text; None if the configuration does not tell."""
+        found = [
+            part[name]
+            for part in (self.config, self.config.get("text_config"))
+            if isinstance(part, dict)
+            for name in ("max_position_embeddings", "n_positions")
+            if isinstance(part.get(name), int)
+        ]
+        return min(found, default=None)
+
     def describe(self) -> str:
         """Return a description for a table."""
         return f"{self.path}: {self.architecture or 'of an unknown class'}"
