@@ -158,7 +158,7 @@ def test_the_command_prints_the_errors_and_refuses_what_does_not_fit(
 ) -> None:
     begin = ("export", run.path, tmp_path / "a", "--what", "lora")
     assert command(*begin, "-c", "0", "--epsilon", "-0.3") == 0
-    assert "error of the logits" in capfd.readouterr().out
+    assert "relative error of the change of the logits" in capfd.readouterr().out
     assert "exists and is not an empty folder" in refused(capfd, *begin, "-c", "0", "--epsilon", "-0.3")
     other = ("export", run.path, tmp_path / "b", "--what", "lora")
     for options, said in (
