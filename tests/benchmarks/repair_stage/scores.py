@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 _DRAWS = 10_000
 _AT_ONCE = 1000
 QUANTITIES = ("mended", "broken", "net", "kl")
-REFERENCE = "repair, whitened"
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Estimate:
 
 
 def estimates(outcomes: dict[str, Sequence[Outcome]]) -> dict[str, dict[str, Estimate]]:
-    """Return the quantities of each method, over all seeds, and the differences of `net` from `REFERENCE`.
+    """Return the quantities of each method, over all seeds, and the differences of `net` from the first method.
 
     The examples are resampled within each seed. All methods of a draw have the same examples.
 
@@ -61,12 +60,13 @@ def estimates(outcomes: dict[str, Sequence[Outcome]]) -> dict[str, dict[str, Est
         outcomes: For each method, one outcome per seed.
     """
     sums: dict[str, NDArray[np.float64]] = {}
-    for seed in range(len(outcomes[REFERENCE])):
+    first = next(iter(outcomes))
+    for seed in range(len(outcomes[first])):
         terms = {name: each[seed].terms() for name, each in outcomes.items()}
         drawn = _resampled(seed, terms)
         sums = {name: sums[name] + drawn[name] if sums else drawn[name] for name in drawn}
     quantities = {name: _quantities(each) for name, each in sums.items()}
-    reference = quantities[REFERENCE]["net"]
+    reference = quantities[first]["net"]
     return {
         name: {key: _estimate(values) for key, values in each.items()}
         | {"net - reference": _estimate(each["net"] - reference)}
@@ -76,7 +76,7 @@ def estimates(outcomes: dict[str, Sequence[Outcome]]) -> dict[str, dict[str, Est
 
 def _resampled(seed: int, terms: dict[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
     """Return the sums of the terms (1 + R, 6). The first row is that of the examples themselves."""
-    generator, n = np.random.default_rng([seed, 1]), len(terms[REFERENCE])
+    generator, n = np.random.default_rng([seed, 1]), len(next(iter(terms.values())))
     rows = {name: [each.sum(0, keepdims=True)] for name, each in terms.items()}
     for _ in range(_DRAWS // _AT_ONCE):
         counts_Rn = generator.multinomial(n, np.full(n, 1 / n), size=_AT_ONCE).astype(np.float64)
