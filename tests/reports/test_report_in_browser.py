@@ -95,7 +95,8 @@ def test_the_page_refuses_scripts_that_are_not_its_own(browser: Browser, run) ->
 def test_headings_sort_the_table_both_ways_with_missing_values_last(browser: Browser, run) -> None:
     browser.open(write_report(run.path))
     headings = browser.evaluate("[...document.querySelectorAll('.sortable th button')].map((b) => b.textContent)")
-    ratios = "[...document.querySelectorAll('.sortable tbody tr')].map((r) => r.cells[7].dataset.value)"
+    place = "[...document.querySelectorAll('.sortable th[scope=col]')].findIndex((h) => h.textContent == 'KL held out')"
+    ratios = f"[...document.querySelectorAll('.sortable tbody tr')].map((r) => r.cells[{place}].dataset.value)"
     click = "document.querySelectorAll('.sortable th button')[6].click()"
     assert headings[6] == "KL held out"
 
