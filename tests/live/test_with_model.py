@@ -138,6 +138,7 @@ def test_a_step_shows_its_examples_and_the_numbers_of_the_card(server: LiveServe
     assert "step of −1.00" in ask(server, "/step?component=1&eps=-2").text
 
 
+@pytest.mark.slow
 def test_pictures_and_the_label_of_an_own_image_are_shown(images: RunDirectory) -> None:
     for server in running(images.path):
         form = ask(server, "/try").text
@@ -159,6 +160,7 @@ def test_pictures_and_the_label_of_an_own_image_are_shown(images: RunDirectory) 
         assert step.count('<img class="pixelated" src="/image?example=') == 6
 
 
+@pytest.mark.slow
 def test_a_refused_own_example_is_the_form_again_with_one_line(images: RunDirectory) -> None:
     for server in running(images.path):
         sent = {"key": key_of(server, "/try"), "column:photo": tiny.png(7), "column:animal": "dog"}
@@ -183,6 +185,7 @@ def refuse(path: str) -> dict[str, object]:
     raise ModelError(f"{path}: the row is odd")
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_nothing_of_the_model_behind(texts: RunDirectory) -> None:
     script = (
         "import sys; from npeff.live.server import serve\n"
@@ -204,6 +207,7 @@ def test_an_interrupt_leaves_nothing_of_the_model_behind(texts: RunDirectory) ->
     assert "Traceback" not in complaints
 
 
+@pytest.mark.slow
 def test_the_process_of_the_model_is_one_and_its_end_is_told(server: LiveServer) -> None:
     process = server.live.model_pages.process
     ask(server, "/step?component=0&eps=1")

@@ -66,6 +66,7 @@ def test_mlflow_starts_another_run_where_the_former_one_is_not(
     assert client.get_experiment(run.info.experiment_id).name == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_wandb_offline_writes_one_run_that_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb", reason="needs pip install wandb")
