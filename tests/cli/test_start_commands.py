@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import signal
 import struct
 import sys
@@ -14,7 +16,6 @@ from npeff.cli.main import main
 from npeff.runs import yaml_text
 from npeff.runs.config import RunConfig
 from npeff.runs.config_reading import ConfigError
-from npeff.stages.new_run_file import _value
 from npeff.stages.validation import validate
 
 RUN = """
@@ -92,13 +93,25 @@ def test_a_cluster_has_other_files(tmp_path: Path) -> None:
     assert validate(config, files=False) == {"task": "huggingface-causal-lm: options only checked"}
 
 
+def write_empty_tensors(path: Path, shapes: dict[str, list[int]]) -> None:
+    """Write a safetensors file of zeros in float32 that takes no space on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(path, 8 + len(text) + end)
+
+
 def test_init_writes_a_run_file_that_is_valid(
     tmp_path: Path, called: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_file(tmp_path).unlink()
-    header = {"lm.wte.weight": {"shape": [50257, 64]}, "lm.mlp.weight": {"shape": [2**14, 2**13]}}
-    text = json.dumps(header).encode()
-    (tmp_path / "model" / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    write_empty_tensors(
+        tmp_path / "model" / "model.safetensors",
+        {"lm.wte.weight": [50257, 64], "lm.mlp.weight": [2**14, 2**13]},
+    )
     (tmp_path / "data.csv").write_text("id,text\n" + "".join(f"{row},a b c\n" for row in range(3000)))
     monkeypatch.chdir(tmp_path)
     code, out, _ = called("init", "--model", "./model", "--data", "data.csv", "--output", "lm.yaml")
@@ -118,11 +131,41 @@ def test_init_writes_a_run_file_that_is_valid(
     assert Path("lm.yaml").read_text() == text
 
 
+def test_the_name_of_a_column_is_never_a_key_of_the_run_file(
+    tmp_path: Path, called: Callable[..., tuple[int, str, str]]
+) -> None:
+    run_file(tmp_path).unlink()
+    write_empty_tensors(tmp_path / "model" / "model.safetensors", {"lm.wte.weight": [2, 2]})
+    (tmp_path / "data.csv").write_text('"x\nseed: 7\ny",text\n1,a b c\n')
+    files = ("--model", tmp_path / "model", "--data", tmp_path / "data.csv", "--output", tmp_path / "lm.yaml")
+    code, _, err = called("init", *files)
+    assert (code, err) == (0, "")
+    assert r"# x\nseed: 7\ny, text" in (tmp_path / "lm.yaml").read_text()
+    assert RunConfig.from_yaml(tmp_path / "lm.yaml").seed == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0{}", b"\x02\0\0\0\0\0\0\0[]"])
+def test_init_refuses_damaged_weights_in_one_line(
+    tmp_path: Path, called: Callable[..., tuple[int, str, str]], content: bytes
+) -> None:
+    run_file(tmp_path).unlink()
+    (tmp_path / "model" / "model.safetensors").write_bytes(content)
+    files = ("--model", tmp_path / "model", "--data", tmp_path / "data.csv", "--output", tmp_path / "lm.yaml")
+    code, _, err = called("init", *files)
+    assert code == 2
+    assert f"cannot read {tmp_path}/model/model.safetensors: " in err
+    assert err.strip().endswith(": save the model again")
+    assert "\n" not in err.strip()
+    assert not (tmp_path / "lm.yaml").exists()
+
+
 @pytest.mark.parametrize(
-    "value", ["plain", "a b", "true", "1", "a: b", "[x", "é", "- a", "", "null", "a #b", "1e5", " a"]
+    "value", ["plain", "a b", "true", "1", "a: b", "[x", "é", "- a", "", "null", "a #b", "1e5", " a", "a\nb"]
 )
 def test_values_of_the_run_file_are_those_that_were_meant(value: str) -> None:
-    assert yaml_text.parse(f"key: {_value(value)}\nkeys: {_value([value, 'b'])}".encode()) == {
+    text = f"key: {yaml_text.flow(value)}\nkeys: {yaml_text.flow([value, 'b'])}"
+    assert text.count("\n") == 1
+    assert yaml_text.parse(text.encode()) == {
         "key": value,
         "keys": [value, "b"],
     }

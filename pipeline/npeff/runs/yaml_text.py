@@ -6,6 +6,7 @@ is a number. Explicit tags, such as ``!!python/object``, are refused.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, NoReturn, cast
 
@@ -69,6 +70,25 @@ def plain_value(text: str) -> str | int | float | bool:
 def write(document: Any) -> str:
     """Return the text of a YAML document, which readers of YAML 1.1 and of YAML 1.2 understand alike."""
     return yaml.dump(document, Dumper=_Dumper, sort_keys=False)
+
+
+def flow(value: Any) -> str:
+    """Return a value on one line, in the flow style of YAML, for a line of a file that has comments."""
+
+    def dumped(quotes: str | None) -> str:
+        text: str = yaml.dump(
+            value,
+            Dumper=_Dumper,
+            default_flow_style=True,
+            default_style=quotes,
+            sort_keys=False,
+            width=math.inf,
+            allow_unicode=True,
+        )
+        return text.removesuffix("\n").removesuffix("\n...")
+
+    text = dumped(None)
+    return text if text.isprintable() else dumped('"')  # only double quotes have escapes for line breaks
 
 
 class _Loader(yaml.SafeLoader):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
-from npeff.tasks.huggingface.model_folder import ModelFolder
+from npeff.errors import printable
+from npeff.runs.yaml_text import flow
 from npeff.tasks.image_folders import image_table
 from npeff.tasks.names import LANGUAGE_MODELS
 from npeff.tasks.proposal import Columns, Proposal, propose
@@ -63,9 +60,9 @@ def new_run_file(
     proposal, n_rows = propose(model, data, task, Columns(text, label, label_names), split), _count_rows(data, split)
     lines = [
         _Line("# Check this file with `npeff validate` and run it with `npeff run`. Columns of the data:"),
-        _Line(f"# {', '.join(proposal.columns)}"),
+        _Line(f"# {printable(', '.join(proposal.columns))}"),
         _Line("# The data are best examples that the model was not trained on."),
-        _Line(f"run_dir: {_value(run_dir)}", "all results; the same command resumes"),
+        _Line(f"run_dir: {flow(run_dir)}", "all results; the same command resumes"),
         *_task(proposal, n_rows),
         *_parameters(proposal),
         *_fishers(proposal),
@@ -77,7 +74,7 @@ def new_run_file(
 def _task(proposal: Proposal, n_rows: int | None) -> list[_Line]:
     lines = [_Line("task:"), _Line(f"  name: {proposal.task}"), _Line("  options:")]
     lines += [
-        _Line(f"    {name}: {_value(value)}", proposal.notes.get(name, "")) for name, value in proposal.options.items()
+        _Line(f"    {name}: {flow(value)}", proposal.notes.get(name, "")) for name, value in proposal.options.items()
     ]
     if n_rows is not None and n_rows > _MANY:
         lines.append(_Line(f"    limit: {_MANY}", f"of {n_rows:,} rows, for a first run; remove it to use all"))
@@ -92,11 +89,11 @@ def _task(proposal: Proposal, n_rows: int | None) -> list[_Line]:
 def _parameters(proposal: Proposal) -> list[_Line]:
     if proposal.model is None:
         return []
-    names = _tensor_sizes(proposal.model)
-    exclude = [glob for glob in _left_out(proposal) if names is None or any(fnmatchcase(name, glob) for name in names)]
+    names = proposal.model.tensor_sizes()
+    exclude = [glob for glob in _left_out(proposal) if not names or any(fnmatchcase(name, glob) for name in names)]
     words = "normalizations" if proposal.task == _IMAGES else "embeddings, normalizations and outputs over a vocabulary"
     comment = f"leaves out {words}; `npeff estimate --parameters` lists all"
-    return [_Line(f'parameters: {{include: ["*"], exclude: {_value(exclude)}}}', comment)] if exclude else []
+    return [_Line(f'parameters: {{include: ["*"], exclude: {flow(exclude)}}}', comment)] if exclude else []
 
 
 def _left_out(proposal: Proposal) -> tuple[str, ...]:
@@ -118,30 +115,13 @@ def _factorization(proposal: Proposal, n_rows: int | None) -> list[_Line]:
     if n_rows is not None:
         components = min(components, max(4, n_rows // _EXAMPLES_PER_COMPONENT))
     lines = [_Line(f"factorization: {{n_components: {components}}}", "`npeff select` compares numbers of components")]
-    sizes = None if proposal.model is None else _tensor_sizes(proposal.model)
-    if sizes is not None:
-        globs = _left_out(proposal)
-        kept = sum(size for name, size in sizes.items() if not any(fnmatchcase(name, glob) for glob in globs))
-        if (needed := 4 * components * kept) > _LARGE_DIRECTIONS:
-            comment = f"directions of {needed / 2**31:.0f} GiB on disk instead of {needed / 2**30:.0f}"
-            lines.append(_Line("lift: {dtype: float16}", comment))
+    sizes = {} if proposal.model is None else proposal.model.tensor_sizes()
+    globs = _left_out(proposal)
+    kept = sum(size for name, size in sizes.items() if not any(fnmatchcase(name, glob) for glob in globs))
+    if (needed := 4 * components * kept) > _LARGE_DIRECTIONS:
+        comment = f"directions of {needed / 2**31:.0f} GiB on disk instead of {needed / 2**30:.0f}"
+        lines.append(_Line("lift: {dtype: float16}", comment))
     return lines
-
-
-def _tensor_sizes(model: ModelFolder) -> dict[str, int] | None:
-    """Return the number of entries of every tensor of a model, from the headers of its safetensors files.
-
-    Returns:
-        The numbers by name; None if the folder has no such files.
-    """
-    files = sorted(model.path.glob("*.safetensors")) if model.path.is_dir() else []
-    sizes: dict[str, int] = {}
-    for file in files:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header: dict[str, Any] = json.loads(stream.read(length))
-        sizes |= {name: math.prod(each["shape"]) for name, each in header.items() if name != "__metadata__"}
-    return sizes or None
 
 
 def _count_rows(data: str, split: str | None) -> int | None:
@@ -163,17 +143,3 @@ def _count_rows(data: str, split: str | None) -> int | None:
             lines = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(2**20), b""))
         return max(0, lines - (path.suffix != ".jsonl"))
     return None
-
-
-def _value(value: Any) -> str:
-    """Return a value in the flow style of YAML."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return "[" + ", ".join(map(_value, value)) + "]"
-    return json.dumps(value, ensure_ascii=False) if _needs_quotes(str(value)) else str(value)
-
-
-def _needs_quotes(text: str) -> bool:
-    plain = text.replace("_", "a").replace("/", "a").replace(".", "a").replace("-", "a").replace(" ", "a")
-    return not (plain.isalnum() and text[0].isalpha() | (text[0] in "/.") and text == text.strip()) or text.lower() in (
-        *("true", "false", "null", "yes", "no", "on", "off"),
-    )

@@ -16,7 +16,7 @@ from typing import Any
 
 from npeff.tasks.errors import TaskError
 from npeff.tasks.huggingface.model_folder import ModelFolder, check_kind
-from npeff.tasks.huggingface.options import PretrainedOptions
+from npeff.tasks.huggingface.options import MultipleChoiceOptions, PretrainedOptions
 from npeff.tasks.names import BUILT_IN, OPTIONS, how_to_import, present_path
 from npeff.tasks.option_types import check_types
 from npeff.tasks.tables import LabelOptions, TableOptions, distinct_names
@@ -82,7 +82,7 @@ def _check_names(name: str, options: Collection[str], known: Collection[str]) ->
 def _check_files(name: str, options: TableOptions) -> Facts:
     facts, model = {}, None
     if isinstance(options, PretrainedOptions):
-        model = ModelFolder.of(options)
+        model = ModelFolder.read(options.model)
         facts["model"] = f"{options.model}: on the hub, not checked" if model is None else model.describe()
         if model is not None and options.adapter is None:
             check_kind(name, model)
@@ -94,7 +94,7 @@ def _check_files(name: str, options: TableOptions) -> Facts:
     if isinstance(options, LabelOptions):
         column = options.named_columns().get("label_column", [])
         names = options.label_names or (model.class_names if model is not None else None)
-        if column and names and not hasattr(options, "choice_columns"):
+        if column and names and not isinstance(options, MultipleChoiceOptions):
             found = options.labels(head, column[0], distinct_names(names))
             known = sum(label is not None for label in found)
             facts["labels"] = f"{known:,} of the first {len(head):,} rows have one of {len(names):,} classes"

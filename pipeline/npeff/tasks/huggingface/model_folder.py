@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from typing import Any
 
 from npeff.errors import as_one_line
 from npeff.tasks.errors import TaskError
-from npeff.tasks.huggingface.options import PretrainedOptions
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WEIGHTS = (".safetensors", ".bin")
@@ -37,17 +37,12 @@ class ModelFolder:
     """The content of ``config.json``."""
 
     @classmethod
-    def of(cls, options: PretrainedOptions) -> ModelFolder | None:
-        """Return the folder of a model; None if the model is one of the hub.
+    def read(cls, model: str) -> ModelFolder | None:
+        """Return the folder ``model``; None if it is the id of a model of the hub.
 
         Raises:
             TaskError: There is no such folder, or it has no readable configuration or no weights.
         """
-        return cls.read(options.model)
-
-    @classmethod
-    def read(cls, model: str) -> ModelFolder | None:
-        """Return the folder ``model``, as `of` does."""
         path = Path(model)
         if not path.exists():
             if _HUB_ID.fullmatch(model) and not model.startswith("."):
@@ -112,6 +107,25 @@ class ModelFolder:
             if isinstance(part.get(name), int)
         ]
         return min(found, default=None)
+
+    def tensor_sizes(self) -> dict[str, int]:
+        """Return the number of entries of every tensor by name, from the headers of the safetensors files.
+
+        The result is empty if there are no such files.
+
+        Raises:
+            TaskError: A file cannot be read.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        sizes: dict[str, int] = {}
+        for path in sorted(self.path.glob("*.safetensors")):
+            try:
+                with safe_open(path, framework="np") as file:
+                    sizes |= {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            except (OSError, SafetensorError) as error:
+                raise TaskError(f"cannot read {path}: {as_one_line(error)}: save the model again") from None
+        return sizes
 
     def describe(self) -> str:
         """Return a description for a table."""
