@@ -7,11 +7,13 @@ file refers (see `npeff.variables`): `without_values` replaces the values of the
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
 import sys
 import traceback
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Self, TypeVar
 from urllib.parse import quote
@@ -66,6 +68,12 @@ def _new(cls: type[_Error], args: tuple[Any, ...]) -> _Error:
 
 class ItemError(NpeffError):
     """A user error that may affect one item of work only, so that the other items can still be processed."""
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """Return `` (did you mean 'x'?)`` for the known name that is most like an unknown one; empty if none is like it."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def hide_value_of(name: str) -> None:

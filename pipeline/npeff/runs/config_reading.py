@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from npeff.errors import NpeffError, as_one_line, printable, without_values
+from npeff.errors import NpeffError, as_one_line, did_you_mean, printable, without_values
 from npeff.options.bounds import OutOfBoundsError, shown
 from npeff.runs import union_errors, yaml_text
 from npeff.runs.sections import section_of
@@ -130,8 +129,8 @@ def _described(problem: Mapping[str, Any], model: type[BaseModel], document: dic
     given = _written_at(document, problem["loc"], problem["input"])
     match problem["type"]:
         case "extra_forbidden" | "unexpected_keyword_argument":
-            near = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(model, problem["loc"][:-1]), n=1)
-            return [f"unknown key '{key}'" + (f" (did you mean {near[0]!r}?)" if near else " (remove it)")]
+            hint = did_you_mean(str(problem["loc"][-1]), _known_keys(model, problem["loc"][:-1]))
+            return [f"unknown key '{key}'{hint or ' (remove it)'}"]
         case "missing":
             return [f"missing key '{key}'"]
         case "value_error":

@@ -7,13 +7,13 @@ module imports neither torch nor transformers.
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import importlib.util
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
+from npeff.errors import did_you_mean
 from npeff.tasks.errors import TaskError
 from npeff.tasks.huggingface.model_folder import ModelFolder, check_kind
 from npeff.tasks.huggingface.options import MultipleChoiceOptions, PretrainedOptions
@@ -44,11 +44,9 @@ def check_task(name: str, options: Mapping[str, Any], *, files: bool = True) -> 
             a class, or the model is one for another task.
     """
     if name not in BUILT_IN and ":" not in name:
-        near = difflib.get_close_matches(name, BUILT_IN, n=1)
-        meant = f" (did you mean {near[0]!r}?)" if near else ""
         raise TaskError(
-            f"unknown task {name!r}{meant}: use one of {', '.join(BUILT_IN)}, or the import path "
-            "my_package.my_task:MyTask"
+            f"unknown task {name!r}{did_you_mean(name, BUILT_IN)}: use one of {', '.join(BUILT_IN)}, or the import "
+            "path my_package.my_task:MyTask"
         )
     if name not in OPTIONS:
         return _check_source(name, present_path(BUILT_IN.get(name, name)), options, files)
@@ -74,9 +72,8 @@ def _made(name: str, options: Mapping[str, Any]) -> TableOptions:
 def _check_names(name: str, options: Collection[str], known: Collection[str]) -> None:
     for option in options:
         if option not in known:
-            near = difflib.get_close_matches(option, known, n=1)
-            meant = f"did you mean {near[0]!r}?" if near else f"it takes: {', '.join(known) or 'none'}"
-            raise TaskError(f"task {name!r} does not take task.options.{option} ({meant})")
+            hint = did_you_mean(option, known) or f" (it takes: {', '.join(known) or 'none'})"
+            raise TaskError(f"task {name!r} does not take task.options.{option}{hint}")
 
 
 def _check_files(name: str, options: TableOptions) -> Facts:
@@ -115,8 +112,7 @@ def _check_source(name: str, path: str, options: Mapping[str, Any], files: bool)
     source = importlib.util.decode_source(found.loader.get_data(found.origin)) if _is_source(found) else ""  # type: ignore[union-attr]
     classes = _names_in(source)
     if classes and class_name not in classes:
-        near = difflib.get_close_matches(class_name, classes, n=1)
-        meant = f" (did you mean {near[0]!r}?)" if near else ""
+        meant = did_you_mean(class_name, classes)
         raise TaskError(f"cannot import task {name!r}: {module} has no {class_name}{meant}: correct the name")
     parameters = _parameters_of(source, class_name)
     if parameters is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal, get_args
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from npeff.errors import as_one_line
+from npeff.errors import as_one_line, did_you_mean
 from npeff.tasks.errors import TaskError
 from npeff.tasks.image_folders import IMAGE, image_table
 from npeff.tasks.table_files import FORMATS, UNTYPED, plain, read_file, typed, typed_labels
@@ -110,9 +109,7 @@ class TableOptions:
     def _check_column(self, column: str, names: Sequence[str], option: str | None = None) -> None:
         if column in names:
             return
-        near = difflib.get_close_matches(column, names, n=1)
-        where = "" if option is None else f"{option}: "
-        meant = f" (did you mean {near[0]!r}?)" if near else ""
+        where, meant = "" if option is None else f"{option}: ", did_you_mean(column, names)
         raise TaskError(f"{where}{self.data} has no column {column!r}{meant}: it has {', '.join(names)}")
 
     def _load(
