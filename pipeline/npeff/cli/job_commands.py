@@ -14,6 +14,7 @@ import typer
 
 import npeff
 from npeff.cli.app import app
+from npeff.cli.entry import EXIT_INTERRUPTED
 from npeff.cli.options import Factorization, open_existing
 from npeff.cli.output import rows_table, say
 from npeff.errors import printable
@@ -24,7 +25,6 @@ from npeff.variables import literal
 if TYPE_CHECKING:
     from npeff.runs.config import RunConfig
 
-EXIT_INTERRUPTED = 130
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"  # defined by Ray
 

@@ -8,7 +8,6 @@ import functools
 import gc
 import io
 import os
-import signal
 import sys
 import tempfile
 import warnings
@@ -34,8 +33,8 @@ from npeff.cli import (
     start_commands,
 )
 from npeff.cli.app import DEBUG, app
+from npeff.cli.entry import EXIT_INTERRUPTED, interruptible
 from npeff.cli.help_texts import command_path
-from npeff.cli.job_commands import EXIT_INTERRUPTED
 from npeff.errors import NpeffError, as_one_line, printable, printable_traceback, without_values
 
 COMMANDS = (
@@ -99,6 +98,7 @@ def command() -> NoReturn:
     main()
 
 
+@interruptible()
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit.
 
@@ -111,11 +111,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """
     words = sys.argv[1:] if arguments is None else arguments
     debug = DEBUG in (words[: words.index("--")] if "--" in words else words)
-
-    def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
     # zarr leaves a coroutine that is never awaited if it is interrupted while it starts a write
     warnings.filterwarnings("ignore", "coroutine '_runner' was never awaited", RuntimeWarning)
     with suppress(FileNotFoundError):  # the current directory may have been deleted
@@ -131,9 +126,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _fail(str(error), shown=error if debug else None)
     except TyperException as error:
         _fail(_usage(error), shown=error if debug else None)
-    except (KeyboardInterrupt, typer.Abort):
-        print("npeff: interrupted; run the same command again to resume", file=sys.stderr)
-        raise SystemExit(EXIT_INTERRUPTED) from None
+    except typer.Abort:
+        raise KeyboardInterrupt from None
     except BrokenPipeError:
         _close_output()
         raise SystemExit(1) from None
