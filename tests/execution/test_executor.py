@@ -17,6 +17,7 @@ import pytest
 import ray
 import torch
 from npeff.execution.executor import ATTEMPTS, ExecutorError, ItemsFailedError, WorkerLostError, WorkerSpec
+from npeff.execution.ray import address as ray_address
 from npeff.execution.ray import executor as ray_executor
 from npeff.execution.ray import placement
 from npeff.execution.ray.executor import RayExecutor
@@ -455,7 +456,7 @@ def test_a_cluster_that_is_not_there_is_refused_in_one_line(monkeypatch):
 def test_a_server_that_is_not_rays_is_refused_in_one_line(monkeypatch, answer):
     monkeypatch.setattr(ray_executor.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray_executor.ray, "init", no_ray)
-    monkeypatch.setattr(ray_executor, "_CONNECTS_WITHIN_S", 0.3)
+    monkeypatch.setattr(ray_address, "_CONNECTS_WITHIN_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve():

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import os
 import platform
-import re
 import signal
-import socket
 import threading
 import time
 import uuid
@@ -38,6 +35,7 @@ from npeff.execution.executor import (
     is_item_error,
     reason_of,
 )
+from npeff.execution.ray.address import check_is_ray
 from npeff.execution.ray.jobs import in_job
 from npeff.execution.ray.placement import WorkerPlacement
 from npeff.execution.ray.private import PrivateRay
@@ -45,11 +43,6 @@ from npeff.execution.ray.private import PrivateRay
 _LOOK_EVERY_S = 1.0
 """Interval at which a wait for workers checks that Ray itself is running."""
 
-_CONNECTS_WITHIN_S = 10.0
-_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
-"""What a client of gRPC sends first: the preface of HTTP/2 and an empty frame of settings (RFC 9113, section 3.4)."""
-_SETTINGS = b"\4"
-"""Type of the frame that a server of HTTP/2 sends first: its settings."""
 _logger = logging.getLogger(__name__)
 
 
@@ -313,8 +306,8 @@ class RayExecutor:
         return actor.remote(self._cpus)
 
     def _connect(self, address: str) -> None:
-        if not in_job() and (host_and_port := re.fullmatch(r"([^/]+):([0-9]+)", address)) is not None:
-            _check_is_ray(address, host_and_port[1], int(host_and_port[2]))
+        if not in_job():
+            check_is_ray(address)
         try:
             with _own_reaction_to_sigterm():
                 if address == "local" and not in_job():
@@ -375,26 +368,6 @@ class _RayGroup:
         except (RayError, ConnectionError) as error:
             raise WorkerLostError(f"{method}: a worker was lost ({type(error).__name__})") from None
         return [results[ref] for ref in refs]
-
-
-def _check_is_ray(address: str, host: str, port: int) -> None:
-    """Check that a server of Ray's kind, one of gRPC, answers at the address.
-
-    Without any server, Ray retries for minutes and then ends this process. With a server of another kind, it waits.
-    """
-    remedy = "start it with `ray start --head`, or set executor.address: local"
-    try:
-        with socket.create_connection((host, port), timeout=_CONNECTS_WITHIN_S) as connection:
-            if os.environ.get("RAY_USE_TLS", "0") != "0":
-                return
-            connection.sendall(_HTTP2_PREFACE)
-            answer = connection.recv(4)
-    except TimeoutError:
-        answer = b""
-    except (OSError, OverflowError) as error:
-        raise ExecutorError(f"cannot reach Ray at {address!r} ({error}): {remedy}") from None
-    if answer[3:4] != _SETTINGS:
-        raise ExecutorError(f"the server at {address!r} is not Ray's (the port of `ray start` is 6379): {remedy}")
 
 
 @contextmanager
