@@ -84,11 +84,7 @@ def verify(run: AnyRun, *, executor: Executor | None = None, progress: Progress 
             if score.failure is not None:
                 progress.say(f"warning: the components fail the verification: {score.failure}")
         errors = _prediction_errors(rows, joined["selectivity"].to_pylist())
-        if max(errors.values(), default=0.0) > _LARGE_ERROR:
-            progress.say(
-                f"verify: the effects on other examples, which are predicted, have a median relative error of "
-                f"{max(errors.values()):.0%} where they were measured: verification.exact: true measures all of them"
-            )
+        _tell_large_errors(errors, progress)
         facts = {
             "n_components": len(verified),
             "components": sorted(verified),
@@ -100,6 +96,14 @@ def verify(run: AnyRun, *, executor: Executor | None = None, progress: Progress 
         done = stage.complete(facts | {"units": unit_checksums(run, VERIFY, sorted(verified))})
         _write_scores(run, scores, progress)
         return done
+
+
+def _tell_large_errors(errors: Summary, progress: ProgressDisplay) -> None:
+    if (largest := max(errors.values(), default=0.0)) > _LARGE_ERROR:
+        progress.say(
+            f"verify: the effects on other examples, which are predicted, have a median relative error of "
+            f"{largest:.0%} where they were measured: verification.exact: true measures all of them"
+        )
 
 
 def _write_scores(run: RunDirectory, scores: Sequence[Scores], progress: ProgressDisplay) -> None:
