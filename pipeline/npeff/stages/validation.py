@@ -37,13 +37,15 @@ def validate(config: RunConfig, *, files: bool = True) -> Facts:
         ConfigError: A file is missing, or the labels do not fit the model.
         VariableError: An environment variable is not set.
     """
-    if config.task.name == IMPORTED_TASK:
+    name, options = config.task.name, config.task.options
+    if name == IMPORTED_TASK:
         return {"task": "imported from a file, without a model"}
     if not files:
-        if resolvable := not _has_references(config):
-            check_task(config.task.name, config.task.options, files=False)
-        return {"task": f"{config.task.name}: {'options only' if resolvable else 'not'} checked"}
-    name, options = (resolved(value, f"task.{key}") for key, value in _task(config))
+        if literal([name, options]) != [name, options]:
+            return {"task": f"{name}: not checked"}
+        check_task(name, options, files=False)
+        return {"task": f"{name}: options only checked"}
+    name, options = resolved(name, "task.name"), resolved(options, "task.options")
     facts = check_task(name, options)
     if name in LANGUAGE_MODELS:
         _check_labels(config, name, options["model"])
@@ -60,15 +62,6 @@ def validate_for_workers(config: RunConfig) -> None:
     """
     local = config.executor.kind == "serial" or config.resolved("executor.address") == "local"
     validate(config, files=local and not in_job())
-
-
-def _task(config: RunConfig) -> tuple[tuple[str, object], ...]:
-    return ("name", config.task.name), ("options", config.task.options)
-
-
-def _has_references(config: RunConfig) -> bool:
-    texts = [value for _, value in _task(config)]
-    return bool(literal(texts) != texts)
 
 
 def _check_labels(config: RunConfig, name: str, model: str) -> None:

@@ -160,14 +160,13 @@ class _Finder:
                 raise TaskError(f"--text: at most {most} columns are possible: {', '.join(self._chosen.text)}")
             return list(self._chosen.text)
         possible = [name for name in self._names if name not in without and self._is_text(name)]
-        lower = {name.lower(): name for name in possible}
         for pair in pairs:
-            if all(name in lower for name in pair):
-                return [lower[name] for name in pair]
+            if len(found := _called(pair, possible)) == len(pair):
+                return found
         for first, second in combinations(possible, 2):
             if _are_numbered(first, second):
                 return [first, second]
-        named = [lower[name] for name in _TEXTS if name in lower]
+        named = _called(_TEXTS, possible)
         if len(possible) == 1 or named:
             return [(named or possible)[0]]
         raise self._unknown("texts", "--text COLUMN (twice for pairs of texts)", possible)
@@ -236,17 +235,16 @@ class _Finder:
         if chosen is not None:
             self._check(chosen, option)
             return chosen
-        lower = {name.lower(): name for name in self._names}
-        if (found := next((lower[name] for name in names if name in lower), None)) is None:
+        if not (found := _called(names, self._names)):
             raise self._unknown("labels" if option == "--label" else "words", f"{option} COLUMN")
-        return found
+        return found[0]
 
     def _optional(self, option: str, names: Sequence[str]) -> dict[str, str]:
         if self._chosen.label is not None:
             self._check(self._chosen.label, "--label")
             return {option: self._chosen.label}
-        lower = {name.lower(): name for name in self._names}
-        return next(({option: lower[name]} for name in names if name in lower), {})
+        found = _called(names, self._names)
+        return {option: found[0]} if found else {}
 
     def _ids(self) -> dict[str, str]:
         for name in self._names:
@@ -263,6 +261,12 @@ class _Finder:
         several = f"several columns can be the {what}: {', '.join(possible)}"
         none = f"no column of {what} is recognized among {', '.join(self._names)}"
         return TaskError(f"{self._data}: {several if len(possible) > 1 else none}: give {option}")
+
+
+def _called(names: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """Return the columns with one of the names in any case, in the order of the names."""
+    lower = {column.lower(): column for column in columns}
+    return [lower[name] for name in names if name in lower]
 
 
 def _are_numbered(first: str, second: str) -> bool:
