@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -78,16 +78,10 @@ class SklearnTableOptions(LabelOptions):
     def head(self, most_rows: int) -> pa.Table | None:
         return None if self.data.startswith(_SHIPPED) else super().head(most_rows)
 
-    def _load(
-        self,
-        written: Collection[str],
-        used: Collection[str],
-        label_column: str | None = None,
-        most_rows: int | None = None,
-    ) -> pa.Table:
+    def _whole(self) -> pa.Table | None:
         if self.data.startswith(_SHIPPED):
-            return self._renamed(_shipped(self.data.removeprefix(_SHIPPED)))
-        return super()._load(written, used, label_column, most_rows)
+            return _shipped(self.data.removeprefix(_SHIPPED))
+        return super()._whole()
 
 
 def _shipped(name: str) -> pa.Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -120,10 +121,8 @@ class TableOptions:
         most_rows: int | None = None,
     ) -> pa.Table:
         """Return the data with the new names of its columns, or about the first rows of it."""
-        if self.data.startswith(_HUB):
-            return self._renamed(self._from_hub())
-        if (images := self._images()) is not None:
-            return self._renamed(images)
+        if (whole := self._whole()) is not None:
+            return self._renamed(whole)
         files = self._files() if most_rows is None else self._files()[:1]
         former = {new: old for old, new in (self.columns or {}).items()}
         texts, needed = ({former.get(name, name) for name in some} for some in (written, used))
@@ -136,10 +135,15 @@ class TableOptions:
             columns[name] = (typed_labels if name == label_column else typed)(table[name])
         return pa.table(columns)
 
+    def _whole(self) -> pa.Table | None:
+        """Return the table of data that are not files of tables; None if they are."""
+        return self._from_hub() if self.data.startswith(_HUB) else self._images
+
+    @cached_property
     def _images(self) -> pa.Table | None:
-        """Return the table of a folder of images; None if the data are something else."""
+        """The table of a folder of images; None if the data are something else."""
         path = Path(self.data)
-        if not path.is_dir() or any(file.suffix in FORMATS for file in path.iterdir()):
+        if self.data.startswith(_HUB) or not path.is_dir() or any(file.suffix in FORMATS for file in path.iterdir()):
             return None
         return image_table(path, self.split)
 
@@ -202,8 +206,8 @@ class TableOptions:
     def _ids(self, table: pa.Table) -> pa.ChunkedArray | pa.Array:
         try:
             if self.id_column is None:
-                is_images = not self.data.startswith(_HUB) and self._images() is not None
-                ids = table[(self.columns or {}).get(IMAGE, IMAGE)] if is_images else pa.array(range(len(table)))
+                image = (self.columns or {}).get(IMAGE, IMAGE)
+                ids = table[image] if self._images is not None else pa.array(range(len(table)))
             else:
                 ids = table[self.id_column]
             ids = ids.cast(pa.string())
