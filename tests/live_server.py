@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import http.client
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +31,27 @@ def running(path: Path, limits: Any = None, **options: Any) -> Iterator[LiveServ
         finally:
             made.stop()
             thread.join()
+
+
+def served(path: Path) -> tuple[subprocess.Popen[str], str]:
+    """A process of the live view in a group of its own, as a terminal starts it, and the line with its address."""
+    script = (
+        "import sys; from npeff.live.server import serve\n"
+        "serve(sys.argv[1], 0, 4, lambda line: print(line, flush=True))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(path)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ), start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    return process, process.stdout.readline()
+
+
+def interrupted(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """The exit code, the rest of the output and the complaints of a process after Ctrl-C in its terminal."""
+    os.killpg(process.pid, signal.SIGINT)
+    rest, complaints = process.communicate(timeout=60)
+    return process.returncode, rest, complaints
 
 
 def cookie(server: LiveServer) -> str:

@@ -7,12 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from chromium import browser
 from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory
 from synthetic_run import make_run, run, written_run
 from tasks import tiny
 
-__all__ = ["make_run", "run", "written_run"]
+__all__ = ["browser", "make_run", "run", "written_run"]
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import npeff
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from chromium import Browser, find_chromium
+from chromium import Browser
 from in_process import command, refused
 from npeff.interchange.bundle import BundleOptions, write_bundle
 from npeff.runs.config_reading import ConfigError
@@ -79,21 +79,14 @@ def test_without_texts_there_are_no_images_tokens_and_columns_of_the_task(make_r
 
 
 @pytest.mark.process
-def test_bundles_open_from_the_disk_in_a_browser(make_run, tmp_path: Path) -> None:
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no Chromium or Chrome is installed: the bundles were not opened in a browser")
+def test_bundles_open_from_the_disk_in_a_browser(browser: Browser, make_run, tmp_path: Path) -> None:
     path = make_run(n_components=3, text_instead_of_images=True).path
-    browser = Browser(program, tmp_path / "profile")
-    try:
-        for texts in (True, False):
-            out = write_bundle(path, tmp_path / f"out-{texts}", BundleOptions(texts=texts))
-            browser.open(out / "index.html", width=1280)
-            assert browser.complaints == []
-            assert browser.requests == [(out / "index.html").as_uri()]
-            assert browser.evaluate("document.querySelectorAll('.card').length") == 3
-    finally:
-        browser.close()
+    for texts in (True, False):
+        out = write_bundle(path, tmp_path / f"out-{texts}", BundleOptions(texts=texts))
+        browser.open(out / "index.html", width=1280)
+        assert browser.complaints == []
+        assert browser.requests == [(out / "index.html").as_uri()]
+        assert browser.evaluate("document.querySelectorAll('.card').length") == 3
 
 
 def test_what_cannot_be_bundled_is_refused_and_nothing_is_written(

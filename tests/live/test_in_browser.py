@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from chromium import Browser, find_chromium
+from chromium import Browser
 from live_server import running
 from npeff.live.pages import View
 from npeff.live.queries import forms
@@ -26,16 +26,6 @@ OVERLAPPING = """[...document.querySelectorAll('form > *, .panel')].filter((a) =
   return a.checkVisibility() && r.width && (r.right > outer.right + 1 || r.left < outer.left - 1);
 }).map((e) => e.outerHTML.slice(0, 80))"""
 SHOWN = "[...document.querySelectorAll('#result tbody th')].map((e) => Number(e.textContent))"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no Chromium or Chrome is installed: the live view was not opened in a browser")
-    opened = Browser(program, tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.close()
 
 
 @pytest.fixture(scope="module")

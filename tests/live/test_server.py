@@ -5,14 +5,10 @@ import dataclasses
 import hashlib
 import http.client
 import multiprocessing
-import os
 import re
 import select
-import signal
 import socket
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from html import escape
@@ -20,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
-from live_server import ask, cookie, header, raw, running
+from live_server import ask, cookie, header, interrupted, raw, running, served
 from npeff.live import app
 from npeff.live.app import Limits
 from npeff.live.connections import ConnectionLimits
@@ -332,16 +328,6 @@ def test_a_defect_is_a_page_and_the_terminal_shows_it(
 
 
 def test_an_interrupt_ends_it_cleanly(run) -> None:
-    script = (
-        "import sys; from npeff.live.server import serve\n"
-        "serve(sys.argv[1], 0, 4, lambda line: print(line, flush=True))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(run.path)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ), start_new_session=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert "http://127.0.0.1:" in process.stdout.readline()
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    rest, complaints = process.communicate(timeout=60)
-    assert (process.returncode, rest, complaints) == (0, "stopped\n", "")
+    process, line = served(run.path)
+    assert "http://127.0.0.1:" in line
+    assert interrupted(process) == (0, "stopped\n", "")

@@ -6,17 +6,13 @@ import base64
 import html
 import http.client
 import io
-import os
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from live_server import Reply, ask, header, raw, running
+from live_server import Reply, ask, header, interrupted, raw, running, served
 from npeff.live.model import RunModel
 from npeff.live.model_client import ModelError
 from npeff.live.own_example import OwnExampleError, fields_of, options_for, written
@@ -187,22 +183,13 @@ def refuse(path: str) -> dict[str, object]:
 
 @pytest.mark.slow
 def test_an_interrupt_leaves_nothing_of_the_model_behind(texts: RunDirectory) -> None:
-    script = (
-        "import sys; from npeff.live.server import serve\n"
-        "serve(sys.argv[1], 0, 4, lambda line: print(line, flush=True))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(texts.path)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ), start_new_session=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    port, token = re.findall(r":(\d+)/\?token=(\S+)", process.stdout.readline())[0]
+    process, line = served(texts.path)
+    port, token = re.findall(r":(\d+)/\?token=(\S+)", line)[0]
     connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=120)
     connection.request("GET", "/step?component=0&eps=1", headers={"Cookie": f"npeff-{port}={token}"})
     assert b"Mean KL" in connection.getresponse().read()
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    rest, complaints = process.communicate(timeout=60)
-    assert (process.returncode, rest) == (0, "stopped\n")
+    code, rest, complaints = interrupted(process)
+    assert (code, rest) == (0, "stopped\n")
     assert "leaked" not in complaints
     assert "Traceback" not in complaints
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from chromium import Browser, find_chromium
+from chromium import Browser
 from npeff.reports.report import write_report
 from places import place
 from synthetic_run import SyntheticRun
@@ -28,16 +28,6 @@ OVERLAPPING = """[...document.querySelectorAll('svg')].flatMap((svg) => {
     Math.min(a.right, b.right) - Math.max(a.left, b.left) > 0.5
     && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3).map(([other]) => [name, other]));
 })"""
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no Chromium or Chrome is installed: the report was not opened in a browser")
-    opened = Browser(program, tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.close()
 
 
 def change(run: SyntheticRun, name: str, /, **columns: Callable[[list[dict[str, Any]]], list[Any]]) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
-from chromium import Browser, find_chromium
+from chromium import Browser
 from npeff.query.components import ComponentStore
 from npeff.reports import in_common, report
 from npeff.reports.report import write_report
@@ -17,16 +17,6 @@ from npeff.reports.report import write_report
 pytestmark = pytest.mark.process
 
 HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(2)>{{ 7 * 7 }}"""
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no Chromium or Chrome is installed: the report was not opened in a browser")
-    opened = Browser(program, tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.close()
 
 
 @pytest.mark.parametrize(
