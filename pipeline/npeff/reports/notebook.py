@@ -101,7 +101,7 @@ def store_html(store: ComponentStore) -> str:
         images={},
         card=None,
         summary=store.summary(),
-        title=str(store.tables.json("provenance.json").get("task") or without_values(store.run_dir.resolve().name)),
+        title=without_values(store.run_dir.resolve().name),
         columns=columns,
         components=table.select(columns).slice(0, _ROWS_SHOWN).to_pylist() if table is not None else [],
     )
