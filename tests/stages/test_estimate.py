@@ -7,13 +7,15 @@ import npeff
 import pytest
 import yaml
 from npeff.cli.main import main
-from npeff.gradients import LeftOut
+from npeff.gradients import LabelSpec, LeftOut
 from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory
+from npeff.stages.earlier_results import fingerprint_of
 from npeff.stages.fishers.estimate import estimate, rows
 from npeff.stages.fishers.stage import _say_if_it_takes_hours
-from npeff.stages.fishers.unit_times import UnitTimes, stage_seconds
+from npeff.stages.fishers.unit_times import UnitTimes, stage_seconds, unit_times
 from npeff.stages.inputs.trial import largest_number, passes_per_example
+from npeff.stages.worker_specs import model_spec
 from npeff.store.fisher_store import FisherStore
 from npeff.store.tables import read_table
 
@@ -55,6 +57,13 @@ def test_sizes_are_those_of_the_run_and_nothing_is_left_behind(tmp_path: Path, m
     assert {row["parameter"] for row in parameters if not row["taken"]} == left_out.keys()
     assert {row["reason"] for row in parameters if not row["taken"]} == {"matches '*.bias' of parameters.exclude"}
     assert set(left_out.values()) == {LeftOut("matches '*.bias' of parameters.exclude", unsupported=False)}
+
+
+def test_rows_of_any_length_are_timed_in_little_memory(lifted: RunDirectory) -> None:
+    loaded = model_spec(lifted, fingerprint_of(lifted)).load()
+    long = unit_times(loaded, LabelSpec(), batch_size=4, rank=9, dim=2**40, components=2, fitting=2)
+    short = unit_times(loaded, LabelSpec(), batch_size=4, rank=9, dim=2**8, components=2, fitting=2)
+    assert long.solver > 2**20 * short.solver
 
 
 def test_the_batch_size_is_found_or_the_one_that_is_asked_for(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def rows(found: Estimate, config: RunConfig) -> list[tuple[str, str]]:
 
 def _stage_rows(found: Estimate, config: RunConfig) -> list[tuple[str, str]]:
     """Return the times of the stages after `fishers`, their sum, and the stages whose time is not estimated."""
-    times = stages_after(found, config)
+    times = _later_stages(found, config)
     total = found.seconds + (_input_seconds(found, config) or 0.0) + sum(times.values())
     shown = [(f"{name}, roughly", _duration(seconds)) for name, seconds in times.items()]
     timed = ("fishers", "inputs", *times)
@@ -140,7 +140,7 @@ def _stage_rows(found: Estimate, config: RunConfig) -> list[tuple[str, str]]:
     return [*shown, ("npeff run, roughly", _duration(total)), *rest]
 
 
-def stages_after(found: Estimate, config: RunConfig) -> dict[str, float]:
+def _later_stages(found: Estimate, config: RunConfig) -> dict[str, float]:
     """Return the estimated times in seconds of the stages of `npeff run` after `fishers`, except `inputs`."""
     facts = found.trial.facts
     times = stage_seconds(

@@ -22,6 +22,8 @@ from npeff.runs.config import RunConfig
 _SECONDS = 1.0
 """Smallest time in seconds over which a unit is measured, unless it takes longer."""
 _MOST_EXAMPLES, _LARGEST_BATCH, _MOST_DIRECTIONS, _MATRIX = 64, 16, 16, 512
+_MOST_COORDINATES = 2**14
+"""Coordinates of gradient rows with which the solver is measured. Without a sketch, there is one for each parameter."""
 _STEPS, _START_STEPS = 60, 20
 """Passes of the solver over the fitted examples, and of each start over the subsample."""
 _PASSES_PER_ROW = 4
@@ -30,6 +32,9 @@ _EXACT = 4
 """Factor of the passes with ``verification.exact``."""
 _MATRICES = 11
 """Matrices whose eigenvalues the spectrum needs: of the groups of the jackknife and of parts of the examples."""
+
+_PRODUCT = 0.1
+"""Time of a multiplication in a product of matrices, relative to `UnitTimes.eigenvalues`."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +83,15 @@ def unit_times(
 
     collection = _seconds(lambda: collector.collect(batch, chosen, targets)) / len(chosen)
     one, several = (_seconds(lift(number)) / len(chosen) for number in (1, most))
-    shard = ExampleShard(torch.randn(_MOST_EXAMPLES, rank, dim, generator=torch.Generator().manual_seed(0)))
-    components_KD = torch.nn.functional.normalize(torch.randn(components, dim, dtype=torch.float64), dim=1)
+    measured = min(dim, _MOST_COORDINATES)
+    shard = ExampleShard(torch.randn(_MOST_EXAMPLES, rank, measured, generator=torch.Generator().manual_seed(0)))
+    components_KD = torch.nn.functional.normalize(torch.randn(components, measured, dtype=torch.float64), dim=1)
     matrix = torch.randn(_MATRIX, _MATRIX, dtype=torch.float64)
     return UnitTimes(
         prediction=_seconds(lambda: loaded.predict(chosen, batch_size)) / len(chosen),
         collection=collection,
         direction=max(0.0, several - one) / max(1, most - 1),
-        solver=_seconds(lambda: shard.accumulate(components_KD)) / _MOST_EXAMPLES,
+        solver=_seconds(lambda: shard.accumulate(components_KD)) / _MOST_EXAMPLES * dim / measured,
         eigenvalues=_seconds(lambda: torch.linalg.eigvalsh(matrix @ matrix.T)) / _MATRIX**3,
         tokens=loaded.examples.tokens(chosen[:1]) is not None,
     )
@@ -124,7 +130,7 @@ def stage_seconds(
     wanted, workers = config.factorization, config.executor.workers
     components, n_fitted = wanted.n_components, round(n_examples * (1 - wanted.held_out_fraction))
     size = min(dim, n_examples * rank)
-    products = 2 * n_examples * rank * dim * size * units.eigenvalues / 10
+    products = 2 * n_examples * rank * dim * size * units.eigenvalues * _PRODUCT
     refits = 2 * min(n_fitted, wanted.stability_examples) / 2
     passes = _STEPS * n_fitted / workers + _START_STEPS * wanted.n_starts * min(n_fitted, wanted.subsample)
     lifted = components if config.lift.components is None else len(config.lift.components)
