@@ -61,6 +61,7 @@ def test_a_map_is_drawn_inside_its_square_whatever_is_found(snapshot: Snapshot) 
     everything = whole.points
     assert HEIGHT == whole.height <= whole.width <= WIDTH
     assert component_map(places * [9, 1], cards, [""] * 12).width == WIDTH
+    assert component_map(places, [], []).points == []  # a search without a result
     some = component_map(places, cards[3:5], ["", ""]).points
     assert {(point.component, point.x, point.y) for point in some} < {(p.component, p.x, p.y) for p in everything}
     assert all(point.x - point.radius >= 0 and point.x + point.radius <= whole.width for point in everything)

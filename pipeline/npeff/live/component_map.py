@@ -138,7 +138,8 @@ def _numbered(points: list[Point]) -> list[Point]:
     """
     found, n_points = [], len(points)
     boxes = np.full((2 * n_points, 4), np.nan)  # of the points and of their numbers; NaN overlaps nothing
-    boxes[:n_points] = [_box(point.x, point.y, point.radius, point.radius) for point in points]
+    for k, point in enumerate(points):
+        boxes[k] = _box(point.x, point.y, point.radius, point.radius)
     for k, point in enumerate(points):
         others = np.delete(boxes, k, axis=0)
         free = ((box, place) for box, place in _beside(point) if not _overlap(box, others))
