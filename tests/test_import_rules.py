@@ -30,7 +30,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "training": ({"torch", "safetensors"}, {"errors", "gradients", "fisher", "input_fisher"}),
     "factorization": (TENSORS | {"scipy", "sklearn"}, {"errors", "options"}),
     "directions": (TENSORS, {"gradients", "fisher"}),
-    "verification": (TENSORS | {"scipy"}, {"directions", "statistics"}),
+    "verification": (TENSORS | {"scipy"}, {"gradients", "directions", "statistics"}),
     "tasks": (
         TENSORS
         | {"transformers", "sklearn", "pyarrow", "safetensors", "PIL", "datasets", "peft", "tokenizers", "tracr"},

@@ -27,15 +27,15 @@ SLOW_TO_END = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 class Process:
     pid: int
     title: str
-    """Its command line; Ray gives actors one that says what they do: ``ray::_Worker.call``."""
+    """Its command line; Ray gives actors one that says what they do: ``ray::WorkerActor.call``."""
 
     @property
     def is_actor(self) -> bool:
-        return self.title.startswith("ray::_Worker")
+        return self.title.startswith("ray::WorkerActor")
 
     @property
     def is_computing(self) -> bool:
-        return self.title.startswith("ray::_Worker.call")
+        return self.title.startswith("ray::WorkerActor.call")
 
     @property
     def is_ray(self) -> bool:

@@ -142,8 +142,8 @@ class LocalHead:
 
     def actors(self) -> list[psutil.Process]:
         """Workers of this project; those that are computing come first."""
-        found = self.processes(lambda title: title.startswith("ray::_Worker"))
-        return sorted(found, key=lambda process: "_Worker.call" not in " ".join(process.cmdline()))
+        found = self.processes(lambda title: title.startswith("ray::WorkerActor"))
+        return sorted(found, key=lambda process: "WorkerActor.call" not in " ".join(process.cmdline()))
 
     def kill(self) -> list[str]:
         """Its servers die at once, as on a machine that is lost, and then all that they started.
@@ -159,7 +159,7 @@ class LocalHead:
         for process in [psutil.Process(self._process.pid), *servers]:
             process.kill()
         self._process.wait()
-        works = [process for process, title in started.items() if _is_driver(title) or "ray::_Worker" in title]
+        works = [process for process, title in started.items() if _is_driver(title) or "ray::WorkerActor" in title]
         _, outlived = psutil.wait_procs(works, timeout=120)  # a driver is ended by the watcher that Ray gave it
         for process in started:  # Ray's helpers try for a minute to tell a server
             with contextlib.suppress(psutil.NoSuchProcess):

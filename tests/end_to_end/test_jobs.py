@@ -115,7 +115,7 @@ def test_a_secret_of_the_cluster_reaches_the_task_and_nothing_that_is_written(he
     for folder in (tmp_path / "run", head.folder):
         assert files_with(TOKEN, folder) == []
     tasks = head.get("/api/v0/tasks?detail=true&limit=10000").decode()
-    assert "_Worker.call" in tasks
+    assert "WorkerActor.call" in tasks
     shown = (json.dumps(details), job_faults.log(head, job), done.stdout + done.stderr, tasks)
     assert not any(TOKEN in text for text in shown)
 

@@ -19,6 +19,7 @@ DEFAULTS: dict[str, Any] = {
     "workers": 1,
     "cpus_per_worker": "auto",
     "gpus_per_worker": 0.0,
+    "devices_per_model": 1,
     "timeout_s": 1.0,
 }
 CORES = 7
@@ -58,7 +59,14 @@ def test_one_worker_without_a_gpu_runs_here_on_all_cores() -> None:
 
 
 @pytest.mark.parametrize(
-    "asked", [{"workers": 2}, {"gpus_per_worker": 0.5}, {"address": "auto"}, {"address": "10.0.0.1:6379"}]
+    "asked",
+    [
+        {"workers": 2},
+        {"devices_per_model": 2},
+        {"gpus_per_worker": 0.5},
+        {"address": "auto"},
+        {"address": "10.0.0.1:6379"},
+    ],
 )
 def test_what_needs_ray_gets_it(asked: dict[str, Any]) -> None:
     assert threads_of("auto", **asked) is None
@@ -84,6 +92,7 @@ def test_an_actor_has_one_core_unless_told_otherwise(asked: object, cpus: int) -
             "workers": 2,
             "cpus_per_worker": cpus,
             "gpus_per_worker": 0.0,
+            "devices_per_model": 1,
             "timeout_s": 1.0,
         }
 

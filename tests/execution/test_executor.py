@@ -17,6 +17,7 @@ import pytest
 import ray
 import torch
 from npeff.execution.executor import ATTEMPTS, ExecutorError, ItemsFailedError, WorkerLostError, WorkerSpec
+from npeff.execution.ray import actor as ray_actor
 from npeff.execution.ray import address as ray_address
 from npeff.execution.ray import executor as ray_executor
 from npeff.execution.ray import placement
@@ -481,7 +482,7 @@ def test_a_worker_on_a_file_system_without_locks_is_one_line(monkeypatch, tmp_pa
     def refuse(_file, _how):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(ray_executor.fcntl, "flock", refuse)
+    monkeypatch.setattr(ray_actor.fcntl, "flock", refuse)
     said = rf"^the file system of {tmp_path} does not support locks on .* \(No locks available\): mount it there"
     with open(tmp_path / "lease", "w") as file, pytest.raises(ExecutorError, match=said):
-        ray_executor._share_lock(file, tmp_path / "lease")
+        ray_actor._share_lock(file, tmp_path / "lease")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ class Loaded:
 
     case: Case
     device: torch.device = CPU
+    shards: Any = None
 
     def batch(self, examples: Sequence[int]) -> Any:
         return self.case.batch(examples)
@@ -174,11 +176,16 @@ def test_the_model_is_learnt_from_the_first_valid_examples(threads: Any) -> None
     assert streams._all is None
 
 
+def on(device: torch.device, shards: Any = None) -> Any:
+    return SimpleNamespace(device=device, shards=shards)
+
+
 def test_a_gpu_computes_one_batch_at_a_time(threads: Any) -> None:
     threads(3)
-    assert (n_streams(CPU), n_streams(torch.device("cuda"))) == (3, 1)
+    assert [n_streams(on(device)) for device in (CPU, torch.device("cuda"))] == [3, 1]
+    assert n_streams(on(CPU, shards=object())) == 1  # copies of a divided model would not share what is in memory
     threads(16)
-    assert n_streams(CPU) == 4
+    assert n_streams(on(CPU)) == 4
 
 
 def test_streams_share_no_buffers(threads: Any) -> None:

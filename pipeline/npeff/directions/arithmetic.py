@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from npeff.gradients import ParameterLayout
+from npeff.gradients import ParameterLayout, in_memory
 
 _MIN_REMAINDER = 1e-3
 """Length of the orthogonal part of a unit direction below which it cannot be distinguished from rounding."""
@@ -31,7 +31,8 @@ def displacement(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     total = 0.0
     for name, tensor in direction.items():
-        change = parameters[name].detach().double()
+        with in_memory([parameters[name]]):
+            change = parameters[name].detach().double()
         if origin is not None:
             change = change - origin[name].to(change)
         total += float((change * tensor.to(change)).sum())
@@ -82,7 +83,11 @@ def parameter_norm(model: nn.Module, direction: Mapping[str, Tensor]) -> float:
     A step of this length is too large to be a perturbation.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    return math.sqrt(sum(float(parameters[name].detach().double().square().sum()) for name in direction))
+    total = 0.0
+    for name in direction:
+        with in_memory([parameters[name]]):
+            total += float(parameters[name].detach().double().square().sum())
+    return math.sqrt(total)
 
 
 def zero_directions(

@@ -20,18 +20,20 @@ def make_executor(
     workers: int,
     cpus_per_worker: int | Literal["auto"],
     gpus_per_worker: float,
+    devices_per_model: int = 1,
     timeout_s: float,
 ) -> AbstractContextManager[Executor]:
     """Create an executor, as a context manager that closes it on exit.
 
     Args:
-        kind: ``ray``, ``serial`` or ``auto``. ``auto`` is ``ray`` if Ray is needed: for several workers, for GPUs, for
-            an address other than ``local``, and in a Ray job. Otherwise, it is ``serial``.
+        kind: ``ray``, ``serial`` or ``auto``. ``auto`` is ``ray`` if Ray is needed: for several workers or devices per
+            model, for GPUs, for an address other than ``local``, and in a Ray job. Otherwise, it is ``serial``.
         address: Address of the Ray cluster; ``local`` starts a private Ray instance.
         workers: Number of workers.
         cpus_per_worker: Number of CPU cores, and of threads, of a worker. ``auto`` is `available_cores` if ``kind`` is
             ``auto`` and Ray is not needed. Otherwise, it is one.
         gpus_per_worker: Number of GPUs of a worker, possibly a fraction.
+        devices_per_model: Number of processes of a worker, each with these cores and GPUs and a part of the model.
         timeout_s: Timeout in seconds for each call of a Ray actor.
 
     Returns:
@@ -41,7 +43,7 @@ def make_executor(
         ExecutorError: An address is given for the kind ``serial``, Ray cannot be reached, or the cluster does not have
             the resources.
     """
-    needs_ray = workers > 1 or gpus_per_worker > 0 or address != "local" or in_job()
+    needs_ray = workers > 1 or devices_per_model > 1 or gpus_per_worker > 0 or address != "local" or in_job()
     if kind == "serial" and address != "local" and not in_job():
         raise ExecutorError(
             f"executor.kind: serial runs in this process, and not at the address {address!r}",
@@ -58,6 +60,7 @@ def make_executor(
             workers=workers,
             cpus_per_worker=1 if cpus_per_worker == "auto" else cpus_per_worker,
             gpus_per_worker=gpus_per_worker,
+            devices_per_model=devices_per_model,
             timeout_s=timeout_s,
         )
     )

@@ -128,6 +128,9 @@ class WorkerSpec:
     """A file on which the worker's process, if it is not the driver's, holds a shared lock for its lifetime."""
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Identity of this worker. Consecutive `map` calls with the same key reuse the constructed workers."""
+    helper: WorkerSpec | None = None
+    """What the other processes of a worker construct, if it has several (`npeff.execution.team`). They only serve the
+    first process, which runs the worker. If None, all processes run the worker and call the same method."""
 
     def construct(self, **more: Any) -> Any:
         return self.worker_class(**self.arguments, **more)

@@ -8,7 +8,14 @@ from npeff.gradients.collector import GradientCollector, check_coverage
 from npeff.gradients.errors import UnsupportedModelError
 from npeff.gradients.label_factor import exact_label_factor, truncated_label_factor
 from npeff.gradients.labels import IGNORED, UNKNOWN, LabelRows, label_rows
-from npeff.gradients.parameters import LeftOut, ParameterLayout, left_out, model_fingerprint, select_parameters
+from npeff.gradients.parameters import (
+    LeftOut,
+    ParameterLayout,
+    in_memory,
+    left_out,
+    model_fingerprint,
+    select_parameters,
+)
 from npeff.gradients.positions import PositionShares, position_shares
 from npeff.options.labels import LabelSpec
 
@@ -27,6 +34,7 @@ __all__ = [
     "check_coverage",
     "exact_label_factor",
     "frozen",
+    "in_memory",
     "label_rows",
     "left_out",
     "model_fingerprint",

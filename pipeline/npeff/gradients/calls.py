@@ -19,6 +19,7 @@ from npeff.gradients.errors import UnsupportedModelError
 from npeff.gradients.labels import LabelRows
 from npeff.gradients.layer_rules import Rule, check_supported, per_example, rule_for
 from npeff.gradients.module_rule import ModuleCall, module_rows
+from npeff.gradients.parameters import in_memory
 
 _Rows = tuple[Tensor, ...]
 """The gradients at one output of a module: one tensor of the output's shape for each direction."""
@@ -82,7 +83,8 @@ def call_rows(call: WatchedCall, n_examples: int, widen: CachedWidening) -> dict
     for module in use.module.modules():
         check_supported(module)
     if rule is None:
-        general = module_rows(call.module_call, call.parameters, n_examples)
+        with in_memory(use.module.parameters()):
+            general = module_rows(call.module_call, call.parameters, n_examples)
         return {call.names[name]: Dense(_widened(value)) for name, value in general.items()}
     (delta,) = call.deltas
     assert delta is not None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from npeff.gradients.capture import called_modules
 from npeff.gradients.errors import UnsupportedModelError
-from npeff.gradients.parameters import ParameterLayout
+from npeff.gradients.parameters import ParameterLayout, in_memory
 
 Owners = dict[str, dict[str, str]]
 """Maps the name of a module to {the name of a parameter within the module: the name of the parameter in the layout}.
@@ -149,7 +149,10 @@ def _separate_copies(
     modules: dict[str, nn.Module], places: list[tuple[str, str, nn.Parameter]]
 ) -> Iterator[list[nn.Parameter]]:
     """Replace each parameter by a copy that requires a gradient, to separate the uses of shared parameters."""
-    copies = [nn.Parameter(parameter.detach().clone()) for _, _, parameter in places]
+    copies = []
+    for _, _, parameter in places:
+        with in_memory([parameter]):
+            copies.append(nn.Parameter(parameter.detach().clone()))
     try:
         for (module_name, local, _), copy in zip(places, copies, strict=True):
             modules[module_name]._parameters[local] = copy

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import accumulate
@@ -119,6 +120,24 @@ def left_out(model: nn.Module, layout: ParameterLayout, exclude: Sequence[str] =
     return reasons
 
 
+@contextmanager
+def in_memory(parameters: Iterable[Tensor], *, changed: bool = False) -> Iterator[None]:
+    """Keep the values of parameters in memory inside the context.
+
+    The parameters of a model that is divided among processes (`npeff.models.sharding`) have values only while a module
+    that uses them is called, and inside this context. Other parameters always have values.
+
+    Args:
+        parameters: The parameters themselves, not detached ones.
+        changed: Whether the values are changed inside the context.
+    """
+    with ExitStack() as stack:
+        for parameter in parameters:
+            if (holder := getattr(parameter, "holder", None)) is not None:
+                stack.enter_context(holder.held(changed))
+        yield
+
+
 def model_fingerprint(model: nn.Module, layout: ParameterLayout) -> str:
     """Compute the SHA-256 hash of the names, shapes, dtypes and bytes of the selected parameters."""
     return fingerprint_of(dict(model.named_parameters()), layout.names)
@@ -130,5 +149,7 @@ def fingerprint_of(tensors: Mapping[str, Tensor], names: Iterable[str]) -> str:
     for name in names:
         value = tensors[name].detach()
         digest.update(f"{name}|{tuple(value.shape)}|{value.dtype}|".encode())
-        digest.update(value.reshape(-1).contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        with in_memory([tensors[name]]):
+            copied = value.flatten().clone()  # an array of the parameter itself would hold its storage forever
+        digest.update(copied.cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

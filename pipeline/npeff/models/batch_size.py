@@ -46,7 +46,7 @@ def largest_batch_size(loaded: LoadedModel, fishers: PerExampleFishers, limit: i
         except torch.OutOfMemoryError:
             break
         peak = peak_bytes(loaded.device)
-        needed = n_streams(loaded.device) * (peak - before)
+        needed = n_streams(loaded) * (peak - before)
         if needed > limit:
             # a lower peak of a process is not known: the memory of the trial may be less
             is_known = loaded.device.type == "cuda" or peak > former_peak

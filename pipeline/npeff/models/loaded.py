@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from npeff.errors import hide_values
-from npeff.execution.executor import ExecutorError
+from npeff.execution.executor import ExecutorError, WorkerLostError
 from npeff.execution.serial import computing_threads
+from npeff.execution.team import Team, current_team
 from npeff.gradients import (
     LeftOut,
     ParameterLayout,
@@ -30,6 +31,7 @@ from npeff.input_fisher.flat_inputs import FlatInputs
 from npeff.models.heap import keep_freed_memory
 from npeff.models.input_checks import problem_of_inputs, problem_of_logits
 from npeff.models.predictions import Predictions, joined
+from npeff.models.sharding import Shards, divide
 from npeff.models.single_precision import batch_in_single_precision, in_single_precision
 from npeff.models.trainable import trainable
 from npeff.store.task_files import preparing, task_files
@@ -49,6 +51,10 @@ _COLUMNS: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
 _DIVISIBLE = 1_000_000
 """Parameters times examples above which all threads compute a forward pass. A network of ten thousand parameters takes
 several times as long on two threads as on one."""
+
+
+_PASSED_ON = (UnsupportedModelError, WorkerLostError)
+"""Errors that the code of a task passes on: those of the hooks of this package."""
 
 
 @dataclass(frozen=True)
@@ -91,23 +97,37 @@ class ModelSpec:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ExecutorError("torch finds no GPU on the machine of this worker: set executor.gpus_per_worker to 0")
         keep_freed_memory()
+        if (team := current_team()) is not None:
+            team.begin_loading()
         task = self._load_task()
         cache = task_files(self.cache)
-        with self.user_code(task, "model"):
-            model = task.model(cache)
-        if not isinstance(model, nn.Module):
-            raise TaskError(f"task {self.task!r}: model() must return a torch.nn.Module, not {_kind(model)}")
+        model, shards = self._load_model(task, team, device)
         with self.user_code(task, "examples"):
             examples = task.examples(cache)
         if not isinstance(examples, Examples):
             raise TaskError(f"task {self.task!r}: examples() must return a npeff.tasks.Examples, not {_kind(examples)}")
-        loaded = LoadedModel(self, task, trainable(model).to(device).eval(), examples, device)
+        loaded = LoadedModel(self, task, model, examples, device, shards)
         if self.fingerprint not in (None, model_fingerprint(model, loaded.layout)):
             raise TaskError(
                 f"task {self.task!r}: model() returns another model than the one of the stored Fishers: restore the "
                 "former weights, seed the random initialization, or choose another run_dir"
             )
         return loaded
+
+    def load_shards(self, team: Team) -> nn.Module:
+        """Load the parts of the model that this process keeps for the first process of a team, which calls `load`."""
+        keep_freed_memory()
+        return self._load_model(self._load_task(), team, torch.device(self.device))[0]
+
+    def _load_model(self, task: Task, team: Team | None, device: torch.device) -> tuple[nn.Module, Shards | None]:
+        method = "model" if team is None or team.rank == 0 else "skeleton"
+        cache = self.cache if team is None else Path(team.text(str(self.cache)))  # that of a trial is a temporary one
+        with self.user_code(task, method):
+            model = getattr(task, method)(task_files(cache))
+        if not isinstance(model, nn.Module):
+            raise TaskError(f"task {self.task!r}: {method}() must return a torch.nn.Module, not {_kind(model)}")
+        model = trainable(model).eval()
+        return (model.to(device), None) if team is None else (model, divide(model, team, device))
 
     def _load_task(self) -> Task:
         try:
@@ -118,7 +138,9 @@ class ModelSpec:
 
     def user_code(self, task: Task, method: str) -> AbstractContextManager[None]:
         """Return the context in which to call a method of the task. It converts exceptions to errors of the task."""
-        return user_code(f"task {self.task!r}: {method}()", type(task).__module__, passed_on=(UnsupportedModelError,))
+        return user_code(
+            f"task {self.task!r}: {method}()", type(task).__module__, passed_on=(UnsupportedModelError, WorkerLostError)
+        )
 
 
 @dataclass(frozen=True)
@@ -130,6 +152,8 @@ class LoadedModel:
     model: nn.Module
     examples: Examples
     device: torch.device
+    shards: Shards | None = None
+    """The parts of the parameters, if they are divided among processes (`npeff.models.sharding`)."""
     layout: ParameterLayout = field(init=False)
 
     def __post_init__(self) -> None:
@@ -304,7 +328,12 @@ class LoadedModel:
 
     def logits(self, model: nn.Module, batch: Any) -> Tensor:
         with self.spec.user_code(self.task, "logits"):
-            logits = self.task.logits(model, batch)
+            try:
+                logits = self.task.logits(model, batch)
+            except RuntimeError as error:
+                if self.shards is None or not self.shards.keep_uncalled(error):
+                    raise
+                logits = self.task.logits(model, batch)
         if not isinstance(logits, Tensor):
             raise TaskError(f"task {self.spec.task!r}: logits() must return a tensor, not {_kind(logits)}")
         return logits

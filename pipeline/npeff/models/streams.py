@@ -28,9 +28,13 @@ _TOLERANCE = 1e-4
 """Tolerance relative to the norm of the factors. It is above rounding and far below the contribution of any layer."""
 
 
-def n_streams(device: torch.device) -> int:
-    """Return the number of batches that a worker computes concurrently."""
-    return min(_MAX_STREAMS, torch.get_num_threads()) if device.type == "cpu" else 1
+def n_streams(loaded: LoadedModel) -> int:
+    """Return the number of batches that a worker computes concurrently.
+
+    There is one for a divided model, whose copies would not share the parameters in memory.
+    """
+    several = loaded.device.type == "cpu" and loaded.shards is None
+    return min(_MAX_STREAMS, torch.get_num_threads()) if several else 1
 
 
 class Streams:
@@ -94,7 +98,7 @@ class Streams:
         for batch_examples in plan:
             examples = [batch_examples[-1], *batch_examples[:1]][: len(batch_examples)]
             batch, targets = self._loaded.with_targets(examples)
-            if n_streams(self._loaded.device) == 1:
+            if n_streams(self._loaded) == 1:
                 self._first.collector.inspect(batch, examples, targets)
                 return [self._first]
             expected = self._first.collector.collect(batch, examples, targets)
@@ -106,7 +110,7 @@ class Streams:
         if not self._first.collector.has_rules:
             return [self._first]
         try:
-            replicas = [self._first.replica() for _ in range(n_streams(self._loaded.device) - 1)]
+            replicas = [self._first.replica() for _ in range(n_streams(self._loaded) - 1)]
             found = replicas[0].collector.collect(batch, examples, targets) if replicas else expected
             found_BRD = self._first.factors(found).factors_BRD
         except Exception:

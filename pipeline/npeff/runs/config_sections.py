@@ -358,6 +358,9 @@ class ExecutorConfig(Section):
     the process may use, or ``OMP_NUM_THREADS`` if it is set; otherwise one."""
     gpus_per_worker: Annotated[float, Field(ge=0.0, le=LARGEST_SHARE)] = 0.0
     """Number of GPUs of one worker. With a fraction, workers share a GPU. With 0, workers compute on the CPU."""
+    devices_per_model: Annotated[int, Field(gt=0, le=LARGEST_SHARE)] = 1
+    """Number of processes of one worker, each with ``cpus_per_worker`` and ``gpus_per_worker``, among which the
+    parameters of the model are divided. A process holds 1/n of the model, and one block of it at a time."""
     timeout_s: Annotated[float, Field(gt=0.0, le=LARGEST_TIME_S)] = 600.0
     """Maximum time in seconds for one call of a Ray actor. An actor that takes longer counts as hung and is replaced.
     One call is the preparation of the task (for example training), up to two shards of Fishers, reading the Fishers and
@@ -368,4 +371,9 @@ class ExecutorConfig(Section):
     def _serial_is_one_worker(self) -> Self:
         if self.kind == "serial" and self.workers != 1:
             raise ValueError(f"the serial executor has one worker, not {self.workers}: set workers: 1 or kind: auto")
+        if self.kind == "serial" and self.devices_per_model != 1:
+            raise ValueError(
+                f"the serial executor has one process, not {self.devices_per_model}: set devices_per_model: 1 or "
+                "kind: auto"
+            )
         return self

@@ -91,7 +91,7 @@ def _wait_for_former_workers(path: Path) -> None:
             if time.monotonic() > deadline:
                 raise RunDirectoryError(
                     f"workers of an earlier command are still running and may write to {path}",
-                    "stop their processes, which are called ray::_Worker, and run the same command again",
+                    "stop their processes, which are called ray::WorkerActor, and run the same command again",
                     path=path,
                 )
             if not told and time.monotonic() - began > _TELL_AFTER_S:

@@ -9,9 +9,11 @@ from typing import Any, Literal
 from npeff.execution.create import make_executor
 from npeff.execution.executor import Executor, WorkerSpec
 from npeff.execution.ray.jobs import in_job
+from npeff.models.helper import ModelHelper
 from npeff.models.loaded import ModelSpec
 from npeff.options.sketch import SketchSpec
 from npeff.runs.config import RunConfig
+from npeff.runs.config_reading import ConfigError
 from npeff.runs.config_sections import IMPORTED_TASK
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
@@ -34,6 +36,19 @@ def model_executor_for(run: RunDirectory, given: Executor | None) -> AbstractCon
     return executor_for(run, given)
 
 
+def refuse_divided(config: RunConfig, stage: str) -> None:
+    """Refuse a divided model for a stage whose workers need all parameters at once.
+
+    Raises:
+        ConfigError: `executor.devices_per_model` is not 1.
+    """
+    if config.executor.devices_per_model > 1:
+        raise ConfigError(
+            f"npeff {stage} does not divide the model among processes: set executor.devices_per_model to 1 in the run "
+            "file for this command"
+        )
+
+
 def new_executor(config: RunConfig) -> AbstractContextManager[Executor]:
     """Return a context with a new executor, as set in the run file."""
     address = "auto" if in_job() else config.resolved("executor.address")  # a job has its own cluster
@@ -41,8 +56,23 @@ def new_executor(config: RunConfig) -> AbstractContextManager[Executor]:
 
 
 def worker_spec(run: RunDirectory, worker_class: type, **arguments: Any) -> WorkerSpec:
-    """Return the spec of a worker of this run. If this command is killed, the next one waits until the worker ends."""
-    return WorkerSpec(worker_class, arguments, run.worker_lease)
+    """Return the spec of a worker of this run. If this command is killed, the next one waits until the worker ends.
+
+    If a worker has several processes, all of them run the worker if its argument ``spread`` is true. Otherwise, the
+    first process runs it, and the others keep their parts of the model for it.
+    """
+    helper = None if arguments.get("spread") else _helper(arguments.get("model"))
+    return WorkerSpec(worker_class, arguments, run.worker_lease, helper=helper)
+
+
+def trial_spec(config: RunConfig, worker_class: type) -> WorkerSpec:
+    """Return the spec of a worker that tries the task of a run file, without a run."""
+    model = model_of(config, Path(), None)
+    return WorkerSpec(worker_class, {"model": model, "config": config}, helper=_helper(model))
+
+
+def _helper(model: ModelSpec | None) -> WorkerSpec | None:
+    return None if model is None else WorkerSpec(ModelHelper, {"model": model})
 
 
 def device_of(config: RunConfig) -> str:

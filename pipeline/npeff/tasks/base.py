@@ -162,6 +162,15 @@ class Task(ABC):
     def model(self, cache: Path) -> nn.Module:
         """Return the trained model, with parameters θ, on the CPU."""
 
+    def skeleton(self, cache: Path) -> nn.Module:
+        """Return a model with the modules, parameters and buffers of `model`, whose values do not matter.
+
+        If a model is divided among several processes (``executor.devices_per_model``), only the first of them calls
+        `model`, and the others receive their parts of its values. A skeleton on torch's device "meta" needs no memory.
+        By default, it is the model itself, so that every process holds it for a moment.
+        """
+        return self.model(cache)
+
     @abstractmethod
     def examples(self, cache: Path) -> Examples:
         """Return the examples x_1 … x_N whose Fishers are computed, preferably not training examples of the model."""

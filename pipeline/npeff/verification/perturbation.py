@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from npeff.gradients import in_memory
+
 
 @contextmanager
 def moved(model: nn.Module, direction: Mapping[str, Tensor], step: float) -> Iterator[None]:
@@ -26,13 +28,17 @@ def moved(model: nn.Module, direction: Mapping[str, Tensor], step: float) -> Ite
         step: ε times the sign, in units of the direction's length.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    before = {name: parameters[name].detach().clone() for name in direction}
+    before: dict[str, Tensor] = {}
     try:
         with torch.no_grad():
             for name, tensor in direction.items():
-                parameters[name].add_(tensor.to(parameters[name]), alpha=step)
+                parameter = parameters[name]
+                with in_memory([parameter], changed=True):
+                    before[name] = parameter.detach().clone()
+                    parameter.add_(tensor.to(parameter), alpha=step)
         yield
     finally:
         with torch.no_grad():
             for name, tensor in before.items():
-                parameters[name].copy_(tensor)
+                with in_memory([parameters[name]], changed=True):
+                    parameters[name].copy_(tensor)

@@ -141,7 +141,7 @@ def _peaks_of_workers() -> Iterator[dict[str, float]]:
         while not over.wait(0.2):
             for folder in Path("/proc").glob("[0-9]*"):
                 try:
-                    if (folder / "cmdline").read_bytes().startswith(b"ray::_Worker"):
+                    if (folder / "cmdline").read_bytes().startswith(b"ray::WorkerActor"):
                         status = (folder / "status").read_text()
                         peaks[folder.name] = int(status.split("VmHWM:")[1].split()[0]) / 1024
                 except (OSError, IndexError):

@@ -6,22 +6,17 @@ its item, so that every recovery is counted and every wait has a timeout.
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import platform
 import signal
 import threading
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, Any
+from dataclasses import dataclass
+from typing import Any
 
 import ray
-import torch
 from ray.exceptions import RayError, RayTaskError
 
 from npeff.errors import first_line
@@ -32,13 +27,13 @@ from npeff.execution.executor import (
     Group,
     WorkerLostError,
     WorkerSpec,
-    is_item_error,
-    reason_of,
 )
+from npeff.execution.ray.actor import Failure, Role, WorkerActor
 from npeff.execution.ray.address import check_is_ray
 from npeff.execution.ray.jobs import in_job
 from npeff.execution.ray.placement import WorkerPlacement
 from npeff.execution.ray.private import PrivateRay
+from npeff.execution.team import TeamMember
 
 _LOOK_EVERY_S = 1.0
 """Interval at which a wait for workers checks that Ray itself is running."""
@@ -46,70 +41,17 @@ _LOOK_EVERY_S = 1.0
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Role:
-    """The worker that an actor runs. One actor can have several roles in turn, because starting an actor is slow."""
+@dataclass
+class _Call:
+    """A call of all actors of a worker."""
 
-    spec: WorkerSpec
-    more: dict[str, Any] = field(default_factory=dict)
-    """Further arguments for the worker's constructor."""
-    key: str = field(default_factory=lambda: uuid.uuid4().hex)
-
-
-@dataclass(frozen=True)
-class _Failure:
-    reason: str
-
-
-class _Worker:
-    """The actor: sets up its process and runs the worker of a role.
-
-    The first call constructs the worker. An error of the worker's constructor, such as a missing data set, is thus
-    raised by that call. An error in the constructor of the actor would look like a lost process.
-    """
-
-    def __init__(self, threads: int) -> None:
-        torch.set_num_threads(threads)
-        self._key: str | None = None
-        self._worker: Any = None
-        self._lease: Any = None
-
-    def call(self, role: _Role, method: str, *arguments: Any) -> Any:
-        self._become(role)
-        return getattr(self._worker, method)(*arguments)
-
-    def call_item(self, role: _Role, method: str, item: Any) -> Any:
-        """Return an error that may be specific to the item as a `_Failure`; raise errors of the constructor."""
-        self._become(role)
-        try:
-            return getattr(self._worker, method)(item)
-        except Exception as error:
-            if not is_item_error(error):
-                raise
-            return _Failure(reason_of(error))
-
-    def _become(self, role: _Role) -> None:
-        if self._key != role.key:
-            self._worker, self._key = None, None
-            if self._lease is not None:
-                self._lease.close()
-            if role.spec.lease is not None:
-                self._lease = open(role.spec.lease, "a")  # noqa: SIM115 - held as long as this process has the role
-                _share_lock(self._lease, role.spec.lease)
-            self._worker = role.spec.construct(**role.more)
-            self._key = role.key
-
-
-def _share_lock(file: IO[str], path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH)
-    except OSError as error:  # the node may mount the folder in another way than the command
-        raise ExecutorError(
-            f"the file system of {path.parent} does not support locks on {platform.node()} ({error.strerror})",
-            "mount it there with locks (on Lustre, with the option flock), or choose a run_dir on another file system "
-            "or in a bucket",
-            path=path.parent,
-        ) from None
+    slot: int
+    item: Any
+    attempt: int
+    since: float
+    refs: list[ray.ObjectRef[Any]]
+    """The running calls of the actors, of which the first one returns the result."""
+    result: Any = None
 
 
 class RayExecutor:
@@ -121,6 +63,7 @@ class RayExecutor:
         workers: number of workers.
         cpus_per_worker: CPU cores of a worker.
         gpus_per_worker: GPUs of a worker, possibly a fraction.
+        devices_per_model: number of processes of a worker, each with the CPU cores and GPUs above.
         timeout_s: timeout in seconds for a placement group, an item, or a method of a group's worker.
 
     Raises:
@@ -128,13 +71,20 @@ class RayExecutor:
     """
 
     def __init__(
-        self, address: str, *, workers: int, cpus_per_worker: int, gpus_per_worker: float, timeout_s: float
+        self,
+        address: str,
+        *,
+        workers: int,
+        cpus_per_worker: int,
+        gpus_per_worker: float,
+        timeout_s: float,
+        devices_per_model: int = 1,
     ) -> None:
-        self.workers = workers
+        self.workers, self._processes = workers, devices_per_model
         self._cpus, self._gpus, self._timeout_s = cpus_per_worker, gpus_per_worker, timeout_s
         self._started_ray = not ray.is_initialized()
         self._private: PrivateRay | None = None
-        self._mappers: dict[int, Any] = {}
+        self._mappers: dict[int, list[Any]] = {}
         """Actors of `map` by slot. The next call of `map` reuses them."""
         if self._started_ray:
             self._connect(address)
@@ -143,6 +93,7 @@ class RayExecutor:
                 workers,
                 cpus=cpus_per_worker,
                 gpus=gpus_per_worker,
+                processes=devices_per_model,
                 one_node=self._private is not None,
                 timeout_s=timeout_s,
             )
@@ -159,17 +110,20 @@ class RayExecutor:
         keep_going: bool = False,
         split: Callable[[Any], Sequence[Any]] | None = None,
     ) -> Iterator[tuple[Any, Any]]:
-        role, failures = _Role(spec, key=spec.key), Failures(method, split, self.workers)
+        role, failures = Role(spec, key=spec.key), Failures(method, split, self.workers)
         waiting = deque((item, 1) for item in items)
         actors = self._mappers
         idle = deque(range(self._places))
-        running: dict[ray.ObjectRef[Any], tuple[int, Any, int, float]] = {}
+        running: dict[ray.ObjectRef[Any], _Call] = {}
         raised: BaseException | None = None  # an exception of the worker's method, which may be a ConnectionError too
 
         def retry(ref: ray.ObjectRef[Any], reason: str) -> None:
-            slot, item, attempt, _ = running.pop(ref)
-            self._end(actors.pop(slot))
-            idle.append(slot)
+            call = running[ref]
+            item, attempt = call.item, call.attempt
+            for each in call.refs:
+                running.pop(each, None)
+            self._end(actors.pop(call.slot))
+            idle.append(call.slot)
             if keep_going:
                 parts = failures.failed(item, attempt, reason)
                 _logger.warning("%s %s: %s; attempt %d of %d", method, item, reason, attempt, ATTEMPTS)
@@ -196,36 +150,47 @@ class RayExecutor:
                     slot, (item, attempt) = idle.popleft(), waiting.popleft()
                     if slot not in actors:
                         actors[slot] = self._start(slot)
-                    call = actors[slot].call_item if keep_going else actors[slot].call
-                    ref = call.remote(role, method, item)
-                    running[ref] = (slot, item, attempt, time.monotonic())
+                    calls = [actor.call_item if keep_going else actor.call for actor in actors[slot]]
+                    refs = [call.remote(role, method, item) for call in calls]
+                    running |= dict.fromkeys(refs, _Call(slot, item, attempt, time.monotonic(), refs))
                 finished = self._wait(list(running), 1)
                 for ref in finished:
+                    if ref not in running:  # another process of the same worker failed
+                        continue
                     try:
                         result = ray.get(ref, timeout=self._timeout_s)
                     except RayTaskError as error:
+                        if isinstance(error.cause, WorkerLostError):
+                            retry(ref, f"a process of its worker was lost ({error.cause})")
+                            continue
                         raised = error.cause or error
                         raise raised from (error if error.cause else None)  # its text is the worker's traceback
                     except RayError as error:
                         retry(ref, f"its worker was lost ({type(error).__name__})")
                         continue
-                    if isinstance(result, _Failure):
+                    if isinstance(result, Failure):
                         retry(ref, result.reason)
                         continue
-                    slot, item, _, _ = running.pop(ref)
-                    idle.append(slot)
+                    finished_call = running.pop(ref)
+                    if ref == finished_call.refs[0]:
+                        finished_call.result = result
+                    if not running.keys().isdisjoint(finished_call.refs):
+                        continue
+                    idle.append(finished_call.slot)
                     failures.succeeded()
-                    yield item, result
+                    yield finished_call.item, finished_call.result
                 now = time.monotonic()
-                for ref in [ref for ref, (*_, since) in running.items() if now - since > self._timeout_s]:
-                    retry(ref, f"no answer within {self._timeout_s:.0f} s")
+                late = [ref for ref, call in running.items() if now - call.since > self._timeout_s]
+                for ref in late:
+                    if ref in running:
+                        retry(ref, f"no answer within {self._timeout_s:.0f} s")
             failures.raise_any()
         except (RayError, ConnectionError) as error:
             if error is raised:
                 raise
             raise _ray_is_gone(f"{type(error).__name__}: {first_line(error)}") from None
         finally:
-            for slot, *_ in running.values():  # their results are no longer needed
+            for slot in {call.slot for call in running.values()}:  # their results are no longer needed
                 self._end(actors.pop(slot))
 
     @contextmanager
@@ -234,15 +199,14 @@ class RayExecutor:
         try:
             self._placement.renew()
             size = self._places
-            roles = [_Role(spec, {"rank": rank, "size": size}) for rank in range(size)]
-            actors = [self._start(slot) for slot in range(size)]
+            roles = [Role(spec, {"rank": rank, "size": size}) for rank in range(size)]
+            actors = [self._start_one(slot) for slot in range(size)]
         except (RayError, ConnectionError) as error:
             raise _ray_is_gone(f"{type(error).__name__}: {first_line(error)}") from None
         try:
             yield _RayGroup(actors, roles, self, self._timeout_s)
         finally:
-            for actor in actors:
-                self._end(actor)
+            self._end(actors)
 
     def wait_in_group(self, refs: list[ray.ObjectRef[Any]], until: float) -> list[ray.ObjectRef[Any]]:
         """Wait until a call is finished or until the time ``until``, and return the finished calls.
@@ -286,24 +250,37 @@ class RayExecutor:
     def _dead_server(self) -> str | None:
         return None if self._private is None else self._private.dead_server()
 
-    def _end(self, actor: Any) -> None:
+    def _end(self, actors: list[Any]) -> None:
         if self._dead_server() is not None:
             return
-        try:
-            ray.kill(actor)
-        except Exception:
-            # The actor, or Ray itself, may have ended already.
-            _logger.debug("an actor could not be ended", exc_info=True)
+        for actor in actors:
+            try:
+                ray.kill(actor)
+            except Exception:
+                # The actor, or Ray itself, may have ended already.
+                _logger.debug("an actor could not be ended", exc_info=True)
 
     def _end_mappers(self) -> None:
         while self._mappers:
             self._end(self._mappers.popitem()[1])
 
-    def _start(self, slot: int) -> Any:
-        actor = ray.remote(_Worker).options(
-            num_cpus=self._cpus, num_gpus=self._gpus, max_restarts=0, scheduling_strategy=self._placement.of(slot)
+    def _start(self, slot: int) -> list[Any]:
+        """Start the actors of a worker, by rank."""
+        size, device = self._processes, "cuda" if self._gpus else "cpu"
+        if size == 1:
+            return [self._start_one(slot)]
+        members = [TeamMember(rank, size, device, self._timeout_s) for rank in range(size)]
+        actors = [self._start_one(slot, rank, member) for rank, member in enumerate(members)]
+        address = actors[0].open_rendezvous.remote()
+        for actor in actors:
+            actor.connect.remote(address)  # before the next call; if it fails, that call says so
+        return actors
+
+    def _start_one(self, slot: int, rank: int = 0, member: TeamMember | None = None) -> Any:
+        actor = ray.remote(WorkerActor).options(
+            num_cpus=self._cpus, num_gpus=self._gpus, max_restarts=0, scheduling_strategy=self._placement.of(slot, rank)
         )
-        return actor.remote(self._cpus)
+        return actor.remote(self._cpus, member, rank)
 
     def _connect(self, address: str) -> None:
         if not in_job():
@@ -311,7 +288,7 @@ class RayExecutor:
         try:
             with _own_reaction_to_sigterm():
                 if address == "local" and not in_job():
-                    self._private = PrivateRay(self.workers * self._cpus)
+                    self._private = PrivateRay(self.workers * self._processes * self._cpus)
                 else:
                     ray.init(address="auto" if in_job() else address, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # Ray raises a bare Exception when its servers start too late
@@ -337,7 +314,7 @@ class RayExecutor:
 
 
 class _RayGroup:
-    def __init__(self, actors: list[Any], roles: list[_Role], executor: RayExecutor, timeout_s: float) -> None:
+    def __init__(self, actors: list[Any], roles: list[Role], executor: RayExecutor, timeout_s: float) -> None:
         self.size = len(actors)
         self._actors, self._roles, self._executor = actors, roles, executor
         self._timeout_s = timeout_s

@@ -31,8 +31,9 @@ class WorkerPlacement:
 
     Args:
         workers: number of places.
-        cpus: CPU cores of a place.
-        gpus: GPUs of a place.
+        cpus: CPU cores of a process.
+        gpus: GPUs of a process.
+        processes: number of processes of a worker. They are on one node if a node that is alive can hold them.
         one_node: whether the cluster is this machine only, so that no single node can be lost.
         timeout_s: timeout in seconds for resources that other programs may release or an autoscaler may start.
 
@@ -40,9 +41,15 @@ class WorkerPlacement:
         ExecutorError: the cluster does not have the resources.
     """
 
-    def __init__(self, workers: int, *, cpus: int, gpus: float, one_node: bool, timeout_s: float) -> None:
+    def __init__(
+        self, workers: int, *, cpus: int, gpus: float, one_node: bool, timeout_s: float, processes: int = 1
+    ) -> None:
         self._workers, self._one_node, self._timeout_s = workers, one_node, timeout_s
-        self._bundle = {"CPU": float(cpus)} | ({"GPU": gpus} if gpus else {})
+        one = {"CPU": float(cpus)} | ({"GPU": gpus} if gpus else {})
+        self._bundle, self._bundles = {name: processes * amount for name, amount in one.items()}, 1
+        """The resources of a part of a worker that must be on one node, and the number of these parts."""
+        if processes > 1 and not self._room():
+            self._bundle, self._bundles = one, processes
         patience = timeout_s if self._can_grow() else (0.0 if one_node else _TOO_SMALL_S)
         group = self._reserve(workers, patience)
         if group is None:
@@ -57,10 +64,12 @@ class WorkerPlacement:
 
     @property
     def count(self) -> int:
-        return int(self._group.bundle_count)
+        return int(self._group.bundle_count) // self._bundles
 
-    def of(self, slot: int) -> PlacementGroupSchedulingStrategy:
-        return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=slot)
+    def of(self, slot: int, rank: int = 0) -> PlacementGroupSchedulingStrategy:
+        """Return the place of a process of a worker."""
+        place = slot * self._bundles + rank % self._bundles
+        return PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=place)
 
     def is_whole(self) -> bool:
         """Return whether every place is on a node that is alive."""
@@ -117,7 +126,7 @@ class WorkerPlacement:
 
     def _ask_for(self, places: int) -> None:
         if places > 0 and self._wish is None and not self._one_node:
-            self._wish = placement_group([self._bundle] * places, strategy="PACK")
+            self._wish = placement_group([self._bundle] * (places * self._bundles), strategy="PACK")
 
     def _withdraw(self) -> None:
         if self._wish is not None:
@@ -125,7 +134,7 @@ class WorkerPlacement:
             self._wish = None
 
     def _reserve(self, count: int, patience_s: float) -> PlacementGroup | None:
-        group: PlacementGroup = placement_group([self._bundle] * count, strategy="PACK")
+        group: PlacementGroup = placement_group([self._bundle] * (count * self._bundles), strategy="PACK")
         ready, began, told = group.ready(), time.monotonic(), -_TELL_EVERY_S
         while True:
             waited = time.monotonic() - began
@@ -153,16 +162,18 @@ class WorkerPlacement:
 
     def _room(self) -> int:
         """Return how many workers the alive nodes could hold if no other program used them."""
-        return sum(
+        parts = sum(
             int(min(node["Resources"].get(name, 0.0) // amount for name, amount in self._bundle.items()))
             for node in ray.nodes()
             if node["Alive"]
         )
+        return parts // self._bundles
 
     def _can_grow(self) -> bool:
         """Return whether resources may become available: other programs release them, or an autoscaler adds nodes."""
         have = ray.cluster_resources()
-        enough = all(have.get(name, 0.0) >= self._workers * amount for name, amount in self._bundle.items())
+        needed = self._workers * self._bundles
+        enough = all(have.get(name, 0.0) >= needed * amount for name, amount in self._bundle.items())
         return enough or (in_job() and not _has_fixed_size())
 
 

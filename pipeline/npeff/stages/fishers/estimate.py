@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
-from npeff.execution.executor import WorkerSpec, result_of
+from npeff.execution.executor import result_of
 from npeff.runs.config import RunConfig
 from npeff.stages.factorize.stored_factors import kept_precision
 from npeff.stages.fishers.trial import Trial, TrialWorker
@@ -16,7 +15,7 @@ from npeff.stages.inputs.trial import largest_number, passes_per_example
 from npeff.stages.lift.memory import fitting_directions
 from npeff.stages.registry import STAGES
 from npeff.stages.validation import validate_for_workers
-from npeff.stages.worker_specs import device_of, model_of, new_executor
+from npeff.stages.worker_specs import device_of, new_executor, trial_spec
 from npeff.store.fisher_arrays import fisher_store_bytes
 
 
@@ -44,7 +43,7 @@ def estimate(config: RunConfig) -> Estimate:
     """
     wanted, began = config.fishers, time.monotonic()
     validate_for_workers(config)
-    spec = WorkerSpec(TrialWorker, {"model": model_of(config, Path(), None), "config": config})
+    spec = trial_spec(config, TrialWorker)
     with new_executor(config) as executor:
         trial: Trial = result_of(executor, spec, "try_out", None)
         start_up = time.monotonic() - began - trial.trial_seconds

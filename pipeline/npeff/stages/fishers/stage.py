@@ -79,6 +79,7 @@ def compute_fishers(run: AnyRun, *, executor: Executor | None = None, progress: 
             worker = worker_spec(
                 run,
                 FisherWorker,
+                spread=config.executor.devices_per_model > 1,
                 model=model_spec(run, facts.model_fingerprint),
                 labels=config.fishers.label_spec(config.seed),
                 sketch=config.fishers.sketch,

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
+from npeff.execution.team import Team, current_team
 from npeff.fisher import (
     FisherBatch,
     GroupLayout,
@@ -35,7 +37,11 @@ from npeff.tasks import TaskError
 
 
 class FisherWorker:
-    """Computes shards. A shard is recorded as complete after all its arrays are written."""
+    """Computes shards. A shard is recorded as complete after all its arrays are written.
+
+    If the worker has several processes, with `spread`, each of them computes some of the batches of a shard, and the
+    first one writes all of them. The batches, and so the results, are those of a single process.
+    """
 
     def __init__(
         self,
@@ -47,7 +53,9 @@ class FisherWorker:
         records: ShardRecords,
         batch_size: int,
         sums: DiagonalSums | None = None,
+        spread: bool = False,
     ) -> None:
+        self._team = current_team() if spread else None
         self._loaded = model.load()
         linear_map = make_sketch(sketch, self._loaded.layout, seed)
         loaded = self._loaded
@@ -89,6 +97,10 @@ class FisherWorker:
             for name, shape in names_and_shapes
         }
         records = self._compute_all(self._sums.shards(unit), total)
+        if self._team is not None:
+            total = {name: self._team.total(values) for name, values in total.items()}
+            if self._team.rank:
+                return []
         self._sums.write(unit, {name: values[0].cpu().numpy() for name, values in total.items()})
         return records
 
@@ -101,18 +113,25 @@ class FisherWorker:
                 arrays = self._compute(shard, total)
                 if written:
                     written[-1].result()  # at most one shard waits to be written; raises its error, if any
-                written.append(writer.submit(self._write, shard, arrays, began))
+                if arrays is not None:
+                    written.append(writer.submit(self._write, shard, arrays, began))
         return [record.result() for record in written]
 
-    def _compute(self, shard: int, total: dict[str, Tensor] | None) -> dict[str, np.ndarray]:
+    def _compute(self, shard: int, total: dict[str, Tensor] | None) -> dict[str, np.ndarray] | None:
+        """Return the arrays of a shard, or None if another process writes them."""
         start, stop = self._store.plan.bounds(shard)
         plan = self._loaded.batches(range(start, stop), self._batch_size)
+        own = plan if self._team is None else plan[self._team.rank :: self._team.size]
         parts = []
-        for stored, collected in self._streams.map(partial(self._compute_batch, keep=total is not None), plan):
+        for stored, collected in self._streams.map(partial(self._compute_batch, keep=total is not None), own):
             parts.append(stored)
             if total is not None and collected is not None:
                 diagonal_sum(collected.contributions, collected.labels.scales_B, stored["valid"][None], total)
             del collected  # free its rows before the next batch is computed
+        if self._team is not None:
+            parts = _joined(self._team, parts, len(plan))
+            if not parts:
+                return None
         # from the order of computation to the order of the examples
         order = torch.tensor([example for examples in plan for example in examples]).argsort()
         arrays = {name: torch.cat([part[name] for part in parts]).cpu()[order].numpy() for name in parts[0]}
@@ -164,6 +183,18 @@ class FisherWorker:
         )
         self._records.write(record)
         return record
+
+
+def _joined(team: Team, own: list[dict[str, Tensor]], n_batches: int) -> list[dict[str, Tensor]]:
+    """Return the arrays of all batches in the first process, and nothing in the others."""
+    team.serve()  # the others may need this process for their batches
+    arrays = {f"{place} {name}": value for place, part in enumerate(own) for name, value in part.items()}
+    joined: list[dict[str, Tensor]] = [{} for _ in range(n_batches)]
+    for rank, content in enumerate(team.gather_bytes(save(arrays))):
+        for key, value in load(content).items():
+            place, _, name = key.partition(" ")
+            joined[int(place) * team.size + rank][name] = value
+    return joined if team.rank == 0 else []
 
 
 def _stored_form(batch: FisherBatch, dtype: torch.dtype, with_logits: bool) -> dict[str, Tensor]:

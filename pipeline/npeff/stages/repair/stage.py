@@ -25,7 +25,7 @@ from npeff.stages.lift import LIFT
 from npeff.stages.repair import REPAIR
 from npeff.stages.repair.directions import OwnDirections, own_directions
 from npeff.stages.repair.worker import Attempt, Batch, RepairWorker
-from npeff.stages.worker_specs import model_executor_for, model_spec, worker_spec
+from npeff.stages.worker_specs import model_executor_for, model_spec, refuse_divided, worker_spec
 from npeff.storage.atomic import remove_directory
 from npeff.storage.checksums import read_json, write_json_atomically
 from npeff.store.component_store import open_factorization
@@ -60,6 +60,7 @@ def repair(run: AnyRun, *, executor: Executor | None = None, progress: Progress 
         NpeffError: the stage cannot be completed. The message is one line with the cause and the remedy.
     """
     run, progress = as_run(run), display(progress)
+    refuse_divided(run.config, "repair")
     with open_stage(run, REPAIR) as stage:
         wanted = run.config.repair
         own = own_directions(run, progress.say)

@@ -24,7 +24,7 @@ from npeff.stages.step import STEP
 from npeff.stages.step.fisher_rows import RunRows, preconditioner
 from npeff.stages.step.labels import Labelled
 from npeff.stages.step.worker import Size, StepWorker
-from npeff.stages.worker_specs import model_executor_for, model_spec, worker_spec
+from npeff.stages.worker_specs import model_executor_for, model_spec, refuse_divided, worker_spec
 from npeff.storage.atomic import remove_directory
 from npeff.storage.checksums import json_checksum, read_json
 from npeff.store.array_files import read_arrays, write_arrays
@@ -58,6 +58,7 @@ def step(run: AnyRun, *, executor: Executor | None = None, progress: Progress = 
         NpeffError: the stage cannot be completed. The message is one line with the cause and the remedy.
     """
     run, progress = as_run(run), display(progress)
+    refuse_divided(run.config, "step")
     with open_stage(run, STEP) as stage:
         results = run.partial_results("step")
         labelled = Labelled.of(run)

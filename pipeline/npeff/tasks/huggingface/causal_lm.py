@@ -31,7 +31,8 @@ class CausalLMTask(PretrainedTask[CausalLMOptions]):
 
     def model(self, cache: Path) -> nn.Module:
         model = load_model(self.options, AutoModelForCausalLM)
-        if self.options.attention != "flash_attention_2":  # which needs a GPU
+        is_skeleton = next(model.parameters()).is_meta
+        if not is_skeleton and self.options.attention != "flash_attention_2":  # which needs a GPU
             _check_causal(model, self.options.model)
         return model
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -20,6 +22,8 @@ from npeff.tasks.huggingface.options import PretrainedOptions
 from npeff.tasks.tables import distinct_names
 
 _PROCESSOR = "set processor to the folder or hub id of the tokenizer or image processor of the model"
+_only_skeleton: ContextVar[bool] = ContextVar("only_skeleton", default=False)
+"""Whether `load_model` returns the modules without the values of their parameters, see `Task.skeleton`."""
 _REPLACED = "original_module"
 """Module that PEFT keeps of a layer whose place another one takes."""
 _TYPES = {"image_processor_type", "feature_extractor_type", "processor_class", "auto_map"}
@@ -67,6 +71,8 @@ def load_model(options: PretrainedOptions, factory: Any, pad_token_id: int | Non
         TaskError: The model cannot be loaded, or has no weights for this task.
     """
     _check_no_adapter(options)
+    if _only_skeleton.get() and options.adapter is None:
+        return _skeleton(options, factory, pad_token_id, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # weights that an adapter replaces are random, and must be equal in all workers
         model, loading = _from_pretrained(
@@ -92,6 +98,24 @@ def load_model(options: PretrainedOptions, factory: Any, pad_token_id: int | Non
             f"{options.model!r} has no weights {', '.join(sorted(missing)[:3])}: it is not trained for this task; "
             "use a model that is, or choose another task"
         )
+    return with_fused_gelu(model).eval()
+
+
+def _skeleton(options: PretrainedOptions, factory: Any, pad_token_id: int | None, changes: dict[str, Any]) -> nn.Module:
+    """Return the model on the device "meta", whose tensors have no values."""
+    config = model_config(options)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    if pad_token_id is not None:
+        config.get_text_config().pad_token_id = pad_token_id
+    with torch.device("meta"):
+        model: nn.Module = factory.from_config(
+            config,
+            dtype=getattr(torch, options.dtype),
+            attn_implementation=options.attention,
+            trust_remote_code=options.trust_remote_code,
+        )
+    _disable_cache(model)
     return with_fused_gelu(model).eval()
 
 
@@ -189,6 +213,13 @@ class PretrainedTask(Task, Generic[OptionsT]):
 
     def __init__(self, **options: Any) -> None:
         self.options: OptionsT = self.Options(**options)  # type: ignore[assignment]
+
+    def skeleton(self, cache: Path) -> nn.Module:
+        before = _only_skeleton.set(True)
+        try:
+            return self.model(cache)
+        finally:
+            _only_skeleton.reset(before)
 
 
 def classes(config: Any, label_names: Sequence[str] | None, model: str) -> tuple[str, ...]:
