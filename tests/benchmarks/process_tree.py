@@ -62,6 +62,12 @@ def measured(command: list[str], environment: dict[str, str] | None = None, fold
     return Cost(sum(cpu_s.values()), time.perf_counter() - began, memory, processes)
 
 
+def memory_of(pid: str) -> int:
+    """Bytes of memory of a process now; memory that several processes share counts in parts. 0 where it has ended."""
+    used = _used(pid)
+    return 0 if used is None else used[1]
+
+
 def _has_mark(pid: str, mark: str) -> bool:
     try:
         return mark.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")

@@ -37,6 +37,7 @@ class Team:
 
     Attributes:
         fetched_bytes: Total size in bytes of the contents that this process fetched.
+        n_kept: Number of times that the shards were replaced.
     """
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
@@ -46,11 +47,12 @@ class Team:
         self._control = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         self._shards: Sequence[Tensor] = ()
         self._load: Callable[[], None] | None = None
-        self.fetched_bytes = 0
+        self.fetched_bytes, self.n_kept = 0, 0
 
     def keep(self, shards: Sequence[Tensor]) -> None:
         """Replace the shards of this process: one-dimensional tensors of bytes (uint8)."""
         self._shards = shards
+        self.n_kept += 1
 
     def when_loading(self, load: Callable[[], None]) -> None:
         """Set the function that this process calls while it serves, when the first process wants to load a model."""

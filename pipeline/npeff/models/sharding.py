@@ -58,6 +58,10 @@ class Unit:
         self.release()
 
     @property
+    def n_bytes(self) -> int:
+        return self.n_entries * self.flat.dtype.itemsize
+
+    @property
     def is_present(self) -> bool:
         return self.flat.untyped_storage().size() > 0
 
@@ -67,7 +71,7 @@ class Unit:
         return self.flat.view(torch.uint8)
 
     def allocate(self) -> None:
-        self.flat.untyped_storage().resize_(self.n_entries * self.flat.dtype.itemsize)
+        self.flat.untyped_storage().resize_(self.n_bytes)
 
     def release(self) -> None:
         self.flat.untyped_storage().resize_(0)
@@ -99,7 +103,7 @@ class Shards:
     """The units of a model, of which few are in memory."""
 
     def __init__(self, team: Team) -> None:
-        self._team = team
+        self._team, self._n_kept = team, team.n_kept + 1
         self.units: list[Unit] = []
         self._present: dict[int, Unit] = {}
         """The units in memory, by the address of their storage."""
@@ -165,6 +169,7 @@ class Shards:
         for address, other in list(self._present.items()):
             if not other.pins:
                 self._release(address)
+        assert self._n_kept == self._team.n_kept, "the processes keep the shards of another model, loaded later"
         unit.allocate()
         with torch.no_grad():
             self._team.fetch(unit.number, unit.content)
