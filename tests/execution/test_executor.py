@@ -20,7 +20,7 @@ from npeff.execution.executor import ATTEMPTS, ExecutorError, ItemsFailedError, 
 from npeff.execution.ray import actor as ray_actor
 from npeff.execution.ray import address as ray_address
 from npeff.execution.ray import executor as ray_executor
-from npeff.execution.ray import placement
+from npeff.execution.ray import growth, placement
 from npeff.execution.ray.executor import RayExecutor
 from npeff.execution.serial import SerialExecutor
 from npeff.factorization import IterationRecord
@@ -30,6 +30,8 @@ from npeff.stages.factorize.worker import Step
 from npeff.storage.errors import StoreError
 from npeff.store.checkpoint import CheckpointStore
 from npeff.tasks import TaskError
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+from ray.util import placement_group_table
 
 pytestmark = pytest.mark.ray
 
@@ -415,29 +417,67 @@ def test_more_cpus_than_the_cluster_has_are_refused_in_one_line(executor, monkey
     assert "\n" not in str(error.value)
 
 
-def test_waiting_for_room_is_told_and_a_cluster_without_an_autoscaler_is_not_waited_for(executor, monkeypatch, capfd):
+def test_a_cluster_that_others_use_is_waited_for_and_the_line_says_what_is_free(executor, monkeypatch, capfd):
+    monkeypatch.setattr(placement, "_TELL_AFTER_S", 0.2)
+    monkeypatch.setattr(placement, "_TOO_SMALL_S", 0.1)
+    with pytest.raises(
+        ExecutorError, match=r"^other programs use the cluster, and it has no room for 4 workers .*2 CPU"
+    ):
+        placement.WorkerPlacement(4, cpus=1, gpus=0.0, one_node=False, timeout_s=1.0)
+    assert "2 CPU of 4 CPU in the cluster are free (0 s of at most 1 s)" in capfd.readouterr().err
+
+
+class Gcs:
+    """Ray's server as an autoscaler has left it: of the first version with node types, or of the second version."""
+
+    def __init__(self, status: bytes = b"", *, version: int = 0, refuses: bool = False) -> None:
+        self._status, self._version, self._refuses = status, version, refuses
+
+    def internal_kv_get(self, key: bytes) -> bytes:
+        return self._status
+
+    def get_cluster_status(self, timeout_s: float) -> bytes:
+        reply = GetClusterStatusReply()
+        reply.autoscaling_state.autoscaler_state_version = self._version
+        for group in placement_group_table() if self._refuses else ():
+            request = reply.autoscaling_state.infeasible_gang_resource_requests.add()
+            request.details = f"{group}:PACK|PENDING"
+        return reply.SerializeToString()
+
+
+def of_node_types(*kinds: str) -> Gcs:
+    report = {"active_nodes": dict.fromkeys(kinds, 1), "idle_nodes": None}
+    return Gcs(json.dumps({"autoscaler_report": report}).encode())
+
+
+@pytest.mark.parametrize(
+    ("gcs", "waits_s"),
+    [
+        (of_node_types("node_0a1b"), 0.5),  # no autoscaler
+        (of_node_types("head", "gpu-spot"), 1.5),
+        (Gcs(version=2, refuses=True), 0.5),
+        (Gcs(version=2), 1.5),
+    ],
+    ids=["none", "first version", "second version: never", "second version: may come"],
+)
+def test_room_is_waited_for_as_long_as_the_autoscaler_may_make_it(executor, monkeypatch, capfd, gcs, waits_s):
     monkeypatch.setattr(placement, "_TELL_AFTER_S", 0.2)
     monkeypatch.setattr(placement, "_TOO_SMALL_S", 0.5)
-    monkeypatch.setattr(placement, "in_job", lambda: True)
-    status = {"autoscaler_report": {"active_nodes": {"node_0a1b": 1}, "idle_nodes": None}}
-    monkeypatch.setattr("ray.experimental.internal_kv._internal_kv_get", lambda key: json.dumps(status).encode())
-    wanted = {"cpus": 1, "gpus": 0.0, "one_node": False, "timeout_s": 300.0}
-    with pytest.raises(ExecutorError, match="has no room for 64 workers"):
-        placement.WorkerPlacement(64, **wanted)
+    monkeypatch.setattr(placement, "in_job", lambda: waits_s == 0.5)  # it matters only where nothing is known
+    monkeypatch.setattr(growth, "_gcs", lambda: gcs)
+    with pytest.raises(ExecutorError, match=r"has no room for 64 workers .*4 CPU in total, room for 4, and did not"):
+        placement.WorkerPlacement(64, cpus=1, gpus=0.0, one_node=False, timeout_s=1.5)
     told = capfd.readouterr().err
     assert "waiting for room for 64 workers with 1 CPU each: " in told
-    assert "of at most 0 s)" in told or "of at most 1 s)" in told
-    status["autoscaler_report"]["active_nodes"] = {"gpu-spot": 1}  # a node type of an autoscaler: it is waited for
-    wanted["timeout_s"] = 1.0
-    with pytest.raises(ExecutorError, match="has no room for 64 workers"):
-        placement.WorkerPlacement(64, **wanted)
-    assert "of at most 1 s)" in capfd.readouterr().err
+    assert f"of at most {waits_s:.0f} s)" in told
 
 
 @pytest.mark.parametrize("status", [b"", b"null", b"{", b'{"autoscaler_report": []}'])
 def test_a_status_of_another_form_says_nothing_about_growth(monkeypatch, status):
-    monkeypatch.setattr("ray.experimental.internal_kv._internal_kv_get", lambda key: status)
-    assert not placement._has_fixed_size()
+    monkeypatch.setattr(growth, "_gcs", lambda: Gcs(status))
+    assert growth.nodes_may_come(None) is None
+    monkeypatch.setattr(growth, "_gcs", lambda: None)
+    assert growth.nodes_may_come(None) is None
 
 
 def no_ray(**arguments):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 
@@ -13,16 +12,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from npeff.errors import tell
 from npeff.execution.executor import ExecutorError
+from npeff.execution.ray.growth import nodes_may_come
 from npeff.execution.ray.jobs import in_job
 
 _TOO_SMALL_S = 30.0
-"""Timeout in seconds for a placement group that the cluster cannot hold at present."""
+"""Timeout in seconds for a placement group that the cluster cannot hold, even if it is empty or grows."""
 
 _LOOK_EVERY_S = 1.0
 _TELL_AFTER_S, _TELL_EVERY_S = 5.0, 60.0
 """Time in seconds of waiting after which a line tells what is waited for, and after which it is repeated."""
-_READONLY_NODE_TYPE = "node_"
-"""Beginning of the node types in the status of Ray's monitor where the cluster has no autoscaler."""
 _logger = logging.getLogger(__name__)
 
 
@@ -50,14 +48,9 @@ class WorkerPlacement:
         """The resources of a part of a worker that must be on one node, and the number of these parts."""
         if processes > 1 and not self._room():
             self._bundle, self._bundles = one, processes
-        patience = timeout_s if self._can_grow() else (0.0 if one_node else _TOO_SMALL_S)
-        group = self._reserve(workers, patience)
+        group = self._reserve(workers, timeout_s)
         if group is None:
-            have = {name: ray.cluster_resources().get(name, 0.0) for name in self._bundle}
-            raise ExecutorError(
-                f"the cluster has no room for {workers} workers with {_resources(self._bundle)} each (it has "
-                f"{_resources(have)} in total): lower executor.workers, cpus_per_worker or gpus_per_worker"
-            )
+            raise self._too_small()
         self._group = group
         self._wish: PlacementGroup | None = None
         """A pending placement group of the missing places. It makes an autoscaler start nodes; nothing waits for it."""
@@ -137,28 +130,52 @@ class WorkerPlacement:
         group: PlacementGroup = placement_group([self._bundle] * (count * self._bundles), strategy="PACK")
         ready, began, told = group.ready(), time.monotonic(), -_TELL_EVERY_S
         while True:
-            waited = time.monotonic() - began
+            waited, limit_s = time.monotonic() - began, self._limit_s(group, patience_s)
             if waited >= _TELL_AFTER_S and waited >= told + _TELL_EVERY_S:
                 told = waited
-                self._tell(count, waited, patience_s)
+                self._tell(count, waited, limit_s)
             try:
-                ray.get(ready, timeout=min(_TELL_AFTER_S, max(0.0, patience_s - waited)))
+                ray.get(ready, timeout=min(_TELL_AFTER_S, max(0.0, limit_s - waited)))
                 return group
             except GetTimeoutError:
-                if time.monotonic() - began >= patience_s:
+                if time.monotonic() - began >= limit_s:
                     remove_placement_group(group)
                     return None
 
-    def _tell(self, count: int, waited: float, patience_s: float) -> None:
-        free, have = (
-            _resources({name: found.get(name, 0.0) for name in self._bundle})
-            for found in (ray.available_resources(), ray.cluster_resources())
+    def _limit_s(self, group: PlacementGroup, patience_s: float) -> float:
+        """Return how long to wait for a pending group: not long if no program can release, or add, the resources."""
+        if self._room() >= self._workers:
+            return patience_s
+        if self._one_node:
+            return 0.0
+        may_come = nodes_may_come(group)
+        if may_come is None:
+            may_come = in_job()  # a cluster for jobs has an autoscaler more often than not
+        return patience_s if may_come else min(patience_s, _TOO_SMALL_S)
+
+    def _too_small(self) -> ExecutorError:
+        wanted = self._wanted(self._workers)
+        lower = "lower executor.workers, cpus_per_worker or gpus_per_worker"
+        free, have = self._free_and_total()
+        if (room := self._room()) >= self._workers:
+            return ExecutorError(
+                f"other programs use the cluster, and it has no room for {wanted} ({free} of {have} are free): wait "
+                f"until they have ended, or {lower}"
+            )
+        return ExecutorError(
+            f"the cluster has no room for {wanted} (it has {have} in total, room for {room}, and did not grow): {lower}"
         )
-        wanted = f"{count} worker{'s' if count > 1 else ''} with {_resources(self._bundle)} each"
+
+    def _tell(self, count: int, waited: float, patience_s: float) -> None:
+        free, have = self._free_and_total()
         tell(
-            f"waiting for room for {wanted}: {free} of {have} in the cluster are free "
+            f"waiting for room for {self._wanted(count)}: {free} of {have} in the cluster are free "
             f"({waited:.0f} s of at most {patience_s:.0f} s)"
         )
+
+    def _wanted(self, count: int) -> str:
+        one = {name: self._bundles * amount for name, amount in self._bundle.items()}
+        return f"{count} worker{'s' if count > 1 else ''} with {_resources(one)} each"
 
     def _room(self) -> int:
         """Return how many workers the alive nodes could hold if no other program used them."""
@@ -169,25 +186,11 @@ class WorkerPlacement:
         )
         return parts // self._bundles
 
-    def _can_grow(self) -> bool:
-        """Return whether resources may become available: other programs release them, or an autoscaler adds nodes."""
-        have = ray.cluster_resources()
-        needed = self._workers * self._bundles
-        enough = all(have.get(name, 0.0) >= needed * amount for name, amount in self._bundle.items())
-        return enough or (in_job() and not _has_fixed_size())
-
-
-def _has_fixed_size() -> bool:
-    """Return whether Ray's monitor reports that the cluster has no autoscaler. Not every cluster has a monitor."""
-    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    try:
-        report = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or b"{}").get("autoscaler_report") or {}
-        kinds = [kind for part in ("active_nodes", "idle_nodes") for kind in report.get(part) or {}]
-    except (ValueError, AttributeError, RuntimeError):  # another form of the status
-        return False
-    return bool(kinds) and all(kind.startswith(_READONLY_NODE_TYPE) for kind in kinds)
+    def _free_and_total(self) -> tuple[str, str]:
+        """Return the resources of the cluster that no program uses, and all of them, of the kinds that workers need."""
+        free, have = ray.available_resources(), ray.cluster_resources()
+        left, all_ = ({name: found.get(name, 0.0) for name in self._bundle} for found in (free, have))
+        return _resources(left), _resources(all_)
 
 
 def _remove(group: PlacementGroup) -> None:
