@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import socket
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -159,9 +162,75 @@ def test_a_package_of_the_task_that_is_not_uploaded_is_named(
 
 
 @pytest.mark.process
-def test_a_job_server_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_server_that_does_not_answer_is_told_and_then_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(jobs, "_ANSWER_S", 0.5)
+    monkeypatch.setattr(jobs, "_TELL_AFTER_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as server:  # accepts connections, and says nothing
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(ExecutorError, match=rf"cannot reach the job server at {address} \(no answer within 0 s\)"):
             jobs.JobServer(address)
+    assert capsys.readouterr().err == f"waiting for the job server at {address} to answer, at most 0 s\n"
+
+
+class _Client:
+    """Ray's client of a cluster with one job, whose agent hangs after some lines of the log."""
+
+    def __init__(self, *states: str, refusal: Exception | None = None) -> None:
+        self._states, self._refusal = list(states), refusal
+
+    def list_jobs(self) -> list[SimpleNamespace]:
+        return []
+
+    def submit_job(self, **arguments: object) -> None:
+        assert self._refusal is not None
+        raise self._refusal
+
+    def get_job_info(self, job_id: str) -> SimpleNamespace:
+        state = self._states.pop(0) if len(self._states) > 1 else self._states[0]
+        times = {"start_time": 1000, "end_time": None}
+        message = "It may be waiting for resources." if state == "PENDING" else ""
+        return SimpleNamespace(
+            submission_id=job_id, status=state, driver_exit_code=0, message=message, metadata={}, **times
+        )
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        yield "a line\n"
+        yield "another\n"
+        await asyncio.sleep(60)
+
+
+def _server(client: _Client) -> jobs.JobServer:
+    server = jobs.JobServer.__new__(jobs.JobServer)
+    server.address, server._client = "http://head:8265", client
+    return server
+
+
+def test_a_log_that_stops_is_told_with_the_state_of_the_job_and_ends_with_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(jobs, "_SILENT_S", 0.1)
+    said: list[str] = []
+    job = _server(_Client("PENDING", "RUNNING", "SUCCEEDED")).follow("npeff-run-1", said.append)
+    assert said == ["a line\n", "another\n"]
+    assert job.state == "SUCCEEDED"
+    assert capsys.readouterr().err.splitlines() == [
+        "no new line of the log of npeff-run-1 for 0 s; the job is PENDING (It may be waiting for resources.)",
+        "no new line of the log of npeff-run-1 for 0 s; the job is RUNNING",
+        "no new line of the log of npeff-run-1 for 0 s; the job is SUCCEEDED",
+    ]
+
+
+@pytest.mark.parametrize(
+    "refusal", [jobs._NoAnswerError("no answer within 20 s"), RuntimeError("No available agent to submit job")]
+)
+def test_a_job_agent_that_hangs_or_is_not_there_is_one_line_and_not_a_mistake_of_the_options(
+    monkeypatch: pytest.MonkeyPatch, refusal: Exception
+) -> None:
+    monkeypatch.setattr(jobs, "_START_WAIT_S", 0.1)
+    with pytest.raises(ExecutorError, match=rf"no job agent of the cluster at .*\({refusal}\): check") as error:
+        _server(_Client("RUNNING", refusal=refusal)).submit(Submission("/data/run", "run_dir: /data/run"))
+    assert "options" not in str(error.value)
+    with pytest.raises(ExecutorError, match=r"refused the job \(no such package\): correct the options"):
+        _server(_Client("RUNNING", refusal=RuntimeError("no such package"))).submit(Submission("/data/run", "a: b"))

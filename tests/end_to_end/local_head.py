@@ -25,6 +25,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+_NICENESS = "RAY_worker_niceness"  # the only variable of Ray that is passed on: 0 on a machine that is busy
 
 
 def free_ports(count: int) -> list[int]:
@@ -68,7 +69,7 @@ class LocalHead:
         token_file = self.folder / "token"
         token_file.write_text(self.token)
         self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+            **{name: value for name, value in os.environ.items() if not name.startswith("RAY_") or name == _NICENESS},
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token_file),

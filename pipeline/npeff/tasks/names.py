@@ -58,4 +58,7 @@ def how_to_import(module: str) -> str:
         return "pip install 'npeff-pipeline[hf]'"
     if module.partition(".")[0] == "pipeline":
         return "the package is imported as npeff: from npeff.tasks import Task, Examples"
-    return f"install it, or run npeff in the folder that contains {module}, or add that folder to PYTHONPATH"
+    return (
+        f"install it, or run npeff in the folder that contains {module}, or add that folder to PYTHONPATH; for a job "
+        "on a cluster, give npeff submit --py-module (your own package) or --pip (any other)"
+    )

@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,12 +38,25 @@ _END_WAIT_S = 15.0
 """Timeout in seconds for the final state of a job after the end of its log."""
 _START_WAIT_S = 60.0
 """Timeout in seconds for a newly started head node to accept jobs."""
-_ANSWER_S = 30.0
+_ANSWER_S = 20.0
 """Timeout in seconds for the answer to a request."""
+_TELL_AFTER_S = 5.0
+"""Time in seconds after which a line tells that an answer is waited for."""
+_SILENT_S = 30.0
+"""Time in seconds without a new line of a job's log after which a line tells the state of the job."""
 _NOT_READY, _TAKEN, _UNKNOWN = "No available agent", "already exists", "does not exist"
 """Texts in the plain RuntimeError of Ray's client, which has no exception classes for these answers of the server."""
 _LOOK_EVERY_S = 0.2
-_UPLOAD_LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
+_LOGGERS = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
+"""Loggers of Ray's client, which tell of uploads and of the connection of a log."""
+
+
+class _NoAnswerError(RuntimeError):
+    """The job server accepted a request and did not answer."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +139,7 @@ class JobServer:
         from ray.exceptions import RayError
         from ray.job_submission import JobSubmissionClient
 
-        for name in _UPLOAD_LOGGERS:
+        for name in _LOGGERS:
             logging.getLogger(name).setLevel(logging.WARNING)
         self.address = address
         try:
@@ -169,6 +183,12 @@ class JobServer:
                         tell(f"waiting for {self.address} to accept jobs, at most {_START_WAIT_S:.0f} s")
                     time.sleep(_LOOK_EVERY_S)
                     continue
+                if _NOT_READY in str(error) or isinstance(error, _NoAnswerError):
+                    raise ExecutorError(
+                        f"no job agent of the cluster at {self.address} accepts the job ({_reason(error)}): check the "
+                        "head node (dashboard_agent.log in /tmp/ray/session_latest/logs), restart Ray there if it "
+                        "hangs, and submit again"
+                    ) from None
                 raise ExecutorError(
                     f"the job server at {self.address} refused the job ({_reason(error)}): correct the options of "
                     "npeff submit and submit again"
@@ -193,15 +213,30 @@ class JobServer:
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
     def follow(self, job_id: str, say: Callable[[str], None]) -> Job:
-        """Pass the job's log to ``say`` from its beginning, until the job ends. Returns the ended job."""
+        """Pass the job's log to ``say`` from its beginning, until the job ends. Returns the ended job.
 
-        async def tail() -> None:
-            async for lines in self._client.tail_job_logs(job_id):
-                say(lines)
-
+        The agent that sends the log may hang. If no line comes for a while, the server is asked for the job's state.
+        """
         with self._asking():
-            asyncio.run(tail())
+            asyncio.run(self._pass_log(job_id, say))
         return self._ended(job_id, _END_WAIT_S)
+
+    async def _pass_log(self, job_id: str, say: Callable[[str], None]) -> None:
+        log, silent_s = aiter(self._client.tail_job_logs(job_id)), 0.0
+        coming = asyncio.ensure_future(anext(log, None))
+        while True:
+            if not (await asyncio.wait([coming], timeout=_SILENT_S))[0]:
+                silent_s += _SILENT_S
+                job = self.job(job_id)
+                why = f" ({job.message})" if job.state == "PENDING" and job.message else ""
+                tell(f"no new line of the log of {job_id} for {silent_s:.0f} s; the job is {job.state}{why}")
+                if job.has_ended:
+                    return
+            elif (lines := coming.result()) is None:
+                return
+            else:
+                say(lines)
+                coming, silent_s = asyncio.ensure_future(anext(log, None)), 0.0
 
     def stop(self, job_id: str) -> Job:
         """Stop a job as Ctrl-C stops a command, and wait for its end. Finished results are kept."""
@@ -264,10 +299,15 @@ def _client(kind: type, address: str) -> Any:
         def _do_request(self, *arguments: Any, **options: Any) -> Any:
             from requests import Timeout
 
+            line = f"waiting for the job server at {address} to answer, at most {_ANSWER_S:.0f} s"
+            teller = threading.Timer(_TELL_AFTER_S, tell, [line])
+            teller.start()
             try:
                 return super()._do_request(*arguments, **{"timeout": _ANSWER_S} | options)
             except Timeout:
-                raise RuntimeError(f"no answer within {_ANSWER_S:.0f} s") from None
+                raise _NoAnswerError(f"no answer within {_ANSWER_S:.0f} s") from None
+            finally:
+                teller.cancel()
 
     return Impatient(address)
 
