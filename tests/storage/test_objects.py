@@ -297,6 +297,8 @@ def test_every_machine_has_the_files_that_one_has_prepared(
         (("400 Bad Request", "ExpiredToken"), "credentials are not valid: set valid ones"),
         (("301 Moved Permanently", "PermanentRedirect"), "another region: set AWS_DEFAULT_REGION"),
         (("403 Forbidden", "RequestTimeTooSkewed"), "the clock of this machine is wrong"),
+        (("403 Forbidden", "QuotaExceeded"), "the bucket is full or a quota is reached: free some space"),
+        (("507 Insufficient Storage", "XMinioStorageFull"), "the bucket is full or a quota is reached"),
         (("404 Not Found", "NoSuchBucket"), "the bucket does not exist: create it"),
         (("501 Not Implemented", "NotImplemented"), "choose another run_dir"),
         (("418 I'm a teapot", "Teapot"), "says the test"),

@@ -58,6 +58,7 @@ _RESUME = "finished work is kept: run the same command again to resume"
 _SYSTEM_ERRORS = {
     errno.ENOSPC: "the disk is full; finished work is kept: free some space and run the same command again to resume",
     errno.EDQUOT: "the disk quota is exceeded; finished work is kept: free some space and run the same command again",
+    errno.EFBIG: f"a file is larger than the file system or the limit of this process (ulimit -f) allows; {_RESUME}",
     errno.EACCES: "permission denied: change the permissions, or choose another path",
     errno.EPERM: "permission denied: change the permissions, or choose another path",
     errno.EROFS: "the file system is read-only: choose a path on a writable file system",

@@ -12,7 +12,7 @@ from typing import IO
 
 from npeff.errors import tell
 from npeff.runs.errors import RunDirectoryError
-from npeff.storage.errors import StoreError
+from npeff.storage.errors import StoreError, os_errors_explained
 from npeff.storage.file_lock import lock_file
 from npeff.storage.location import is_remote
 
@@ -76,11 +76,18 @@ def _local_lock(path: Path) -> Iterator[None]:
         if not _locked(file, path / ".lock"):
             file.seek(0)
             raise _in_use(path, file.read().strip() or "starting")
-        file.truncate(0)
-        file.write(_owner())
-        file.flush()
+        _write_owner(file, path / ".lock")
         _wait_for_former_workers(path)
         yield
+
+
+def _write_owner(file: IO[str], path: Path) -> None:
+    try:
+        with os_errors_explained("write", path):
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), _owner().encode())  # unbuffered: closing the file does not write again
+    except StoreError as error:
+        raise RunDirectoryError.of(error) from None
 
 
 def _wait_for_former_workers(path: Path) -> None:

@@ -44,6 +44,7 @@ _NO_BUCKET = "the bucket does not exist: create it, or choose another run_dir"
 _DENIED = "access is denied: allow these credentials to read, write, delete and list there, or choose another run_dir"
 _BUSY = f"the object store is too busy: {_LATER}"
 _BROKEN = f"the object store has an internal error: {_LATER}"
+_FULL = "the bucket is full or a quota is reached: free some space, or raise the quota, and run the same command again"
 _INVALID = "the credentials are not valid: set valid ones"
 _SENTENCES = {
     **dict.fromkeys(("NoSuchBucket", "ContainerNotFound"), _NO_BUCKET),
@@ -60,6 +61,7 @@ _SENTENCES = {
     **dict.fromkeys(
         ("NotImplemented", "501"), "this object store does not support the request: choose another run_dir"
     ),
+    **dict.fromkeys(("QuotaExceeded", "XMinioAdminBucketQuotaExceeded", "XMinioStorageFull", "507"), _FULL),
     "RequestTimeTooSkewed": "the clock of this machine is wrong: correct it",
 }
 """Cause and remedy of each error code of a provider, or of the HTTP status of a response without a code."""

@@ -31,6 +31,7 @@ def damaged_file(path: Path, details: str = "") -> StoreError:
 _ADVICE = {
     errno.ENOSPC: "free some space and run the same command again",
     errno.EDQUOT: "free some of the quota and run the same command again",
+    errno.EFBIG: "raise the limit (ulimit -f), or choose a run_dir on another file system",
     errno.EACCES: "change its permissions or choose another run_dir",
     errno.EPERM: "change its permissions or choose another run_dir",
     errno.EROFS: "choose a run_dir on a writable file system",
