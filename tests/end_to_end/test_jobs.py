@@ -241,3 +241,30 @@ def test_a_run_file_with_a_mistake_is_refused_before_anything_is_sent(head: Loca
     assert failed.returncode == 2
     assert "unknown key 'factorisation' (did you mean 'factorization'?)" in failed.stderr
     assert "submitted" not in json.dumps(failed.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("second_autoscaler", ["0", "1"])
+def test_a_cluster_that_is_too_small_is_told_and_left_after_half_a_minute(
+    second_autoscaler: str, tmp_path: Path
+) -> None:
+    config = write_run_file(tmp_path, executor={"workers": 8})
+    with LocalHead(RAY_enable_autoscaler_v2=second_autoscaler) as small:
+        failed = small.command("npeff", "submit", config, "--address", small.address)
+    assert failed.returncode == 2
+    assert "waiting for room for 8 workers with 1 CPU each: 2 CPU of 2 CPU in the cluster are free" in failed.stdout
+    assert "npeff: error: the cluster has no room for 8 workers with 1 CPU each (it has 2 CPU in total" in failed.stdout
+
+
+@pytest.mark.slow
+def test_a_job_agent_that_hangs_is_told_and_is_one_line(head: LocalHead, tmp_path: Path) -> None:
+    (agent,) = head.processes(lambda title: title.startswith("ray::DashboardAgent"))
+    agent.suspend()
+    try:
+        failed = head.command("npeff", "submit", write_run_file(tmp_path), "--address", head.address)
+    finally:
+        agent.resume()
+    assert failed.returncode == 2
+    waiting, error = failed.stderr.splitlines()
+    assert waiting == f"waiting for the job server at {head.address} to answer, at most 20 s"
+    assert error.startswith(f"npeff: error: no job agent of the cluster at {head.address} accepts the job")

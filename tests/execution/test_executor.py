@@ -427,6 +427,14 @@ def test_a_cluster_that_others_use_is_waited_for_and_the_line_says_what_is_free(
     assert "2 CPU of 4 CPU in the cluster are free (0 s of at most 1 s)" in capfd.readouterr().err
 
 
+def test_tenths_of_a_gpu_are_counted_as_ray_does(executor, monkeypatch):
+    monkeypatch.setattr(placement.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 16.0, "GPU": 1.0}}])
+    place = placement.WorkerPlacement.__new__(placement.WorkerPlacement)
+    for gpus, room in ((0.1, 10), (0.3, 3), (0.0999, 10), (1.0, 1)):
+        place._bundle, place._bundles = {"CPU": 1.0, "GPU": gpus}, 1
+        assert place._room() == room, gpus
+
+
 class Gcs:
     """Ray's server as an autoscaler has left it: of the first version with node types, or of the second version."""
 

@@ -21,6 +21,7 @@ _TOO_SMALL_S = 30.0
 _LOOK_EVERY_S = 1.0
 _TELL_AFTER_S, _TELL_EVERY_S = 5.0, 60.0
 """Time in seconds of waiting after which a line tells what is waited for, and after which it is repeated."""
+_ROUNDING = 1e-6  # ten tenths of a GPU are a whole one
 _logger = logging.getLogger(__name__)
 
 
@@ -180,7 +181,7 @@ class WorkerPlacement:
     def _room(self) -> int:
         """Return how many workers the alive nodes could hold if no other program used them."""
         parts = sum(
-            int(min(node["Resources"].get(name, 0.0) // amount for name, amount in self._bundle.items()))
+            int(min(node["Resources"].get(name, 0.0) / amount for name, amount in self._bundle.items()) + _ROUNDING)
             for node in ray.nodes()
             if node["Alive"]
         )
