@@ -223,7 +223,7 @@ def test_a_log_that_stops_is_told_with_the_state_of_the_job_and_ends_with_it(
 
 
 @pytest.mark.parametrize(
-    "refusal", [jobs._NoAnswerError("no answer within 20 s"), RuntimeError("No available agent to submit job")]
+    "refusal", [TimeoutError("no answer within 20 s"), RuntimeError("No available agent to submit job")]
 )
 def test_a_job_agent_that_hangs_or_is_not_there_is_one_line_and_not_a_mistake_of_the_options(
     monkeypatch: pytest.MonkeyPatch, refusal: Exception

@@ -55,10 +55,6 @@ _LOGGERS = (
 """Loggers of Ray's client, which tell of uploads and of the connection of a log."""
 
 
-class _NoAnswerError(RuntimeError):
-    """The job server accepted a request and did not answer."""
-
-
 @dataclass(frozen=True)
 class Submission:
     """A run to be submitted."""
@@ -183,7 +179,7 @@ class JobServer:
                         tell(f"waiting for {self.address} to accept jobs, at most {_START_WAIT_S:.0f} s")
                     time.sleep(_LOOK_EVERY_S)
                     continue
-                if _NOT_READY in str(error) or isinstance(error, _NoAnswerError):
+                if _NOT_READY in str(error) or isinstance(error, TimeoutError):
                     raise ExecutorError(
                         f"no job agent of the cluster at {self.address} accepts the job ({_reason(error)}): check the "
                         "head node (dashboard_agent.log in /tmp/ray/session_latest/logs), restart Ray there if it "
@@ -305,7 +301,7 @@ def _client(kind: type, address: str) -> Any:
             try:
                 return super()._do_request(*arguments, **{"timeout": _ANSWER_S} | options)
             except Timeout:
-                raise _NoAnswerError(f"no answer within {_ANSWER_S:.0f} s") from None
+                raise TimeoutError(f"no answer within {_ANSWER_S:.0f} s") from None
             finally:
                 teller.cancel()
 
