@@ -111,7 +111,7 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev,hf]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev,quantization]'
 	touch $(VENV)/installed $@
 
 $(VENV)/installed-docs: $(VENV)/bin/python pyproject.toml constraints.txt
@@ -120,7 +120,7 @@ $(VENV)/installed-docs: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(OLDEST)/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/pip install --quiet --no-compile --constraint constraints-oldest.txt --editable '.[test,hf]'
+	$(OLDEST)/bin/pip install --quiet --no-compile --constraint constraints-oldest.txt --editable '.[test,quantization]'
 	touch $@
 
 clean:

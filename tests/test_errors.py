@@ -117,6 +117,7 @@ ALLOWED = {
     "errors.py hide_values": "replaces values of environment variables in it",
     "errors.py of": "hands all arguments over",
     "execution/executor.py out_of_memory": "torch's RuntimeError has no field for it",
+    "models/sharding.py keep_uncalled": "torch's RuntimeError has no field for it",
     "execution/ray/jobs.py submit": "Ray's RuntimeError has neither the server's status nor its reason",
     "execution/ray/jobs.py _asking": "likewise",
     "execution/ray/jobs.py _reason": "what is shown of a traceback from Ray's server",

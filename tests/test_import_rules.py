@@ -33,7 +33,8 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "verification": (TENSORS | {"scipy"}, {"gradients", "directions", "statistics"}),
     "tasks": (
         TENSORS
-        | {"transformers", "sklearn", "pyarrow", "safetensors", "PIL", "datasets", "peft", "tokenizers", "tracr"},
+        | {"transformers", "sklearn", "pyarrow", "safetensors", "PIL", "datasets", "peft", "tokenizers", "tracr"}
+        | {"torchao"},
         {"errors", "perception", "training"},
     ),
     "storage": ({"numpy", "zarr", "zarrs", "obstore"}, {"errors"}),

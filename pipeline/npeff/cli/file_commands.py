@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,14 +13,17 @@ from npeff.cli.app import app
 from npeff.cli.options import (
     Address,
     ExistingRun,
-    RunFile,
+    Format,
     Workers,
     open_existing,
     progress_of,
     replaced,
 )
-from npeff.cli.output import rows_table
+from npeff.cli.output import OutputFormat, rows_table, say
 from npeff.storage.location import location
+
+if TYPE_CHECKING:
+    from npeff.runs.config import RunConfig
 
 EXIT_DAMAGED = 1
 
@@ -31,23 +34,53 @@ _LOG_WIDTH = 320
 
 @app.command("estimate")
 def estimate_command(
-    run: RunFile,
+    run: Annotated[
+        Path | None, typer.Argument(parser=location, metavar="RUN", help="A run file (YAML); optional with --plan.")
+    ] = None,
     workers: Workers = None,
     address: Address = None,
     parameters: Annotated[
         bool, typer.Option(help="Also list every parameter, with the reason if it is left out.")
     ] = False,
+    planned: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Compute devices, memory, hours and bytes on other hardware by formulas, without the model. Without "
+            "RUN: for three large language models.",
+        ),
+    ] = False,
+    assume: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=NUMBER",
+            help="With --plan: a number of the model, the run or the hardware, such as parameters=7e10, examples=50000 "
+            "or devices=64. Repeat the option for several.",
+        ),
+    ] = None,
+    output: Format = None,
 ) -> None:
     """Estimate the memory, disk space and time that a run needs, from a short trial. Writes no files.
 
     Times are those of this machine, with the work that it does now. Those of the stages after fishers are rough, since
     their numbers of steps depend on the data.
     """
+    if planned:
+        config = None if run is None else npeff.RunConfig.from_yaml(run)
+        _show_plan(config, assume or [], output or OutputFormat.TABLE)
+        return
+    if run is None:
+        raise typer.BadParameter("a run file is missing: give RUN, or --plan")
+    if assume or output:
+        raise typer.BadParameter("--assume and --format need --plan")
+    _show_estimate(replaced(npeff.RunConfig.from_yaml(run), workers, address), parameters)
+
+
+def _show_estimate(config: RunConfig, parameters: bool) -> None:
     from rich.console import Console
 
     from npeff.stages.fishers.estimate import estimate, rows
 
-    config = replaced(npeff.RunConfig.from_yaml(run), workers, address)
     found = estimate(config)
     if parameters:
         facts = found.trial.facts
@@ -58,6 +91,26 @@ def estimate_command(
         left_out = [(name, "", f"no: {why.reason}") for name, why in facts.left_out.items()]
         Console().print(rows_table(("parameter", "shape", "taken"), taken + left_out))
     Console().print(rows_table(("what", "estimate"), rows(found, config)))
+
+
+def _show_plan(config: RunConfig | None, assume: list[str], output: OutputFormat) -> None:
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from npeff.stages.planned import constant_rows, numbers, plan_rows, plans
+
+    given = numbers(assume)
+    found, constants = plans(config, given), constant_rows(given)
+    if output is OutputFormat.JSON:
+        listed = [dict(zip(("name", "value", "kind", "source"), row, strict=True)) for row in constants]
+        say(json.dumps({"plans": {name: asdict(each) for name, each in found.items()}, "constants": listed}))
+        return
+    if output is not OutputFormat.TABLE:
+        raise typer.BadParameter(f"a plan has no format {output}: use table or json")
+    Console().print(rows_table(("plan", *found), plan_rows(found)))
+    Console().print(rows_table(("number", "value", "", "source"), constants))
 
 
 @app.command("check")

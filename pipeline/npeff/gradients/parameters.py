@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from npeff.gradients.errors import UnsupportedModelError
 
@@ -54,7 +55,7 @@ def select_parameters(
 ) -> ParameterLayout:
     """Select the floating-point parameters whose names match a pattern of `include` and no pattern of `exclude`.
 
-    A parameter that several modules share appears once, under its first name.
+    Quantized parameters are not selected. A parameter that several modules share appears once, under its first name.
 
     Args:
         model: The model.
@@ -67,13 +68,19 @@ def select_parameters(
     Raises:
         UnsupportedModelError: A pattern of `include` matches nothing, or no parameter is selected.
     """
-    candidates = {name: value for name, value in model.named_parameters() if value.is_floating_point()}
+    unsupported = {name: _why_unsupported(value) for name, value in model.named_parameters()}
+    candidates = {name: value for name, value in model.named_parameters() if unsupported[name] is None}
     if not candidates:
         raise UnsupportedModelError("the model has no floating-point parameters: gradients need at least one")
     if not include:
         raise UnsupportedModelError('parameters.include is empty: use ["*"] for all parameters')
     for pattern in include:
         if not any(fnmatchcase(name, pattern) for name in candidates):
+            if (matched := next((name for name in unsupported if fnmatchcase(name, pattern)), None)) is not None:
+                raise UnsupportedModelError(
+                    f"parameters.include: {pattern!r} matches only parameters without a gradient: {matched} "
+                    f"{unsupported[matched]}"
+                )
             known = ", ".join(list(candidates)[:4]) + (", …" if len(candidates) > 4 else "")
             raise UnsupportedModelError(f"parameters.include: nothing matches {pattern!r} (the model has {known})")
     chosen = {
@@ -85,6 +92,27 @@ def select_parameters(
     if not chosen:
         raise UnsupportedModelError("parameters.exclude excludes every parameter: exclude fewer parameters")
     return ParameterLayout(tuple(chosen), tuple(chosen.values()))
+
+
+def is_quantized(value: Tensor) -> bool:
+    """Return whether the entries of a tensor are stored with at most 8 bits.
+
+    The tensor is one of 8-bit numbers, or a tensor subclass that keeps its entries in such a tensor. torchao's report
+    the type of the numbers that they stand for, such as float32.
+    """
+    if is_traceable_wrapper_subclass(value):
+        return any(is_quantized(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+    return value.dtype.itemsize == 1 and value.dtype != torch.bool
+
+
+def _why_unsupported(value: Tensor) -> str | None:
+    """Return why gradients of a parameter cannot be computed, as the end of a sentence that begins with its name."""
+    if is_quantized(value):
+        return "is quantized: a quantized weight has no gradient"
+    if value.is_floating_point():
+        return None
+    why = "Fishers of complex parameters are not supported" if value.is_complex() else "it has no gradient"
+    return f"is {value.dtype}: {why}".replace("torch.", "")
 
 
 @dataclass(frozen=True)
@@ -110,9 +138,8 @@ def left_out(model: nn.Module, layout: ParameterLayout, exclude: Sequence[str] =
         if name in layout.names:
             continue
         pattern = next((pattern for pattern in exclude if fnmatchcase(name, pattern)), None)
-        if not value.is_floating_point():
-            why = "Fishers of complex parameters are not supported" if value.is_complex() else "it has no gradient"
-            reasons[name] = LeftOut(f"is {value.dtype}: {why}".replace("torch.", ""), unsupported=True)
+        if (unsupported := _why_unsupported(value)) is not None:
+            reasons[name] = LeftOut(unsupported, unsupported=True)
         elif pattern is not None:
             reasons[name] = LeftOut(f"matches {pattern!r} of parameters.exclude", unsupported=False)
         else:

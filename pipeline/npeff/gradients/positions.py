@@ -202,7 +202,7 @@ def _moved_layer(call: WatchedCall, direction: Mapping[str, Tensor], dtype: torc
 
     module = call.use.module
     values = {
-        name: direction[name].to(value.device, dtype) if name in direction else torch.zeros_like(value, dtype=dtype)
+        name: (direction[name] if name in direction else torch.zeros(value.shape)).to(value.device, dtype)
         for name, value in module.named_parameters()
     }
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:

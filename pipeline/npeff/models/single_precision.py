@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from npeff.gradients import UnsupportedModelError, is_quantized
+
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -20,9 +22,18 @@ def is_half(value: Tensor) -> bool:
 
 
 def in_single_precision(model: nn.Module) -> nn.Module:
-    """Return the model itself, or a copy in float32 if some of its parameters or buffers are in half precision."""
+    """Return the model itself, or a copy in float32 if some of its parameters or buffers are in half precision.
+
+    Raises:
+        UnsupportedModelError: The model has quantized weights, whose layers compute in half precision.
+    """
     if not any(map(is_half, (*model.parameters(), *model.buffers()))):
         return model
+    if any(map(is_quantized, model.parameters())):
+        raise UnsupportedModelError(
+            "gradients with respect to the inputs are computed in float32, and the layers with quantized weights in "
+            "half precision: set task.options.dtype to float32"
+        )
     copied = copy.deepcopy(model)
     for value in (*copied.parameters(), *copied.buffers()):
         value.data = _converted(value.data)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +14,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from npeff.errors import first_line
+from npeff.gradients import is_quantized
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.runs.part import intact_record
@@ -21,7 +24,7 @@ from npeff.storage.errors import StoreError
 
 
 def write_edited_model(model: nn.Module, folder: Path, stage: str, record: dict[str, Any]) -> str:
-    """Write ``model.safetensors`` and the record to a folder.
+    """Write ``model.safetensors`` and the record to a folder. Quantized weights, which no edit changes, are left out.
 
     Args:
         model: the edited model.
@@ -32,7 +35,7 @@ def write_edited_model(model: nn.Module, folder: Path, stage: str, record: dict[
     Returns:
         The checksum of the model's file.
     """
-    with replacing_directory(folder) as partial:
+    with replacing_directory(folder) as partial, _without_quantized(model):
         save_model(model, str(partial / "model.safetensors"), {"npeff": json.dumps(record)})
         (partial / f"{stage}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         return file_checksum(partial / "model.safetensors")
@@ -68,13 +71,44 @@ def update_of(run: RunDirectory, model: nn.Module, stage: Literal["repair", "ste
     verify_edited_model(run, path.parent, stage)
     edited = copy.deepcopy(model)
     try:
-        with local_copy(path) as file:
+        with local_copy(path) as file, _without_quantized(edited):
             load_model(edited, str(file))
     except (RuntimeError, SafetensorError) as error:
         problem = f"{path} is not an edited model of this run ({first_line(error)})"
         raise StoreError(problem, f"run `npeff {stage} {run.argument}` again", path=path) from None
     after = dict(edited.named_parameters())
-    return {name: after[name].detach() - value.detach() for name, value in model.named_parameters()}
+    return {
+        name: after[name].detach() - value.detach()
+        for name, value in model.named_parameters()
+        if not is_quantized(value)
+    }
+
+
+@contextmanager
+def _without_quantized(model: nn.Module) -> Iterator[None]:
+    """Save and load the state of a model without its quantized weights, and without what belongs to them."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if not any(map(is_quantized, parameters.values())):
+        yield
+        return
+    kept = {name for name, value in parameters.items() if not is_quantized(value)} | dict(model.named_buffers()).keys()
+
+    def only_kept(_module: nn.Module, state: dict[str, Any], _prefix: str, _metadata: Any) -> None:
+        for name in state.keys() - kept:
+            del state[name]
+
+    def not_missing(_module: nn.Module, keys: Any) -> None:
+        keys.missing_keys[:] = [name for name in keys.missing_keys if name in kept]
+
+    handles = [
+        model.register_state_dict_post_hook(only_kept),
+        model.register_load_state_dict_post_hook(not_missing),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def verify_edited_model(run: RunDirectory, folder: Path, stage: str) -> None:

@@ -57,7 +57,7 @@ def new_run_file(
     Raises:
         TaskError: As in `propose`.
     """
-    proposal, n_rows = propose(model, data, task, Columns(text, label, label_names), split), _count_rows(data, split)
+    proposal, n_rows = propose(model, data, task, Columns(text, label, label_names), split), count_rows(data, split)
     lines = [
         _Line("# Check this file with `npeff validate` and run it with `npeff run`. Columns of the data:"),
         _Line(f"# {printable(', '.join(proposal.columns))}"),
@@ -83,6 +83,7 @@ def _task(proposal: Proposal, n_rows: int | None) -> list[_Line]:
         longest = min(_LONGEST_TEXT, positions or _LONGEST_TEXT)
         lines.append(_Line(f"    max_length: {longest}", "tokens of a text; longer texts are truncated"))
         lines.append(_Line("    # dtype: bfloat16", "on GPUs: half the memory"))
+        lines.append(_Line("    # quantization: torchao-int8", "under an adapter: quantized weights are not explained"))
     return lines
 
 
@@ -124,7 +125,7 @@ def _factorization(proposal: Proposal, n_rows: int | None) -> list[_Line]:
     return lines
 
 
-def _count_rows(data: str, split: str | None) -> int | None:
+def count_rows(data: str, split: str | None) -> int | None:
     """Return the number of rows of a file, without reading its values; None if it is not known.
 
     Lines of text files are counted, which are more than the rows if texts contain line breaks.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -163,11 +164,14 @@ def _compute_missing(
 
 
 def _say_what_is_left_out(facts: TaskFacts, progress: ProgressDisplay) -> None:
-    """Name the parameters that are left out although the run file does not exclude them."""
-    named = [f"{name} {why.reason}" for name, why in facts.left_out.items() if why.unsupported]
-    if named:
-        more = f", and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
-        progress.say(f"left out of the Fishers: {', '.join(named[:_MOST_NAMED])}{more}")
+    """Name the parameters that are left out although the run file does not exclude them, one for each reason."""
+    names = defaultdict[str, list[str]](list)
+    for name, why in facts.left_out.items():
+        if why.unsupported:
+            names[why.reason].append(name)
+    for reason, (first, *others) in names.items():
+        more = f" (and {len(others)} more parameters)" if others else ""
+        progress.say(f"left out of the Fishers: {first} {reason}{more}")
 
 
 def _say_if_the_sketch_is_too_large(facts: TaskFacts, kind: str, progress: ProgressDisplay) -> None:

@@ -1,6 +1,6 @@
 """Times of the units of work of the stages after `fishers`, measured on a few examples, and what a run adds them up to.
 
-Steps of the solver and passes of the verification depend on the data. `_STEPS` and `_PASSES_PER_ROW` are those of the
+Steps of the solver and passes of the verification depend on the data. `STEPS` and `PASSES_PER_ROW` are those of the
 runs in tests/benchmarks, so that an estimate is right to a factor of two or three.
 """
 
@@ -18,21 +18,15 @@ from npeff.factorization import ExampleShard
 from npeff.gradients import GradientCollector, LabelSpec
 from npeff.models.loaded import LoadedModel
 from npeff.runs.config import RunConfig
+from npeff.stages.plan import MATRICES, PASSES_PER_ROW, START_STEPS, STEPS
 
 _SECONDS = 1.0
 """Smallest time in seconds over which a unit is measured, unless it takes longer."""
 _MOST_EXAMPLES, _LARGEST_BATCH, _MOST_DIRECTIONS, _MATRIX = 64, 16, 16, 512
 _MOST_COORDINATES = 2**14
 """Coordinates of gradient rows with which the solver is measured. Without a sketch, there is one for each parameter."""
-_STEPS, _START_STEPS = 60, 20
-"""Passes of the solver over the fitted examples, and of each start over the subsample."""
-_PASSES_PER_ROW = 4
-"""Times that an example of a component passes through the model in the verification."""
 _EXACT = 4
 """Factor of the passes with ``verification.exact``."""
-_MATRICES = 11
-"""Matrices whose eigenvalues the spectrum needs: of the groups of the jackknife and of parts of the examples."""
-
 _PRODUCT = 0.1
 """Time of a multiplication in a product of matrices, relative to `UnitTimes.eigenvalues`."""
 
@@ -132,17 +126,17 @@ def stage_seconds(
     size = min(dim, n_examples * rank)
     products = 2 * n_examples * rank * dim * size * units.eigenvalues * _PRODUCT
     refits = 2 * min(n_fitted, wanted.stability_examples) / 2
-    passes = _STEPS * n_fitted / workers + _START_STEPS * wanted.n_starts * min(n_fitted, wanted.subsample)
+    passes = STEPS * n_fitted / workers + START_STEPS * wanted.n_starts * min(n_fitted, wanted.subsample)
     lifted = components if config.lift.components is None else len(config.lift.components)
     blocks = -(-lifted // fitting)
     per_pass = n_fitted * (blocks * units.collection + lifted * units.direction) / workers
     checked = config.verification
     rows = 4 * checked.top_examples + checked.baseline_examples
-    through = lifted * rows * _PASSES_PER_ROW * (_EXACT if checked.exact else 1)
+    through = lifted * rows * PASSES_PER_ROW * (_EXACT if checked.exact else 1)
     shown = min(n_examples, lifted * config.report.top_examples)
     return {
-        "spectrum": _MATRICES * units.eigenvalues * size**3 + products / workers,
-        "factorize": units.solver * (passes + _STEPS * refits),
+        "spectrum": MATRICES * units.eigenvalues * size**3 + products / workers,
+        "factorize": units.solver * (passes + STEPS * refits),
         "lift": per_pass * (1 + 2 * config.lift.polish_steps),
         "verify": through * units.prediction / workers,
         "attribute": shown * units.collection / workers if units.tokens else 0.0,

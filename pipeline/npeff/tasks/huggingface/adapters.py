@@ -34,13 +34,14 @@ _REASONS = {
 }
 
 
-def with_adapter(model: Any, adapter: str, model_name: str) -> Any:
+def with_adapter(model: Any, adapter: str, model_name: str, *, quantized: bool = False) -> Any:
     """Load an adapter on a model.
 
     Args:
         model: The model, which is changed.
         adapter: Hub id or local folder of the adapter.
         model_name: Name of the model, for messages.
+        quantized: Whether weights of the model are quantized.
 
     Returns:
         The `peft.PeftModel`.
@@ -62,6 +63,8 @@ def with_adapter(model: Any, adapter: str, model_name: str) -> Any:
     except Exception as error:  # of the network, the file system or the file
         raise TaskError(f"{where}: {as_one_line(error)}") from None
     _check_kind(config, adapter)
+    if quantized:
+        _check_on_quantized(config, adapter)
     _check_settings(config, settings, adapter)
     try:
         with warnings.catch_warnings():
@@ -128,6 +131,23 @@ def _check_settings(config: Any, settings: Mapping[str, Any], adapter: str) -> N
 
 _OFF: tuple[Any, ...] = (None, False, [], {}, "")
 """Values with which a setting that PEFT does not know is not in use."""
+
+
+def _check_on_quantized(config: Any, adapter: str) -> None:
+    """Raise TaskError if the adapter was not compared with PEFT on quantized weights, or needs to change them."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    problem = None
+    if kind != "LORA":
+        problem = f"is of the kind {kind}"
+    elif config.use_dora:
+        problem = "has use_dora, which reads the weights of the model"
+    elif not (isinstance(config.init_lora_weights, bool) or config.init_lora_weights == "gaussian"):
+        problem = f"has init_lora_weights {config.init_lora_weights}, which changes the weights of the model"
+    if problem is not None:
+        raise TaskError(
+            f"adapter {adapter!r} {problem}, on a model with quantized weights: use an ordinary LoRA adapter, or "
+            "remove quantization"
+        )
 
 
 def _check_kind(config: Any, adapter: str) -> None:

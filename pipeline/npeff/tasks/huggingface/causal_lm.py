@@ -33,7 +33,7 @@ class CausalLMTask(PretrainedTask[CausalLMOptions]):
         model = load_model(self.options, AutoModelForCausalLM)
         is_skeleton = next(model.parameters()).is_meta
         if not is_skeleton and self.options.attention != "flash_attention_2":  # which needs a GPU
-            _check_causal(model, self.options.model)
+            _check_causal(model, self.options)
         return model
 
     def examples(self, cache: Path) -> Examples:
@@ -151,14 +151,16 @@ def _next_tokens(token_ids: np.ndarray, prompt_length: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def _check_causal(model: nn.Module, name: str) -> None:
+def _check_causal(model: nn.Module, options: CausalLMOptions) -> None:
     """Raise TaskError if the logits at a position depend on the tokens after it, as in a model for masked tokens."""
-    one, other = model(input_ids=torch.tensor([[0, 0], [0, 1]])).logits[:, 0].double()
-    rounding = torch.finfo(next(model.parameters()).dtype).eps ** 0.5
+    texts = torch.tensor([[0, 0], [0, 1]], device=next(model.parameters()).device)
+    one, other = model(input_ids=texts).logits[:, 0].double()
+    half = options.quantization == "bitsandbytes-8bit"  # which computes in float16
+    rounding = torch.finfo(torch.float16 if half else getattr(torch, options.dtype)).eps ** 0.5
     if (one - other).abs().max() > rounding * one.abs().max():
         raise TaskError(
-            f"{name!r} is not a causal language model: its logits depend on the tokens that they predict, so use a "
-            "causal model, or set is_decoder in the configuration of a model that was trained as a decoder"
+            f"{options.model!r} is not a causal language model: its logits depend on the tokens that they predict, so "
+            "use a causal model, or set is_decoder in the configuration of a model that was trained as a decoder"
         )
 
 

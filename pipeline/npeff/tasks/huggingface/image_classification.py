@@ -43,7 +43,7 @@ class ImageClassificationTask(PretrainedTask[ImageClassificationOptions]):
         return _Images(self.options)
 
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        dtype = next(model.parameters()).dtype
+        dtype = next(value.dtype for value in model.parameters() if value.is_floating_point())
         result: Tensor = model(**{name: value.to(dtype) for name, value in batch.items()}).logits
         return result
 

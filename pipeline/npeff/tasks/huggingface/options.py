@@ -12,6 +12,7 @@ from npeff.tasks.tables import LabelOptions, TableOptions
 
 DType = Literal["float32", "float16", "bfloat16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
+Quantization = Literal["torchao-int8", "bitsandbytes-8bit", "bitsandbytes-4bit"]
 Granularity = Literal["sequences", "positions"]
 
 
@@ -32,6 +33,9 @@ class PretrainedOptions(TableOptions):
     adapter: str | None = None
     """Hub id or local folder of a PEFT adapter of the model, such as LoRA. Its weights are additional parameters;
     ``parameters.include: ["*lora_*"]`` selects them."""
+    quantization: Quantization | None = None
+    """Precision to which the weights of linear layers are quantized when the model is loaded. Quantized weights have no
+    gradient. Adapters, normalizations and biases have one."""
     trust_remote_code: bool = False
     """Whether to run Python code of the model repository."""
 
@@ -40,6 +44,8 @@ class PretrainedOptions(TableOptions):
         _check_choice("dtype", self.dtype, get_args(DType))
         if self.attention is not None:
             _check_choice("attention", self.attention, get_args(Attention))
+        if self.quantization is not None:
+            _check_choice("quantization", self.quantization, get_args(Quantization))
         if self.attention == "flash_attention_2" and self.dtype == "float32":
             raise TaskError("attention: flash_attention_2 needs dtype: float16 or bfloat16")
 

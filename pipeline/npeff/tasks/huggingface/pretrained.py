@@ -19,6 +19,7 @@ from npeff.tasks.base import Task
 from npeff.tasks.errors import TaskError
 from npeff.tasks.huggingface.adapters import with_adapter
 from npeff.tasks.huggingface.options import PretrainedOptions
+from npeff.tasks.huggingface.quantization import prepare_quantized, quantization_arguments
 from npeff.tasks.tables import distinct_names
 
 _PROCESSOR = "set processor to the folder or hub id of the tokenizer or image processor of the model"
@@ -60,7 +61,7 @@ def image_processor_of(options: PretrainedOptions) -> Any:
 
 
 def load_model(options: PretrainedOptions, factory: Any, pad_token_id: int | None = None, **config: Any) -> nn.Module:
-    """Load the model with its adapter, in eval mode on the CPU.
+    """Load the model with its adapter, in eval mode on the CPU; bitsandbytes puts it on a GPU if there is one.
 
     Args:
         factory: Class with `from_pretrained`, such as AutoModelForCausalLM.
@@ -71,8 +72,9 @@ def load_model(options: PretrainedOptions, factory: Any, pad_token_id: int | Non
         TaskError: The model cannot be loaded, or has no weights for this task.
     """
     _check_no_adapter(options)
-    if _only_skeleton.get() and options.adapter is None:
+    if _only_skeleton.get() and options.adapter is None and options.quantization is None:
         return _skeleton(options, factory, pad_token_id, config)
+    quantization = {} if options.quantization is None else quantization_arguments(options, model_config(options))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # weights that an adapter replaces are random, and must be equal in all workers
         model, loading = _from_pretrained(
@@ -83,6 +85,7 @@ def load_model(options: PretrainedOptions, factory: Any, pad_token_id: int | Non
             dtype=getattr(torch, options.dtype),
             attn_implementation=options.attention,
             output_loading_info=True,
+            **quantization,
             **config,
         )
         text_config = model.config.get_text_config()
@@ -91,7 +94,8 @@ def load_model(options: PretrainedOptions, factory: Any, pad_token_id: int | Non
         _disable_cache(model)
         random = {name: value for name, value in model.named_parameters() if name in loading["missing_keys"]}
         if options.adapter is not None:
-            model = with_adapter(model, options.adapter, options.model)
+            model = with_adapter(model, options.adapter, options.model, quantized=options.quantization is not None)
+        prepare_quantized(model, options)
         missing = [name for name, value in random.items() if _is_used(value, model)]
     if missing:
         raise TaskError(
