@@ -146,7 +146,7 @@ def test_all_stages_of_a_run_are_timed_but_those_that_do_not_follow_from_the_uni
 
 @pytest.mark.parametrize(("seconds", "hours"), [(10.0, None), (360.0, "6 hours for 120 examples on 2 workers")])
 def test_hours_are_told_before_they_begin(seconds: float, hours: str | None) -> None:
-    facts = SimpleNamespace(seconds_per_example=seconds, examples=range(120))
+    facts = SimpleNamespace(seconds_per_example=seconds, n_examples=120)
     said: list[str] = []
     _say_if_it_takes_hours(facts, 2, SimpleNamespace(say=said.append))  # type: ignore[arg-type]
     assert [hours in line for line in said] == ([] if hours is None else [True])

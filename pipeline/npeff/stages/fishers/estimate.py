@@ -48,7 +48,7 @@ def estimate(config: RunConfig) -> Estimate:
         trial: Trial = result_of(executor, spec, "try_out", None)
         start_up = time.monotonic() - began - trial.trial_seconds
     facts = trial.facts
-    n_examples = len(facts.examples)
+    n_examples = facts.n_examples
     store_bytes = fisher_store_bytes(
         n_examples=n_examples,
         shard_size=wanted.shard_size,
@@ -84,7 +84,7 @@ def _solver_bytes(config: RunConfig, trial: Trial) -> int:
     """Return the size of the data that a worker of the solver keeps: Fishers, or rows of diagonals or of examples in
     float32."""
     wanted, facts = config.factorization, trial.facts
-    share = math.ceil(len(facts.examples) * (1 - wanted.held_out_fraction) / config.executor.workers)
+    share = math.ceil(facts.n_examples * (1 - wanted.held_out_fraction) / config.executor.workers)
     match wanted.kind:
         case "diagonal_groups":
             return share * 4 * facts.n_groups
@@ -106,7 +106,7 @@ def _solver_bytes(config: RunConfig, trial: Trial) -> int:
 def rows(found: Estimate, config: RunConfig) -> list[tuple[str, str]]:
     """Return the estimate as pairs of a name and a formatted value."""
     trial, facts = found.trial, found.trial.facts
-    n_examples = len(facts.examples)
+    n_examples = facts.n_examples
     where = "GPU" if device_of(config) == "cuda" else "process"
     left_out = f"; {len(facts.left_out)} tensors left out" if facts.left_out else ""
     return [
@@ -145,7 +145,7 @@ def _later_stages(found: Estimate, config: RunConfig) -> dict[str, float]:
     times = stage_seconds(
         config,
         found.trial.units,
-        n_examples=len(facts.examples),
+        n_examples=facts.n_examples,
         rank=facts.rank,
         dim=facts.sketch_dim,
         fitting=fitting_directions(config, facts.layout.size),
@@ -160,7 +160,7 @@ def _input_rows(found: Estimate, config: RunConfig) -> list[tuple[str, str]]:
     """Return the row of the stage `inputs`, if the run file has its section."""
     if (seconds := _input_seconds(found, config)) is None:
         return []
-    n_explained = largest_number(config, len(found.trial.facts.examples))
+    n_explained = largest_number(config, found.trial.facts.n_examples)
     without = ", without faithfulness" if config.inputs_or_default.faithfulness.examples else ""
     return [(f"inputs, up to {n_explained:,} examples{without}", _duration(seconds))]
 
@@ -169,9 +169,7 @@ def _input_seconds(found: Estimate, config: RunConfig) -> float | None:
     if (seconds := found.trial.seconds_per_input_pass) is None:
         return None
     facts = found.trial.facts
-    return (
-        largest_number(config, len(facts.examples)) * passes_per_example(config, facts.rank) * seconds / found.workers
-    )
+    return largest_number(config, facts.n_examples) * passes_per_example(config, facts.rank) * seconds / found.workers
 
 
 def _size(count: float) -> str:

@@ -62,7 +62,7 @@ class TrialWorker:
                 path = Path(folder) / f"{shard_size}.zarr"
                 FisherStore.create(
                     path,
-                    n_examples=len(facts.examples),
+                    n_examples=facts.n_examples,
                     rank=facts.rank,
                     dim=facts.sketch_dim,
                     n_classes=facts.n_classes,
@@ -81,7 +81,7 @@ class TrialWorker:
             small.compute((0,))  # the first call is slower: it adapts to the model
             warm = time.monotonic()
             small.compute((0,))
-            per_example = (time.monotonic() - warm) / min(small.shard_size, len(facts.examples))
+            per_example = (time.monotonic() - warm) / min(small.shard_size, facts.n_examples)
             affordable = int(_SECONDS / _TIMED_SHARDS / per_example)
             chosen = min(wanted.shard_size, max(small.shard_size, affordable))
             timed = small if chosen == small.shard_size else worker(chosen)

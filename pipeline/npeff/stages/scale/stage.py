@@ -141,7 +141,7 @@ def _plan(results: Path, request: str, asked: Request, workers: Executor, worker
 
 
 def _wanted_paths(run: RunDirectory, wanted: ScaleConfig) -> Request:
-    examples = read_table(run.table("examples"), "examples").select(["example", "id", "prediction", "valid"])
+    examples = read_table(run.table("examples"), "examples", ["id", "prediction", "valid"])
     valid_N = examples["valid"].to_numpy()
     if not valid_N.any():
         raise RunDirectoryError(f"no example of {run.path} has finite logits and gradients: check the examples")
