@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from dataclasses import dataclass
 
+import torch
+
 from npeff.execution.executor import result_of
+from npeff.models.batch_size import peak_bytes
 from npeff.runs.config import RunConfig
 from npeff.stages.factorize.stored_factors import kept_precision
 from npeff.stages.fishers.trial import Trial, TrialWorker
@@ -17,6 +21,13 @@ from npeff.stages.registry import STAGES
 from npeff.stages.validation import validate_for_workers
 from npeff.stages.worker_specs import device_of, new_executor, trial_spec
 from npeff.store.fisher_arrays import fisher_store_bytes
+
+_MOST_SHARDS = 2_000
+"""Number of shards above which larger ones are advised: every stage reads the record of each shard."""
+_SHARD_BYTES = 128 * 2**20
+"""Largest size of the arrays of an advised shard. A worker holds three: one is computed, and one is written."""
+_DRIVER_EXAMPLE_BYTES = 200
+"""Memory of the driver for each example, in bytes, besides the rows of one part of the tables."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,11 @@ class Estimate:
     """Size of the Fishers in the memory of each worker of the solver. 0 if they are read again in every pass."""
     direction_bytes: int
     """Size of the lifted directions on disk."""
+    n_shards: int
+    shard_size: int
+    """Advised number of examples of a shard, at least that of the run file."""
+    driver_bytes: int | None
+    """Memory of the driver; None if it is the worker too."""
 
 
 def estimate(config: RunConfig) -> Estimate:
@@ -71,7 +87,30 @@ def estimate(config: RunConfig) -> Estimate:
         store_bytes=store_bytes,
         solver_bytes=_solver_bytes(config, trial),
         direction_bytes=_direction_bytes(config, facts.layout.size),
+        n_shards=n_shards,
+        shard_size=advised_shard_size(n_examples, store_bytes // n_examples, workers, wanted.shard_size),
+        driver_bytes=_driver_bytes(n_examples) if trial.process != os.getpid() else None,
     )
+
+
+def advised_shard_size(n_examples: int, example_bytes: int, workers: int, shard_size: int) -> int:
+    """Return the smallest power of two times `shard_size` that gives at most `_MOST_SHARDS` shards.
+
+    A shard has at most `_SHARD_BYTES`, and every worker has at least four shards.
+    """
+    advised = shard_size
+    while (
+        n_examples > _MOST_SHARDS * advised
+        and 2 * advised * example_bytes <= _SHARD_BYTES
+        and n_examples >= 4 * workers * 2 * advised
+    ):
+        advised *= 2
+    return advised
+
+
+def _driver_bytes(n_examples: int) -> int:
+    """Return the memory of the driver: that of this process, which has imported the same, and of the examples."""
+    return peak_bytes(torch.device("cpu")) + _DRIVER_EXAMPLE_BYTES * n_examples
 
 
 def _direction_bytes(config: RunConfig, n_parameters: int) -> int:
@@ -114,6 +153,8 @@ def rows(found: Estimate, config: RunConfig) -> list[tuple[str, str]]:
         ("parameters", f"{facts.layout.size:,} in {len(facts.layout.names)} tensors{left_out}"),
         ("batch size", str(facts.batch_size)),
         ("memory of a worker", f"{_size(trial.peak_bytes)} ({where})"),
+        *([] if found.driver_bytes is None else [("memory of the driver", _size(found.driver_bytes))]),
+        ("shards", f"{found.n_shards:,} of {config.fishers.shard_size:,} examples{_advice(found, config)}"),
         ("start", _duration(found.start_up_seconds)),
         ("one example", f"{1e3 * trial.seconds_per_example:.3g} ms"),
         (f"fishers, {found.workers} worker{'s' if found.workers > 1 else ''}", _duration(found.seconds)),
@@ -126,6 +167,12 @@ def rows(found: Estimate, config: RunConfig) -> list[tuple[str, str]]:
         ("directions.zarr", _size(found.direction_bytes)),
         *_stage_rows(found, config),
     ]
+
+
+def _advice(found: Estimate, config: RunConfig) -> str:
+    if found.shard_size == config.fishers.shard_size:
+        return ""
+    return f"; set fishers.shard_size to {found.shard_size}"
 
 
 def _stage_rows(found: Estimate, config: RunConfig) -> list[tuple[str, str]]:

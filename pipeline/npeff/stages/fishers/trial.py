@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -37,6 +38,8 @@ class Trial:
     """Time of a forward pass and a backward pass to the inputs, for one example; None if it is not asked for."""
     units: UnitTimes
     """Times of the units of the other stages."""
+    process: int
+    """Process of the worker."""
     trial_seconds: float
     """Time of the trial, which a real run does not take."""
 
@@ -105,4 +108,4 @@ class TrialWorker:
                 fitting=fitting_directions(config, facts.layout.size),
             )
             taken = time.monotonic() - began
-            return Trial(facts, (end - start) / n_examples, peak, per_pass, units, taken)
+            return Trial(facts, (end - start) / n_examples, peak, per_pass, units, os.getpid(), taken)
