@@ -63,7 +63,7 @@ def run_with_fishers(
         checksum = store.write_shard(shard, _arrays(factors(start, stop)))
         records.write(CompletionRecord(shard, start, stop, checksum, 0, 0.0, SIGNATURE))
     ids = [f"example-{i}" for i in range(n_examples)]
-    write_example_tables(run, pa.table({"id": ids}), [f"class {c}" for c in range(rank + 1)])
+    write_example_tables(run, [pa.table({"id": ids})], [f"class {c}" for c in range(rank + 1)])
     write_parameter_table(run, {"weight": (dim,)}, {})
     summary = {"n_examples": n_examples, "n_invalid": 0, "n_classes": rank + 1, "rank": rank, "sketch_dim": dim}
     summary["n_parameters"] = dim

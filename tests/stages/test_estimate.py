@@ -11,7 +11,7 @@ from npeff.gradients import LabelSpec, LeftOut
 from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory
 from npeff.stages.earlier_results import fingerprint_of
-from npeff.stages.fishers.estimate import estimate, rows
+from npeff.stages.fishers.estimate import advised_shard_size, estimate, rows
 from npeff.stages.fishers.stage import _say_if_it_takes_hours
 from npeff.stages.fishers.unit_times import UnitTimes, stage_seconds, unit_times
 from npeff.stages.inputs.trial import largest_number, passes_per_example
@@ -44,6 +44,8 @@ def test_sizes_are_those_of_the_run_and_nothing_is_left_behind(tmp_path: Path, m
     assert not (tmp_path / "run").exists()
     assert 0 < found.start_up_seconds < found.seconds
     assert dict(rows(found, config))["examples"] == "120 of rank 9, 10 classes"
+    assert dict(rows(found, config))["shards"] == "3 of 50 examples"
+    assert found.driver_bytes is None, "the driver is the worker"
 
     run = RunDirectory.create(config)
     npeff.compute_fishers(run)
@@ -57,6 +59,24 @@ def test_sizes_are_those_of_the_run_and_nothing_is_left_behind(tmp_path: Path, m
     assert {row["parameter"] for row in parameters if not row["taken"]} == left_out.keys()
     assert {row["reason"] for row in parameters if not row["taken"]} == {"matches '*.bias' of parameters.exclude"}
     assert set(left_out.values()) == {LeftOut("matches '*.bias' of parameters.exclude", unsupported=False)}
+
+
+@pytest.mark.parametrize(
+    ("n_examples", "example_bytes", "workers", "expected"),
+    [
+        (100, 1000, 1, 256),
+        (512_001, 1000, 1, 512),
+        (10_000_000, 20_000, 4, 4096),
+        (10_000_000, 2**20, 4, 256),
+        (1_000_000, 1000, 1000, 256),
+    ],
+)
+def test_larger_shards_are_advised_for_many_examples(
+    n_examples: int, example_bytes: int, workers: int, expected: int
+) -> None:
+    advised = advised_shard_size(n_examples, example_bytes, workers, 256)
+    assert advised == expected
+    assert advised == 256 or (advised * example_bytes <= 2**27 and n_examples >= 4 * workers * advised)
 
 
 def test_rows_of_any_length_are_timed_in_little_memory(lifted: RunDirectory) -> None:
@@ -146,7 +166,7 @@ def test_all_stages_of_a_run_are_timed_but_those_that_do_not_follow_from_the_uni
 
 @pytest.mark.parametrize(("seconds", "hours"), [(10.0, None), (360.0, "6 hours for 120 examples on 2 workers")])
 def test_hours_are_told_before_they_begin(seconds: float, hours: str | None) -> None:
-    facts = SimpleNamespace(seconds_per_example=seconds, examples=range(120))
+    facts = SimpleNamespace(seconds_per_example=seconds, n_examples=120)
     said: list[str] = []
     _say_if_it_takes_hours(facts, 2, SimpleNamespace(say=said.append))  # type: ignore[arg-type]
     assert [hours in line for line in said] == ([] if hours is None else [True])

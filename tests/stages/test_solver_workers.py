@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from npeff.execution.executor import ExecutorError, Group, WorkerSpec
 from npeff.factorization import FactorsInMemory, SolverOptions, Statistics, StreamedFactors
 from npeff.runs.directory import RunDirectory
 from npeff.stages.factorize.driver import SolverRun, run_solver
+from npeff.stages.factorize.packed_rows import mapped_rows
 from npeff.stages.factorize.stored_factors import ShardRows, stored_factors
 from npeff.stages.factorize.worker import SolverWorker
 from npeff.stages.fitted_examples import FittedExamples
@@ -52,6 +54,11 @@ def checksums(run: RunDirectory) -> dict[int, str]:
     return {shard: record.checksum for shard, record in records.items()}
 
 
+@dataclass(frozen=True)
+class Solved(SolverRun):
+    coefficients_NK: np.ndarray
+
+
 def solve(
     run: RunDirectory,
     workers: int,
@@ -61,7 +68,7 @@ def solve(
     timeout_s: float = 60.0,
     on_iteration: Any = lambda row: None,
     events: list[str] | None = None,
-) -> SolverRun:
+) -> Solved:
     arguments = {
         "examples": FittedExamples(run.fishers, run.table("examples")),
         "options": SolverOptions(n_components=N_COMPONENTS, max_iterations=14, tolerance=1e-15, subsample=200),
@@ -69,24 +76,25 @@ def solve(
         "timeout_s": timeout_s,
         "memory_limit_bytes": memory_limit_bytes,
     }
-    return run_solver(
+    folder = run.path / f"solution-{workers}-{memory_limit_bytes}-{timeout_s}"
+    solved = run_solver(
         executor or ForkedExecutor(workers),
         WorkerSpec(SolverWorker, arguments),
         CheckpointStore(run.path / f"checkpoints-{workers}-{memory_limit_bytes}-{timeout_s}", config_hash="none"),
         checksums(run),
+        folder,
         checkpoint_every=2,
         on_iteration=on_iteration,
         on_event=(events if events is not None else []).append,
     )
+    plan = FisherStore.open(run.fishers).plan
+    mapped = mapped_rows(folder, "coefficients", solved.workers, plan)
+    shutil.rmtree(folder)  # what is mapped stays
+    return Solved(**vars(solved), coefficients_NK=np.concatenate(mapped))
 
 
-def losses(solved: SolverRun) -> np.ndarray:
+def losses(solved: Solved) -> np.ndarray:
     return np.array([row["loss"] for row in solved.history])
-
-
-def coefficients(solved: SolverRun) -> np.ndarray:
-    by_shard = {shard: rows for part in solved.results for shard, rows in part.coefficients.items()}
-    return np.concatenate([by_shard[shard] for shard in sorted(by_shard)])
 
 
 @pytest.fixture(scope="module")
@@ -95,19 +103,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(run: RunDirectory) -> SolverRun:
+def undisturbed(run: RunDirectory) -> Solved:
     return solve(run, 2)
 
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_losses_are_the_same_at_every_iteration_whatever_the_number_of_workers(
-    workers: int, run: RunDirectory, undisturbed: SolverRun
+    workers: int, run: RunDirectory, undisturbed: Solved
 ) -> None:
     solved = solve(run, workers)
-    assert len(solved.results) == workers
+    assert solved.workers == workers
     assert len(losses(solved)) == 14
     np.testing.assert_allclose(losses(solved), losses(undisturbed), rtol=1e-6)
-    np.testing.assert_allclose(coefficients(solved), coefficients(undisturbed), atol=1e-4)
+    np.testing.assert_allclose(solved.coefficients_NK, undisturbed.coefficients_NK, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +123,7 @@ def test_losses_are_the_same_at_every_iteration_whatever_the_number_of_workers(
     [(IN_FLOAT32, FactorsInMemory), (AS_STORED, FactorsInMemory), (STREAMED, StreamedFactors)],
 )
 def test_factors_as_stored_and_streamed_ones_give_the_same_bits(
-    memory_limit_bytes: int, kind: type, run: RunDirectory, undisturbed: SolverRun
+    memory_limit_bytes: int, kind: type, run: RunDirectory, undisturbed: Solved
 ) -> None:
     store = FisherStore.open(run.fishers)
     chosen = [ShardRows(shard, checksum, np.arange(0, 210, 2)) for shard, checksum in checksums(run).items()][::2]
@@ -127,8 +135,8 @@ def test_factors_as_stored_and_streamed_ones_give_the_same_bits(
 
     solved = solve(run, 2, memory_limit_bytes=memory_limit_bytes)
     np.testing.assert_array_equal(losses(solved), losses(undisturbed))
-    np.testing.assert_array_equal(coefficients(solved), coefficients(undisturbed))
-    assert solved.results[0].explained_held_out == undisturbed.results[0].explained_held_out
+    np.testing.assert_array_equal(solved.coefficients_NK, undisturbed.coefficients_NK)
+    assert solved.result.explained_held_out == undisturbed.result.explained_held_out
 
 
 def test_a_shard_that_is_not_the_recorded_one_is_refused(run: RunDirectory) -> None:
@@ -141,7 +149,7 @@ def test_a_shard_that_is_not_the_recorded_one_is_refused(run: RunDirectory) -> N
 
 
 @pytest.mark.slow
-def test_bytes_sent_do_not_depend_on_the_number_of_examples(tmp_path: Path, undisturbed: SolverRun) -> None:
+def test_bytes_sent_do_not_depend_on_the_number_of_examples(tmp_path: Path, undisturbed: Solved) -> None:
     expected = Statistics.zeros(N_COMPONENTS, DIM).pack().nbytes
     assert expected < 8 * (N_COMPONENTS * DIM + N_COMPONENTS**2 + 10)
     assert {row["sent_bytes"] for row in undisturbed.history} == {expected}
@@ -153,7 +161,7 @@ def test_bytes_sent_do_not_depend_on_the_number_of_examples(tmp_path: Path, undi
 
 @pytest.mark.parametrize(("what", "timeout_s"), [(signal.SIGKILL, 50.0), (signal.SIGSTOP, 3.0)])
 def test_a_run_goes_on_from_its_checkpoint_with_fewer_workers_when_one_is_killed_or_hangs(
-    what: signal.Signals, timeout_s: float, run: RunDirectory, undisturbed: SolverRun
+    what: signal.Signals, timeout_s: float, run: RunDirectory, undisturbed: Solved
 ) -> None:
     executor, events = ForkedExecutor(3), []
 
@@ -163,11 +171,11 @@ def test_a_run_goes_on_from_its_checkpoint_with_fewer_workers_when_one_is_killed
             os.kill(executor.latest.processes[2].pid, what)
 
     solved = solve(run, 3, executor=executor, timeout_s=timeout_s, on_iteration=lose, events=events)
-    assert len(solved.results) == 2
+    assert solved.workers == 2
     assert events[0].endswith("restarting the workers from iteration 4")
     assert len(events) == 2
     np.testing.assert_allclose(losses(solved), losses(undisturbed), rtol=1e-6)
-    np.testing.assert_allclose(coefficients(solved), coefficients(undisturbed), atol=1e-4)
+    np.testing.assert_allclose(solved.coefficients_NK, undisturbed.coefficients_NK, atol=1e-4)
 
 
 class Disagreeing(ForkedExecutor):
@@ -188,7 +196,7 @@ class Disagreeing(ForkedExecutor):
             yield group
 
 
-def test_workers_that_judge_a_step_differently_do_not_go_on(tmp_path: Path, undisturbed: SolverRun) -> None:
+def test_workers_that_judge_a_step_differently_do_not_go_on(tmp_path: Path, undisturbed: Solved) -> None:
     run = prepared(tmp_path / "run", 2000)
     with pytest.raises(ExecutorError, match="disagree on whether step 3 lowers the loss") as caught:
         solve(run, 2, executor=Disagreeing(2))
@@ -217,7 +225,7 @@ def as_version_1(folder: Path, run: RunDirectory) -> None:
     write_json_atomically(folder / "MANIFEST.json", manifest | {"schema_version": 1})
 
 
-def test_a_checkpoint_of_an_earlier_release_is_resumed(tmp_path: Path, undisturbed: SolverRun) -> None:
+def test_a_checkpoint_of_an_earlier_release_is_resumed(tmp_path: Path, undisturbed: Solved) -> None:
     run = prepared(tmp_path / "run", 2000)
     with pytest.raises(ExecutorError, match="disagree"):
         solve(run, 2, executor=Disagreeing(2))
@@ -227,4 +235,4 @@ def test_a_checkpoint_of_an_earlier_release_is_resumed(tmp_path: Path, undisturb
     solved = solve(run, 2, events=events)
     assert events == ["resuming from iteration 2"]
     np.testing.assert_array_equal(losses(solved), losses(undisturbed))
-    np.testing.assert_array_equal(coefficients(solved), coefficients(undisturbed))
+    np.testing.assert_array_equal(solved.coefficients_NK, undisturbed.coefficients_NK)

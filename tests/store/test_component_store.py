@@ -33,6 +33,22 @@ def test_a_factorization_is_read_as_it_was_written(
     assert stored.attrs["loss"] == 1.5
 
 
+def test_mapped_coefficients_are_those_that_are_read(
+    tmp_path: Path, factorization: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(component_store, "BLOCK_BYTES", 2**17)
+    path = tmp_path / "factorization.zarr"
+    write_factorization(path, *factorization, {}, evidence_NK=2 * factorization[1])
+    stored = open_factorization(path)
+    coefficients_NK, evidence_NK = stored.map_coefficients(), stored.map_evidence()
+    np.testing.assert_array_equal(coefficients_NK, factorization[1])
+    np.testing.assert_array_equal(evidence_NK, 2 * factorization[1])
+    assert coefficients_NK[:, 3].flags.c_contiguous
+    next(file for file in (path / "coefficients").rglob("*") if file.is_file() and file.name != "zarr.json").unlink()
+    with pytest.raises(StoreError, match=r"coefficients of .* are corrupt"):
+        stored.map_coefficients()
+
+
 def test_writing_again_replaces_the_whole(tmp_path: Path, factorization: tuple[np.ndarray, np.ndarray]) -> None:
     path = tmp_path / "factorization.zarr"
     components_KD, coefficients_NK = factorization

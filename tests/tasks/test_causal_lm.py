@@ -88,7 +88,7 @@ def test_a_position_is_predicted_from_its_prefix(model: Path, data: str) -> None
     assert loaded.column("row") == [key for key, _, _ in expected]
     assert loaded.column("position") == [t for _, _, t in expected]
     assert loaded.column("label") == [tokens[t] for _, tokens, t in expected]
-    assert list(loaded.examples.lengths() or []) == [t for _, _, t in expected]
+    assert loaded.lengths() == [t for _, _, t in expected]
     logits = loaded.logits(range(len(expected)))
     for row, (_, tokens, t) in zip(logits, expected, strict=True):
         torch.testing.assert_close(row, called_directly(loaded, tokens[:t])[-1], rtol=1e-5, atol=1e-5)
@@ -153,7 +153,7 @@ def test_a_person_sees_which_token_is_meant(gpt2: Path, data: str) -> None:
 
 def test_long_texts_are_cut(gpt2: Path, data: str) -> None:
     loaded = load(gpt2, data, max_length=4)
-    assert list(loaded.examples.lengths() or []) == [4, 4, 3, 4]
+    assert loaded.lengths() == [4, 4, 3, 4]
     assert loaded.logits(range(4)).shape == (4, 3, len(tiny.VOCABULARY))
     assert len(load(gpt2, data, max_length=4, examples="positions").examples) == 3 + 3 + 2 + 3
 

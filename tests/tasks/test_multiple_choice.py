@@ -69,7 +69,7 @@ def test_the_logits_are_those_of_the_choices(model: Path, data: str) -> None:
     assert loaded.column("label") == [1, 0, None]
     assert loaded.column("text")[0] == "the dog\nA: sleeps\nB: is a cat\nC: sings"
     assert loaded.column("number") == [1, 0, None]
-    assert list(loaded.examples.lengths() or []) == [8, 16, 9]
+    assert loaded.lengths() == [8, 16, 9]
 
 
 def test_choices_may_be_lists_in_one_column(model: Path, data: str) -> None:

@@ -96,7 +96,7 @@ def test_sources_and_targets_are_cut(model: Path, data: str) -> None:
     loaded = load(model, data, max_length=3)
     assert loaded.batch(range(3))["inputs"]["input_ids"].shape == (3, 3)
     assert loaded.logits(range(3)).shape[:2] == (3, 3)
-    assert list(loaded.examples.lengths() or []) == [6, 6, 6]
+    assert loaded.lengths() == [6, 6, 6]
 
 
 def test_a_mistake_is_one_line(model: Path, data: str) -> None:

@@ -15,7 +15,8 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 from npeff.tasks import TaskError
-from npeff.tasks.tables import LabelOptions, TableOptions, class_numbers, distinct_names, example_table, texts
+from npeff.tasks.labels import LabelOptions, class_numbers, distinct_names
+from npeff.tasks.tables import TableOptions, example_table, texts
 
 COLUMNS: dict[str, list[Any]] = {
     "key": ["a-1", "b-2", "c-3", "d-4"],

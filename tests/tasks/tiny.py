@@ -106,6 +106,11 @@ class Loaded:
     def column(self, name: str) -> list[Any]:
         return self.examples.table()[name].to_pylist()
 
+    def lengths(self) -> list[int]:
+        lengths = self.examples.lengths()
+        assert lengths is not None
+        return list(map(int, lengths))
+
     def predictions(self, indices: Sequence[int]) -> list[Tensor]:
         """Of each example of one batch, the logits (n, C) of its predictions; checks what `targets` says of them."""
         logits, targets = self.logits(indices), self.targets(indices)

@@ -209,7 +209,7 @@ def _import_fishers(
                     complete[shard] = _import_shard(pef, store, shard, coordinates, kept_M, records)
                     tick(len(complete))
             table = pa.table({"id": [str(example) for example in range(header.n_examples)]})
-            write_example_tables(run, table, names)
+            write_example_tables(run, [table], names)
             write_parameter_table(run, {}, {})
             Stage(run, FISHERS, None, began).complete(
                 {

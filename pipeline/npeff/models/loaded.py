@@ -272,7 +272,7 @@ class LoadedModel:
         return labels
 
     @cached_property
-    def lengths(self) -> Sequence[int] | None:
+    def lengths(self) -> Sequence[int] | NDArray[np.integer] | None:
         """The size of each example; None if the task defines no sizes."""
         with self.spec.user_code(self.task, "examples().lengths"):
             lengths = self.examples.lengths()

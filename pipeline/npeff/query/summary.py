@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -83,12 +82,11 @@ def summary(tables: RunTables) -> dict[str, Any]:
     }
     if tables.has("examples"):
         columns = tables.read("examples", ["split", "valid", "correct"])
-        splits = np.asarray(columns["split"].to_pylist(), dtype=object)
         valid = columns["valid"].to_numpy().astype(bool)
         found["n_examples"] = len(columns)
         found["n_invalid"] = int((~valid).sum())
         for split in ("fit", "held_out"):
-            chosen = columns.filter(pa.array((splits == split) & valid))
+            chosen = columns.filter(pc.and_(columns["valid"], pc.equal(columns["split"], split)))
             found[f"n_{split}"] = len(chosen)
             found[f"accuracy_{split}"] = pc.mean(chosen["correct"]).as_py()
     if tables.has("components"):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from npeff.query.components import ComponentStore
@@ -175,9 +176,8 @@ class CardWriter:
         self._shares = ShareReader(store.tables, sorted({example for top in members.values() for example in top}))
         self._inputs = InputReader(store.tables, self._names, self._shown())
         self.inputs: InputsSection | None = inputs_section(store.tables, members)
-        self._base = _Mix.of(
-            store.tables.read("examples", ["label", "prediction", "correct"], pc.field("valid")).to_pylist()
-        )
+        columns = ["label", "prediction", "correct"]
+        self._base = _Mix.of_table(store.tables.read("examples", columns, pc.field("valid")))
         self._components = {row["component"]: row for row in store.table("components").to_pylist()}
         self._verdicts = self._optional("verification")
         self._energy = self._optional("layer_energy")
@@ -306,6 +306,16 @@ class _Mix:
             n_correct=sum(judged),
             n_judged=len(judged),
         )
+
+    @classmethod
+    def of_table(cls, table: pa.Table) -> _Mix:
+        counts = (
+            {entry["values"].as_py(): entry["counts"].as_py() for entry in table[name].drop_null().value_counts()}
+            for name in ("label", "prediction")
+        )
+        labels, predictions = map(Counter, counts)
+        judged = table["correct"].drop_null()
+        return cls(labels, predictions, n_correct=pc.sum(judged).as_py() or 0, n_judged=len(judged))
 
     def label(self, number: int) -> float | None:
         return _share(self.labels, number)

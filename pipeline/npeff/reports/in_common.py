@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,25 +76,37 @@ def in_common(tables: RunTables, columns: Sequence[str], tops: Mapping[int, Sequ
         tops: Top examples of each component.
     """
     schema = tables.dataset("examples").schema
-    texts = "text" in schema.names
-    chosen = [*columns, "text"] if texts else list(columns)
-    table = tables.read("examples", ["example", *chosen], pc.field("valid"))
-    rows_of = {example: row for row, example in enumerate(table["example"].to_pylist())}
-    members = {j: np.array([rows_of[e] for e in top if e in rows_of], np.int64) for j, top in tops.items()}
+    table = tables.read("examples", ["example", *columns], pc.field("valid"))
+    examples = table["example"].to_numpy()  # ascending
+    members = {j: _places(examples, np.array(top, np.int64)) for j, top in tops.items()}
     numbers = [name for name in columns if _is_of_numbers(table[name])]
     values = _Counts(members, len(table))
     for name in columns:
         if name not in numbers:
-            values.add(name, ([] if value is None else [str(value)] for value in table[name].to_pylist()))
+            values.add_column(name, table[name])
     words = _Counts(members, len(table))
-    if texts and table["text"].null_count < len(table):
-        words.add(None, (words_of(text) for text in table["text"].to_pylist()))
+    if "text" in schema.names:
+        words.add(None, (words_of(text) for text in _texts(tables)))
     found_values, found_words = values.enriched(), words.enriched()
     found_numbers = _shifted({name: _floats(table[name]) for name in numbers}, members)
     return {
         j: Common(values=found_values.get(j, []), words=found_words.get(j, []), numbers=found_numbers.get(j, []))
         for j in tops
     }
+
+
+def _places(examples: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the places of the wanted numbers among ascending numbers, without those that are missing."""
+    places: NDArray[np.int64] = np.searchsorted(examples, wanted)
+    there = places < len(examples)
+    there[there] = examples[places[there]] == wanted[there]
+    return places[there]
+
+
+def _texts(tables: RunTables) -> Iterator[str | None]:
+    """Yield the texts of the valid examples."""
+    for batch in tables.scan("examples", ["valid", "text"]):
+        yield from batch["text"].filter(batch["valid"]).to_pylist()
 
 
 def words_of(text: str | None) -> set[str]:
@@ -107,19 +119,29 @@ class _Counts:
 
     def __init__(self, members: Mapping[int, NDArray[np.int64]], n_examples: int) -> None:
         self._members, self._n_examples = members, n_examples
+        self._components_of: dict[int, list[int]] = {}
+        for component, rows in members.items():
+            for row in rows.tolist():
+                self._components_of.setdefault(row, []).append(component)
         self._all: Counter[tuple[str | None, str]] = Counter()
         self._top: dict[int, Counter[tuple[str | None, str]]] = {j: Counter() for j in members}
 
     def add(self, column: str | None, features: Iterable[Iterable[str]]) -> None:
-        components_of: dict[int, list[int]] = {}
-        for component, rows in self._members.items():
-            for row in rows.tolist():
-                components_of.setdefault(row, []).append(component)
         for row, found in enumerate(features):
             keys = [(column, value) for value in found]
             self._all.update(keys)
-            for component in components_of.get(row, ()):
+            for component in self._components_of.get(row, ()):
                 self._top[component].update(keys)
+
+    def add_column(self, name: str, column: pa.ChunkedArray) -> None:
+        """Add the values of a column. Those of most rows may be different, and only frequent ones become objects."""
+        counts = column.drop_null().value_counts()
+        for entry in counts.filter(pc.greater_equal(counts.field("counts"), _AT_LEAST)):
+            self._all[name, str(entry["values"].as_py())] += entry["counts"].as_py()
+        for row in sorted(self._components_of):
+            if (value := column[row].as_py()) is not None:
+                for component in self._components_of[row]:
+                    self._top[component][name, str(value)] += 1
 
     def enriched(self) -> dict[int, list[Enriched]]:
         tested = {key: count for key, count in self._all.items() if count >= _AT_LEAST}

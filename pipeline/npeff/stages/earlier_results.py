@@ -29,7 +29,6 @@ from npeff.store.fisher_store import FisherStore
 from npeff.store.same_space import differences_in_space
 from npeff.store.shard_records import CompletionRecord, ShardChecksums, ShardRecords
 from npeff.store.splits import Splits
-from npeff.store.tables import read_table
 
 
 def lifted_components(run: RunDirectory) -> list[int]:
@@ -168,7 +167,7 @@ def count_fit_examples(run: RunDirectory) -> int:
         InvalidProblemError: no example can be fitted, or all weights or all Fishers are zero.
     """
     fitted = fitted_examples(run)
-    examples = read_table(fitted.table, "examples")
+    examples = fitted.read_examples("fisher_norm")
     splits, weights_N = fitted.of(examples)
     fit_N = splits.fit_N
     n_fit = int((fit_N & (weights_N > 0)).sum())

@@ -5,16 +5,18 @@ Shapes: N examples.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from npeff.factorization import InvalidProblemError
 from npeff.store.splits import Splits
-from npeff.store.tables import read_table
+from npeff.store.tables import column_names, read_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,7 +37,20 @@ class FittedExamples:
 
     def read(self) -> tuple[Splits, NDArray[np.float64]]:
         """Return the splits and the weights (N,) of the stored table."""
-        return self.of(read_table(self.table, "examples"))
+        return self.of(self.read_examples())
+
+    def read_examples(self, *more: str) -> pa.Table:
+        """Return the columns of the stored table that `of` needs, and more.
+
+        Raises:
+            InvalidProblemError: There is no column of the weights.
+        """
+        needed = {"mispredicted": ["correct"], "uncertain": ["logits"]}.get(self.chosen, [])
+        names = column_names(self.table, "examples")
+        if self.weight_column is not None and self.weight_column not in names:
+            raise _no_weights(self.weight_column, names)
+        weights = [] if self.weight_column is None else [self.weight_column]
+        return read_table(self.table, "examples", list(dict.fromkeys(["split", "valid", *needed, *weights, *more])))
 
     def of(self, examples: pa.Table) -> tuple[Splits, NDArray[np.float64]]:
         """Return the splits and the weights (N,) of a table of examples.
@@ -47,7 +62,7 @@ class FittedExamples:
         weights_N = np.ones(len(examples)) if column is None else example_weights(examples, column)
         counts_N = None
         if self.chosen == "mispredicted":
-            counts_N = np.array([correct is False for correct in examples["correct"].to_pylist()], dtype=bool)
+            counts_N = ~pc.fill_null(examples["correct"], True).to_numpy()
         elif self.chosen == "uncertain":
             assert self.max_probability is not None
             counts_N = largest_probabilities(examples) < self.max_probability
@@ -73,6 +88,12 @@ def largest_probabilities(examples: pa.Table) -> NDArray[np.float64]:
     return found_N
 
 
+def _no_weights(column: str, names: Sequence[str]) -> InvalidProblemError:
+    return InvalidProblemError(
+        f"the examples have no column {column!r} for factorization.example_weights: name one of {', '.join(names)}"
+    )
+
+
 def example_weights(examples: pa.Table, column: str) -> NDArray[np.float64]:
     """Return the weights (N,) in a column of the table of examples.
 
@@ -80,10 +101,7 @@ def example_weights(examples: pa.Table, column: str) -> NDArray[np.float64]:
         InvalidProblemError: the column does not exist, or a value is not a finite number ≥ 0.
     """
     if column not in examples.column_names:
-        raise InvalidProblemError(
-            f"the examples have no column {column!r} for factorization.example_weights: name one of "
-            f"{', '.join(examples.column_names)}"
-        )
+        raise _no_weights(column, examples.column_names)
     try:
         weights_N = examples[column].to_numpy().astype(np.float64)
     except (TypeError, ValueError):

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from npeff.runs.directory import RunDirectory
 from npeff.runs.errors import RunDirectoryError
 from npeff.statistics.label_scores import detection, intruder
 from npeff.store.annotations import read_annotations
+from npeff.store.splits import is_fit
 from npeff.store.tables import read_table, rows_to_columns, write_table
 
 if TYPE_CHECKING:
@@ -49,7 +51,8 @@ def score_labels(run: RunDirectory, model: Path) -> pa.Table:
         members = _held_out(top, n_components)
         others = _others(examples, run.config.seed)
         wanted = sorted({*others, *(example for listed in members for example in listed)})
-        texts = dict(zip(examples["example"].to_pylist(), examples["text"].to_pylist(), strict=True))
+        chosen = examples.filter(pc.is_in(examples["example"], pa.array(wanted, pa.int64())))
+        texts = dict(zip(chosen["example"].to_pylist(), chosen["text"].to_pylist(), strict=True))
         if any(texts[example] is None for example in wanted):
             raise RunDirectoryError(f"the examples of {run.path} have no texts", "scores need examples with texts")
         if not any(members):
@@ -107,7 +110,7 @@ def _held_out(top: pa.Table, n_components: int) -> list[list[int]]:
 
 def _others(examples: pa.Table, seed: int) -> list[int]:
     """Return random valid held-out examples, the same for all components."""
-    held_out_N = np.asarray(examples["split"].to_pylist()) == "held_out"
+    held_out_N = ~is_fit(examples["split"])
     numbers = examples["example"].to_numpy()[held_out_N & examples["valid"].to_numpy().astype(bool)]
     rng = np.random.default_rng(seed)
     return sorted(rng.choice(numbers, min(N_OTHERS, len(numbers)), replace=False).tolist())

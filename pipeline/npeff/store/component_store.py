@@ -14,6 +14,7 @@ Legend: N examples, K components, D sketch dimension.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from npeff.storage.atomic import replacing_directory
 from npeff.storage.checksums import ChecksumInBlocks, checksum
 from npeff.storage.commands import run_argument
-from npeff.storage.errors import StoreError
+from npeff.storage.errors import StoreError, os_errors_explained
 from npeff.storage.location import location
 from npeff.storage.zarr_groups import create_group, open_array, open_group
 from npeff.store.coefficient_rows import BLOCK_BYTES, Coefficients, blocks_of_rows
@@ -62,6 +63,17 @@ class StoredFactorization:
         """Return the coefficients, (N, K) float32. Raises StoreError if a chunk is missing or corrupt."""
         return self._read("coefficients", self.coefficients)
 
+    def map_coefficients(self) -> np.ndarray:
+        """Return the coefficients as `read_coefficients`, in a file without a name whose columns are contiguous.
+
+        The file is mapped, so that the process needs no memory for the coefficients, and ends with it.
+        """
+        return self._map("coefficients", self.coefficients)
+
+    def map_evidence(self) -> np.ndarray | None:
+        """Return the evidence as `read_evidence`, mapped as by `map_coefficients`, or None."""
+        return None if self.evidence is None else self._map("evidence", self.evidence)
+
     def read_columns(self) -> np.ndarray | None:
         """Return the columns, (D,) int64, or None. Raises StoreError if a chunk is missing or corrupt."""
         return None if self.columns is None else self._read("columns", self.columns)
@@ -70,17 +82,37 @@ class StoredFactorization:
         """Return the evidence, (N, K) float32, or None. Raises StoreError if a chunk is missing or corrupt."""
         return None if self.evidence is None else self._read("evidence", self.evidence)
 
+    def _map(self, name: str, array: zarr.Array[Any]) -> np.ndarray:
+        n_examples, n_components = array.shape
+        digest = ChecksumInBlocks(name, array.dtype, array.shape)
+        with tempfile.TemporaryFile(prefix="npeff-") as file, os_errors_explained("write", Path(tempfile.gettempdir())):
+            mapped_KN = np.memmap(file, array.dtype, "w+", shape=(n_components, n_examples))
+            size = (array.shards or array.chunks)[0]
+            for start in range(0, n_examples, size):
+                rows = slice(start, min(start + size, n_examples))
+                block = self._block(name, array, rows)
+                digest.update(block)
+                mapped_KN[:, rows] = block.T
+        if digest.hexdigest() != self.attrs["checksums"][name]:
+            raise self._damage(name)
+        return np.asarray(mapped_KN).T
+
     def _read(self, name: str, array: zarr.Array[Any]) -> np.ndarray:
-        remedy = f"delete this store and run `npeff factorize {run_argument(self.path)}` again"
-        damage = StoreError(f"{name} of {self.path} are corrupt", remedy, path=self.path / name)
-        try:
-            values = np.asarray(array[...])
-        except (ValueError, OSError) as error:
-            raise damage from error
+        values = self._block(name, array, slice(None))
         # a missing chunk reads as NaN, which in the coefficients would look like left-out examples
         if checksum({name: values}) != self.attrs["checksums"][name]:
-            raise damage
+            raise self._damage(name)
         return values
+
+    def _block(self, name: str, array: zarr.Array[Any], rows: slice) -> np.ndarray:
+        try:
+            return np.asarray(array[rows])
+        except (ValueError, OSError) as error:
+            raise self._damage(name) from error
+
+    def _damage(self, name: str) -> StoreError:
+        remedy = f"delete this store and run `npeff factorize {run_argument(self.path)}` again"
+        return StoreError(f"{name} of {self.path} are corrupt", remedy, path=self.path / name)
 
 
 def write_factorization(

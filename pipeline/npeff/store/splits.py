@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 
@@ -22,7 +23,13 @@ class Splits:
     def of(cls, examples: pa.Table, counts_N: NDArray[np.bool_] | None = None) -> Splits:
         """Return the splits according to the table of examples. Only examples marked in ``counts_N`` are in a split."""
         valid_N = examples["valid"].to_numpy()
-        fit_N = np.asarray(examples["split"].to_pylist()) == "fit"
+        fit_N = is_fit(examples["split"])
         if counts_N is None:
             counts_N = np.ones(len(examples), dtype=bool)
         return cls(valid_N & counts_N & fit_N, valid_N & counts_N & ~fit_N, valid_N & ~counts_N)
+
+
+def is_fit(split: pa.ChunkedArray) -> NDArray[np.bool_]:
+    """Return a mask (N,) of the examples whose split is ``fit``."""
+    mask_N: NDArray[np.bool_] = pc.equal(split, "fit").to_numpy()
+    return mask_N

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 from npeff.errors import first_line
 from npeff.storage.atomic import write_file_atomically
 from npeff.storage.errors import StoreError, damaged_file, os_errors_explained
-from npeff.storage.location import location
+from npeff.storage.location import is_remote, location
 from npeff.store.schemas import SCHEMAS, TABLES_VERSION, columns_since
 
 _MAY_HAVE_MORE_COLUMNS = ("examples",)
@@ -26,6 +27,8 @@ _VERSION_KEY, _NAME_KEY, _LINEAGE_KEY = b"npeff.schema_version", b"npeff.table",
 _GROUP_BYTES = {"examples": 2**18}
 """Approximate size of a row group in bytes; 1 MiB in other tables. Queries read single examples all over the table."""
 _GROUP_ROWS = (256, 32_768)
+_GROUPS_AT_ONCE = 64
+"""Number of row groups that are in memory at once when a table is read in parts."""
 _WITHOUT_STATISTICS = ("logits", "image", "text")
 """Columns without statistics. No query searches by their order, and the extreme values would enlarge the footer."""
 _ENCODINGS: dict[str, dict[str, Any]] = {
@@ -152,17 +155,51 @@ def read_table(path: str | Path, name: str, columns: Sequence[str] | None = None
         StoreError: The file is missing or damaged, or does not have the columns of the table.
     """
     path = location(path)
+    with _readable(path, name) as file:
+        return _as_declared(path, name, file, file.read(columns if columns is None else list(columns)), columns)
+
+
+def read_table_in_parts(path: str | Path, name: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """Read a table as `read_table`, some row groups at a time."""
+    path = location(path)
+    with _readable(path, name) as file:
+        for first in range(0, max(file.num_row_groups, 1), _GROUPS_AT_ONCE):
+            groups = range(first, min(first + _GROUPS_AT_ONCE, file.num_row_groups))
+            table = file.read_row_groups(list(groups), columns if columns is None else list(columns))
+            yield _as_declared(path, name, file, table, columns)
+
+
+def column_names(path: str | Path, name: str) -> list[str]:
+    """Return the names of the columns of table `name` in the file `path`. Raises as `read_table`."""
+    with _readable(location(path), name) as file:
+        names: list[str] = file.schema_arrow.names
+        return names
+
+
+@contextmanager
+def _readable(path: Path, name: str) -> Iterator[pq.ParquetFile]:
+    """Open a file. On a disk, only the columns and row groups that are used are read."""
     with os_errors_explained("read", path):
         try:
-            content = path.read_bytes()
+            if is_remote(path):
+                source: Any = pa.BufferReader(path.read_bytes())
+            else:
+                path.open("rb").close()
+                source = str(path)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             remedy = f"run the stage that writes {name} first"
             raise StoreError(f"there is no table at {path}", remedy, path=path) from None
     try:
-        file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
-        table = file.read(columns if columns is None else list(columns))
+        with pq.ParquetFile(source, page_checksum_verification=True) as file:
+            yield file
     except (pa.ArrowException, OSError) as error:
         raise damaged_file(path) from error
+
+
+def _as_declared(
+    path: Path, name: str, file: pq.ParquetFile, table: pa.Table, columns: Sequence[str] | None
+) -> pa.Table:
+    """Check the columns of a file, and return rows of it with those of the ``columns`` that this version has."""
     stored, schema = file.schema_arrow, SCHEMAS[name]
     check_version(path, stored)
     later = columns_since(name, int(_version(stored)))

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 IGNORED = -100
@@ -54,7 +56,7 @@ class Examples(ABC):
         (PNG bytes) for display, and any scalar columns for queries.
         """
 
-    def lengths(self) -> Sequence[int] | None:
+    def lengths(self) -> Sequence[int] | NDArray[np.integer] | None:
         """Return the size of each example, such as its number of tokens, or None if all sizes are equal.
 
         Examples of similar size are put into the same batch.

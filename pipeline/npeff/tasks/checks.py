@@ -17,9 +17,10 @@ from npeff.errors import did_you_mean
 from npeff.tasks.errors import TaskError
 from npeff.tasks.huggingface.model_folder import ModelFolder, check_kind
 from npeff.tasks.huggingface.options import MultipleChoiceOptions, PretrainedOptions
+from npeff.tasks.labels import LabelOptions, distinct_names
 from npeff.tasks.names import BUILT_IN, OPTIONS, how_to_import, present_path
 from npeff.tasks.option_types import check_types
-from npeff.tasks.tables import LabelOptions, TableOptions, distinct_names
+from npeff.tasks.tables import TableOptions
 
 ROWS = 1000
 """Number of rows at the beginning of the data whose labels are checked."""
@@ -93,7 +94,7 @@ def _check_files(name: str, options: TableOptions) -> Facts:
         names = options.label_names or (model.class_names if model is not None else None)
         if column and names and not isinstance(options, MultipleChoiceOptions):
             found = options.labels(head, column[0], distinct_names(names))
-            known = sum(label is not None for label in found)
+            known = len(found) - found.null_count
             facts["labels"] = f"{known:,} of the first {len(head):,} rows have one of {len(names):,} classes"
     return facts
 

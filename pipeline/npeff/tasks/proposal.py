@@ -20,8 +20,9 @@ from npeff.tasks.checks import ROWS
 from npeff.tasks.errors import TaskError
 from npeff.tasks.huggingface.model_folder import KINDS, ModelFolder
 from npeff.tasks.image_folders import IMAGE, SUFFIXES
+from npeff.tasks.labels import class_numbers
 from npeff.tasks.names import LANGUAGE_MODELS
-from npeff.tasks.tables import TableOptions, class_numbers
+from npeff.tasks.tables import TableOptions
 
 _LABELS = ("label", "labels", "target", "class", "category", "gold_label", "gold")
 _TEXTS = ("text", "sentence", "review", "content", "document", "tweet", "comment", "prompt")

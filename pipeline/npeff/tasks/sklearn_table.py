@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from npeff.errors import as_one_line
 from npeff.tasks.base import Examples, Inputs, Task
 from npeff.tasks.errors import TaskError
+from npeff.tasks.labels import class_numbers, distinct_names
 from npeff.tasks.sklearn_table_options import SklearnTableOptions
-from npeff.tasks.tables import class_numbers, distinct_names, example_table, texts, type_of
+from npeff.tasks.tables import example_table, texts, type_of
 from npeff.tasks.trained_model import train_once, trained_classifier, with_weights
 from npeff.tasks.user_exceptions import user_code
 
@@ -152,7 +153,7 @@ class _Table:
             numeric = [each.name for each in self.rows.schema if each.name not in taken and _is_number(each.type)]
         inputs = [(name, name, self._numbers(name)) for name in numeric]
         for name in categories:
-            cells = np.array(texts(self.rows, name, options.data))
+            cells = np.array(list(texts(self.rows, name, options.data)))
             inputs += [
                 (f"{name}={value}", name, (cells == value).astype(np.float64)) for value in np.unique(cells) if value
             ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from npeff.tasks.errors import TaskError
-from npeff.tasks.tables import LabelOptions
+from npeff.tasks.labels import LabelOptions
 
 _SHIPPED = "sklearn:"
 _DATASETS = {"breast-cancer": "load_breast_cancer", "digits": "load_digits", "iris": "load_iris", "wine": "load_wine"}

@@ -11,7 +11,8 @@ import csv
 import json
 import sys
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ FORMATS = (".parquet", ".csv", ".tsv", ".jsonl", ".arrow", ".feather")
 """Extensions of the files to read in a folder. A single file may also be a tab-separated .txt file."""
 UNTYPED = (".csv", ".tsv", ".txt")
 """Extensions of formats in which every cell is a text."""
+IN_PARTS = (".parquet", ".arrow", ".feather")
+"""Extensions of formats that are read in parts, so that a file may be larger than the memory."""
 
 _BYTE_ORDER_MARKS = {  # UTF-32 first, because its mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
@@ -69,9 +72,7 @@ def read_file(path: Path, written: Collection[str], used: Collection[str], most_
     Raises:
         TaskError: The file cannot be read, or is not well-formed.
     """
-    try:
-        if path.exists() and not path.is_file():  # reading a pipe would wait
-            raise _error(path, None, "it is not a file", "give a file, or a folder of files")
+    with _readable(path):
         match path.suffix:
             case ".parquet":
                 with pyarrow.parquet.ParquetFile(path) as file:
@@ -84,10 +85,55 @@ def read_file(path: Path, written: Collection[str], used: Collection[str], most_
                 return _read_json_lines(path, written, used, most_rows)
             case ".arrow" | ".feather":
                 return plain(_read_arrow(path, most_rows))
+    raise TaskError(f"cannot read {path}: use a file ending in {', '.join(FORMATS)}")
+
+
+def read_parts(path: Path) -> Iterator[pa.Table]:
+    """Yield the rows of a file of a format in `IN_PARTS`, with the same types in all parts. The first part is empty.
+
+    Raises:
+        TaskError: The file cannot be read, or is not well-formed.
+    """
+    with _readable(path):
+        for part in _parts_of_parquet(path) if path.suffix == ".parquet" else _parts_of_arrow(path):
+            yield plain(part)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Convert the errors of reading a file."""
+    try:
+        if path.exists() and not path.is_file():  # reading a pipe would wait
+            raise _error(path, None, "it is not a file", "give a file, or a folder of files")
+        yield
     except (OSError, pa.ArrowException, UnicodeError) as error:
         problem = f"cannot read {path}: {as_one_line(error)}"
         raise TaskError(problem, "correct the path, or write the file again", path=path) from None
-    raise TaskError(f"cannot read {path}: use a file ending in {', '.join(FORMATS)}")
+
+
+def _parts_of_parquet(path: Path) -> Iterator[pa.Table]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        yield file.schema_arrow.empty_table()
+        for batch in file.iter_batches(_ROWS_AT_ONCE):
+            yield pa.Table.from_batches([batch])
+
+
+def _parts_of_arrow(path: Path) -> Iterator[pa.Table]:
+    """Yield the record batches of a feather file, or of a stream, which the library datasets writes."""
+    if _starts_with(path, b"FEA1"):  # the first version of the format
+        table = pyarrow.feather.read_table(path)
+        yield from (table.slice(0, 0), table)
+        return
+    with pa.memory_map(str(path)) as file:
+        if _starts_with(path, b"\xff\xff\xff\xff"):
+            reader = pa.ipc.open_stream(file)
+            batches: Iterable[pa.RecordBatch] = reader
+        else:
+            reader = pa.ipc.open_file(file)
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+        yield reader.schema.empty_table()
+        for batch in batches:
+            yield pa.Table.from_batches([batch])
 
 
 def typed(cells: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -281,8 +327,7 @@ def _as_written(value: Any) -> Any:
 
 def _read_arrow(path: Path, most_rows: int | None) -> pa.Table:
     """Read a feather file, or a stream of record batches, which the library datasets writes."""
-    with path.open("rb") as file:
-        is_stream = file.read(4) == b"\xff\xff\xff\xff"
+    is_stream = _starts_with(path, b"\xff\xff\xff\xff")
     if most_rows is None and not is_stream:
         return pyarrow.feather.read_table(path)
     with pa.OSFile(str(path)) as file:
@@ -294,6 +339,11 @@ def _read_arrow(path: Path, most_rows: int | None) -> pa.Table:
             if most_rows is None:
                 return reader.read_all()
             return pa.Table.from_batches(islice(reader, 1), reader.schema).slice(0, most_rows)
+
+
+def _starts_with(path: Path, mark: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(mark)) == mark
 
 
 def plain(table: pa.Table) -> pa.Table:

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from npeff.errors import as_one_line, did_you_mean
 from npeff.tasks.errors import TaskError
 from npeff.tasks.image_folders import IMAGE, image_table
-from npeff.tasks.table_files import FORMATS, UNTYPED, plain, read_file, typed, typed_labels
+from npeff.tasks.prepared import PART_ROWS, Prepared, Texts, slices
+from npeff.tasks.table_files import (
+    FORMATS,
+    IN_PARTS,
+    UNTYPED,
+    plain,
+    read_file,
+    read_parts,
+    typed,
+    typed_labels,
+)
 
 _HUB = "hf:"
-LabelValues = Literal["numbers", "names"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +46,9 @@ class TableOptions:
     """Rows to use: column -> required value, or list of allowed values."""
     limit: int | None = None
     """Use only the first ``limit`` rows after filtering."""
+    streaming: bool = False
+    """Whether the rows of a data set of the hub are read from their source in order, up to ``limit``, instead of
+    downloading the whole data set first."""
     id_column: str | None = None
     """Column with the unique ids of the examples. The default is the row number in the data, or the path of an image in
     a folder of images."""
@@ -42,6 +56,8 @@ class TableOptions:
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 0:
             raise TaskError(f"limit must not be negative, not {self.limit}")
+        if self.streaming and not self.data.startswith(_HUB):
+            raise TaskError("streaming is for data sets of the hub: remove it, files are always read in parts")
         for option in ("columns", "filter"):
             value = getattr(self, option)
             if value is not None and not isinstance(value, Mapping):
@@ -55,29 +71,57 @@ class TableOptions:
         path = Path(self.data)
         return path if path.is_dir() else path.parent
 
-    def read(self, needed: Collection[str], label_column: str | None = None) -> pa.Table:
+    def read(self, needed: Collection[str], label_column: str | None = None, files: Prepared | None = None) -> pa.Table:
         """Read the selected rows, with the column ``id`` (string, unique) first, then the columns of the data.
 
         Args:
             needed: Names of required columns of texts. Formats without types, and JSON, give them as they are written.
             label_column: Name of the required column of labels, if there is one.
+            files: Files of the task, from which the rows are mapped. The rows are in memory if None.
 
         Raises:
             TaskError: The data cannot be read, has no rows, or lacks a required column, or the ids are not unique.
         """
         written = [*needed, *([] if self.id_column is None else [self.id_column])]
         used = [*written, *([] if label_column is None else [label_column]), *(self.filter or {})]
-        table = self._load(written, used, label_column)
-        for column in used:
-            self._check_column(column, table.column_names)
-        others = {name: table[name] for name in table.column_names if name != "id"}
-        rows = self._filtered(pa.table({"id": self._ids(table), **others}))
-        if not len(rows):
-            reason = "correct filter" if len(table) else "give data with at least one row"
-            raise TaskError(f"{self.data} has no row{' that meets filter' if len(table) else ''}: {reason}")
-        rows = rows if self.limit is None else rows.slice(0, self.limit)
-        _check_ids(self.data, rows["id"])
+        if files is not None:
+            return files.table("rows", lambda: self._selected(written, used, label_column), self._check_ids)
+        rows = pa.concat_tables(self._selected(written, used, label_column))
+        self._check_ids(rows)
         return rows
+
+    def _selected(
+        self, written: Collection[str], used: Collection[str], label_column: str | None
+    ) -> Iterator[pa.Table]:
+        """Yield the rows that meet `filter`, with their ids, up to `limit`."""
+        n_read = n_met = 0
+        for part in self._parts(written, used, label_column):
+            for column in used:
+                self._check_column(column, part.column_names)
+            others = {name: part[name] for name in part.column_names if name != "id"}
+            rows = self._filtered(pa.table({"id": self._ids(part, n_read), **others}))
+            n_read, n_met = n_read + len(part), n_met + len(rows)
+            yield rows if self.limit is None else rows.slice(0, max(0, self.limit - n_met + len(rows)))
+            if self.limit is not None and n_met >= max(self.limit, 1):
+                return
+        if not n_met:
+            reason = "correct filter" if n_read else "give data with at least one row"
+            raise TaskError(f"{self.data} has no row{' that meets filter' if n_read else ''}: {reason}")
+
+    def _parts(self, written: Collection[str], used: Collection[str], label_column: str | None) -> Iterator[pa.Table]:
+        """Yield the data in parts, with the new names of their columns and the same types in all parts."""
+        parts: Iterable[pa.Table] = ()
+        if self.data.startswith(_HUB):
+            from_hub = self._from_hub()
+            first, parts = self._renamed(next(from_hub)), from_hub
+        elif self._whole() is not None or (files := self._files())[0].suffix not in IN_PARTS:
+            first = self._load(written, used, label_column)
+        else:
+            empty = {file: self._renamed(next(read_parts(file))) for file in files}
+            first, parts = _concatenated(self.data, empty, used), itertools.chain.from_iterable(map(read_parts, files))
+        yield first
+        for part in parts:
+            yield _of_types(self.data, first.schema, self._renamed(part))
 
     def head(self, most_rows: int) -> pa.Table | None:
         """Return about the first rows of the data that meet `filter`, with all columns; None for data of the hub.
@@ -136,8 +180,8 @@ class TableOptions:
         return pa.table(columns)
 
     def _whole(self) -> pa.Table | None:
-        """Return the table of data that are not files of tables; None if they are."""
-        return self._from_hub() if self.data.startswith(_HUB) else self._images
+        """Return the table of data that are not files of tables; None if they are, or a data set of the hub."""
+        return self._images
 
     @cached_property
     def _images(self) -> pa.Table | None:
@@ -173,7 +217,8 @@ class TableOptions:
             raise TaskError(f"{folder} has files ending in {' and '.join(kinds)}: give one file, or give split")
         return files
 
-    def _from_hub(self) -> pa.Table:
+    def _from_hub(self) -> Iterator[pa.Table]:
+        """Yield the rows of a data set of the hub, which the library datasets keeps in Arrow files on the disk."""
         try:
             import datasets
         except ImportError:
@@ -184,8 +229,12 @@ class TableOptions:
         if self.split is None:
             raise TaskError(f"{self.data} needs a split, such as split: validation")
         try:
-            found = datasets.load_dataset(owner_and_name, config or None, split=self.split)
-            return plain(found.with_format("arrow")[:])
+            streaming = {"streaming": True} if self.streaming else {}
+            found = datasets.load_dataset(owner_and_name, config or None, split=self.split, **streaming)
+            if found.features is not None:
+                yield plain(found.features.arrow_schema.empty_table())
+            for part in found.with_format("arrow").iter(PART_ROWS):
+                yield plain(part)
         except Exception as error:  # the library raises any exception of the network, its loaders and its parsers
             raise TaskError(f"cannot read {self.data}: {as_one_line(error)}") from None
 
@@ -203,11 +252,12 @@ class TableOptions:
             raise TaskError(f"{self.data} has more than one column {twice[0]!r}: {remedy}")
         return table.rename_columns(names)
 
-    def _ids(self, table: pa.Table) -> pa.ChunkedArray | pa.Array:
+    def _ids(self, table: pa.Table, first: int) -> pa.ChunkedArray | pa.Array:
+        """Return the ids of rows of the data, of which the first has the number ``first``."""
         try:
             if self.id_column is None:
                 image = (self.columns or {}).get(IMAGE, IMAGE)
-                ids = table[image] if self._images is not None else pa.array(range(len(table)))
+                ids = table[image] if self._images is not None else pa.array(np.arange(first, first + len(table)))
             else:
                 ids = table[self.id_column]
             ids = ids.cast(pa.string())
@@ -216,6 +266,18 @@ class TableOptions:
                 f"{self.data}: column {self.id_column!r} cannot be used as ids: {as_one_line(error)}"
             ) from None
         return ids
+
+    def _check_ids(self, rows: pa.Table) -> None:
+        if self.id_column is None and self._images is None:
+            return  # the numbers of the rows
+        ids = rows["id"]
+        if ids.null_count or pc.any(pc.equal(ids, "")).as_py():
+            kind = "null" if ids.null_count else "empty"
+            raise TaskError(f"{self.data}: an id is {kind}: set id_column to a column with an id in every row")
+        if (repeated := _repeated(ids)) is not None:
+            raise TaskError(
+                f"{self.data}: id {repeated!r} occurs more than once: set id_column to a column of unique ids"
+            )
 
     def _filtered(self, rows: pa.Table) -> pa.Table:
         for column, allowed in (self.filter or {}).items():
@@ -233,15 +295,10 @@ class TableOptions:
         return rows
 
 
-def texts(rows: pa.Table, column: str, data: str) -> list[str]:
+def texts(rows: pa.Table, column: str, data: str) -> Texts:
     """Return a column as strings, with an empty string for null."""
-    try:
-        result: list[str] = pc.fill_null(rows[column].cast(pa.string()), "").to_pylist()
-        return result
-    except pa.ArrowException:
-        raise TaskError(
-            f"{data}: column {column!r} has type {type_of(rows, column)}, not text: choose a text column"
-        ) from None
+    problem = f"{data}: column {column!r} has type {type_of(rows, column)}, not text: choose a text column"
+    return Texts(rows[column], problem)
 
 
 def type_of(rows: pa.Table, column: str) -> str:
@@ -250,96 +307,11 @@ def type_of(rows: pa.Table, column: str) -> str:
     return name if len(name) <= 60 else f"{name[:59]}…"
 
 
-@dataclass(frozen=True, kw_only=True)
-class LabelOptions(TableOptions):
-    """Options of tasks with labels."""
-
-    label_names: Sequence[str] | None = None
-    """Names of the classes in the order of the logits. The default is the model's ``id2label``. Labels are matched
-    case-insensitively."""
-    label_values: LabelValues | None = None
-    """Whether integer labels are class numbers or names of classes. Needed only if they can be both."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.label_values not in (None, *get_args(LabelValues)):
-            raise TaskError(f"label_values must be numbers or names, not {self.label_values!r}")
-
-    def labels(self, rows: pa.Table, column: str | None, names: Sequence[str]) -> list[int | None]:
-        """Return the class number of each row; None if it is unknown, or if there is no column of labels."""
-        if column is None:
-            return [None] * len(rows)
-        return class_numbers(rows[column].to_pylist(), names, self.data, self.label_values)
-
-
-def distinct_names(names: Iterable[Any]) -> tuple[str, ...]:
-    """Return the names of the classes as strings. Raises TaskError if two classes have the same name."""
-    found = tuple(map(str, names))
-    twice = [name for place, name in enumerate(found) if name in found[:place]]
-    if twice:
-        raise TaskError(f"two classes have the name {twice[0]!r}: give different names in label_names")
-    return found
-
-
-def class_numbers(
-    labels: Sequence[Any], names: Sequence[str], data: str, values: LabelValues | None = None
-) -> list[int | None]:
-    """Convert labels to class numbers.
-
-    Args:
-        labels: Class numbers, or class names in any case; None if unknown.
-        names: Names of the classes.
-        data: Name of the data, for error messages.
-        values: Whether integers are class numbers or names. By default, they are class numbers, and an integer that is
-            also the name of another class is refused.
-
-    Raises:
-        TaskError: A label is not a class, or can be two classes.
-    """
-    known: dict[str, list[int]] = {}
-    for number, name in enumerate(names):
-        known.setdefault(str(name).lower(), []).append(number)
-    meanings: dict[str, int | None] = {repr(None): None}
-    for label in labels:
-        if repr(label) not in meanings:
-            meanings[repr(label)] = _class_number(label, names, known, data, values)
-    return [meanings[repr(label)] for label in labels]
-
-
-def _class_number(
-    label: Any, names: Sequence[str], known: Mapping[str, Sequence[int]], data: str, values: LabelValues | None
-) -> int:
-    named = known.get(str(label).lower(), ())
-    is_number = isinstance(label, int) and not isinstance(label, bool)
-    if is_number and values != "names":
-        if values is None and 0 <= label < len(names) and named and list(named) != [label]:
-            raise TaskError(
-                f"{data}: label {label} is the number of the class {names[label]!r} and the name of class {named[0]}",
-                "set label_values to numbers or names",
-            )
-        if not 0 <= label < len(names):
-            remedy = "set label_values: names" if named else "correct it, or filter the rows"
-            raise TaskError(f"{data}: label {label} is not one of the model's {len(names)} classes: {remedy}")
-        return int(label)
-    if not named:
-        hint = "give class numbers as integers" if isinstance(label, float) else "give label_names"
-        raise TaskError(f"{data}: label {label!r} is not one of {_some(known)}: {hint}")
-    if len(named) > 1:
-        both = " and ".join(repr(names[number]) for number in named[:2])
-        raise TaskError(
-            f"{data}: label {label!r} can be the classes {both}, because the case of labels is ignored",
-            "give class numbers, or label_names that differ in more than case",
-        )
-    return named[0]
-
-
-def _some(names: Collection[str]) -> str:
-    """Return the first 20 names, separated by commas."""
-    return ", ".join([*list(names)[:20], *(["…"] if len(names) > 20 else [])])
-
-
 def example_table(
-    rows: pa.Table, labels: Sequence[int | None], shown: Mapping[str, Sequence[Any] | pa.Array], used: Collection[str]
+    rows: pa.Table,
+    labels: Sequence[int | None] | pa.Array,
+    shown: Mapping[str, Sequence[Any] | pa.Array],
+    used: Collection[str],
 ) -> pa.Table:
     """Return the table of a task's examples.
 
@@ -358,7 +330,29 @@ def example_table(
         for field in rows.schema
         if field.name not in left_out and _is_scalar(field.type) and (field.name != "text" or _is_text(field.type))
     }
-    return pa.table({"id": rows["id"], "label": pa.array(labels, pa.int64()), **shown, **others})
+    return pa.table({"id": rows["id"], "label": _integers(labels), **shown, **others})
+
+
+def example_parts(
+    rows: pa.Table,
+    labels: pa.Array,
+    shown: Callable[[slice], Mapping[str, Sequence[Any] | pa.Array]],
+    used: Collection[str],
+) -> Iterator[pa.Table]:
+    """Yield the table of a task's examples in parts.
+
+    Args:
+        rows: Rows of `TableOptions.read`, one per example.
+        labels: Class number of each example, int64; null if unknown.
+        shown: Function that returns the columns to add for some examples.
+        used: Columns of `rows` to leave out, as in `example_table`.
+    """
+    for part in slices(len(rows)):
+        yield example_table(rows[part], labels[part], shown(part), used)
+
+
+def _integers(labels: Sequence[int | None] | pa.Array) -> pa.Array:
+    return labels if isinstance(labels, pa.Array | pa.ChunkedArray) else pa.array(labels, pa.int64())
 
 
 def _is_scalar(kind: pa.DataType) -> bool:
@@ -382,14 +376,26 @@ def _concatenated(data: str, tables: Mapping[Path, pa.Table], used: Collection[s
         raise TaskError(f"the files of {data} have different columns: {as_one_line(error)}") from None
 
 
-def _check_ids(data: str, ids: pa.ChunkedArray) -> None:
-    if ids.null_count or pc.any(pc.equal(ids, "")).as_py():
-        kind = "null" if ids.null_count else "empty"
-        raise TaskError(f"{data}: an id is {kind}: set id_column to a column with an id in every row")
-    if pc.count_distinct(ids).as_py() < len(ids):
-        counts = ids.value_counts()
-        repeated = next(entry["values"].as_py() for entry in counts if entry["counts"].as_py() > 1)
-        raise TaskError(f"{data}: id {repeated!r} occurs more than once: set id_column to a column of unique ids")
+def _of_types(data: str, schema: pa.Schema, part: pa.Table) -> pa.Table:
+    """Return a part of the data with the columns and types of all parts."""
+    try:
+        found = pa.concat_tables([schema.empty_table(), part], promote_options="permissive")
+    except pa.ArrowException as error:
+        raise TaskError(f"{data}: its rows have different columns: {as_one_line(error)}") from None
+    if found.schema != schema:
+        raise TaskError(f"{data}: its rows have columns of different types: write it with the same types in all rows")
+    return found
+
+
+def _repeated(ids: pa.ChunkedArray) -> str | None:
+    """Return the first id that occurs more than once. A table of all ids would take ten times the memory of hashes."""
+    hashes = (hash(value) for part in slices(len(ids)) for value in ids[part].to_pylist())
+    hashes_N = np.fromiter(hashes, np.int64, len(ids))
+    ordered_N = np.sort(hashes_N)
+    twice = ordered_N[1:][ordered_N[1:] == ordered_N[:-1]]
+    some = ids.filter(pa.array(np.isin(hashes_N, twice)))
+    repeated = (entry["values"].as_py() for entry in some.value_counts() if entry["counts"].as_py() > 1)
+    return next(repeated, None)
 
 
 def _folder_of_the_hub(name: str) -> Path:

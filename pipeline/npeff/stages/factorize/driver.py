@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,11 @@ _TYPES = {pa.int64(): int, pa.bool_(): bool}
 
 @dataclass(frozen=True)
 class SolverRun:
-    """The result of the solver: one result per worker, one history row per iteration, and the reason to stop."""
+    """The result of the solver: one history row per iteration, and the reason to stop."""
 
-    results: list[SolverResult]
+    result: SolverResult
+    workers: int
+    """Number of workers that wrote their coefficients."""
     history: list[dict[str, Any]]
     stopped: str
 
@@ -40,6 +43,7 @@ def run_solver(
     spec: WorkerSpec,
     checkpoints: CheckpointStore,
     checksums: dict[int, ShardChecksums],
+    folder: Path,
     *,
     checkpoint_every: int,
     on_iteration: Callable[[dict[str, Any]], None],
@@ -55,6 +59,7 @@ def run_solver(
         spec: spec of the `SolverWorker`.
         checkpoints: store of the checkpoints.
         checksums: checksum of every stored shard, by number.
+        folder: the workers write the coefficients to it, see `SolverWorker.finish`.
         checkpoint_every: number of iterations between checkpoints.
         on_iteration: called with each new row of the history.
         on_event: called with a line of text when a group is lost or the solver resumes.
@@ -67,8 +72,9 @@ def run_solver(
         try:
             with executor.group(spec) as group:
                 done = _run_group(group, checkpoints, checksums, checkpoint_every, on_iteration, on_event)
-            if done is not None:
-                return done
+                if done is not None:
+                    results: list[SolverResult] = group.call("finish", folder)
+                    return SolverRun(results[0], len(results), *done)
             on_event("more workers are available: restarting from the checkpoint")
         except WorkerLostError as error:
             checkpoint = checkpoints.latest()
@@ -90,8 +96,12 @@ def _run_group(
     checkpoint_every: int,
     on_iteration: Callable[[dict[str, Any]], None],
     on_event: Callable[[str], None],
-) -> SolverRun | None:
-    """Run the solver with one group. Returns None if a larger group can continue from a new checkpoint."""
+) -> tuple[list[dict[str, Any]], str] | None:
+    """Run the steps of the solver with one group.
+
+    Returns:
+        The history and the reason to stop, or None if a larger group can continue from a new checkpoint.
+    """
     if group.size > 1:
         group.call("connect", *group.call_one(0, "open_rendezvous"))
     group.call("load", checksums)
@@ -126,7 +136,7 @@ def _run_group(
             checkpoints.commit(iteration, {**state, "history": _history_array(history)})
             if stopped is None and group.can_be_larger():
                 return None
-    return SolverRun(group.call("finish"), history, stopped)
+    return history, stopped
 
 
 def _history_row(step: Step, seconds: float) -> dict[str, Any]:

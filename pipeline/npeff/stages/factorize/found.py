@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,11 +23,13 @@ from npeff.runs.directory import RunDirectory
 from npeff.runs.progress import ProgressDisplay
 from npeff.stages.factorize.direct_worker import ClusteredExamples, DirectWorker
 from npeff.stages.factorize.driver import SolverRun
+from npeff.stages.factorize.packed_rows import mapped_rows
 from npeff.stages.principal import stored_principal_direction
 from npeff.stages.transform.shards import over_shards
 from npeff.stages.transform.worker import ShardCoefficients
 from npeff.stages.worker_specs import device_of, fitted_examples, worker_spec
 from npeff.store.fisher_store import FisherStore
+from npeff.store.layout import ShardPlan
 from npeff.store.shard_records import ShardChecksums
 from npeff.store.splits import Splits
 
@@ -54,15 +57,13 @@ class Found:
     columns_D: NDArray[np.int64] | None = None
 
 
-def found_by_solver(solved: SolverRun) -> Found:
-    """Return the result of the solver's workers."""
-    result = solved.results[0]
-    coefficients = {shard: rows for part in solved.results for shard, rows in part.coefficients.items()}
-    evidence = {shard: rows for part in solved.results for shard, rows in (part.evidence or {}).items()}
+def found_by_solver(solved: SolverRun, folder: Path, plan: ShardPlan) -> Found:
+    """Return the result of the solver. The coefficients and the evidence stay in the files of the workers."""
+    result = solved.result
     return Found(
         components_KD=result.components_KD,
-        coefficients=[coefficients[shard] for shard in sorted(coefficients)],
-        evidence=[evidence[shard] for shard in sorted(evidence)] or None,
+        coefficients=mapped_rows(folder, "coefficients", solved.workers, plan),
+        evidence=mapped_rows(folder, "evidence", solved.workers, plan) if result.has_evidence else None,
         loss=result.loss,
         objective=result.objective,
         explained=result.explained,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,10 @@ from npeff.stages.fishers import FISHERS
 from npeff.stages.fishers.tables import ensure_split
 from npeff.stages.fits.stability import component_stability
 from npeff.stages.worker_specs import device_of, executor_for, fitted_examples, worker_spec
+from npeff.storage.atomic import remove_directory
 from npeff.store.checkpoint import CheckpointStore
 from npeff.store.coefficient_rows import StackedRows
+from npeff.store.fisher_store import FisherStore
 from npeff.store.shard_records import ShardChecksums
 
 
@@ -56,16 +59,19 @@ def factorize(run: AnyRun, *, executor: Executor | None = None, progress: Progre
         config, kind = run.config, run.config.factorization.kind
         fishers, checksums, n_fit = record_of(run, FISHERS), checksums_of(run), count_fit_examples(run)
         validate_problem(config, n_fit, fishers["rank"])
+        folder = run.partial_results("solver")
         with executor_for(run, executor) as workers:
             sketched = SketchedKinds(run, workers, checksums, progress)
             if kind == "kmeans" or kind == "pca" or kind == "random":
                 found = sketched.compute(kind)
             else:
-                found = found_by_solver(_solve(run, workers, checksums, fishers["signature"], progress))
+                solved = _solve(run, workers, checksums, fishers["signature"], folder, progress)
+                found = found_by_solver(solved, folder, FisherStore.open(run.fishers).plan)
             if kind == "gradients" or kind == "squared":
                 found = sketched.in_the_sketch(found)
             stability_K = component_stability(run, workers, found.components_KD, progress)
         summary = _write(run, found, n_fit, stability_K, stage.made_from)
+        remove_directory(folder)
         what, steps = FACTORIZED[kind], f" after {found.n_iter} steps" if found.n_iter else ""
         progress.say(
             f"explained {summary['explained']:.4f} of the fitted {what}"
@@ -85,6 +91,7 @@ def _solve(
     workers: Executor,
     checksums: dict[int, ShardChecksums],
     fishers_signature: str,
+    folder: Path,
     progress: ProgressDisplay,
 ) -> SolverRun:
     """Run the solver to the end."""
@@ -117,6 +124,7 @@ def _solve(
             worker,
             CheckpointStore(run.checkpoints, config_hash=config.factorization_signature() + fishers_signature),
             checksums,
+            folder,
             checkpoint_every=wanted.checkpoint_every,
             on_iteration=on_iteration,
             on_event=progress.say,

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from npeff.runs.directory import RunDirectory
 from npeff.store.coefficient_rows import Coefficients, columns_of
+from npeff.store.splits import is_fit
 from npeff.store.tables import read_table, rows_to_columns, write_table, write_table_in_parts
 from npeff.verification import top_examples
 
@@ -24,8 +25,8 @@ def write_component_tables(
     """Write the tables ``components``, ``top_examples`` and ``coefficients``, with the coefficients of one component in
     memory at a time."""
     examples = read_table(run.table("examples"), "examples", ["split"])
-    split_N = np.asarray(examples["split"].to_pylist())
-    among = {split: split_N == split for split in ("fit", "held_out")}
+    fit_N = is_fit(examples["split"])
+    among = {"fit": fit_N, "held_out": ~fit_N}
     facts: list[dict[str, Any]] = []
     top: list[dict[str, Any]] = []
 

@@ -37,6 +37,7 @@ from npeff.factorization import (
     subsample_indices,
 )
 from npeff.options.kinds import DiagonalKind, RowKind
+from npeff.stages.factorize.packed_rows import write_rows
 from npeff.stages.factorize.stored_diagonals import StoredDiagonals
 from npeff.stages.factorize.stored_factors import ShardRows, StoredFactors
 from npeff.stages.factorize.stored_rows import StoredRows
@@ -57,11 +58,9 @@ class Origin:
 
 @dataclass(frozen=True)
 class SolverResult:
-    """The result of a factorization on one worker. All fields except ``coefficients`` are the same on all workers."""
+    """The result of a factorization, which is the same on all workers."""
 
     components_KD: NDArray[np.float64]
-    coefficients: dict[int, NDArray[np.float32]]
-    """Coefficients (n, K) of each of this worker's shards; NaN rows for invalid examples."""
     loss: float
     objective: float
     """The loss plus the penalties."""
@@ -71,8 +70,8 @@ class SolverResult:
     held-out examples."""
     columns_D: NDArray[np.int64] | None = None
     """Position of each coordinate of the components in the flat parameter vector, for ``diagonal_entries``."""
-    evidence: dict[int, NDArray[np.float32]] | None = None
-    """Evidence (n, K) of each of this worker's shards, as ``coefficients``; None for other kinds than ``fishers``."""
+    has_evidence: bool = False
+    """Whether the evidence is written, as it is for the kind ``fishers``."""
 
 
 @dataclass(frozen=True)
@@ -225,8 +224,12 @@ class SolverWorker(ProcessGroupMember):
         arrays: dict[str, np.ndarray] = self._current_state().to_arrays()
         return arrays
 
-    def finish(self) -> SolverResult:
-        """Return the best accepted components in canonical order, with the optimal coefficients for them."""
+    def finish(self, folder: Path) -> SolverResult:
+        """Return the best accepted components in canonical order.
+
+        The optimal coefficients of this worker's examples for them, and the evidence, are written to the folder, as
+        `packed_rows` states. The rows of invalid examples are NaN.
+        """
         kind, state = self._kind, self._current_state()
         fitted, held_out, others = (
             self._fitted(),
@@ -239,10 +242,12 @@ class SolverWorker(ProcessGroupMember):
         loss = sums.loss(best_KD)
         parts = (fitted, held_out, others)
         has_evidence = isinstance(kind, LowRankFishers)
+        for name in ("coefficients", *(["evidence"] if has_evidence else [])):
+            rows = self._of_all_shards([getattr(part, f"{name}_NK") for part in parts], order_K)
+            write_rows(folder, name, self._peers.rank, self._peers.size, rows)
         return SolverResult(
             components_KD=(best_KD[order_K] * signs_K[:, None]).cpu().numpy(),
-            coefficients=self._of_all_shards([part.coefficients_NK for part in parts], order_K),
-            evidence=self._of_all_shards([part.evidence_NK for part in parts], order_K) if has_evidence else None,
+            has_evidence=has_evidence,
             loss=loss,
             objective=loss + kind.penalties(sums, best_KD),
             explained=explained(loss, sums.fisher_square_sum),
@@ -280,20 +285,21 @@ class SolverWorker(ProcessGroupMember):
         assert self._examples is not None, "load comes first"
         return self._examples
 
-    def _of_all_shards(self, values: Sequence[Tensor], order_K: Tensor) -> dict[int, NDArray[np.float32]]:
-        """Return values of the examples by shard, in the order of its examples. Rows of invalid examples are NaN.
+    def _of_all_shards(self, values: Sequence[Tensor], order_K: Tensor) -> NDArray[np.float32]:
+        """Return values (n, K) of all examples of this worker's shards. Rows of invalid examples are NaN.
 
         Args:
             values: values (n, K) of the fitted, of the held-out and of the other examples.
             order_K: order of the components.
         """
-        found: dict[int, NDArray[np.float32]] = {}
+        bounds = [self._store.plan.bounds(rows.shard) for rows in self._fit]
+        starts = np.cumsum([0, *(stop - start for start, stop in bounds)])
+        found_nK = np.full((starts[-1], len(order_K)), np.nan, dtype=np.float32)
         for chosen, values_nK in zip((self._fit, self._held_out, self._others), values, strict=True):
-            for rows, of_shard_nK in zip(chosen, values_nK.split([len(each.rows) for each in chosen]), strict=True):
-                start, stop = self._store.plan.bounds(rows.shard)
-                rows_NK = found.setdefault(rows.shard, np.full((stop - start, len(order_K)), np.nan, dtype=np.float32))
-                rows_NK[rows.rows] = of_shard_nK[:, order_K].float().cpu().numpy()
-        return found
+            of_shards = values_nK.split([len(each.rows) for each in chosen])
+            for rows, start, of_shard_nK in zip(chosen, starts, of_shards, strict=False):
+                found_nK[start + rows.rows] = of_shard_nK[:, order_K].float().cpu().numpy()
+        return found_nK
 
     def _reduced(self, own: Any) -> Any:
         """Return the sum over all workers."""

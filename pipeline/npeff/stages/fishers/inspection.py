@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from npeff.fisher import FisherBatch, GroupLayout, PerExampleFishers
 from npeff.gradients import LabelSpec, LeftOut, ParameterLayout, model_fingerprint
 from npeff.models.batch_size import largest_batch_size
 from npeff.models.loaded import LoadedModel, ModelSpec
 from npeff.sketches import SketchSpec, make_sketch
+from npeff.stages.fishers.task_table import TaskTable
 from npeff.tasks import TaskError
 
 _COVERAGE_EXAMPLES = 2
@@ -33,7 +36,7 @@ class TaskFacts:
     with_logits: bool
     """Whether logits are stored: every example has one prediction, with at most `_MOST_LOGITS` classes."""
     class_names: tuple[str, ...]
-    examples: pa.Table
+    n_examples: int
     layout: ParameterLayout
     groups: tuple[tuple[str, int], ...]
     """`GroupLayout.counts` of the parameters."""
@@ -52,10 +55,10 @@ class TaskFacts:
 
 
 class TaskWorker:
-    """Prepares and inspects a task."""
+    """Prepares and inspects a task, and writes its table of examples to ``table`` if it is given."""
 
-    def __init__(self, model: ModelSpec, labels: LabelSpec, seed: int) -> None:
-        self._spec, self._labels, self._seed = model, labels, seed
+    def __init__(self, model: ModelSpec, labels: LabelSpec, seed: int, table: TaskTable | None = None) -> None:
+        self._spec, self._labels, self._seed, self._table = model, labels, seed, table
 
     def inspect(self, wanted: tuple[SketchSpec, int | Literal["auto"], int]) -> TaskFacts:
         """Prepare and load the task, and do all checks that are possible before the first shard.
@@ -96,12 +99,14 @@ class TaskWorker:
         different = _of_all_sizes(loaded)
         batch, targets = loaded.with_targets(different)
         fishers.collector.check_independence(batch, different, targets)
+        if self._table is not None:
+            self._table.write(table)
         return TaskFacts(
             n_classes=n_classes,
             rank=self._labels.max_rank(n_classes),
             with_logits=not sequences and n_classes <= _MOST_LOGITS,
             class_names=class_names,
-            examples=table,
+            n_examples=n_examples,
             layout=loaded.layout,
             groups=GroupLayout.of(loaded.model, loaded.layout).counts,
             left_out=loaded.left_out,
@@ -117,7 +122,7 @@ def _of_all_sizes(loaded: LoadedModel) -> list[int]:
     n_examples, sizes = len(loaded.examples), loaded.lengths
     chosen = list(range(min(_COVERAGE_EXAMPLES, n_examples)))
     if sizes is not None:
-        chosen += [find(range(n_examples), key=sizes.__getitem__) for find in (min, max)]
+        chosen += [int(find(sizes)) for find in (np.argmin, np.argmax)]
     return list(dict.fromkeys(chosen))
 
 
@@ -125,7 +130,7 @@ def _try_longest(loaded: LoadedModel) -> None:
     """Predict the longest example. Raise TaskError if the model fails, for example because it has fewer positions."""
     if loaded.lengths is None:
         return
-    longest = max(range(len(loaded.examples)), key=loaded.lengths.__getitem__)
+    longest = int(np.argmax(loaded.lengths))
     try:
         loaded.predict([longest], batch_size=1)
     except TaskError as error:
@@ -150,12 +155,13 @@ def _class_names(loaded: LoadedModel, n_classes: int) -> tuple[str, ...]:
 
 
 def _check_labels(task: str, labels: pa.ChunkedArray, n_classes: int) -> None:
-    for example, label in enumerate(labels.to_pylist()):
-        if label is not None and not 0 <= label < n_classes:
-            raise TaskError(
-                f"task {task!r}: label {label} of example {example} is not one of the classes 0 to {n_classes - 1}: "
-                "correct the label, or set it to null if it is unknown"
-            )
+    wrong = pc.or_(pc.less(labels, 0), pc.greater_equal(labels, n_classes))
+    example = pc.index(wrong, True).as_py()
+    if example >= 0:
+        raise TaskError(
+            f"task {task!r}: label {labels[example]} of example {example} is not one of the classes 0 to "
+            f"{n_classes - 1}: correct the label, or set it to null if it is unknown"
+        )
 
 
 def _valid_examples(loaded: LoadedModel, fishers: PerExampleFishers) -> list[int]:

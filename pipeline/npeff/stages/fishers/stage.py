@@ -28,6 +28,7 @@ from npeff.stages.fishers import FISHERS
 from npeff.stages.fishers.inspection import TaskFacts, TaskWorker
 from npeff.stages.fishers.other_run import use_other_fishers
 from npeff.stages.fishers.tables import write_example_tables, write_parameter_table
+from npeff.stages.fishers.task_table import TaskTable
 from npeff.stages.fishers.worker import FisherWorker
 from npeff.stages.fitted_examples import example_weights
 from npeff.stages.worker_specs import inspection_of, model_executor_for, model_spec, worker_spec
@@ -67,9 +68,10 @@ def compute_fishers(run: AnyRun, *, executor: Executor | None = None, progress: 
         if run.fishers_home != run.path:
             return stage.complete(use_other_fishers(run))
         config = run.config
+        table = TaskTable.of(run.partial_results("task"), config.fishers.shard_size)
         with model_executor_for(run, executor) as workers:
             with progress.stage("prepare", 1, "task") as tick:
-                facts = _inspect(run, workers)
+                facts = _inspect(run, workers, table)
                 tick(1)
             _say_what_is_left_out(facts, progress)
             _say_if_the_sketch_is_too_large(facts, config.fishers.sketch.kind, progress)
@@ -93,8 +95,8 @@ def compute_fishers(run: AnyRun, *, executor: Executor | None = None, progress: 
             units = sums.missing() if summed else []
             complete, failed = _compute_missing(workers, worker, records, sums, units, progress)
             if failed:
-                raise _failed_shards(failed, store, facts)
-        n_examples, n_invalid = len(facts.examples), sum(record.n_invalid for record in complete.values())
+                raise _failed_shards(failed, store, table)
+        n_examples, n_invalid = facts.n_examples, sum(record.n_invalid for record in complete.values())
         if n_invalid:
             progress.say(f"{n_invalid} of {n_examples} examples have non-finite logits or gradients and are excluded")
         if summed:
@@ -104,7 +106,8 @@ def compute_fishers(run: AnyRun, *, executor: Executor | None = None, progress: 
         remove_directory(sums.folder)
         content = shards_checksum(complete)
         lineage = lineage_of(FISHERS, stage.made_from, content)
-        write_example_tables(run, facts.examples, facts.class_names, lineage)
+        write_example_tables(run, table.parts(), facts.class_names, lineage)
+        remove_directory(table.path.parent)
         shapes = dict(zip(facts.layout.names, facts.layout.shapes, strict=True))
         write_parameter_table(run, shapes, facts.left_out, lineage)
         return stage.complete(
@@ -183,9 +186,9 @@ def _say_if_the_sketch_is_too_large(facts: TaskFacts, kind: str, progress: Progr
 
 
 def _say_if_it_takes_hours(facts: TaskFacts, workers: int, progress: ProgressDisplay) -> None:
-    seconds = facts.seconds_per_example * len(facts.examples) / workers
+    seconds = facts.seconds_per_example * facts.n_examples / workers
     if seconds > _LONG_S:
-        number, one = len(facts.examples), facts.seconds_per_example
+        number, one = facts.n_examples, facts.seconds_per_example
         progress.say(
             f"fishers: up to {seconds / 3600:.2g} hours for {number:,} examples on {workers} "
             f"worker{'s' if workers > 1 else ''}, judged from {one:.2g} s for one; `npeff estimate` measures all "
@@ -193,18 +196,22 @@ def _say_if_it_takes_hours(facts: TaskFacts, workers: int, progress: ProgressDis
         )
 
 
-def _inspect(run: RunDirectory, workers: Executor) -> TaskFacts:
-    """Prepare and inspect the task on a worker, and refuse settings with which later stages would fail."""
+def _inspect(run: RunDirectory, workers: Executor, table: TaskTable) -> TaskFacts:
+    """Prepare and inspect the task on a worker, and refuse settings with which later stages would fail.
+
+    The worker writes the table of the examples.
+    """
     wanted = run.config.fishers
     seed = run.config.seed
-    inspection = worker_spec(run, TaskWorker, model=model_spec(run, None), labels=wanted.label_spec(seed), seed=seed)
+    arguments = {"labels": wanted.label_spec(seed), "seed": seed, "table": table}
+    inspection = worker_spec(run, TaskWorker, model=model_spec(run, None), **arguments)
     facts: TaskFacts = result_of(workers, inspection, "inspect", inspection_of(run.config))
-    n_examples = len(facts.examples)
+    n_examples = facts.n_examples
     n_fit = n_examples - int(run.config.factorization.held_out_fraction * n_examples)
     validate_problem(run.config, n_fit, facts.rank)
     weights = run.config.resolved("factorization.example_weights")
     if weights is not None and weights not in SCHEMAS["examples"].names:
-        example_weights(facts.examples, weights)  # raises before any computation
+        example_weights(table.column(weights), weights)  # raises before any computation
     if (wanted.diagonal.top_entries or 0) > facts.layout.size:
         raise ConfigError(
             f"fishers.diagonal.top_entries = {wanted.diagonal.top_entries} must be at most {facts.layout.size}, the "
@@ -219,7 +226,7 @@ def _open_fishers(run: RunDirectory, facts: TaskFacts) -> tuple[ShardRecords, Fi
     signature = f"{config.signature('task', 'parameters', 'fishers', 'seed')}-{facts.model_fingerprint[:16]}"
     records = ShardRecords(run.shard_records, signature)
     layout: dict[str, Any] = {
-        "n_examples": len(facts.examples),
+        "n_examples": facts.n_examples,
         "rank": facts.rank,
         "dim": facts.sketch_dim,
         "n_classes": facts.n_classes,
@@ -243,10 +250,10 @@ def _open_fishers(run: RunDirectory, facts: TaskFacts) -> tuple[ShardRecords, Fi
         except StoreError:
             there = FisherStore.restore(run.fishers, **layout)  # the user deleted damaged files of the store
         laid_out = (there.plan.n_examples, there.n_classes, there.dim)
-        if laid_out != (len(facts.examples), facts.n_classes, facts.sketch_dim):
+        if laid_out != (facts.n_examples, facts.n_classes, facts.sketch_dim):
             raise StoreError(
                 f"{run.fishers} was created for {laid_out[0]} examples, {laid_out[1]} classes and sketch dimension "
-                f"{laid_out[2]}, but the task now has {len(facts.examples)}, {facts.n_classes} and {facts.sketch_dim}",
+                f"{laid_out[2]}, but the task now has {facts.n_examples}, {facts.n_classes} and {facts.sketch_dim}",
                 "restore the former data and model, or choose another run_dir",
                 path=run.fishers,
             )
@@ -263,14 +270,14 @@ def _unrecorded(records: ShardRecords, shards: tuple[int, ...]) -> list[tuple[in
     return [(shard,) for shard in shards if shard not in complete]
 
 
-def _failed_shards(failed: list[FailedItem], store: FisherStore, facts: TaskFacts) -> ExecutorError:
+def _failed_shards(failed: list[FailedItem], store: FisherStore, table: TaskTable) -> ExecutorError:
     """Return an error that names the failed shards and their examples."""
-    ids, named = facts.examples["id"], []
+    named = []
     for each in failed[:_MOST_NAMED]:
         first, last = each.item[0], each.item[-1]
         start, stop = store.plan.bounds(first)[0], store.plan.bounds(last)[1]
         shards = f"shard {first}" if first == last else f"shards {first} to {last}"
-        whose = f"{ids[start].as_py()!r} to {ids[stop - 1].as_py()!r}"
+        whose = " to ".join(map(repr, table.ids([start, stop - 1])))
         named.append(f"{shards} (examples {start} to {stop - 1}, {whose}) failed {ATTEMPTS} times: {each.reason}")
     if len(failed) > _MOST_NAMED:
         named.append(f"and {len(failed) - _MOST_NAMED} more")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -37,6 +38,8 @@ class Trial:
     """Time of a forward pass and a backward pass to the inputs, for one example; None if it is not asked for."""
     units: UnitTimes
     """Times of the units of the other stages."""
+    process: int
+    """Process of the worker."""
     trial_seconds: float
     """Time of the trial, which a real run does not take."""
 
@@ -62,7 +65,7 @@ class TrialWorker:
                 path = Path(folder) / f"{shard_size}.zarr"
                 FisherStore.create(
                     path,
-                    n_examples=len(facts.examples),
+                    n_examples=facts.n_examples,
                     rank=facts.rank,
                     dim=facts.sketch_dim,
                     n_classes=facts.n_classes,
@@ -81,7 +84,7 @@ class TrialWorker:
             small.compute((0,))  # the first call is slower: it adapts to the model
             warm = time.monotonic()
             small.compute((0,))
-            per_example = (time.monotonic() - warm) / min(small.shard_size, len(facts.examples))
+            per_example = (time.monotonic() - warm) / min(small.shard_size, facts.n_examples)
             affordable = int(_SECONDS / _TIMED_SHARDS / per_example)
             chosen = min(wanted.shard_size, max(small.shard_size, affordable))
             timed = small if chosen == small.shard_size else worker(chosen)
@@ -105,4 +108,4 @@ class TrialWorker:
                 fitting=fitting_directions(config, facts.layout.size),
             )
             taken = time.monotonic() - began
-            return Trial(facts, (end - start) / n_examples, peak, per_pass, units, taken)
+            return Trial(facts, (end - start) / n_examples, peak, per_pass, units, os.getpid(), taken)

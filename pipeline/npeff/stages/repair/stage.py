@@ -29,6 +29,7 @@ from npeff.stages.worker_specs import model_executor_for, model_spec, refuse_div
 from npeff.storage.atomic import remove_directory
 from npeff.storage.checksums import read_json, write_json_atomically
 from npeff.store.component_store import open_factorization
+from npeff.store.splits import is_fit
 from npeff.store.tables import read_table, rows_to_columns, write_table
 from npeff.verification import Edit, RepairCandidate, choose_step, joint_steps, over_represented, top_examples
 
@@ -108,9 +109,9 @@ class _Examples:
 
     @classmethod
     def of(cls, run: RunDirectory) -> _Examples:
-        table = read_table(run.table("examples"), "examples")
+        table = read_table(run.table("examples"), "examples", ["correct", "split", "valid"])
         known_N = table["correct"].is_valid().to_numpy() & table["valid"].to_numpy()
-        fit_N = np.asarray(table["split"].to_pylist()) == "fit"
+        fit_N = is_fit(table["split"])
         if not bool((known_N & fit_N).any()):
             raise RunDirectoryError(
                 f"the examples of {run.path} have no known labels or several predictions each: use examples with known "

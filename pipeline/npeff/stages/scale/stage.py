@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from npeff.execution.executor import Executor, WorkerSpec
 from npeff.runs.config_input_sections import ScaleConfig
@@ -141,7 +142,7 @@ def _plan(results: Path, request: str, asked: Request, workers: Executor, worker
 
 
 def _wanted_paths(run: RunDirectory, wanted: ScaleConfig) -> Request:
-    examples = read_table(run.table("examples"), "examples").select(["example", "id", "prediction", "valid"])
+    examples = read_table(run.table("examples"), "examples", ["id", "prediction", "valid"])
     valid_N = examples["valid"].to_numpy()
     if not valid_N.any():
         raise RunDirectoryError(f"no example of {run.path} has finite logits and gradients: check the examples")
@@ -167,24 +168,21 @@ class _Numbers:
     """The numbers of examples by their ids."""
 
     def __init__(self, run: RunDirectory, examples: pa.Table) -> None:
-        self._run, self._valid = run, examples["valid"].to_pylist()
-        self._of: dict[str, list[int]] = {}
-        for number, name in enumerate(examples["id"].to_pylist()):
-            self._of.setdefault(name, []).append(number)
+        self._run, self._ids, self._valid_N = run, examples["id"], examples["valid"].to_numpy()
 
     def of(self, example: str) -> int:
         """Return the number of the example with this id or, if there is none, of this number."""
-        found = self._of.get(example, [])
-        if not found and example.isdecimal() and int(example) < len(self._valid):
+        found: list[int] = np.flatnonzero(pc.equal(self._ids, example).to_numpy()).tolist()
+        if not found and example.isdecimal() and int(example) < len(self._valid_N):
             found = [int(example)]
         if not found:
             raise RunDirectoryError(
                 f"scale.pairs: there is no example {example!r} in {self._run.path}: give ids, or numbers below "
-                f"{len(self._valid)}"
+                f"{len(self._valid_N)}"
             )
         if len(found) > 1:
             raise RunDirectoryError(f"scale.pairs: {len(found)} examples have the id {example!r}: give their numbers")
-        if not self._valid[found[0]]:
+        if not self._valid_N[found[0]]:
             raise RunDirectoryError(f"scale.pairs: example {example!r} has logits that are not finite: choose another")
         return found[0]
 

@@ -20,6 +20,7 @@ from npeff.stages.fishers import FISHERS
 from npeff.storage.atomic import local_copy
 from npeff.storage.errors import os_errors_explained
 from npeff.storage.location import location
+from npeff.store.splits import is_fit
 from npeff.store.tables import read_table
 
 _COLUMNS = "give a Parquet file with the columns id (or example) and label"
@@ -51,7 +52,7 @@ class Labelled:
         table = read_table(run.shared_table("examples"), "examples", names)
         valid_N, one_N = table["valid"].to_numpy(), table["prediction"].is_valid().to_numpy()
         known_N = table["label"].is_valid().to_numpy() & valid_N & one_N
-        fit_N = np.asarray(table["split"].to_pylist()) == "fit"
+        fit_N = is_fit(table["split"])
         if not one_N.any():
             raise RunDirectoryError(
                 f"the examples of {run.path} have several predictions each: use a run with one prediction for each"

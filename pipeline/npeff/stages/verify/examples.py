@@ -20,6 +20,7 @@ from npeff.models.loaded import LoadedModel
 from npeff.models.predictions import Predictions, joined
 from npeff.stages.verify.stored_sketches import StoredSketches
 from npeff.statistics.ratio_intervals import Measured
+from npeff.store.splits import Splits
 from npeff.store.tables import read_table
 from npeff.verification import Linearized, Matches, baseline_examples, matched_examples, top_examples
 
@@ -69,9 +70,9 @@ class Candidates:
     """
 
     def __init__(self, examples: Path, sketches: StoredSketches, scores_NK: NDArray[np.float32]) -> None:
-        table = read_table(examples, "examples")
-        valid_N, split_N = table["valid"].to_numpy(), np.asarray(table["split"].to_pylist())
-        self.members = {split: valid_N & (split_N == split) for split in SPLITS}
+        table = read_table(examples, "examples", ["split", "valid", "fisher_norm", "prediction"])
+        splits = Splits.of(table)
+        self.members = dict(zip(SPLITS, (splits.fit_N, splits.held_out_N), strict=True))
         self.norms_N = table["fisher_norm"].to_numpy()
         self.traces_N = sketches.traces()
         self._classes_N = np.full(len(table), -1, np.int64)

@@ -128,8 +128,13 @@ class StoredSketches:
     def _read_all(self) -> dict[str, NDArray[Any]]:
         if self._kept is None:
             wanted = ["factors", "frobenius_norms", *(["logits"] if self.with_logits else [])]
-            shards = list(self._shards(wanted))
-            self._kept = {name: np.concatenate([shard[name] for shard in shards]) for name in wanted}
+            kept: dict[str, NDArray[Any]] = {}
+            for (start, stop), shard in zip(self._store.plan, self._shards(wanted), strict=True):
+                for name, values in shard.items():
+                    if name not in kept:
+                        kept[name] = np.empty((self._store.plan.n_examples, *values.shape[1:]), values.dtype)
+                    kept[name][start:stop] = values
+            self._kept = kept
         return self._kept
 
     def _shards(self, names: list[str]) -> Iterator[dict[str, NDArray[Any]]]:

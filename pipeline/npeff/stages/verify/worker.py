@@ -92,9 +92,9 @@ class VerificationWorker:
         self._counted: dict[int, int] = {}
         self._paths, self._options = paths, options
         factorization = open_factorization(paths.factorization)
-        self._coefficients_NK, self._components_KD = factorization.read_coefficients(), factorization.read_components()
+        self._coefficients_NK, self._components_KD = factorization.map_coefficients(), factorization.read_components()
         self._sketches = StoredSketches(paths.fishers, paths.shards, self._loaded.layout, self._numbers_of_predictions)
-        scores_NK = factorization.read_evidence() if options.by_evidence else self._coefficients_NK
+        scores_NK = factorization.map_evidence() if options.by_evidence else self._coefficients_NK
         assert scores_NK is not None  # the stage has made sure that the evidence is stored
         self._scores_NK = scores_NK
         self._candidates = Candidates(paths.examples, self._sketches, self._scores_NK)
@@ -260,8 +260,7 @@ class VerificationWorker:
         own = self._direction(component)
         if not self._options.semi_orthogonal:
             return own
-        fitted_NK = self._coefficients_NK[self._candidates.members["fit"]]
-        masses_K: NDArray[np.float64] = np.nansum(fitted_NK, axis=0, dtype=np.float64)
+        masses_K = self._masses_K
         cosines_K = np.abs(self._components_KD @ self._components_KD[component])
         heavier = [
             other
@@ -269,6 +268,13 @@ class VerificationWorker:
             if masses_K[other] > masses_K[component] and cosines_K[other] >= LEAST_OVERLAP
         ]
         return orthogonalized(own, [self._direction(other) for other in heavier])
+
+    @cached_property
+    def _masses_K(self) -> NDArray[np.float64]:
+        """The sum of the coefficients of each component over the fitted examples, (K,)."""
+        fit_N = self._candidates.members["fit"]
+        masses = [np.nansum(w_N[fit_N], dtype=np.float64) for w_N in self._coefficients_NK.T]
+        return np.array(masses)
 
     def _read_origin(self, file: Path) -> Direction:
         try:

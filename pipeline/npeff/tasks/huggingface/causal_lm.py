@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -18,13 +19,14 @@ from npeff.tasks.errors import TaskError
 from npeff.tasks.huggingface.limits import Limits
 from npeff.tasks.huggingface.options import CausalLMOptions
 from npeff.tasks.huggingface.predictions import Predictions, at_places, marked
-from npeff.tasks.huggingface.pretrained import PretrainedTask, load_model, model_config, tokenizer_of
+from npeff.tasks.huggingface.pretrained import TextTask, load_model, model_config, tokenizer_of
 from npeff.tasks.huggingface.token_table import text_inputs, token_table
 from npeff.tasks.huggingface.tokens import pad_token_id, placed_tokens, token_texts, tokenize
+from npeff.tasks.prepared import Arrays, Joined, Prepared
 from npeff.tasks.tables import texts
 
 
-class CausalLMTask(PretrainedTask[CausalLMOptions]):
+class CausalLMTask(TextTask[CausalLMOptions]):
     """``AutoModelForCausalLM`` on a table of texts, with or without prompts. The classes are the vocabulary."""
 
     Options = CausalLMOptions
@@ -36,8 +38,8 @@ class CausalLMTask(PretrainedTask[CausalLMOptions]):
             _check_causal(model, self.options)
         return model
 
-    def examples(self, cache: Path) -> Examples:
-        return _Texts(self.options)
+    def read_examples(self, files: Prepared) -> Examples:
+        return _Texts(self.options, files)
 
     def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         if _takes_positions(model):  # saves the logits of the other positions
@@ -59,38 +61,37 @@ class CausalLMTask(PretrainedTask[CausalLMOptions]):
 class _Texts(Examples):
     class_names = ()
 
-    def __init__(self, options: CausalLMOptions) -> None:
-        self._used = [options.text_column, *([options.prompt_column] if options.prompt_column else [])]
-        self._rows = options.read(self._used)
-        text = texts(self._rows, options.text_column, options.data)
-        prompts = [""] * len(text)
-        if options.prompt_column is not None:
-            prompts = texts(self._rows, options.prompt_column, options.data)
-        self._texts = [prompt + rest for prompt, rest in zip(prompts, text, strict=True)]
+    def __init__(self, options: CausalLMOptions, files: Prepared) -> None:
+        rows = options.read(options.texts, files=files)
+        parts = [texts(rows, column, options.data) for column in options.texts]
+        self._texts, prompts = Joined(parts, ""), None if options.prompt_column is None else parts[0]
         self._tokenizer, self._options = tokenizer_of(options), options
-        padding = pad_token_id(self._tokenizer, model_config(options))
-        self._tokens, prompt_lengths = tokenize(
+        self._tokens = tokenize(
+            files,
+            "tokens",
             self._tokenizer,
-            padding,
+            pad_token_id(self._tokenizer, model_config(options)),
             options,
-            self._rows["id"].to_pylist(),
+            texts(rows, "id", options.data),
             self._texts,
             limits=Limits.of(options, AutoModelForCausalLM),
-            note=lambda row, encoding: _prompt_length(encoding.offsets, len(prompts[row])),
+            note=lambda row, encoding: [_prompt_length(encoding.offsets, 0 if prompts is None else len(prompts[row]))],
         )
-        targets = [_next_tokens(*row) for row in zip(self._tokens.ids, prompt_lengths, strict=True)]
-        self._predictions = Predictions.of(targets, options)
-        if options.prompt_column is not None:
+        assert self._tokens.notes is not None
+        prompt_lengths = self._tokens.notes.joined()
+        self._predictions = Predictions.of(_NextTokens(self._tokens.ids, prompt_lengths), options)
+        if prompts is not None:
             self._tokens = self._tokens.divided(prompt_lengths)
+        used = [*options.texts]
+        self._table = files.table("examples", lambda: self._predictions.parts(rows, self._shown, used))
 
     def __len__(self) -> int:
         return len(self._predictions)
 
-    def lengths(self) -> list[int]:
+    def lengths(self) -> NDArray[np.integer]:
         if self._predictions.places is None:
             return self._tokens.lengths()
-        result: list[int] = (self._predictions.places + 1).tolist()
-        return result
+        return self._predictions.places + 1
 
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
         """Return a batch.
@@ -125,17 +126,31 @@ class _Texts(Examples):
         return token_texts(self._tokenizer, classes)
 
     def table(self) -> pa.Table:
-        predictions = self._predictions
-        if predictions.places is None:
-            return predictions.table(self._rows, self._texts, [], self._used)
-        numbers = (predictions.places + 1).tolist()
-        shown = [
-            marked(self._tokenizer, self._tokens.ids[row], number)
-            for row, number in zip(predictions.rows, numbers, strict=True)
-        ]
-        return predictions.table(
-            self._rows, [text for text, _ in shown], numbers, self._used, token=[token for _, token in shown]
-        )
+        return self._table
+
+    def _shown(self, part: slice) -> dict[str, pa.Array]:
+        """Return the columns that are shown of some examples."""
+        places = self._predictions.places
+        if places is None:
+            return {"text": pa.array(self._texts[part], pa.string())}
+        numbers = places[part] + 1
+        rows = zip(self._predictions.rows[part], numbers.tolist(), strict=True)
+        shown = [marked(self._tokenizer, self._tokens.ids[row], number) for row, number in rows]
+        text, token = (pa.array([each[which] for each in shown], pa.string()) for which in (0, 1))
+        return {"text": text, "position": pa.array(numbers, pa.int64()), "token": token}
+
+
+class _NextTokens(Sequence[NDArray[np.int64]]):
+    """The targets of each row, which follow from its tokens."""
+
+    def __init__(self, ids: Arrays, prompt_lengths: NDArray[np.integer]) -> None:
+        self._ids, self._prompt_lengths = ids, prompt_lengths
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, row: Any) -> Any:
+        return _next_tokens(self._ids[row], self._prompt_lengths[row])
 
 
 def _prompt_length(offsets: Sequence[tuple[int, int]], prompt_characters: int) -> int:

@@ -18,6 +18,7 @@ from torch import nn
 from npeff.tasks.errors import TaskError
 from npeff.tasks.huggingface.options import PretrainedOptions
 from npeff.tasks.huggingface.pretrained import model_config
+from npeff.tasks.prepared import Arrays
 
 _POSITIONS = re.compile(r"pos|wpe")
 """Names of tables of learned or of sinusoidal positions, such as ``position_embeddings``, ``embed_positions``."""
@@ -58,7 +59,7 @@ class Limits:
             positions.append(declared)
         return cls(min(positions, default=None), _vocabulary(model, target), min(types, default=None))
 
-    def check(self, inputs: Mapping[str, Sequence[np.ndarray]], ids: Sequence[str], options: PretrainedOptions) -> None:
+    def check(self, inputs: Mapping[str, Arrays], ids: Sequence[str], options: PretrainedOptions) -> None:
         """Check the tokens of all texts.
 
         Args:
@@ -69,23 +70,31 @@ class Limits:
         Raises:
             TaskError: A text is longer than the table of positions, or an index is not in its table.
         """
-        rows = inputs["input_ids"]
-        longest = max(range(len(rows)), key=lambda row: len(rows[row]), default=None)
-        if longest is not None and self.positions is not None and len(rows[longest]) > self.positions:
+        lengths = inputs["input_ids"].lengths()
+        longest = int(lengths.argmax()) if len(lengths) else 0
+        if len(lengths) and self.positions is not None and lengths[longest] > self.positions:
             raise TaskError(
-                f"{options.data}: row {ids[longest]!r} has {len(rows[longest])} tokens, but {options.model!r} has "
+                f"{options.data}: row {ids[longest]!r} has {lengths[longest]} tokens, but {options.model!r} has "
                 f"{self.positions} positions: set max_length to at most {self.positions}"
             )
         for name, size, kind in (
             ("input_ids", self.vocabulary, "token"),
             ("token_type_ids", self.token_types, "token type"),
         ):
-            for example, row in zip(ids, inputs.get(name, ()), strict=False):
-                if size is not None and row.max() >= size:
-                    raise TaskError(
-                        f"{options.data}: row {example!r} has {kind} {row.max()}, but {options.model!r} has {size} "
-                        f"{kind}s: set processor to the tokenizer of the model"
-                    )
+            row = None if size is None or name not in inputs else _first_beyond(inputs[name], size)
+            if row is not None:
+                raise TaskError(
+                    f"{options.data}: row {ids[row]!r} has {kind} {inputs[name][row].max()}, but {options.model!r} has "
+                    f"{size} {kind}s: set processor to the tokenizer of the model"
+                )
+
+
+def _first_beyond(arrays: Arrays, size: int) -> int | None:
+    """Return the number of the first array with an entry that is not less than ``size``."""
+    for start, offsets, values in arrays.chunks():
+        if len(beyond := np.flatnonzero(values >= size)):
+            return start + int(np.searchsorted(offsets, beyond[0], side="right")) - 1
+    return None
 
 
 def check_vocabulary(tokenizer: Any, options: PretrainedOptions) -> None:

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModelForMultipleChoice
 
@@ -16,13 +18,15 @@ from npeff.tasks.embedded_tokens import token_inputs
 from npeff.tasks.errors import TaskError
 from npeff.tasks.huggingface.limits import Limits
 from npeff.tasks.huggingface.options import MultipleChoiceOptions
-from npeff.tasks.huggingface.pretrained import PretrainedTask, load_model, model_config, tokenizer_of
+from npeff.tasks.huggingface.pretrained import TextTask, load_model, model_config, tokenizer_of
 from npeff.tasks.huggingface.token_table import token_table
 from npeff.tasks.huggingface.tokens import pad_token_id, padding_side, placed_tokens, tokenize
-from npeff.tasks.tables import distinct_names, example_table, texts, type_of
+from npeff.tasks.labels import distinct_names
+from npeff.tasks.prepared import Prepared
+from npeff.tasks.tables import example_parts, texts, type_of
 
 
-class MultipleChoiceTask(PretrainedTask[MultipleChoiceOptions]):
+class MultipleChoiceTask(TextTask[MultipleChoiceOptions]):
     """``AutoModelForMultipleChoice`` on a table of prompts and choices. The classes are the choices."""
 
     Options = MultipleChoiceOptions
@@ -31,8 +35,8 @@ class MultipleChoiceTask(PretrainedTask[MultipleChoiceOptions]):
         padding = pad_token_id(tokenizer_of(self.options), model_config(self.options))
         return load_model(self.options, AutoModelForMultipleChoice, padding)
 
-    def examples(self, cache: Path) -> Examples:
-        return _Questions(self.options)
+    def read_examples(self, files: Prepared) -> Examples:
+        return _Questions(self.options, files)
 
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         # one choice at a time, so that the first axis of every layer is the examples, which separates their Fishers
@@ -67,21 +71,28 @@ def _choice_logits(model: nn.Module, batch: Mapping[str, Tensor], choice: int) -
 class _Questions(Examples):
     """Examples with n choices. Example i has the texts i n … i n + n − 1."""
 
-    def __init__(self, options: MultipleChoiceOptions) -> None:
+    def __init__(self, options: MultipleChoiceOptions, files: Prepared) -> None:
         label_column = [options.label_column] if options.label_column else []
-        self._used = [options.prompt_column, *options.choice_columns, *label_column]
-        self._rows = options.read([options.prompt_column, *options.choice_columns], options.label_column)
-        self._prompts = texts(self._rows, options.prompt_column, options.data)
-        self._choices = _choices(self._rows, options)
+        used = [options.prompt_column, *options.choice_columns, *label_column]
+        rows = options.read([options.prompt_column, *options.choice_columns], options.label_column, files)
+        self._prompts = list(texts(rows, options.prompt_column, options.data))
+        self._choices = _choices(rows, options)
         n_choices = len(self._choices[0]) if self._choices else len(options.choice_columns)
         names = options.label_names or (options.choice_columns if len(options.choice_columns) > 1 else range(n_choices))
         self.class_names = distinct_names(names)
-        self._labels = options.labels(self._rows, options.label_column, self.class_names)
+        self._table = files.table(
+            "examples",
+            lambda: example_parts(
+                rows, options.labels(rows, options.label_column, self.class_names), self._shown, used
+            ),
+        )
         config, tokenizer = model_config(options), tokenizer_of(options)
-        ids = [example for example in self._rows["id"].to_pylist() for _ in range(n_choices)]
+        ids = [example for example in rows["id"].to_pylist() for _ in range(n_choices)]
         prompts = [prompt for prompt in self._prompts for _ in range(n_choices)]
         choices = [choice for row in self._choices for choice in row]
-        self._tokens, _ = tokenize(
+        self._tokens = tokenize(
+            files,
+            "tokens",
             tokenizer,
             pad_token_id(tokenizer, config),
             options,
@@ -94,11 +105,11 @@ class _Questions(Examples):
         self._tokenizer, self._options = tokenizer, options
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._table)
 
-    def lengths(self) -> list[int]:
-        n, found = self._n_choices, self._tokens.lengths()
-        return [max(found[start : start + n]) for start in range(0, len(found), n)]
+    def lengths(self) -> NDArray[np.int32]:
+        found: NDArray[np.int32] = self._tokens.lengths().reshape(-1, self._n_choices).max(axis=1)
+        return found
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         n = self._n_choices
@@ -121,17 +132,21 @@ class _Questions(Examples):
         return found
 
     def table(self) -> pa.Table:
+        return self._table
+
+    def _shown(self, part: slice) -> dict[str, pa.Array]:
+        """Return the texts of some examples."""
         text = [
             "\n".join([prompt, *(f"{name}: {choice}" for name, choice in zip(self.class_names, choices, strict=True))])
-            for prompt, choices in zip(self._prompts, self._choices, strict=True)
+            for prompt, choices in zip(self._prompts[part], self._choices[part], strict=True)
         ]
-        return example_table(self._rows, self._labels, {"text": pa.array(text, pa.string())}, self._used)
+        return {"text": pa.array(text, pa.string())}
 
 
 def _choices(rows: pa.Table, options: MultipleChoiceOptions) -> list[list[str]]:
     """Return the texts of the choices of each row. All rows must have the same number."""
     if len(options.choice_columns) > 1:
-        columns = [texts(rows, name, options.data) for name in options.choice_columns]
+        columns = [list(texts(rows, name, options.data)) for name in options.choice_columns]
         return [list(row) for row in zip(*columns, strict=True)]
     (name,) = options.choice_columns
     if not (pa.types.is_list(rows[name].type) or pa.types.is_large_list(rows[name].type)):

@@ -8,7 +8,8 @@ from typing import Literal, get_args
 
 from npeff.tasks.errors import TaskError
 from npeff.tasks.image_folders import IMAGE
-from npeff.tasks.tables import LabelOptions, TableOptions
+from npeff.tasks.labels import LabelOptions
+from npeff.tasks.tables import TableOptions
 
 DType = Literal["float32", "float16", "bfloat16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]

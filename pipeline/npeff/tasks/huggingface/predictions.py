@@ -5,7 +5,7 @@ Legend: B batch, T positions, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,10 +18,13 @@ from npeff.tasks.base import IGNORED, UNKNOWN
 from npeff.tasks.errors import TaskError
 from npeff.tasks.huggingface.options import PredictionOptions
 from npeff.tasks.huggingface.tokens import padded
-from npeff.tasks.tables import example_table
+from npeff.tasks.prepared import slices
+from npeff.tasks.tables import example_parts, example_table
 
 Granularity = Literal["sequences", "positions"]
 
+_EXAMPLES_AT_ONCE = 1024
+"""Number of single predictions whose texts are in memory at once."""
 _SHOWN_TOKENS = 24
 """Number of tokens that are displayed before the marked token."""
 
@@ -40,13 +43,19 @@ class Predictions:
     @classmethod
     def of(cls, targets: Sequence[np.ndarray], options: PredictionOptions) -> Predictions:
         """Create the predictions. Raises TaskError if there are rows but no predictions."""
-        places = [np.flatnonzero(row != IGNORED) for row in targets]
-        if targets and not any(map(len, places)):
-            raise TaskError(f"{options.data}: no row has a prediction: check its columns, or raise max_length")
         if options.examples == "sequences":
-            return cls(targets, np.arange(len(targets)), None)
-        rows = np.repeat(np.arange(len(targets)), list(map(len, places)))
-        return cls(targets, rows, np.concatenate([np.zeros(0, np.int64), *places]))
+            made = len(targets) == 0 or any((row != IGNORED).any() for row in targets)
+            rows, places = np.arange(len(targets)), None
+        else:
+            counts, parts = np.zeros(len(targets), np.int64), [np.zeros(0, np.int64)]
+            for row, classes in enumerate(targets):
+                parts.append(np.flatnonzero(classes != IGNORED))
+                counts[row] = len(parts[-1])
+            rows, places = np.repeat(np.arange(len(targets)), counts), np.concatenate(parts)
+            made = len(targets) == 0 or len(places) > 0
+        if not made:
+            raise TaskError(f"{options.data}: no row has a prediction: check its columns, or raise max_length")
+        return cls(targets, rows, places)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -57,28 +66,34 @@ class Predictions:
             return {"targets": padded([self.targets[self.rows[index]] for index in indices], IGNORED)}
         return {"places": torch.from_numpy(self.places[list(indices)])}
 
-    def table(
-        self, rows: pa.Table, text: Sequence[str], numbers: Sequence[int], used: Collection[str], **shown: Sequence[Any]
-    ) -> pa.Table:
-        """Return the table of examples.
+    def parts(
+        self, rows: pa.Table, shown: Callable[[slice], Mapping[str, Any]], used: Collection[str]
+    ) -> Iterator[pa.Table]:
+        """Yield the table of examples in parts.
 
         Args:
             rows: Rows of the data.
-            text: Text of each example.
-            numbers: Number of each example's prediction for its id; not used if examples are rows.
+            shown: Function that returns further columns of some examples: ``text``, and ``position``, the number of
+                each example's prediction for its id, unless examples are rows.
             used: Columns to leave out, because the text contains their values.
-            shown: Further columns, one entry per example.
         """
-        columns: dict[str, Any] = {"text": pa.array(text, pa.string())}
         if self.places is None:
-            return example_table(rows, [None] * len(self), columns, used)
-        rows = rows.take(pa.array(self.rows))
-        names = rows["id"].to_pylist()
-        ids = pa.array([f"{name}:{number}" for name, number in zip(names, numbers, strict=True)], pa.string())
-        classes = [int(self.targets[row][place]) for row, place in zip(self.rows, self.places, strict=True)]
+            yield from example_parts(rows, pa.nulls(len(self), pa.int64()), shown, used)
+            return
+        for part in slices(len(self), _EXAMPLES_AT_ONCE):
+            yield self._part(part, rows, shown(part), used)
+
+    def _part(self, part: slice, rows: pa.Table, shown: Mapping[str, Any], used: Collection[str]) -> pa.Table:
+        """Return the table of some single predictions."""
+        assert self.places is not None
+        chosen, numbers = self.rows[part], shown["position"].to_pylist()
+        first, last = (int(chosen[0]), int(chosen[-1])) if len(chosen) else (0, 0)
+        rows = rows[first : last + 1].take(pa.array(chosen - first))  # not of the whole table, which it would join
+        ids = [f"{name}:{number}" for name, number in zip(rows["id"].to_pylist(), numbers, strict=True)]
+        classes = [int(self.targets[row][place]) for row, place in zip(chosen, self.places[part], strict=True)]
         labels = [None if label == UNKNOWN else label for label in classes]
-        columns |= {"row": rows["id"], "position": pa.array(numbers, pa.int64()), **shown}
-        return example_table(rows.set_column(0, "id", ids), labels, columns, used)
+        columns = {"text": shown["text"], "row": rows["id"], "position": shown["position"], **shown}
+        return example_table(rows.set_column(0, "id", pa.array(ids, pa.string())), labels, columns, used)
 
 
 def at_places(logits_BTC: Tensor, batch: Mapping[str, Tensor], n_positions: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import abstractmethod
 from collections.abc import Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -15,12 +16,13 @@ from transformers.activations import AccurateGELUActivation, FastGELUActivation,
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from npeff.errors import as_one_line
-from npeff.tasks.base import Task
+from npeff.tasks.base import Examples, Task
 from npeff.tasks.errors import TaskError
 from npeff.tasks.huggingface.adapters import with_adapter
-from npeff.tasks.huggingface.options import PretrainedOptions
+from npeff.tasks.huggingface.options import PretrainedOptions, TextOptions
 from npeff.tasks.huggingface.quantization import prepare_quantized, quantization_arguments
-from npeff.tasks.tables import distinct_names
+from npeff.tasks.labels import distinct_names
+from npeff.tasks.prepared import Prepared, preparing
 
 _PROCESSOR = "set processor to the folder or hub id of the tokenizer or image processor of the model"
 _only_skeleton: ContextVar[bool] = ContextVar("only_skeleton", default=False)
@@ -224,6 +226,23 @@ class PretrainedTask(Task, Generic[OptionsT]):
             return self.model(cache)
         finally:
             _only_skeleton.reset(before)
+
+
+class TextTask(PretrainedTask[OptionsT]):
+    """A task whose texts are tokenized once. All workers map the same files of tokens and of the table of examples."""
+
+    Options: ClassVar[type[PretrainedOptions]] = TextOptions
+
+    @abstractmethod
+    def read_examples(self, files: Prepared) -> Examples:
+        """Return the examples, from the files of the task or, if they do not exist, from the data."""
+
+    def prepare(self, cache: Path) -> None:
+        with preparing(cache) as files:
+            self.read_examples(files)
+
+    def examples(self, cache: Path) -> Examples:
+        return self.read_examples(Prepared.of(cache))
 
 
 def classes(config: Any, label_names: Sequence[str] | None, model: str) -> tuple[str, ...]:

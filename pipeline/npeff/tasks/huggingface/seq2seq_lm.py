@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM
 
@@ -15,13 +16,14 @@ from npeff.tasks.base import IGNORED, Examples, Inputs, Token
 from npeff.tasks.huggingface.limits import Limits
 from npeff.tasks.huggingface.options import Seq2SeqLMOptions
 from npeff.tasks.huggingface.predictions import Predictions, at_places, marked
-from npeff.tasks.huggingface.pretrained import PretrainedTask, load_model, model_config, tokenizer_of
+from npeff.tasks.huggingface.pretrained import TextTask, load_model, model_config, tokenizer_of
 from npeff.tasks.huggingface.token_table import text_inputs, token_table
 from npeff.tasks.huggingface.tokens import pad_token_id, padded, placed_tokens, token_texts, tokenize
+from npeff.tasks.prepared import Joined, Prepared
 from npeff.tasks.tables import texts
 
 
-class Seq2SeqLMTask(PretrainedTask[Seq2SeqLMOptions]):
+class Seq2SeqLMTask(TextTask[Seq2SeqLMOptions]):
     """``AutoModelForSeq2SeqLM`` on a table of sources and targets. The classes are the vocabulary."""
 
     Options = Seq2SeqLMOptions
@@ -31,8 +33,8 @@ class Seq2SeqLMTask(PretrainedTask[Seq2SeqLMOptions]):
             self.options, AutoModelForSeq2SeqLM, pad_token_id(tokenizer_of(self.options), model_config(self.options))
         )
 
-    def examples(self, cache: Path) -> Examples:
-        return _Pairs(self.options)
+    def read_examples(self, files: Prepared) -> Examples:
+        return _Pairs(self.options, files)
 
     def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         labels = batch["labels"]
@@ -61,33 +63,35 @@ def _decoder_inputs(model: Any, labels: Tensor) -> dict[str, Tensor]:
 class _Pairs(Examples):
     class_names = ()
 
-    def __init__(self, options: Seq2SeqLMOptions) -> None:
-        self._used = [options.source_column, options.target_column]
-        self._rows = options.read(self._used)
-        self._source, self._target = (texts(self._rows, column, options.data) for column in self._used)
+    def __init__(self, options: Seq2SeqLMOptions, files: Prepared) -> None:
+        used = [options.source_column, options.target_column]
+        rows = options.read(used, files=files)
+        self._source, self._target = (texts(rows, column, options.data) for column in used)
         self._tokenizer, self._options = tokenizer_of(options), options
-        ids, padding = self._rows["id"].to_pylist(), pad_token_id(self._tokenizer, model_config(options))
-        self._source_tokens, _ = tokenize(
-            self._tokenizer, padding, options, ids, self._source, limits=Limits.of(options, AutoModelForSeq2SeqLM)
+        ids, padding = texts(rows, "id", options.data), pad_token_id(self._tokenizer, model_config(options))
+        self._source_tokens, self._target_tokens = (
+            tokenize(
+                files,
+                name,
+                self._tokenizer,
+                padding,
+                options,
+                ids,
+                column,
+                limits=Limits.of(options, AutoModelForSeq2SeqLM, target=name == "targets"),
+                target=name == "targets",
+            )
+            for name, column in (("sources", self._source), ("targets", self._target))
         )
-        self._target_tokens, _ = tokenize(
-            self._tokenizer,
-            padding,
-            options,
-            ids,
-            self._target,
-            limits=Limits.of(options, AutoModelForSeq2SeqLM, target=True),
-            target=True,
-        )
-        targets = [row.astype(np.int64) for row in self._target_tokens.ids]
-        self._predictions = Predictions.of(targets, options)
+        self._predictions = Predictions.of(self._target_tokens.ids, options)
+        self._table = files.table("examples", lambda: self._predictions.parts(rows, self._shown, used))
 
     def __len__(self) -> int:
         return len(self._predictions)
 
-    def lengths(self) -> list[int]:
+    def lengths(self) -> NDArray[np.integer]:
         found = np.add(self._source_tokens.lengths(), self._target_tokens.lengths())
-        result: list[int] = found[self._predictions.rows].tolist()
+        result: NDArray[np.integer] = found[self._predictions.rows]
         return result
 
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
@@ -106,13 +110,17 @@ class _Pairs(Examples):
         return token_texts(self._tokenizer, classes)
 
     def table(self) -> pa.Table:
-        predictions = self._predictions
-        if predictions.places is None:
-            text = [f"{source}\n{target}" for source, target in zip(self._source, self._target, strict=True)]
-            return predictions.table(self._rows, text, [], self._used)
+        return self._table
+
+    def _shown(self, part: slice) -> dict[str, pa.Array]:
+        """Return the columns that are shown of some examples."""
+        places = self._predictions.places
+        if places is None:
+            return {"text": pa.array(Joined([self._source, self._target], "\n")[part], pa.string())}
         text, tokens = [], []
-        for row, place in zip(predictions.rows, predictions.places.tolist(), strict=True):
+        for row, place in zip(self._predictions.rows[part], places[part].tolist(), strict=True):
             shown, token = marked(self._tokenizer, self._target_tokens.ids[row], place)
             text.append(f"{self._source[row]}\n{shown}")
             tokens.append(token)
-        return predictions.table(self._rows, text, predictions.places.tolist(), self._used, token=tokens)
+        columns = {"text": pa.array(text, pa.string()), "token": pa.array(tokens, pa.string())}
+        return {"position": pa.array(places[part], pa.int64()), **columns}

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from npeff.tasks.base import Examples, Inputs, Token
 from npeff.tasks.huggingface.limits import Limits
 from npeff.tasks.huggingface.options import SequenceClassificationOptions
-from npeff.tasks.huggingface.pretrained import PretrainedTask, classes, load_classifier, model_config, tokenizer_of
+from npeff.tasks.huggingface.pretrained import TextTask, classes, load_classifier, model_config, tokenizer_of
 from npeff.tasks.huggingface.token_table import text_inputs, token_table
 from npeff.tasks.huggingface.tokens import (
     Tokens,
@@ -22,10 +24,11 @@ from npeff.tasks.huggingface.tokens import (
     placed_tokens,
     tokenize,
 )
-from npeff.tasks.tables import example_table, texts
+from npeff.tasks.prepared import Joined, Prepared
+from npeff.tasks.tables import example_parts, texts
 
 
-class SequenceClassificationTask(PretrainedTask[SequenceClassificationOptions]):
+class SequenceClassificationTask(TextTask[SequenceClassificationOptions]):
     """``AutoModelForSequenceClassification`` on a table of texts."""
 
     Options = SequenceClassificationOptions
@@ -34,8 +37,8 @@ class SequenceClassificationTask(PretrainedTask[SequenceClassificationOptions]):
         padding = pad_token_id(tokenizer_of(self.options), model_config(self.options))
         return load_classifier(self.options, AutoModelForSequenceClassification, self.options.label_names, padding)
 
-    def examples(self, cache: Path) -> Examples:
-        return _Texts(self.options)
+    def read_examples(self, files: Prepared) -> Examples:
+        return _Texts(self.options, files)
 
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         result: Tensor = model(**_model_inputs(batch)).logits
@@ -53,29 +56,40 @@ def _model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _Texts(Examples):
-    def __init__(self, options: SequenceClassificationOptions) -> None:
-        self._used = [*options.text_columns, *([options.label_column] if options.label_column else [])]
-        self._rows = options.read(options.text_columns, options.label_column)
+    def __init__(self, options: SequenceClassificationOptions, files: Prepared) -> None:
+        used = [*options.text_columns, *([options.label_column] if options.label_column else [])]
+        rows = options.read(options.text_columns, options.label_column, files)
         config, self._tokenizer, self._options = model_config(options), tokenizer_of(options), options
         self.class_names = classes(config, options.label_names, options.model)
-        self._labels = options.labels(self._rows, options.label_column, self.class_names)
-        self._texts = [texts(self._rows, column, options.data) for column in options.text_columns]
-        ids = self._rows["id"].to_pylist()
+        self._texts = [texts(rows, column, options.data) for column in options.text_columns]
+        text = Joined(self._texts, "\n")
+        self._table = files.table(
+            "examples",
+            lambda: example_parts(
+                rows,
+                options.labels(rows, options.label_column, self.class_names),
+                lambda part: {"text": pa.array(text[part], pa.string())},
+                used,
+            ),
+        )
+        ids = texts(rows, "id", options.data)
         self._tokens: Tokens = tokenize(
+            files,
+            "tokens",
             self._tokenizer,
             pad_token_id(self._tokenizer, config),
             options,
             ids,
             *self._texts,
             limits=Limits.of(options, AutoModelForSequenceClassification),
-        )[0]
+            check=lambda tokens: check_last_tokens(self._tokenizer, config, tokens, ids, options),
+        )
         self._side = padding_side(config)
-        check_last_tokens(self._tokenizer, config, self._tokens, ids, options)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._table)
 
-    def lengths(self) -> list[int]:
+    def lengths(self) -> NDArray[np.int32]:
         return self._tokens.lengths()
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
@@ -91,5 +105,4 @@ class _Texts(Examples):
         return found
 
     def table(self) -> pa.Table:
-        text = ["\n".join(parts) for parts in zip(*self._texts, strict=True)]
-        return example_table(self._rows, self._labels, {"text": pa.array(text, pa.string())}, self._used)
+        return self._table

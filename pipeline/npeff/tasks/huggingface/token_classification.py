@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification
 
@@ -16,16 +17,18 @@ from npeff.tasks.errors import TaskError
 from npeff.tasks.huggingface.limits import Limits
 from npeff.tasks.huggingface.options import TokenClassificationOptions
 from npeff.tasks.huggingface.predictions import Predictions, at_places
-from npeff.tasks.huggingface.pretrained import PretrainedTask, classes, load_classifier, model_config, tokenizer_of
+from npeff.tasks.huggingface.pretrained import TextTask, classes, load_classifier, model_config, tokenizer_of
 from npeff.tasks.huggingface.token_table import text_inputs, token_table
 from npeff.tasks.huggingface.tokens import pad_token_id, placed_tokens, tokenize
-from npeff.tasks.tables import class_numbers, type_of
+from npeff.tasks.labels import class_numbers
+from npeff.tasks.prepared import Prepared
+from npeff.tasks.tables import type_of
 
 _OUTSIDE = "O"
 """The tag of a word outside all entities in IOB schemes."""
 
 
-class TokenClassificationTask(PretrainedTask[TokenClassificationOptions]):
+class TokenClassificationTask(TextTask[TokenClassificationOptions]):
     """``AutoModelForTokenClassification`` on a table of words. A word is classified at its first token."""
 
     Options = TokenClassificationOptions
@@ -33,8 +36,8 @@ class TokenClassificationTask(PretrainedTask[TokenClassificationOptions]):
     def model(self, cache: Path) -> nn.Module:
         return load_classifier(self.options, AutoModelForTokenClassification, self.options.label_names)
 
-    def examples(self, cache: Path) -> Examples:
-        return _Words(self.options)
+    def read_examples(self, files: Prepared) -> Examples:
+        return _Words(self.options, files)
 
     def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         return at_places(model(**batch["inputs"]).logits, batch, batch["inputs"]["input_ids"].shape[1])
@@ -48,9 +51,9 @@ class TokenClassificationTask(PretrainedTask[TokenClassificationOptions]):
 
 
 class _Words(Examples):
-    def __init__(self, options: TokenClassificationOptions) -> None:
-        self._used = [options.words_column, *([options.tags_column] if options.tags_column else [])]
-        self._rows = options.read([options.words_column], options.tags_column)
+    def __init__(self, options: TokenClassificationOptions, files: Prepared) -> None:
+        used = [options.words_column, *([options.tags_column] if options.tags_column else [])]
+        self._rows = options.read([options.words_column], options.tags_column, files)
         config = model_config(options)
         self.class_names = classes(config, options.label_names, options.model)
         ids = self._rows["id"].to_pylist()
@@ -60,7 +63,9 @@ class _Words(Examples):
         if getattr(tokenizer, "add_prefix_space", None) is False:  # required by such a tokenizer for input in words
             tokenizer = tokenizer_of(options, add_prefix_space=True)
         self._tokenizer = tokenizer
-        self._tokens, self._word_of_token = tokenize(
+        self._tokens = tokenize(
+            files,
+            "tokens",
             tokenizer,
             pad_token_id(tokenizer, config),
             options,
@@ -70,11 +75,14 @@ class _Words(Examples):
             note=lambda _, encoding: _first_tokens(encoding, tokenizer.truncation_side),
             is_split_into_words=True,
         )
+        assert self._tokens.notes is not None
+        self._word_of_token = self._tokens.notes
         words_and_tags = zip(self._word_of_token, self._tags, strict=True)
         targets = [
             np.append(tags, IGNORED)[words] for words, tags in words_and_tags
         ]  # index -1, the appended entry, means no word
         self._predictions = Predictions.of(targets, options)
+        self._table = files.table("examples", lambda: self._predictions.parts(self._rows, self._shown_columns, used))
 
     def _read_tags(self, ids: Sequence[str], options: TokenClassificationOptions) -> list[np.ndarray]:
         """Return the class number of each word of each row."""
@@ -100,9 +108,9 @@ class _Words(Examples):
     def __len__(self) -> int:
         return len(self._predictions)
 
-    def lengths(self) -> list[int]:
-        found = self._tokens.lengths()
-        return [found[row] for row in self._predictions.rows]
+    def lengths(self) -> NDArray[np.int32]:
+        found: NDArray[np.int32] = self._tokens.lengths()[self._predictions.rows]
+        return found
 
     def batch(self, indices: Sequence[int]) -> dict[str, Any]:
         rows = self._predictions.rows[list(indices)].tolist()
@@ -121,12 +129,18 @@ class _Words(Examples):
         return found
 
     def table(self) -> pa.Table:
-        text = [" ".join(self._shown(index)) for index in range(len(self))]
+        return self._table
+
+    def _shown_columns(self, part: slice) -> dict[str, pa.Array]:
+        """Return the columns that are shown of some examples."""
+        examples = range(part.start, part.stop)
+        columns = {"text": pa.array([" ".join(self._shown(index)) for index in examples], pa.string())}
         if self._predictions.places is None:
-            return self._predictions.table(self._rows, text, [], self._used)
-        numbers = [self._chosen_word(index) or 0 for index in range(len(self))]
-        chosen = [self._words[row][number] for row, number in zip(self._predictions.rows, numbers, strict=True)]
-        return self._predictions.table(self._rows, text, numbers, self._used, word=chosen)
+            return columns
+        numbers = [self._chosen_word(index) or 0 for index in examples]
+        words = zip(self._predictions.rows[part], numbers, strict=True)
+        chosen = pa.array([self._words[row][number] for row, number in words], pa.string())
+        return {**columns, "position": pa.array(numbers, pa.int64()), "word": chosen}
 
     def _chosen_word(self, index: int) -> int | None:
         """Return the number of the word of the example's prediction; None if the example is a whole row."""

@@ -8,12 +8,14 @@ Legend: B batch, T tokens of the longest example in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
@@ -22,6 +24,7 @@ from npeff.tasks.errors import TaskError
 from npeff.tasks.huggingface.known_text import KnownText
 from npeff.tasks.huggingface.limits import Limits, check_vocabulary
 from npeff.tasks.huggingface.options import PretrainedOptions, TextOptions
+from npeff.tasks.prepared import Arrays, Prepared, slices
 
 _TEXTS_AT_ONCE = 1024
 """Texts per call of the tokenizer: enough for its threads, and few enough for the memory of its Python lists."""
@@ -33,53 +36,67 @@ NO_TEXT, SOME_TEXT = -1, 2**15 - 1
 """Entries of `Tokens.text_of` besides 0 and 1."""
 
 Side = Literal["left", "right"]
-NoteT = TypeVar("NoteT")
 
 
 @dataclass(frozen=True)
 class Tokens:
     """The tokens of N texts, or of N pairs of texts."""
 
-    inputs: Mapping[str, Sequence[np.ndarray]]
+    inputs: Mapping[str, Arrays]
     """``input_ids`` and, if the tokenizer returns them, ``token_type_ids``: N arrays each."""
     padding: Mapping[str, int]
     """Padding value of each of these."""
-    text_of: Sequence[np.ndarray]
+    text_of: Arrays
     """Number of the text of each token, 0 or 1; `NO_TEXT` for a special token, and `SOME_TEXT` for a token of a pair
     whose tokenizer does not tell which text it is from."""
+    notes: Arrays | None
+    """What `tokenize` has noted of each text."""
+    first_lengths: NDArray[np.integer] | None = None
+    """Number of the tokens of each text that are its first part, if it has two; see `divided`."""
+
+    @classmethod
+    def of(cls, table: pa.Table, padding: Mapping[str, int]) -> Tokens:
+        """Read the columns of a table that `tokenize` has written."""
+        columns = {name: Arrays(table[name]) for name in table.column_names}
+        text_of, notes = columns.pop("text_of"), columns.pop("notes", None)
+        return cls(columns, padding, text_of, notes)
 
     @property
-    def ids(self) -> Sequence[np.ndarray]:
+    def ids(self) -> Arrays:
         return self.inputs["input_ids"]
 
-    def lengths(self) -> list[int]:
+    def lengths(self) -> NDArray[np.int32]:
         """Return the number of tokens of each text."""
-        return [len(row) for row in self.ids]
+        return self.ids.lengths()
 
-    def divided(self, lengths: Sequence[int]) -> Tokens:
+    def divided(self, lengths: NDArray[np.integer]) -> Tokens:
         """Return single texts as pairs whose first text has the given number of tokens."""
-        second = [np.arange(len(row)) >= length for row, length in zip(self.text_of, lengths, strict=True)]
-        text_of = [np.where((row == 0) & rest, 1, row) for row, rest in zip(self.text_of, second, strict=True)]
-        return replace(self, text_of=text_of)
+        return replace(self, first_lengths=lengths)
 
     def segments(self, indices: Sequence[int], side: Side = "right", stop: Sequence[int] | None = None) -> Tensor:
         """Return `text_of` of some texts (B, T), with `NO_TEXT` at padding. The arguments are those of `batch`."""
-        return padded(_cut(self.text_of, indices, stop), NO_TEXT, side)
+        return padded(_cut(map(self._text_of, indices), stop), NO_TEXT, side)
+
+    def _text_of(self, index: int) -> NDArray[np.integer]:
+        row = self.text_of[index]
+        if self.first_lengths is None:
+            return row
+        rest = np.arange(len(row)) >= self.first_lengths[index]
+        return np.where((row == 0) & rest, 1, row)
 
     def batch(
         self, indices: Sequence[int], side: Side = "right", stop: Sequence[int] | None = None
     ) -> dict[str, Tensor]:
         """Return the padded inputs (B, T) of some texts and their attention mask, with only the first `stop` tokens."""
-        rows = {name: _cut(values, indices, stop) for name, values in self.inputs.items()}
+        rows = {name: _cut((values[index] for index in indices), stop) for name, values in self.inputs.items()}
         mask = [np.ones(len(row), np.int64) for row in rows["input_ids"]]
         found = {name: padded(values, self.padding[name], side) for name, values in rows.items()}
         return found | {"attention_mask": padded(mask, 0, side)}
 
 
-def _cut(values: Sequence[np.ndarray], indices: Sequence[int], stop: Sequence[int] | None) -> list[np.ndarray]:
+def _cut(rows: Iterable[np.ndarray], stop: Sequence[int] | None) -> list[np.ndarray]:
     """Return the first `stop` entries of some rows, or the whole rows."""
-    ends = [None] * len(indices) if stop is None else stop
-    return [values[index][:end] for index, end in zip(indices, ends, strict=True)]
+    return list(rows) if stop is None else [row[:end] for row, end in zip(rows, stop, strict=True)]
 
 
 def padded(rows: Sequence[np.ndarray], value: int, side: Side = "right") -> Tensor:
@@ -93,31 +110,34 @@ def padded(rows: Sequence[np.ndarray], value: int, side: Side = "right") -> Tens
 
 
 def tokenize(
+    files: Prepared,
+    name: str,
     tokenizer: Any,
     pad_token_id: int,
     options: TextOptions,
     ids: Sequence[str],
     *texts: Sequence[Any],
     limits: Limits,
-    note: Callable[[int, Any], NoteT] | None = None,
+    note: Callable[[int, Any], Sequence[int] | np.ndarray] | None = None,
+    check: Callable[[Tokens], object] = lambda _: None,
     target: bool = False,
     **further: Any,
-) -> tuple[Tokens, list[NoteT]]:
-    """Tokenize N texts, or N pairs if two sequences of texts are given.
+) -> Tokens:
+    """Tokenize N texts, or N pairs if two sequences of texts are given, or read their tokens if they are prepared.
 
     Args:
+        files: The files of the task.
+        name: Name of the file with the tokens.
         tokenizer: The tokenizer.
         pad_token_id: The padding token.
         options: Options of the texts.
         ids: Ids of the texts, for error messages.
         texts: One or two sequences of texts.
         limits: Sizes of the tables of the model.
-        note: Function of the number of a text and its `tokenizers.Encoding`, whose results are returned.
+        note: Function of the number of a text and its `tokenizers.Encoding`. It returns integers, which are kept.
+        check: Further check of the tokens.
         target: Whether the texts are outputs of a sequence-to-sequence model.
         further: Arguments of the tokenizer.
-
-    Returns:
-        The tokens, and the result of `note` for each text.
 
     Raises:
         TaskError: A text has no tokens or too many, the tokenizer does not know most of the texts, the model has no
@@ -125,41 +145,52 @@ def tokenize(
     """
     check_vocabulary(tokenizer, options)
     _check_room(tokenizer, options, len(texts))
-    inputs: dict[str, list[np.ndarray]] = {"input_ids": []}
-    notes: list[NoteT] = []
-    text_of: list[np.ndarray] = []
     known = KnownText(tokenizer)
-    for start in range(0, len(ids), _TEXTS_AT_ONCE):
-        chosen = [list(column[start : start + _TEXTS_AT_ONCE]) for column in texts]
-        given: tuple[list[list[Any]], dict[str, Any]] = ([], {"text_target": chosen[0]}) if target else (chosen, {})
-        settings = {"truncation": True, "max_length": options.max_length, "return_special_tokens_mask": True, **further}
-        encoded = tokenizer(*given[0], **given[1], **settings)
-        known.add(encoded, chosen)
-        text_of += _text_of(encoded, len(chosen))
-        for name in set(encoded) & {"input_ids", "token_type_ids"}:
-            inputs.setdefault(name, []).extend(np.asarray(row, np.int32) for row in encoded[name])
-        if note is not None and encoded.encodings is None:
-            raise TaskError(f"the tokenizer of {options.model!r} has no character offsets: use a fast tokenizer")
-        if note is not None:
-            notes += [note(start + number, encoding) for number, encoding in enumerate(encoded.encodings)]
-    _check_lengths(ids, inputs["input_ids"], options)
-    known.check(options)
-    limits.check(inputs, ids, options)
     padding = {"input_ids": pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-    return Tokens(inputs, padding, text_of), notes
+    settings = {"truncation": True, "max_length": options.max_length, "return_special_tokens_mask": True, **further}
+
+    def parts() -> Iterator[pa.Table]:
+        for rows in slices(len(ids), _TEXTS_AT_ONCE):
+            chosen = [list(column[rows]) for column in texts]
+            if not chosen[0]:
+                yield _arrays({"input_ids": [], "text_of": []})
+                return
+            given: tuple[list[list[Any]], dict[str, Any]] = ([], {"text_target": chosen[0]}) if target else (chosen, {})
+            encoded = tokenizer(*given[0], **given[1], **settings)
+            known.add(encoded, chosen)
+            kept = {each: encoded[each] for each in ("input_ids", "token_type_ids") if each in encoded}
+            if note is not None and encoded.encodings is None:
+                raise TaskError(f"the tokenizer of {options.model!r} has no character offsets: use a fast tokenizer")
+            if note is not None:
+                kept["notes"] = [note(rows.start + place, each) for place, each in enumerate(encoded.encodings)]
+            yield _arrays({**kept, "text_of": _text_of(encoded, len(chosen))})
+
+    def check_all(table: pa.Table) -> None:
+        tokens = Tokens.of(table, padding)
+        _check_lengths(ids, tokens.lengths(), options)
+        known.check(options)
+        limits.check(tokens.inputs, ids, options)
+        check(tokens)
+
+    return Tokens.of(files.table(name, parts, check_all), padding)
 
 
-def _check_lengths(ids: Sequence[str], rows: Sequence[np.ndarray], options: TextOptions) -> None:
+def _arrays(columns: Mapping[str, Sequence[Any]]) -> pa.Table:
+    """Return columns of lists of integers."""
+    kinds = {"text_of": pa.int16()}
+    return pa.table({name: pa.array(rows, pa.list_(kinds.get(name, pa.int32()))) for name, rows in columns.items()})
+
+
+def _check_lengths(ids: Sequence[str], lengths: NDArray[np.int32], options: TextOptions) -> None:
     """Check that each text has tokens, and that the tokenizer truncates."""
-    for example, row in zip(ids, rows, strict=True):
-        if not len(row):
-            raise TaskError(f"{options.data}: the text of row {example!r} has no tokens: exclude the row with filter")
-        if len(row) > options.max_length:
-            raise TaskError(
-                f"{options.data}: the tokenizer of {options.processor or options.model!r} truncates row {example!r} to "
-                f"{len(row)} tokens, not to {options.max_length}: raise max_length, or set processor to the tokenizer "
-                "of the model"
-            )
+    for row in np.flatnonzero((lengths == 0) | (lengths > options.max_length))[:1].tolist():
+        if not lengths[row]:
+            raise TaskError(f"{options.data}: the text of row {ids[row]!r} has no tokens: exclude the row with filter")
+        raise TaskError(
+            f"{options.data}: the tokenizer of {options.processor or options.model!r} truncates row {ids[row]!r} to "
+            f"{lengths[row]} tokens, not to {options.max_length}: raise max_length, or set processor to the tokenizer "
+            "of the model"
+        )
 
 
 def _text_of(encoded: Any, n_texts: int) -> list[np.ndarray]:
@@ -259,24 +290,26 @@ def check_last_tokens(
         TaskError: A text ends with the padding token, or has another number of end-of-text tokens.
     """
     text_config, padding = config.get_text_config(), pad_token_id(tokenizer, config)
-    if config.is_encoder_decoder:
-        ends = [int((row == text_config.eos_token_id).sum()) for row in tokens.ids]
-        for example, end in zip(ids, ends, strict=True):
-            if end == 0 or end != ends[0]:
-                raise TaskError(
-                    f"{options.data}: the text of row {example!r} has {end} end-of-text tokens, and row {ids[0]!r} has "
-                    f"{ends[0]}, but {options.model!r} needs one or more, the same number in all texts: exclude the "
-                    "row with filter, or set processor to the tokenizer of the model"
-                )
-        return
+    first = None
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
-    for example, row in zip(ids, tokens.ids, strict=True):
-        if causal and text_config.pad_token_id is None and row[-1] == padding:
-            raise TaskError(
-                f"{options.data}: the text of row {example!r} ends with {tokenizer.convert_ids_to_tokens(padding)!r}, "
-                f"which is also the padding, and {options.model!r} classifies at the last token before the padding: "
-                "set pad_token_id in the configuration of the model to a token that ends no text"
-            )
+    for start, offsets, values in tokens.ids.chunks():
+        if config.is_encoder_decoder:
+            ends = np.add.reduceat(values == text_config.eos_token_id, offsets[:-1], dtype=np.int64)
+            first = int(ends[0]) if first is None else first
+            for row in np.flatnonzero((ends == 0) | (ends != first))[:1].tolist():
+                raise TaskError(
+                    f"{options.data}: the text of row {ids[start + row]!r} has {ends[row]} end-of-text tokens, and row "
+                    f"{ids[0]!r} has {first}, but {options.model!r} needs one or more, the same number in all texts: "
+                    "exclude the row with filter, or set processor to the tokenizer of the model"
+                )
+        elif causal and text_config.pad_token_id is None:
+            for row in np.flatnonzero(values[offsets[1:] - 1] == padding)[:1].tolist():
+                raise TaskError(
+                    f"{options.data}: the text of row {ids[start + row]!r} ends with "
+                    f"{tokenizer.convert_ids_to_tokens(padding)!r}, which is also the padding, and {options.model!r} "
+                    "classifies at the last token before the padding: set pad_token_id in the configuration of the "
+                    "model to a token that ends no text"
+                )
 
 
 def padding_side(config: Any) -> Side:

@@ -1,0 +1,230 @@
+"""Tables of a task in Arrow files, which are written once, in parts, and read through memory maps.
+
+A mapped table takes no memory of the process: the kernel reads the rows that are used, and all processes of a machine
+share them. `Texts` and `Arrays` give single rows of a column by their numbers.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import shutil
+import tempfile
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from npeff.tasks.errors import TaskError
+
+PART_ROWS = 16_384
+"""Number of rows that are in memory at once, about."""
+_PART_BYTES = 64 * 2**20
+"""Size of the rows that are in memory at once, about."""
+_FOLDER = "examples"
+
+Parts = Callable[[], Iterable[pa.Table]]
+
+
+class Prepared:
+    """The Arrow files of a task.
+
+    Args:
+        folder: The folder of the files. If None, the tables are written to unnamed files, which end with the process.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+
+    @classmethod
+    def of(cls, cache: Path) -> Prepared:
+        """Return the files that `preparing` has written to a task's folder, or unnamed ones if there are none."""
+        folder = cache / _FOLDER
+        return cls(folder if folder.is_dir() else None)
+
+    def table(self, name: str, parts: Parts, check: Callable[[pa.Table], object] = lambda _: None) -> pa.Table:
+        """Return a mapped table, which is written if it does not exist.
+
+        Args:
+            name: Name of the file.
+            parts: Function that yields the rows in one or more tables of one schema.
+            check: Function that raises an error if the table is not valid. It is called once, after it is written.
+        """
+        if self._folder is None:
+            with tempfile.TemporaryDirectory(prefix="npeff-") as folder:
+                return _written(Path(folder) / f"{name}.arrow", parts, check)  # the map keeps the file
+        path = self._folder / f"{name}.arrow"
+        return _mapped(path) if path.exists() else _written(path, parts, check)
+
+
+@contextmanager
+def preparing(cache: Path) -> Iterator[Prepared]:
+    """Yield an empty folder for the files of a task, which replaces the former one unless their contents are equal."""
+    path, partial = cache / _FOLDER, cache / f"{_FOLDER}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield Prepared(partial)
+        if not _equal(path, partial):  # files that stay are not sent to an object store again
+            shutil.rmtree(path, ignore_errors=True)
+            partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _equal(one: Path, other: Path) -> bool:
+    names = [file.name for file in other.iterdir()]
+    if not one.is_dir() or sorted(names) != sorted(file.name for file in one.iterdir()):
+        return False
+    return not any(filecmp.cmpfiles(one, other, names, shallow=False)[1:])
+
+
+def _written(path: Path, parts: Parts, check: Callable[[pa.Table], object]) -> pa.Table:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with pa.OSFile(str(partial), "wb") as file:
+            waiting = _in_large_parts(parts())
+            first = next(waiting)
+            with pa.ipc.new_file(file, first.schema) as writer:
+                writer.write_table(first)
+                for part in waiting:
+                    writer.write_table(part)
+        check(_mapped(partial))
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        partial.replace(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise TaskError(f"cannot write {path}: {reason}", "free space, or choose another folder", path=path) from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return _mapped(path)
+
+
+def _mapped(path: Path) -> pa.Table:
+    with pa.memory_map(str(path)) as file:
+        return pa.ipc.open_file(file).read_all()
+
+
+def _in_large_parts(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Concatenate small parts, because every part of a file takes some memory when the file is read."""
+    waiting: list[pa.Table] = []
+    n_rows = n_bytes = 0
+    for part in parts:
+        waiting.append(part)
+        n_rows, n_bytes = n_rows + len(part), n_bytes + part.nbytes
+        if n_rows >= PART_ROWS or n_bytes >= _PART_BYTES:
+            yield pa.concat_tables(waiting).combine_chunks()
+            waiting, n_rows, n_bytes = [], 0, 0
+    if waiting:
+        yield pa.concat_tables(waiting).combine_chunks()
+
+
+def slices(n_rows: int, size: int = PART_ROWS) -> Iterator[slice]:
+    """Yield the slices of parts of a table; one empty slice if there are no rows."""
+    for start in range(0, max(n_rows, 1), size):
+        yield slice(start, min(start + size, n_rows))
+
+
+class Texts(Sequence[str]):
+    """A column as strings, with an empty string for null. Rows are read when they are used.
+
+    Args:
+        column: The column.
+        problem: Message of the TaskError if the type of the column, or a value, cannot be converted to strings.
+    """
+
+    def __init__(self, column: pa.ChunkedArray, problem: str) -> None:
+        self._column, self._problem = column, problem
+        self.strings(slice(0, 0))
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        if isinstance(row, slice):
+            found: list[str] = self.strings(row).to_pylist()
+            return found
+        return self[row : row + 1][0]
+
+    def __iter__(self) -> Iterator[str]:
+        for part in slices(len(self)):
+            yield from self[part]
+
+    def strings(self, rows: slice) -> pa.ChunkedArray:
+        """Return some rows as a column of strings."""
+        try:
+            return pc.fill_null(self._column[rows].cast(pa.string()), "")
+        except pa.ArrowException:
+            raise TaskError(self._problem) from None
+
+
+class Joined(Sequence[str]):
+    """The texts of several columns, joined row by row."""
+
+    def __init__(self, columns: Sequence[Sequence[str]], separator: str) -> None:
+        self._columns, self._separator = columns, separator
+
+    def __len__(self) -> int:
+        return len(self._columns[0])
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        if isinstance(row, slice):
+            return list(map(self._separator.join, zip(*(column[row] for column in self._columns), strict=True)))
+        return self._separator.join(column[row] for column in self._columns)
+
+
+class Arrays(Sequence[NDArray[np.integer]]):
+    """A column of lists of integers without nulls. A row is an array that shares the memory of the column."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        chunks = [chunk for chunk in column.chunks if len(chunk)]
+        self._starts = [0, *accumulate(map(len, chunks))]
+        self._offsets = [chunk.offsets.to_numpy() for chunk in chunks]
+        self._values = [chunk.values.to_numpy() for chunk in chunks]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, row: int) -> NDArray[np.integer]: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[NDArray[np.integer]]: ...
+    def __getitem__(self, row: int | slice) -> NDArray[np.integer] | list[NDArray[np.integer]]:
+        if isinstance(row, slice):
+            return [self[each] for each in range(*row.indices(len(self)))]
+        row = row + len(self) if row < 0 else row
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} is not one of {len(self)}")
+        chunk = bisect_right(self._starts, row) - 1
+        start, stop = self._offsets[chunk][row - self._starts[chunk] :][:2]
+        values: NDArray[np.integer] = self._values[chunk][start:stop]
+        return values
+
+    def chunks(self) -> Iterator[tuple[int, NDArray[np.integer], NDArray[np.integer]]]:
+        """Yield, for some rows at a time, the number of the first one, their offsets, and all their values."""
+        for start, offsets, values in zip(self._starts, self._offsets, self._values, strict=False):
+            yield start, offsets - offsets[0], values[offsets[0] : offsets[-1]]
+
+    def joined(self) -> NDArray[np.integer]:
+        """Return the values of all rows, one after another."""
+        return np.concatenate([np.zeros(0, np.int32), *(values for _, _, values in self.chunks())])
+
+    def lengths(self) -> NDArray[np.int32]:
+        """Return the number of values of each row, (N,)."""
+        return np.concatenate([np.zeros(0, np.int32), *(np.diff(offsets) for offsets in self._offsets)])
