@@ -32,7 +32,7 @@ pytest.importorskip("transformers", reason="needs pip install 'npeff-pipeline[hf
 
 import transformers
 from tasks import tiny
-from transformers import BertConfig, GPT2Config, T5Config, ViTConfig
+from transformers import BertConfig, GPT2Config, GptOssConfig, MixtralConfig, T5Config, ViTConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 N_ROWS, N_COMPONENTS, SEED, CHECKED = 12, 2, 5, (0, 3, 7)
@@ -106,16 +106,21 @@ class Family:
         return [f"{key}:{number}" for key, words in chosen for number in self.positions(len(words))]
 
 
+CLASSIFY = "sequence-classification", "AutoModelForSequenceClassification"
 SEQUENCE = {"text_columns": ["text", "A"], "label_column": "class"}
 TOKENS = {"words_column": "words", "tags_column": "tags"}
 POSITIONS = {"examples": "positions", "limit": 4}
 TAGGER = BertConfig(**BERT, **named("a", "b", "c", "d"))
-CLASSIFIER = BertConfig(**BERT, **named("no", "yes", "neither"))
+DECODER = {"num_key_value_heads": 1, "head_dim": 4, "num_local_experts": 3, "num_experts_per_tok": 2}
+THREE = named("no", "yes", "neither")
+MIXTRAL = MixtralConfig(pad_token_id=tiny.PAD, **SMALL, **DECODER, **tiny.SIZE, **THREE)
+GPT_OSS = GptOssConfig(pad_token_id=tiny.PAD, eos_token_id=tiny.END, **SMALL, **DECODER, **tiny.SIZE, **THREE)
+CLASSIFIER = BertConfig(**BERT, **THREE)
 SAMPLED = {"labels": "sampled", "rank": 2}
 FAMILIES = {
-    "sequence classification": Family(
-        "sequence-classification", "AutoModelForSequenceClassification", CLASSIFIER, SEQUENCE, rank=2
-    ),
+    "sequence classification": Family(*CLASSIFY, CLASSIFIER, SEQUENCE, rank=2),
+    "mixture of experts": Family(*CLASSIFY, MIXTRAL, SEQUENCE, rank=2),
+    "mixture of experts, transposed": Family(*CLASSIFY, GPT_OSS, SEQUENCE, rank=2),
     "adapter": Family(
         "sequence-classification",
         "AutoModelForSequenceClassification",
@@ -214,7 +219,13 @@ def offline() -> Iterator[None]:
         yield
 
 
-SLOW = ("token classification, sequences", "causal LM, empirical", "causal LM, sequences", "multiple choice")
+SLOW = (
+    "token classification, sequences",
+    "causal LM, empirical",
+    "causal LM, sequences",
+    "multiple choice",
+    "mixture of experts, transposed",
+)
 """Families that differ from another one in few lines."""
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from gradients import dense_definition
 from gradients import fisher_models as models
+from gradients.routed_rows import routed
 from npeff.fisher import GroupLayout, diagonal_norms, diagonal_sum, grouped_sums, top_entries
 from npeff.gradients import GradientCollector, LabelSpec, ParameterLayout, select_parameters
 from npeff.gradients import contribution as contributions
@@ -61,6 +62,10 @@ FORMS: dict[str, Callable[[], Contribution]] = {
     "many positions, groups": lambda: outer(60, groups=3),
     "transposed": lambda: outer(2, inputs_first=True),
     "embedding": embedding,
+    "experts": routed,
+    "experts of few tokens": lambda: routed(2),
+    "experts of no token": lambda: routed(0),
+    "experts, transposed": lambda: routed(inputs_first=True),
     "bias": lambda: Dense(draw(5, 2, 7)),
     "scalar": lambda: Dense(draw(5, 2)),
     "tied": lambda: Sum((outer(2), embedding())),

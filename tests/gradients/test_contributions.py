@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from gradients.routed_rows import routed
 from npeff.gradients import contribution as contributions
 from npeff.gradients.contribution import Contribution, Dense
 from npeff.gradients.embedding_rows import Rows
 from npeff.gradients.outer import Outer, live_positions
+from npeff.gradients.routed import Routed
 from npeff.gradients.sums import Sum, add, direction_products, total_gram, with_same_inputs
 from torch import Tensor
 
@@ -32,6 +34,10 @@ FORMS: dict[str, Callable[[], Contribution]] = {
     "groups": lambda: outer(2, groups=3),
     "transposed": lambda: outer(2, inputs_first=True),
     "embedding": lambda: Rows(draw(5, 9, 2, 3), torch.randint(0, 4, (5, 9)), (4, 3)),
+    "experts": routed,
+    "experts of few tokens": lambda: routed(2),
+    "experts of no token": lambda: routed(0),
+    "experts, transposed": lambda: routed(inputs_first=True),
     "bias": lambda: Dense(draw(5, 2, 7)),
     "scalar": lambda: Dense(draw(5, 2)),
     "tied": lambda: Sum((outer(2), Rows(draw(5, 9, 2, 3), torch.randint(0, 4, (5, 9)), (4, 3)))),
@@ -62,6 +68,10 @@ def dense_definition(value: Contribution) -> Tensor:
             elif isinstance(value, Rows):
                 for t, place in enumerate(value.indices_BT[b]):
                     rows[b, r, place] += value.deltas_BTRi[b, t, r]
+            elif isinstance(value, Routed):
+                for n in (value.examples_n == b).nonzero().flatten():
+                    product = torch.outer(value.deltas[r][n], value.inputs_ni[n])
+                    rows[b, r, value.experts_n[n]] += product.T if value.inputs_first else product
             elif isinstance(value, Dense):
                 rows[b, r] = value.rows[b, r]
     if isinstance(value, Sum):
@@ -96,6 +106,7 @@ def test_uses_of_one_form_are_merged_and_the_sum_is_that_of_the_uses() -> None:
         ([outer(2), outer(3)], Outer),
         ([rows(), rows()], Rows),
         ([Dense(draw(5, 2, 4, 3)), Dense(draw(5, 2, 4, 3))], Dense),
+        ([routed(), routed(9), routed(0)], Routed),
         ([outer(1), rows(), outer(2), Dense(draw(5, 2, 4, 3)), Sum((outer(1), rows()))], Sum),
         (
             [

@@ -42,6 +42,15 @@ def test_layout_survives_json() -> None:
     assert ParameterLayout.from_json(json.loads(json.dumps(layout.to_json()))) == layout
 
 
+def test_stacks_of_matrices_are_named_in_the_layout_and_in_json_only_if_there_are_some() -> None:
+    shapes = ((4, 2, 3), (4, 2, 3), (5,), ())
+    layout = ParameterLayout(("experts", "filters", "bias", "scale"), shapes, stacked=("experts",))
+    assert layout.matrices == ((8, 3), (4, 6), (5, 1), (1, 1))
+    assert ParameterLayout.from_json(json.loads(json.dumps(layout.to_json()))) == layout
+    assert layout.to_json()["stacked"] == ["experts"]
+    assert set(ParameterLayout(layout.names, shapes).to_json()) == {"names", "shapes"}
+
+
 def test_fingerprint_changes_with_values_selection_and_type_only() -> None:
     one, layout = model(), select_parameters(model())
     fingerprint = model_fingerprint(one, layout)

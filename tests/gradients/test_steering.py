@@ -16,7 +16,7 @@ from gradients.irregular import LENGTHS, Experts, Text, errors, texts
 from npeff.fisher import PerExampleFishers
 from npeff.gradients import UnsupportedModelError, select_parameters
 from npeff.gradients import collector as collectors
-from npeff.gradients.steering import given
+from npeff.gradients.steering import Kind, decided, given
 from npeff.sketches import SketchSpec, make_sketch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -517,3 +517,14 @@ def test_what_a_batch_gives_besides_its_examples_is_compared() -> None:
     assert same({**padded, "sizes": [1, 3]}, {**padded, "sizes": [1, 3]})
     assert not same([torch.zeros(3, 4), torch.zeros(1, 4)], [torch.zeros(1, 4), torch.zeros(3, 4)])
     assert not same({**padded, "more": object()}, {**padded, "more": object()})
+
+
+@pytest.mark.parametrize(("n_rows", "n_experts", "decides"), [(12, 4, False), (12, 8, True), (4, 4, True)])
+def test_a_choice_between_experts_is_none_between_examples(n_rows: int, n_experts: int, decides: bool) -> None:
+    """Scores of four columns, in a batch of four examples: those of experts have several tokens of each example."""
+    scores = torch.randn(n_rows, 4, requires_grad=True)
+    found = [
+        decided(Kind.ORDER, torch.topk, (scores, 2), {"dim": -1}, 4, {n_experts}),
+        decided(Kind.OTHER, torch.gather, (scores, 1, scores.topk(2).indices), {}, 4, {n_experts}),
+    ]
+    assert [each is not None for each in found] == [decides, decides]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from npeff.fisher import PerExampleFishers
 from npeff.gradients import LabelSpec, UnsupportedModelError, select_parameters
+from npeff.gradients.experts import stacks
 from npeff.gradients.layer_rules import rule_for
 from npeff.sketches import SketchSpec, make_sketch
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ def by_the_general_rule(model: nn.Module) -> list[str]:
     names = set()
     for module in model.modules():
         own = [name for name, _ in module.named_parameters(recurse=False)]
-        if own and rule_for(module, own) is None:
+        if own and rule_for(module, own) is None and stacks(module) is None:
             names.add(type(module).__name__)
     return sorted(names)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gradients import fisher_models as models
+from gradients.routed_rows import routed
 from npeff.execution.serial import SerialExecutor
 from npeff.fisher import PerExampleFishers
 from npeff.gradients import GradientCollector, ParameterLayout, select_parameters
@@ -33,8 +34,8 @@ def collected(name: str, dtype: torch.dtype = torch.float64) -> tuple[ParameterL
 def explicit_matrix(layout: ParameterLayout, dim: int, seed: int) -> Tensor:
     """Q (D, P), entry by entry from the definition."""
     matrix = torch.zeros(dim, layout.size, dtype=torch.float64)
-    for name, shape, offset in zip(layout.names, layout.shapes, layout.offsets, strict=True):
-        hashes = Hashes.draw(seed, name, shape, dim, window_width(dim, layout.names))
+    for name, size, offset in zip(layout.names, layout.matrices, layout.offsets, strict=True):
+        hashes = Hashes.draw(seed, name, size, dim, window_width(dim, layout.names))
         n_in = len(hashes.columns.buckets)
         for o in range(len(hashes.rows.buckets)):
             for i in range(n_in):
@@ -61,6 +62,18 @@ def test_fourier_and_scatter_are_the_explicit_matrix(name: str, dim: int) -> Non
         )
     }
     torch.testing.assert_close(sketch.apply_dense(vectors), expected[0], rtol=0, atol=1e-14 * scale)
+
+
+@pytest.mark.parametrize("inputs_first", [False, True])
+@pytest.mark.parametrize("dim", [1, 31, 1024])
+def test_the_sketch_of_a_stack_of_matrices_is_that_of_one_matrix_with_all_rows(dim: int, inputs_first: bool) -> None:
+    torch.manual_seed(0)
+    part = routed(inputs_first=inputs_first)
+    layout = ParameterLayout(("mlp.experts.up",), (part.shape,), ("mlp.experts.up",))
+    expected = part.dense().flatten(2) @ explicit_matrix(layout, dim, seed=5).T
+    sketch = make_sketch(SketchSpec("tensorsketch", dim), layout, 5)
+    for method in ("fft", "scatter", "auto"):
+        torch.testing.assert_close(sketch.apply({"mlp.experts.up": part}, method), expected, rtol=0, atol=1e-12)
 
 
 def test_fourier_and_scatter_agree_in_float32() -> None:

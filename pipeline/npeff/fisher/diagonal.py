@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from npeff.fisher.output_units import GroupLayout
 from npeff.gradients.contribution import Contribution, blocks, cached_elements
 from npeff.gradients.embedding_rows import Rows
 from npeff.gradients.outer import Outer
+from npeff.gradients.routed import Routed
 from npeff.gradients.sums import Sum
 
 
@@ -70,6 +72,10 @@ def _add_weighted(part: Contribution, weights_KB: Tensor, factor: float, total: 
         for weights_B, sums in zip(weights_KB, total, strict=True):
             sums.index_add_(0, rows_n, (diagonal_ni * weights_B[examples_n, None]).to(sums), alpha=factor)
         return
+    if isinstance(part, Routed):
+        for expert, examples_e, outer in part.by_expert():
+            _add_weighted(outer, weights_KB[:, examples_e], factor, total[:, expert])
+        return
     sides = _one_position(part) if isinstance(part, Outer) else None
     if sides is not None:
         left_GxB, right_GBx = sides[0].permute(1, 2, 0), sides[1].transpose(0, 1)
@@ -85,17 +91,27 @@ def diagonal_norms(contributions: Mapping[str, Contribution], scales_B: Tensor) 
     """Compute ‖f‖₂ of each example: (B,), float64."""
     squares_B = torch.zeros_like(scales_B)
     for part in contributions.values():
-        sides = _one_position(part) if isinstance(part, Outer) else None
-        if sides is not None:
-            left_BG, right_BG = (side.double().square().sum(2) for side in sides)
-            squares_B += (left_BG * right_BG).sum(1)
-        elif isinstance(part, Rows):
-            examples_n, _, diagonal_ni = looked_up(part)
-            squares_B.index_add_(0, examples_n, norms_of(diagonal_ni).square())
-        else:
-            for start, stop, diagonal_bx in diagonal_blocks(part):
-                squares_B[start:stop] += norms_of(diagonal_bx).square()
+        _add_squares(part, squares_B)
     return squares_B.sqrt() * scales_B.square()
+
+
+def _add_squares(part: Contribution, squares_B: Tensor) -> None:
+    """Add the squared norms of the diagonals."""
+    sides = _one_position(part) if isinstance(part, Outer) else None
+    if sides is not None:
+        left_BG, right_BG = (side.double().square().sum(2) for side in sides)
+        squares_B += (left_BG * right_BG).sum(1)
+    elif isinstance(part, Rows):
+        examples_n, _, diagonal_ni = looked_up(part)
+        squares_B.index_add_(0, examples_n, norms_of(diagonal_ni).square())
+    elif isinstance(part, Routed):
+        for _, examples_e, outer in part.by_expert():
+            found_e = squares_B.new_zeros(len(examples_e))
+            _add_squares(outer, found_e)
+            squares_B.index_add_(0, examples_e, found_e)
+    else:
+        for start, stop, diagonal_bx in diagonal_blocks(part):
+            squares_B[start:stop] += norms_of(diagonal_bx).square()
 
 
 @torch.no_grad()
@@ -120,6 +136,11 @@ def _sums_along(part: Contribution, axis: int | None) -> Tensor:
         examples_n, _, diagonal_ni = looked_up(part)
         sums_Bi = diagonal_ni.new_zeros(part.n_examples, part.shape[1], dtype=torch.float64)
         return sums_Bi.index_add_(0, examples_n, diagonal_ni.double())
+    if isinstance(part, Routed) and axis == 0:
+        sums_BE = torch.zeros(part.n_examples, part.shape[0], dtype=torch.float64, device=part.inputs_ni.device)
+        for expert, examples_e, outer in part.by_expert():
+            sums_BE[examples_e, expert] = outer.gram().diagonal(dim1=1, dim2=2).sum(1).clamp_min_(0)
+        return sums_BE
     shape, kept = (part.shape, axis + 1) if axis is not None else ((1,), 1)
     sums = []
     for _, _, diagonal_bx in diagonal_blocks(part):
@@ -186,6 +207,8 @@ def _row(part: Contribution, row: int) -> Tensor:
         if part.inputs_first:
             left, right = right, left
         return (left.mT @ right).flatten(1)
+    if isinstance(part, Routed):
+        return replace(part, deltas=(part.deltas[row],)).dense().flatten(1)
     if isinstance(part, Rows):
         return Rows(part.deltas_BTRi[:, :, row, None], part.indices_BT, part.shape).dense().flatten(1)
     if isinstance(part, Sum):

@@ -6,16 +6,18 @@ Legend: B batch.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from npeff.errors import as_one_line
 from npeff.gradients.backward_seed import backward_seed
 from npeff.gradients.capture import Use, repeat
 from npeff.gradients.contribution import Contribution, Dense
 from npeff.gradients.errors import UnsupportedModelError
+from npeff.gradients.experts import expert_rows
 from npeff.gradients.labels import LabelRows
 from npeff.gradients.layer_rules import Rule, check_supported, per_example, rule_for
 from npeff.gradients.module_rule import ModuleCall, module_rows
@@ -37,6 +39,8 @@ class WatchedCall:
     """Maps the name of a parameter within the module to its name in the layout."""
     axes: tuple[frozenset[int] | None, ...] | None = None
     """The axes that may hold the examples, for each output, see `ModuleCall`."""
+    inside: tuple[_Rows | None, ...] = ()
+    """The gradients inside a layer of experts, at `Use.routed.edges`."""
 
     @property
     def rule(self) -> Rule | None:
@@ -82,6 +86,12 @@ def call_rows(call: WatchedCall, n_examples: int, widen: CachedWidening) -> dict
     use, rule = call.use, call.rule
     for module in use.module.modules():
         check_supported(module)
+    if use.routed is not None and not use.shared:
+        with torch.no_grad():
+            routed = replace(use.routed, inputs=tuple(_widened(each) for each in use.routed.inputs))
+            deltas = [delta and [_widened(row) for row in delta] for delta in call.inside]
+            found = expert_rows(use.module, routed, deltas, frozenset(call.names), n_examples)
+        return {call.names[name]: part for name, part in found.items()}
     if rule is None:
         with in_memory(use.module.parameters()):
             general = module_rows(call.module_call, call.parameters, n_examples)
@@ -100,19 +110,19 @@ def call_rows(call: WatchedCall, n_examples: int, widen: CachedWidening) -> dict
 
 
 def output_gradients(
-    logits: Tensor, uses: Sequence[Use], directions: Sequence[Tensor]
+    logits: Tensor, edges: Sequence[Sequence[GradientEdge]], directions: Sequence[Tensor]
 ) -> list[tuple[_Rows | None, ...]]:
-    """Compute the gradients of ⟨direction, logits⟩ at each output of each use; None if all are zero.
+    """Compute the gradients of ⟨direction, logits⟩ at the edges of each use; None if all are zero.
 
     The directions have the shape of the logits. Each direction takes one backward pass.
     """
-    edges = [edge for use in uses for edge in use.edges]
+    flat = [edge for each in edges for edge in each]
     passes = []
     for row in range(len(directions)):
         retain = row + 1 < len(directions)
         try:
             seed = backward_seed(logits, directions[row])
-            passes.append(torch.autograd.grad(seed, edges, retain_graph=retain, allow_unused=True))
+            passes.append(torch.autograd.grad(seed, flat, retain_graph=retain, allow_unused=True))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # reentrant checkpoints, operations without a derivative
@@ -122,7 +132,7 @@ def output_gradients(
             ) from error
     # autograd returns None in every pass for an output that the logits do not depend on
     columns = iter([None if column[0] is None else column for column in zip(*passes, strict=True)])
-    return [tuple(next(columns) for _ in use.edges) for use in uses]
+    return [tuple(next(columns) for _ in each) for each in edges]
 
 
 def _widened(value: Tensor) -> Tensor:

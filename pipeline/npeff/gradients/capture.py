@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from npeff.gradients.errors import UnsupportedModelError
+from npeff.gradients.experts import RoutedCall
 from npeff.gradients.layer_rules import linear, rule_for
 from npeff.gradients.steering import given
 
@@ -85,6 +86,13 @@ class Use:
     """Whether an output is repeated for each example. See `watch`."""
     dtype: torch.dtype
     """Precision of the first output."""
+    routed: RoutedCall | None = None
+    """What happened inside a layer of experts, if it was recorded."""
+
+    @property
+    def all_edges(self) -> tuple[GradientEdge, ...]:
+        """The edges of the outputs, followed by those inside a layer of experts."""
+        return self.edges if self.routed is None else self.edges + self.routed.edges
 
     @property
     def outputs_by_form(self) -> tuple[Place, ...]:
@@ -159,7 +167,11 @@ def called_modules(modules: Mapping[str, nn.Module]) -> Iterator[set[str]]:
 
 @contextmanager
 def watch(
-    modules: Mapping[str, nn.Module], keep_outputs: set[str], shared: Set[Place], axes: Axes
+    modules: Mapping[str, nn.Module],
+    keep_outputs: set[str],
+    shared: Set[Place],
+    axes: Axes,
+    routed: dict[nn.Module, RoutedCall],
 ) -> Iterator[list[Use]]:
     """Record every call of `modules` inside the context.
 
@@ -171,6 +183,7 @@ def watch(
         shared: Outputs that all examples share, such as a position embedding. Each is repeated once per example, so
             that every example has a separate gradient.
         axes: Sizes of the batch.
+        routed: The last call of each layer of experts, see `experts.opened`.
     """
     uses: list[Use] = []
 
@@ -200,7 +213,8 @@ def watch(
             edges = tuple(get_gradient_edge(value) for value in outputs)
             dtype = outputs[0].dtype if outputs else torch.float32
             versions = _versions(inputs)
-            uses.append(Use(name, module, inputs, versions, places, kept, edges, forms, any(repeated), dtype))
+            inside = routed.pop(module, None)
+            uses.append(Use(name, module, inputs, versions, places, kept, edges, forms, any(repeated), dtype, inside))
             return pytree.tree_unflatten(leaves, spec)
 
         return record

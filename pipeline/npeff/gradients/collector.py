@@ -231,11 +231,13 @@ class GradientCollector:
         found = self._watcher.forward(run, axes)
         labels = label_rows(self.labels, found.logits.detach(), numbers, targets)
         calls = []
-        for use, deltas in zip(found.uses, output_gradients(found.logits, found.uses, labels.directions), strict=True):
+        gradients = output_gradients(found.logits, [use.all_edges for use in found.uses], labels.directions)
+        for use, deltas in zip(found.uses, gradients, strict=True):
             if any(delta is not None for delta in deltas):
                 use.check_inputs()
-                own = self._watcher.owners[use.module_name]
-                calls.append(WatchedCall(use, deltas, own, self._watcher.example_axes(use)))
+                own, n_outputs = self._watcher.owners[use.module_name], len(use.edges)
+                apart = self._watcher.example_axes(use)
+                calls.append(WatchedCall(use, deltas[:n_outputs], own, apart, deltas[n_outputs:]))
         if not calls:
             raise UnsupportedModelError(INDEPENDENT)
         return Watched(found.logits.detach(), labels, calls, axes.n_examples, run, found)

@@ -12,6 +12,7 @@ from npeff.gradients.contribution import Contribution, Dense
 from npeff.gradients.embedding_rows import Rows
 from npeff.gradients.labels import LabelRows
 from npeff.gradients.outer import Outer
+from npeff.gradients.routed import Routed
 from npeff.gradients.sums import Sum
 
 
@@ -79,5 +80,8 @@ def _joined(pieces: Sequence[Contribution | None]) -> Contribution:
         none = first.deltas_BTRi[:, :0], first.indices_BT[:, :0]
         both = [none if piece is None else (piece.deltas_BTRi, piece.indices_BT) for piece in rows]
         return Rows(padded([deltas for deltas, _ in both]), padded([indices for _, indices in both]), first.shape)
+    if isinstance(first, Routed):
+        present = [number for number, piece in enumerate(pieces) if piece is not None]
+        return Routed.joined(cast(list[Routed], [pieces[number] for number in present]), present, len(pieces))
     zero = torch.zeros_like(first.dense())
     return Dense(torch.cat([zero if piece is None else piece.dense() for piece in pieces]))

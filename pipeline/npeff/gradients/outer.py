@@ -110,7 +110,8 @@ class Outer:
         return inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype
 
 
-def _forming_is_cheaper(outer: Outer) -> bool:
+def forming_is_cheaper(outer: Outer) -> bool:
+    """Return whether Gram matrices are computed from formed rows with less work."""
     T, o = outer.deltas[0].shape[2:]
     R, i = outer.rank, outer.inputs_BGTi.shape[-1]
     return T * (T * (i + R * o) + R * R * o) >= R * o * i * (T + R)
@@ -145,7 +146,7 @@ def outer_gram(outers: Sequence[Outer]) -> Tensor:
     first = outers[0]
     B, G, T = first.inputs_BGTi.shape[:3]
     R = first.rank
-    formed = [part for part in outers if _forming_is_cheaper(part)]
+    formed = [part for part in outers if forming_is_cheaper(part)]
     grams_BRR = torch.zeros(B, R, R, dtype=torch.float64, device=first.inputs_BGTi.device)
     for part in formed:
         grams_BRR += dense_gram(part)

@@ -8,7 +8,7 @@ calls in Python.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,14 +29,18 @@ class ParameterUses(TorchFunctionMode):
             batches. Empty for a single example.
     """
 
-    def __init__(self, owners: Mapping[int, tuple[str, frozenset[str]]], n_examples: int) -> None:
+    def __init__(
+        self, owners: Mapping[int, tuple[str, frozenset[str]]], n_examples: int, n_experts: Container[int] = ()
+    ) -> None:
         """
         Args:
             owners: The name of each parameter, and the names of the modules that own it, by `id` of the parameter.
             n_examples: Number of examples in the batch.
+            n_experts: Numbers of experts of the layers of experts.
         """
         super().__init__()
-        self._owners, self._n_examples, self._active = owners, n_examples, list[str]()
+        self._owners, self._n_examples, self._n_experts = owners, n_examples, n_experts
+        self._active = list[str]()
         self.outside: set[str] = set()
         self.steering: list[Hashable] = []
 
@@ -61,7 +65,7 @@ class ParameterUses(TorchFunctionMode):
             if kind is Kind.READ:
                 self.steering.append(read(result))
             else:
-                found = decided(kind, func, args, kwargs or {}, self._n_examples)
+                found = decided(kind, func, args, kwargs or {}, self._n_examples, self._n_experts)
                 if found is not None:
                     self.steering.append(found)
         return result

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from npeff.gradients.errors import UnsupportedModelError
+from npeff.gradients.experts import stacks
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,16 @@ class ParameterLayout:
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    stacked: tuple[str, ...] = ()
+    """Names of the parameters (n, rows, columns) that are stacks of matrices, such as the weights of experts."""
+
+    @property
+    def matrices(self) -> tuple[tuple[int, int], ...]:
+        """Sizes of the matrix to which a sketch reshapes each parameter. A stack of n matrices has n·rows rows."""
+        heads = [2 if name in self.stacked else 1 for name in self.names]
+        return tuple(
+            (math.prod(shape[:head]), math.prod(shape[head:])) for head, shape in zip(heads, self.shapes, strict=True)
+        )
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -42,12 +53,14 @@ class ParameterLayout:
 
     def to_json(self) -> dict[str, Any]:
         """Return the layout as plain lists, for a JSON attribute."""
-        return {"names": list(self.names), "shapes": [list(shape) for shape in self.shapes]}
+        value = {"names": list(self.names), "shapes": [list(shape) for shape in self.shapes]}
+        return value | ({"stacked": list(self.stacked)} if self.stacked else {})
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> ParameterLayout:
         """Construct a layout from the output of `to_json`."""
-        return cls(tuple(value["names"]), tuple(tuple(shape) for shape in value["shapes"]))
+        shapes = tuple(tuple(shape) for shape in value["shapes"])
+        return cls(tuple(value["names"]), shapes, tuple(value.get("stacked", ())))
 
 
 def select_parameters(
@@ -91,7 +104,13 @@ def select_parameters(
     }
     if not chosen:
         raise UnsupportedModelError("parameters.exclude excludes every parameter: exclude fewer parameters")
-    return ParameterLayout(tuple(chosen), tuple(chosen.values()))
+    stacked = tuple(name for name in chosen if _is_stack(model, name))
+    return ParameterLayout(tuple(chosen), tuple(chosen.values()), stacked)
+
+
+def _is_stack(model: nn.Module, name: str) -> bool:
+    holder, _, local = name.rpartition(".")
+    return local in (stacks(model.get_submodule(holder)) or ())
 
 
 def is_quantized(value: Tensor) -> bool:

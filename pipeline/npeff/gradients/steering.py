@@ -12,7 +12,7 @@ Legend: B batch.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum, auto
 from itertools import count
 from math import prod
@@ -134,10 +134,25 @@ def given(batch: Any, n_examples: int) -> Hashable:
     return tuple(value for value in found if value not in (None, ()))
 
 
-def decided(kind: Kind, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], n_examples: int) -> Hashable:
+def decided(
+    kind: Kind,
+    func: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    n_examples: int,
+    n_experts: Container[int] = (),
+) -> Hashable:
     """Return what a call contains that decides where the entries of the axis of examples go; None if nothing does.
 
     The result of a call of the kind `READ` decides, see `read`.
+
+    Args:
+        kind: Kind of the function.
+        func: The function.
+        args: Its arguments.
+        kwargs: Its named arguments.
+        n_examples: B.
+        n_experts: Numbers of experts among which the model chooses for each token.
     """
     if kind is Kind.INDEX:
         return _indexed(args, n_examples)
@@ -152,11 +167,12 @@ def decided(kind: Kind, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any
         return _multiplied(name, values, n_examples)
     if kind is Kind.ORDER:
         axis = _axis(args[2:] if name == "topk" else args[1:], kwargs, 0 if name == "msort" else -1)
-        return Unknown() if _holds_examples(active[0], axis, n_examples) else None
+        return Unknown() if _orders_examples(active[0], axis, n_examples, n_experts) else None
     if kind is Kind.SHIFT:
         return _shifted(name, active[0], args[1:], kwargs, n_examples)
     chosen = [value for value in values if isinstance(value, Tensor) and _is_discrete(value)]
-    if chosen and name in _ALONG_AXIS and not _holds_examples(active[0], _axis(args, kwargs, 0), n_examples):
+    axis = _axis(args, kwargs, 0)
+    if chosen and name in _ALONG_AXIS and not _orders_examples(active[0], axis, n_examples, n_experts):
         return None
     return Unknown() if chosen else None
 
@@ -215,6 +231,13 @@ def _holds_examples(value: Tensor, axis: int, n_examples: int) -> bool:
     if axis == 0 or not shape:
         return True
     return shape[axis] == n_examples or (shape[axis] % n_examples == 0 and prod(shape[:axis]) % n_examples != 0)
+
+
+def _orders_examples(value: Tensor, axis: int, n_examples: int, n_experts: Container[int]) -> bool:
+    """Return whether a choice along an axis may be one between examples, and not one between the experts of tokens."""
+    routes = value.dim() == 2 and axis % 2 == 1 and value.shape[1] in n_experts
+    of_tokens = value.shape[0] % n_examples == 0 and value.shape[0] > n_examples
+    return _holds_examples(value, axis, n_examples) and not (routes and of_tokens)
 
 
 def _indexed(args: Sequence[Any], n_examples: int) -> Hashable:

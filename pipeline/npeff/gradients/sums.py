@@ -12,6 +12,7 @@ from torch import Tensor
 from npeff.gradients.contribution import MEMORY_ELEMENTS, Contribution, Dense, dense_gram, flat_blocks
 from npeff.gradients.embedding_rows import Rows
 from npeff.gradients.outer import Outer, outer_gram
+from npeff.gradients.routed import Routed
 
 
 def direction_products(contribution: Contribution, directions_Kx: Tensor) -> Tensor:
@@ -21,6 +22,11 @@ def direction_products(contribution: Contribution, directions_Kx: Tensor) -> Ten
     if isinstance(contribution, Rows):
         looked_up_KBTi = directions_Kx[:, contribution.indices_BT]
         return torch.einsum("btri,kbti->brk", contribution.deltas_BTRi, looked_up_KBTi)
+    if isinstance(contribution, Routed):
+        products_BRK = contribution.new_zeros(contribution.n_examples, contribution.rank, len(directions_Kx))
+        for expert, examples_e, outer in contribution.by_expert():
+            products_BRK.index_add_(0, examples_e, direction_products(outer, directions_Kx[:, expert]))
+        return products_BRK
     directions_xK = directions_Kx.flatten(1).T if directions_Kx.dim() > 1 else directions_Kx[None]
     # large blocks, because each block reads all directions
     return torch.cat([rows_bRx @ directions_xK for _, _, rows_bRx in flat_blocks(contribution, MEMORY_ELEMENTS)])
@@ -90,6 +96,7 @@ def add(contributions: Sequence[Contribution]) -> Contribution:
     """
     outers = [part for part in contributions if isinstance(part, Outer)]
     rows = [part for part in contributions if isinstance(part, Rows)]
+    routed = [part for part in contributions if isinstance(part, Routed)]
     denses = [part for part in contributions if isinstance(part, Dense)]
     parts: list[Contribution] = [part for part in contributions if isinstance(part, Sum)]
     for kind in dict.fromkeys((part.inputs_first, part.inputs_BGTi.shape[1]) for part in outers):
@@ -103,6 +110,8 @@ def add(contributions: Sequence[Contribution]) -> Contribution:
     if rows:
         deltas = torch.cat([part.deltas_BTRi for part in rows], dim=1)
         parts.append(Rows(deltas, torch.cat([part.indices_BT for part in rows], dim=1), rows[0].shape))
+    if routed:
+        parts.append(routed[0] if len(routed) == 1 else Routed.joined(routed, [0] * len(routed), routed[0].n_examples))
     if denses:
         total = denses[0].rows
         for part in denses[1:]:

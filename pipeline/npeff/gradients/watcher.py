@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from npeff.gradients.calls import output_gradients
 from npeff.gradients.capture import Axes, Place, Use, called_modules, watch
 from npeff.gradients.errors import UnsupportedModelError
+from npeff.gradients.experts import opened, stacks
 from npeff.gradients.hidden_state import StateReader
 from npeff.gradients.layer_rules import rule_for
 from npeff.gradients.owners import Owners, find_owners, layout_names, move_up, with_new_places, without_owner
@@ -158,11 +159,16 @@ class Watcher:
     def _watch(self, run: Callable[[], Tensor], shared: Set[Place], axes: Axes) -> Pass:
         modules = {name: self.model.get_submodule(name) for name in self.owners}
         general = {name for name, module in modules.items() if rule_for(module, self.owners[name]) is None}
-        mode = ParameterUses(self._owners_by_id(), axes.n_examples)
+        n_experts = {module.get_parameter(name).shape[0] for module, (name, _) in self._layers_of_experts.items()}
+        mode = ParameterUses(self._owners_by_id(), axes.n_examples, n_experts)
         # torch.compile would trace the mode, so nothing is known about the functions that a compiled model calls
         following = nullcontext() if self._is_compiled else mode.following(modules)
         before = None if axes.n_examples == 1 else self._state.read()
-        with watch(modules, general, shared, axes) as uses, following:
+        with (
+            opened(self._layers_of_experts) as routed,
+            watch(modules, general, shared, axes, routed) as uses,
+            following,
+        ):
             try:
                 logits = run()
             except (RuntimeError, ValueError, IndexError) as error:
@@ -180,6 +186,12 @@ class Watcher:
     @cached_property
     def _state(self) -> StateReader:
         return StateReader(self.model)
+
+    @cached_property
+    def _layers_of_experts(self) -> dict[nn.Module, tuple[str, str]]:
+        if self._is_compiled:
+            return {}
+        return {module: names for module in self.model.modules() if (names := stacks(module)) is not None}
 
     @cached_property
     def _is_compiled(self) -> bool:
@@ -206,7 +218,8 @@ class Watcher:
         logits, n_examples = found.logits.detach(), axes.n_examples
         probes = (_probe(logits, 0), _probe(logits, -1))
         shared, seen = set(), set()
-        for use, outputs in zip(found.uses, output_gradients(found.logits, found.uses, probes), strict=True):
+        passes = output_gradients(found.logits, [use.edges for use in found.uses], probes)
+        for use, outputs in zip(found.uses, passes, strict=True):
             for place, gradients in zip(use.outputs_by_form, outputs, strict=True):
                 seen.add(place)
                 if gradients is None:

@@ -18,10 +18,11 @@ from torch import Tensor
 from npeff.gradients import ParameterLayout
 from npeff.gradients.contribution import Contribution, Dense, flat_blocks
 from npeff.gradients.outer import Outer
+from npeff.gradients.routed import Routed
 from npeff.gradients.sums import Sum
 from npeff.options.sketch import SketchSpec
 from npeff.sketches.kronecker import Projection
-from npeff.sketches.tensorsketch import Hashes, fourier, fourier_is_cheaper, scatter, window_width
+from npeff.sketches.tensorsketch import Hashes, fourier, fourier_is_cheaper, fourier_routed, scatter, window_width
 
 Method = Literal["auto", "fft", "scatter"]
 
@@ -103,9 +104,9 @@ class TensorSketch:
 
     def __init__(self, layout: ParameterLayout, dim: int, seed: int) -> None:
         self.dim = dim
-        shapes = zip(layout.names, layout.shapes, strict=True)
+        matrices = zip(layout.names, layout.matrices, strict=True)
         self._width = window_width(dim, layout.names)
-        self._hashes = {name: Hashes.draw(seed, name, shape, dim, self._width) for name, shape in shapes}
+        self._hashes = {name: Hashes.draw(seed, name, matrix, dim, self._width) for name, matrix in matrices}
 
     def apply(self, contributions: Mapping[str, Contribution], method: Method = "auto") -> Tensor:
         out_BRD = _zeros(contributions, self.dim)
@@ -122,17 +123,25 @@ class TensorSketch:
         """Add the sketch of the parameters that share a window."""
         width = self._width
         reading: dict[Hashable, list[tuple[Outer, Hashes]]] = {}
+        routed: list[tuple[Routed, Hashes]] = []
         for part, hashes in parts:
-            if isinstance(part, Outer) and (method == "fft" or (method == "auto" and fourier_is_cheaper(part, width))):
+            transforms = method == "fft" or (
+                method == "auto" and isinstance(part, Outer | Routed) and fourier_is_cheaper(part, width)
+            )
+            if isinstance(part, Outer) and transforms:
                 reading.setdefault(part.inputs_key(), []).append((part, hashes))
+            elif isinstance(part, Routed) and transforms:
+                routed.append((part, hashes))
             else:
                 scatter(part, hashes, out_BRD)
-        if not reading:
+        if not reading and not routed:
             return
         out_BRw = parts[0][1].window(out_BRD)
         transformed_BRF = torch.fft.rfft(torch.zeros_like(out_BRw))
         for group in reading.values():
             fourier([part for part, _ in group], [hashes for _, hashes in group], transformed_BRF)
+        for part, hashes in routed:
+            fourier_routed(part, hashes, transformed_BRF)
         out_BRw += torch.fft.irfft(transformed_BRF, n=width)
 
     def apply_dense(self, vectors: Mapping[str, Tensor]) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 from npeff.gradients.contribution import Contribution, blocks, cached_elements, flat_blocks
 from npeff.gradients.embedding_rows import Rows
 from npeff.gradients.outer import Outer
+from npeff.gradients.routed import Routed
 
 # times measured on one CPU core, in nanoseconds: a multiply-add in a matrix product, scattering one number into its
 # bucket, adding one number to consecutive buckets, one number of a real Fourier transform per doubling of the length,
@@ -124,12 +125,19 @@ class Hashes:
     columns: Side
 
     @classmethod
-    def draw(cls, seed: int, name: str, shape: tuple[int, ...], dim: int, width: int) -> Hashes:
-        """Draw the hashes of parameter `name` in a sketch of `dim` coordinates with windows of `width`."""
+    def draw(cls, seed: int, name: str, matrix: tuple[int, int], dim: int, width: int) -> Hashes:
+        """Draw the hashes of parameter `name`, reshaped to a matrix, in a sketch of `dim` coordinates.
+
+        Args:
+            seed: Seed of the sketch.
+            name: Name of the parameter.
+            matrix: Numbers of rows and columns.
+            dim: D.
+            width: w.
+        """
         group = _group(name)
-        n_columns = math.prod(shape[1:])
+        n_rows, n_columns = matrix
         window = int(random_bits(f"window:{seed}:{group}", 1)[0] % np.uint64(dim // width))
-        n_rows = shape[0] if shape else 1
         draw_rows, draw_columns = Side.rotated, Side.permuted
         if n_rows < n_columns:
             draw_rows, draw_columns = draw_columns, draw_rows
@@ -281,11 +289,16 @@ class _Block:
         if self.whole is not None:
             out_BF[self.whole] += values_nF.unflatten(0, (-1, self.n_positions)).sum(1)
             return
-        # adding real numbers is several times faster than adding complex ones
-        first, last = int(self.examples_n[0]), int(self.examples_n[-1])
-        real = torch.view_as_real(values_nF).flatten(1)
-        sums = real.new_zeros(last + 1 - first, real.shape[1]).index_add_(0, self.examples_n - first, real)
-        out_BF[first : last + 1] += torch.view_as_complex(sums.unflatten(1, (-1, 2)))
+        _add_by_example(out_BF, self.examples_n, values_nF)
+
+
+def _add_by_example(out_BF: Tensor, examples_n: Tensor, values_nF: Tensor) -> None:
+    """Add values to those of their examples, which are in ascending order."""
+    # adding real numbers is several times faster than adding complex ones
+    first, last = int(examples_n[0]), int(examples_n[-1])
+    real = torch.view_as_real(values_nF).flatten(1)
+    sums = real.new_zeros(last + 1 - first, real.shape[1]).index_add_(0, examples_n - first, real)
+    out_BF[first : last + 1] += torch.view_as_complex(sums.unflatten(1, (-1, 2)))
 
 
 def _blocks(live_BT: Tensor, size: int) -> Iterator[_Block]:
@@ -305,14 +318,32 @@ def _blocks(live_BT: Tensor, size: int) -> Iterator[_Block]:
         yield _Block(examples_n, positions_n, None, None, T)
 
 
-def fourier_is_cheaper(outer: Outer, width: int) -> bool:
-    """Return whether `fourier` is estimated to be faster than `scatter`, in time per example."""
-    B, G, T, o = outer.deltas[0].shape
-    R, i = outer.rank, outer.inputs_BGTi.shape[-1]
-    live = int(outer.live_BGT().sum()) / B
-    entries = R * G * o * i
-    scattering = entries * (T * _MULTIPLY_NS + _SCATTER_NS)
+def fourier_routed(routed: Routed, hashes: Hashes, out_BRF: Tensor) -> None:
+    """Add the Fourier transform of the sketch of the weights of experts to `out_BRF`, without forming rows."""
+    width, n_rows = hashes.width, routed.shape[1]
+    step = max(1, cached_elements(out_BRF.device) // (3 * width))
+    for expert, span in routed.spans():
+        sides = hashes.rows.part(expert * n_rows, (expert + 1) * n_rows), hashes.columns
+        delta, inputs = sides[::-1] if routed.inputs_first else sides
+        for start in range(span.start, span.stop, step):
+            block = slice(start, min(start + step, span.stop))
+            transformed_nF = torch.fft.rfft(_sketched([routed.inputs_ni[block]], [inputs], width))
+            for row, deltas_no in enumerate(routed.deltas):
+                sketch_nF = torch.fft.rfft(_sketched([deltas_no[block]], [delta], width)).mul_(transformed_nF)
+                _add_by_example(out_BRF[:, row], routed.examples_n[block], sketch_nF)
+
+
+def fourier_is_cheaper(part: Outer | Routed, width: int) -> bool:
+    """Return whether a Fourier transform is estimated to be faster than `scatter`, in time per example."""
+    R, o, entries = part.rank, part.deltas[0].shape[-1], math.prod(part.shape)
+    if isinstance(part, Routed):
+        i, live = part.inputs_ni.shape[-1], len(part.inputs_ni) / part.n_examples
+        products, folded = live * o * i, (part.shape[0] * part.shape[1] > part.shape[2]) != part.inputs_first
+    else:
+        i, live = part.inputs_BGTi.shape[-1], int(part.live_BGT().sum()) / part.n_examples
+        products, folded = entries * part.inputs_BGTi.shape[2], o > i
+    scattering = R * (products * _MULTIPLY_NS + entries * _SCATTER_NS)
     transform = width * math.log2(width) * _FFT_NS if width > 1 else 0.0
-    deltas_ns, inputs_ns = (_FOLD_NS, _SCATTER_NS) if o > i else (_SCATTER_NS, _FOLD_NS)
+    deltas_ns, inputs_ns = (_FOLD_NS, _SCATTER_NS) if folded else (_SCATTER_NS, _FOLD_NS)
     sketching = live * (R * (o * deltas_ns + transform + width / 2 * _PRODUCT_NS) + i * inputs_ns + transform)
     return sketching < scattering

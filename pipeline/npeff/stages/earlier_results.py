@@ -42,8 +42,28 @@ def fingerprint_of(run: RunDirectory) -> str:
     return str(FisherStore.read_attributes(run.fishers)["model_fingerprint"])
 
 
+def check_matrices(attributes: Mapping[str, Any], layout: ParameterLayout) -> None:
+    """Check that the sketch of a Fisher store reshapes parameters as the layout says.
+
+    Raises:
+        RunDirectoryError: the store is of a version that reshaped the weights of experts in another way.
+    """
+    stored = attributes["parameter_layout"].get("stacked", [])
+    if attributes["sketch"]["kind"] == "tensorsketch" and stored != list(layout.stacked):
+        name = sorted({*stored, *layout.stacked})[0]
+        raise RunDirectoryError(
+            f"the Fishers of this run are of another version of npeff, whose sketch of {name!r} differs: compute them "
+            "again, in another run_dir"
+        )
+
+
 def sketch_of(attributes: Mapping[str, Any], layout: ParameterLayout) -> Sketch:
-    """Return the sketch of a Fisher store with these attributes, for the parameters of a layout."""
+    """Return the sketch of a Fisher store with these attributes, for the parameters of a layout.
+
+    Raises:
+        RunDirectoryError: see `check_matrices`.
+    """
+    check_matrices(attributes, layout)
     spec = dict(attributes["sketch"])
     seed = spec.pop("seed")
     # the store records the width of every sketch, but only a tensor sketch takes it

@@ -23,7 +23,7 @@ from npeff.runs.lineage import lineage_of
 from npeff.runs.opening import AnyRun, as_run
 from npeff.runs.progress import Progress, ProgressDisplay, display
 from npeff.runs.stage import open_stage
-from npeff.stages.earlier_results import shards_checksum, validate_problem
+from npeff.stages.earlier_results import check_matrices, shards_checksum, validate_problem
 from npeff.stages.fishers import FISHERS
 from npeff.stages.fishers.inspection import TaskFacts, TaskWorker
 from npeff.stages.fishers.other_run import use_other_fishers
@@ -257,6 +257,7 @@ def _open_fishers(run: RunDirectory, facts: TaskFacts) -> tuple[ShardRecords, Fi
                 "restore the former data and model, or choose another run_dir",
                 path=run.fishers,
             )
+        check_matrices(there.attrs, facts.layout)
         return records, there
     for former in (run.shard_records, run.partial_results("diagonal")):  # remains of a deleted store
         remove_directory(former)

@@ -116,8 +116,6 @@ def _worker(
         lineage=lineage,
         model=model,
         labels=config.fishers.label_spec(config.seed),
-        sketch=config.fishers.sketch,
-        seed=config.seed,
         examples=fitted_examples(run),
         paths=paths,
         checksums=checksums,

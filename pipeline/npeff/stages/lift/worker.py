@@ -42,7 +42,7 @@ from npeff.fisher import GroupLayout
 from npeff.gradients import GradientCollector, LabelSpec
 from npeff.models.loaded import ModelSpec
 from npeff.options.kinds import DiagonalKind
-from npeff.sketches import SketchSpec, make_sketch
+from npeff.stages.earlier_results import sketch_of
 from npeff.stages.fitted_examples import FittedExamples
 from npeff.stages.lift.diagonals import DiagonalLift
 from npeff.stages.lift.factors import (
@@ -77,8 +77,6 @@ class LiftWorker:
     Args:
         model: the model of the Fishers.
         labels: the labels of the gradient rows.
-        sketch: the sketch of the Fishers.
-        seed: seed of the sketch.
         examples: selection of the examples that the components were fitted on.
         paths: paths of the factorization and of the results.
         checksums: checksum of every stored shard.
@@ -93,8 +91,6 @@ class LiftWorker:
         self,
         model: ModelSpec,
         labels: LabelSpec,
-        sketch: SketchSpec,
-        seed: int,
         examples: FittedExamples,
         paths: LiftPaths,
         checksums: dict[int, ShardChecksums],
@@ -113,7 +109,7 @@ class LiftWorker:
         self._paths, self._checksums, self._batch_size, self._lineage = paths, checksums, batch_size, lineage
         self._names, self._verified = _ARRAYS[kind], set[int]()
         self._damping, self._polishing = damping, polished
-        self._sketch = make_sketch(sketch, self._loaded.layout, seed)
+        self._sketch = sketch_of(self._fishers.attrs, self._loaded.layout)
         factorization = open_factorization(paths.factorization)
         components_KD, coefficients_NK = factorization.read_components(), factorization.read_coefficients()
         self._solution = _solution(torch.from_numpy(components_KD), torch.from_numpy(coefficients_NK), examples)
