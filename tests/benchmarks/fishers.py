@@ -1,6 +1,6 @@
 """What the Fishers' stage costs and how exact it is, next to what it could cost and to what others do.
 
-    python tests/benchmarks/fishers.py [accuracy speed actors bergson start gpu] [--rounds 5] [--output FILE]
+    python tests/benchmarks/fishers.py [accuracy speed actors bergson start gpu experts] [--rounds 5] [--output FILE]
                                        [--bergson-python PYTHON] [--tiny]
 
 Each section prints a table and has its place in one JSON file. Those that need something that is not here say so:
@@ -11,9 +11,10 @@ Each section prints a table and has its place in one JSON file. Those that need 
     bergson   a gradient index of a causal language model, beside bergson's
     start     the whole command on a tiny language model, beside bergson's: CPU seconds, memory, processes
     gpu       speed on a GPU, of this model and of a decoder of 1.3 billion parameters; --tiny tries it on the CPU
+    experts   speed of mixtures of experts, CPU time; --tiny tries it with tiny sizes
 
 bergson 2.5.1 has an environment of its own, which pip makes in runs/benchmarks/bergson unless --bergson-python names
-the Python of one. All but the last three need NPEFF_SHARED_DATA, a folder with models/minilm-sick and
+the Python of one. All but the last four need NPEFF_SHARED_DATA, a folder with models/minilm-sick and
 data/sick/SICK_test_annotated.txt.
 `README.md` beside this file keeps results and what was learnt.
 """
@@ -29,6 +30,7 @@ from typing import Any
 from environments import environment
 from fisher_stage.accuracy import accuracy
 from fisher_stage.actors import actors
+from fisher_stage.experts import experts
 from fisher_stage.gpu import gpu
 from fisher_stage.gradient_index import bergson
 from fisher_stage.speed import speed
@@ -40,11 +42,11 @@ BERGSON = ["bergson==2.5.1", "torch==2.13.0"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sections", nargs="*", help="accuracy, speed, actors, bergson, start, gpu; all unless given")
+    parser.add_argument("sections", nargs="*", help="the sections; all unless given")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/fishers.json"))
     parser.add_argument("--bergson-python", type=Path, help="Python of an environment with bergson 2.5.1")
-    parser.add_argument("--tiny", action="store_true", help="the section gpu with tiny sizes, on the CPU")
+    parser.add_argument("--tiny", action="store_true", help="the sections gpu and experts with tiny sizes, on the CPU")
     arguments = parser.parse_args()
     output: Path = arguments.output
 
@@ -60,6 +62,7 @@ def main() -> None:
         "bergson": lambda: bergson(bergson_python(), arguments.rounds),
         "start": lambda: start(bergson_python(), arguments.rounds),
         "gpu": lambda: gpu(arguments.rounds, arguments.tiny),
+        "experts": lambda: experts(arguments.rounds, arguments.tiny),
     }
     if unknown := set(arguments.sections) - set(sections):
         parser.error(f"no section {sorted(unknown)[0]!r}: choose from {', '.join(sections)}")

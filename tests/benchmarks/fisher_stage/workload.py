@@ -65,8 +65,16 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def cpu_clock(_device: torch.device) -> float:
+    """Seconds of this process, on all cores. Other work on the machine changes them little."""
+    return time.process_time()
+
+
 def interleaved(
-    variants: Mapping[str, Callable[[], Mapping[str, float] | None]], rounds: int, device: torch.device = _CPU
+    variants: Mapping[str, Callable[[], Mapping[str, float] | None]],
+    rounds: int,
+    device: torch.device = _CPU,
+    now: Callable[[torch.device], float] = clock,
 ) -> dict[str, np.ndarray]:
     """Seconds of each variant in each round, (rounds,), after one round to warm up; all take their turn in a round.
 
@@ -76,8 +84,8 @@ def interleaved(
     for done in range(rounds + 1):
         # the other way round every other time: what one leaves in caches must not always serve the same next one
         for name in list(variants)[:: 1 if done % 2 else -1]:
-            began = clock(device)
-            parts = variants[name]() or {name: clock(device) - began}
+            began = now(device)
+            parts = variants[name]() or {name: now(device) - began}
             if done:
                 for part, value in parts.items():
                     seconds.setdefault(part, []).append(value)
@@ -89,15 +97,19 @@ def median_and_spread(values: np.ndarray) -> dict[str, float]:
 
 
 def pieces(
-    work: Workload, collector: GradientCollector, sketches: Mapping[str, Sketch], device: torch.device = _CPU
+    work: Workload,
+    collector: GradientCollector,
+    sketches: Mapping[str, Sketch],
+    device: torch.device = _CPU,
+    now: Callable[[torch.device], float] = clock,
 ) -> dict[str, float]:
     """Seconds of collecting what the rows are made of, of their Gram matrices, and of each sketch of them."""
     seconds = dict.fromkeys(["collect", "Grams", *sketches], 0.0)
 
     def timed(name: str, piece: Callable[..., Any], *arguments: Any) -> Any:
-        began = clock(device)
+        began = now(device)
         result = piece(*arguments)
-        seconds[name] += clock(device) - began
+        seconds[name] += now(device) - began
         return result
 
     for numbers, batch, targets in work.batches:
