@@ -176,7 +176,7 @@ def test_bytes_are_those_of_a_run(run: RunDirectory) -> None:
     facts = found.trial.facts
     work = Workload(
         *(facts.layout.size, facts.layout.size, 3, 64, 10),
-        examples=len(facts.examples),
+        examples=facts.n_examples,
         rank=facts.rank,
         dim=facts.sketch_dim,
         components=16,
