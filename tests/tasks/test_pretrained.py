@@ -176,7 +176,7 @@ def test_the_tokenizer_may_lie_elsewhere(model: Path, data: str, tmp_path: Path)
         ({"attention": "flash_attention_2"}, "attention: flash_attention_2 needs dtype: float16 or bfloat16"),
         (
             {"modle": "x"},
-            "unexpected keyword argument 'modle' (it takes: data, split, columns, filter, limit, streaming, id_column, ",
+            "unexpected keyword argument 'modle' (it takes: data, split, columns, filter, limit, streaming, ",
         ),
     ],
 )
