@@ -22,6 +22,11 @@ _NORMALIZATIONS = ("*Norm*", "*norm*", "*ln_*")
 _TOKENS = ("*embed*", "*wte*", "*wpe*", "*lm_head*", "*shared*")
 """Parameters of embeddings of tokens and positions, and of the output over a vocabulary."""
 _IMAGES = "huggingface-image-classification"
+_CAUSAL = "huggingface-causal-lm"
+_MOST_TRUNCATED = 512
+"""Largest vocabulary for truncated labels. Their decomposition takes 0.1 s per example, and grows with the cube."""
+_PREDICTIONS, _PREDICTIONS_PER_TEXT = 1000, 8
+"""Number of examples that a few texts of a causal language model are to give, and the most of each text."""
 _LARGE_DIRECTIONS = 8 * 2**30
 """Size in bytes of directions in float32 above which half precision is proposed."""
 
@@ -66,7 +71,7 @@ def new_run_file(
         *_task(proposal, n_rows),
         *_parameters(proposal),
         *_fishers(proposal),
-        *_factorization(proposal, n_rows),
+        *_factorization(proposal, None if n_rows is None else n_rows * _per_row(proposal, n_rows)),
     ]
     return "".join(f"{line.text}  # {line.comment}\n" if line.comment else f"{line.text}\n" for line in lines)
 
@@ -84,7 +89,18 @@ def _task(proposal: Proposal, n_rows: int | None) -> list[_Line]:
         lines.append(_Line(f"    max_length: {longest}", "tokens of a text; longer texts are truncated"))
         lines.append(_Line("    # dtype: bfloat16", "on GPUs: half the memory"))
         lines.append(_Line("    # quantization: torchao-int8", "under an adapter: quantized weights are not explained"))
+    if proposal.task == _CAUSAL:
+        lines.append(_Line("    examples: positions", "an example is one predicted token, and not a whole text"))
+        per_row = _per_row(proposal, n_rows)
+        lines.append(_Line(f"    positions_per_row: {per_row}", "tokens of a text that are examples, drawn at random"))
     return lines
+
+
+def _per_row(proposal: Proposal, n_rows: int | None) -> int:
+    """Return the number of examples of each row."""
+    if proposal.task != _CAUSAL or not n_rows:
+        return 1
+    return max(1, min(_PREDICTIONS_PER_TEXT, _PREDICTIONS // n_rows))
 
 
 def _parameters(proposal: Proposal) -> list[_Line]:
@@ -103,6 +119,11 @@ def _left_out(proposal: Proposal) -> tuple[str, ...]:
 
 
 def _fishers(proposal: Proposal) -> list[_Line]:
+    if proposal.task == _CAUSAL:
+        vocabulary = None if proposal.model is None else proposal.model.vocabulary
+        if vocabulary is not None and vocabulary <= _MOST_TRUNCATED:
+            return [_Line("fishers: {labels: truncated, rank: 8}", f"of at most {vocabulary - 1} rows for each token")]
+        return [_Line("fishers: {labels: sampled, rank: 16}", "tokens drawn from the model; more draws, less noise")]
     if proposal.task in LANGUAGE_MODELS or proposal.task == "huggingface-token-classification":
         return [_Line("fishers: {labels: sampled, rank: 4}", "an example has several predictions")]
     classes = len(proposal.options.get("label_names") or (proposal.model and proposal.model.class_names) or ())
