@@ -226,3 +226,14 @@ def test_a_text_without_tokens_is_named(gpt2: Path, tmp_path: Path) -> None:
     data = tiny.write(tmp_path / "data.parquet", {"key": ["x", "y"], "text": ["a cat", ""]})
     with pytest.raises(TaskError, match="the text of row 'y' has no tokens"):
         load(gpt2, data, processor=str(tmp_path / "bare"))
+
+
+def test_a_prediction_is_shown_with_the_text_before_it(gpt2: Path, data: str) -> None:
+    sequences = load(gpt2, data, prompt_column="prompt").examples
+    positions = load(gpt2, data, prompt_column="prompt", examples="positions")
+    wanted = positions.column("text")
+    sizes = [positions.column("row").count(name) for name in COLUMNS["key"]]
+    made = [(row, number) for row, size in enumerate(sizes) for number in range(size)]
+    assert sequences.prediction_texts(made) == wanted
+    assert positions.examples.prediction_texts([(index, 0) for index in range(len(wanted))]) == wanted
+    assert wanted[0] == "[CLS] the dog and [a]"

@@ -62,6 +62,12 @@ class Predictions:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def position(self, example: int, number: int) -> int:
+        """Return the position of a prediction, by its number among the predictions of the example."""
+        if self.places is not None:
+            return int(self.places[example])
+        return int(np.flatnonzero(self.targets[self.rows[example]] != IGNORED)[number])
+
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Return ``targets`` (B, T), or ``places`` (B,) of single predictions."""
         if self.places is None:
@@ -129,6 +135,7 @@ def marked(tokenizer: Any, token_ids: np.ndarray, place: int) -> tuple[str, str]
         for part in (slice(start, place), slice(start, place + 1), slice(place, place + 1))
     )
     token = with_token.removeprefix(before) if with_token.startswith(before) else f" {alone}"
-    space = " " if before and token.startswith(" ") else ""
-    shown = token.strip(" ").replace("\n", "\\n")
+    word = token.strip(" ")
+    space = " " if before and word and token.startswith(" ") else ""
+    shown = (word or token).replace("\n", "\\n")
     return f"{'… ' if start else ''}{before}{space}[{shown}]", shown
