@@ -132,15 +132,16 @@ def test_init_writes_a_run_file_that_is_valid(
     assert Path("lm.yaml").read_text() == text
 
 
+@pytest.mark.parametrize("text", ["a b c", '"a ""b""\n\nc, d\ne"'])
 @pytest.mark.parametrize(("n_rows", "per_row", "components"), [(1, 8, 4), (150, 6, 22), (400, 2, 20), (5000, 1, 32)])
 def test_init_draws_more_tokens_of_few_texts(
-    tmp_path: Path, called: Callable[..., tuple[int, str, str]], n_rows: int, per_row: int, components: int
+    tmp_path: Path, called: Callable[..., tuple[int, str, str]], n_rows: int, per_row: int, components: int, text: str
 ) -> None:
     run_file(tmp_path)
     config = {"architectures": ["GPT2LMHeadModel"], "vocab_size": 300, "n_positions": 96}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     write_empty_tensors(tmp_path / "model" / "model.safetensors", {"lm.mlp.weight": [2, 2]})
-    (tmp_path / "data.csv").write_text("text\n" + n_rows * "a b c\n")
+    (tmp_path / "data.csv").write_text("text\n" + n_rows * f"{text}\n")
     file = tmp_path / "lm.yaml"
     code, _, err = called("init", "--model", tmp_path / "model", "--data", tmp_path / "data.csv", "--output", file)
     assert (code, err) == (0, "")

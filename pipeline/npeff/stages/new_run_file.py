@@ -147,10 +147,7 @@ def _factorization(proposal: Proposal, n_rows: int | None) -> list[_Line]:
 
 
 def count_rows(data: str, split: str | None) -> int | None:
-    """Return the number of rows of a file, without reading its values; None if it is not known.
-
-    Lines of text files are counted, which are more than the rows if texts contain line breaks.
-    """
+    """Return the number of rows of a file, without reading its values; None if it is not known."""
     path = Path(data)
     if path.is_dir() and (images := image_table(path, split)) is not None:
         return len(images)
@@ -161,7 +158,15 @@ def count_rows(data: str, split: str | None) -> int | None:
 
         return int(pyarrow.parquet.read_metadata(path).num_rows)
     if path.suffix in (".csv", ".tsv", ".txt", ".jsonl"):
-        with path.open("rb") as file:
-            lines = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(2**20), b""))
-        return max(0, lines - (path.suffix != ".jsonl"))
+        return max(0, _count_records(path, quoted=path.suffix == ".csv") - (path.suffix != ".jsonl"))
     return None
+
+
+def _count_records(path: Path, quoted: bool) -> int:
+    """Return the number of lines of a file that are not empty. A line break between quotes does not end a line."""
+    count, quotes = 0, 0
+    with path.open("rb") as file:
+        for line in file:
+            quotes += line.count(b'"') if quoted else 0
+            count += not quotes % 2 and bool(line.strip())
+    return count
