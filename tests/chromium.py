@@ -120,8 +120,8 @@ class Browser:
         return answer["result"].get("value")
 
     def press(self, key: str) -> None:
-        """A key as a person presses it: Tab, Enter, or a character."""
-        code = {"Tab": 9, "Enter": 13}.get(key, ord(key[0]))
+        """A key as a person presses it: Tab, Enter, an arrow, or a character."""
+        code = {"Tab": 9, "Enter": 13, "ArrowLeft": 37, "ArrowRight": 39}.get(key, ord(key[0]))
         text = {"text": "\r"} if key == "Enter" else {"text": key} if len(key) == 1 else {}
         for kind in ("keyDown", "keyUp"):
             self.call(
@@ -191,6 +191,14 @@ class Browser:
                 time.sleep(0.005)
         message, _, self._buffer = self._buffer.partition(b"\0")
         return dict(json.loads(message))
+
+
+def wait(browser: Browser, condition: str) -> None:
+    """Wait until a JavaScript expression in the page is true."""
+    deadline = time.monotonic() + 30
+    while not browser.evaluate(condition):
+        assert time.monotonic() < deadline, condition
+        time.sleep(0.05)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

@@ -450,7 +450,7 @@ def _shifts(verification: pa.Table, top_examples: pa.Table, names: list[str]) ->
             new = 9 if top["rank"] % 4 == 0 else 4
             row = {"rank": top["rank"], "example": top["example"], "place": 0, "p_before": 0.8, "p_after": 0.3}
             row |= {"class_before": 4, "name_before": names[4], "class_after": new, "name_after": names[new]}
-            examples.append(step | row | {"p_new": 0.6 if new == 9 else 0.3, "kl": 0.1})
+            examples.append(step | row | {"p_new": 0.6 if new == 9 else 0.3, "kl": 0.1, "context": None})
     return {"prediction_shifts": pa.Table.from_pylist(classes), "example_shifts": pa.Table.from_pylist(examples)}
 
 

@@ -119,7 +119,8 @@ def test_init_writes_a_run_file_that_is_valid(
     assert out.splitlines()[-1] == "next: npeff estimate lm.yaml; npeff run lm.yaml"
     config = RunConfig.from_yaml("lm.yaml")
     assert config.task.options | {"id_column": "id", "limit": 2000, "max_length": 96} == config.task.options
-    assert (config.run_dir, config.fishers.labels, config.fishers.rank) == ("runs/lm", "sampled", 4)
+    assert (config.run_dir, config.fishers.labels, config.fishers.rank) == ("runs/lm", "sampled", 16)
+    assert (config.task.options["examples"], config.task.options["positions_per_row"]) == ("positions", 1)
     assert config.parameters.exclude == ("*wte*",)
     assert config.lift.dtype == "float16", "32 directions of 128 Mi parameters in float32 take 16 GiB"
     text = Path("lm.yaml").read_text()
@@ -129,6 +130,26 @@ def test_init_writes_a_run_file_that_is_valid(
     assert code == 2
     assert "lm.yaml exists: give another --output, or --force to replace it" in err
     assert Path("lm.yaml").read_text() == text
+
+
+@pytest.mark.parametrize("text", ["a b c", '"a ""b""\n\nc, d\ne"'])
+@pytest.mark.parametrize(("n_rows", "per_row", "components"), [(1, 8, 4), (150, 6, 22), (400, 2, 20), (5000, 1, 32)])
+def test_init_draws_more_tokens_of_few_texts(
+    tmp_path: Path, called: Callable[..., tuple[int, str, str]], n_rows: int, per_row: int, components: int, text: str
+) -> None:
+    run_file(tmp_path)
+    config = {"architectures": ["GPT2LMHeadModel"], "vocab_size": 300, "n_positions": 96}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    write_empty_tensors(tmp_path / "model" / "model.safetensors", {"lm.mlp.weight": [2, 2]})
+    (tmp_path / "data.csv").write_text("text\n" + n_rows * f"{text}\n")
+    file = tmp_path / "lm.yaml"
+    code, _, err = called("init", "--model", tmp_path / "model", "--data", tmp_path / "data.csv", "--output", file)
+    assert (code, err) == (0, "")
+    made = RunConfig.from_yaml(file)
+    assert made.task.options["positions_per_row"] == per_row
+    assert made.factorization.n_components == components
+    assert (made.fishers.labels, made.fishers.rank) == ("truncated", 8)
+    validate(made)
 
 
 def test_the_name_of_a_column_is_never_a_key_of_the_run_file(

@@ -13,7 +13,8 @@ import in_process
 import pyarrow as pa
 import pytest
 from npeff.cli import job_commands, main
-from npeff.cli.output import OutputFormat, rows_table, say, write_answer
+from npeff.cli.layout import rows_table
+from npeff.cli.output import OutputFormat, say, write_answer
 from npeff.errors import printable
 from npeff.runs.progress import LogProgress, TerminalProgress
 from rich.console import Console
@@ -94,7 +95,9 @@ def test_tables_show_markup_and_control_characters_as_text() -> None:
     assert not ACTS.search(stream.getvalue())
 
 
-@pytest.mark.parametrize("kind", [OutputFormat.CSV, OutputFormat.SPREADSHEET, OutputFormat.JSON, OutputFormat.TABLE])
+@pytest.mark.parametrize(
+    "kind", [OutputFormat.CSV, OutputFormat.SPREADSHEET, OutputFormat.JSON, OutputFormat.TABLE, OutputFormat.EXPANDED]
+)
 def test_a_result_on_a_terminal_has_no_control_characters(kind: OutputFormat) -> None:
     terminal = Terminal()
     with redirect_stdout(terminal):

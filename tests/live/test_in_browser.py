@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from chromium import Browser
+from chromium import Browser, wait
 from live_server import running
 from npeff.live.pages import View
 from npeff.live.queries import forms
@@ -38,13 +37,6 @@ def shown_id(run) -> str:
     """The id of an example on the card of component 0."""
     top = ComponentStore.open(run.path).table("top_examples")
     return f"digit-{top['example'][0].as_py():04d}"
-
-
-def wait(browser: Browser, condition: str) -> None:
-    deadline = time.monotonic() + 30
-    while not browser.evaluate(condition):
-        assert time.monotonic() < deadline, condition
-        time.sleep(0.05)
 
 
 def test_every_page_fits_its_window_and_asks_only_this_server(browser: Browser, server: LiveServer) -> None:

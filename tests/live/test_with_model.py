@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chromium import Browser, wait
 from live_server import Reply, ask, header, interrupted, raw, running, served
 from npeff.live.model import RunModel
 from npeff.live.model_client import ModelError
@@ -25,6 +26,7 @@ from pyarrow.parquet import read_table
 pytest.importorskip("transformers", reason="needs pip install 'npeff-pipeline[hf]'")
 
 from live.model_run import N_ROWS, image_run, sentences, text_run
+from live.step_page import Group, computed, shown
 from tasks import tiny
 
 pytestmark = pytest.mark.process
@@ -240,3 +242,38 @@ def test_a_task_without_a_table_says_so() -> None:
         fields_of("digits", {"train_examples": 4})
     with pytest.raises(OwnExampleError, match="reads no table"):
         fields_of("table", {"data": "iris", "label_column": "a", "numeric_columns": ["b"]})
+
+
+def test_the_slider_moves_the_model(browser: Browser, server: LiveServer, texts: RunDirectory) -> None:
+    """Two presses of an arrow key, and a jump to the other sign: every number is that of the moved model."""
+    component = 1
+    browser.open(server.address)
+    browser.open(f"http://127.0.0.1:{server.port}/step?component={component}")
+    slider = "document.querySelector('input[name=eps]')"
+    former: list[Group] = []
+    for eps in (1.1, -2.5):
+        browser.evaluate(f"{slider}.focus()")
+        if eps == 1.1:
+            for _ in range(2):
+                browser.press("ArrowRight")
+        else:
+            move = f"{slider}.value = {eps}; {slider}.dispatchEvent(new Event('input', {{bubbles: true}}))"
+            browser.evaluate(move)
+        wait(browser, f"new URLSearchParams(location.search).get('eps') === '{eps}'")
+        assert browser.evaluate("document.querySelector('.slider output').textContent") == f"{eps:.2f}".replace(
+            "-", "−"
+        )
+        found = shown(browser)
+        assert len(found) == 2
+        for group in found:
+            expected = computed(texts, component, eps, list(group.examples))
+            for name, values in group.classes.items():
+                assert values == pytest.approx(expected.classes[name], abs=0.06), (eps, name)
+            for name, (before, p, after, q, kl) in group.examples.items():
+                wanted = expected.examples[name]
+                assert (before, after) == (wanted[0], wanted[2])
+                assert (p, q) == pytest.approx((wanted[1], wanted[3]), abs=0.06)
+                assert kl == pytest.approx(wanted[4], rel=0.02, abs=1e-5)
+        assert found != former, "the predictions change with the step"
+        former = found
+    assert browser.complaints == []

@@ -250,9 +250,9 @@ def test_other_questions_that_make_no_sense_are_one_line(run) -> None:
 def test_a_table_of_a_later_version_is_refused_in_one_line(make_run: Callable) -> None:
     path = make_run(n_components=4).path
     file = path / place("tables/examples.parquet")
-    later = pq.read_table(file).replace_schema_metadata({"npeff.schema_version": "5"})
+    later = pq.read_table(file).replace_schema_metadata({"npeff.schema_version": "6"})
     pq.write_table(later, file)
-    with pytest.raises(QueryError, match=r"has schema version 5, but this program .* up to 4: install the version"):
+    with pytest.raises(QueryError, match=r"has schema version 6, but this program .* up to 5: install the version"):
         ComponentStore.open(path).top_examples(0)
 
 

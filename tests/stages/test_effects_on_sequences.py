@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import npeff
+import pytest
 from npeff.runs.config import RunConfig
 from npeff.runs.directory import RunDirectory
 from npeff.store.tables import read_table
+from npeff.tasks.planted import compiled
 
 
-def test_predicted_and_measured_effects_are_of_the_same_size(tmp_path: Path) -> None:
+def test_predicted_and_measured_effects_are_of_the_same_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def texts(_: Any, predictions: Sequence[tuple[int, int]]) -> list[str]:
+        return [f"prediction {number} of {example}" for example, number in predictions]
+
+    monkeypatch.setattr(compiled._Sequences, "prediction_texts", texts)
     document = {
         "run_dir": str(tmp_path / "run"),
         "task": {"name": "compiled-rules", "options": {"n_examples": 60, "separate_outputs": True}},
@@ -26,3 +34,6 @@ def test_predicted_and_measured_effects_are_of_the_same_size(tmp_path: Path) -> 
     checked = [row["kl"] / row["kl_checked"] for row in rows if row["kl_checked"]]
     assert checked
     assert 0.5 < sorted(checked)[len(checked) // 2] < 2, "an example has eight predictions"
+    shifts = read_table(run.table("example_shifts"), "example_shifts").to_pylist()
+    assert [row["context"] for row in shifts] == [f"prediction {row['place']} of {row['example']}" for row in shifts]
+    assert len({row["place"] for row in shifts}) > 1

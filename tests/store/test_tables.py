@@ -153,7 +153,7 @@ def test_a_table_in_parts_is_the_whole_in_groups_of_an_even_size_that_say_what_t
     metadata = pq.read_metadata(path)
     assert [metadata.row_group(group).num_rows for group in range(4)] == [32_768, 32_768, 32_768, 1_696]
     assert metadata.row_group(1).column(1).statistics.min == 32_768 // 4000
-    assert metadata.metadata[b"npeff.schema_version"] == b"4"
+    assert metadata.metadata[b"npeff.schema_version"] == b"5"
     assert metadata.metadata[b"npeff.table"] == b"coefficients"
 
 
@@ -182,6 +182,6 @@ def test_a_table_without_a_version_is_read_and_one_of_a_later_version_refused(tm
     table = pa.table({"class": [1], "name": ["a"]}, schema=SCHEMAS["classes"])
     pq.write_table(table, path)
     assert read_table(path, "classes").equals(table)
-    pq.write_table(table.replace_schema_metadata({"npeff.schema_version": "5"}), path)
-    with pytest.raises(StoreError, match=r"classes\.parquet has schema version 5, but this program"):
+    pq.write_table(table.replace_schema_metadata({"npeff.schema_version": "6"}), path)
+    with pytest.raises(StoreError, match=r"classes\.parquet has schema version 6, but this program"):
         read_table(path, "classes")

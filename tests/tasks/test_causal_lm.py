@@ -94,6 +94,23 @@ def test_a_position_is_predicted_from_its_prefix(model: Path, data: str) -> None
         torch.testing.assert_close(row, called_directly(loaded, tokens[:t])[-1], rtol=1e-5, atol=1e-5)
 
 
+def test_some_positions_of_each_row_are_drawn(gpt2: Path, data: str) -> None:
+    everything = load(gpt2, data, examples="positions")
+    rows = {name: everything.column("row").count(name) for name in COLUMNS["key"]}
+    known = {row["id"]: row for row in everything.examples.table().to_pylist()}
+    some = load(gpt2, data, examples="positions", positions_per_row=3)
+    table = some.examples.table().to_pylist()
+    assert [row["row"] for row in table] == [name for name, size in rows.items() for _ in range(min(size, 3))]
+    assert all(known[row["id"]] == row for row in table)
+    assert [row["position"] for row in table] == [
+        place for name in rows for place in sorted(row["position"] for row in table if row["row"] == name)
+    ]
+    drawn = {load(gpt2, data, examples="positions", positions_per_row=1, limit=n).column("id")[0] for n in (1, 4)}
+    assert len(drawn) == 1, "the draw of a row does not depend on the other rows"
+    place = list(known).index(table[-1]["id"])
+    torch.testing.assert_close(some.logits([len(table) - 1]), everything.logits([place]))
+
+
 def test_tokens_are_the_positions_that_the_model_reads(model: Path, data: str) -> None:
     rows, positions = load(model, data, prompt_column="prompt"), load(model, data, examples="positions")
     for index, (text, tokens) in enumerate(zip(rows.column("text"), rows.examples.tokens(range(4)) or [], strict=True)):
@@ -180,6 +197,11 @@ def test_a_text_that_is_cut_before_its_first_token_predicts_nothing(gpt2: Path, 
     [
         ({"text_column": "txt"}, "has no column 'txt'"),
         ({"text_column": "text", "examples": "tokens"}, "examples must be one of sequences, positions, not 'tokens'"),
+        ({"text_column": "text", "positions_per_row": 1}, "positions_per_row needs examples: positions"),
+        (
+            {"text_column": "text", "examples": "positions", "positions_per_row": 0},
+            "positions_per_row must be at least 1, not 0",
+        ),
         ({"prompt_column": "p"}, "has no column 'p'"),
         ({"max_length": 0}, "max_length must be at least 1"),
     ],
@@ -204,3 +226,14 @@ def test_a_text_without_tokens_is_named(gpt2: Path, tmp_path: Path) -> None:
     data = tiny.write(tmp_path / "data.parquet", {"key": ["x", "y"], "text": ["a cat", ""]})
     with pytest.raises(TaskError, match="the text of row 'y' has no tokens"):
         load(gpt2, data, processor=str(tmp_path / "bare"))
+
+
+def test_a_prediction_is_shown_with_the_text_before_it(gpt2: Path, data: str) -> None:
+    sequences = load(gpt2, data, prompt_column="prompt").examples
+    positions = load(gpt2, data, prompt_column="prompt", examples="positions")
+    wanted = positions.column("text")
+    sizes = [positions.column("row").count(name) for name in COLUMNS["key"]]
+    made = [(row, number) for row, size in enumerate(sizes) for number in range(size)]
+    assert sequences.prediction_texts(made) == wanted
+    assert positions.examples.prediction_texts([(index, 0) for index in range(len(wanted))]) == wanted
+    assert wanted[0] == "[CLS] the dog and [a]"

@@ -90,6 +90,9 @@ def test_a_position_is_predicted_from_the_source_and_its_prefix(model: Path, dat
         torch.testing.assert_close(example, called_directly(loaded, SOURCES[row], prefix)[-1], rtol=1e-5, atol=1e-5)
     assert loaded.column("text")[1] == "the dog sleeps near the tree\na [bird]"
     assert loaded.column("token")[1] == "bird"
+    shown = [text.partition("\n")[2] for text in loaded.column("text")]
+    assert loaded.examples.prediction_texts([(index, 0) for index in range(len(expected))]) == shown
+    assert load(model, data).examples.prediction_texts(expected) == shown
 
 
 def test_sources_and_targets_are_cut(model: Path, data: str) -> None:

@@ -86,11 +86,22 @@ def test_a_position_is_a_word_in_its_whole_sentence(model: Path, data: str) -> N
     assert loaded.column("label") == [NUMBERS[row][word] for row, word in expected]
     assert loaded.column("word") == [WORDS[row][word] for row, word in expected]
     assert loaded.column("text")[2] == "the dog [sleeps] near a cat"
+    assert load(model, data).examples.prediction_texts(expected) == loaded.column("text")
     assert loaded.targets([0]) is None
     logits = loaded.logits(range(len(expected)))
     for example, (row, word) in zip(logits, expected, strict=True):
         at_word = called_directly(loaded, row)[FIRST_TOKENS[row][word]]
         torch.testing.assert_close(example, at_word, rtol=1e-5, atol=1e-5)
+
+
+def test_of_a_long_sentence_the_words_around_a_prediction_are_shown(model: Path, tmp_path: Path) -> None:
+    words = [*14 * ["dog"], "cat", *14 * ["bird"]]
+    data = tiny.write(tmp_path / "long.jsonl", {"words": [" ".join(words)]})
+    found = load(model, data, tags_column=None, max_length=32).examples.prediction_texts([(0, 14), (0, 0), (0, 28)])
+    assert found is not None
+    assert found[0] == " ".join(["…", *12 * ["dog"], "[cat]", *12 * ["bird"], "…"])
+    assert found[1] == " ".join(["[dog]", *12 * ["dog"], "…"])
+    assert found[2] == " ".join(["…", *12 * ["bird"], "[bird]"])
 
 
 def test_tags_may_be_absent_and_words_may_be_strings(model: Path, tmp_path: Path) -> None:

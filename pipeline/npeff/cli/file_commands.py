@@ -10,6 +10,7 @@ import typer
 
 import npeff
 from npeff.cli.app import app
+from npeff.cli.layout import rows_table
 from npeff.cli.options import (
     Address,
     ExistingRun,
@@ -19,7 +20,7 @@ from npeff.cli.options import (
     progress_of,
     replaced,
 )
-from npeff.cli.output import OutputFormat, rows_table, say
+from npeff.cli.output import OutputFormat, say
 from npeff.storage.location import location
 
 if TYPE_CHECKING:

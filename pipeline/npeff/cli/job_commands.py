@@ -15,8 +15,9 @@ import typer
 import npeff
 from npeff.cli.app import app
 from npeff.cli.entry import EXIT_INTERRUPTED
+from npeff.cli.layout import rows_table
 from npeff.cli.options import Factorization, open_existing
-from npeff.cli.output import rows_table, say
+from npeff.cli.output import say
 from npeff.errors import printable
 from npeff.execution.ray.jobs import Job, JobServer, Submission
 from npeff.storage.location import absolute_location

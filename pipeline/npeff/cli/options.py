@@ -71,7 +71,8 @@ Format = Annotated[
     OutputFormat | None,
     typer.Option(
         "--format",
-        help="Output format. Default: given by the extension of FILE, otherwise table. spreadsheet: CSV in which an "
+        help="Output format. Default: given by the extension of FILE, otherwise table, which leaves out columns that "
+        "do not fit the terminal. expanded: every value, each on a line of its own. spreadsheet: CSV in which an "
         "apostrophe is put before texts that begin with = + - @, a tab or a line break, so that a spreadsheet does not "
         "evaluate them as formulas.",
         show_default=False,

@@ -1,4 +1,4 @@
-"""Results of `npeff query` on standard output or in a file, and tables and lines of all commands.
+"""Results of `npeff query` on standard output or in a file, and lines of all commands.
 
 Texts of the data and of files reach a terminal without control characters (`npeff.errors.printable`). JSON escapes
 them. CSV and Parquet files contain them unchanged.
@@ -9,21 +9,19 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
 import typer
 
+from npeff.cli.layout import print_expanded, print_fitted
 from npeff.errors import first_line, printable
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 class OutputFormat(StrEnum):
     TABLE = "table"
+    EXPANDED = "expanded"
     JSON = "json"
     CSV = "csv"
     SPREADSHEET = "spreadsheet"
@@ -39,19 +37,6 @@ _BY_ENDING = {".json": OutputFormat.JSON, ".csv": OutputFormat.CSV, ".parquet": 
 def say(line: str) -> None:
     """Print one line on standard output."""
     print(printable(line), flush=True)
-
-
-def rows_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Return a table for `rich.console.Console.print`, whose cells show texts as they are, without markup."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table()
-    for name in columns:
-        table.add_column(Text(printable(name)))
-    for row in rows:
-        table.add_row(*(Text(printable(text)) for text in row))
-    return table
 
 
 def print_table(table: Any, output: OutputFormat) -> None:
@@ -95,7 +80,9 @@ def _print(table: Any, output: OutputFormat) -> None:
     if output is OutputFormat.PARQUET and sys.stdout.isatty():
         raise typer.BadParameter("parquet is a binary format: write it to a file, --output result.parquet")
     if output is OutputFormat.TABLE:
-        _print_for_people(table, sys.stdout)
+        print_fitted(table, sys.stdout)
+    elif output is OutputFormat.EXPANDED:
+        print_expanded(table, sys.stdout)
     else:
         sys.stdout.flush()
         if sys.stdout.isatty():
@@ -130,32 +117,10 @@ def _write(table: Any, output: OutputFormat, stream: BinaryIO) -> None:
             import pyarrow.parquet
 
             pyarrow.parquet.write_table(table, stream)
-        case OutputFormat.TABLE:
+        case OutputFormat.TABLE | OutputFormat.EXPANDED:
             text = io.TextIOWrapper(stream, encoding="utf-8", write_through=True)
-            _print_for_people(table, text)
+            (print_fitted if output is OutputFormat.TABLE else print_expanded)(table, text)
             text.detach()
-
-
-def _print_for_people(table: Any, stream: TextIO) -> None:
-    """Print the non-empty columns, from the left, as many as fit the terminal."""
-    from rich.console import Console
-
-    filled = [name for name in table.column_names if table[name].null_count < len(table)] or table.column_names
-    cells = {name: [_cell(value) for value in table[name].to_pylist()] for name in filled}
-    room = Console().width if stream.isatty() else sys.maxsize
-    shown: list[str] = []
-    width = 1
-    for name in filled:
-        width += 3 + max(map(len, [printable(name), *cells[name]]))
-        if shown and width > room:
-            break
-        shown.append(name)
-    left_out = [name for name in filled if name not in shown]
-    console = Console(file=stream, width=None if stream.isatty() else max(width, 20))
-    console.print(rows_table(shown, zip(*(cells[name] for name in shown), strict=True)))
-    if left_out:
-        names = printable(", ".join(left_out))
-        print(f"columns not shown: {names} (widen the terminal, or use --format csv)", file=stream)
 
 
 def _without_formulas(table: Any) -> Any:
@@ -177,18 +142,3 @@ def _is_nested(kind: Any) -> bool:
     import pyarrow.types
 
     return bool(pyarrow.types.is_nested(kind))
-
-
-def _cell(value: Any) -> str:
-    match value:
-        case None:
-            return ""
-        case float():
-            return f"{value:.4g}"
-        case bytes():
-            return f"{len(value)} bytes"
-        case list():
-            return " ".join(_cell(item) for item in value[:4]) + (" …" if len(value) > 4 else "")
-        case _:
-            text = printable(str(value))
-            return text if len(text) <= 80 else text[:79] + "…"

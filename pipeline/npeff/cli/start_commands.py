@@ -9,8 +9,9 @@ import typer
 
 import npeff
 from npeff.cli.app import app
+from npeff.cli.layout import rows_table
 from npeff.cli.options import RunFile
-from npeff.cli.output import rows_table, say
+from npeff.cli.output import say
 
 if TYPE_CHECKING:
     from npeff.runs.config import RunConfig

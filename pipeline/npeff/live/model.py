@@ -95,7 +95,7 @@ class RunModel:
         self._loaded = model_spec(self._run, fingerprint_of(self._run)).load()
 
     def example(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Compute the coefficients of the first example of other data.
+        """Compute the coefficients of the last example of other data: of a text, its last prediction.
 
         Args:
             options: The options of the task, with the other data.
@@ -123,21 +123,22 @@ class RunModel:
         attributes = FisherStore.read_attributes(self._run.fishers)
         labels, sketch = config.fishers.label_spec(config.seed), sketch_of(attributes, loaded.layout)
         fishers = PerExampleFishers(loaded.model, loaded.logits, loaded.layout, sketch, labels, loaded.one)
-        batch, targets = loaded.with_targets([0])
-        found = fishers(batch, [0], targets)
+        last = len(loaded.examples) - 1
+        batch, targets = loaded.with_targets([last])
+        found = fishers(batch, [last], targets)
         if not bool(found.valid_B.all()):
             raise RunDirectoryError("the logits or gradients of this example are not finite: try another one")
         half = config.fishers.store_dtype == "float16"
         shard = ExampleShard(found.unit_factors_BRD.to(torch.float16 if half else torch.float32))
         shard.finish(self._components_KD.to(loaded.device), l1=config.factorization.l1)
         square, misfit = float(shard.fisher_squares_N[0]), float(shard.misfits_N[0])
-        row = loaded.table().slice(0, 1).to_pylist()[0]
+        row = loaded.table().slice(last, 1).to_pylist()[0]
         return {
             "coefficients": shard.coefficients_NK[0].double().cpu().tolist(),
             "explained": 1 - misfit / square if square > 0 else None,
             "text": row.get("text"),
             "image": base64.b64encode(image).decode() if (image := row.get("image")) else None,
-            **self._prediction(loaded, row.get("label")),
+            **self._prediction(loaded, last, row.get("label")),
         }
 
     def step(self, component: int, step: float, groups: dict[str, list[int]]) -> dict[str, Any]:
@@ -177,9 +178,9 @@ class RunModel:
             examples = task.examples(task_files(spec.cache))
         return LoadedModel(spec, task, self._loaded.model, examples, self._loaded.device)
 
-    def _prediction(self, loaded: LoadedModel, label: int | None) -> dict[str, Any]:
-        """Return the most probable classes of the first example's first prediction, and its label."""
-        logits_C = loaded.predict([0], 1).logits[0][0]
+    def _prediction(self, loaded: LoadedModel, example: int, label: int | None) -> dict[str, Any]:
+        """Return the most probable classes of the last prediction of an example, and its label."""
+        logits_C = loaded.predict([example], 1).logits[0][-1]
         found = logits_C.double().softmax(-1).topk(min(CLASSES_SHOWN, len(logits_C)))
         numbers = found.indices.tolist()
         names = self._loaded.class_texts(numbers)

@@ -18,7 +18,7 @@ from npeff.errors import NpeffError
 LONGEST_TEXT = 100_000
 """Largest number of characters of a text."""
 _CLASSES_SHOWN = 12
-_OF_THE_ROWS = ("split", "columns", "filter", "id_column", "image_folder")
+_OF_THE_ROWS = ("split", "columns", "filter", "id_column", "image_folder", "positions_per_row")
 """Options that select or rename rows of the table, which the table of one row does not need."""
 _NOT_INPUTS = ("numeric_columns", "category_columns")
 """Options of columns that have a meaning only beside the other rows of the table."""

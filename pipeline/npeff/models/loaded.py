@@ -315,14 +315,21 @@ class LoadedModel:
         """Return the names or texts of classes, for display; None for a class without one."""
         if names := self.examples.class_names:
             return [names[number] for number in classes]
-        with self.spec.user_code(self.task, "examples().class_texts"):
-            texts = self.examples.class_texts(classes)
+        return self._texts("class_texts", classes, "classes")
+
+    def prediction_texts(self, predictions: Sequence[tuple[int, int]]) -> list[str | None]:
+        """Return texts of single predictions, for display; see `Examples.prediction_texts`."""
+        return self._texts("prediction_texts", predictions, "predictions")
+
+    def _texts(self, method: str, of: Sequence[Any], what: str) -> list[str | None]:
+        with self.spec.user_code(self.task, f"examples().{method}"):
+            texts = getattr(self.examples, method)(of)
         if texts is None:
-            return [None] * len(classes)
-        if len(texts) != len(classes) or not all(text is None or isinstance(text, str) for text in texts):
+            return [None] * len(of)
+        if len(texts) != len(of) or not all(text is None or isinstance(text, str) for text in texts):
             raise TaskError(
-                f"task {self.spec.task!r}: examples().class_texts() must return a text or None for each of the "
-                f"{len(classes)} requested classes"
+                f"task {self.spec.task!r}: examples().{method}() must return a text or None for each of the "
+                f"{len(of)} requested {what}"
             )
         return list(texts)
 

@@ -19,6 +19,7 @@ from npeff.reports.inputs_section import InputsSection, inputs_section
 from npeff.reports.pictures import Album, Image
 from npeff.reports.selectivity_chart import Selectivity, selectivity_by_component
 from npeff.reports.shifts import ShiftReader, StepEffect
+from npeff.reports.token_names import token_names
 from npeff.reports.token_shares import ShareReader, Shares
 from npeff.statistics.verdict import Verdict, verdicts
 from npeff.store.annotations import Annotation
@@ -164,7 +165,8 @@ class CardWriter:
     def __init__(self, store: ComponentStore, examples_shown: int) -> None:
         self._store = store
         self._examples_shown = examples_shown
-        self._names = store.class_names()
+        named = store.class_names()
+        self._names = named or token_names(store.tables)
         self._annotations = store.annotations.of_component
         self._metadata = store.metadata_columns()
         self._top = _grouped(store.table("top_examples").sort_by([("split", "ascending"), ("rank", "ascending")]))
@@ -181,7 +183,7 @@ class CardWriter:
         self._components = {row["component"]: row for row in store.table("components").to_pylist()}
         self._verdicts = self._optional("verification")
         self._energy = self._optional("layer_energy")
-        self._shifts = ShiftReader(store.tables, self._names, several=not self._base.predictions)
+        self._shifts = ShiftReader(store.tables, named, several=not self._base.predictions)
         moved = store.tables.has("selectivity")
         self._selectivity = selectivity_by_component(store.table("selectivity")) if moved else {}
 

@@ -264,6 +264,15 @@ def _lollipop(row: Verdict, x: float, axis: Axis) -> Lollipop:
     )
 
 
+def full_width(fractions: Iterable[float | None]) -> float:
+    """Return the fraction that a bar of full width stands for in a table: 1, 0.5, 0.2, 0.1, ..., at least the largest.
+
+    Small fractions, such as the probabilities of the tokens of a vocabulary, can then be compared by their bars.
+    """
+    largest = max((value for value in fractions if value is not None and value > 0), default=1.0)
+    return min(1.0, _round_step(largest))
+
+
 def _apart(first: Tick, second: Tick, character: float) -> bool:
     """Return whether there is room for a character between the labels of two ticks."""
     return abs(second.position - first.position) >= character * ((len(first.label) + len(second.label)) / 2 + 1)

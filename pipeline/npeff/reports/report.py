@@ -24,14 +24,14 @@ from npeff.query.components import ComponentStore
 from npeff.query.errors import QueryError
 from npeff.query.factorizations import factorizations_of
 from npeff.reports.cards import Card, CardWriter
-from npeff.reports.charts import log_axis, loss_chart, ratio_chart
+from npeff.reports.charts import full_width, log_axis, loss_chart, ratio_chart
 from npeff.reports.comparison import Comparison, comparison
 from npeff.reports.groups_beside import GroupsBeside, groups_beside
 from npeff.reports.scale_section import scale_section
 from npeff.reports.selection_chart import SelectionChart, selection_chart
 from npeff.reports.selectivity_chart import SIDE, selectivity_charts
 from npeff.reports.spectrum_section import cumulative_curve, spectrum_section
-from npeff.reports.texts import breakable, on_one_line, parts
+from npeff.reports.texts import breakable, on_one_line, parts, visible
 from npeff.statistics.joint_ablation import joint_ablations
 from npeff.statistics.verdict import LEAST_MATCHED, MOST_TRACE_RATIO, Verdict, scoreboard, verdicts
 from npeff.storage.atomic import write_file_atomically
@@ -103,7 +103,13 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     templates.filters |= {"number": number, "percent": percent, "duration": duration, "ratio": ratio}
-    templates.filters |= {"parts": parts, "on_one_line": on_one_line, "breakable": breakable}
+    templates.filters |= {
+        "full_width": full_width,
+        "parts": parts,
+        "on_one_line": on_one_line,
+        "visible": visible,
+        "breakable": breakable,
+    }
     templates.globals["links"] = Links(overview="#components", component=lambda number: f"#component-{number}")
     return templates
 

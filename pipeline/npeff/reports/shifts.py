@@ -136,7 +136,9 @@ def step_effect(
     """
     classes = [row | {"change": row["p_after"] - row["p_before"], "name": _name(row)} for row in classes]
     classes.sort(key=lambda row: -abs(row["change"]))
-    examples = [row | {when: _name(row, when) for when in ("before", "after")} for row in examples]
+    examples = [
+        {"context": None} | row | {when: _name(row, when) for when in ("before", "after")} for row in examples
+    ]  # tables of earlier versions have no context
     flips = Counter((row["before"], row["after"]) for row in examples if row["class_before"] != row["class_after"])
     return StepEffect(
         examples=examples_of,

@@ -7,6 +7,7 @@ import re
 from markupsafe import Markup, escape
 
 _NEW_PART = Markup('<span class="part">\n</span>')
+_SIGNS = str.maketrans({"\n": "⏎", "\r": "␍", "\t": "⇥"})
 _SEPARATOR = re.compile(r"(?<=[._/])(?=[^._/])")
 
 
@@ -18,6 +19,12 @@ def parts(text: str) -> Markup:
 def on_one_line(text: str) -> str:
     """Return a text with slashes between its lines."""
     return " / ".join(text.split("\n"))
+
+
+def visible(token: str) -> str:
+    """Return the text of a token with signs in place of line breaks, of tabs and, if it has nothing else, of spaces."""
+    shown = token.translate(_SIGNS)
+    return shown if shown.strip() else shown.replace(" ", "␣")
 
 
 def breakable(name: str) -> Markup:

@@ -22,6 +22,11 @@ _NORMALIZATIONS = ("*Norm*", "*norm*", "*ln_*")
 _TOKENS = ("*embed*", "*wte*", "*wpe*", "*lm_head*", "*shared*")
 """Parameters of embeddings of tokens and positions, and of the output over a vocabulary."""
 _IMAGES = "huggingface-image-classification"
+_CAUSAL = "huggingface-causal-lm"
+_MOST_TRUNCATED = 512
+"""Largest vocabulary for truncated labels. Their decomposition takes 0.1 s per example, and grows with the cube."""
+_PREDICTIONS, _PREDICTIONS_PER_TEXT = 1000, 8
+"""Number of examples that a few texts of a causal language model are to give, and the most of each text."""
 _LARGE_DIRECTIONS = 8 * 2**30
 """Size in bytes of directions in float32 above which half precision is proposed."""
 
@@ -66,7 +71,7 @@ def new_run_file(
         *_task(proposal, n_rows),
         *_parameters(proposal),
         *_fishers(proposal),
-        *_factorization(proposal, n_rows),
+        *_factorization(proposal, None if n_rows is None else n_rows * _per_row(proposal, n_rows)),
     ]
     return "".join(f"{line.text}  # {line.comment}\n" if line.comment else f"{line.text}\n" for line in lines)
 
@@ -84,7 +89,18 @@ def _task(proposal: Proposal, n_rows: int | None) -> list[_Line]:
         lines.append(_Line(f"    max_length: {longest}", "tokens of a text; longer texts are truncated"))
         lines.append(_Line("    # dtype: bfloat16", "on GPUs: half the memory"))
         lines.append(_Line("    # quantization: torchao-int8", "under an adapter: quantized weights are not explained"))
+    if proposal.task == _CAUSAL:
+        lines.append(_Line("    examples: positions", "an example is one predicted token, and not a whole text"))
+        per_row = _per_row(proposal, n_rows)
+        lines.append(_Line(f"    positions_per_row: {per_row}", "tokens of a text that are examples, drawn at random"))
     return lines
+
+
+def _per_row(proposal: Proposal, n_rows: int | None) -> int:
+    """Return the number of examples of each row."""
+    if proposal.task != _CAUSAL or not n_rows:
+        return 1
+    return max(1, min(_PREDICTIONS_PER_TEXT, _PREDICTIONS // n_rows))
 
 
 def _parameters(proposal: Proposal) -> list[_Line]:
@@ -103,6 +119,11 @@ def _left_out(proposal: Proposal) -> tuple[str, ...]:
 
 
 def _fishers(proposal: Proposal) -> list[_Line]:
+    if proposal.task == _CAUSAL:
+        vocabulary = None if proposal.model is None else proposal.model.vocabulary
+        if vocabulary is not None and vocabulary <= _MOST_TRUNCATED:
+            return [_Line("fishers: {labels: truncated, rank: 8}", f"of at most {vocabulary - 1} rows for each token")]
+        return [_Line("fishers: {labels: sampled, rank: 16}", "tokens drawn from the model; more draws, less noise")]
     if proposal.task in LANGUAGE_MODELS or proposal.task == "huggingface-token-classification":
         return [_Line("fishers: {labels: sampled, rank: 4}", "an example has several predictions")]
     classes = len(proposal.options.get("label_names") or (proposal.model and proposal.model.class_names) or ())
@@ -126,10 +147,7 @@ def _factorization(proposal: Proposal, n_rows: int | None) -> list[_Line]:
 
 
 def count_rows(data: str, split: str | None) -> int | None:
-    """Return the number of rows of a file, without reading its values; None if it is not known.
-
-    Lines of text files are counted, which are more than the rows if texts contain line breaks.
-    """
+    """Return the number of rows of a file, without reading its values; None if it is not known."""
     path = Path(data)
     if path.is_dir() and (images := image_table(path, split)) is not None:
         return len(images)
@@ -140,7 +158,15 @@ def count_rows(data: str, split: str | None) -> int | None:
 
         return int(pyarrow.parquet.read_metadata(path).num_rows)
     if path.suffix in (".csv", ".tsv", ".txt", ".jsonl"):
-        with path.open("rb") as file:
-            lines = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(2**20), b""))
-        return max(0, lines - (path.suffix != ".jsonl"))
+        return max(0, _count_records(path, quoted=path.suffix == ".csv") - (path.suffix != ".jsonl"))
     return None
+
+
+def _count_records(path: Path, quoted: bool) -> int:
+    """Return the number of lines of a file that are not empty. A line break between quotes does not end a line."""
+    count, quotes = 0, 0
+    with path.open("rb") as file:
+        for line in file:
+            quotes += line.count(b'"') if quoted else 0
+            count += not quotes % 2 and bool(line.strip())
+    return count

@@ -85,7 +85,7 @@ def _facts(config: RunConfig) -> dict[str, float]:
         "direction_bytes": _BYTES[config.lift.dtype],
         "weight_bytes": _BYTES.get(str(options.get("quantization") or options.get("dtype", "float32"))),
         "length": options.get("max_length", 512 if config.task.name.endswith("lm") else 128),
-        "examples": options.get("limit") or _rows(options),
+        "examples": _examples(options),
     }
     if isinstance(options.get("model"), str) and (folder := ModelFolder.read(options["model"])) is not None:
         known |= _model_facts(folder, config)
@@ -98,6 +98,11 @@ def _facts(config: RunConfig) -> dict[str, float]:
 def _rows(options: Mapping[str, Any]) -> int | None:
     data = options.get("data")
     return count_rows(data, options.get("split")) if isinstance(data, str) else None
+
+
+def _examples(options: Mapping[str, Any]) -> int | None:
+    rows = options.get("limit") or _rows(options)
+    return rows and rows * (options.get("positions_per_row") or 1)
 
 
 def _model_facts(folder: ModelFolder, config: RunConfig) -> dict[str, float | None]:

@@ -84,7 +84,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "example_shifts": _schema(
         "component:int examples:str sign:int rank:int example:int place:int class_before:int name_before:str? "
-        "class_after:int name_after:str? p_before:float p_after:float p_new:float kl:float"
+        "class_after:int name_after:str? p_before:float p_after:float p_new:float kl:float context:str?"
     ),
     "ablation": _schema(
         "component:int examples:str displacement:float n_top:int n_baseline:int "
@@ -190,6 +190,8 @@ prediction_shifts: what the step of a row of `verification` does to the predicti
 example_shifts: one row per top example of such a step, `rank` from 0, for the prediction that changes most in KL
     divergence, number `place` of the example's predictions. `p_before` and `p_after` are the probabilities of
     `class_before`, `p_new` is that of `class_after` after the step; `kl` is the KL divergence of the whole example.
+    `context` is the text around the prediction, such as the text up to a predicted token, with the token in brackets;
+    null if the task has none.
 selectivity: mean KL divergence on the first top examples of `component` for the verification step along the direction
     of `moved`; on held-out examples if there are any. `kl_checked` is a measured value of a predicted `kl`.
 ablation: columns of `verification`, with random baseline examples also for the controls, for the step that removes the
@@ -261,10 +263,11 @@ _SINCE: dict[int, dict[str, tuple[str, ...]]] = {
             *("flip_from", "flip_to", "flip_share", "raised_class", "raised", "lowered_class", "lowered"),
         ),
     },
+    5: {"example_shifts": ("context",)},
 }
 """Nullable columns that versions of a table before this one do not have."""
 
-TABLES_VERSION = 4
+TABLES_VERSION = 5
 
 
 def columns_since(name: str, version: int) -> tuple[str, ...]:

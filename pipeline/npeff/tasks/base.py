@@ -85,6 +85,17 @@ class Examples(ABC):
         """
         return None
 
+    def prediction_texts(self, predictions: Sequence[tuple[int, int]]) -> list[str | None] | None:
+        """Return the texts of single predictions, for display: what precedes a predicted token, and it in brackets.
+
+        An entry is None if a prediction has no text. Return None if no prediction has one.
+
+        Args:
+            predictions: Numbers of examples, each with the number of one of its predictions. The predictions of an
+                example are numbered from 0 in the order of their positions.
+        """
+        return None
+
     def stimulus(self, parameter: str, s: Sequence[float], indices: Sequence[int]) -> Any | None:
         """Return a batch of some examples with changed values of a stimulus parameter, for `npeff scale`.
 

@@ -137,21 +137,8 @@ def _prepare(folder: Path) -> dict[str, Any]:
     trained, held_out = split_topics()
     tokenizer = tokenizer_of("".join(trained.values()))
     read, unread = (_ids(tokenizer, part) for part in (trained, held_out))
-    torch.manual_seed(SEED)
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(tokenizer),
-            n_positions=CONTEXT,
-            n_embd=64,
-            n_layer=2,
-            n_head=4,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    began = time.process_time()
-    _train(model, torch.cat(read))
+    model, began = new_model(tokenizer), time.process_time()
+    train(model, torch.cat(read))
     seconds = time.process_time() - began
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -168,11 +155,28 @@ def _prepare(folder: Path) -> dict[str, Any]:
     }
 
 
+def new_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
+    """Return a GPT-2 of two layers with initial weights for the vocabulary of a tokenizer."""
+    torch.manual_seed(SEED)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=CONTEXT,
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
 def _ids(tokenizer: PreTrainedTokenizerFast, part: dict[str, str]) -> list[Tensor]:
     return [torch.tensor(tokenizer.backend_tokenizer.encode(text).ids) for text in part.values() if text]
 
 
-def _train(model: nn.Module, text: Tensor) -> None:
+def train(model: nn.Module, text: Tensor) -> None:
     """Train with AdamW on windows drawn from a text, with a linear warm-up and a cosine decay to 0."""
     generator = torch.Generator().manual_seed(SEED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1)

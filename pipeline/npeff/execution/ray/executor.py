@@ -31,6 +31,7 @@ from npeff.execution.executor import (
 from npeff.execution.ray.actor import Failure, Role, WorkerActor
 from npeff.execution.ray.address import check_is_ray
 from npeff.execution.ray.jobs import in_job
+from npeff.execution.ray.messages import shorten_messages
 from npeff.execution.ray.placement import WorkerPlacement
 from npeff.execution.ray.private import PrivateRay
 from npeff.execution.team import TeamMember
@@ -285,6 +286,7 @@ class RayExecutor:
     def _connect(self, address: str) -> None:
         if not in_job():
             check_is_ray(address)
+        shorten_messages()
         try:
             with _own_reaction_to_sigterm():
                 if address == "local" and not in_job():

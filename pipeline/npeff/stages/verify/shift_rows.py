@@ -37,6 +37,7 @@ class ShiftRows:
         seen = {shift.number for shift in self._shifts.classes}
         numbers = sorted(seen.union(*({each.class_before, each.class_after} for each in examples)))
         self._names = dict(zip(numbers, loaded.class_texts(numbers), strict=True))
+        self._loaded = loaded
 
     def columns(self) -> Row:
         """Return the columns of the table `verification`."""
@@ -59,8 +60,10 @@ class ShiftRows:
 
     def examples(self) -> Iterator[Row]:
         """Yield the rows of the table `example_shifts`."""
-        for rank, (example, shift) in enumerate(zip(self._top.tolist(), self._shifts.examples, strict=True)):
-            if shift is not None:
-                names = {"before": self._names[shift.class_before], "after": self._names[shift.class_after]}
-                place = {"rank": rank, "example": example, "kl": float(self._kl_n[rank])}
-                yield place | asdict(shift) | {f"name_{when}": name for when, name in names.items()}
+        pairs = zip(self._top.tolist(), self._shifts.examples, strict=True)
+        made = [(rank, example, shift) for rank, (example, shift) in enumerate(pairs) if shift is not None]
+        contexts = self._loaded.prediction_texts([(example, shift.place) for _, example, shift in made])
+        for (rank, example, shift), context in zip(made, contexts, strict=True):
+            names = {"before": self._names[shift.class_before], "after": self._names[shift.class_after]}
+            place = {"rank": rank, "example": example, "kl": float(self._kl_n[rank]), "context": context}
+            yield place | asdict(shift) | {f"name_{when}": name for when, name in names.items()}

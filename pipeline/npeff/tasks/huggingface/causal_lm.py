@@ -125,6 +125,13 @@ class _Texts(Examples):
     def class_texts(self, classes: Sequence[int]) -> list[str | None]:
         return token_texts(self._tokenizer, classes)
 
+    def prediction_texts(self, predictions: Sequence[tuple[int, int]]) -> list[str | None]:
+        found = list[str | None]()
+        for index, number in predictions:
+            ids = self._tokens.ids[self._predictions.rows[index]]
+            found.append(marked(self._tokenizer, ids, self._predictions.position(index, number) + 1)[0])
+        return found
+
     def table(self) -> pa.Table:
         return self._table
 

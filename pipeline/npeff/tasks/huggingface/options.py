@@ -70,11 +70,19 @@ class PredictionOptions(TextOptions):
 
     examples: Granularity = "sequences"
     """``sequences``: a row is an example. ``positions``: every prediction is an example, and its class is the label."""
+    positions_per_row: int | None = None
+    """For ``positions``: number of predictions of each row that are examples, drawn at random; all if None."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.examples not in get_args(Granularity):
             raise TaskError(f"examples must be one of {', '.join(get_args(Granularity))}, not {self.examples!r}")
+        if self.positions_per_row is None:
+            return
+        if self.examples != "positions":
+            raise TaskError("positions_per_row needs examples: positions")
+        if self.positions_per_row < 1:
+            raise TaskError(f"positions_per_row must be at least 1, not {self.positions_per_row}")
 
 
 @dataclass(frozen=True, kw_only=True)

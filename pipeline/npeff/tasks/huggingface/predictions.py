@@ -27,6 +27,8 @@ _EXAMPLES_AT_ONCE = 1024
 """Number of single predictions whose texts are in memory at once."""
 _SHOWN_TOKENS = 24
 """Number of tokens that are displayed before the marked token."""
+_SEED = 0
+"""Seed of the draws of `positions_per_row`. They are the same for every seed of a run, so that runs can be compared."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Predictions:
         else:
             counts, parts = np.zeros(len(targets), np.int64), [np.zeros(0, np.int64)]
             for row, classes in enumerate(targets):
-                parts.append(np.flatnonzero(classes != IGNORED))
+                parts.append(_drawn(np.flatnonzero(classes != IGNORED), options.positions_per_row, row))
                 counts[row] = len(parts[-1])
             rows, places = np.repeat(np.arange(len(targets)), counts), np.concatenate(parts)
             made = len(targets) == 0 or len(places) > 0
@@ -59,6 +61,12 @@ class Predictions:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def position(self, example: int, number: int) -> int:
+        """Return the position of a prediction, by its number among the predictions of the example."""
+        if self.places is not None:
+            return int(self.places[example])
+        return int(np.flatnonzero(self.targets[self.rows[example]] != IGNORED)[number])
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Return ``targets`` (B, T), or ``places`` (B,) of single predictions."""
@@ -96,6 +104,13 @@ class Predictions:
         return example_table(rows.set_column(0, "id", pa.array(ids, pa.string())), labels, columns, used)
 
 
+def _drawn(places: np.ndarray, most: int | None, row: int) -> np.ndarray:
+    """Return at most this number of the places of a row, in order. The draw depends on the number of the row only."""
+    if most is None or len(places) <= most:
+        return places
+    return np.sort(np.random.default_rng([_SEED, row]).choice(places, most, replace=False))
+
+
 def at_places(logits_BTC: Tensor, batch: Mapping[str, Tensor], n_positions: int) -> Tensor:
     """Return the logits (B, T, C), or (B, C) at the ``places`` of a batch of single predictions.
 
@@ -120,6 +135,7 @@ def marked(tokenizer: Any, token_ids: np.ndarray, place: int) -> tuple[str, str]
         for part in (slice(start, place), slice(start, place + 1), slice(place, place + 1))
     )
     token = with_token.removeprefix(before) if with_token.startswith(before) else f" {alone}"
-    space = " " if before and token.startswith(" ") else ""
-    shown = token.strip(" ").replace("\n", "\\n")
+    word = token.strip(" ")
+    space = " " if before and word and token.startswith(" ") else ""
+    shown = (word or token).replace("\n", "\\n")
     return f"{'… ' if start else ''}{before}{space}[{shown}]", shown

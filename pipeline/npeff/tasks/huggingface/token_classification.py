@@ -26,6 +26,8 @@ from npeff.tasks.tables import type_of
 
 _OUTSIDE = "O"
 """The tag of a word outside all entities in IOB schemes."""
+_SHOWN_WORDS = 12
+"""Number of words that are displayed on each side of a classified word."""
 
 
 class TokenClassificationTask(TextTask[TokenClassificationOptions]):
@@ -128,6 +130,18 @@ class _Words(Examples):
             found.append(placed_tokens(self._tokenizer, self._options, words, starts=starts, is_split_into_words=True))
         return found
 
+    def prediction_texts(self, predictions: Sequence[tuple[int, int]]) -> list[str | None]:
+        """Return the words around the classified ones."""
+        found = list[str | None]()
+        for index, number in predictions:
+            row = self._predictions.rows[index]
+            chosen = int(self._word_of_token[row][self._predictions.position(index, number)])
+            start, stop = max(0, chosen - _SHOWN_WORDS), chosen + _SHOWN_WORDS + 1
+            words = _marked(self._words[row], chosen)
+            around = [*(["…"] if start else []), *words[start:stop], *(["…"] if stop < len(words) else [])]
+            found.append(" ".join(around))
+        return found
+
     def table(self) -> pa.Table:
         return self._table
 
@@ -153,10 +167,15 @@ class _Words(Examples):
         words = self._words[row]
         if number is None:
             return list(map(self._tagged, words, self._tags[row]))
-        return [*words[:number], f"[{words[number]}]", *words[number + 1 :]]
+        return _marked(words, number)
 
     def _tagged(self, word: str, tag: int) -> str:
         return word if tag == UNKNOWN or self.class_names[tag] == _OUTSIDE else f"{word}/{self.class_names[tag]}"
+
+
+def _marked(words: Sequence[str], number: int) -> list[str]:
+    """Return words with one of them in brackets."""
+    return [*words[:number], f"[{words[number]}]", *words[number + 1 :]]
 
 
 def _first_tokens(encoding: Any, truncation_side: str) -> np.ndarray:
