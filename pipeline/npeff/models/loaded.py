@@ -96,7 +96,6 @@ class ModelSpec:
         device = torch.device(self.device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ExecutorError("torch finds no GPU on the machine of this worker: set executor.gpus_per_worker to 0")
-        keep_freed_memory()
         if (team := current_team()) is not None:
             team.begin_loading()
         task = self._load_task()
@@ -116,7 +115,6 @@ class ModelSpec:
 
     def load_shards(self, team: Team) -> nn.Module:
         """Load the parts of the model that this process keeps for the first process of a team, which calls `load`."""
-        keep_freed_memory()
         return self._load_model(self._load_task(), team, torch.device(self.device))[0]
 
     def _load_model(self, task: Task, team: Team | None, device: torch.device) -> tuple[nn.Module, Shards | None]:
@@ -127,7 +125,12 @@ class ModelSpec:
         if not isinstance(model, nn.Module):
             raise TaskError(f"task {self.task!r}: {method}() must return a torch.nn.Module, not {_kind(model)}")
         model = trainable(model).eval()
-        return (model.to(device), None) if team is None else (model, divide(model, team, device))
+        if team is None:
+            keep_freed_memory()
+            return model.to(device), None
+        shards = divide(model, team, device)
+        keep_freed_memory()  # not before: the parameters that were sent to other processes are freed
+        return model, shards
 
     def _load_task(self) -> Task:
         try:
