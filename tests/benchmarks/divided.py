@@ -4,7 +4,8 @@
 
 Memory: a GPT-2 of 1.2 GB with random weights, read from safetensors, and the Fishers of eight texts. For each number n
 of processes: the parameters that a process holds at most (its shards and the units in memory), and the memory of all
-processes together, above that after the imports, while the model is loaded and while Fishers are computed. Bounds:
+processes together, above that after the imports, while the model is loaded and while Fishers are computed. Pages of the
+model's file, which the system can drop, do not count. Bounds:
 (1/n of the model + two blocks) · 1.1 for the parameters of a process with n > 1; 1.2 models + one block for loading.
 
 Speed: a model whose blocks are large enough that passes dominate, with one thread per process. The same batches are
@@ -36,7 +37,7 @@ from npeff.models.loaded import ModelSpec
 from npeff.models.sharding import Shards
 from npeff.sketches import SketchSpec, make_sketch
 from npeff.tasks import Examples, Task
-from process_tree import memory_of
+from process_tree import own_memory_of
 from quickstart import machine
 from rich.console import Console
 from rich.table import Table
@@ -157,7 +158,7 @@ def run(folder: Path, size: int, n_batches: int, batch: int) -> dict[str, Any]:
 
 
 class _Watch:
-    """The largest memory of some processes together above that at the beginning. Shared memory counts once."""
+    """The largest memory of some processes together above that at the beginning, without pages of files."""
 
     def __init__(self, pids: list[int | None]) -> None:
         self._pids = [str(pid) for pid in pids]
@@ -180,7 +181,7 @@ class _Watch:
             self._peak = max(self._peak, self._now())
 
     def _now(self) -> int:
-        return sum(memory_of(pid) for pid in self._pids)
+        return sum(own_memory_of(pid) for pid in self._pids)
 
 
 def _process(pipe: Connection, folder: str, rank: int, size: int, n_batches: int, batch: int) -> None:

@@ -62,10 +62,14 @@ def measured(command: list[str], environment: dict[str, str] | None = None, fold
     return Cost(sum(cpu_s.values()), time.perf_counter() - began, memory, processes)
 
 
-def memory_of(pid: str) -> int:
-    """Bytes of memory of a process now; memory that several processes share counts in parts. 0 where it has ended."""
-    used = _used(pid)
-    return 0 if used is None else used[1]
+def own_memory_of(pid: str) -> int:
+    """Bytes of a process now without pages of files, which the system can drop. 0 where it has ended."""
+    try:
+        sizes = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    kinds = ("Pss_Anon:", "Pss_Shmem:")
+    return sum(int(line.split()[1]) * 1024 for line in sizes if line.startswith(kinds))
 
 
 def _has_mark(pid: str, mark: str) -> bool:
