@@ -359,7 +359,10 @@ def test_a_stage_says_which_one_comes_before_it(
         (("sql", "select 1; select 2"), "a query must be one SELECT statement"),
         (("sql", "select * from read_csv('/etc/passwd')"), "file system operations are disabled"),
         (("sql", "select interval 3 days", "--format", "parquet"), "the format parquet does not support this result"),
-        (("components", "--format", "xml"), "'xml' is not one of 'table', 'json', 'csv', 'spreadsheet', 'parquet'"),
+        (
+            ("components", "--format", "xml"),
+            "'xml' is not one of 'table', 'expanded', 'json', 'csv', 'spreadsheet', 'parquet'",
+        ),
     ],
 )
 def test_a_question_that_cannot_be_answered_is_one_line(

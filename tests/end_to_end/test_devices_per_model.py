@@ -28,7 +28,7 @@ from npeff.tasks import TaskError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]  # every start of an actor imports torch
 N, PROCESSES = 23, 2
 
 

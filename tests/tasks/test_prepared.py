@@ -102,6 +102,16 @@ def test_data_with_a_mistake_leave_nothing(models: Path, tmp_path: Path) -> None
     assert not list(cache.iterdir())
 
 
+def test_files_of_other_options_are_not_used(tmp_path: Path) -> None:
+    with preparing(tmp_path, {"data": "run.parquet"}) as files:
+        files.table("texts", lambda: [pa.table({"text": ["of the run"]})])
+    tables = [
+        Prepared.of(tmp_path, {"data": data}).table("texts", lambda: [pa.table({"text": ["of other data"]})])
+        for data in ("run.parquet", "own.parquet")
+    ]
+    assert [table["text"].to_pylist() for table in tables] == [["of the run"], ["of other data"]]
+
+
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
 def test_parquet_is_read_in_parts(kind: pa.DataType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table_files, "_ROWS_AT_ONCE", 3)
@@ -113,7 +123,7 @@ def test_parquet_is_read_in_parts(kind: pa.DataType, tmp_path: Path, monkeypatch
     expected = whole.slice(0, 4).to_pylist()
     expected = [{**row, "class": None} for row in expected] + whole.slice(4).to_pylist()
     options: dict[str, Any] = {"data": str(tmp_path / "parts"), "filter": {"n": [1, 5, 6, 13, 14, 20]}, "limit": 5}
-    with preparing(tmp_path) as files:
+    with preparing(tmp_path, options) as files:
         rows = TableOptions(**options).read(["text"], files=files)
         assert rows.to_pylist() == [{"id": str(n), **expected[n]} for n in (1, 5, 6, 13, 14)]
         assert rows.equals(TableOptions(**options).read(["text"]))

@@ -7,6 +7,7 @@ share them. `Texts` and `Arrays` give single rows of a column by their numbers.
 from __future__ import annotations
 
 import filecmp
+import hashlib
 import os
 import shutil
 import tempfile
@@ -28,7 +29,7 @@ PART_ROWS = 16_384
 """Number of rows that are in memory at once, about."""
 _PART_BYTES = 64 * 2**20
 """Size of the rows that are in memory at once, about."""
-_FOLDER = "examples"
+_FOLDER, _OPTIONS = "examples", "options.sha256"
 
 Parts = Callable[[], Iterable[pa.Table]]
 
@@ -44,10 +45,14 @@ class Prepared:
         self._folder = folder
 
     @classmethod
-    def of(cls, cache: Path) -> Prepared:
-        """Return the files that `preparing` has written to a task's folder, or unnamed ones if there are none."""
-        folder = cache / _FOLDER
-        return cls(folder if folder.is_dir() else None)
+    def of(cls, cache: Path, options: object) -> Prepared:
+        """Return the files that `preparing` has written to a task's folder, or unnamed ones if there are none.
+
+        Files of other options are not used: a task can be loaded for other data than those of its run.
+        """
+        file = cache / _FOLDER / _OPTIONS
+        is_own = file.exists() and file.read_text(encoding="utf-8") == _digest(options)
+        return cls(file.parent if is_own else None)
 
     def table(self, name: str, parts: Parts, check: Callable[[pa.Table], object] = lambda _: None) -> pa.Table:
         """Return a mapped table, which is written if it does not exist.
@@ -65,18 +70,28 @@ class Prepared:
 
 
 @contextmanager
-def preparing(cache: Path) -> Iterator[Prepared]:
-    """Yield an empty folder for the files of a task, which replaces the former one unless their contents are equal."""
+def preparing(cache: Path, options: object) -> Iterator[Prepared]:
+    """Yield an empty folder for the files of a task, which replaces the former one unless their contents are equal.
+
+    Args:
+        cache: The folder of the task.
+        options: The options of the task, which `repr` describes.
+    """
     path, partial = cache / _FOLDER, cache / f"{_FOLDER}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield Prepared(partial)
+        (partial / _OPTIONS).write_text(_digest(options), encoding="utf-8")
         if not _equal(path, partial):  # files that stay are not sent to an object store again
             shutil.rmtree(path, ignore_errors=True)
             partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _digest(options: object) -> str:
+    return hashlib.sha256(repr(options).encode()).hexdigest()
 
 
 def _equal(one: Path, other: Path) -> bool:

@@ -238,11 +238,11 @@ class TextTask(PretrainedTask[OptionsT]):
         """Return the examples, from the files of the task or, if they do not exist, from the data."""
 
     def prepare(self, cache: Path) -> None:
-        with preparing(cache) as files:
+        with preparing(cache, self.options) as files:
             self.read_examples(files)
 
     def examples(self, cache: Path) -> Examples:
-        return self.read_examples(Prepared.of(cache))
+        return self.read_examples(Prepared.of(cache, self.options))
 
 
 def classes(config: Any, label_names: Sequence[str] | None, model: str) -> tuple[str, ...]:
