@@ -4,7 +4,7 @@ import math
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from npeff.reports.charts import Axis, log_axis, loss_chart, ratio_chart
 from npeff.reports.selection_chart import selection_chart
@@ -21,6 +21,7 @@ def value_of(label: str) -> float:
 
 
 @given(st.floats(-300, 0), st.floats(0, 300), st.floats(60, 1200), st.integers(2, 12), st.booleans())
+@example(low=-23.75, high=2.5, length=60.0, at_most=2, log=True)
 def test_labels_of_an_axis_are_apart_at_any_range(
     low: float, high: float, length: float, at_most: int, log: bool
 ) -> None:

@@ -57,7 +57,8 @@ class Axis:
         """
         if self.log:
             decades = range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)
-            every = math.ceil(_LINE * len(decades) / abs(self.stop - self.start))
+            span = max(len(decades), math.log10(self.high) - math.log10(self.low))  # the ends may be within a decade
+            every = math.ceil(_LINE * span / abs(self.stop - self.start))
             return [self._tick(10.0**power, _power(power)) for power in decades if power % every == 0]
         step = _round_step((self.high - self.low) / about)
         if math.floor(self.high / step + 1e-9) <= math.ceil(self.low / step - 1e-9):
