@@ -102,6 +102,32 @@ def test_data_with_a_mistake_leave_nothing(models: Path, tmp_path: Path) -> None
     assert not list(cache.iterdir())
 
 
+def test_rows_are_those_of_a_list() -> None:
+    texts = Texts(pa.chunked_array([["a", None], ["b", "c"]]), "no texts")
+    numbers = Arrays(pa.chunked_array([[[0], [1, 2]], [[], [3]]]))
+    whole = ["a", "", "b", "c"]
+    for rows, expected in [
+        (texts, whole),
+        (Joined([texts, whole], "-"), [f"{each}-{each}" for each in whole]),
+        (numbers, [[0], [1, 2], [], [3]]),
+    ]:
+        assert [list(row) if rows is numbers else row for row in rows] == expected
+        for place in range(-4, 4):
+            assert list(rows[place]) == list(expected[place])
+        for part in (
+            slice(None),
+            slice(1, 3),
+            slice(-2, None),
+            slice(9, 12),
+            slice(None, None, 2),
+            slice(None, None, -1),
+        ):
+            assert [list(row) for row in rows[part]] == [list(row) for row in expected[part]]
+        for place in (-5, 4):
+            with pytest.raises(IndexError, match=f"row {place} is not one of 4"):
+                rows[place]
+
+
 def test_files_of_other_options_are_not_used(tmp_path: Path) -> None:
     with preparing(tmp_path, {"data": "run.parquet"}) as files:
         files.table("texts", lambda: [pa.table({"text": ["of the run"]})])

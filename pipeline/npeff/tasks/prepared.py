@@ -11,12 +11,13 @@ import hashlib
 import os
 import shutil
 import tempfile
+from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import overload
+from typing import TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +33,7 @@ _PART_BYTES = 64 * 2**20
 _FOLDER, _OPTIONS = "examples", "options.sha256"
 
 Parts = Callable[[], Iterable[pa.Table]]
+RowT = TypeVar("RowT")
 
 
 class Prepared:
@@ -148,8 +150,29 @@ def slices(n_rows: int, size: int = PART_ROWS) -> Iterator[slice]:
         yield slice(start, min(start + size, n_rows))
 
 
-class Texts(Sequence[str]):
-    """A column as strings, with an empty string for null. Rows are read when they are used.
+class _Rows(Sequence[RowT]):
+    """Rows that are made when they are used. A slice is a list."""
+
+    @abstractmethod
+    def _some(self, rows: slice) -> list[RowT]:
+        """Return the rows from the start to the stop of a slice, both of which are in the table."""
+
+    @overload
+    def __getitem__(self, row: int) -> RowT: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[RowT]: ...
+    def __getitem__(self, row: int | slice) -> RowT | list[RowT]:
+        if isinstance(row, slice):
+            start, stop, step = row.indices(len(self))
+            return self._some(slice(start, stop)) if step == 1 else [self[each] for each in range(start, stop, step)]
+        place = row + len(self) if row < 0 else row
+        if not 0 <= place < len(self):
+            raise IndexError(f"row {row} is not one of {len(self)}")
+        return self._some(slice(place, place + 1))[0]
+
+
+class Texts(_Rows[str]):
+    """A column as strings, with an empty string for null.
 
     Args:
         column: The column.
@@ -158,34 +181,24 @@ class Texts(Sequence[str]):
 
     def __init__(self, column: pa.ChunkedArray, problem: str) -> None:
         self._column, self._problem = column, problem
-        self.strings(slice(0, 0))
+        self._some(slice(0, 0))
 
     def __len__(self) -> int:
         return len(self._column)
 
-    @overload
-    def __getitem__(self, row: int) -> str: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[str]: ...
-    def __getitem__(self, row: int | slice) -> str | list[str]:
-        if isinstance(row, slice):
-            found: list[str] = self.strings(row).to_pylist()
+    def _some(self, rows: slice) -> list[str]:
+        try:
+            found: list[str] = pc.fill_null(self._column[rows].cast(pa.string()), "").to_pylist()
             return found
-        return self[row : row + 1][0]
+        except pa.ArrowException:
+            raise TaskError(self._problem) from None
 
     def __iter__(self) -> Iterator[str]:
         for part in slices(len(self)):
             yield from self[part]
 
-    def strings(self, rows: slice) -> pa.ChunkedArray:
-        """Return some rows as a column of strings."""
-        try:
-            return pc.fill_null(self._column[rows].cast(pa.string()), "")
-        except pa.ArrowException:
-            raise TaskError(self._problem) from None
 
-
-class Joined(Sequence[str]):
+class Joined(_Rows[str]):
     """The texts of several columns, joined row by row."""
 
     def __init__(self, columns: Sequence[Sequence[str]], separator: str) -> None:
@@ -194,17 +207,11 @@ class Joined(Sequence[str]):
     def __len__(self) -> int:
         return len(self._columns[0])
 
-    @overload
-    def __getitem__(self, row: int) -> str: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[str]: ...
-    def __getitem__(self, row: int | slice) -> str | list[str]:
-        if isinstance(row, slice):
-            return list(map(self._separator.join, zip(*(column[row] for column in self._columns), strict=True)))
-        return self._separator.join(column[row] for column in self._columns)
+    def _some(self, rows: slice) -> list[str]:
+        return list(map(self._separator.join, zip(*(column[rows] for column in self._columns), strict=True)))
 
 
-class Arrays(Sequence[NDArray[np.integer]]):
+class Arrays(_Rows[NDArray[np.integer]]):
     """A column of lists of integers without nulls. A row is an array that shares the memory of the column."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
@@ -216,16 +223,10 @@ class Arrays(Sequence[NDArray[np.integer]]):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    @overload
-    def __getitem__(self, row: int) -> NDArray[np.integer]: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[NDArray[np.integer]]: ...
-    def __getitem__(self, row: int | slice) -> NDArray[np.integer] | list[NDArray[np.integer]]:
-        if isinstance(row, slice):
-            return [self[each] for each in range(*row.indices(len(self)))]
-        row = row + len(self) if row < 0 else row
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} is not one of {len(self)}")
+    def _some(self, rows: slice) -> list[NDArray[np.integer]]:
+        return [self._one(row) for row in range(rows.start, rows.stop)]
+
+    def _one(self, row: int) -> NDArray[np.integer]:
         chunk = bisect_right(self._starts, row) - 1
         start, stop = self._offsets[chunk][row - self._starts[chunk] :][:2]
         values: NDArray[np.integer] = self._values[chunk][start:stop]
