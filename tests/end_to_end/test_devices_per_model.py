@@ -163,3 +163,5 @@ def test_one_process_cannot_be_several(tmp_path: Path) -> None:
     document = config_of(tmp_path, 2).model_dump(mode="json")
     with pytest.raises(ValueError, match="devices_per_model: 1 or kind: auto"):
         RunConfig.model_validate(document | {"executor": {"kind": "serial", "devices_per_model": 2}})
+    with pytest.raises(ValueError, match="cannot share a GPU: set gpus_per_worker: 1"):
+        RunConfig.model_validate(document | {"executor": {"gpus_per_worker": 0.5, "devices_per_model": 2}})

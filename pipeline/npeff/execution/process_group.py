@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,15 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, 
 
 from npeff.errors import first_line
 from npeff.execution.executor import WorkerLostError
+
+
+@contextmanager
+def lost_workers(what_failed: str) -> Iterator[None]:
+    """Convert the errors of torch.distributed, all of which are RuntimeError, to `WorkerLostError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise WorkerLostError(f"{what_failed} ({first_line(error)})") from None
 
 
 class ProcessGroup:
@@ -51,12 +62,10 @@ class ProcessGroup:
         """
         if host == "127.0.0.1":
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        try:
+        with lost_workers("the workers could not connect"):
             store = self._rendezvous or TCPStore(host, port, self.size, is_master=False, timeout=self._timeout)
             backend = "nccl" if self._device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=self._timeout)
-        except RuntimeError as error:
-            raise WorkerLostError(f"the workers could not connect ({first_line(error)})") from None
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all workers, in place.
@@ -66,10 +75,8 @@ class ProcessGroup:
         """
         if self.size > 1:
             self.sent_bytes += tensor.nbytes
-            try:
+            with lost_workers("the all-reduce failed"):
                 dist.all_reduce(tensor)
-            except RuntimeError as error:
-                raise WorkerLostError(f"the all-reduce failed ({first_line(error)})") from None
         return tensor
 
     def gathered(self, tensor: Tensor) -> list[Tensor]:
@@ -82,10 +89,8 @@ class ProcessGroup:
             return [tensor]
         self.sent_bytes += tensor.nbytes
         found = [torch.empty_like(tensor) for _ in range(self.size)]
-        try:
+        with lost_workers("the all-gather failed"):
             dist.all_gather(found, tensor)
-        except RuntimeError as error:
-            raise WorkerLostError(f"the all-gather failed ({first_line(error)})") from None
         return found
 
     def union(self, values: Tensor) -> Tensor:

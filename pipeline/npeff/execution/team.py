@@ -9,16 +9,14 @@ until no process has work. The processes can therefore do different amounts of w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from npeff.errors import first_line
-from npeff.execution.executor import WorkerLostError
-from npeff.execution.process_group import ProcessGroup
+from npeff.execution.process_group import ProcessGroup, lost_workers
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name until torch 2.12
 _IDLE, _FETCH, _STORE, _LOAD = range(4)
@@ -33,16 +31,14 @@ class Team:
 
     Args:
         group: The connected process group.
-        device: The device of the shards.
 
     Attributes:
         fetched_bytes: Total size in bytes of the contents that this process fetched.
         n_kept: Number of times that the shards were replaced.
     """
 
-    def __init__(self, group: ProcessGroup, device: torch.device) -> None:
+    def __init__(self, group: ProcessGroup) -> None:
         self.rank, self.size = group.rank, group.size
-        self._device = device
         # the turns need no device, and waiting for one would cost more than the message
         self._control = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         self._shards: Sequence[Tensor] = ()
@@ -168,8 +164,7 @@ class TeamMember:
     """
 
     def __init__(self, rank: int, size: int, device: str, timeout_s: float) -> None:
-        self._device = torch.device(device)
-        self._group = ProcessGroup(self._device, timeout_s, rank, size)
+        self._group = ProcessGroup(torch.device(device), timeout_s, rank, size)
 
     def open_rendezvous(self) -> tuple[str, int]:
         """Listen for the other processes. Returns host and port."""
@@ -183,7 +178,7 @@ class TeamMember:
         """
         global _current
         self._group.connect(host, port)
-        _current = Team(self._group, self._device)
+        _current = Team(self._group)
         return _current
 
 
@@ -192,14 +187,8 @@ def current_team() -> Team | None:
     return _current
 
 
-@contextmanager
-def _lost(operation: str) -> Iterator[None]:
-    """Convert the errors of collective operations."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = f"the {operation} of the processes of a worker failed ({first_line(error)})"
-        raise WorkerLostError(reason) from None
+def _lost(operation: str) -> AbstractContextManager[None]:
+    return lost_workers(f"the {operation} of the processes of a worker failed")
 
 
 def _from_bytes(content: bytes) -> Tensor:

@@ -368,12 +368,17 @@ class ExecutorConfig(Section):
     block of examples of ``npeff inputs``, four paths of ``npeff scale``, or a fit of ``select`` or the stability."""
 
     @model_validator(mode="after")
-    def _serial_is_one_worker(self) -> Self:
+    def _processes_have_devices(self) -> Self:
         if self.kind == "serial" and self.workers != 1:
             raise ValueError(f"the serial executor has one worker, not {self.workers}: set workers: 1 or kind: auto")
         if self.kind == "serial" and self.devices_per_model != 1:
             raise ValueError(
                 f"the serial executor has one process, not {self.devices_per_model}: set devices_per_model: 1 or "
                 "kind: auto"
+            )
+        if self.devices_per_model > 1 and 0 < self.gpus_per_worker < 1:
+            raise ValueError(
+                "the processes of a divided model cannot share a GPU: set gpus_per_worker: 1, which is the number of "
+                "each process"
             )
         return self

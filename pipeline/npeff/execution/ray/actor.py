@@ -61,8 +61,6 @@ class WorkerActor:
         self._team = self._member.connect(*address)
 
     def call(self, role: Role, method: str, *arguments: Any) -> Any:
-        if self._member is not None and self._team is None:
-            raise WorkerLostError("the processes of the worker are not connected")
         self._become(role)
         result = None if self._helps(role) else getattr(self._worker, method)(*arguments)
         if self._team is not None:
@@ -84,6 +82,8 @@ class WorkerActor:
         return self._rank > 0 and role.spec.helper is not None
 
     def _become(self, role: Role) -> None:
+        if self._member is not None and self._team is None:
+            raise WorkerLostError("the processes of the worker are not connected")
         if self._key != role.key:
             self._worker, self._key = None, None
             if self._lease is not None:

@@ -43,7 +43,8 @@ class WorkerPlacement:
     def __init__(
         self, workers: int, *, cpus: int, gpus: float, one_node: bool, timeout_s: float, processes: int = 1
     ) -> None:
-        self._workers, self._one_node, self._timeout_s = workers, one_node, timeout_s
+        self._workers, self._processes = workers, processes
+        self._one_node, self._timeout_s = one_node, timeout_s
         one = {"CPU": float(cpus)} | ({"GPU": gpus} if gpus else {})
         self._bundle, self._bundles = {name: processes * amount for name, amount in one.items()}, 1
         """The resources of a part of a worker that must be on one node, and the number of these parts."""
@@ -156,7 +157,10 @@ class WorkerPlacement:
 
     def _too_small(self) -> ExecutorError:
         wanted = self._wanted(self._workers)
-        lower = "lower executor.workers, cpus_per_worker or gpus_per_worker"
+        counts = "cpus_per_worker, gpus_per_worker or devices_per_model"
+        if self._processes == 1:
+            counts = "cpus_per_worker or gpus_per_worker"
+        lower = f"lower executor.workers, {counts}"
         free, have = self._free_and_total()
         if (room := self._room()) >= self._workers:
             return ExecutorError(
