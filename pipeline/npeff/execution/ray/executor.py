@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -49,9 +49,9 @@ class _Call:
     slot: int
     item: Any
     attempt: int
-    since: float
     refs: list[ray.ObjectRef[Any]]
-    """The running calls of the actors, of which the first one returns the result."""
+    """The calls of the actors, of which the first one returns the result."""
+    since: float = field(default_factory=time.monotonic)
     result: Any = None
 
 
@@ -111,88 +111,17 @@ class RayExecutor:
         keep_going: bool = False,
         split: Callable[[Any], Sequence[Any]] | None = None,
     ) -> Iterator[tuple[Any, Any]]:
-        role, failures = Role(spec, key=spec.key), Failures(method, split, self.workers)
-        waiting = deque((item, 1) for item in items)
-        actors = self._mappers
-        idle = deque(range(self._places))
-        running: dict[ray.ObjectRef[Any], _Call] = {}
-        raised: BaseException | None = None  # an exception of the worker's method, which may be a ConnectionError too
-
-        def retry(ref: ray.ObjectRef[Any], reason: str) -> None:
-            call = running[ref]
-            item, attempt = call.item, call.attempt
-            for each in call.refs:
-                running.pop(each, None)
-            self._end(actors.pop(call.slot))
-            idle.append(call.slot)
-            if keep_going:
-                parts = failures.failed(item, attempt, reason)
-                _logger.warning("%s %s: %s; attempt %d of %d", method, item, reason, attempt, ATTEMPTS)
-                waiting.extend((part, attempt + 1) for part in parts)
-                return
-            if attempt == ATTEMPTS:
-                raise ExecutorError(
-                    f"{method} {item} failed after {ATTEMPTS} attempts (last error: {reason}); finished work is kept: "
-                    "fix the cause and run the same command again to resume"
-                )
-            _logger.warning("%s %s: %s; attempt %d of %d follows", method, item, reason, attempt + 1, ATTEMPTS)
-            waiting.appendleft((item, attempt + 1))
-
+        mapping = _Mapping(self, Role(spec, key=spec.key), method, Failures(method, split, self.workers), keep_going)
         try:
-            if not actors:
+            if not self._mappers:
                 self._placement.renew()
-                idle = deque(range(self._places))
-            # start all actors, even for a single item: the others load the modules that the next call needs
-            for slot in idle:
-                if slot not in actors:
-                    actors[slot] = self._start(slot)
-            while waiting or running:
-                while waiting and idle:
-                    slot, (item, attempt) = idle.popleft(), waiting.popleft()
-                    if slot not in actors:
-                        actors[slot] = self._start(slot)
-                    calls = [actor.call_item if keep_going else actor.call for actor in actors[slot]]
-                    refs = [call.remote(role, method, item) for call in calls]
-                    running |= dict.fromkeys(refs, _Call(slot, item, attempt, time.monotonic(), refs))
-                finished = self._wait(list(running), 1)
-                for ref in finished:
-                    if ref not in running:  # another process of the same worker failed
-                        continue
-                    try:
-                        result = ray.get(ref, timeout=self._timeout_s)
-                    except RayTaskError as error:
-                        if isinstance(error.cause, WorkerLostError):
-                            retry(ref, f"a process of its worker was lost ({error.cause})")
-                            continue
-                        raised = error.cause or error
-                        raise raised from (error if error.cause else None)  # its text is the worker's traceback
-                    except RayError as error:
-                        retry(ref, f"its worker was lost ({type(error).__name__})")
-                        continue
-                    if isinstance(result, Failure):
-                        retry(ref, result.reason)
-                        continue
-                    finished_call = running.pop(ref)
-                    if ref == finished_call.refs[0]:
-                        finished_call.result = result
-                    if not running.keys().isdisjoint(finished_call.refs):
-                        continue
-                    idle.append(finished_call.slot)
-                    failures.succeeded()
-                    yield finished_call.item, finished_call.result
-                now = time.monotonic()
-                late = [ref for ref, call in running.items() if now - call.since > self._timeout_s]
-                for ref in late:
-                    if ref in running:
-                        retry(ref, f"no answer within {self._timeout_s:.0f} s")
-            failures.raise_any()
+            yield from mapping.results(items, self._places)
         except (RayError, ConnectionError) as error:
-            if error is raised:
+            if error is mapping.raised:
                 raise
             raise _ray_is_gone(f"{type(error).__name__}: {first_line(error)}") from None
         finally:
-            for slot in {call.slot for call in running.values()}:  # their results are no longer needed
-                self._end(actors.pop(slot))
+            mapping.end()
 
     @contextmanager
     def group(self, spec: WorkerSpec) -> Iterator[Group]:
@@ -261,9 +190,19 @@ class RayExecutor:
                 # The actor, or Ray itself, may have ended already.
                 _logger.debug("an actor could not be ended", exc_info=True)
 
+    def _mapper(self, slot: int) -> list[Any]:
+        """Return the actors of a worker of `map`, which are started if they do not run."""
+        if slot not in self._mappers:
+            self._mappers[slot] = self._start(slot)
+        return self._mappers[slot]
+
+    def _end_mapper(self, slot: int) -> None:
+        """End the actors of a worker of `map`."""
+        self._end(self._mappers.pop(slot))
+
     def _end_mappers(self) -> None:
-        while self._mappers:
-            self._end(self._mappers.popitem()[1])
+        for slot in list(self._mappers):
+            self._end_mapper(slot)
 
     def _start(self, slot: int) -> list[Any]:
         """Start the actors of a worker, by rank."""
@@ -313,6 +252,96 @@ class RayExecutor:
             self._private.close()
         elif self._started_ray:
             ray.shutdown()
+
+
+class _Mapping:
+    """One call of `RayExecutor.map`: which items wait, and which worker computes which item."""
+
+    def __init__(self, executor: RayExecutor, role: Role, method: str, failures: Failures, keep_going: bool) -> None:
+        self._executor, self._role, self._method = executor, role, method
+        self._failures, self._keep_going = failures, keep_going
+        self._waiting: deque[tuple[Any, int]] = deque()
+        self._idle: deque[int] = deque()
+        self._running: dict[ray.ObjectRef[Any], _Call] = {}
+        """The calls by the references that are not finished."""
+        self.raised: BaseException | None = None
+        """An exception of the worker's method, which may be a ConnectionError, as those of Ray may."""
+
+    def results(self, items: Iterable[Any], places: int) -> Iterator[tuple[Any, Any]]:
+        """Yield the items with their results as they are finished."""
+        self._waiting.extend((item, 1) for item in items)
+        self._idle.extend(range(places))
+        # start all actors, even for a single item: the others load the modules that the next call needs
+        for slot in self._idle:
+            self._executor._mapper(slot)
+        while self._waiting or self._running:
+            while self._waiting and self._idle:
+                self._begin(self._idle.popleft(), *self._waiting.popleft())
+            for ref in self._executor._wait(list(self._running), 1):
+                call = self._running.get(ref)
+                if call is not None and self._has_finished(call, ref):
+                    self._idle.append(call.slot)
+                    self._failures.succeeded()
+                    yield call.item, call.result
+            self._retry_late()
+        self._failures.raise_any()
+
+    def end(self) -> None:
+        """End the actors whose results are no longer needed."""
+        for slot in {call.slot for call in self._running.values()}:
+            self._executor._end_mapper(slot)
+
+    def _begin(self, slot: int, item: Any, attempt: int) -> None:
+        calls = [actor.call_item if self._keep_going else actor.call for actor in self._executor._mapper(slot)]
+        refs = [call.remote(self._role, self._method, item) for call in calls]
+        self._running |= dict.fromkeys(refs, _Call(slot, item, attempt, refs))
+
+    def _has_finished(self, call: _Call, ref: ray.ObjectRef[Any]) -> bool:
+        """Take the result of one process. Return whether all processes of the worker have finished the item."""
+        try:
+            result = ray.get(ref, timeout=self._executor._timeout_s)
+        except RayTaskError as error:
+            if isinstance(error.cause, WorkerLostError):
+                self._retry(call, f"a process of its worker was lost ({error.cause})")
+                return False
+            self.raised = error.cause or error
+            raise self.raised from (error if error.cause else None)  # its text is the worker's traceback
+        except RayError as error:
+            self._retry(call, f"its worker was lost ({type(error).__name__})")
+            return False
+        if isinstance(result, Failure):
+            self._retry(call, result.reason)
+            return False
+        del self._running[ref]
+        if ref == call.refs[0]:
+            call.result = result
+        return self._running.keys().isdisjoint(call.refs)
+
+    def _retry_late(self) -> None:
+        timeout_s = self._executor._timeout_s
+        calls = {id(call): call for call in self._running.values()}
+        for call in calls.values():
+            if time.monotonic() - call.since > timeout_s:
+                self._retry(call, f"no answer within {timeout_s:.0f} s")
+
+    def _retry(self, call: _Call, reason: str) -> None:
+        method, item, attempt = self._method, call.item, call.attempt
+        for ref in call.refs:
+            self._running.pop(ref, None)
+        self._executor._end_mapper(call.slot)
+        self._idle.append(call.slot)
+        if self._keep_going:
+            parts = self._failures.failed(item, attempt, reason)
+            _logger.warning("%s %s: %s; attempt %d of %d", method, item, reason, attempt, ATTEMPTS)
+            self._waiting.extend((part, attempt + 1) for part in parts)
+            return
+        if attempt == ATTEMPTS:
+            raise ExecutorError(
+                f"{method} {item} failed after {ATTEMPTS} attempts (last error: {reason}); finished work is kept: "
+                "fix the cause and run the same command again to resume"
+            )
+        _logger.warning("%s %s: %s; attempt %d of %d follows", method, item, reason, attempt + 1, ATTEMPTS)
+        self._waiting.appendleft((item, attempt + 1))
 
 
 class _RayGroup:
