@@ -28,6 +28,7 @@ from npeff.gradients import (
     select_parameters,
 )
 from npeff.input_fisher.flat_inputs import FlatInputs
+from npeff.models.example_table import problem_of_table
 from npeff.models.heap import keep_freed_memory
 from npeff.models.input_checks import problem_of_inputs, problem_of_logits
 from npeff.models.predictions import Predictions, joined
@@ -35,24 +36,12 @@ from npeff.models.sharding import Shards, divide
 from npeff.models.single_precision import batch_in_single_precision, in_single_precision
 from npeff.models.trainable import trainable
 from npeff.store.task_files import preparing, task_files
-from npeff.tasks import IGNORED, UNKNOWN, Examples, Inputs, Task, TaskError, Token, load_task, to_device, user_code
+from npeff.tasks import UNKNOWN, Examples, Inputs, Task, TaskError, Token, load_task, to_device, user_code
 from npeff.variables import resolved
-
-_REQUIRED = ("id", "label")
-_COLUMNS: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
-    "id": ("strings", lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind)),
-    "label": ("class numbers (integers, null where unknown)", pa.types.is_integer),
-    "text": ("strings", lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind)),
-    "image": ("PNG files (binary)", lambda kind: pa.types.is_binary(kind) or pa.types.is_large_binary(kind)),
-}
-"""Columns of the table of examples with a fixed meaning: a description of their values, and a check of their type."""
-
 
 _DIVISIBLE = 1_000_000
 """Parameters times examples above which all threads compute a forward pass. A network of ten thousand parameters takes
 several times as long on two threads as on one."""
-
-
 _PASSED_ON = (UnsupportedModelError, WorkerLostError)
 """Errors that the code of a task passes on: those of the hooks of this package."""
 
@@ -99,10 +88,9 @@ class ModelSpec:
         if (team := current_team()) is not None:
             team.begin_loading()
         task = self._load_task()
-        cache = task_files(self.cache)
         model, shards = self._load_model(task, team, device)
         with self.user_code(task, "examples"):
-            examples = task.examples(cache)
+            examples = task.examples(task_files(self.cache))
         if not isinstance(examples, Examples):
             raise TaskError(f"task {self.task!r}: examples() must return a npeff.tasks.Examples, not {_kind(examples)}")
         loaded = LoadedModel(self, task, model, examples, device, shards)
@@ -125,12 +113,9 @@ class ModelSpec:
         if not isinstance(model, nn.Module):
             raise TaskError(f"task {self.task!r}: {method}() must return a torch.nn.Module, not {_kind(model)}")
         model = trainable(model).eval()
-        if team is None:
-            keep_freed_memory()
-            return model.to(device), None
-        shards = divide(model, team, device)
+        shards = None if team is None else divide(model, team, device)
         keep_freed_memory()  # not before: the parameters that were sent to other processes are freed
-        return model, shards
+        return (model.to(device) if team is None else model), shards
 
     def _load_task(self) -> Task:
         try:
@@ -357,19 +342,10 @@ class LoadedModel:
         """
         with self.spec.user_code(self.task, "examples().table"):
             n_examples, table = len(self.examples), self.examples.table()
-        where = f"task {self.spec.task!r}: the table of the examples"
-        if not isinstance(table, pa.Table):
-            raise TaskError(f"{where} must be a pyarrow.Table, not {_kind(table)}")
-        if len(table) != n_examples:
-            raise TaskError(f"{where} must have one row per example, {n_examples}, not {len(table)}")
-        for name, (kind, fits) in _COLUMNS.items():
-            if name not in table.column_names:
-                if name in _REQUIRED:
-                    raise TaskError(f"{where} has no column {name!r}: it must have {' and '.join(_REQUIRED)}")
-            elif not (fits(table[name].type) or (pa.types.is_null(table[name].type) and name != "id")):
-                raise TaskError(f"{where}: column {name!r} must hold {kind}, not {table[name].type}")
-        if table["id"].null_count:
-            raise TaskError(f"{where}: column 'id' must not be null")
+        is_table = isinstance(table, pa.Table)
+        problem = problem_of_table(table, n_examples) if is_table else f" must be a pyarrow.Table, not {_kind(table)}"
+        if problem is not None:
+            raise TaskError(f"task {self.spec.task!r}: the table of the examples{problem}")
         return table
 
     @torch.no_grad()
@@ -402,17 +378,7 @@ class LoadedModel:
                 f"task {self.spec.task!r}: logits() must return examples x classes, here {len(chosen)} x C, not "
                 f"{found_shape}{hint}"
             )
-        if bool((targets != IGNORED).all()):
-            logits, targets = logits.float().cpu(), targets.cpu()
-            if logits.dim() == 2:
-                return Predictions(logits[:, None], targets[:, None])
-            return Predictions(list(logits), list(targets))  # views of the batch
-        made = [classes != IGNORED for classes in targets]
-        rows, classes = zip(logits, made, strict=True), zip(targets, made, strict=True)
-        return Predictions(
-            [row[which].float().reshape(-1, row.shape[-1]).cpu() for row, which in rows],
-            [row[which].reshape(-1).cpu() for row, which in classes],
-        )
+        return Predictions.of(logits, targets)
 
     def threads(self, n_examples: int) -> int:
         """Return the number of threads for passes of a batch: one if the operations are too small to be divided."""
@@ -420,7 +386,7 @@ class LoadedModel:
 
     @cached_property
     def _n_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        return sum(map(Tensor.numel, self.model.parameters()))
 
 
 def flattened(inputs: Inputs) -> FlatInputs:

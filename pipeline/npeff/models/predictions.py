@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from npeff.tasks import IGNORED
+
 _BLOCK = 2**15
 """Logits whose KL divergences are computed at once."""
 
@@ -35,6 +37,26 @@ class Predictions:
     classes: Sequence[Tensor] | Tensor
     """For each example, the classes (n,) of its predictions, UNKNOWN where a class is not known. One tensor (N, n) if
     `logits` is one tensor."""
+
+    @classmethod
+    def of(cls, logits: Tensor, targets: Tensor) -> Predictions:
+        """Return the predictions of a batch, on the CPU, with logits in float32.
+
+        Args:
+            logits: (B, C), or (B, T, C).
+            targets: (B,) or (B, T), IGNORED at positions without a prediction.
+        """
+        if bool((targets != IGNORED).all()):
+            logits, targets = logits.float().cpu(), targets.cpu()
+            if logits.dim() == 2:
+                return cls(logits[:, None], targets[:, None])
+            return cls(list(logits), list(targets))  # views of the batch
+        made = [classes != IGNORED for classes in targets]
+        rows, classes = zip(logits, made, strict=True), zip(targets, made, strict=True)
+        return cls(
+            [row[which].float().reshape(-1, row.shape[-1]).cpu() for row, which in rows],
+            [row[which].reshape(-1).cpu() for row, which in classes],
+        )
 
     def at(self, places: Iterable[int]) -> Predictions:
         """Return the predictions on the examples at `places`. Places may repeat."""

@@ -79,19 +79,7 @@ def compute_fishers(run: AnyRun, *, executor: Executor | None = None, progress: 
             records, store = _open_fishers(run, facts)
             sums = DiagonalSums(run.partial_results("diagonal"), store.plan.n_shards, records.signature)
             summed = config.fishers.diagonal.mean and not run.diagonal_fisher.exists()
-            worker = worker_spec(
-                run,
-                FisherWorker,
-                spread=config.executor.devices_per_model > 1,
-                model=model_spec(run, facts.model_fingerprint),
-                labels=config.fishers.label_spec(config.seed),
-                sketch=config.fishers.sketch,
-                seed=config.seed,
-                store=run.fishers,
-                records=records,
-                batch_size=store.attrs["batch_size"],
-                sums=sums,
-            )
+            worker = _worker(run, facts, store.attrs["batch_size"], records, sums)
             units = sums.missing() if summed else []
             complete, failed = _compute_missing(workers, worker, records, sums, units, progress)
             if failed:
@@ -126,6 +114,25 @@ def compute_fishers(run: AnyRun, *, executor: Executor | None = None, progress: 
                 **({"diagonal_fisher": file_checksum(run.diagonal_fisher)} if config.fishers.diagonal.mean else {}),
             },
         )
+
+
+def _worker(
+    run: RunDirectory, facts: TaskFacts, batch_size: int, records: ShardRecords, sums: DiagonalSums
+) -> WorkerSpec:
+    config = run.config
+    return worker_spec(
+        run,
+        FisherWorker,
+        spread=config.executor.devices_per_model > 1,
+        model=model_spec(run, facts.model_fingerprint),
+        labels=config.fishers.label_spec(config.seed),
+        sketch=config.fishers.sketch,
+        seed=config.seed,
+        store=run.fishers,
+        records=records,
+        batch_size=batch_size,
+        sums=sums,
+    )
 
 
 def _compute_missing(

@@ -17,14 +17,13 @@ def quantization_arguments(options: PretrainedOptions, config: Any) -> dict[str,
     """Return the arguments of `from_pretrained` that quantize the model while it is loaded.
 
     Args:
-        options: Options of the model.
+        options: Options of the model, with the option ``quantization``.
         config: Configuration of the model.
 
     Raises:
         TaskError: The package is not installed, or the stored weights are quantized already.
     """
-    if options.quantization is None:
-        return {}
+    assert options.quantization is not None
     package, where = _PACKAGES[options.quantization], f"quantization: {options.quantization}"
     if importlib.util.find_spec(package) is None:
         raise TaskError(f"{where} needs the package {package}: pip install 'npeff-pipeline[quantization]'")
